@@ -1,0 +1,273 @@
+"""Tensors -> parameter tree and back through the table, with every check that makes a conversion total.
+
+A `Source` hands out tensors by name; a dict of arrays and a directory of safetensors files both are one. Everything that can be known
+from names, shapes and dtypes is checked before the first tensor is read, and all that is wrong is reported at once.
+"""
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from convert.mapping import (
+    IGNORED,
+    Row,
+    active_rows,
+    bits,
+    canonical_key,
+    from_leaf,
+    layers_of,
+    leaf_shape,
+    source_shape,
+    to_leaf,
+)
+from internvl3_jax.config import ModelConfig
+from internvl3_jax.storage import by_path, nest
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+HEADS = ("language_model.lm_head.weight", "lm_head.weight")
+_SHOWN = 12  # names listed in an error before "and n more"
+
+
+class ConversionError(ValueError):
+    """A checkpoint that does not fit its configuration; the message names every tensor concerned (up to a dozen of a kind)."""
+
+
+class TensorInfo(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source(Protocol):
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class ArraySource:
+    """Tensors in memory: a state dict of numpy arrays."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self.tensors = tensors
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tensor.shape, tensor.dtype.name) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self.tensors[name])
+
+
+def detect_layout(names) -> str:
+    """ "internvl" or "hf" from the names of the tensors."""
+    prefixes = {"vision_model.": "internvl", "model.vision_tower.": "hf", "vision_tower.": "hf"}
+    found = {layout for name in names for prefix, layout in prefixes.items() if name.startswith(prefix)}
+    if len(found) != 1:
+        shown = ", ".join(sorted(names)[:5])
+        raise ConversionError(
+            "these tensors are not an InternVL checkpoint: expected names under vision_model. (original layout) or vision_tower. / "
+            f"model.vision_tower. (transformers), found {len(names)} tensors such as {shown}"
+        )
+    return found.pop()
+
+
+def has_head(names) -> bool:
+    """Whether the weights bring an output head of their own."""
+    return any(name in HEADS for name in names)
+
+
+class Plan(NamedTuple):
+    """A checked conversion: which tensors fill which leaf, and in what dtype."""
+
+    config: ModelConfig
+    layout: str
+    names: dict[str, str]  # the table's key -> the name in the source
+    dtype: np.dtype
+
+
+def plan(
+    config: ModelConfig, source: Source, layout: str | None = None, dtype: str | None = None, part: str | None = None
+) -> Plan:
+    """Checks a source against the table, completely, before anything is read.
+
+    Args:
+      dtype: name of the dtype to convert to; None keeps the source's, which must then be one and the same for all tensors.
+      part: "vision" or "language" for a source that holds that part of the model alone.
+
+    Raises:
+      ConversionError: naming tensors that are unknown, missing, given twice, of another shape or of another dtype.
+    """
+    infos = source.infos()
+    layout = layout or detect_layout(infos)
+    rows = [row for row in active_rows(config) if part is None or row.target.startswith(part + "/")]
+    wanted = {key: row for row in rows for key in _all_keys(row, config, layout)}
+    problems = collections.defaultdict(list)
+    names = {}
+    for name in infos:
+        key = canonical_key(name, layout)
+        if IGNORED.search(name):
+            continue
+        if key in names:
+            problems["given twice"].append(f"{names[key]} and {name}")
+        elif key in wanted:
+            names[key] = name
+        elif config.language.tie_embeddings and key in HEADS:
+            _check_tied(source, name, layout, names, infos)
+        else:
+            problems["unknown (nothing in the model takes them)"].append(name)
+    for key, row in wanted.items():
+        if key not in names:
+            problems["missing"].append(key)
+            continue
+        shape, expected = (tuple(infos[names[key]].shape), source_shape(row, config, layout))
+        if shape != expected:
+            problems["of the wrong shape"].append(f"{names[key]} {shape}, config.json asks for {expected}")
+    target = _common_dtype({name: infos[name].dtype for name in names.values()}, dtype, problems)
+    if problems:
+        raise ConversionError("\n".join(_listing(kind, found) for kind, found in problems.items()))
+    return Plan(config, layout, names, DTYPES[target])
+
+
+def _all_keys(row: Row, config: ModelConfig, layout: str):
+    for layer in layer_numbers(row, config):
+        yield from row.keys(layout, layer)
+
+
+def layer_numbers(row: Row, config: ModelConfig):
+    """The layers that a leaf stacks; [None] for a leaf that stacks none."""
+    layers = layers_of(row, config)
+    return [None] if layers is None else range(layers)
+
+
+def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapping) -> None:
+    """A head saved beside the embedding it is tied to must be that embedding."""
+    name = next(name for name in infos if canonical_key(name, layout).endswith("language_model.embed_tokens.weight"))
+    if not np.array_equal(source.read(name), source.read(head)):
+        raise ConversionError(
+            f"config.json ties the head to the embedding, but {head} differs from {name}; set tie_word_embeddings to false"
+        )
+
+
+def _common_dtype(dtypes: dict[str, str], dtype: str | None, problems: dict) -> str:
+    """The dtype to convert to; files a problem for each tensor that is no float or, when keeping, differs from the most frequent."""
+    for name, found in dtypes.items():
+        if found not in DTYPES:
+            problems[f"of a dtype other than {', '.join(DTYPES)}"].append(f"{name} {found}")
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        return dtype
+    counts = collections.Counter(found for found in dtypes.values() if found in DTYPES)
+    common = counts.most_common(1)[0][0] if counts else "float32"
+    for name, found in dtypes.items():
+        if found in DTYPES and found != common:
+            problems[f"of another dtype than the rest ({common}); name one with --dtype to cast all"].append(f"{name} {found}")
+    return common
+
+
+def _listing(kind: str, found: list[str]) -> str:
+    shown = "".join(f"\n  {name}" for name in found[:_SHOWN])
+    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"{len(found)} tensor(s) {kind}:{shown}{more}"
+
+
+def read_tensors(plan: Plan, source: Source, row: Row, layer: int | None) -> list[np.ndarray]:
+    """The tensors that hold one layer of a leaf, in the plan's dtype."""
+    tensors = []
+    for key in row.keys(plan.layout, layer):
+        name = plan.names[key]
+        tensor = source.read(name)
+        tensors.append(tensor if tensor.dtype == plan.dtype else cast(tensor, plan.dtype, name))
+    return tensors
+
+
+def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Casts with round to nearest even; a finite value that the new dtype cannot hold is an error."""
+    with np.errstate(over="ignore"):
+        result = tensor.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(tensor.astype(np.float32)).all():
+        raise ConversionError(f"{name} holds values beyond the range of float16; choose bfloat16 or float32")
+    return result
+
+
+def padded_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
+    """Shape of the whole leaf: layers first, vocabulary padded."""
+    shape = leaf_shape(row, config)
+    padded = config.language.padded_vocab_size
+    shape = tuple(padded if axis == "V" else size for axis, size in zip(row.shape.split(), shape, strict=True))
+    layers = layers_of(row, config)
+    return shape if layers is None else (layers, *shape)
+
+
+def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
+    """The part of one layer of a leaf that is no padding."""
+    return tuple(slice(0, config.language.vocab_size) if axis == "V" else slice(None) for axis in row.shape.split())
+
+
+def fill_leaf(plan: Plan, source: Source, row: Row, out: np.ndarray, visit: Callable | None = None) -> None:
+    """Reads a leaf layer by layer into `out`. `visit(key, tensors)` sees each layer's tensors; key names them in the original layout."""
+    inside = vocabulary_slice(row, plan.config)
+    if "V" in row.shape.split():
+        out[...] = 0
+    for layer in layer_numbers(row, plan.config):
+        tensors = read_tensors(plan, source, row, layer)
+        place = out if layer is None else out[layer]
+        bits(place)[inside] = bits(to_leaf(row, tensors, plan.config))
+        if visit:
+            visit(row.keys("internvl", layer)[0], tensors)
+
+
+def params_from_tensors(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray] | Source, layout: str | None = None, dtype: str | None = None
+) -> dict:
+    """A state dict (or any Source) of either layout -> the parameter tree, in host memory.
+
+    Raises:
+      ConversionError: see `plan`.
+    """
+    source = ArraySource(tensors) if isinstance(tensors, Mapping) else tensors
+    checked = plan(config, source, layout, dtype)
+    leaves = {}
+    for row in active_rows(config):
+        leaves[row.target] = np.empty(padded_shape(row, config), checked.dtype)
+        fill_leaf(checked, source, row, leaves[row.target])
+    return nest(leaves)
+
+
+def check_params(config: ModelConfig, leaves: Mapping[str, object]) -> None:
+    """Raises ConversionError naming leaves that the configuration does not have, lacks, or has in another shape."""
+    wanted = {row.target: padded_shape(row, config) for row in active_rows(config)}
+    problems = collections.defaultdict(list)
+    for path in sorted(leaves.keys() | wanted.keys()):
+        if path not in wanted:
+            problems["unknown (nothing in the model takes them)"].append(path)
+        elif path not in leaves:
+            problems["missing"].append(path)
+        elif tuple(leaves[path].shape) != wanted[path]:
+            problems["of the wrong shape"].append(
+                f"{path} {tuple(leaves[path].shape)}, the configuration asks for {wanted[path]}"
+            )
+    if problems:
+        raise ConversionError("\n".join(_listing(kind, found) for kind, found in problems.items()))
+
+
+def leaf_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layout: str):
+    """Yields (name, tensor) of all that a layout makes of one leaf."""
+    for layer in layer_numbers(row, config):
+        yield from zip(row.keys(layout, layer), layer_tensors(config, row, leaf, layer, layout), strict=True)
+
+
+def layer_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layer: int | None, layout: str) -> list[np.ndarray]:
+    """What a layout makes of one layer of a leaf."""
+    value = np.asarray(leaf if layer is None else leaf[layer])[vocabulary_slice(row, config)]
+    return from_leaf(row, value, config, layout)
+
+
+def tensors_from_params(config: ModelConfig, params: Mapping, layout: str) -> dict[str, np.ndarray]:
+    """The parameter tree -> a state dict of a layout, in host memory."""
+    leaves = by_path(params)
+    check_params(config, leaves)
+    return {
+        name: tensor for row in active_rows(config) for name, tensor in leaf_tensors(config, row, leaves[row.target], layout)
+    }

@@ -1,0 +1,174 @@
+"""A new model from a plain language model and an InternViT: the start of native multimodal pre-training.
+
+Tower and decoder are taken as they are. The projector is random: kernels normal with deviation 0.02, biases 0, norm scale 1. The nine
+tokens of InternVL join the tokenizer, the vocabulary becomes exactly as long as the tokenizer (Qwen's padding rows go), and the rows of
+new tokens in embedding and head are the mean of the others; the reference trainer does so for the head, and here an embedding that was
+never trained does not start from noise either. A head that was tied becomes a copy of the embedding: InternVL3 never ties.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+
+import numpy as np
+
+from convert.assemble import HEADS, Plan, fill_leaf, padded_shape, plan
+from convert.mapping import Row, bits
+from convert.safetensors_io import SafetensorsSource
+from convert.source import Hashes, allocate, read_json, travelling_files
+from internvl3_jax.config import ModelConfig, ProcessorConfig, VisionConfig
+from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.hf_config import layout_of, read_language, read_vision
+
+NEW_TOKENS = (
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)  # in the reference's order
+
+
+@dataclasses.dataclass
+class Composed:
+    """A model to be, with the interface of source.py."""
+
+    config: ModelConfig
+    processor: ProcessorConfig
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+    vision: tuple[Plan, SafetensorsSource]
+    language: tuple[Plan, SafetensorsSource]
+    known_rows: int  # of the vocabulary, before the new tokens
+    seed: int
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        return self.vision[0].dtype.name
+
+    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+        shape, dtype = padded_shape(row, self.config), self.vision[0].dtype
+        part = row.target.split("/")[0]
+        if part == "projector":
+            leaf = self._random(row.target, shape).astype(dtype)
+        elif row.target in ("language/embedding", "language/head/kernel"):
+            leaf = self._vocabulary(row, shape, dtype)
+        else:
+            leaf = allocate(shape, dtype, scratch)
+            fill_leaf(*getattr(self, part), row, leaf)
+        if hashes is not None:
+            hashes.add_leaf(self.config, row, leaf)
+        return leaf
+
+    def _random(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("kernel"):
+            # A generator for each leaf, so that none depends on the order of the conversion.
+            generator = np.random.default_rng([self.seed, zlib.crc32(path.encode())])
+            return 0.02 * generator.standard_normal(shape, np.float32)
+        return np.full(shape, 1.0 if path.endswith("scale") else 0.0, np.float32)
+
+    def _vocabulary(self, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        checked, source = self.language
+        key = row.keys("internvl", None)[0]
+        rows = source.read(checked.names.get(key) or checked.names["language_model.model.embed_tokens.weight"])[
+            : self.known_rows
+        ]
+        mean = rows.mean(axis=0, dtype=np.float32)
+        leaf = np.zeros(shape, dtype)
+        by_rows = leaf if row.target == "language/embedding" else leaf.T
+        bits(by_rows)[: self.known_rows] = bits(rows.astype(dtype))
+        by_rows[self.known_rows : self.config.language.vocab_size] = mean.astype(dtype)
+        return leaf
+
+
+def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None, seed: int = 0) -> Composed:
+    """Opens a language model directory (Qwen2.5 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL model.
+
+    Raises:
+      FileNotFoundError, ValueError, ConversionError: naming the file, field or tensor that is wrong.
+    """
+    tower_config, layout, tower = _open_tower(vision)
+    files = travelling_files(llm)
+    values = read_json(files, "config.json")
+    if values is None:
+        raise FileNotFoundError(f"{llm} has no config.json; give the directory of a Qwen2.5 or InternLM3 model")
+    decoder = SafetensorsSource(llm, rename=lambda name: "language_model." + name)
+    known = Tokenizer.from_directory(llm)
+    known.require("<|im_start|>", "<|im_end|>")
+    own_head = HEADS[0] in decoder.infos()
+    # transformers ties Qwen2 only where the file says so; a file that says so and has a head is checked in `plan`.
+    base = read_language(values, "config", tied=bool(values.get("tie_word_embeddings")) or not own_head)
+    if known.vocab_size > base.vocab_size:
+        raise ValueError(f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only {base.vocab_size} rows")
+
+    files = add_tokens(files, known)
+    for name in ("config.json", "generation_config.json"):  # of the language model alone
+        files.pop(name, None)
+    tokenizer = Tokenizer.from_files(files, str(llm))
+    token = tokenizer.token_id("<IMG_CONTEXT>")
+    stored = ModelConfig(vision=tower_config, language=base, image_token_id=0)
+    language_plan = plan(stored, decoder, "internvl", dtype, part="language")
+    vision_plan = plan(stored, tower, layout, dtype, part="vision")
+    if vision_plan.dtype != language_plan.dtype:
+        raise ValueError(
+            f"the tower is {vision_plan.dtype}, the language model {language_plan.dtype}; name one dtype with --dtype"
+        )
+    language = dataclasses.replace(base, vocab_size=tokenizer.vocab_size, tie_embeddings=False)
+    config = ModelConfig(vision=tower_config, language=language, image_token_id=token)
+    processor = ProcessorConfig(image_size=tower_config.image_size, tokens_per_tile=config.tokens_per_tile)
+    parts = ((vision_plan, tower), (language_plan, decoder))
+    return Composed(config, processor, tokenizer, files, *parts, known_rows=known.vocab_size, seed=seed)
+
+
+def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, SafetensorsSource]:
+    """(configuration, layout, tensors under that layout's names and no others)."""
+    values = read_json(travelling_files(directory), "config.json")
+    if values is None:
+        raise FileNotFoundError(f"{directory} has no config.json; give the directory of an InternViT or of an InternVL model")
+    alone = {"intern_vit_6b": ("internvl", "vision_model."), "internvl_vision": ("hf", "model.vision_tower.")}
+    if values.get("model_type") in alone:
+        layout, prefix = alone[values["model_type"]]
+        source = SafetensorsSource(directory, rename=lambda name: name if name.startswith(prefix) else prefix + name)
+        return read_vision(values, layout, "config"), layout, source
+    layout = layout_of(values)
+    prefixes = ("vision_model.",) if layout == "internvl" else ("model.vision_tower.", "vision_tower.")
+    source = SafetensorsSource(directory, rename=lambda name: name if name.startswith(prefixes) else None)
+    return read_vision(values.get("vision_config"), layout), layout, source
+
+
+def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
+    """Tokenizer files with the nine tokens that are not in them yet, after the last id, in every file that lists added tokens."""
+    present = known.control_tokens.keys() | json.loads(files.get("added_tokens.json", b"{}")).keys()
+    new = [token for token in NEW_TOKENS if token not in present]
+    ids = {token: known.vocab_size + index for index, token in enumerate(new)}
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    files = dict(files)
+
+    def edit(name: str, change) -> None:
+        values = json.loads(files.get(name, b"{}"))
+        change(values)
+        files[name] = json.dumps(values, indent=2, ensure_ascii=False).encode()
+
+    if "tokenizer.json" in files:
+        added = [{"id": id, "content": token, **entry} for token, id in ids.items()]
+        edit("tokenizer.json", lambda values: values.setdefault("added_tokens", []).extend(added))
+    if "tokenizer.json" not in files or "added_tokens.json" in files:
+        edit("added_tokens.json", lambda values: values.update(ids))
+    decoder = {str(id): {"content": token, **entry} for token, id in ids.items()}
+    edit("tokenizer_config.json", lambda values: values.setdefault("added_tokens_decoder", {}).update(decoder))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name in files:
+            edit(name, lambda values: _extend_special(values, new))
+    return files
+
+
+def _extend_special(values: dict, new: list[str]) -> None:
+    listed = values.setdefault("additional_special_tokens", [])
+    if isinstance(listed, list):
+        listed.extend(token for token in new if token not in listed)

@@ -1,0 +1,143 @@
+"""The conversion loop: leaves out of an opened model, into a checkpoint of ours or a safetensors directory."""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from convert.assemble import DTYPES, ConversionError, layer_numbers, layer_tensors, padded_shape
+from convert.compose import Composed
+from convert.hf_files import export_files
+from convert.mapping import Row, active_rows, layers_of, source_shape
+from convert.safetensors_io import SafetensorsWriter
+from convert.source import Converted, Hashes, Released, open_model
+from internvl3_jax import checkpoint, storage
+from internvl3_jax.config import ModelConfig
+from internvl3_jax.fingerprint import fingerprint
+
+Model = Released | Converted | Composed
+HEAD, EMBEDDING = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
+
+
+class OrbaxSink:
+    """Takes leaves into a checkpoint of ours."""
+
+    def __init__(self, directory: pathlib.Path, model: Model):
+        self.directory, self.model = directory, model
+        self.writer = storage.TreeWriter(directory / "params")
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def add(self, row: Row, leaf: np.ndarray) -> None:
+        self.writer.add(row.target, leaf)
+
+    def close(self, hashes: Hashes) -> None:
+        self.writer.close()
+        model = self.model
+        checkpoint.write_files(self.directory, model.config, model.processor, model.files, model.dtype, hashes)
+
+
+class SafetensorsSink:
+    """Takes leaves into a safetensors directory of a released layout. A tied head is written out where the layout never ties."""
+
+    def __init__(self, directory: pathlib.Path, model: Model, layout: str, shard_size: int):
+        self.directory, self.model, self.layout = directory, model, layout
+        language = model.config.language
+        if layout == "internvl":
+            language = dataclasses.replace(language, tie_embeddings=False)
+        self.config = dataclasses.replace(model.config, language=language)
+        self.unties = language != model.config.language
+        files = export_files(self.config, model.processor, model.tokenizer, layout, model.dtype, model.files)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        self.writer = SafetensorsWriter(directory, _planned(self.config, layout), DTYPES[model.dtype], shard_size)
+
+    def add(self, row: Row, leaf: np.ndarray) -> None:
+        for layer in layer_numbers(row, self.config):
+            tensors = layer_tensors(self.config, row, leaf, layer, self.layout)
+            for key, tensor in zip(row.keys(self.layout, layer), tensors, strict=True):
+                self.writer.write(key, tensor)
+        if row.target == "language/embedding" and self.unties:
+            self.add(next(row for row in active_rows(self.config) if row.target == "language/head/kernel"), leaf.T)
+
+    def close(self, hashes: Hashes) -> None:
+        self.writer.close()
+        model = self.model
+        if self.unties:
+            hashes[HEAD] = hashes[EMBEDDING]
+        made = fingerprint(self.config, model.processor, model.tokenizer, model.dtype)
+        checkpoint.Manifest(self.config, model.processor, made, hashes).write(self.directory)
+
+
+def _planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of all tensors of a layout, a layer's together, so that shards hold whole layers as far as they can."""
+    planned = []
+    for _, rows in itertools.groupby(active_rows(config), lambda row: (row.target.split("/")[0], layers_of(row, config))):
+        rows = list(rows)
+        for layer in layer_numbers(rows[0], config):
+            planned += [(key, source_shape(row, config, layout)) for row in rows for key in row.keys(layout, layer)]
+    return planned
+
+
+def convert(
+    model: Model,
+    target: str | pathlib.Path,
+    *,
+    to: str | None = None,
+    verify: bool = False,
+    shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+    advance: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> dict[str, str]:
+    """Writes an opened model (`open_model`, `open_parts`) to `target`.
+
+    Args:
+      to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint of ours.
+      verify: read source and result again and compare the sha256 of every tensor.
+      advance: called with (phase, parameters done, parameters in all).
+
+    Returns:
+      The hashes: name in the original layout -> sha256.
+
+    Raises:
+      FileExistsError, ValueError (also ConversionError): nothing is left at `target` then.
+    """
+    with storage.new_directory(target, overwrite) as partial:
+        sink = SafetensorsSink(partial, model, to, shard_size) if to else OrbaxSink(partial, model)
+        hashes = Hashes()
+        for row in _with_progress(model.config, "converting", advance):
+            sink.add(row, model.leaf(row, hashes, partial / "leaf.tmp"))
+        sink.close(hashes)
+        if verify:
+            _compare("the source has changed since its hashes were stored", model.hashes, hashes)
+            _verify(model, hashes, "the source gave other values when read again", "verifying source", advance)
+            _verify(open_model(partial), hashes, "the written checkpoint differs from the source", "verifying result", advance)
+    return hashes
+
+
+def _with_progress(config: ModelConfig, phase: str, advance: Callable):
+    rows = active_rows(config)
+    sizes = [math.prod(padded_shape(row, config)) for row in rows]
+    for index, row in enumerate(rows):
+        yield row
+        advance(phase, sum(sizes[: index + 1]), sum(sizes))
+
+
+def _verify(model: Model, hashes: Hashes, what: str, phase: str, advance: Callable) -> None:
+    again = Hashes()
+    for row in _with_progress(model.config, phase, advance):
+        model.leaf(row, again)
+    _compare(what, again, hashes)
+
+
+def _compare(what: str, some: dict[str, str], others: dict[str, str]) -> None:
+    """Raises ConversionError naming the tensors present in both with different hashes."""
+    differing = sorted(name for name in some.keys() & others.keys() if some[name] != others[name])
+    if differing:
+        more = f" and {len(differing) - 12} more" if len(differing) > 12 else ""
+        raise ConversionError(f"{what}: {', '.join(differing[:12])}{more}")

@@ -1,0 +1,240 @@
+"""What can be converted, behind one interface: released safetensors directories and our own checkpoints.
+
+An opened model has `config`, `processor`, `tokenizer`, `files` (all that travels, by name), `dtype` (name), `hashes` (what was stored with
+it) and `leaf(row, hashes)`, which reads one leaf of the parameter tree and adds the hashes of its tensors.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from convert.assemble import (
+    DTYPES,
+    ConversionError,
+    Plan,
+    cast,
+    check_params,
+    fill_leaf,
+    has_head,
+    layer_numbers,
+    layer_tensors,
+    padded_shape,
+    plan,
+)
+from convert.mapping import Row, active_rows, bits
+from convert.safetensors_io import SafetensorsSource
+from internvl3_jax import storage
+from internvl3_jax.checkpoint import MANIFEST, Manifest, is_checkpoint
+from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
+from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.tokenizer_files import FILES
+from internvl3_jax.fingerprint import compare, fingerprint
+from internvl3_jax.hf_config import from_hf, layout_of, processor_from_hf
+
+# Beside the tokenizer's files. The python files are the original layout's model code, which its config.json points to.
+TRAVELLING = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "*.py",
+)
+# Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside it keeps it.
+UNSAID = ("vision.drop_path", "vision.layer_scale_init", "language.vocab_multiple", "projector_norm_eps")
+_LARGE = 1 << 30  # bytes; a leaf beyond is assembled in a file that the system may page out
+
+log = logging.getLogger(__name__)
+
+
+class Hashes(dict):
+    """Tensor name in the original layout -> sha256 of its bytes, in the dtype of the conversion. The same for every layout."""
+
+    def add(self, key: str, tensors: Iterable[np.ndarray]) -> None:
+        """`tensors` are the parts of one tensor, joined along their first axis."""
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(np.ascontiguousarray(bits(tensor)).reshape(-1).view(np.uint8))
+        self[key] = digest.hexdigest()
+
+    def add_leaf(self, config: ModelConfig, row: Row, leaf: np.ndarray) -> None:
+        """Adds all tensors of one leaf."""
+        for layer in layer_numbers(row, config):
+            self.add(row.keys("internvl", layer)[0], layer_tensors(config, row, leaf, layer, "internvl"))
+
+
+@dataclasses.dataclass
+class Released:
+    """A safetensors directory of either released layout."""
+
+    directory: pathlib.Path
+    config: ModelConfig
+    processor: ProcessorConfig
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+    tensors: SafetensorsSource
+    checked: Plan
+    hashes: dict[str, str]
+
+    @property
+    def dtype(self) -> str:
+        return self.checked.dtype.name
+
+    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+        out = allocate(padded_shape(row, self.config), self.checked.dtype, scratch)
+        fill_leaf(self.checked, self.tensors, row, out, hashes.add if hashes is not None else None)
+        return out
+
+    def params(self, place: Callable[[str, np.ndarray], object]) -> dict:
+        """The parameter tree, each leaf handed through `place(path, array)` as soon as it is read."""
+        return storage.nest({row.target: place(row.target, self.leaf(row)) for row in active_rows(self.config)})
+
+
+@dataclasses.dataclass
+class Converted:
+    """A checkpoint of ours."""
+
+    directory: pathlib.Path
+    config: ModelConfig
+    processor: ProcessorConfig
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+    reader: storage.TreeReader
+    target: np.dtype
+    hashes: dict[str, str]
+
+    @property
+    def dtype(self) -> str:
+        return self.target.name
+
+    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+        leaf = self.reader.read(row.target)
+        if leaf.dtype != self.target:
+            leaf = cast(leaf, self.target, row.target)
+        if hashes is not None:
+            hashes.add_leaf(self.config, row, leaf)
+        return leaf
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | None) -> np.ndarray:
+    """An array to fill. A large one lies in a file at `scratch`, whose name is gone at once."""
+    if scratch is None or math.prod(shape) * dtype.itemsize < _LARGE:
+        return np.empty(shape, dtype)
+    leaf = np.memmap(scratch, dtype, "w+", shape=shape)
+    scratch.unlink()  # the memory stays until the array goes
+    return leaf
+
+
+def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released | Converted:
+    """Opens a directory found by `checkpoint.find`, and checks it completely before any array is read.
+
+    Args:
+      dtype: to cast to; None keeps.
+
+    Raises:
+      ConversionError, ValueError: naming the tensor or field that is wrong.
+    """
+    if is_checkpoint(directory):
+        return _open_converted(directory, dtype, accept_fingerprint)
+    return open_released(directory, dtype, accept_fingerprint)
+
+
+def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
+    """Name -> content of everything beside the weights that belongs to a model."""
+    paths = {path for pattern in (*FILES, *TRAVELLING) for path in directory.glob(pattern) if path.is_file()}
+    return {path.name: path.read_bytes() for path in sorted(paths)}
+
+
+def read_json(files: dict[str, bytes], name: str) -> dict | None:
+    if name not in files:
+        return None
+    try:
+        return json.loads(files[name])
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+
+
+def preprocessor_config(files: dict[str, bytes]) -> dict | None:
+    """Settings of the image processor: a file of its own, or a part of processor_config.json as transformers 5 saves it."""
+    return read_json(files, "preprocessor_config.json") or (read_json(files, "processor_config.json") or {}).get(
+        "image_processor"
+    )
+
+
+def open_released(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released:
+    files = travelling_files(directory)
+    if "config.json" not in files:
+        raise FileNotFoundError(f"{directory} has no config.json")
+    values, pictures = read_json(files, "config.json"), preprocessor_config(files)
+    layout = layout_of(values)
+    tensors = SafetensorsSource(directory)
+    tokenizer = Tokenizer.from_directory(directory)
+    head = has_head(tensors.infos())
+    if layout == "hf" and values.get("tie_word_embeddings") is None:
+        log.warning(
+            "%s does not say whether the output head is tied; the weights decide: %s", "config.json", "own" if head else "tied"
+        )
+    config = from_hf(values, image_token_id=tokenizer.token_id("<IMG_CONTEXT>"), has_head=head, preprocessor_config=pictures)
+    processor = processor_from_hf(values, pictures)
+    hashes = {}
+    checked = plan(config, tensors, layout, dtype)
+    if (directory / MANIFEST).exists():
+        manifest = Manifest.read(directory)
+        config, processor, hashes = (_merge(config, manifest.model, directory), manifest.processor, manifest.hashes)
+        checked = checked._replace(config=config)
+        if dtype is None or dtype == manifest.fingerprint.get("dtype"):
+            compare(
+                manifest.fingerprint,
+                fingerprint(config, processor, tokenizer, checked.dtype.name),
+                str(directory),
+                accept_fingerprint,
+            )
+        else:
+            hashes = {}
+    return Released(directory, config, processor, tokenizer, files, tensors, checked, hashes)
+
+
+def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> ModelConfig:
+    """Our own record of an exported model, after checking that config.json still says the same."""
+    said, kept = storage.by_path(_plain(config)), storage.by_path(_plain(ours))
+    wrong = [name for name in kept if name.replace("/", ".") not in UNSAID and said[name] != kept[name]]
+    if wrong:
+        differing = ", ".join(f"{name.replace('/', '.')} ({said[name]} and {kept[name]})" for name in wrong)
+        raise ValueError(
+            f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove {MANIFEST} if config.json is right"
+        )
+    return ours
+
+
+def _plain(config: ModelConfig) -> dict:
+    """to_dict with tuples as text, so that they count as one value."""
+    values = to_dict(config)
+    values["vision"] |= {name: str(values["vision"][name]) for name in ("mean", "std")}
+    return values
+
+
+def _open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool) -> Converted:
+    manifest = Manifest.read(directory)
+    reader = storage.TreeReader(directory / "params", [row.target for row in active_rows(manifest.model)])
+    check_params(manifest.model, reader.infos)
+    names = sorted({info.dtype.name for info in reader.infos.values()})
+    if dtype is None and len(names) > 1:
+        raise ConversionError(f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with --dtype")
+    tokenizer = Tokenizer.from_directory(directory)
+    compare(
+        manifest.fingerprint,
+        fingerprint(manifest.model, manifest.processor, tokenizer, "+".join(names)),
+        str(directory),
+        accept_fingerprint,
+    )
+    target = DTYPES[dtype or names[0]]
+    hashes = manifest.hashes if [target.name] == names else {}
+    files = travelling_files(directory)
+    return Converted(directory, manifest.model, manifest.processor, tokenizer, files, reader, target, hashes)

@@ -1,0 +1,188 @@
+"""Asks a multimodal model.
+
+    python infer.py --checkpoint DIR_OR_HUB_ID --image cat.jpg --prompt "What is in the picture?"
+    python infer.py --checkpoint DIR_OR_HUB_ID --image a.jpg --image b.jpg --prompt "Image-1: <image>\\nImage-2: <image>\\nWhat differs?"
+    python infer.py --checkpoint DIR_OR_HUB_ID                                      # a conversation; /image PATH, /reset, /quit
+    python infer.py --checkpoint DIR_OR_HUB_ID --requests questions.jsonl --output answers.jsonl --batch_size 8
+
+A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be missing, and relative paths start at
+the file's directory. Its answers go to --output in the order asked; lines already answered there are not asked again.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("checkpoint", None, "Checkpoint directory, training run, released safetensors directory or hub id.", required=True)
+flags.DEFINE_multi_string("image", [], "Picture file; may be repeated. <image> in the prompt marks the places.")
+flags.DEFINE_string("prompt", None, "The question. Without it and without --requests a conversation starts.")
+flags.DEFINE_string("requests", None, "JSONL file of questions.")
+flags.DEFINE_string("output", None, "Where the answers to --requests go (JSONL).")
+flags.DEFINE_integer("batch_size", 8, "Questions answered together with --requests.", lower_bound=1)
+flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token (greedy).", lower_bound=0.0)
+flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that together reach this probability.")
+flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0 is all.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
+flags.DEFINE_multi_string("delta", [], "V2PE step of the pictures' tokens, such as 1/4; once, or once per picture.")
+flags.DEFINE_integer("max_tiles", None, "Most tiles of all pictures together, thumbnails not counted.", lower_bound=1)
+flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of parameters and computation. Default: float32 on a CPU, as stored elsewhere.")
+flags.DEFINE_bool("json", False, "Print one JSON object per answer, on a line of its own, in place of the text.")
+flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
+flags.DEFINE_bool("accept_fingerprint", False, "Use a checkpoint whose files no longer agree with how it was made.")
+flags.DEFINE_string("compilation_cache", "~/.cache/internvl3_jax/xla", "Directory that keeps compiled programs; empty: none.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? A question goes into --prompt")
+    if FLAGS.requests and (FLAGS.prompt or FLAGS.image or not FLAGS.output):
+        raise app.UsageError("--requests needs --output, and takes prompts and images from the file alone")
+    if FLAGS.image and not FLAGS.prompt:
+        raise app.UsageError("--image needs --prompt; in a conversation write /image PATH")
+    chat = open_chat()
+    if FLAGS.requests:
+        answer_file(chat)
+    elif FLAGS.prompt is not None:
+        ask(chat, FLAGS.prompt, FLAGS.image)
+    else:
+        converse(chat)
+
+
+def open_chat():
+    """Loads the checkpoint onto the device."""
+    import jax
+
+    from internvl3_jax import Chat, load
+
+    if FLAGS.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # A CPU multiplies bfloat16 vectors several times more slowly than float32 ones.
+    dtype = FLAGS.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    options = {name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_tiles", "system")}
+    options |= {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
+    return Chat(load(FLAGS.checkpoint, dtype=dtype, accept_fingerprint=FLAGS.accept_fingerprint), **options)
+
+
+def ask(chat, question: str, images: list[str]) -> None:
+    """Prints the answer as it comes, or its JSON at the end."""
+    for piece in chat.stream(question, images):
+        if not FLAGS.json:
+            print(piece, end="", flush=True)
+    print(json.dumps(as_json(chat.last), ensure_ascii=False) if FLAGS.json else "")
+    if FLAGS.stats:
+        print_stats(chat.last)
+
+
+def as_json(answer) -> dict:
+    fields = dataclasses.asdict(answer)
+    return {name: fields[name] for name in ("text", "token_ids", "prompt_tokens", "tiles", "seconds")}
+
+
+def print_stats(answer) -> None:
+    per_token = f"{1000 * answer.seconds_per_token:.1f} ms per token" if answer.seconds_per_token else "one token"
+    print(
+        f"first token {answer.first_token_seconds:.3f} s, then {per_token}; {answer.prompt_tokens} prompt tokens "
+        f"({answer.reused_tokens} reused), tiles {answer.tiles}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s",
+        file=sys.stderr,
+    )
+
+
+def converse(chat) -> None:
+    """Reads questions from the terminal until it ends."""
+    images = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            chat.reset()
+            images = []
+        elif command == "/image":
+            images.append(argument.strip())
+        elif line:
+            try:
+                ask(chat, line, images)
+            except ValueError as error:  # a wrong picture or an overlong question ends the turn, not the conversation
+                print(f"error: {error}", file=sys.stderr)
+            images = []
+
+
+def answer_file(chat) -> None:
+    """Answers --requests in batches. Each batch is appended to --output as a whole, so a stopped run goes on where it was."""
+    from rich.progress import track
+
+    requests = read_requests(pathlib.Path(FLAGS.requests))
+    output = pathlib.Path(FLAGS.output)
+    answered = count_answers(output, requests)
+    if answered:
+        print(f"{output} holds {answered} of {len(requests)} answers; going on with the rest", file=sys.stderr)
+    batches = range(answered, len(requests), FLAGS.batch_size)
+    with output.open("a", encoding="utf-8") as file:
+        for start in track(batches, description="answering", disable=not sys.stderr.isatty()):
+            batch = requests[start : start + FLAGS.batch_size]
+            answers = chat.answer_many([(request["prompt"], request["image"]) for request in batch], first=start + 1)
+            lines = [json.dumps({"id": r["id"], **as_json(a)}, ensure_ascii=False) for r, a in zip(batch, answers, strict=True)]
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            if FLAGS.stats:
+                print_stats(answers[0])
+    print(f"{len(requests) - answered} answers written to {output}", file=sys.stderr)
+
+
+def read_requests(path: pathlib.Path) -> list[dict]:
+    """Questions with the fields prompt, image (list of paths) and id (by default the line number)."""
+    requests = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+            prompt, images = request["prompt"], request.get("image") or []
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f'{path} line {number} is no {{"prompt": ..., "image": ..., "id": ...}}: {error!r}') from error
+        images = [images] if isinstance(images, str) else images
+        images = [str(path.parent / image) for image in images]
+        missing = [image for image in images if not os.path.isfile(image)]
+        if missing:
+            raise ValueError(f"{path} line {number}: {missing[0]} does not exist")
+        requests.append({"prompt": prompt, "image": images, "id": request.get("id", number)})
+    return requests
+
+
+def count_answers(output: pathlib.Path, requests: list[dict]) -> int:
+    """How many requests the output file has answered; a last line that was cut off is removed."""
+    if not output.exists():
+        return 0
+    text = output.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        output.write_text(whole, encoding="utf-8")
+    ids = [json.loads(line)["id"] for line in whole.splitlines()]
+    if ids != [request["id"] for request in requests[: len(ids)]]:
+        raise ValueError(f"{output} holds answers to other questions than {FLAGS.requests}; move it away or name another --output")
+    return len(ids)
+
+
+def run(argv):
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(run)

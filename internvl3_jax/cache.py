@@ -1,0 +1,40 @@
+"""Key/value cache: a list with one {"k", "v"} of [B,S,K,H] per layer, passed into the decoder and returned by it.
+
+One buffer per layer: a single stacked array would be copied at every decoding step. B rows, S slots, K key/value heads, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from internvl3_jax.config import LanguageConfig
+
+Cache = list[dict[str, jax.Array]]
+
+
+def init_cache(config: LanguageConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_layers)]
+
+
+def cache_bytes(config: LanguageConfig, slots: int, bytes_per_value: int = 2) -> int:
+    """Bytes of one row of `slots` tokens, bf16 by default."""
+    return 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * bytes_per_value
+
+
+def write(layer: dict, k, v, slots):
+    """Puts k, v [B,T,K,H] at slots i32[B,T]; each row's slots are consecutive. The caller keeps slots + T within the buffer."""
+
+    def row(buffer, new, start):
+        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (start, 0, 0))
+
+    start = slots[:, 0]
+    return {"k": jax.vmap(row)(layer["k"], k, start), "v": jax.vmap(row)(layer["v"], v, start)}
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """The same cache with room for `slots` tokens."""
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+
+    return jax.tree.map(pad, cache)

@@ -1,0 +1,271 @@
+"""Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many` takes independent questions.
+
+    chat = Chat(load("checkpoints/internvl3-1b"))
+    chat("What is in the picture?", images=["cat.jpg"])
+    chat("And what colour is it?")                        # the picture is not encoded again
+    for piece in chat.stream("Tell me more."): print(piece, end="")
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from internvl3_jax.config import UNITS, ProcessorConfig
+from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
+from internvl3_jax.data.chat import ChatError, insert_missing_tags
+from internvl3_jax.data.images import open_image
+from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.generate import Generator, Run, State
+from internvl3_jax.positions import parse_delta
+from internvl3_jax.sampling import Sampling
+
+
+@dataclasses.dataclass
+class Answer:
+    """What was answered, and what it took."""
+
+    text: str
+    token_ids: list[int]  # as generated; the stop id is the last one when it was generated
+    prompt_tokens: int
+    tiles: list[int]  # of each picture of the conversation, thumbnails included
+    seconds: float  # from the question to the last token
+    first_token_seconds: float
+    reused_tokens: int = 0  # of the prompt, already in the cache from earlier turns
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of the tokens after the first; 0.0 if there is only one."""
+        following = len(self.token_ids) - 1
+        return (self.seconds - self.first_token_seconds) / following if following > 0 else 0.0
+
+
+@dataclasses.dataclass
+class Options:
+    """How to answer. `delta` is the V2PE step: one value or one per picture, such as "1/4"; None is the checkpoint's own."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: Sequence[str] = ()  # texts that end an answer and are not part of it
+    delta: str | float | Sequence | None = None
+    max_tiles: int | None = None
+    system: str | None = None  # in place of the checkpoint's system message
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+
+    def run(self, rows: int, scaling: str) -> Run:
+        return Run(self.max_new_tokens, Sampling(self.temperature, self.top_k, self.top_p), (self.seed,) * rows, scaling)
+
+
+@dataclasses.dataclass
+class _Cached:
+    """The cache of a conversation, and the tokens that its slots stand for."""
+
+    state: State
+    prompt: Prompt
+    tokens: np.ndarray
+    positions: np.ndarray
+    scaling: str
+
+
+class Chat:
+    """A conversation with a checkpoint from `internvl3_jax.load`. Keyword arguments are those of `Options`."""
+
+    def __init__(self, checkpoint, **options):
+        self.options = Options(**options)
+        self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
+        stop_ids = [self.tokenizer.token_id(token) for token in self.processor.stop_tokens]
+        self.generator = Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype, stop_ids)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.messages: list[dict] = []
+        self.tiles: list[np.ndarray] = []  # of every picture so far
+        self.deltas: list[int] = []
+        self.last: Answer | None = None
+        self._cached: _Cached | None = None
+
+    def __call__(self, question: str, images: Sequence = (), **options) -> str:
+        """The answer as text. `images` are paths, bytes, arrays or PIL images; `<image>` in the question marks their places."""
+        for _ in self.stream(question, images, **options):
+            pass
+        return self.last.text
+
+    def stream(self, question: str, images: Sequence = (), **options) -> Iterator[str]:
+        """Yields the answer piece by piece; `self.last` is the whole `Answer` afterwards.
+
+        A turn that fails, or that the caller leaves before its end, does not enter the conversation.
+        """
+        began = time.perf_counter()
+        options = dataclasses.replace(self.options, **options)
+        tiles, deltas = _pictures(images, self.processor, options)
+        messages = (self.messages or _opening(options)) + insert_missing_tags([_user(question)], len(tiles))
+        tiles, deltas = self.tiles + tiles, self.deltas + deltas
+        prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas)
+        run = options.run(1, self._scaling(options, deltas))
+        self.generator.check_room(prompt, run)
+        keep = self._reusable(prompt, run.scaling)
+        cache = self._cached.state.cache if keep else None
+        self._cached = None  # its buffers are given away
+        state = self.generator.start([prompt], run, cache, keep)
+        reader, first_token = _Reader(self.tokenizer, options.stop), 0.0
+        for (piece,) in self.generator.stream(state, run):
+            first_token = first_token or time.perf_counter() - began
+            yield reader.read(piece)
+            if reader.ended:
+                break
+        yield reader.finish()
+        seconds = time.perf_counter() - began
+        counts = [len(part) for part in tiles]
+        self.last = Answer(reader.text.strip(), reader.ids, len(prompt.tokens), counts, seconds, first_token, keep)
+        self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+        self.tiles, self.deltas = tiles, deltas
+        self._cached = _remember(state, prompt, reader.ids, run.scaling)
+
+    def answer_many(self, requests: Sequence[tuple[str, Sequence]], first: int = 1, **options) -> list[Answer]:
+        """Answers (question, images) pairs in one batch, each as a conversation of its own; this one is left as it is.
+
+        Every answer is the one that its question alone would get. Seconds are those of the whole batch. Errors number the requests
+        from `first`.
+        """
+        began = time.perf_counter()
+        options = dataclasses.replace(self.options, **options)
+        run = options.run(len(requests), self._scaling(options, []))
+        prompts = []
+        for number, (question, images) in enumerate(requests, first):
+            tiles, deltas = _pictures(images, self.processor, options)
+            messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles))
+            where = f"request {number}"
+            prompts.append(make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where))
+            self.generator.check_room(prompts[-1], run, where)
+        state = self.generator.start(prompts, run)
+        readers, first_token = [_Reader(self.tokenizer, options.stop) for _ in prompts], 0.0
+        for pieces in self.generator.stream(state, run):
+            first_token = first_token or time.perf_counter() - began
+            for reader, piece in zip(readers, pieces, strict=True):
+                reader.read(piece)
+            if all(reader.ended for reader in readers):
+                break
+        for reader in readers:
+            reader.finish()
+        seconds = time.perf_counter() - began
+        return [
+            Answer(reader.text.strip(), reader.ids, len(prompt.tokens), [len(part) for part in prompt.tiles], seconds, first_token)
+            for reader, prompt in zip(readers, prompts, strict=True)
+        ]
+
+    def _scaling(self, options: Options, deltas: Sequence[int]) -> str:
+        """The rope scaling of this run: none under V2PE, as in the V2PE code."""
+        v2pe = self.processor.delta != UNITS if options.delta is None else any(d != UNITS for d in _units(options.delta))
+        return "none" if v2pe or any(delta != UNITS for delta in deltas) else self.generator.config.language.rope_scaling
+
+    def _reusable(self, prompt: Prompt, scaling: str) -> int:
+        """How many leading tokens of the prompt have their keys and values in the cache.
+
+        Tokens, positions and pictures are compared, so that the answer is the one without reuse, even where an earlier answer's text is
+        tokenised differently from how it was generated.
+        """
+        cached, language = self._cached, self.generator.config.language
+        if cached is None or cached.scaling != scaling:
+            return 0
+        if scaling == "dynamic" and prompt.positions[-1] // UNITS >= language.max_position:
+            return 0  # the frequencies depend on the length, which has changed
+        length = min(len(cached.tokens), len(prompt.tokens) - 1)
+        same = (cached.tokens[:length] == prompt.tokens[:length]) & (cached.positions[:length] == prompt.positions[:length])
+        keep = length if same.all() else int(np.argmin(same))
+        for number, (start, count) in enumerate(prompt.runs):
+            known = number < len(cached.prompt.tiles) and _digest(cached.prompt.tiles[number]) == _digest(prompt.tiles[number])
+            if start < keep and (not known or keep < start + count):
+                return start
+        return keep
+
+
+class _Reader:
+    """Turns ids into text as they come, and watches for stop texts: what may be the beginning of one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.ids: list[int] = []
+        self.text = ""
+        self.ended = False
+        self._held = ""
+        self._stop = [text for text in stop if text]
+        self._decoder = tokenizer.stream()
+
+    def read(self, ids: Sequence[int]) -> str:
+        """Takes ids up to the end of a stop text; returns the text that is certain by now."""
+        before = len(self.text)
+        for token in ids:
+            if self.ended:
+                break
+            self.ids.append(token)
+            self._held += self._decoder.step(token) or ""
+            self._release()
+        return self.text[before:]
+
+    def finish(self) -> str:
+        """The rest."""
+        before = len(self.text)
+        if not self.ended:
+            self._held += self._decoder.flush() or ""
+            self._release()
+            self.text += self._held
+        self._held = ""
+        return self.text[before:]
+
+    def _release(self) -> None:
+        found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
+        if found:
+            self.text += self._held[: min(found)]
+            self.ended = True
+            return
+        longest = max((len(text) - 1 for text in self._stop), default=0)
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(text.startswith(self._held[-size:]) for text in self._stop):
+                self.text, self._held = self.text + self._held[:-size], self._held[-size:]
+                return
+        self.text, self._held = self.text + self._held, ""
+
+
+def _pictures(images: Sequence, processor: ProcessorConfig, options: Options) -> tuple[list[np.ndarray], list[int]]:
+    """Tiles and V2PE units of the pictures of one turn."""
+    if isinstance(images, (str, bytes)):
+        raise ChatError(f"images must be a list, such as images=[{images!r}]")
+    opened = [open_image(image, apply_exif=processor.apply_exif) for image in images]
+    units = [processor.delta] if options.delta is None else _units(options.delta)
+    if len(units) == 1:
+        units = units * len(opened)
+    if len(units) != len(opened):
+        raise ChatError(f"{len(units)} deltas for {len(opened)} pictures; give one, or one per picture")
+    return cut_pictures(opened, processor, options.max_tiles), units
+
+
+def _units(delta) -> list[int]:
+    return [parse_delta(value) for value in (delta if isinstance(delta, (list, tuple)) else [delta])]
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _opening(options: Options) -> list[dict]:
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def _remember(state: State, prompt: Prompt, ids: Sequence[int], scaling: str) -> _Cached:
+    # The last id drawn has not been run, so it has no keys and values yet.
+    answer = np.asarray(ids[:-1], np.int32)
+    tokens = np.concatenate([prompt.tokens, answer])
+    following = prompt.positions[-1] + UNITS * np.arange(1, len(answer) + 1, dtype=np.int32)
+    return _Cached(state, prompt, tokens, np.concatenate([prompt.positions, following]), scaling)
+
+
+def _digest(tiles: np.ndarray) -> bytes:
+    return hashlib.sha256(tiles.tobytes()).digest()

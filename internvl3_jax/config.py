@@ -1,0 +1,268 @@
+"""Shapes and settings of the model family: plain typed dataclasses, one table of sizes.
+
+Nothing here touches jax. `hf_config.py` reads and writes the two released `config.json` layouts.
+
+The dataclasses are mutable so that `--config.model.vision.num_layers=2` can override a field, and hashable so that Flax modules
+can carry them; treat them as values once a module has been built.
+"""
+
+import dataclasses
+import difflib
+
+UNITS = 256  # positions are integers in units of 1 / UNITS; see positions.py
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class VisionConfig:
+    """InternViT. The defaults are InternViT-300M-448px-V2_5."""
+
+    image_size: int = 448  # pixels along a tile's side
+    patch_size: int = 14
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    norm: str = "layer_norm"  # or "rms_norm" (6B)
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMSNorm over all channels of q and of k, before the head split (6B)
+    layer_scale_init: float = 0.1
+    drop_path: float = 0.0  # highest rate; grows linearly from 0 in block 0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; tiles are normalised on the device
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def grid(self) -> int:
+        """Patches along a tile's side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LanguageConfig:
+    """Decoder. One class for Qwen2.5 and InternLM3, which differ by numbers and bias flags."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: str = "none"  # or "dynamic": NTK by current length, as transformers >= 5; always off when V2PE is in use
+    rope_factor: float = 1.0
+    max_position: int = 32768  # positions beyond it are where "dynamic" starts to act
+    qkv_bias: bool = True
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    family: str = "qwen2"  # or "internlm3": names the architecture in an exported config.json
+    vocab_multiple: int = 256  # rows are padded to this multiple inside the model and cut again on export
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig:
+    """Everything the parameters and the forward pass depend on."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    image_token_id: int  # id of <IMG_CONTEXT>; from the checkpoint's tokenizer
+    downsample: int = 2  # pixel shuffle folds downsample x downsample patches into one token
+    ps_version: str = "v2"  # "v1" keeps the two spatial axes swapped (legacy models)
+    projector_norm_eps: float = 1e-5
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.vision.grid // self.downsample) ** 2
+
+    def __post_init__(self):
+        validate(self)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ProcessorConfig:
+    """How pictures and messages become tiles and ids. Part of a checkpoint's fingerprint: training and serving must agree on it."""
+
+    image_size: int = 448
+    tokens_per_tile: int = 256
+    min_tiles: int = 1
+    max_tiles: int = 12  # per request; shared by its pictures, thumbnails not counted
+    use_thumbnail: bool = True
+    apply_exif: bool = False  # the reference ignores EXIF orientation
+    template: str = "internvl2_5"
+    system_message: str | None = "default"  # "default": the template's own text; None: no system block; else the text itself
+    stop_tokens: tuple[str, ...] = ("<|im_end|>",)
+    frame_label: str = "Frame-{}: "  # before each frame of a video; {} is its number from 1
+    delta: int = UNITS  # V2PE step of a visual token in units of 1/256; 256 is delta = 1, ordinary positions
+
+
+def validate(config: ModelConfig) -> None:
+    """Raises ValueError naming the first contradictory field."""
+    vision, language = config.vision, config.language
+    checks = [
+        (vision.image_size % vision.patch_size == 0, "vision.image_size", f"{vision.image_size} is no multiple of patch_size"),
+        (vision.grid % config.downsample == 0, "downsample", f"{vision.grid} patches a side do not fold by {config.downsample}"),
+        (vision.hidden_size % vision.num_heads == 0, "vision.num_heads", f"{vision.num_heads} does not divide the width"),
+        (vision.norm in ("layer_norm", "rms_norm"), "vision.norm", f"{vision.norm!r} is not layer_norm or rms_norm"),
+        (config.ps_version in ("v1", "v2"), "ps_version", f"{config.ps_version!r} is not v1 or v2"),
+        (language.num_heads % language.num_kv_heads == 0, "language.num_kv_heads", "does not divide num_heads"),
+        (language.head_dim % 2 == 0, "language.head_dim", f"{language.head_dim} is odd; rotary embedding needs pairs"),
+        (language.rope_scaling in ("none", "dynamic"), "language.rope_scaling", f"{language.rope_scaling!r} is not none or dynamic"),
+        (language.family in ("qwen2", "internlm3"), "language.family", f"{language.family!r} is not qwen2 or internlm3"),
+        (0 <= config.image_token_id < language.vocab_size, "image_token_id", f"{config.image_token_id} lies outside the vocabulary"),
+    ]
+    for holds, field, why in checks:
+        if not holds:
+            raise ValueError(f"ModelConfig.{field}: {why}")
+
+
+def to_dict(config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, where: str = ""):
+    """Builds a dataclass from `to_dict`'s output; an unknown or missing field is an error that names it and suggests the nearest."""
+    where = where or cls.__name__
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown field {name!r}{hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where}: field {name!r} is missing")
+            continue
+        value = values[name]
+        if dataclasses.is_dataclass(field.type) and isinstance(value, dict):
+            value = from_dict(field.type, value, f"{where}.{name}")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DataConfig:
+    """What is read, and the size of a batch: `rows` rows with a budget of tokens and of tiles each."""
+
+    source: str = "digits"
+    tokenizer: str = ""  # directory with its files; empty: made for the source
+    samples: int = 1_000_000  # distinct items of a generated source
+    rows: int = 8
+    tokens_per_row: int = 512
+    tiles_per_row: int = 16
+    packing_bins: int = 16
+    deltas: tuple[str, ...] = ("1",)  # V2PE: each picture draws one; the paper's set is 1, 1/2, 1/4 ... 1/256
+    seed: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay to `final_fraction` of the peak. Defaults follow InternVL's scripts."""
+
+    learning_rate: float = 4e-5
+    final_fraction: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.05  # on every parameter, as the reference
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TrainConfig:
+    """One run. A file in configs/ returns it from get_config(); `--config.optimizer.learning_rate=2e-5` overrides a field."""
+
+    model: ModelConfig
+    processor: ProcessorConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: int
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2  # checkpoints kept, the newest
+    evaluate_per_task: int = 0  # held-out questions of each task asked after training
+    scan_unroll: int = 1  # layers per step of the scans; all of them is about twice as fast on a CPU
+
+
+def _vit_300m() -> VisionConfig:
+    return VisionConfig()
+
+
+def _vit_6b() -> VisionConfig:
+    return VisionConfig(
+        hidden_size=3200, num_layers=45, num_heads=25, intermediate_size=12800, norm="rms_norm", qkv_bias=False, qk_norm=True
+    )
+
+
+def _qwen(hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size) -> LanguageConfig:
+    return LanguageConfig(
+        vocab_size=151674,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        rope_scaling="dynamic",
+        rope_factor=2.0,
+    )
+
+
+def _internlm3() -> LanguageConfig:
+    return LanguageConfig(
+        vocab_size=128512,
+        hidden_size=4096,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=2,
+        head_dim=128,
+        intermediate_size=10240,
+        norm_eps=1e-5,
+        rope_theta=5e7,
+        rope_scaling="dynamic",
+        rope_factor=6.0,
+        qkv_bias=False,
+        family="internlm3",
+    )
+
+
+def _model(vision: VisionConfig, language: LanguageConfig, image_token_id: int = 151667) -> ModelConfig:
+    return ModelConfig(vision=vision, language=language, image_token_id=image_token_id)
+
+
+def _tiny() -> ModelConfig:
+    """The digits model of configs/tiny_digits.py: 16 tokens a tile, 460 vocabulary entries."""
+    vision = VisionConfig(image_size=32, patch_size=4, hidden_size=96, num_layers=4, num_heads=4, intermediate_size=384)
+    language = LanguageConfig(
+        vocab_size=460, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=384, rope_theta=1e4
+    )
+    return _model(vision, language, image_token_id=453)
+
+
+def _sizes() -> dict[str, ModelConfig]:
+    return {
+        "tiny": _tiny(),
+        "1b": _model(_vit_300m(), _qwen(896, 24, 14, 2, 64, 4864)),
+        "2b": _model(_vit_300m(), _qwen(1536, 28, 12, 2, 128, 8960)),
+        "8b": _model(_vit_300m(), _qwen(3584, 28, 28, 4, 128, 18944)),
+        # The ids of the added tokens and the vocabulary as shipped come from the checkpoint (from_hf); the base model's stand here.
+        "9b": _model(_vit_300m(), _internlm3(), image_token_id=128133),
+        "14b": _model(_vit_300m(), _qwen(5120, 48, 40, 8, 128, 13824)),
+        "38b": _model(_vit_6b(), _qwen(5120, 64, 40, 8, 128, 27648)),
+        "78b": _model(_vit_6b(), _qwen(8192, 80, 64, 8, 128, 29568)),
+    }
+
+
+SIZES = _sizes()

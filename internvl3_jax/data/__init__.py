@@ -1,0 +1,1 @@
+"""From pictures, videos and messages to numpy batches. Nothing in this package imports jax."""

@@ -1,0 +1,216 @@
+"""Pictures of real handwritten digits with questions about them: the data of configs/tiny_digits.py.
+
+The handwriting is scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, UCI Optical Recognition of Handwritten Digits). It is split
+by scan: the test scans are never seen in training. Pictures of varied sizes and shapes are composed from them, so that they take
+one or several tiles, and every picture comes with a conversation in the form that the big models use.
+"""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+from PIL import Image
+
+TASKS = ("read", "count", "locate", "compare")
+PROMPTS = {
+    "read": "Read the number.",
+    "count": "How many digits are there?",
+    "locate": "Where is the <ref>{}</ref>?",
+    "compare": "Image-1: <image>\nImage-2: <image>\nWhich number is larger?",
+}
+_TEST_SHARE = 5  # one scan in five
+_SPLIT_SEED = 0
+
+
+@dataclasses.dataclass
+class Scene:
+    """A picture and what is on it: each digit's value and its box (left, top, right, bottom) in pixels."""
+
+    image: Image.Image
+    digits: list[int]
+    boxes: list[tuple[float, float, float, float]]
+
+    @property
+    def number(self) -> str:
+        return "".join(map(str, self.digits))
+
+
+@dataclasses.dataclass
+class Question:
+    task: str
+    messages: list[dict]  # user turns with their answers
+    pictures: list[Image.Image]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@functools.cache
+def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(u8[n,8,8] ink, int[n] labels) of "train" or "test"."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits data needs scikit-learn: pip install 'internvl3-jax[demo]'") from error
+    data = load_digits()
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(data.target))
+    is_test = np.arange(len(order)) % _TEST_SHARE == 0
+    chosen = order[is_test if split == "test" else ~is_test]
+    return np.minimum(data.images[chosen] * 16, 255).astype(np.uint8), data.target[chosen]
+
+
+class DigitsSource:
+    """Random-access source of training conversations: item i depends on (seed, i) alone, not on the order of reading."""
+
+    def __init__(self, length: int, seed: int, split: str = "train"):
+        self.length, self.seed, self.split = length, seed, split
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Question:
+        rng = np.random.default_rng((self.seed, index))
+        task = rng.choice(["read", "compare", "conversation"], p=[0.45, 0.2, 0.35])
+        return conversation(rng, self.split) if task == "conversation" else ask(task, rng, self.split)
+
+
+def held_out(per_task: int, seed: int = 1) -> list[Question]:
+    """`per_task` questions of each task on test handwriting, one turn each."""
+    return [ask(task, np.random.default_rng((seed, t, i)), "test") for t, task in enumerate(TASKS) for i in range(per_task)]
+
+
+def ask(task: str, rng: np.random.Generator, split: str) -> Question:
+    """One question of a given task about a fresh picture, or about two for "compare"."""
+    if task == "compare":
+        scenes = [line(rng, split, 1, 2) for _ in range(2)]
+        turn = [_user(PROMPTS["compare"]), _assistant(_comparison(scenes))]
+        return Question(task, turn, [scene.image for scene in scenes])
+    scene = line(rng, split, 1, 5) if task == "read" or rng.random() < 0.5 else scatter(rng, split, 1, 4)
+    turn = _turn(task, scene, rng)
+    turn[0]["content"] = "<image>\n" + turn[0]["content"]
+    return Question(task, turn, [scene.image])
+
+
+def conversation(rng: np.random.Generator, split: str) -> Question:
+    """Several questions about one picture, in random order: more is learnt from each picture than from one question."""
+    if rng.random() < 0.5:
+        scene, tasks = line(rng, split, 1, 5), ["read", "count", "locate"]
+    else:
+        scene, tasks = scatter(rng, split, 1, 4), ["count", "locate"]
+    rng.shuffle(tasks)
+    messages = [message for task in tasks for message in _turn(task, scene, rng)]
+    messages[0]["content"] = "<image>\n" + messages[0]["content"]
+    return Question("conversation", messages, [scene.image])
+
+
+def line(rng: np.random.Generator, split: str, fewest: int, most: int) -> Scene:
+    """A number written from left to right, each digit somewhere in a cell of its own."""
+    count = int(rng.integers(fewest, most + 1))
+    size = rng.uniform(20, 32)
+    cell, height = size * rng.uniform(1.05, 1.35), size * rng.uniform(1.1, 1.45)
+    margin = rng.uniform(0, 0.15, 2) * size
+    boxes = []
+    for place in range(count):
+        own = size * rng.uniform(0.9, 1.05)
+        x = margin[0] + place * cell + rng.uniform(0, cell - own)
+        y = rng.uniform(0, height - own)
+        boxes.append((x, y, x + own, y + own))
+    return _draw(rng, split, boxes, round(margin.sum() + count * cell), round(height))
+
+
+def scatter(rng: np.random.Generator, split: str, fewest: int, most: int) -> Scene:
+    """Digits anywhere on a sheet, none touching another."""
+    width, height = (int(side) for side in rng.integers(48, 112, 2))
+    boxes = []
+    for _ in range(int(rng.integers(fewest, most + 1))):
+        for _ in range(20):
+            size = rng.uniform(18, 30)
+            x, y = rng.uniform(1, width - size - 1), rng.uniform(1, height - size - 1)
+            box = (x, y, x + size, y + size)
+            if all(box[0] > o[2] or box[2] < o[0] or box[1] > o[3] or box[3] < o[1] for o in boxes):
+                boxes.append(box)
+                break
+    return _draw(rng, split, boxes, width, height)
+
+
+def _draw(rng, split: str, boxes: list, width: int, height: int) -> Scene:
+    ink, labels = handwriting(split)
+    light, dark = rng.integers(170, 256, 3), rng.integers(0, 90, 3)
+    paper, pen = (light, dark) if rng.random() < 0.7 else (dark, light)
+    image = Image.new("RGB", (width, height), tuple(int(c) for c in paper))
+    chosen = [int(rng.integers(len(labels))) for _ in boxes]
+    for index, box in zip(chosen, boxes, strict=True):
+        _stamp(image, Image.fromarray(ink[index]), box, pen, rng if split == "train" else None)
+    return Scene(image, [int(labels[index]) for index in chosen], boxes)
+
+
+def _stamp(image: Image.Image, ink: Image.Image, box, pen, rng) -> None:
+    """Draws one scan into its box; with an rng (training only) slightly turned, slanted and stretched."""
+    width, height = round(box[2] - box[0]), round(box[3] - box[1])
+    mask = ink.resize((4 * width, 4 * height), Image.Resampling.BICUBIC)
+    if rng is not None:
+        turn, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)
+        stretch = rng.uniform(0.9, 1.15, 2)
+        a, b, c, d = stretch[0] * np.cos(turn), np.sin(turn) + slant, -np.sin(turn), stretch[1] * np.cos(turn)
+        cx, cy = 2 * width, 2 * height
+        matrix = (a, b, cx - a * cx - b * cy, c, d, cy - c * cx - d * cy)
+        mask = mask.transform(mask.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    mask = mask.resize((width, height), Image.Resampling.BOX)
+    image.paste(tuple(int(c) for c in pen), (round(box[0]), round(box[1])), mask)
+
+
+def _turn(task: str, scene: Scene, rng) -> list[dict]:
+    if task == "read":
+        return [_user(PROMPTS["read"]), _assistant(scene.number)]
+    if task == "count":
+        return [_user(PROMPTS["count"]), _assistant(str(len(scene.digits)))]
+    # A digit that occurs several times is located by all its boxes, from left to right.
+    wanted = scene.digits[int(rng.integers(len(scene.digits)))]
+    found = sorted(box for box, digit in zip(scene.boxes, scene.digits, strict=True) if digit == wanted)
+    boxes = ", ".join(format_box(box, scene.image.size) for box in found)
+    return [_user(PROMPTS["locate"].format(wanted)), _assistant(f"<ref>{wanted}</ref><box>[{boxes}]</box>")]
+
+
+def format_box(box, size: tuple[int, int]) -> str:
+    """Integers 0..1000 relative to the whole picture, as InternVL writes boxes; rounded to tens."""
+    scale = (size[0], size[1], size[0], size[1])
+    return str([min(1000, max(0, round(100 * side / whole) * 10)) for side, whole in zip(box, scale, strict=True)])
+
+
+def _comparison(scenes: list[Scene]) -> str:
+    first, second = (int(scene.number) for scene in scenes)
+    sign = ">" if first > second else "<" if first < second else "="
+    verdict = {">": "Image-1", "<": "Image-2", "=": "Neither"}[sign]
+    return f"{scenes[0].number} {sign} {scenes[1].number}: {verdict}"
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def is_right(task: str, expected: str, answered: str) -> bool:
+    """Exact match; for boxes the same digit, as many boxes, and each at least half over its own (IoU >= 0.5, as RefCOCO scores)."""
+    if task != "locate":
+        return expected == answered
+    (label, boxes), (said, found) = _parse(expected), _parse(answered)
+    return label == said and len(boxes) == len(found) and all(iou(a, b) >= 0.5 for a, b in zip(boxes, found, strict=True))
+
+
+def _parse(text: str) -> tuple[str, list[tuple[int, ...]]]:
+    match = re.fullmatch(r"<ref>(.*)</ref><box>(.*)</box>", text)
+    if not match:
+        return "", []
+    return match[1], [tuple(map(int, box)) for box in re.findall(r"\[(\d+), (\d+), (\d+), (\d+)\]", match[2])]
+
+
+def iou(a, b) -> float:
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / area if area > 0 else 0.0

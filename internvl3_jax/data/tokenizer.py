@@ -1,0 +1,260 @@
+"""Text to ids and back, from a checkpoint's own tokenizer files.
+
+Three layouts are read: `tokenizer.json`; `vocab.json` + `merges.txt`, which the released Qwen2.5-based checkpoints carry; and
+InternLM3's sentencepiece `tokenizer.model`. Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json,
+which must agree on every id.
+
+An added token is either
+  control  all that the files mark as special, and always <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>, <|endoftext|>.
+           They steer the model, so what a user types must never become one: `encode(text, special=False)` spells them out in
+           ordinary pieces.
+  markup   the rest: <ref>, <box>, <quad> and their ends, which belong in prompts (`<ref>a dog</ref>`) and in answers although
+           the released files mark them as special, and Qwen's <tool_call>, <|fim_prefix|> and so on. One id each in any text.
+`decode(..., skip_special=True)` leaves out control tokens and keeps markup: a grounding answer stays readable and encodes to
+the same ids again. (The reference's decode drops <ref> and <box> as well.)
+
+`encode` never adds bos, and takes its text as one that follows a special token, as every text in a chat block does. So text
+pieces and control ids put together are exactly the ids of the whole string.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import tokenizers
+
+from internvl3_jax.data.tokenizer_files import FILES, TokenizerError, added_tokens, qwen2_layout, read_json
+
+UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character whose last bytes are yet to come
+
+
+class Tokenizer:
+    """Use `from_directory` or `from_files`. Safe to share between threads and to send to worker processes."""
+
+    def __init__(self, backend, control: dict[str, int], bos_id: int | None, files: dict[str, bytes], where: str):
+        self._backend = backend
+        self._control = control
+        self._control_ids = frozenset(self._control.values())
+        self._control_pattern = _any_of(self._control)
+        self._files = files
+        self._where = where
+        self.bos_id = bos_id  # InternLM3 puts it once before the first chat block; None for Qwen2.5
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Reads the tokenizer files of a checkpoint directory. TokenizerError says which file is missing or wrong."""
+        path = Path(path)
+        if not path.is_dir():
+            raise TokenizerError(f"{path} is not a directory; give the checkpoint's directory")
+        return cls.from_files({name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}, str(path))
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes], where: str = "tokenizer files") -> "Tokenizer":
+        """As `from_directory`, from what `files()` returned."""
+        data, config = read_json(files, "tokenizer.json", where), read_json(files, "tokenizer_config.json", where)
+        added = added_tokens(data, config, read_json(files, "added_tokens.json", where), where)
+        if data:
+            backend = _HuggingFace(data, added, where)
+        elif "vocab.json" in files or "merges.txt" in files:
+            backend = _HuggingFace(qwen2_layout(files, config, added, where), added, where)
+        elif "tokenizer.model" in files:
+            backend = _SentencePiece(files["tokenizer.model"], added, where)
+        else:
+            raise TokenizerError(
+                f"{where} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, or tokenizer.model"
+            )
+        control = {token: entry["id"] for token, entry in backend.added.items() if entry["special"]}
+        bos_id = backend.automatic_bos() if config.get("add_bos_token") is not False else None
+        return cls(backend, control, bos_id, dict(files), where)
+
+    def __reduce__(self):
+        # A pickled tokenizers.Tokenizer forgets encode_special_tokens, and with it that user text holds no control token.
+        return Tokenizer.from_files, (self._files, self._where)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included: 151,674 for the released Qwen2.5-based checkpoints."""
+        return self._backend.vocab_size
+
+    def files(self) -> dict[str, bytes]:
+        """The files this tokenizer was made from, by name, to travel with a checkpoint."""
+        return dict(self._files)
+
+    def token_id(self, token: str) -> int:
+        """Id of one vocabulary entry or added token. TokenizerError names it if there is none."""
+        self.require(token)
+        return self._backend.token_id(token)
+
+    def require(self, *tokens: str) -> None:
+        """Raises TokenizerError naming every token of `tokens` that has no id of its own."""
+        missing = [token for token in tokens if self._backend.token_id(token) is None]
+        if missing:
+            raise TokenizerError(
+                f"{self._where}: the tokenizer has no token {', '.join(missing)}; if it is the plain language model's, add "
+                f"them to its added_tokens.json with ids from {self.vocab_size} on"
+            )
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text, without bos.
+
+        With special=False, for what people typed, a control token's spelling gives ordinary pieces and never the token.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"the text is not valid Unicode: half a surrogate pair, U+{ord(text[error.start]):04X}, at index {error.start}"
+            ) from error
+        if not special:
+            return self._encode_spelled(text)
+        ids = []
+        for part in self._control_pattern.split(text):
+            ids += [self._control[part]] if part in self._control else self._backend.encode(part)
+        return ids
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        ids = self._backend.encode(text)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # The model file itself holds a control token among its ordinary pieces. A spelling cut in two cannot match it.
+        cuts = [0, *(match.start() + 1 for match in self._control_pattern.finditer(text)), len(text)]
+        return [id for start, end in zip(cuts, cuts[1:], strict=False) for id in self._backend.encode(text[start:end])]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
+        return self._backend.decode([int(id) for id in ids], skip_special)
+
+    def stream(self, skip_special: bool = True) -> "TextStream":
+        """Decodes ids one at a time; see TextStream."""
+        return TextStream(lambda ids: self.decode(ids, skip_special))
+
+
+class TextStream:
+    """Text of ids that arrive one by one. All pieces and the flush together equal `decode` of all ids.
+
+    Ids may hold part of a character; the stream keeps them back until its last byte is there.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._start()
+
+    def _start(self):
+        self._before = []  # the ids of the last piece: what comes next may read differently without them
+        self._pending = []  # ids that gave no text yet
+
+    def step(self, id: int) -> str | None:
+        """Takes the next id; returns the text it completes, or None."""
+        self._pending.append(int(id))
+        piece = self._new_text()
+        if not piece or piece.endswith(UNFINISHED):
+            return None
+        self._before, self._pending = self._pending, []
+        return piece
+
+    def flush(self) -> str:
+        """Text of what is pending, with U+FFFD where a character never got its last byte. Then the stream starts anew."""
+        piece = self._new_text()
+        self._start()
+        return piece
+
+    def _new_text(self) -> str:
+        return self._decode(self._before + self._pending)[len(self._decode(self._before)) :]
+
+
+class _HuggingFace:
+    """A `tokenizers` tokenizer in which exactly the control tokens are special."""
+
+    def __init__(self, data: dict, added: dict[str, dict], where: str):
+        data["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
+        data["truncation"] = data["padding"] = None
+        pre_tokenizer = data.get("pre_tokenizer") or {}
+        for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+            # Scheme "first" puts a space before the very start of a string, which in a chat block is a special token.
+            if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+                part["prepend_scheme"] = "never"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{where}: the `tokenizers` library cannot build this tokenizer: {error}") from error
+        self.added = added
+        for token, entry in added.items():
+            found = self._tokenizer.token_to_id(token)
+            if found != entry["id"]:
+                raise TokenizerError(
+                    f"{where}: added token {token} should have id {entry['id']} but gets {found}; added ids must follow the "
+                    f"vocabulary without a gap or be that of its entry of the same name"
+                )
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = self._tokenizer.get_vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+    def automatic_bos(self) -> int | None:
+        ids = self._tokenizer.encode("a").ids
+        return ids[0] if ids[1:] == self.encode("a") else None
+
+
+class _SentencePiece:
+    """A sentencepiece model with added tokens around it, as InternLM3's tokenizer class combines them.
+
+    Text is cut at added tokens and each piece goes through the model by itself, with the space in front that the model may
+    prescribe. Source: the tokenizer class published with InternLM3.
+    """
+
+    def __init__(self, model: bytes, added: dict[str, dict], where: str):
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise TokenizerError(
+                f"{where}: tokenizer.model needs the sentencepiece package: pip install 'internvl3_jax[internlm3]'"
+            ) from error
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise TokenizerError(f"{where}: tokenizer.model is not a sentencepiece model: {error}") from error
+        own = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
+        self.added = {self._model.id_to_piece(id): {"id": id, "special": True} for id in own if id >= 0} | added
+        self._tokens = {entry["id"]: (token, entry["special"]) for token, entry in self.added.items()}
+        self._markup = {token: entry["id"] for token, entry in self.added.items() if not entry["special"]}
+        self._markup_pattern = _any_of(self._markup)
+        self.vocab_size = max(self._model.get_piece_size(), *(id + 1 for id in self._tokens))
+
+    def token_id(self, token: str) -> int | None:
+        if token in self.added:
+            return self.added[token]["id"]
+        found = self._model.piece_to_id(token)
+        return None if found == self._model.unk_id() else found
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for part in self._markup_pattern.split(text):
+            ids += [self._markup[part]] if part in self._markup else self._model.encode(part)
+        return ids
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        text, run = "", []
+        for id in ids:
+            token, special = self._tokens.get(id, (None, False))
+            if token is None and id < self._model.get_piece_size():
+                run.append(id)
+            elif token is not None and not (special and skip_special):
+                text += self._model.decode(run) + token
+                run = []
+        return text + self._model.decode(run)
+
+    def automatic_bos(self) -> int | None:
+        return self._model.bos_id() if self._model.bos_id() >= 0 else None
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Matches and captures any of the tokens, the longest first; with none of them, nothing."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")

@@ -1,0 +1,249 @@
+"""Generation: pictures to features, prompt to cache (prefill), then a decode loop on the device. Shapes come from a few buckets.
+
+Rows are right-padded: a row's tokens sit in cache slots 0, 1, 2 ... and a query sees only slots up to its own, so neither padding nor a
+longer neighbour changes what a row computes. Positions are separate from slots, since under V2PE they differ.
+
+B rows, T prompt tokens, S cache slots, D width, V vocabulary, P tokens per tile.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl3_jax import cache as kv_cache
+from internvl3_jax.config import UNITS, ModelConfig
+from internvl3_jax.data.batch import Prompt
+from internvl3_jax.language import unroll
+from internvl3_jax.model import InternVL
+from internvl3_jax.positions import next_position
+from internvl3_jax.sampling import Sampling, sample
+
+TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded
+LENGTH_BUCKETS = tuple(size for power in range(6, 24) for size in (2**power, 3 * 2 ** (power - 1)))
+TOKENS_PER_CALL = 16  # tokens decoded before the host looks at them
+
+
+def bucket(length: int) -> int:
+    """The smallest of 64, 96, 128, 192, 256, 384 ... that holds `length`."""
+    return next(size for size in LENGTH_BUCKETS if size >= length)
+
+
+class ContextError(ValueError):
+    """A prompt that is too long for the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a batch is generated. `seeds` has one entry per row; `scaling` is the rope scaling, "none" under V2PE."""
+
+    limit: int  # tokens per answer
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    scaling: str
+
+    def keys(self):
+        return jax.vmap(jax.random.key)(np.asarray(self.seeds, np.uint32))
+
+
+@dataclasses.dataclass
+class State:
+    """Where a generation stands. `cache` holds the keys and values of every token but the last sampled one."""
+
+    cache: kv_cache.Cache
+    token: jax.Array  # i32[B] sampled and not yet run
+    position: jax.Array  # i32[B] of that token, in units of 1/256
+    slot: jax.Array  # i32[B] where its keys and values will go
+    drawn: jax.Array  # i32[B] tokens drawn so far; numbers the random keys
+    done: jax.Array  # bool[B]
+
+
+class Generator:
+    """Holds the parameters in generation layout on the device, and the compiled programs.
+
+    Args:
+      config: of the model.
+      params: the canonical (stacked) tree. The decoder's layers are copied into the unrolled layout, so drop your reference to the
+        original to free it.
+      dtype: of parameters, computation and cache.
+      stop_ids: ids that end an answer.
+    """
+
+    def __init__(self, config: ModelConfig, params: dict, dtype=jnp.float32, stop_ids: Sequence[int] = ()):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.stop_ids = tuple(stop_ids)
+        self.model = InternVL(config, self.dtype, unrolled=True, scan_unroll=config.vision.num_layers if _on_cpu() else 1)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
+        self.params = params | {"language": unroll(params["language"], config.language)}
+        self.vision_params = {"vision": params["vision"], "projector": params["projector"]}
+
+    def check_room(self, prompt: Prompt, run: "Run", where: str = "") -> None:
+        """ContextError if the prompt and `run.limit` new tokens do not fit into the positions that the model knows."""
+        language = self.config.language
+        known = language.max_position * (language.rope_factor if run.scaling == "dynamic" else 1)
+        last = next_position(prompt.positions) // UNITS + run.limit
+        if last > known:
+            raise ContextError(
+                f"{where + ': ' if where else ''}the prompt of {len(prompt.tokens):,} tokens and {run.limit:,} new ones reach position "
+                f"{last:,}; the model knows {int(known):,}. Use fewer pictures, a lower max_tiles, a delta below 1 or a lower "
+                f"max_new_tokens"
+            )
+
+    def start(self, prompts: Sequence[Prompt], run: "Run", cache: kv_cache.Cache | None = None, keep: int = 0) -> State:
+        """Encodes the pictures, runs the prompts and draws each row's first token.
+
+        cache, keep: of an earlier `State` of one row, and how many of its slots already hold this prompt's beginning.
+        """
+        new = [len(prompt.tokens) - keep for prompt in prompts]
+        length = bucket(max(new))
+        slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)  # an accelerator's last call may draw past the limit
+        if cache is None:
+            cache = kv_cache.init_cache(self.config.language, len(prompts), slots, self.dtype)
+        elif cache[0]["k"].shape[1] < slots:
+            cache = kv_cache.grow(cache, slots)
+        tokens, positions = np.zeros((2, len(prompts), length), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : new[row]] = prompt.tokens[keep:]
+            positions[row, : new[row]] = prompt.positions[keep:]
+            positions[row, new[row] :] = prompt.positions[-1]
+        places = np.broadcast_to(keep + np.arange(length, dtype=np.int32), tokens.shape)
+        last = np.asarray(new, np.int32) - 1
+        token, cache = _prefill(
+            self.model,
+            self.params,
+            tokens,
+            self._features(prompts, length, keep),
+            positions,
+            places,
+            last,
+            run.keys(),
+            cache,
+            run.sampling,
+            run.scaling,
+        )
+        following = np.asarray([next_position(prompt.positions) for prompt in prompts], np.int32)
+        rows = len(prompts)
+        return State(cache, token, following, last + 1 + keep, np.ones(rows, np.int32), _is_stop(token, self.stop_ids))
+
+    def stream(self, state: State, run: "Run") -> Iterator[list[list[int]]]:
+        """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a time, until all rows have stopped or
+        hold `run.limit` ids. A stop id ends its row and is yielded. `state` is updated in place.
+        """
+        keys = run.keys()
+        yield [[int(token)] for token in np.asarray(state.token)]
+        drawn = 1
+        while drawn < run.limit and not (stopped := np.asarray(state.done)).all():
+            count = min(TOKENS_PER_CALL, run.limit - drawn)
+            carry = (state.token, state.position, state.slot, state.drawn, state.done, state.cache)
+            tokens, carry = _decode(self.model, self.params, carry, keys, count, self.stop_ids, run.sampling, run.scaling)
+            state.token, state.position, state.slot, state.drawn, state.done, state.cache = carry
+            drawn += count
+            tokens = np.asarray(tokens)[:, :count]
+            yield [[] if done else _until_stop(row, self.stop_ids) for row, done in zip(tokens, stopped, strict=True)]
+
+    def generate(self, prompts: Sequence[Prompt], run: "Run") -> list[list[int]]:
+        """Answer ids of each prompt, its stop id included when one was drawn."""
+        answers = [[] for _ in prompts]
+        for pieces in self.stream(self.start(prompts, run), run):
+            for answer, piece in zip(answers, pieces, strict=True):
+                answer.extend(piece)
+        return answers
+
+    def _features(self, prompts, length: int, keep: int):
+        """Features of the new pictures at the places of their tokens: [B,T,D]; None where there are no pictures."""
+        if not any(start >= keep for prompt in prompts for start, _ in prompt.runs):
+            return None
+        visual = jnp.zeros((len(prompts), length, self.config.language.hidden_size), self.dtype)
+        for row, prompt in enumerate(prompts):
+            for (start, _), tiles in zip(prompt.runs, prompt.tiles, strict=True):
+                if start < keep:
+                    continue
+                done = 0
+                for count in tile_pieces(len(tiles)):
+                    features = _encode(self.model, self.vision_params, tiles[done : done + count])
+                    place = start - keep + done * self.config.tokens_per_tile
+                    visual = _place(visual, features, row, place)
+                    done += count
+        return visual
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model, params, tiles):
+    return model.apply({"params": params}, tiles, method=InternVL.encode)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 9, 10), donate_argnums=8)
+def _prefill(model, params, tokens, visual, positions, slots, last, keys, cache, sampling, scaling):
+    """Runs i32[B,T] tokens and draws one more per row: (i32[B], cache). The head runs at each row's last token alone."""
+    variables = {"params": params}
+    hidden, cache = model.apply(variables, tokens, visual, positions, slots, cache, scaling, method=InternVL.step)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
+    return sample(logits, _fold(keys, jnp.zeros_like(last)), sampling), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
+def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
+    """Up to TOKENS_PER_CALL tokens without the host: (i32[B,TOKENS_PER_CALL], carry).
+
+    On a CPU the loop ends after `count` tokens or when every row is done. On an accelerator it always runs to the end: a loop whose
+    length is known needs no word from the device between its steps, and the host cuts what is too much.
+    """
+    variables = {"params": params}
+
+    def one(index, tokens, carry):
+        token, position, slot, drawn, done, cache = carry
+        step = (token[:, None], None, position[:, None], slot[:, None], cache, scaling)
+        hidden, cache = model.apply(variables, *step, method=InternVL.step)
+        logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
+        token = jnp.where(done, token, sample(logits, _fold(keys, drawn), sampling))
+        # A finished row stands still: it writes its last token over and over into one slot.
+        moved = jnp.where(done, 0, 1)
+        done = done | _is_stop(token, stop_ids)
+        return tokens.at[:, index].set(token), (token, position + UNITS * moved, slot + moved, drawn + moved, done, cache)
+
+    tokens = jnp.zeros((carry[0].shape[0], TOKENS_PER_CALL), jnp.int32)
+    if not _on_cpu():
+        return jax.lax.fori_loop(0, TOKENS_PER_CALL, lambda index, loop: one(index, *loop), (tokens, carry))
+    _, tokens, carry = jax.lax.while_loop(
+        lambda loop: (loop[0] < count) & ~loop[2][4].all(),
+        lambda loop: (loop[0] + 1, *one(*loop)),
+        (0, tokens, carry),
+    )
+    return tokens, carry
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(visual, features, row, place):
+    """Writes features [n,P,D] at visual[row, place:]."""
+    return jax.lax.dynamic_update_slice(visual, features.reshape(1, -1, features.shape[-1]), (row, place, 0))
+
+
+def tile_pieces(count: int) -> list[int]:
+    """13 -> [8, 4, 1]"""
+    pieces = []
+    for size in TILE_BUCKETS:
+        pieces += [size] * (count // size)
+        count %= size
+    return pieces
+
+
+def _is_stop(tokens, stop_ids: tuple[int, ...]):
+    return (tokens[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
+
+
+def _fold(keys, numbers):
+    return jax.vmap(jax.random.fold_in)(keys, numbers)
+
+
+def _until_stop(tokens, stop_ids) -> list[int]:
+    stops = np.flatnonzero(np.isin(tokens, stop_ids))
+    return tokens[: stops[0] + 1].tolist() if len(stops) else tokens.tolist()
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -1,0 +1,1 @@
+"""Building blocks without parameters of their own: attention, rotary embedding, norms."""

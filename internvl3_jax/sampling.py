@@ -1,0 +1,53 @@
+"""Choosing the next token from logits. B rows, V vocabulary."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from internvl3_jax.ops.attention import MASKED
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy, the default of the reference."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # only the k likeliest tokens; 0 is all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+
+    def __post_init__(self):
+        checks = [
+            (self.temperature >= 0, "temperature", "0 (greedy) or above"),
+            (self.top_k >= 0, "top_k", "0 (all tokens) or above"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+        ]
+        for holds, field, rule in checks:
+            if not holds:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be {rule}")
+
+
+def sample(logits, keys, sampling: Sampling):
+    """i32[B] from logits f32[B,V] and one key per row, so that a row's draw does not depend on its neighbours.
+
+    Temperature, then top_k, then top_p, in the order of transformers' generate.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kept, MASKED, logits)
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _nucleus(logits, top_p: float):
+    """Masks all but the likeliest tokens up to and including the one that reaches top_p (Holtzman et al. 2020)."""
+    order = jnp.flip(jnp.argsort(logits, axis=-1), axis=-1)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    rank = jnp.argsort(order, axis=-1)
+    keep = jnp.take_along_axis(before < top_p, rank, axis=-1)
+    return jnp.where(keep, logits, MASKED)

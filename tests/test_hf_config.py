@@ -1,0 +1,326 @@
+"""Both released config.json layouts, and every trap in them."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from convert.hf_files import to_hf
+from internvl3_jax.config import SIZES, ModelConfig, ProcessorConfig
+from internvl3_jax.hf_config import from_hf, processor_from_hf
+
+# What the released InternVL3-1B has, fields that change nothing included.
+ORIGINAL = {
+    "_commit_hash": None,
+    "architectures": ["InternVLChatModel"],
+    "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+    "downsample_ratio": 0.5,
+    "dynamic_image_size": True,
+    "force_image_size": 448,
+    "hidden_size": 896,
+    "image_fold": None,
+    "llm_config": {
+        "_name_or_path": "./pretrained/Qwen2.5-32B-Instruct",
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "layer_types": ["full_attention"] * 24,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 70,
+        "model_type": "qwen2",
+        "moe_config": None,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "use_bfloat16": True,
+        "use_cache": False,
+        "use_sliding_window": False,
+        "vocab_size": 151674,
+    },
+    "max_dynamic_patch": 12,
+    "min_dynamic_patch": 1,
+    "model_type": "internvl_chat",
+    "output_attentions": False,
+    "pad2square": False,
+    "ps_version": "v2",
+    "select_layer": -1,
+    "system_message": None,
+    "template": "internvl2_5",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": None,
+    "use_backbone_lora": 0,
+    "use_llm_lora": 0,
+    "use_thumbnail": True,
+    "vision_config": {
+        "_name_or_path": "OpenGVLab/InternViT-6B-448px-V1-5",
+        "architectures": ["InternVisionModel"],
+        "attention_dropout": 0.0,
+        "capacity_factor": 1.2,
+        "drop_path_rate": 0.1,
+        "dropout": 0.0,
+        "eval_capacity_factor": 1.4,
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "image_size": 448,
+        "initializer_factor": 0.1,
+        "initializer_range": 1e-10,
+        "intermediate_size": 4096,
+        "laux_allreduce": "all_nodes",
+        "layer_norm_eps": 1e-06,
+        "model_type": "intern_vit_6b",
+        "moe_coeff_ratio": 0.5,
+        "moe_intermediate_size": 768,
+        "moe_output_scale": 4.0,
+        "noisy_gate_policy": "RSample_before",
+        "norm_type": "layer_norm",
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_experts": 8,
+        "num_hidden_layers": 24,
+        "num_routed_experts": 4,
+        "num_shared_experts": 4,
+        "patch_size": 14,
+        "qk_normalization": False,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 3072,
+        "torch_dtype": "bfloat16",
+        "use_bfloat16": True,
+        "use_flash_attn": False,
+        "use_moe": False,
+        "use_residual": True,
+        "use_rts": False,
+        "use_weighted_residual": False,
+    },
+}
+HF_VISION = {
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 1024,
+    "image_size": [448, 448],
+    "intermediate_size": 4096,
+    "layer_norm_eps": 1e-06,
+    "layer_scale_init_value": 0.1,
+    "model_type": "internvl_vision",
+    "norm_type": "layer_norm",
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "num_hidden_layers": 24,
+    "patch_size": [14, 14],
+    "use_absolute_position_embeddings": True,
+    "use_mask_token": False,
+    "use_mean_pooling": True,
+    "use_qk_norm": False,
+}
+# As in the -hf repositories: no tie_word_embeddings, although transformers 5 takes its absence for true.
+HF = {
+    "architectures": ["InternVLForConditionalGeneration"],
+    "downsample_ratio": 0.5,
+    "image_seq_length": 256,
+    "image_token_id": 151667,
+    "model_type": "internvl",
+    "projector_hidden_act": "gelu",
+    "text_config": {name: value for name, value in ORIGINAL["llm_config"].items() if name != "moe_config"},
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.52.0.dev0",
+    "vision_config": HF_VISION,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+}
+INTERNLM3 = {
+    "architectures": ["InternLM3ForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM"},
+    "bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10240,
+    "max_position_embeddings": 32768,
+    "model_type": "internlm3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "pad_token_id": 2,
+    "qkv_bias": False,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+    "rope_theta": 50000000,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 128512,
+}
+
+
+def changed(config: dict, path: str, value) -> dict:
+    """A copy with the field at "a.b" set, or removed where value is `changed`."""
+    config = copy.deepcopy(config)
+    *parents, last = path.split(".")
+    node = config
+    for name in parents:
+        node = node[name]
+    if value is changed:
+        del node[last]
+    else:
+        node[last] = value
+    return config
+
+
+def with_drop_path(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, drop_path=0.1))
+
+
+def test_released_original_config_is_the_1b_model():
+    assert from_hf(ORIGINAL, image_token_id=151667) == with_drop_path(SIZES["1b"])
+
+
+def test_released_hf_config_is_the_1b_model():
+    assert from_hf(HF, has_head=True) == SIZES["1b"]
+
+
+def test_internlm3_config_is_the_9b_model():
+    config = changed(ORIGINAL, "llm_config", INTERNLM3)
+    assert from_hf(config, image_token_id=128133) == with_drop_path(SIZES["9b"])
+
+
+@pytest.mark.parametrize("layout", ["internvl", "hf"])
+@pytest.mark.parametrize("size", list(SIZES))
+def test_what_is_written_reads_the_same(size, layout):
+    model = SIZES[size]
+    processor = ProcessorConfig(model.vision.image_size, model.tokens_per_tile)
+    written = to_hf(model, processor, layout, "bfloat16")
+    assert from_hf(written, image_token_id=model.image_token_id) == model
+    assert processor_from_hf(written) == processor
+
+
+def test_rope_parameters_of_transformers_5():
+    text = changed(changed(HF["text_config"], "rope_theta", changed), "rope_scaling", changed)
+    text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000000.0}
+    assert from_hf(changed(HF, "text_config", text), has_head=True) == SIZES["1b"]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    language = from_hf(changed(HF, "text_config", text), has_head=True).language
+    assert (language.rope_theta, language.rope_scaling, language.rope_factor) == (5e5, "none", 1.0)
+
+
+@pytest.mark.parametrize(("stated", "inner", "has_head", "tied"), [
+    (True, None, None, True), (False, True, None, False), (None, None, True, False), (None, None, False, True),
+    (None, True, None, True), (None, False, None, False), (None, True, True, False),
+])  # fmt: skip
+def test_tying_in_the_hf_layout(stated, inner, has_head, tied):
+    config = changed(changed(HF, "tie_word_embeddings", stated), "text_config.tie_word_embeddings", inner)
+    assert from_hf(config, has_head=has_head).language.tie_embeddings is tied
+
+
+def test_absent_tying_is_not_guessed():
+    with pytest.raises(ValueError, match="tie_word_embeddings is absent"):
+        from_hf(HF)
+
+
+def test_the_original_layout_never_ties_a_model_with_a_head():
+    config = changed(ORIGINAL, "llm_config.tie_word_embeddings", True)
+    assert not from_hf(config, image_token_id=1, has_head=True).language.tie_embeddings
+    assert not from_hf(config, image_token_id=1).language.tie_embeddings
+    assert from_hf(config, image_token_id=1, has_head=False).language.tie_embeddings
+
+
+REFUSED = [
+    (ORIGINAL, "model_type", "llava"),
+    (ORIGINAL, "select_layer", -4),
+    (ORIGINAL, "pad2square", True),
+    (ORIGINAL, "force_image_size", 224),
+    (ORIGINAL, "use_backbone_lora", 16),
+    (ORIGINAL, "use_llm_lora", 16),
+    (ORIGINAL, "downsample_ratio", 0.3),
+    (ORIGINAL, "template", changed),
+    (ORIGINAL, "quantization_config", {"bits": 4}),
+    (ORIGINAL, "vision_config", changed),
+    (ORIGINAL, "vision_config.num_hidden_layers", changed),
+    (ORIGINAL, "vision_config.use_moe", True),
+    (ORIGINAL, "vision_config.hidden_act", "quick_gelu"),
+    (ORIGINAL, "vision_config.norm_type", "batch_norm"),
+    (ORIGINAL, "vision_config.qkv_bais", True),
+    (ORIGINAL, "llm_config.num_hidden_layers", changed),
+    (ORIGINAL, "llm_config.rope_theta", changed),
+    (ORIGINAL, "llm_config.rope_scaling", {"type": "yarn", "factor": 4.0}),
+    (ORIGINAL, "llm_config.rope_scaling", {"type": "dynamic", "rope_type": "linear", "factor": 4.0}),
+    (ORIGINAL, "llm_config.rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
+    (ORIGINAL, "llm_config.use_sliding_window", True),
+    (ORIGINAL, "llm_config.model_type", "phi3"),
+    (ORIGINAL, "llm_config.layer_types", ["sliding_attention"]),
+    (ORIGINAL, "llm_config.num_experts", 8),
+    (HF, "image_seq_length", 64),
+    (HF, "vision_feature_layer", -2),
+    (HF, "vision_feature_select_strategy", "full"),
+    (HF, "image_token_id", 151671),
+    (HF, "vision_config.image_size", [448, 224]),
+    (HF, "vision_config.use_mean_pooling", False),
+    (HF, "vision_config.attention_bias", changed),
+    (HF, "text_config.mrope_section", [1, 2]),
+]
+
+
+@pytest.mark.parametrize(("config", "path", "value"), REFUSED)
+def test_unsupported_unknown_and_contradictory_fields_are_named(config, path, value):
+    config = changed(config, path, value)
+    with pytest.raises(ValueError, match=path.split(".")[-1]):
+        from_hf(config, image_token_id=151667, has_head=True)
+        processor_from_hf(config)
+
+
+def test_a_typo_gets_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean 'qkv_bias'"):
+        from_hf(changed(ORIGINAL, "vision_config.qkv_bais", True), image_token_id=1)
+
+
+def test_processor_of_the_original_layout():
+    processor = processor_from_hf(ORIGINAL)
+    assert processor == ProcessorConfig()
+    assert processor_from_hf(changed(ORIGINAL, "system_message", "Be brief.")).system_message == "Be brief."
+    assert processor_from_hf(changed(ORIGINAL, "dynamic_image_size", False)).max_tiles == 1
+    fixed = changed(changed(ORIGINAL, "rope_pos_id_version", "v2pe_fix"), "rope_pos_id_stride", 64)
+    assert processor_from_hf(fixed).delta == 64
+    assert from_hf(fixed, image_token_id=151667) == with_drop_path(SIZES["1b"])
+    with pytest.raises(ValueError, match="rope_pos_id_stride"):
+        processor_from_hf(changed(fixed, "rope_pos_id_stride", 0))
+
+
+def test_preprocessor_config_of_the_hf_layout():
+    pictures = {
+        "size": {"height": 448, "width": 448},
+        "min_patches": 2,
+        "max_patches": 6,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.25] * 3,
+    }
+    processor = processor_from_hf(HF, pictures)
+    assert (processor.min_tiles, processor.max_tiles) == (2, 6)
+    vision = from_hf(HF, has_head=True, preprocessor_config=pictures).vision
+    assert (vision.mean, vision.std) == ((0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(ValueError, match="image_size"):
+        processor_from_hf(HF, pictures | {"size": {"height": 384, "width": 384}})
+
+
+@pytest.mark.parametrize(("layout", "change", "named"), [
+    ("hf", {"ps_version": "v1"}, "ps_version"),
+    ("hf", {"language": dataclasses.replace(SIZES["9b"].language, qkv_bias=True)}, "InternLM3"),
+    ("internvl", {"language": dataclasses.replace(SIZES["9b"].language, o_bias=True)}, "o_bias"),
+    ("internvl", {"language": dataclasses.replace(SIZES["1b"].language, qkv_bias=False)}, "qkv_bias"),
+    ("internvl", {"language": dataclasses.replace(SIZES["1b"].language, tie_embeddings=True)}, "ties"),
+])  # fmt: skip
+def test_what_a_layout_cannot_express_is_refused(layout, change, named):
+    with pytest.raises(ValueError, match=named):
+        to_hf(dataclasses.replace(SIZES["9b"], **change), ProcessorConfig(), layout, "bfloat16")

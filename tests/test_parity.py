@@ -1,0 +1,250 @@
+"""The same numbers as PyTorch: every intermediate, logits and greedy tokens of tiny random transformers models, in float32."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from convert.assemble import params_from_tensors
+from torch_reference import build_reference
+
+from internvl3_jax.config import UNITS
+from internvl3_jax.data.batch import Prompt
+from internvl3_jax.generate import Generator, Run
+from internvl3_jax.hf_config import from_hf
+from internvl3_jax.model import InternVL
+from internvl3_jax.positions import build_positions
+from internvl3_jax.projector import pixel_shuffle
+from internvl3_jax.sampling import Sampling
+from internvl3_jax.vision import VisionTower, interpolate_positions
+
+FAMILIES = [
+    ("300m", "qwen2", False),
+    ("300m", "qwen2", True),
+    ("6b", "qwen2", False),
+    ("300m", "internlm3", False),
+    ("6b", "internlm3", True),
+]
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@functools.cache
+def pair(vit="300m", llm="qwen2", tied=False):
+    """(torch model, ModelConfig, params) with the same weights."""
+    reference, hf = build_reference(vit, llm, tied)
+    config = from_hf(hf)
+    params = params_from_tensors(config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
+    return reference, config, params
+
+
+def conversation(config, tiles_per_picture, rng, lead=3, text=5):
+    """(tokens, runs) of text, then pictures with text between them."""
+    tokens, runs = list(rng.integers(0, config.image_token_id, lead)), []
+    for tiles in tiles_per_picture:
+        runs.append((len(tokens), tiles * config.tokens_per_tile))
+        tokens += [config.image_token_id] * runs[-1][1] + list(rng.integers(0, config.image_token_id, text))
+    return np.asarray(tokens, np.int32), runs
+
+
+def make_row(config, tiles_per_picture, seed, **shape):
+    """(batch of one row, normalised pixels for torch [N,3,S,S])."""
+    rng = np.random.default_rng(seed)
+    tokens, _ = conversation(config, tiles_per_picture, rng, **shape)
+    size = config.vision.image_size
+    tiles = rng.integers(0, 256, (1, sum(tiles_per_picture), size, size, 3), dtype=np.uint8)
+    positions = np.arange(len(tokens), dtype=np.int32)[None] * UNITS
+    batch = {"tokens": tokens[None], "positions": positions, "segments": np.ones_like(positions), "tiles": tiles}
+    return batch, pixels(tiles[0], config)
+
+
+def pixels(tiles, config):
+    scaled = (tiles.astype(np.float32) / 255 - np.float32(config.vision.mean)) / np.float32(config.vision.std)
+    return torch.from_numpy(scaled).permute(0, 3, 1, 2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def apply(model, params, batch, scaling=None):
+    return model.apply({"params": params}, batch, scaling=scaling)
+
+
+def torch_logits(reference, tokens, values, **more):
+    with torch.no_grad():
+        ids = torch.from_numpy(np.asarray(tokens, np.int64))
+        return reference(input_ids=ids, pixel_values=values if len(values) else None, **more).logits.numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
+@pytest.mark.parametrize("tiles", [(), (1,), (3, 1)], ids=["text", "one picture", "several pictures"])
+def test_logits(family, tiles):
+    reference, config, params = pair(*family)
+    batch, values = make_row(config, tiles, seed=len(tiles))
+    ours = apply(InternVL(config), params, batch)
+    np.testing.assert_allclose(ours, torch_logits(reference, batch["tokens"], values), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
+def test_every_intermediate(family):
+    """In the order of computation, so that the first failure names the part that is wrong."""
+    reference, config, params = pair(*family)
+    batch, values = make_row(config, (2,), seed=7)
+    _, state = jax.jit(lambda: InternVL(config).apply({"params": params}, batch, mutable=["intermediates"]))()
+    ours = state["intermediates"]
+    seen = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            seen[name] = (output[0] if isinstance(output, tuple) else output).detach().numpy()
+
+        return hook
+
+    parts = reference.model
+    hooks = [parts.vision_tower.embeddings.register_forward_hook(keep("embedded"))]
+    hooks += [layer.register_forward_hook(keep(f"vision {i}")) for i, layer in enumerate(parts.vision_tower.encoder.layer)]
+    hooks += [parts.multi_modal_projector.register_forward_hook(keep("projected"))]
+    hooks += [layer.register_forward_hook(keep(f"language {i}")) for i, layer in enumerate(parts.language_model.layers)]
+    first = parts.language_model.layers[0]
+    hooks += [first.register_forward_pre_hook(lambda module, args, kwargs: seen.update(merged=(args or [kwargs["hidden_states"]])[0].detach().numpy()), with_kwargs=True)]
+    torch_logits(reference, batch["tokens"], values)
+    for hook in hooks:
+        hook.remove()
+    expected = {"embedded": ours["vision"]["embedded"][0]}
+    expected |= {f"vision {i}": value for i, value in enumerate(ours["vision"]["layers"]["block"][0])}
+    expected |= {"projected": ours["projector"]["projected"][0], "merged": ours["merged"][0]}
+    expected |= {f"language {i}": value for i, value in enumerate(ours["language"]["layers"]["block"][0])}
+    assert set(expected) == set(seen)
+    for name, value in expected.items():
+        np.testing.assert_allclose(value, seen[name], err_msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
+def test_greedy_tokens(family):
+    """Prefill, cache and decode loop against transformers' generate."""
+    reference, config, params = pair(*family)
+    batch, values = make_row(config, (2, 1), seed=11)
+    with torch.no_grad():
+        ids = torch.from_numpy(batch["tokens"].astype(np.int64))
+        mask = torch.ones_like(ids)
+        out = reference.generate(
+            input_ids=ids, pixel_values=values, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    ours = Generator(config, params).generate([as_prompt(config, batch, (2, 1))], greedy(24, 1, config))
+    assert ours[0] == out[0, ids.shape[1] :].tolist()
+
+
+def greedy(limit, rows, config):
+    return Run(limit, Sampling(), (0,) * rows, config.language.rope_scaling)
+
+
+def as_prompt(config, batch, tiles_per_picture, deltas=None):
+    tokens = batch["tokens"][0]
+    starts = [i for i, t in enumerate(tokens) if t == config.image_token_id and (i == 0 or tokens[i - 1] != config.image_token_id)]
+    runs = [(start, tiles * config.tokens_per_tile) for start, tiles in zip(starts, tiles_per_picture, strict=True)]
+    cuts = np.cumsum(tiles_per_picture)[:-1] if tiles_per_picture else []
+    pictures = np.split(batch["tiles"][0], cuts) if tiles_per_picture else []
+    deltas = [UNITS] * len(runs) if deltas is None else deltas
+    return Prompt(tokens, build_positions(len(tokens), runs, deltas), runs, pictures)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: "-".join(map(str, family)))
+def test_ragged_batch_is_one_by_one(family):
+    """Rows of different lengths, with and without pictures, against transformers' left-padded rows alone and ours alone."""
+    _, config, params = pair(*family)
+    shapes = [((1,), 3), ((), 9), ((2, 1), 5), ((3,), 1)]
+    prompts = [
+        as_prompt(config, make_row(config, tiles, seed=i, text=text, lead=text + 1)[0], tiles) for i, (tiles, text) in enumerate(shapes)
+    ]
+    generator = Generator(config, params)
+    together = generator.generate(prompts, greedy(20, len(prompts), config))
+    alone = [generator.generate([prompt], greedy(20, 1, config))[0] for prompt in prompts]
+    assert together == alone
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_matches(side):
+    """A padded batch in transformers and the same rows here give the same logits at the real tokens."""
+    reference, config, params = pair()
+    rows = [make_row(config, (1,), seed=3)[0], make_row(config, (2,), seed=4, text=9)[0]]
+    longest = max(row["tokens"].shape[1] for row in rows)
+    tokens, mask = np.zeros((2, 2, longest), np.int64)
+    values = torch.cat([pixels(row["tiles"][0], config) for row in rows])
+    for i, row in enumerate(rows):
+        length = row["tokens"].shape[1]
+        place = slice(longest - length, None) if side == "left" else slice(0, length)
+        tokens[i, place], mask[i, place] = row["tokens"][0], 1
+    theirs = torch_logits(reference, tokens, values, attention_mask=torch.from_numpy(mask))
+    positions = np.maximum(mask.cumsum(1) - 1, 0).astype(np.int32) * UNITS
+    tiles = np.zeros((2, 2, *rows[0]["tiles"].shape[2:]), np.uint8)
+    for i, row in enumerate(rows):
+        tiles[i, : row["tiles"].shape[1]] = row["tiles"][0]
+    batch = {"tokens": tokens.astype(np.int32), "positions": positions, "segments": mask.astype(np.int32), "tiles": tiles}
+    ours = np.asarray(apply(InternVL(config), params, batch))
+    np.testing.assert_allclose(ours[mask > 0], theirs[mask > 0], **TOLERANCE)
+
+
+def test_packed_rows_are_separate_rows():
+    reference, config, params = pair()
+    rows = [make_row(config, tiles, seed=i)[0] for i, tiles in enumerate([(1,), (), (2, 1)])]
+    packed = {
+        "tokens": np.concatenate([row["tokens"] for row in rows], axis=1),
+        "positions": np.concatenate([row["positions"] for row in rows], axis=1),
+        "segments": np.concatenate([row["segments"] * (i + 1) for i, row in enumerate(rows)], axis=1),
+        "tiles": np.concatenate([row["tiles"] for row in rows], axis=1),
+    }
+    ours = np.asarray(apply(InternVL(config), params, packed))[0]
+    theirs = [torch_logits(reference, row["tokens"], pixels(row["tiles"][0], config))[0] for row in rows]
+    np.testing.assert_allclose(ours, np.concatenate(theirs), **TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [24, 60])
+def test_dynamic_scaling_beyond_the_trained_length(length):
+    """Dynamic NTK with a maximum of 32 positions: off below it, on above it, as transformers 5 does."""
+    text = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 32}
+    reference, hf = build_reference(text=text)
+    config = from_hf(hf)
+    assert (config.language.rope_scaling, config.language.rope_factor, config.language.max_position) == ("dynamic", 2.0, 32)
+    params = params_from_tensors(config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
+    batch, values = make_row(config, (), seed=1, lead=length)
+    theirs = torch_logits(reference, batch["tokens"], values)
+    np.testing.assert_allclose(apply(InternVL(config), params, batch), theirs, **TOLERANCE)
+    plain = dataclasses.replace(config, language=dataclasses.replace(config.language, rope_scaling="none"))
+    off = apply(InternVL(config), params, batch, "none")
+    np.testing.assert_array_equal(off, apply(InternVL(plain), params, batch))
+    assert (length > 32) == (np.abs(np.asarray(off) - theirs).max() > 1e-2)
+
+
+def test_positions_table_of_another_resolution():
+    """A tile of other proportions: torch's bicubic interpolation of the position table."""
+    reference, config, params = pair()
+    rng = np.random.default_rng(0)
+    for grid in [(4, 4), (6, 6), (3, 8)]:
+        tile = torch.from_numpy(rng.normal(size=(1, 3, 4 * grid[0], 4 * grid[1])).astype(np.float32))
+        with torch.no_grad():
+            embeddings = reference.model.vision_tower.embeddings
+            theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + grid[0] * grid[1], 32), 4 * grid[0], 4 * grid[1])[0].numpy()
+            tower = reference.model.vision_tower(tile).last_hidden_state.numpy()
+        table = interpolate_positions(params["vision"]["position_embedding"], grid)
+        np.testing.assert_allclose(table, theirs, rtol=1e-5, atol=1e-5)
+        ours = VisionTower(config.vision, np.float32).apply({"params": params["vision"]}, tile.permute(0, 2, 3, 1).numpy())
+        np.testing.assert_allclose(ours, tower, **TOLERANCE)
+
+
+def test_pixel_shuffle_order():
+    """v2 against transformers; v1 is v2 with the two spatial axes swapped."""
+    reference, _, _ = pair()
+    x = np.random.default_rng(0).normal(size=(2, 6, 4, 5)).astype(np.float32)
+    theirs = reference.model.pixel_shuffle(torch.from_numpy(x).contiguous(), 0.5).numpy()
+    ours = np.asarray(pixel_shuffle(x, 2))
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(pixel_shuffle(x, 2, "v1"), ours.swapaxes(1, 2))
+    assert ours[1, 2, 1, 13] == x[1, 5, 2, 3]  # (2 * row parity + column parity) * channels + channel = (2 * 1 + 0) * 5 + 3
+
+
+def test_scanned_and_unrolled_layouts_agree():
+    _, config, params = pair("6b", "internlm3", False)
+    batch, _ = make_row(config, (2,), seed=5)
+    generator = Generator(config, params)
+    unrolled = apply(InternVL(config, unrolled=True), generator.params, batch)
+    np.testing.assert_allclose(unrolled, apply(InternVL(config), params, batch), rtol=1e-5, atol=1e-5)
+    assert jax.tree.leaves(generator.params)[0].dtype == np.float32
