@@ -19,7 +19,9 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("checkpoint", None, "Checkpoint directory, training run, released safetensors directory or hub id.", required=True)
+flags.DEFINE_string(
+    "checkpoint", None, "Checkpoint directory, training run, released safetensors directory or hub id.", required=True
+)
 flags.DEFINE_multi_string("image", [], "Picture file; may be repeated. <image> in the prompt marks the places.")
 flags.DEFINE_string("prompt", None, "The question. Without it and without --requests a conversation starts.")
 flags.DEFINE_string("requests", None, "JSONL file of questions.")
@@ -34,7 +36,12 @@ flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated
 flags.DEFINE_multi_string("delta", [], "V2PE step of the pictures' tokens, such as 1/4; once, or once per picture.")
 flags.DEFINE_integer("max_tiles", None, "Most tiles of all pictures together, thumbnails not counted.", lower_bound=1)
 flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of parameters and computation. Default: float32 on a CPU, as stored elsewhere.")
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Of parameters and computation. Default: float32 on a CPU, as stored elsewhere.",
+)
 flags.DEFINE_bool("json", False, "Print one JSON object per answer, on a line of its own, in place of the text.")
 flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
 flags.DEFINE_bool("accept_fingerprint", False, "Use a checkpoint whose files no longer agree with how it was made.")
@@ -68,7 +75,9 @@ def open_chat():
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # A CPU multiplies bfloat16 vectors several times more slowly than float32 ones.
     dtype = FLAGS.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    options = {name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_tiles", "system")}
+    options = {
+        name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_tiles", "system")
+    }
     options |= {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
     return Chat(load(FLAGS.checkpoint, dtype=dtype, accept_fingerprint=FLAGS.accept_fingerprint), **options)
 
@@ -173,14 +182,19 @@ def count_answers(output: pathlib.Path, requests: list[dict]) -> int:
         output.write_text(whole, encoding="utf-8")
     ids = [json.loads(line)["id"] for line in whole.splitlines()]
     if ids != [request["id"] for request in requests[: len(ids)]]:
-        raise ValueError(f"{output} holds answers to other questions than {FLAGS.requests}; move it away or name another --output")
+        raise ValueError(
+            f"{output} holds answers to other questions than {FLAGS.requests}; move it away or name another --output"
+        )
     return len(ids)
 
 
 def run(argv):
     try:
         main(argv)
-    except (ValueError, OSError) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
         sys.exit(f"error: {error}")
 
 

@@ -15,7 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,6 +34,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
     save_config(config, workdir)
     tokenizer = make_tokenizer(config.data)
@@ -92,7 +93,10 @@ def train(config: TrainConfig, workdir, model, optimizer, state, batches, tokeni
                 log.write(step, row | {"seconds": time.perf_counter() - began})
                 progress.update(task, completed=step, loss=row["loss"])
                 if not sys.stdout.isatty():
-                    print(f"step {step}/{config.steps} loss {row['loss']:.4f} seconds {time.perf_counter() - began:.0f}", flush=True)
+                    print(
+                        f"step {step}/{config.steps} loss {row['loss']:.4f} seconds {time.perf_counter() - began:.0f}",
+                        flush=True,
+                    )
             if step % config.save_every == 0 or step == config.steps:
                 if finish_saving:
                     finish_saving()
@@ -122,7 +126,10 @@ def _progress() -> Progress:
 def run(argv):
     try:
         main(argv)
-    except (ValueError, OSError) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
         sys.exit(f"error: {error}")
 
 

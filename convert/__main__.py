@@ -17,7 +17,7 @@ from convert.assemble import DTYPES
 from convert.compose import open_parts
 from convert.run import convert
 from convert.source import open_model
-from internvl3_jax import checkpoint
+from internvl3_jax.find import find, find_released
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = None if options.dtype == "keep" else options.dtype
     try:
         if options.llm:
-            model = open_parts(
-                checkpoint.find_released(options.llm), checkpoint.find_released(options.vision), dtype, options.seed
-            )
+            model = open_parts(find_released(options.llm), find_released(options.vision), dtype, options.seed)
         else:
-            model = open_model(checkpoint.find(options.source), dtype, options.accept_fingerprint)
+            model = open_model(find(options.source), dtype, options.accept_fingerprint)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             hashes = convert(

@@ -1,9 +1,10 @@
 """A new model from a plain language model and an InternViT: the start of native multimodal pre-training.
 
-Tower and decoder are taken as they are. The projector is random: kernels normal with deviation 0.02, biases 0, norm scale 1. The nine
-tokens of InternVL join the tokenizer, the vocabulary becomes exactly as long as the tokenizer (Qwen's padding rows go), and the rows of
-new tokens in embedding and head are the mean of the others; the reference trainer does so for the head, and here an embedding that was
-never trained does not start from noise either. A head that was tied becomes a copy of the embedding: InternVL3 never ties.
+Tower and decoder are taken as they are. The projector is random: kernels normal with deviation 0.02, biases 0, norm scale 1.
+The nine tokens of InternVL join the tokenizer, the vocabulary becomes exactly as long as the tokenizer (Qwen's padding rows
+go), and the rows of new tokens in embedding and head are the mean of the others; the reference trainer does so for the head,
+and here an embedding that was never trained does not start from noise either. A head that was tied becomes a copy of the
+embedding: InternVL3 never ties.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import zlib
 import numpy as np
 
 from convert.assemble import HEADS, Plan, fill_leaf, padded_shape, plan
+from convert.hf_files import has_token
 from convert.mapping import Row, bits
 from convert.safetensors_io import SafetensorsSource
 from convert.source import Hashes, allocate, read_json, travelling_files
@@ -66,6 +68,9 @@ class Composed:
             hashes.add_leaf(self.config, row, leaf)
         return leaf
 
+    def hash_leaf(self, row: Row, hashes: Hashes) -> None:
+        self.leaf(row, hashes)
+
     def _random(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         if path.endswith("kernel"):
             # A generator for each leaf, so that none depends on the order of the conversion.
@@ -88,7 +93,8 @@ class Composed:
 
 
 def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None, seed: int = 0) -> Composed:
-    """Opens a language model directory (Qwen2.5 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL model.
+    """Opens a language model directory (Qwen2.5 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL
+    model.
 
     Raises:
       FileNotFoundError, ValueError, ConversionError: naming the file, field or tensor that is wrong.
@@ -143,9 +149,8 @@ def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, Safetensors
 
 
 def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
-    """Tokenizer files with the nine tokens that are not in them yet, after the last id, in every file that lists added tokens."""
-    present = known.control_tokens.keys() | json.loads(files.get("added_tokens.json", b"{}")).keys()
-    new = [token for token in NEW_TOKENS if token not in present]
+    """Tokenizer files with those of the nine tokens that are not in them yet, in every file that lists added tokens."""
+    new = [token for token in NEW_TOKENS if not has_token(known, token)]
     ids = {token: known.vocab_size + index for index, token in enumerate(new)}
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     files = dict(files)

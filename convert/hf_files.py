@@ -1,4 +1,4 @@
-"""The files around the weights of an exported model: what the original code, transformers and the servers that follow them read."""
+"""The files around the weights of an exported model, as the original code, transformers and servers read them."""
 
 import json
 
@@ -189,7 +189,7 @@ def _original(model: ModelConfig, processor: ProcessorConfig, dtype: str, token_
 def export_files(
     model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, layout: str, dtype: str, files: dict[str, bytes]
 ) -> dict[str, bytes]:
-    """Everything beside weights and internvl3_jax.json. `files` are those that travelled; what a layout needs is made from them."""
+    """Everything beside weights and internvl3_jax.json, made from the `files` that travelled and from the configuration."""
     source = read_json(files, "config.json") or {}
     settings = read_json(files, "tokenizer_config.json") or {}
     stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
@@ -219,7 +219,7 @@ def export_files(
     return kept | {name: json.dumps(values, indent=2, ensure_ascii=False).encode() for name, values in made.items()}
 
 
-def _has(tokenizer: Tokenizer, token: str) -> bool:
+def has_token(tokenizer: Tokenizer, token: str) -> bool:
     try:
         tokenizer.require(token)
     except ValueError:
@@ -250,7 +250,7 @@ def _transformers_processor(model: ModelConfig, processor: ProcessorConfig, toke
         "max_patches": processor.max_tiles,
     }
     settings = {name: value for name, value in settings.items() if name != "chat_template"}
-    video = next((token for token in VIDEO_TOKENS if _has(tokenizer, token)), VIDEO_TOKENS[-1])
+    video = next((token for token in VIDEO_TOKENS if has_token(tokenizer, token)), VIDEO_TOKENS[-1])
     settings |= NAMED_TOKENS | {"video_token": video, "processor_class": "InternVLProcessor", "padding_side": "left"}
     return {
         "preprocessor_config.json": pictures,
@@ -261,7 +261,7 @@ def _transformers_processor(model: ModelConfig, processor: ProcessorConfig, toke
 
 
 def chat_template(processor: ProcessorConfig, video_token: str) -> str:
-    """The Jinja template: blocks as chat.py builds them, a picture or video in front of the text that follows it in its message."""
+    """The Jinja template: blocks as chat.py builds them, a picture or video in front of the text that follows it."""
     text = TEMPLATES[processor.template] if processor.system_message == "default" else processor.system_message
     system = ""
     if text is not None:

@@ -1,12 +1,12 @@
 """The one table between our parameter tree and the tensors of the two released layouts; it runs in both directions.
 
-Each row names a leaf of the tree, the shape of one layer of it, what it is called in either layout, and how the bytes are rearranged.
-A layout may keep one leaf in several tensors (q, k and v of the vision tower in transformers): they are joined along their first axis.
-`{}` is the layer's number. Rows whose `when` is false for a configuration do not exist for it.
+Each row names a leaf of the tree, the shape of one layer of it, what it is called in either layout, and how the bytes are
+rearranged. A layout may keep one leaf in several tensors (q, k and v of the vision tower in transformers): they are joined
+along their first axis. `{}` is the layer's number. Rows whose `when` is false for a configuration do not exist for it.
 
-Shapes are of one layer, without the padding of the vocabulary (see `assemble.py`): C, M, P, N width, inner width, pixels of a patch and
-positions of the vision tower; D, F, V width, inner width and vocabulary of the decoder; Q and K widths of its queries and keys;
-S width after pixel shuffle.
+Shapes are of one layer, without the padding of the vocabulary (see `assemble.py`): C, M, P, N width, inner width, pixels of a
+patch and positions of the vision tower; D, F, V width, inner width and vocabulary of the decoder; Q and K widths of its queries
+and keys; S width after pixel shuffle.
 """
 
 import dataclasses

@@ -43,7 +43,7 @@ class OrbaxSink:
 
 
 class SafetensorsSink:
-    """Takes leaves into a safetensors directory of a released layout. A tied head is written out where the layout never ties."""
+    """Takes leaves into a directory of a released layout. A tied head is written out where the layout never ties."""
 
     def __init__(self, directory: pathlib.Path, model: Model, layout: str, shard_size: int):
         self.directory, self.model, self.layout = directory, model, layout
@@ -55,7 +55,7 @@ class SafetensorsSink:
         files = export_files(self.config, model.processor, model.tokenizer, layout, model.dtype, model.files)
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        self.writer = SafetensorsWriter(directory, _planned(self.config, layout), DTYPES[model.dtype], shard_size)
+        self.writer = SafetensorsWriter(directory, planned(self.config, layout), DTYPES[model.dtype], shard_size)
 
     def add(self, row: Row, leaf: np.ndarray) -> None:
         for layer in layer_numbers(row, self.config):
@@ -74,7 +74,7 @@ class SafetensorsSink:
         checkpoint.Manifest(self.config, model.processor, made, hashes).write(self.directory)
 
 
-def _planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]]]:
+def planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of all tensors of a layout, a layer's together, so that shards hold whole layers as far as they can."""
     planned = []
     for _, rows in itertools.groupby(active_rows(config), lambda row: (row.target.split("/")[0], layers_of(row, config))):
@@ -131,7 +131,7 @@ def _with_progress(config: ModelConfig, phase: str, advance: Callable):
 def _verify(model: Model, hashes: Hashes, what: str, phase: str, advance: Callable) -> None:
     again = Hashes()
     for row in _with_progress(model.config, phase, advance):
-        model.leaf(row, again)
+        model.hash_leaf(row, again)
     _compare(what, again, hashes)
 
 

@@ -1,8 +1,8 @@
 """Safetensors files, one tensor at a time: a directory to read from and a set of shards to fill in any order.
 
-The format is a little-endian u64 with the length of a JSON header, the header (name -> dtype, shape, byte range), then the bytes.
-Reading and writing by position keeps one tensor in memory and lets damage be reported by the names of the tensors it hits. Tensors are
-checked against the header and the header against the file's length before any is read.
+The format is a little-endian u64 with the length of a JSON header, the header (name -> dtype, shape, byte range), then the
+bytes. Reading and writing by position keeps one tensor in memory and lets damage be reported by the names of the tensors it
+hits. Tensors are checked against the header and the header against the file's length before any is read.
 """
 
 import json

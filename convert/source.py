@@ -1,7 +1,8 @@
 """What can be converted, behind one interface: released safetensors directories and our own checkpoints.
 
-An opened model has `config`, `processor`, `tokenizer`, `files` (all that travels, by name), `dtype` (name), `hashes` (what was stored with
-it) and `leaf(row, hashes)`, which reads one leaf of the parameter tree and adds the hashes of its tensors.
+An opened model has `config`, `processor`, `tokenizer`, `files` (all that travels, by name), `dtype` (name), `hashes` (what was
+stored with it), `leaf(row, hashes)`, which reads one leaf of the parameter tree and adds the hashes of its tensors, and
+`hash_leaf(row, hashes)`, which only adds them.
 """
 
 import dataclasses
@@ -26,14 +27,16 @@ from convert.assemble import (
     layer_tensors,
     padded_shape,
     plan,
+    read_tensors,
 )
 from convert.mapping import Row, active_rows, bits
 from convert.safetensors_io import SafetensorsSource
 from internvl3_jax import storage
-from internvl3_jax.checkpoint import MANIFEST, Manifest, is_checkpoint
+from internvl3_jax.checkpoint import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.data.tokenizer_files import FILES
+from internvl3_jax.find import MANIFEST, is_checkpoint
 from internvl3_jax.fingerprint import compare, fingerprint
 from internvl3_jax.hf_config import from_hf, layout_of, processor_from_hf
 
@@ -48,7 +51,7 @@ TRAVELLING = (
     "*.py",
 )
 # Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside it keeps it.
-UNSAID = ("vision.drop_path", "vision.layer_scale_init", "language.vocab_multiple", "projector_norm_eps")
+UNSAID = ("vision.drop_path", "language.vocab_multiple", "projector_norm_eps")
 _LARGE = 1 << 30  # bytes; a leaf beyond is assembled in a file that the system may page out
 
 log = logging.getLogger(__name__)
@@ -92,6 +95,10 @@ class Released:
         fill_leaf(self.checked, self.tensors, row, out, hashes.add if hashes is not None else None)
         return out
 
+    def hash_leaf(self, row: Row, hashes: Hashes) -> None:
+        for layer in layer_numbers(row, self.config):
+            hashes.add(row.keys("internvl", layer)[0], read_tensors(self.checked, self.tensors, row, layer))
+
     def params(self, place: Callable[[str, np.ndarray], object]) -> dict:
         """The parameter tree, each leaf handed through `place(path, array)` as soon as it is read."""
         return storage.nest({row.target: place(row.target, self.leaf(row)) for row in active_rows(self.config)})
@@ -122,6 +129,9 @@ class Converted:
             hashes.add_leaf(self.config, row, leaf)
         return leaf
 
+    def hash_leaf(self, row: Row, hashes: Hashes) -> None:
+        self.leaf(row, hashes)
+
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | None) -> np.ndarray:
     """An array to fill. A large one lies in a file at `scratch`, whose name is gone at once."""
@@ -133,7 +143,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
 
 
 def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released | Converted:
-    """Opens a directory found by `checkpoint.find`, and checks it completely before any array is read.
+    """Opens a directory found by `find`, and checks it completely before any array is read.
 
     Args:
       dtype: to cast to; None keeps.
@@ -187,17 +197,12 @@ def open_released(directory: pathlib.Path, dtype: str | None = None, accept_fing
     checked = plan(config, tensors, layout, dtype)
     if (directory / MANIFEST).exists():
         manifest = Manifest.read(directory)
-        config, processor, hashes = (_merge(config, manifest.model, directory), manifest.processor, manifest.hashes)
+        config, processor = _merge(config, manifest.model, directory), manifest.processor
         checked = checked._replace(config=config)
-        if dtype is None or dtype == manifest.fingerprint.get("dtype"):
-            compare(
-                manifest.fingerprint,
-                fingerprint(config, processor, tokenizer, checked.dtype.name),
-                str(directory),
-                accept_fingerprint,
-            )
-        else:
-            hashes = {}
+        stored = checked.dtype.name if dtype is None else manifest.fingerprint.get("dtype")
+        made = fingerprint(config, processor, tokenizer, stored)
+        compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
+        hashes = manifest.hashes if checked.dtype.name == stored else {}
     return Released(directory, config, processor, tokenizer, files, tensors, checked, hashes)
 
 

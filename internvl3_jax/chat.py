@@ -1,9 +1,9 @@
 """Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many` takes independent questions.
 
-    chat = Chat(load("checkpoints/internvl3-1b"))
-    chat("What is in the picture?", images=["cat.jpg"])
-    chat("And what colour is it?")                        # the picture is not encoded again
-    for piece in chat.stream("Tell me more."): print(piece, end="")
+chat = Chat(load("checkpoints/internvl3-1b"))
+chat("What is in the picture?", images=["cat.jpg"])
+chat("And what colour is it?")                        # the picture is not encoded again
+for piece in chat.stream("Tell me more."): print(piece, end="")
 """
 
 import dataclasses
@@ -59,6 +59,10 @@ class Options:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise ValueError(f"max_tiles is {self.max_tiles}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**32")
 
     def run(self, rows: int, scaling: str) -> Run:
         return Run(self.max_new_tokens, Sampling(self.temperature, self.top_k, self.top_p), (self.seed,) * rows, scaling)
@@ -158,7 +162,9 @@ class Chat:
             reader.finish()
         seconds = time.perf_counter() - began
         return [
-            Answer(reader.text.strip(), reader.ids, len(prompt.tokens), [len(part) for part in prompt.tiles], seconds, first_token)
+            Answer(
+                reader.text.strip(), reader.ids, len(prompt.tokens), [len(part) for part in prompt.tiles], seconds, first_token
+            )
             for reader, prompt in zip(readers, prompts, strict=True)
         ]
 
@@ -223,7 +229,7 @@ class _Reader:
     def _release(self) -> None:
         found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
         if found:
-            self.text += self._held[: min(found)]
+            self.text, self._held = self.text + self._held[: min(found)], ""
             self.ended = True
             return
         longest = max((len(text) - 1 for text in self._stop), default=0)

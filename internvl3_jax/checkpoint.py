@@ -11,10 +11,8 @@
 import dataclasses
 import functools
 import json
-import logging
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Mapping
 
@@ -24,26 +22,12 @@ import jax.numpy as jnp
 from internvl3_jax import storage
 from internvl3_jax.config import ModelConfig, ProcessorConfig, from_dict, to_dict
 from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.find import MANIFEST, find, is_checkpoint, latest_step
 from internvl3_jax.fingerprint import compare, fingerprint
 from internvl3_jax.model import InternVL, abstract_params
 
-MANIFEST = "internvl3_jax.json"
 FORMAT = 1
 TRAINING = "training.json"
-# Files beside config.json and weights that a model needs elsewhere, or that a reader wants to find again.
-HUB_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.py",
-    "LICENSE*",
-    "README.md",
-)
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -118,69 +102,22 @@ def _dtype_name(params) -> str:
     return "+".join(names)
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------------------
-
-
-def is_checkpoint(directory: pathlib.Path) -> bool:
-    return (directory / MANIFEST).is_file() and (directory / "params").is_dir()
-
-
-def is_safetensors(directory: pathlib.Path) -> bool:
-    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors*"))
-
-
-def find(path: str | os.PathLike) -> pathlib.Path:
-    """The directory that a user's path means: itself, the newest step of a training run, or a download of a hub id.
-
-    Raises:
-      FileNotFoundError: saying what was looked for.
-    """
-    directory = pathlib.Path(path).expanduser()
-    if not directory.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            return _download(str(path))
-        raise FileNotFoundError(
-            f"{directory} does not exist; give a checkpoint directory, a training run or a hub id (owner/name)"
-        )
-    if is_checkpoint(directory) or is_safetensors(directory):
-        return directory
-    runs = directory if directory.name == "checkpoints" else directory / "checkpoints"
-    step = latest_step(runs.parent) if runs.is_dir() else None
-    if step is not None:
-        return runs / str(step)
-    held = ", ".join(sorted(entry.name for entry in directory.iterdir())[:10]) if directory.is_dir() else "a file"
-    raise FileNotFoundError(
-        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or saved here); checkpoints/STEP with these "
-        f"(a training run); config.json and *.safetensors (a released model). It holds: {held or 'nothing'}"
-    )
-
-
-def find_released(path: str | os.PathLike) -> pathlib.Path:
-    """A local directory as it is, or the download of a hub id: for models that are no InternVL."""
-    return pathlib.Path(path) if pathlib.Path(path).exists() else _download(str(path))
-
-
-def _download(hub_id: str) -> pathlib.Path:
-    from huggingface_hub import (
-        snapshot_download,  # only here: everything else works without the hub
-    )
-
-    try:
-        return pathlib.Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
-    except Exception as error:  # the hub's own errors, network errors, bad ids: all end here
-        raise FileNotFoundError(
-            f"{hub_id} is no local directory, and it could not be downloaded from the hub: {error}"
-        ) from error
+# --- opening ------------------------------------------------------------------------------------------------------------------
 
 
 def load(
-    path: str | os.PathLike, *, dtype=None, mesh: jax.sharding.Mesh | None = None, accept_fingerprint: bool = False
+    path: str | os.PathLike,
+    *,
+    dtype=None,
+    shardings: Callable[[dict], dict] | None = None,
+    accept_fingerprint: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint directory, a training run, a released safetensors directory (either layout) or a hub id.
 
     Args:
       dtype: of the parameters and of the computation; None keeps what is stored.
-      mesh: shards the parameters over it by the rules of sharding.py; None puts them on the default device.
+      shardings: from the tree of parameters as ShapeDtypeStructs to a like tree of `jax.sharding.Sharding`s; each parameter is
+        read straight to where that puts it. None puts all on the default device.
       accept_fingerprint: go on although the files no longer agree with how the checkpoint was made.
 
     Raises:
@@ -195,7 +132,7 @@ def load(
         tokenizer = Tokenizer.from_directory(directory)
         made = fingerprint(config, processor, tokenizer, _dtype_name(stored))
         compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
-        target = _targets(directory, config, stored, dtype, mesh)
+        target = _targets(directory, config, stored, dtype, _places(config, shardings))
         params = storage.load_tree(directory / "params", target)
     else:
         # The one upward import of the package: reading a released directory is a conversion in memory.
@@ -203,20 +140,18 @@ def load(
 
         source = open_released(directory, dtype and jnp.dtype(dtype).name, accept_fingerprint)
         config, processor, tokenizer = source.config, source.processor, source.tokenizer
-        shardings = _shardings(config, mesh)
-        params = source.params(lambda path, leaf: jax.device_put(leaf, shardings[path]))
+        places = _places(config, shardings)
+        params = source.params(lambda path, leaf: jax.device_put(leaf, places[path]))
     compute = jax.tree.leaves(params)[0].dtype
     return Checkpoint(InternVL(config, compute), config, params, processor, tokenizer, directory)
 
 
-def _shardings(config: ModelConfig, mesh) -> dict:
+def _places(config: ModelConfig, shardings: Callable[[dict], dict] | None) -> dict[str, jax.sharding.Sharding]:
     """Path -> where the parameter goes."""
     wanted = _abstract_params(config)
-    if mesh is None:
+    if shardings is None:
         return dict.fromkeys(storage.by_path(wanted), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    from internvl3_jax.sharding import param_shardings
-
-    return storage.by_path(param_shardings(wanted, mesh))
+    return storage.by_path(shardings(wanted))
 
 
 @functools.cache
@@ -224,7 +159,7 @@ def _abstract_params(config: ModelConfig) -> dict:
     return abstract_params(config)  # tracing takes longer than reading a small checkpoint
 
 
-def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, mesh):
+def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, places: dict):
     """The abstract tree to load: shapes of the configuration, checked against what is stored."""
     wanted = storage.by_path(_abstract_params(config))
     wrong = [
@@ -234,10 +169,9 @@ def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, 
     ]
     if wrong:
         raise ValueError(f"{directory}: the parameters do not fit the model in {MANIFEST}:{''.join(wrong[:12])}")
-    shardings = _shardings(config, mesh)
     return storage.nest(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=shardings[path])
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=places[path])
             for path, leaf in wanted.items()
         }
     )
@@ -247,19 +181,7 @@ def _shape(leaf) -> str:
     return "nothing" if leaf is None else str(tuple(leaf.shape))
 
 
-# --- training runs ---------------------------------------------------------------------------------------------------------------
-
-
-def latest_step(run: str | os.PathLike) -> int | None:
-    """The newest complete step under RUN/checkpoints, None if there is none. Incomplete directories are named in the log."""
-    directory = pathlib.Path(run) / "checkpoints"
-    steps = []
-    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if entry.name.isdigit() and is_checkpoint(entry):
-            steps.append(int(entry.name))
-        else:
-            log.warning("ignoring %s: not a complete checkpoint (a write was interrupted, or is under way)", entry)
-    return max(steps, default=None)
+# --- training runs ------------------------------------------------------------------------------------------------------------
 
 
 def start_saving_training(
@@ -274,7 +196,9 @@ def start_saving_training(
     extra: Mapping,
     keep: int | None = None,
 ) -> Callable[[], None]:
-    """Starts saving a step; training may go on (also donate the arrays) when this returns. Call the result before the next save.
+    """Starts saving a step; training may go on (also donate the arrays) when this returns.
+
+    Call the result before the next save: it waits until the step is complete.
 
     Args:
       extra: JSON values needed to resume: the state of the data iterator, of the losses.
@@ -303,7 +227,10 @@ def save_training(run, step, params, opt_state, **options) -> None:
 
 
 def restore_training(run: str | os.PathLike, step: int, abstract_params, abstract_opt_state) -> tuple:
-    """(params, opt_state, extra) of a step. The abstract trees give dtypes and shardings (`jax.eval_shape` of what made them)."""
+    """(params, opt_state, extra) of a step.
+
+    The abstract trees give dtypes and shardings (`jax.eval_shape` of what made the arrays).
+    """
     directory = pathlib.Path(run).absolute() / "checkpoints" / str(step)
     if not is_checkpoint(directory):
         raise FileNotFoundError(f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}")

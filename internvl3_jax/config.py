@@ -110,15 +110,27 @@ def validate(config: ModelConfig) -> None:
     vision, language = config.vision, config.language
     checks = [
         (vision.image_size % vision.patch_size == 0, "vision.image_size", f"{vision.image_size} is no multiple of patch_size"),
-        (vision.grid % config.downsample == 0, "downsample", f"{vision.grid} patches a side do not fold by {config.downsample}"),
+        (
+            vision.grid % config.downsample == 0,
+            "downsample",
+            f"{vision.grid} patches a side do not fold by {config.downsample}",
+        ),
         (vision.hidden_size % vision.num_heads == 0, "vision.num_heads", f"{vision.num_heads} does not divide the width"),
         (vision.norm in ("layer_norm", "rms_norm"), "vision.norm", f"{vision.norm!r} is not layer_norm or rms_norm"),
         (config.ps_version in ("v1", "v2"), "ps_version", f"{config.ps_version!r} is not v1 or v2"),
         (language.num_heads % language.num_kv_heads == 0, "language.num_kv_heads", "does not divide num_heads"),
         (language.head_dim % 2 == 0, "language.head_dim", f"{language.head_dim} is odd; rotary embedding needs pairs"),
-        (language.rope_scaling in ("none", "dynamic"), "language.rope_scaling", f"{language.rope_scaling!r} is not none or dynamic"),
+        (
+            language.rope_scaling in ("none", "dynamic"),
+            "language.rope_scaling",
+            f"{language.rope_scaling!r} is not none or dynamic",
+        ),
         (language.family in ("qwen2", "internlm3"), "language.family", f"{language.family!r} is not qwen2 or internlm3"),
-        (0 <= config.image_token_id < language.vocab_size, "image_token_id", f"{config.image_token_id} lies outside the vocabulary"),
+        (
+            0 <= config.image_token_id < language.vocab_size,
+            "image_token_id",
+            f"{config.image_token_id} lies outside the vocabulary",
+        ),
     ]
     for holds, field, why in checks:
         if not holds:
@@ -170,6 +182,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay to `final_fraction` of the peak. Defaults follow InternVL's scripts."""
 
+    name: str = "adamw"  # or "muon": Muon on the layers' matrices, AdamW on the rest
+    muon_learning_rate: float = 0.02
     learning_rate: float = 4e-5
     final_fraction: float = 0.0
     warmup_steps: int = 100
@@ -243,10 +257,28 @@ def _model(vision: VisionConfig, language: LanguageConfig, image_token_id: int =
 
 
 def _tiny() -> ModelConfig:
-    """The digits model of configs/tiny_digits.py: 16 tokens a tile, 460 vocabulary entries."""
-    vision = VisionConfig(image_size=32, patch_size=4, hidden_size=96, num_layers=4, num_heads=4, intermediate_size=384)
+    """The digits model of configs/tiny_digits.py: 4 tokens a tile, 460 vocabulary entries."""
+    vision = VisionConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        intermediate_size=384,
+        layer_scale_init=1.0,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
     language = LanguageConfig(
-        vocab_size=460, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=384, rope_theta=1e4
+        vocab_size=460,
+        hidden_size=128,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        rope_theta=1e4,
+        max_position=4096,
     )
     return _model(vision, language, image_token_id=453)
 

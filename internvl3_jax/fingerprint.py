@@ -22,7 +22,8 @@ def fingerprint(model: ModelConfig, processor: ProcessorConfig, tokenizer: Token
     """The entries for a model, from configuration and tokenizer as they are now.
 
     Raises:
-      ValueError: naming the template or the token that is unknown, or an <IMG_CONTEXT> that is not where the configuration says.
+      ValueError: naming the template or the token that is unknown, or an <IMG_CONTEXT> that is not where the configuration
+        says.
     """
     if processor.template not in TEMPLATES:
         raise ValueError(f"template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}")

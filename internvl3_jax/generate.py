@@ -154,20 +154,28 @@ class Generator:
         return answers
 
     def _features(self, prompts, length: int, keep: int):
-        """Features of the new pictures at the places of their tokens: [B,T,D]; None where there are no pictures."""
-        if not any(start >= keep for prompt in prompts for start, _ in prompt.runs):
-            return None
-        visual = jnp.zeros((len(prompts), length, self.config.language.hidden_size), self.dtype)
+        """Features of the new pictures at the places of their tokens: [B,T,D]; None where there are no pictures.
+
+        The tiles of all rows are encoded as one line of tiles, so that a batch of small pictures runs in large pieces, too.
+        """
+        per_tile = self.config.tokens_per_tile
+        tiles, rows, places = [], [], []
         for row, prompt in enumerate(prompts):
-            for (start, _), tiles in zip(prompt.runs, prompt.tiles, strict=True):
-                if start < keep:
-                    continue
-                done = 0
-                for count in tile_pieces(len(tiles)):
-                    features = _encode(self.model, self.vision_params, tiles[done : done + count])
-                    place = start - keep + done * self.config.tokens_per_tile
-                    visual = _place(visual, features, row, place)
-                    done += count
+            for (start, _), picture in zip(prompt.runs, prompt.tiles, strict=True):
+                if start >= keep:
+                    tiles.append(picture)
+                    rows += [row] * len(picture)
+                    places += [start - keep + number * per_tile for number in range(len(picture))]
+        if not tiles:
+            return None
+        tiles, rows, places = np.concatenate(tiles), np.asarray(rows, np.int32), np.asarray(places, np.int32)
+        visual = jnp.zeros((len(prompts), length, self.config.language.hidden_size), self.dtype)
+        done = 0
+        for count in tile_pieces(len(tiles)):
+            piece = slice(done, done + count)
+            features = _encode(self.model, self.vision_params, tiles[piece])
+            visual = _place(visual, features, rows[piece], places[piece])
+            done += count
         return visual
 
 
@@ -218,9 +226,10 @@ def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(visual, features, row, place):
-    """Writes features [n,P,D] at visual[row, place:]."""
-    return jax.lax.dynamic_update_slice(visual, features.reshape(1, -1, features.shape[-1]), (row, place, 0))
+def _place(visual, features, rows, places):
+    """Writes the features [n,P,D] of n tiles into visual [B,T,D], each at its row and from its place on."""
+    columns = places[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
+    return visual.at[rows[:, None], columns].set(features, unique_indices=True)
 
 
 def tile_pieces(count: int) -> list[int]:

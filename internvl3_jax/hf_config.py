@@ -2,8 +2,8 @@
 
 "internvl" is the original layout (`internvl_chat`, with `llm_config` and a `vision_config` of type `intern_vit_6b` for both towers);
 "hf" is the one built into transformers (`internvl`, with `text_config` and `internvl_vision`). Reading is strict: every field is either
-used, known to change nothing, or an error that names it, and a field the computation depends on is never filled from a class default
-where those defaults differ between releases (layers of the tower, rope base, tying).
+used, known to change nothing, or an error that names it, and a field the computation depends on is never filled from a class
+default where those defaults differ between releases (layers of the tower, rope base, tying).
 """
 
 from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig, VisionConfig
@@ -44,8 +44,8 @@ def from_hf(
 
     Args:
       config: the parsed file.
-      image_token_id: id of <IMG_CONTEXT> in the checkpoint's tokenizer. The original layout does not store it; where the file has it
-        too, the two must agree.
+      image_token_id: id of <IMG_CONTEXT> in the checkpoint's tokenizer. The original layout does not store it; where the file
+        has it too, the two must agree.
       has_head: whether the weights hold an output head, None if unknown. Decides tying where the file says nothing.
       preprocessor_config: the parsed preprocessor_config.json, for the mean and deviation of pixels; ImageNet's without it.
 
@@ -109,8 +109,9 @@ def _original_fields(top: Fields, vision: VisionConfig) -> None:
 def _tied(top: Fields, text, layout: str, has_head: bool | None) -> bool:
     """Whether the output head is the embedding.
 
-    The original code forces an untied head whatever its fields say, so there only a file without a head can be tied. transformers 5
-    ties when the key is absent, while released files without the key hold a head of their own: then the weights decide.
+    The original code forces an untied head whatever its fields say, so there only a file without a head can be tied.
+    transformers 5 ties when the key is absent, while released files without the key hold a head of their own: then the weights
+    decide.
     """
     stated = top.get("tie_word_embeddings", None)
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
@@ -153,7 +154,7 @@ def read_vision(values: dict, layout: str, where: str = "config.vision_config") 
         norm_eps=fields.get("layer_norm_eps", 1e-6),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        layer_scale_init=0.1,
+        layer_scale_init=fields.get("initializer_factor" if layout == "internvl" else "layer_scale_init_value", 0.1),
         drop_path=fields.get("drop_path_rate", 0.0),
     )
     if qk_norm and vision.norm_eps != 1e-6:
@@ -189,8 +190,8 @@ def read_language(values: dict, where: str, *, tied: bool) -> LanguageConfig:
     if family == "qwen2":
         qkv_bias, o_bias, mlp_bias = True, False, False
     else:
-        qkv_bias = fields.same(("attention_bias", "qkv_bias"))
-        mlp_bias = fields.same(("mlp_bias", "bias"))
+        qkv_bias = fields.same(("attention_bias", "qkv_bias"), default=False)
+        mlp_bias = fields.same(("mlp_bias", "bias"), default=False)
         # The original InternLM3 gives o_proj the bias of the MLP, Llama the bias of q, k and v.
         o_bias = mlp_bias if "bias" in values else qkv_bias
     heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
@@ -205,7 +206,7 @@ def read_language(values: dict, where: str, *, tied: bool) -> LanguageConfig:
         num_kv_heads=fields.get("num_key_value_heads"),
         head_dim=fields.get("head_dim", hidden // heads),
         intermediate_size=fields.get("intermediate_size"),
-        norm_eps=fields.get("rms_norm_eps"),
+        norm_eps=fields.get("rms_norm_eps", 1e-6) if family == "qwen2" else fields.get("rms_norm_eps"),
         rope_theta=float(theta),
         rope_scaling=scaling,
         rope_factor=float(factor),
@@ -247,10 +248,11 @@ def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
 
 
 def processor_from_hf(config: dict, preprocessor_config: dict | None = None) -> ProcessorConfig:
-    """How the released system prepares pictures and prompts, from config.json (original layout) or preprocessor_config.json (hf).
+    """How the released system prepares pictures and prompts, from config.json (original layout) or preprocessor_config.json
+    (hf).
 
-    `system_message: null` means the template's text: that is what the models were trained with. The transformers layout knows neither
-    template nor system text; both are the defaults there, as in the original files of the same weights.
+    `system_message: null` means the template's text: that is what the models were trained with. The transformers layout knows
+    neither template nor system text; both are the defaults there, as in the original files of the same weights.
     """
     layout = layout_of(config)
     pictures = preprocessor_config or {}

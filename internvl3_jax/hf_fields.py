@@ -7,23 +7,25 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Fields that any transformers configuration may carry and that do not change what the network computes. Token ids of begin, end and
-# padding are among them: the stop token comes from the template and the tokenizer (llm_config names another eos than the real one).
+# Fields that any transformers configuration may carry and that do not change what the network computes. Token ids of begin, end
+# and padding are among them: the stop token comes from the template and the tokenizer (llm_config names another eos than the
+# real one).
 GENERIC = _words(
     """_attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures attn_implementation auto_map
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
     diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
-    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache initializer_range"""
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
+    use_cache initializer_range"""
 )
 VISION_IGNORED = GENERIC | _words(
     """attention_dropout attention_probs_dropout_prob capacity_factor dropout eval_capacity_factor hidden_dropout_prob
-    initializer_factor laux_allreduce layer_scale_init_value moe_coeff_ratio moe_intermediate_size moe_output_scale noisy_gate_policy
-    num_experts num_routed_experts num_shared_experts projection_dropout shared_expert_intermediate_size tie_word_embeddings
-    use_flash_attn use_residual use_rts use_weighted_residual"""
+    initializer_factor laux_allreduce moe_coeff_ratio moe_intermediate_size moe_output_scale
+    noisy_gate_policy num_experts num_routed_experts num_shared_experts projection_dropout shared_expert_intermediate_size
+    tie_word_embeddings use_flash_attn use_residual use_rts use_weighted_residual"""
 )
 LANGUAGE_IGNORED = GENERIC | _words("attention_dropout max_window_layers rope_pos_id_version rope_pos_id_stride sliding_window")
 TOP_IGNORED = GENERIC | _words("image_fold hidden_size")

@@ -118,7 +118,9 @@ class Decoder(nn.Module):
             order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             visible = visibility(order, x.shape[1], segments, segments)
         elif not self.unrolled:
-            raise ValueError("a cache needs the unrolled layout: Decoder(..., unrolled=True) with parameters from language.unroll")
+            raise ValueError(
+                "a cache needs the unrolled layout: Decoder(..., unrolled=True) with parameters from language.unroll"
+            )
         else:
             visible = visibility(slots, cache[0]["k"].shape[1])
         if not self.unrolled:

@@ -1,9 +1,11 @@
 """Directories that appear whole or not at all, and parameter trees in them. The only file that imports Orbax.
 
-Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a time keep one parameter in memory.
+Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a time keep one parameter in
+memory.
 """
 
 import contextlib
+import gc
 import math
 import os
 import pathlib
@@ -11,7 +13,6 @@ import shutil
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -20,7 +21,7 @@ try:
 except ImportError:  # where it has left experimental
     import orbax.checkpoint.v1 as ocp
 
-LARGEST_CHUNK = 256 << 20  # bytes of one stored block, the least that a reader of a shard has to touch
+LARGEST_CHUNK = 512 << 20  # bytes of one stored block, the least that a reader of a shard has to touch
 SMALL = 64 << 20  # bytes of leaves that are written together
 
 
@@ -75,12 +76,19 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def _storage_options(path, leaf):
+    if math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize <= LARGEST_CHUNK:
+        return None
+    # Of layers on the first axis each gets blocks of its own, so that a block is contiguous in the array.
+    layers = (0,) if np.ndim(leaf) == 3 else ()
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=LARGEST_CHUNK, shard_axes=layers)
+
+
 def _context(copy: bool = False) -> "ocp.Context":
     context = ocp.Context()
     saving = context.array.saving
     saving.use_compression = False  # weights hardly shrink, and it takes most of the writing time
-    saving.storage_options.chunk_byte_size = LARGEST_CHUNK
-    saving.storage_options.shard_axes = (0,)  # layers first, so that a block is contiguous in the array
+    saving.scoped_storage_options_creator = _storage_options
     context.memory.deepcopy_host_arrays = copy
     context.pytree.loading.partial_load = True
     return context
@@ -125,12 +133,14 @@ class TreeWriter:
             with _context():
                 ocp.partial.save(self.path, nest(self.waiting))
             self.waiting = {}
+            gc.collect()  # Orbax leaves the arrays in reference cycles
 
 
 def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
-    """Copies a tree of arrays to the host and writes it in the background; the returned function waits for the end."""
-    if jax.default_backend() == "cpu":  # here the host's copy would be the array itself, which the caller may donate
-        tree = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+    """Copies a tree of arrays to the host and writes it in the background; the returned function waits for the end.
+
+    The caller may donate jax arrays when this returns, and change numpy arrays.
+    """
     with _context(copy=True):
         response = ocp.save_async(path, tree)
     return response.result
@@ -161,11 +171,12 @@ class TreeReader:
                 batch[following] = np.empty(info.shape, info.dtype)
             with _context():
                 self.ready = by_path(ocp.load(self.path, nest(batch)))
+            gc.collect()  # Orbax leaves arrays in reference cycles
         return self.ready.pop(name)
 
 
 def load_tree(path: pathlib.Path, abstract):
-    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; a leaf without sharding goes to the default device."""
+    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it goes to the default device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(leaf):

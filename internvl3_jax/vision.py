@@ -68,7 +68,8 @@ class VisionTower(nn.Module):
     def setup(self):
         config = self.config
         self.patch_embedding = nn.Dense(config.hidden_size, dtype=self.dtype)
-        init = nn.initializers.normal(0.02)
+        # From scratch, places must be as visible as content: with a deviation of 0.02 a small tower learns several times more slowly.
+        init = nn.initializers.normal(0.5)
         self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
         self.position_embedding = self.param("position_embedding", init, (1 + config.grid**2, config.hidden_size))
         self.layers = nn.scan(

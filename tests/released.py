@@ -1,4 +1,4 @@
-"""Released checkpoints in miniature: every size at reduced width, random weights, a real (small) tokenizer, in either layout."""
+"""Released checkpoints in miniature: every size at reduced width, random weights, a small tokenizer, either layout."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ IMAGE_TOKEN_ID = 453
 
 
 def reduce(size: str) -> ModelConfig:
-    """A size with its head counts of the decoder, flags and norms, but narrow and of two layers; the tower keeps odd heads odd."""
+    """A size with the decoder's head counts, flags and norms, but narrow and shallow; the 6B tower keeps an odd head count."""
     model = SIZES[size]
     heads = 5 if model.vision.num_heads == 25 else 4
     vision = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""python -m convert: bit-exact both ways for every size and layout, total checks, and nothing left behind by what goes wrong."""
+"""python -m convert: bit-exact both ways for every size and layout, and files that other programs open."""
 
 import json
 
@@ -90,6 +90,14 @@ def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
     same_tensors(stored_tensors(tmp_path / "original"), stored_tensors(tmp_path / "internvl"))
 
 
+def test_large_leaves_are_assembled_in_a_file(tmp_path, monkeypatch):
+    released = write_released(tmp_path / "released", reduce("1b"), "hf")
+    monkeypatch.setattr("convert.source._LARGE", 0)
+    convert(released, tmp_path / "ours", verify=True)
+    assert not (tmp_path / "ours" / "leaf.tmp").exists()
+    same_tensors(params_of(tmp_path / "ours"), storage.by_path(random_params(reduce("1b"))))
+
+
 def test_older_names_of_the_hf_layout_are_read():
     model = reduce("38b")
     params = random_params(model)
@@ -116,7 +124,7 @@ def test_buffers_of_old_versions_are_ignored_and_a_tied_head_must_be_the_embeddi
         params_from_tensors(model, tensors | {"lm_head.weight": tensors["lm_head.weight"][::-1]})
 
 
-# --- exported files --------------------------------------------------------------------------------------------------------------
+# --- exported files -----------------------------------------------------------------------------------------------------------
 
 
 def test_exported_directory_opens_in_transformers(tmp_path):
@@ -200,7 +208,7 @@ def test_dtype_is_cast_and_what_does_not_fit_is_refused(tmp_path):
     assert not (tmp_path / "float16").exists()
 
 
-# --- command line ----------------------------------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, capsys):

@@ -9,6 +9,8 @@ from convert.hf_files import to_hf
 from internvl3_jax.config import SIZES, ModelConfig, ProcessorConfig
 from internvl3_jax.hf_config import from_hf, processor_from_hf
 
+pytestmark = pytest.mark.smoke
+
 # What the released InternVL3-1B has, fields that change nothing included.
 ORIGINAL = {
     "_commit_hash": None,
@@ -203,7 +205,8 @@ def test_what_is_written_reads_the_same(size, layout):
     model = SIZES[size]
     processor = ProcessorConfig(model.vision.image_size, model.tokens_per_tile)
     written = to_hf(model, processor, layout, "bfloat16")
-    assert from_hf(written, image_token_id=model.image_token_id) == model
+    pictures = {"image_mean": model.vision.mean, "image_std": model.vision.std}
+    assert from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures) == model
     assert processor_from_hf(written) == processor
 
 

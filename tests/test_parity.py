@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from convert.assemble import params_from_tensors
 from torch_reference import build_reference
 
+from convert.assemble import params_from_tensors
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.generate import Generator, Run
@@ -105,7 +105,12 @@ def test_every_intermediate(family):
     hooks += [parts.multi_modal_projector.register_forward_hook(keep("projected"))]
     hooks += [layer.register_forward_hook(keep(f"language {i}")) for i, layer in enumerate(parts.language_model.layers)]
     first = parts.language_model.layers[0]
-    hooks += [first.register_forward_pre_hook(lambda module, args, kwargs: seen.update(merged=(args or [kwargs["hidden_states"]])[0].detach().numpy()), with_kwargs=True)]
+    hooks += [
+        first.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(merged=(args or [kwargs["hidden_states"]])[0].detach().numpy()),
+            with_kwargs=True,
+        )
+    ]
     torch_logits(reference, batch["tokens"], values)
     for hook in hooks:
         hook.remove()
@@ -127,7 +132,13 @@ def test_greedy_tokens(family):
         ids = torch.from_numpy(batch["tokens"].astype(np.int64))
         mask = torch.ones_like(ids)
         out = reference.generate(
-            input_ids=ids, pixel_values=values, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+            input_ids=ids,
+            pixel_values=values,
+            attention_mask=mask,
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     ours = Generator(config, params).generate([as_prompt(config, batch, (2, 1))], greedy(24, 1, config))
     assert ours[0] == out[0, ids.shape[1] :].tolist()
@@ -139,7 +150,9 @@ def greedy(limit, rows, config):
 
 def as_prompt(config, batch, tiles_per_picture, deltas=None):
     tokens = batch["tokens"][0]
-    starts = [i for i, t in enumerate(tokens) if t == config.image_token_id and (i == 0 or tokens[i - 1] != config.image_token_id)]
+    starts = [
+        i for i, t in enumerate(tokens) if t == config.image_token_id and (i == 0 or tokens[i - 1] != config.image_token_id)
+    ]
     runs = [(start, tiles * config.tokens_per_tile) for start, tiles in zip(starts, tiles_per_picture, strict=True)]
     cuts = np.cumsum(tiles_per_picture)[:-1] if tiles_per_picture else []
     pictures = np.split(batch["tiles"][0], cuts) if tiles_per_picture else []
@@ -153,7 +166,8 @@ def test_ragged_batch_is_one_by_one(family):
     _, config, params = pair(*family)
     shapes = [((1,), 3), ((), 9), ((2, 1), 5), ((3,), 1)]
     prompts = [
-        as_prompt(config, make_row(config, tiles, seed=i, text=text, lead=text + 1)[0], tiles) for i, (tiles, text) in enumerate(shapes)
+        as_prompt(config, make_row(config, tiles, seed=i, text=text, lead=text + 1)[0], tiles)
+        for i, (tiles, text) in enumerate(shapes)
     ]
     generator = Generator(config, params)
     together = generator.generate(prompts, greedy(20, len(prompts), config))
@@ -222,7 +236,9 @@ def test_positions_table_of_another_resolution():
         tile = torch.from_numpy(rng.normal(size=(1, 3, 4 * grid[0], 4 * grid[1])).astype(np.float32))
         with torch.no_grad():
             embeddings = reference.model.vision_tower.embeddings
-            theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + grid[0] * grid[1], 32), 4 * grid[0], 4 * grid[1])[0].numpy()
+            theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + grid[0] * grid[1], 32), 4 * grid[0], 4 * grid[1])[
+                0
+            ].numpy()
             tower = reference.model.vision_tower(tile).last_hidden_state.numpy()
         table = interpolate_positions(params["vision"]["position_embedding"], grid)
         np.testing.assert_allclose(table, theirs, rtol=1e-5, atol=1e-5)

@@ -1,8 +1,9 @@
 """Tiny random transformers models of every member of the family, and the two ways they are released on disk.
 
-`build_reference` randomises every parameter: transformers starts class and position embeddings at zero, biases at zero, norms and
-layer scales at constants, and a mapping error in any of them would go unseen. `save_reference(layout="internvl")` writes the original
-layout from its own list of names, independent of the table in convert/mapping.py, so that the two check one another.
+`build_reference` randomises every parameter: transformers starts class and position embeddings at zero, biases at zero, norms
+and layer scales at constants, and a mapping error in any of them would go unseen. `save_reference(layout="internvl")` writes
+the original layout from its own list of names, independent of the table in convert/mapping.py, so that the two check one
+another.
 """
 
 import copy
@@ -97,7 +98,7 @@ def build_reference(
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draws every parameter: norm weights around 1, layer scales around 0.5, the rest with a spread that keeps activations near 1."""
+    """Draws every parameter: norm weights around 1, layer scales around 0.5, the rest so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -115,7 +116,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def save_reference(model: torch.nn.Module, directory, layout: str = "hf", max_shard_size: str = "5GB") -> pathlib.Path:
-    """Writes weights and config.json: layout "hf" as transformers saves, "internvl" as the original repositories are laid out."""
+    """Writes weights and config.json: layout "hf" as transformers saves, "internvl" as the original repositories are."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if layout == "hf":

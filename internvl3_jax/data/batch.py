@@ -91,6 +91,8 @@ class Prompt:
 
 def make_prompt(messages, tiles: Sequence[np.ndarray], tokenizer, processor, deltas: Sequence[int], where: str = "") -> Prompt:
     """Messages ending with a user turn to a `Prompt`. `tiles` are those of each picture in order, `deltas` their V2PE units."""
-    encoded = encode_chat(messages, [len(part) for part in tiles], tokenizer, processor, add_generation_prompt=True, where=where)
+    encoded = encode_chat(
+        messages, [len(part) for part in tiles], tokenizer, processor, add_generation_prompt=True, where=where
+    )
     positions = build_positions(len(encoded.tokens), encoded.runs, deltas)
     return Prompt(encoded.tokens, positions, list(encoded.runs), list(tiles))

@@ -61,6 +61,12 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(data.images[chosen] * 16, 255).astype(np.uint8), data.target[chosen]
 
 
+# Most digits in a picture before an item's number: the first pictures hold one digit each, so that the model learns to see digits before it
+# learns to find them. Without it neither starts for tens of thousands of pictures.
+_CURRICULUM = ((7_000, 1), (11_000, 2), (16_000, 3))
+_MOST = 5
+
+
 class DigitsSource:
     """Random-access source of training conversations: item i depends on (seed, i) alone, not on the order of reading."""
 
@@ -72,8 +78,9 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> Question:
         rng = np.random.default_rng((self.seed, index))
-        task = rng.choice(["read", "compare", "conversation"], p=[0.45, 0.2, 0.35])
-        return conversation(rng, self.split) if task == "conversation" else ask(task, rng, self.split)
+        most = next((most for before, most in _CURRICULUM if index < before), _MOST)
+        task = rng.choice(["read", "compare", "conversation"], p=[0.4, 0.15, 0.45])
+        return conversation(rng, self.split, most) if task == "conversation" else ask(task, rng, self.split, most)
 
 
 def held_out(per_task: int, seed: int = 1) -> list[Question]:
@@ -81,64 +88,61 @@ def held_out(per_task: int, seed: int = 1) -> list[Question]:
     return [ask(task, np.random.default_rng((seed, t, i)), "test") for t, task in enumerate(TASKS) for i in range(per_task)]
 
 
-def ask(task: str, rng: np.random.Generator, split: str) -> Question:
+def ask(task: str, rng: np.random.Generator, split: str, most: int = _MOST) -> Question:
     """One question of a given task about a fresh picture, or about two for "compare"."""
     if task == "compare":
-        scenes = [line(rng, split, 1, 2) for _ in range(2)]
+        scenes = [line(rng, split, min(2, most)) for _ in range(2)]
         turn = [_user(PROMPTS["compare"]), _assistant(_comparison(scenes))]
         return Question(task, turn, [scene.image for scene in scenes])
-    scene = line(rng, split, 1, 5) if task == "read" or rng.random() < 0.5 else scatter(rng, split, 1, 4)
+    scene = line(rng, split, most) if task == "read" or rng.random() < 0.5 else sheet(rng, split, min(4, most))
     turn = _turn(task, scene, rng)
     turn[0]["content"] = "<image>\n" + turn[0]["content"]
     return Question(task, turn, [scene.image])
 
 
-def conversation(rng: np.random.Generator, split: str) -> Question:
+def conversation(rng: np.random.Generator, split: str, most: int = _MOST) -> Question:
     """Several questions about one picture, in random order: more is learnt from each picture than from one question."""
     if rng.random() < 0.5:
-        scene, tasks = line(rng, split, 1, 5), ["read", "count", "locate"]
+        scene, tasks = line(rng, split, most), ["read", "count", "locate"]
     else:
-        scene, tasks = scatter(rng, split, 1, 4), ["count", "locate"]
+        scene, tasks = sheet(rng, split, min(4, most)), ["count", "locate"]
     rng.shuffle(tasks)
     messages = [message for task in tasks for message in _turn(task, scene, rng)]
     messages[0]["content"] = "<image>\n" + messages[0]["content"]
     return Question("conversation", messages, [scene.image])
 
 
-def line(rng: np.random.Generator, split: str, fewest: int, most: int) -> Scene:
-    """A number written from left to right, each digit somewhere in a cell of its own."""
-    count = int(rng.integers(fewest, most + 1))
-    size = rng.uniform(20, 32)
-    cell, height = size * rng.uniform(1.05, 1.35), size * rng.uniform(1.1, 1.45)
-    margin = rng.uniform(0, 0.15, 2) * size
+def line(rng: np.random.Generator, split: str, most: int) -> Scene:
+    """A number written from left to right."""
+    return _cells(rng, split, [(0, column) for column in range(int(rng.integers(1, most + 1)))])
+
+
+def sheet(rng: np.random.Generator, split: str, most: int) -> Scene:
+    """Digits here and there on a sheet of up to three by three cells, some of them empty."""
+    rows, columns = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2), (1, 4)][int(rng.integers(8))]
+    cells = [(row, column) for row in range(rows) for column in range(columns)]
+    count = int(rng.integers(1, min(most, len(cells)) + 1))
+    chosen = sorted(rng.choice(len(cells), count, replace=False))
+    return _cells(rng, split, [cells[index] for index in chosen], (rows, columns))
+
+
+def _cells(rng: np.random.Generator, split: str, filled: list[tuple[int, int]], shape: tuple[int, int] | None = None) -> Scene:
+    """Digits in the given (row, column) cells, each somewhere in its own; sizes, margins and proportions vary from picture to picture."""
+    rows, columns = shape or (1, len(filled))
+    size = rng.uniform(20, 36)
+    width, height = size * rng.uniform(1.05, 1.35), size * rng.uniform(1.05, 1.35)
+    left, right, top, bottom = rng.uniform(0, 0.15, 4) * size
     boxes = []
-    for place in range(count):
+    for row, column in filled:
         own = size * rng.uniform(0.9, 1.05)
-        x = margin[0] + place * cell + rng.uniform(0, cell - own)
-        y = rng.uniform(0, height - own)
+        x, y = left + column * width + rng.uniform(0, width - own), top + row * height + rng.uniform(0, height - own)
         boxes.append((x, y, x + own, y + own))
-    return _draw(rng, split, boxes, round(margin.sum() + count * cell), round(height))
-
-
-def scatter(rng: np.random.Generator, split: str, fewest: int, most: int) -> Scene:
-    """Digits anywhere on a sheet, none touching another."""
-    width, height = (int(side) for side in rng.integers(48, 112, 2))
-    boxes = []
-    for _ in range(int(rng.integers(fewest, most + 1))):
-        for _ in range(20):
-            size = rng.uniform(18, 30)
-            x, y = rng.uniform(1, width - size - 1), rng.uniform(1, height - size - 1)
-            box = (x, y, x + size, y + size)
-            if all(box[0] > o[2] or box[2] < o[0] or box[1] > o[3] or box[3] < o[1] for o in boxes):
-                boxes.append(box)
-                break
-    return _draw(rng, split, boxes, width, height)
+    return _draw(rng, split, boxes, round(left + columns * width + right), round(top + rows * height + bottom))
 
 
 def _draw(rng, split: str, boxes: list, width: int, height: int) -> Scene:
     ink, labels = handwriting(split)
-    light, dark = rng.integers(170, 256, 3), rng.integers(0, 90, 3)
-    paper, pen = (light, dark) if rng.random() < 0.7 else (dark, light)
+    paper, pen = rng.integers(190, 256, 3), rng.integers(0, 80, 3)
     image = Image.new("RGB", (width, height), tuple(int(c) for c in paper))
     chosen = [int(rng.integers(len(labels))) for _ in boxes]
     for index, box in zip(chosen, boxes, strict=True):
@@ -166,8 +170,9 @@ def _turn(task: str, scene: Scene, rng) -> list[dict]:
         return [_user(PROMPTS["read"]), _assistant(scene.number)]
     if task == "count":
         return [_user(PROMPTS["count"]), _assistant(str(len(scene.digits)))]
-    # A digit that occurs several times is located by all its boxes, from left to right.
-    wanted = scene.digits[int(rng.integers(len(scene.digits)))]
+    # One that occurs once, if there is any; else all its boxes, from left to right.
+    once = [digit for digit in scene.digits if scene.digits.count(digit) == 1] or scene.digits
+    wanted = once[int(rng.integers(len(once)))]
     found = sorted(box for box, digit in zip(scene.boxes, scene.digits, strict=True) if digit == wanted)
     boxes = ", ".join(format_box(box, scene.image.size) for box in found)
     return [_user(PROMPTS["locate"].format(wanted)), _assistant(f"<ref>{wanted}</ref><box>[{boxes}]</box>")]

@@ -1,0 +1,47 @@
+"""Writes the pictures and questions of `make demo`: four of each task, on handwriting that no training run sees.
+
+    python examples/make_questions.py            into examples/tiny_digits, beside the weights that answer them
+
+    pictures/01_read.png ...     the pictures
+    questions.jsonl              one question a line: {"id": 1, "task": .., "prompt": .., "image": [PATHS], "expected": ..}
+
+The seed is fixed, so the files are the same every time, and it is not the one of the held-out accuracy in the training report.
+infer.py answers the same file: --requests examples/tiny_digits/questions.jsonl.
+"""
+
+import argparse
+import json
+import pathlib
+
+from internvl3_jax.data.digits import Question, held_out
+
+DIRECTORY = pathlib.Path(__file__).resolve().parent / "tiny_digits"
+PER_TASK = 4
+SEED = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=pathlib.Path, default=DIRECTORY)
+    directory = parser.parse_args().directory
+    (directory / "pictures").mkdir(parents=True, exist_ok=True)
+    rows = [write(question, number, directory) for number, question in enumerate(held_out(PER_TASK, SEED), 1)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (directory / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    size = sum(path.stat().st_size for path in (directory / "pictures").iterdir())
+    print(f"{len(rows)} questions in {directory / 'questions.jsonl'}, {size / 1000:.0f} kB of pictures")
+
+
+def write(question: Question, number: int, directory: pathlib.Path) -> dict:
+    """Saves the pictures of a question; returns its line."""
+    paths = []
+    for index, picture in enumerate(question.pictures, 1):
+        suffix = f"_{index}" if len(question.pictures) > 1 else ""
+        paths.append(f"pictures/{number:02}_{question.task}{suffix}.png")
+        picture.save(directory / paths[-1], optimize=True)
+    prompt = question.messages[0]["content"]
+    return {"id": number, "task": question.task, "prompt": prompt, "image": paths, "expected": question.answer}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, one compilation cache for the whole run."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# In the environment, so that programs started by a test are under it too, and before anything imports jax, PyTorch or transformers.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's models here are tiny: more threads only wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the folder
+    _cache = tempfile.mkdtemp(prefix="internvl3_jax_tests_")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # in this process only
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With -m smoke, do not even import the files without a smoke test: many need PyTorch, which the smoke environments lack."""
+    if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
+        return "mark.smoke" not in collection_path.read_text() or None
+    return None
