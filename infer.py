@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
 
@@ -55,6 +55,7 @@ def main(argv):
         raise app.UsageError("--requests needs --output, and takes prompts and images from the file alone")
     if FLAGS.image and not FLAGS.prompt:
         raise app.UsageError("--image needs --prompt; in a conversation write /image PATH")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every load
     chat = open_chat()
     if FLAGS.requests:
         answer_file(chat)
@@ -155,16 +156,15 @@ def answer_file(chat) -> None:
 def read_requests(path: pathlib.Path) -> list[dict]:
     """Questions with the fields prompt, image (list of paths) and id (by default the line number)."""
     requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             request = json.loads(line)
             prompt, images = request["prompt"], request.get("image") or []
-        except (ValueError, KeyError, AttributeError) as error:
+            images = [str(path.parent / image) for image in ([images] if isinstance(images, str) else images)]
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path} line {number} is no {{"prompt": ..., "image": ..., "id": ...}}: {error!r}') from error
-        images = [images] if isinstance(images, str) else images
-        images = [str(path.parent / image) for image in images]
         missing = [image for image in images if not os.path.isfile(image)]
         if missing:
             raise ValueError(f"{path} line {number}: {missing[0]} does not exist")
@@ -180,7 +180,12 @@ def count_answers(output: pathlib.Path, requests: list[dict]) -> int:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         output.write_text(whole, encoding="utf-8")
-    ids = [json.loads(line)["id"] for line in whole.splitlines()]
+    ids = []
+    for number, line in enumerate(whole.split("\n")[:-1], 1):
+        try:
+            ids.append(json.loads(line)["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{output} line {number} is no answer of infer.py; name another --output") from error
     if ids != [request["id"] for request in requests[: len(ids)]]:
         raise ValueError(
             f"{output} holds answers to other questions than {FLAGS.requests}; move it away or name another --output"

@@ -18,7 +18,9 @@ def get_config() -> TrainConfig:
         processor=ProcessorConfig(
             image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, max_tiles=6, system_message=None
         ),
-        data=DataConfig(source="digits", rows=8, tokens_per_row=256, tiles_per_row=18, packing_bins=32, deltas=("1", "1", "1/2")),
+        data=DataConfig(
+            source="digits", rows=8, tokens_per_row=256, tiles_per_row=18, packing_bins=32, deltas=("1", "1", "1/2")
+        ),
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=50, beta2=0.99),
         steps=1300,
         save_every=100,

@@ -146,8 +146,8 @@ class Chat:
         prompts = []
         for number, (question, images) in enumerate(requests, first):
             tiles, deltas = _pictures(images, self.processor, options)
-            messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles))
             where = f"request {number}"
+            messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles), where)
             prompts.append(make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where))
             self.generator.check_room(prompts[-1], run, where)
         state = self.generator.start(prompts, run)

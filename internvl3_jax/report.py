@@ -30,7 +30,7 @@ class Log:
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-        axes.set(xlabel="step", ylabel="training loss (per trained token, square averaging)", yscale="log")
+        axes.set(xlabel="step", ylabel="training loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
         figure.savefig(self.path.parent / "loss.png", dpi=120)
 

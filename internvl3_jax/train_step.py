@@ -35,4 +35,4 @@ def train_step(model: InternVL, optimizer: optax.GradientTransformation, state: 
     loss, gradients = jax.value_and_grad(loss_fn)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    return TrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.tree.norm(gradients)}

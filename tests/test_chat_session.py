@@ -99,7 +99,7 @@ def test_seeds_and_temperature(chat):
         return chat.last.token_ids
 
     assert ask(temperature=2.0, seed=3) == ask(temperature=2.0, seed=3) != ask(temperature=2.0, seed=4)
-    assert ask(temperature=2.0, seed=3, top_k=1) == ask()
+    assert ask(temperature=2.0, seed=3) != ask()
 
 
 def test_a_stop_token_ends_an_answer_and_is_among_its_ids(chat):
@@ -313,7 +313,7 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"delta": "1/16"}, {"temperature": 1.0, "seed": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"delta": "1/16"}, {"temperature": 2.0, "seed": 5}], ids=str)
 def test_many_are_answered_as_one_by_one(chat, options):
     text, _ = free_answer()
     options = options | {"stop": [text[5:7]]}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch_reference
 from PIL import Image
+from qwen_tokenizer import FRAGMENTS, write_qwen_tokenizer
 from released import (
     IMAGE_TOKEN_ID,
     RELEASED,
@@ -25,13 +26,16 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from convert.__main__ import main, parse_size
 from convert.assemble import ConversionError, padded_shape, params_from_tensors, tensors_from_params
+from convert.hf_files import export_files
 from convert.mapping import TABLE, active_rows
 from convert.safetensors_io import INDEX
+from convert.source import travelling_files
 from internvl3_jax import storage
 from internvl3_jax.checkpoint import Manifest, load, save_checkpoint
-from internvl3_jax.config import SIZES, from_dict, to_dict
+from internvl3_jax.config import SIZES, ProcessorConfig, from_dict, to_dict
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.data.chat import encode_chat
+from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.model import abstract_params
 
 
@@ -236,3 +240,18 @@ def test_sizes():
 def test_config_survives_json(tmp_path):
     for model in SIZES.values():
         assert from_dict(type(model), json.loads(json.dumps(to_dict(model)))) == model
+
+
+@pytest.mark.parametrize("layout", ["vocab", "json"])
+def test_real_tokenizer_is_the_same_in_transformers(layout, tmp_path):
+    files = travelling_files(write_qwen_tokenizer(tmp_path / "released", layout))
+    ours = Tokenizer.from_files(files)
+    (tmp_path / "hf").mkdir()
+    for name, content in export_files(SIZES["1b"], ProcessorConfig(), ours, "hf", "bfloat16", files).items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(theirs) == ours.vocab_size == 151674
+    assert theirs.video_token == "<|video_pad|>"  # a token of its own would have no row in the embedding
+    assert theirs.context_image_token_id == SIZES["1b"].image_token_id
+    text = "".join(FRAGMENTS) + "<img><IMG_CONTEXT></img><ref>猫</ref><box>[[1, 2, 3, 4]]</box><|im_end|>\n"
+    assert theirs(text)["input_ids"] == ours.encode(text)

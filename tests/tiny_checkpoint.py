@@ -10,7 +10,15 @@ import jax
 import numpy as np
 
 from internvl3_jax.checkpoint import save_checkpoint
-from internvl3_jax.config import LanguageConfig, ModelConfig, ProcessorConfig, VisionConfig
+from internvl3_jax.config import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProcessorConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.model import abstract_params
 
@@ -64,6 +72,21 @@ def directory() -> pathlib.Path:
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     save_checkpoint(parent / "tiny", random_params(CONFIG), CONFIG, PROCESSOR, tokenizer_files())
     return parent / "tiny"
+
+
+def train_config() -> TrainConfig:
+    """A short run of this model on digits."""
+    return TrainConfig(
+        model=CONFIG,
+        processor=PROCESSOR,
+        data=DataConfig(rows=2, tokens_per_row=256, tiles_per_row=12, packing_bins=4, deltas=("1", "1/2", "1/4")),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        steps=30,
+        log_every=1,
+        save_every=4,
+        keep=2,
+        scan_unroll=2,
+    )
 
 
 def picture(width: int, height: int, seed: int = 0):

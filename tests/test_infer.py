@@ -1,0 +1,274 @@
+"""infer.py on a tiny checkpoint: one question, files of questions, conversations, and every error as one line.
+
+Most runs are in this process, through `infer.run` with its flags set; a few start the program.
+"""
+
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny_checkpoint
+from absl import app
+from absl.testing import flagsaver
+
+import infer
+
+ROOT = pathlib.Path(infer.__file__).parent
+FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A directory with wide.png (three tiles and a thumbnail) and small.png (one tile)."""
+    directory = tmp_path_factory.mktemp("pictures")
+    tiny_checkpoint.picture(40, 16, 1).save(directory / "wide.png")
+    tiny_checkpoint.picture(16, 16, 2).save(directory / "small.png")
+    return directory
+
+
+@pytest.fixture
+def ask(capsys):
+    """Runs infer.py with flags by name; returns (stdout, stderr)."""
+
+    def call(*, arguments=(), **values):
+        infer.FLAGS.mark_as_parsed()
+        with flagsaver.flagsaver():
+            infer.FLAGS.unparse_flags()
+            infer.FLAGS.mark_as_parsed()
+            settings = {"checkpoint": str(tiny_checkpoint.directory()), "compilation_cache": "", "max_new_tokens": 12}
+            for name, value in (settings | values).items():
+                setattr(infer.FLAGS, name, value)
+            infer.run(["infer.py", *arguments])
+        return capsys.readouterr()
+
+    return call
+
+
+def fail(ask, **values) -> str:
+    """The message of a run that must fail: one line to stderr by the interpreter's own rule for `sys.exit(text)`."""
+    with pytest.raises(SystemExit) as stopped:
+        ask(**values)
+    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ")
+    return stopped.value.code
+
+
+def start(*arguments):
+    """infer.py as a program, warnings being errors."""
+    command = [sys.executable, "-W", "error", str(ROOT / "infer.py"), "--compilation_cache="]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd="/", timeout=500)
+
+
+# --- one question ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_answers_what_its_json_says(ask, pictures):
+    """The same question as a program and in JSON; the answer alone is on stdout."""
+    images = [str(pictures / "wide.png"), str(pictures / "small.png")]
+    prompt = "Image-1: <image>\nImage-2: <image>\nWhich number is larger?"
+    flags = [f"--image={image}" for image in images] + ["--prompt", prompt, "--max_new_tokens=12", "--stats"]
+    run = start("--checkpoint", tiny_checkpoint.directory(), *flags)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("first token ") and run.stderr.count("\n") == 1
+    assert "(0 reused), tiles [3, 1]" in run.stderr
+    answer = json.loads(ask(image=images, prompt=prompt, json=True).out.splitlines()[-1])
+    assert set(answer) == FIELDS
+    assert run.stdout.strip() == answer["text"]
+    assert answer["tiles"] == [3, 1] and len(answer["token_ids"]) <= 12 and answer["seconds"] > 0
+    # <image> is put in front where the prompt has none, so this is the same question.
+    again = json.loads(ask(image=images, prompt="Which number is larger?", json=True).out)
+    assert (again["token_ids"], again["prompt_tokens"]) == (answer["token_ids"], answer["prompt_tokens"])
+
+
+def test_the_flags_reach_the_model(ask, pictures):
+    """Each flag changes what it should, seen in the JSON."""
+    question = {"prompt": "Read the number.", "image": [str(pictures / "wide.png")], "json": True}
+    plain = json.loads(ask(**question).out)
+    assert plain["tiles"] == [4] and len(plain["token_ids"]) == 12
+    assert ask(**question | {"json": False}).out.strip() == plain["text"]
+
+    def differs(field, **values):
+        answer = json.loads(ask(**question | values).out)
+        return answer[field] != plain[field]
+
+    assert not differs("token_ids")
+    assert differs("token_ids", delta=["1/16"]) and not differs("prompt_tokens", delta=["1/16"])
+    assert differs("prompt_tokens", system="Answer.")
+    assert json.loads(ask(**question, max_tiles=1).out)["tiles"] == [1]
+    assert json.loads(ask(**question | {"max_new_tokens": 5}).out)["token_ids"] == plain["token_ids"][:5]
+    assert json.loads(ask(**question, stop=[plain["text"][3]]).out)["text"] == plain["text"].split(plain["text"][3])[0].strip()
+    assert differs("token_ids", temperature=3.0, seed=1)
+
+
+def test_text_only_and_other_dtypes(ask):
+    assert json.loads(ask(prompt="hi", json=True).out)["tiles"] == []
+    answer = json.loads(ask(prompt="hi", json=True, dtype="bfloat16").out)
+    assert len(answer["token_ids"]) == 12
+
+
+def test_a_conversation(ask, monkeypatch, pictures):
+    """Two turns, a wrong picture, a reset; the first answer comes back after it."""
+    lines = [f"/image {pictures / 'wide.png'}", "Read the number.", "And now?", "/image nowhere.png", "hi", "", "/reset"]
+    lines += [f"/image {pictures / 'wide.png'}", "Read the number.", "/quit", "not asked"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    out, err = ask(json=True, stats=True)
+    answers = [json.loads(line.removeprefix("> ").lstrip("> ")) for line in out.splitlines() if "{" in line]
+    assert len(answers) == 3
+    assert answers[0]["token_ids"] == answers[2]["token_ids"] and answers[1]["prompt_tokens"] > answers[0]["prompt_tokens"]
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        f"error: nowhere.png: no such file in {os.getcwd()}; check the path"
+    ]
+    assert "(0 reused)" in err.splitlines()[0] and "(0 reused)" not in err.splitlines()[1]
+
+
+def test_a_conversation_ends_with_its_input(ask, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert ask().err == ""
+
+
+# --- files of questions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def requests(tmp_path, pictures):
+    """requests.jsonl with pictures relative to it, several of them, none, an id of its own and an empty line."""
+    for name in ("wide.png", "small.png"):
+        shutil.copy(pictures / name, tmp_path / name)
+    lines = [
+        {"prompt": "Read the number.", "image": "wide.png", "id": "first"},
+        {"prompt": "How many digits are there?"},
+        {"prompt": "Which number is larger?", "image": ["small.png", "wide.png"]},
+        {"prompt": "hi", "image": [str(pictures / "small.png")], "id": {"any": 1}},
+        {"prompt": "And\u2028now?", "image": None},  # ends a line of text, but not of JSONL
+    ]
+    text = [json.dumps(line, ensure_ascii=False) for line in lines]
+    (tmp_path / "requests.jsonl").write_text("\n".join([*text[:2], "", *text[2:]]) + "\n", encoding="utf-8")
+    return tmp_path / "requests.jsonl"
+
+
+def answers_in(path):
+    """The lines of an output file without what differs from run to run."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    for row in rows:
+        assert set(row) == FIELDS | {"id"} and row.pop("seconds") > 0
+    return rows
+
+
+def test_a_file_of_questions_is_resumed(ask, requests):
+    output = requests.with_name("answers.jsonl")
+    settings = {"requests": str(requests), "output": str(output), "batch_size": 2}
+    out, err = ask(**settings, stats=True)
+    assert out == "" and err.splitlines()[-1] == f"5 answers written to {output}"
+    whole = answers_in(output)
+    assert [row["id"] for row in whole] == ["first", 2, 4, {"any": 1}, 6]  # line numbers where there is no id
+    assert [row["tiles"] for row in whole] == [[4], [], [1, 3], [1], []]
+    alone = json.loads(ask(prompt="Read the number.", image=[str(requests.with_name("wide.png"))], json=True).out)
+    assert (alone["text"], alone["token_ids"]) == (whole[0]["text"], whole[0]["token_ids"])
+    # Cut in the middle of the fourth line, as a killed run leaves it.
+    lines = output.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace('"text": "', '"text": "\u2028')
+    whole[1]["text"] = "\u2028" + whole[1]["text"]
+    output.write_text("".join(lines[:3]) + lines[3][:20])
+    err = ask(**settings).err
+    assert f"{output} holds 3 of 5 answers; going on with the rest" in err and f"2 answers written to {output}" in err
+    assert answers_in(output) == whole
+    assert output.read_text().startswith("".join(lines[:3]))
+    assert ask(**settings).err.splitlines()[-1] == f"0 answers written to {output}"
+    assert answers_in(output) == whole
+    # Another file's answers are not mixed with this one's.
+    output.write_text("".join(lines[1:3]))
+    assert "answers.jsonl holds answers to other questions than" in fail(ask, **settings)
+    for damaged in ("no json\n", '{"text": "hi"}\n', "[1]\n"):
+        output.write_text(damaged)
+        assert "answers.jsonl line 1" in fail(ask, **settings)
+    assert output.read_text() == damaged
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "hi"', "requests.jsonl line 2 is no"),
+        ('{"question": "hi"}', "requests.jsonl line 2 is no"),
+        ('["hi"]', "requests.jsonl line 2 is no"),
+        ('{"prompt": "hi", "image": 5}', "requests.jsonl line 2 is no"),
+        ('{"prompt": "hi", "image": "nowhere.png"}', "nowhere.png does not exist"),
+        ('{"prompt": "<image> <image>", "image": "wide.png"}', "request 2: 1 pictures, but 2 <image> tags"),
+        ('{"prompt": 5}', "request 2"),
+    ],
+)
+def test_wrong_questions_are_named(ask, requests, line, message):
+    requests.write_text(f'{{"prompt": "hi"}}\n{line}\n')
+    output = requests.with_name("answers.jsonl")
+    error = fail(ask, requests=str(requests), output=str(output))
+    assert message in error and error.count("\n") == 0
+    assert not output.exists() or output.read_text() == ""
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_fails_with_one_line(pictures):
+    """A picture that is not there: no answer, no traceback, not even of a library."""
+    flags = ["--checkpoint", tiny_checkpoint.directory(), "--prompt=hi", f"--image={pictures}/cat.png"]
+    run = start(*flags)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == f"error: {pictures}/cat.png: no such file in {pictures}; check the path\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all does not exist; give a checkpoint directory"),
+        ({"checkpoint": str(ROOT / "tests")}, "tests is no checkpoint. Expected one of: internvl3_jax.json and params/"),
+        ({"checkpoint": __file__}, "test_infer.py is no checkpoint"),
+        ({"prompt": "<image> <image>", "image": ["small.png"]}, "1 pictures, but 2 <image> tags"),
+        ({"prompt": "hi", "image": ["infer.py"]}, "infer.py: is not a picture that Pillow can read"),
+        ({"prompt": "number " * 2100}, "the model knows 2,048"),
+        ({"prompt": "hi", "delta": ["1/3"]}, "delta '1/3' is not a multiple of 1/256"),
+        ({"prompt": "hi", "delta": ["1", "1/2"]}, "2 deltas for 0 pictures"),
+        ({"prompt": "hi", "top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
+        ({"prompt": "hi", "seed": 2**32}, "seed is 4294967296"),
+        ({"requests": "/nowhere.jsonl", "output": "/dev/null"}, "/nowhere.jsonl"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_errors_are_one_line(ask, monkeypatch, pictures, values, message):
+    values = {"prompt": None if "requests" in values else "hi"} | values
+    if values.get("image") == ["infer.py"]:
+        values["image"] = [str(ROOT / "infer.py")]
+    else:
+        monkeypatch.chdir(pictures)
+    error = fail(ask, **values)
+    assert message in error and error.count("\n") == 0
+
+
+def test_a_checkpoint_that_contradicts_itself_is_named(ask, tmp_path):
+    """The tile rule in its configuration was changed after it was made."""
+    shutil.copytree(tiny_checkpoint.directory(), tmp_path / "changed")
+    path = tmp_path / "changed" / "internvl3_jax.json"
+    manifest = json.loads(path.read_text())
+    manifest["processor"]["max_tiles"] = 2
+    path.write_text(json.dumps(manifest))
+    error = fail(ask, checkpoint=str(tmp_path / "changed"), prompt="hi")
+    assert "max_tiles: made with 4, now 2" in error and "--accept_fingerprint" in error
+    assert "Traceback" not in error
+    assert ask(checkpoint=str(tmp_path / "changed"), prompt="hi", accept_fingerprint=True).out.strip()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"requests": "a.jsonl"}, "--requests needs --output"),
+        ({"requests": "a.jsonl", "output": "b.jsonl", "prompt": "hi"}, "takes prompts and images from the file alone"),
+        ({"image": ["a.png"]}, "--image needs --prompt"),
+        ({"arguments": ["hi"]}, "what is 'hi'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_flags_that_do_not_go_together(ask, values, message):
+    with pytest.raises(app.UsageError, match=message):
+        ask(**values)
