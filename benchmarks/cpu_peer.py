@@ -34,7 +34,7 @@ CASES = {
     "first_token": "first token, one tile and 64 text tokens (ms)",
     "decode": "decoding after that, batch 1 (ms per token)",
 }
-MEMORY = {"load_peak": "peak memory while loading (GiB)", "inference_peak": "and while answering"}
+MEMORY = {"start_peak": "peak memory of loading and first answers (GiB)", "steady_peak": "peak memory after that (GiB)"}
 
 
 def main() -> int:

@@ -99,7 +99,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     checkpoint = load(directory, dtype="float32")
     config, generator = checkpoint.config, Generator(checkpoint.config, checkpoint.params)
     del checkpoint
-    load_seconds, load_peak = time.perf_counter() - began, peak_bytes()
+    load_seconds = time.perf_counter() - began
 
     ids, text, tile = make_inputs(config.image_token_id, config.tokens_per_tile, config.vision.image_size, settings.vocabulary)
     positions = np.arange(len(ids), dtype=np.int32) * UNITS
@@ -130,7 +130,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     logits = jax.jit(model.apply)({"params": generator.params}, batch)
     np.save(directory / "jax.npy", np.asarray(logits)[0, -LOGITS_KEPT:])
     versions = {"jax": jax.__version__}
-    return {"load_seconds": load_seconds, "load_peak": load_peak, "versions": versions} | result
+    return {"load_seconds": load_seconds, "versions": versions} | result
 
 
 def measure_torch(directory: pathlib.Path, settings: Settings) -> dict:
@@ -142,7 +142,7 @@ def measure_torch(directory: pathlib.Path, settings: Settings) -> dict:
     model = transformers.InternVLForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    load_seconds, load_peak = time.perf_counter() - began, peak_bytes()
+    load_seconds = time.perf_counter() - began
 
     config = model.config
     size = config.vision_config.image_size[0]
@@ -204,7 +204,7 @@ def measure_torch(directory: pathlib.Path, settings: Settings) -> dict:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
         np.save(directory / "torch.npy", model(**batch, logits_to_keep=LOGITS_KEPT).logits[0].numpy())
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"load_seconds": load_seconds, "load_peak": load_peak, "versions": versions} | result
+    return {"load_seconds": load_seconds, "versions": versions} | result
 
 
 def timed(cases: dict, settings: Settings) -> dict:
@@ -212,7 +212,7 @@ def timed(cases: dict, settings: Settings) -> dict:
     began = time.perf_counter()
     for case in cases.values():
         case()
-    warm_up, measured = time.perf_counter() - began, {}
+    warm_up, start_peak, measured = time.perf_counter() - began, peak_bytes(), {}
     reset_peak()
     for case in cases.values():
         for _ in range(settings.repeats):
@@ -220,7 +220,8 @@ def timed(cases: dict, settings: Settings) -> dict:
                 measured.setdefault(name, []).append(value)
     tokens = {name: values[-1] for name, values in measured.items() if name.startswith("tokens")}
     seconds = {name: values for name, values in measured.items() if name not in tokens}
-    return {"warm_up_seconds": warm_up, "inference_peak": peak_bytes(), "seconds": seconds, "tokens": tokens}
+    peaks = {"start_peak": start_peak, "steady_peak": peak_bytes()}
+    return {"warm_up_seconds": warm_up, **peaks, "seconds": seconds, "tokens": tokens}
 
 
 def peak_bytes() -> int:

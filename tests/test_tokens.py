@@ -71,7 +71,7 @@ def test_report_shares_the_limit_among_pictures():
 
 def test_report_for_tiny_uses_its_own_tiles():
     report = prompt_report([("a", 64, 64)], ["tiny"], 12, UNITS, 0)
-    assert report["pictures"][0]["visual_tokens"] == report["pictures"][0]["tiles"] * 16
+    assert report["pictures"][0]["visual_tokens"] == report["pictures"][0]["tiles"] * SIZES["tiny"].tokens_per_tile
 
 
 def test_json(tmp_path, capsys):
