@@ -86,10 +86,14 @@ def train(config: TrainConfig, workdir, model, optimizer, state, batches, tokeni
         task = progress.add_task("training", total=config.steps, completed=int(state.step), loss=float("nan"))
         for step in range(int(state.step) + 1, config.steps + 1):
             state, metrics = step_fn(state, next(batches), key)
-            if step % config.log_every == 0 or step == config.steps:
+            saves = step % config.save_every == 0 or step == config.steps
+            if saves or step % config.log_every == 0:
                 row = {name: float(value) for name, value in metrics.items()}
-                if not np.isfinite(row["loss"]):
-                    raise FloatingPointError(f"the loss is {row['loss']} at step {step}; the last checkpoint is kept")
+                if not np.isfinite(list(row.values())).all():
+                    if finish_saving:
+                        finish_saving()
+                    values = " and ".join(f"{name} {value}" for name, value in row.items())
+                    raise FloatingPointError(f"{values} at step {step}; the last checkpoint is kept")
                 log.write(step, row | {"seconds": time.perf_counter() - began})
                 progress.update(task, completed=step, loss=row["loss"])
                 if not sys.stdout.isatty():
@@ -97,7 +101,7 @@ def train(config: TrainConfig, workdir, model, optimizer, state, batches, tokeni
                         f"step {step}/{config.steps} loss {row['loss']:.4f} seconds {time.perf_counter() - began:.0f}",
                         flush=True,
                     )
-            if step % config.save_every == 0 or step == config.steps:
+            if saves:
                 if finish_saving:
                     finish_saving()
                 extra = {"batches": batches.get_state(), "seconds": time.perf_counter() - began}
@@ -126,10 +130,8 @@ def _progress() -> Progress:
 def run(argv):
     try:
         main(argv)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
+    # What the user can mend is one line; anything else is our fault and keeps its traceback.
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

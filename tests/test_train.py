@@ -26,7 +26,7 @@ from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.losses import cross_entropy
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import make_optimizer, make_schedule
-from internvl3_jax.train_step import init_state, train_step
+from internvl3_jax.train_step import TrainState, train_step
 
 ROOT = pathlib.Path(train.__file__).parent
 STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
@@ -84,58 +84,50 @@ def first_batch():
     return next(iter(make_batches(config.data, config.processor, make_tokenizer(config.data))))
 
 
-def test_the_loss_of_a_packed_batch_is_that_of_its_samples():
-    """Sum of weighted losses over sum of weights, computed sample by sample from separate rows."""
-    batch = first_batch()
-    assert batch["segments"].max() > 1
-    model = InternVL(CONFIG)
-    params = tiny_checkpoint.random_params(CONFIG)
-    optimizer = make_optimizer(train_config().optimizer, STEPS)
+def first_state(model, optimizer) -> TrainState:
+    params = tiny_checkpoint.random_params(model.config)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+
+def alone_losses(params, batch):
+    """(loss, weight) of every sample of a batch, each computed in a row of its own."""
 
     @jax.jit
-    def first_loss(params):
-        state = init_state(model, optimizer, batch, 0)._replace(params=params)
-        return train_step(model, optimizer, state, batch, jax.random.key(0))[1]
+    def one(params, row):
+        return cross_entropy(InternVL(CONFIG).apply({"params": params}, row), row["targets"], row["loss_weights"])
 
-    @jax.jit
-    def losses(params, row):
-        logits = model.apply({"params": params}, row)
-        return cross_entropy(logits, row["targets"], row["loss_weights"])
-
-    per_tile, size = CONFIG.tokens_per_tile, CONFIG.vision.image_size
-    total, weight = 0.0, 0.0
+    found = []
     for row in range(len(batch["tokens"])):
-        done = 0
+        tiles_done = 0
         for segment in range(1, batch["segments"][row].max() + 1):
             inside = batch["segments"][row] == segment
-            alone = {name: np.zeros((1, 256), batch[name].dtype) for name in batch if name != "tiles"}
-            for name, values in alone.items():
-                values[0, : inside.sum()] = batch[name][row][inside]
-            count = int((alone["tokens"] == CONFIG.image_token_id).sum()) // per_tile
-            tiles = np.zeros((1, 12, size, size, 3), np.uint8)
-            tiles[0, :count] = batch["tiles"][row, done : done + count]
-            done += count
-            one = losses(params, alone | {"tiles": tiles})
-            total, weight = total + float(one[0]), weight + float(one[1])
-    metrics = first_loss(params)
-    np.testing.assert_allclose(metrics["loss"], total / weight, rtol=1e-5)
-    assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+            alone = {name: np.zeros_like(values[:1]) for name, values in batch.items()}
+            for name in alone.keys() - {"tiles"}:
+                alone[name][0, : inside.sum()] = batch[name][row][inside]
+            count = int((alone["tokens"] == CONFIG.image_token_id).sum()) // CONFIG.tokens_per_tile
+            alone["tiles"][0, :count] = batch["tiles"][row, tiles_done : tiles_done + count]
+            tiles_done += count
+            found.append(one(params, alone))
+    return np.asarray(found)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_batch_is_learnt_by_heart(name):
-    batch, model = first_batch(), InternVL(CONFIG, scan_unroll=2)
-    settings = OptimizerConfig(name=name, learning_rate=5e-3, muon_learning_rate=0.02, warmup_steps=0, weight_decay=0.0)
+def test_a_batch_is_learnt_by_heart():
+    """The first loss is the weighted mean over samples computed one by one; after 60 updates with Muon nearly nothing is left."""
+    batch, model = first_batch(), InternVL(CONFIG)
+    assert batch["segments"].max() > 1
+    settings = OptimizerConfig(name="muon", learning_rate=5e-3, muon_learning_rate=0.02, warmup_steps=0, weight_decay=0.0)
     optimizer = make_optimizer(settings, 60)
-    state = jax.jit(lambda: init_state(model, optimizer, batch, 0))()
+    state = first_state(model, optimizer)
+    total, weight = alone_losses(state.params, batch).sum(axis=0)
     step = jax.jit(functools.partial(train_step, model, optimizer), donate_argnums=0)
     losses = []
     for _ in range(60):
         state, metrics = step(state, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
+        assert 0 < metrics["grad_norm"] < np.inf
+    np.testing.assert_allclose(losses[0], total / weight, rtol=1e-5)
     assert int(state.step) == 60
-    assert losses[0] > 5.5  # near log(460) = 6.1
-    assert losses[-1] < 1.0
+    assert losses[0] > 5.0 and losses[-1] < 1.0
 
 
 def test_drop_path_is_seeded_by_the_step():
@@ -143,12 +135,9 @@ def test_drop_path_is_seeded_by_the_step():
     config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, drop_path=0.5))
     model, batch = InternVL(config), first_batch()
     optimizer = make_optimizer(train_config().optimizer, STEPS)
-    state = jax.jit(lambda: init_state(model, optimizer, batch, 0))()
-    state = state._replace(params=tiny_checkpoint.random_params(config))
-    loss = jax.jit(
-        lambda step, seed: train_step(model, optimizer, state._replace(step=step), batch, jax.random.key(seed))[1]["loss"]
-    )
-    losses = [float(loss(step, seed)) for step, seed in [(0, 0), (0, 0), (1, 0), (0, 1)]]
+    state = first_state(model, optimizer)
+    loss = jax.jit(lambda state, seed: train_step(model, optimizer, state, batch, jax.random.key(seed))[1]["loss"])
+    losses = [float(loss(state._replace(step=jnp.int32(step)), seed)) for step, seed in [(0, 0), (0, 0), (1, 0), (0, 1)]]
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
@@ -180,7 +169,8 @@ def command(tmp_path_factory):
     """train.py as a program with the configuration above; call with a workdir and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text("from tiny_checkpoint import train_config as get_config\n")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    # Thirty steps take less time than the compiler's optimisations.
+    environment = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
     def start(workdir, *flags):
         warnings = [
@@ -191,7 +181,7 @@ def command(tmp_path_factory):
         ]  # of ml_collections, which reads the file so
         line = [sys.executable, *warnings, str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}", *flags]
         return subprocess.Popen(
-            line, cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
+            line, cwd="/", env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
         )
 
     return start
@@ -258,9 +248,9 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, command, tmp_path):
 
 def leaves(path):
     """Every array of a stored tree by its path."""
-    import orbax.checkpoint.v1 as ocp
-
-    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(ocp.load(path))}
+    stored = storage.ocp.metadata(path).metadata
+    found = jax.tree_util.tree_leaves_with_path(storage.load_tree(path, stored))
+    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in found}
 
 
 def test_a_finished_run_stays_as_it_is(whole_run, command):
@@ -276,18 +266,23 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     assert ((workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    """With the step in the message, and before such parameters are saved."""
-    config = train_config()
-    config = dataclasses.replace(config, steps=4, save_every=1, log_every=3, optimizer=OptimizerConfig(1e30, warmup_steps=0))
+@pytest.mark.parametrize("wrong", ["loss", "grad_norm"])
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, wrong):
+    """Before such parameters are saved, and the checkpoint before is complete."""
+
+    def update(model, optimizer, state, batch, key):
+        metrics = {name: jnp.where((state.step == 2) & (name == wrong), jnp.nan, 1.0) for name in ("loss", "grad_norm")}
+        return state._replace(step=state.step + 1), metrics
+
+    monkeypatch.setattr(train, "train_step", update)
+    config = dataclasses.replace(train_config(), save_every=1, log_every=20)
     tokenizer = make_tokenizer(config.data)
     batches = iter(make_batches(config.data, config.processor, tokenizer))
-    model, optimizer = InternVL(config.model), make_optimizer(config.optimizer, config.steps)
-    state, seconds = train.restore_or_init(config, tmp_path, model, optimizer, batches)
-    with pytest.raises(FloatingPointError, match="at step 2"):
-        train.train(config, tmp_path, model, optimizer, state, batches, tokenizer, seconds)
-    saved = sorted(os.listdir(tmp_path / "checkpoints"))
-    assert saved == ["1"] and np.isfinite(storage.load_tree(tmp_path / "checkpoints" / "1" / "params", state.params))
+    state = first_state(InternVL(CONFIG), make_optimizer(config.optimizer, config.steps))
+    with pytest.raises(FloatingPointError, match=rf"{wrong} nan.* at step 3; the last checkpoint is kept"):
+        train.train(config, tmp_path, None, None, state, batches, tokenizer, 0.0)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+    assert load(tmp_path).directory.name == "2"
 
 
 def test_the_shipped_configuration():

@@ -85,7 +85,6 @@ def train_config() -> TrainConfig:
         log_every=1,
         save_every=4,
         keep=2,
-        scan_unroll=2,
     )
 
 
