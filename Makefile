@@ -54,7 +54,7 @@ test: lint
 	@$(MAKE) --no-print-directory test-full
 
 test-full: .venv-test/.installed
-	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 10
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 10
 
 smoke:
 	@$(if $(SMOKE_PYTHONS),$(MAKE) --no-print-directory $(SMOKE_PYTHONS:%=smoke-%),echo "No Python but $(TEST_PYTHON) found.")

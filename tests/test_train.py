@@ -112,10 +112,10 @@ def alone_losses(params, batch):
 
 
 def test_a_batch_is_learnt_by_heart():
-    """The first loss is the weighted mean over samples computed one by one; after 60 updates with Muon nearly nothing is left."""
+    """The first loss is the weighted mean over samples computed one by one; after 60 updates nearly nothing is left."""
     batch, model = first_batch(), InternVL(CONFIG)
     assert batch["segments"].max() > 1
-    settings = OptimizerConfig(name="muon", learning_rate=5e-3, muon_learning_rate=0.02, warmup_steps=0, weight_decay=0.0)
+    settings = OptimizerConfig(learning_rate=5e-3, warmup_steps=0)
     optimizer = make_optimizer(settings, 60)
     state = first_state(model, optimizer)
     total, weight = alone_losses(state.params, batch).sum(axis=0)
@@ -134,7 +134,7 @@ def test_drop_path_is_seeded_by_the_step():
     """The same state, batch and key give the same loss; another step or key drops other branches."""
     config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, drop_path=0.5))
     model, batch = InternVL(config), first_batch()
-    optimizer = make_optimizer(train_config().optimizer, STEPS)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), STEPS)
     state = first_state(model, optimizer)
     loss = jax.jit(lambda state, seed: train_step(model, optimizer, state, batch, jax.random.key(seed))[1]["loss"])
     losses = [float(loss(state._replace(step=jnp.int32(step)), seed)) for step, seed in [(0, 0), (0, 0), (1, 0), (0, 1)]]
@@ -278,7 +278,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, wrong):
     config = dataclasses.replace(train_config(), save_every=1, log_every=20)
     tokenizer = make_tokenizer(config.data)
     batches = iter(make_batches(config.data, config.processor, tokenizer))
-    state = first_state(InternVL(CONFIG), make_optimizer(config.optimizer, config.steps))
+    state = first_state(InternVL(CONFIG), make_optimizer(OptimizerConfig(warmup_steps=0), config.steps))
     with pytest.raises(FloatingPointError, match=rf"{wrong} nan.* at step 3; the last checkpoint is kept"):
         train.train(config, tmp_path, None, None, state, batches, tokenizer, 0.0)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
