@@ -167,30 +167,52 @@ def from_dict(cls, values: dict, where: str = ""):
 class DataConfig:
     """What is read, and the size of a batch: `rows` rows with a budget of tokens and of tiles each."""
 
-    source: str = "digits"
-    tokenizer: str = ""  # directory with its files; empty: made for the source
+    source: str = "digits"  # or the path of a meta JSON
+    tokenizer: str = ""  # directory with its files; empty: made for the digits
     samples: int = 1_000_000  # distinct items of a generated source
-    rows: int = 8
-    tokens_per_row: int = 512
-    tiles_per_row: int = 16
-    packing_bins: int = 16
+    weights: str = "length"  # of a meta JSON's sources in the mixture: "length", "sqrt", or "given" (key "weight" of each)
+    language_share: float = (
+        -1.0
+    )  # of the samples that have no picture; 0.25 is native pre-training's 1:3. Negative: as it comes
+    on_error: str = "stop"  # at a sample that cannot be used; "skip" counts it and goes on
+    drop_list: str = ""  # file of samples to leave out, written by the doctor
+    overlong: str = "error"  # a sample longer than a row; or "truncate" (after the last whole turn that fits), "drop"
+    min_frames: int = 8  # of a video; drawn for each sample
+    max_frames: int = 32
+    loss_average: str = "square"  # a sample's x trained tokens weigh 1 / sqrt(x) each; or "sample" (1 / x), "token" (1)
+    rows: int = 8  # of the global batch
+    tokens_per_row: int = 16_384
+    tiles_per_row: int = 48
+    packing: str = "balanced"  # or "first_fit"; see data/packing.py
+    packing_buffer: int = 64  # samples that wait for a row that they fit in, for each shard
+    shards: int = 1  # streams that rows are packed from: any number of processes that divides it sees the same global batches
+    workers: int = 0  # processes that prepare samples, for each shard; 0: threads of this one
     deltas: tuple[str, ...] = ("1",)  # V2PE: each picture draws one; the paper's set is 1, 1/2, 1/4 ... 1/256
     seed: int = 0
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay to `final_fraction` of the peak. Defaults follow InternVL's scripts."""
+    """Defaults follow InternVL's scripts: AdamW, cosine, decay on every parameter, clipping at 1."""
 
-    name: str = "adamw"  # or "muon": Muon on the layers' matrices, AdamW on the rest
-    muon_learning_rate: float = 0.02
+    name: str = "adamw"  # "muon": Muon on the layers' matrices, AdamW on the rest; "adafactor": factored second moment
     learning_rate: float = 4e-5
-    final_fraction: float = 0.0
+    muon_learning_rate: float = 0.02
+    schedule: str = "cosine"  # or "wsd": warm-up, stable, linear decay over the last `decay_fraction` of the steps
     warmup_steps: int = 100
-    weight_decay: float = 0.05  # on every parameter, as the reference
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.0  # of the peak, at the last step
+    weight_decay: float = 0.05
+    decay_norms_and_biases: bool = True  # the reference decays every parameter
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0
+    moment_dtype: str = "float32"  # of AdamW's first moment; "bfloat16" saves 2 bytes a parameter
+    freeze: tuple[str, ...] = ()  # regular expressions; parameters whose path one matches are not trained: "vision/.*"
+    vision_rate: float = 1.0  # learning rate of each component, relative to the rest
+    projector_rate: float = 1.0
+    language_rate: float = 1.0
+    vision_layer_decay: float = 1.0  # each layer of the tower learns this much slower than the one above it
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -202,12 +224,28 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     steps: int
+    init_from: str = ""  # checkpoint, released directory or hub id to start from; empty: random
     seed: int = 0
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"  # bfloat16 on accelerators
+    micro_batches: int = 1  # of a batch, one after the other; gradients are those of the whole batch
+    remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
+    remat_language: str = "none"
+    loss_chunk: int = 1024  # tokens whose logits exist at a time
+    scan_unroll: int = 1  # layers per step of the scans; all of them is about twice as fast on a CPU
     log_every: int = 20
     save_every: int = 500
     keep: int = 2  # checkpoints kept, the newest
-    evaluate_per_task: int = 0  # held-out questions of each task asked after training
-    scan_unroll: int = 1  # layers per step of the scans; all of them is about twice as fast on a CPU
+    keep_every: int = 0  # also those of every so many steps, for good; 0: none
+    keep_best: bool = True  # also the one with the lowest held-out loss
+    held_out: str = ""  # meta JSON of what is never trained on
+    evaluate_every: int = 0  # steps between held-out losses; also at the last step; 0: never
+    evaluate_batches: int = 8  # of a held-out loss, always the same
+    evaluate_answers: int = 0  # conversations whose last turn is answered along with it, into WORKDIR/answers.jsonl
+    evaluate_per_task: int = 0  # held-out questions of each task of the digits asked after training
+    tensorboard: bool = False  # also writes WORKDIR/tensorboard
+    wandb: str = ""  # project of Weights & Biases; empty: none
+    profile_steps: tuple[int, ...] = ()  # first and last step of a profile in WORKDIR/profile
 
 
 def _vit_300m() -> VisionConfig:
@@ -272,7 +310,7 @@ def _tiny() -> ModelConfig:
     language = LanguageConfig(
         vocab_size=460,
         hidden_size=128,
-        num_layers=3,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,

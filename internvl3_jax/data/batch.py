@@ -15,6 +15,12 @@ from internvl3_jax.data.chat import Encoded, encode_chat
 from internvl3_jax.data.tiles import cut_tiles, tiles_per_image
 from internvl3_jax.positions import build_positions
 
+AVERAGES = {
+    "token": 0.0,
+    "sample": -1.0,
+    "square": -0.5,
+}  # power of a sample's number of trained tokens that each of them weighs
+
 
 class Batch(TypedDict):
     """What the model and the loss take. A row holds one or several samples; nothing refers to another row.
@@ -35,14 +41,25 @@ class Batch(TypedDict):
     tiles: np.ndarray
 
 
-class Sample(TypedDict):
-    """One conversation: a row of `Batch` before packing and without segments; arrays of [T] and u8[N,S,S,3]."""
+class Sample(TypedDict, total=False):
+    """One conversation: a row of `Batch` before packing and without segments; arrays of [T] and u8[N,S,S,3].
+
+    Those of the pipeline also say where they come from: `source`, the number of the source in the mixture; `row`, the row in its
+    source; `index`, the place in the mixture, by which the pipeline can make the sample again.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     loss_weights: np.ndarray
     positions: np.ndarray
     tiles: np.ndarray
+    source: int
+    row: int
+    index: int
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used. The message names its source and row and says why."""
 
 
 def cut_pictures(pictures: Sequence[Image.Image], processor: ProcessorConfig, max_tiles: int | None = None) -> list[np.ndarray]:
@@ -51,28 +68,47 @@ def cut_pictures(pictures: Sequence[Image.Image], processor: ProcessorConfig, ma
     return [cut_tiles(picture, processor, limit) for picture in pictures]
 
 
-def make_sample(messages, pictures, tokenizer, processor: ProcessorConfig, deltas: Sequence[int], where: str = "") -> Sample:
+def make_sample(
+    messages,
+    pictures,
+    tokenizer,
+    processor: ProcessorConfig,
+    deltas: Sequence[int],
+    where: str = "",
+    *,
+    max_tiles: int | None = None,
+    loss_average: str = "square",
+) -> Sample:
     """Messages and PIL pictures to a training sample; `deltas` are V2PE units, one per picture.
 
-    Weights follow "square averaging" of InternVL2.5 and 3: each of the sample's x trained tokens weighs 1 / sqrt(x).
+    max_tiles: shared by the pictures; processor.max_tiles when None. loss_average: see `average_weights`.
     """
-    tiles = cut_pictures(pictures, processor)
+    tiles = cut_pictures(pictures, processor, max_tiles)
     encoded = encode_chat(
         messages, [len(part) for part in tiles], tokenizer, processor, add_generation_prompt=False, where=where
     )
-    positions = build_positions(len(encoded.tokens), encoded.runs, deltas)
-    return _shift(encoded) | {"positions": positions, "tiles": join_tiles(tiles, processor.image_size)}
+    return finish_sample(encoded, tiles, deltas, processor, loss_average)
+
+
+def finish_sample(encoded: Encoded, tiles: Sequence[np.ndarray], deltas: Sequence[int], processor, loss_average: str) -> Sample:
+    """An encoded conversation and the tiles of its pictures to a training sample."""
+    trained = np.append(encoded.loss_mask[1:], False)
+    return {
+        "tokens": encoded.tokens,
+        "targets": np.append(encoded.tokens[1:], 0).astype(np.int32),
+        "loss_weights": average_weights(trained, loss_average),
+        "positions": build_positions(len(encoded.tokens), encoded.runs, deltas),
+        "tiles": join_tiles(tiles, processor.image_size),
+    }
+
+
+def average_weights(trained: np.ndarray, average: str) -> np.ndarray:
+    """Weights f32[T] of a sample with x trained tokens: "token" 1 each, "sample" 1 / x, "square" 1 / sqrt(x) (InternVL2.5 and 3)."""
+    return (trained * max(1.0, trained.sum()) ** AVERAGES[average]).astype(np.float32)
 
 
 def join_tiles(tiles: Sequence[np.ndarray], size: int) -> np.ndarray:
     return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *tiles])
-
-
-def _shift(encoded: Encoded) -> dict:
-    targets = np.append(encoded.tokens[1:], 0).astype(np.int32)
-    trained = np.append(encoded.loss_mask[1:], False)
-    weights = trained / np.sqrt(max(1, trained.sum()))
-    return {"tokens": encoded.tokens, "targets": targets, "loss_weights": weights.astype(np.float32)}
 
 
 @dataclasses.dataclass

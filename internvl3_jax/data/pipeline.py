@@ -1,33 +1,38 @@
-"""From a source of conversations to an endless stream of packed batches, by grain; its state is small JSON and resumes exactly."""
+"""From a source of conversations to an endless stream of samples, by grain; its state is small JSON and resumes exactly.
+
+A sample depends on the seed and its place in the mixture alone: frames, recompression and deltas are drawn from an rng of its own.
+So any number of workers and threads gives the same stream, and `dataset[index]` makes a sample again.
+
+A sample that cannot be used becomes a marker {"error": why, "source", "row", "index", "fatal"} in its place. `sample_stream` raises
+SampleError at a fatal one, in the training process; the others are for the packer to count and log.
+"""
+
+import os
+from collections.abc import Sequence
 
 import grain.python as grain
 import numpy as np
+from absl import flags
+from grain.experimental import WindowShuffleMapDataset
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data import digits, tiny_tokenizer
-from internvl3_jax.data.batch import Sample, make_sample
-from internvl3_jax.data.packing import pack
+from internvl3_jax.data import tiny_tokenizer
+from internvl3_jax.data.batch import Sample, SampleError
+from internvl3_jax.data.doctor_report import check_report
+from internvl3_jax.data.meta import MetaError
+from internvl3_jax.data.mixture import Selection, mixture_weights, read_drop_list
+from internvl3_jax.data.overlong import TooLong
+from internvl3_jax.data.prepare import Preparer
+from internvl3_jax.data.sources import open_sources, source_names
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.positions import draw_deltas, parse_delta
 
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
+__all__ = ["make_tokenizer", "mix", "sample_dataset", "sample_stream", "source_names"]
 
-
-class _Encode(grain.RandomMapTransform):
-    """A conversation to a `Sample`; the rng belongs to the item, so the deltas drawn do not depend on workers or order."""
-
-    def __init__(self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer):
-        self.config, self.processor, self.tokenizer = config, processor, tokenizer
-
-    def random_map(self, question, rng: np.random.Generator) -> Sample:
-        count = len(question.pictures)
-        deltas = draw_deltas(count, rng, [parse_delta(delta) for delta in self.config.deltas])
-        where = f"{self.config.source}: a {question.task} conversation"
-        sample = make_sample(question.messages, question.pictures, self.tokenizer, self.processor, deltas, where)
-        for name, limit in (("tokens", self.config.tokens_per_row), ("tiles", self.config.tiles_per_row)):
-            if len(sample[name]) > limit:
-                raise ValueError(f"{where} has {len(sample[name])} {name}, a row holds {limit}: raise data.{name}_per_row")
-        return sample
+# Sources are mixed in a fixed rhythm (A B A B ...), in which a shard that takes every second sample would meet one source only.
+_WINDOW = 1024  # places that are shuffled among themselves against it
+# A sample may hold dozens of tiles of 600 kB, so few of them wait.
+_MOST_THREADS = 16
+_AHEAD = 4  # samples that wait in each worker process
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
@@ -35,11 +40,84 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
     return Tokenizer.from_directory(config.tokenizer) if config.tokenizer else Tokenizer.from_files(tiny_tokenizer.build())
 
 
-def make_batches(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer) -> grain.IterDataset:
-    """Batches of `config.rows` packed rows, without end."""
-    if config.source != "digits":
-        raise ValueError(f"data.source {config.source!r} is not known; there is: digits")
-    source = digits.DigitsSource(config.samples, config.seed)
-    samples = grain.MapDataset.source(source).seed(config.seed).repeat().random_map(_Encode(config, processor, tokenizer))
-    stream = samples.to_iter_dataset(_READ_AHEAD)
-    return pack(stream, config.rows, config.tokens_per_row, config.tiles_per_row, config.packing_bins)
+def sample_dataset(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer) -> grain.MapDataset:
+    """Endless mixture of samples and, where one cannot be used, markers. Random access by "index".
+
+    Raises:
+      ValueError: a subclass naming the file, entry or field that is wrong, before any sample is made.
+    """
+    if config.on_error not in ("stop", "skip"):
+        raise ValueError(f"data.on_error is {config.on_error!r}; it must be stop or skip")
+    preparer = Preparer(config, processor, tokenizer)
+    sources = open_sources(config)
+    check_report(config)
+    return _order(config, sources).map_with_index(_Make(preparer, sources))
+
+
+def _order(config: DataConfig, sources: list) -> grain.MapDataset:
+    """Endless (source number, row)."""
+    dropped = read_drop_list(config.drop_list, [source.name for source in sources], [len(source) for source in sources])
+    selections = [
+        Selection(number, len(source), source.repeat, dropped.get(number, ())) for number, source in enumerate(sources)
+    ]
+    for source, selection in zip(sources, selections, strict=True):
+        if not len(selection):
+            raise MetaError(f"source {source.name!r}: repeat_time {source.repeat} and the drop list leave none of its rows")
+    if config.source == "digits":  # they come in an order to learn in
+        return grain.MapDataset.source(selections[0]).repeat()
+    weights = mixture_weights(config, sources, [len(selection) for selection in selections])
+    return mix(selections, weights, config.seed)
+
+
+def mix(selections: Sequence[Selection], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Endless (source number, row): each source in an order of its own, new in every epoch over it."""
+    chosen = [(selection, weight) for selection, weight in zip(selections, weights, strict=True) if weight > 0]
+    parts = []
+    for selection, _ in chosen:
+        own_seed = int(np.random.SeedSequence([seed, selection.source]).generate_state(1)[0])
+        parts.append(grain.MapDataset.source(selection).shuffle(seed=own_seed).repeat())
+    if len(parts) == 1:
+        return parts[0]
+    mixed = grain.MapDataset.mix(parts, weights=[weight for _, weight in chosen])
+    return WindowShuffleMapDataset(mixed, window_size=_WINDOW, seed=seed % 2**31)
+
+
+class _Make:
+    """(index, (source number, row)) to a sample or a marker."""
+
+    def __init__(self, preparer: Preparer, sources: list):
+        self.preparer, self.sources = preparer, sources
+
+    def __call__(self, index: int, reference: tuple[int, int]) -> Sample | dict:
+        number, row = reference
+        config, source = self.preparer.config, self.sources[number]
+        identity = {"source": number, "row": row, "index": int(index)}
+        try:
+            return self.preparer.sample(source, row, np.random.default_rng((config.seed, int(index)))) | identity
+        except (ValueError, OSError) as error:
+            chosen = isinstance(error, TooLong) and config.overlong == "drop"
+            fatal = config.on_error == "stop" and not chosen
+            return {"error": f"{source.locate(row)}: {error}", **identity, "fatal": fatal}
+
+
+def sample_stream(dataset: grain.MapDataset, shard: int, shards: int, workers: int) -> grain.IterDataset:
+    """Every `shards`-th sample of `sample_dataset` from number `shard` on, prepared ahead of time.
+
+    workers: processes that prepare samples; 0: threads of this one. Close the iterator, or its processes complain at exit.
+    """
+    part = dataset[shard::shards] if shards > 1 else dataset
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its settings from absl's flags, which a notebook never parses
+            flags.FLAGS.mark_as_parsed()
+        stream = part.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD))
+    else:
+        threads = min(_MOST_THREADS, os.cpu_count() or 1)
+        stream = part.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    return stream.map(_raise_at_error)
+
+
+def _raise_at_error(sample: dict) -> dict:
+    if sample.get("fatal"):
+        raise SampleError(sample["error"])
+    return sample

@@ -1,0 +1,158 @@
+"""Rows of InternVL's training data to conversations.
+
+    {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"], "video": "c.mp4", "clip": [start, end],
+     "conversations": [{"from": "system", "value": text}, {"from": "human", "value": text}, {"from": "gpt", "value": text}, ...]}
+
+No picture and no video: text only. One picture: if no human turn has <image>, it goes in front of the first one, as <image> and a
+line break. Several pictures: one <image> each. A video: <video> in the first human turn, or its start, becomes a line for each frame.
+Everything else in the text, such as <ref> and <box>, stays as it is, and so do other keys of a row.
+
+Pictures are looked up under the source's root, or among the files that came with the row in its tar archive. In an archive a row
+may also leave its pictures out: then they are the other files of the sample, in order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from PIL import Image
+
+from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.chat import PICTURE_TAG, Message, from_official, insert_missing_tags
+from internvl3_jax.data.files import is_remote, join, read_bytes
+from internvl3_jax.data.images import open_image
+from internvl3_jax.data.meta import MetaError, SourceSpec
+from internvl3_jax.data.rows import RowError, Rows
+from internvl3_jax.data.tiles import tiles_per_image
+from internvl3_jax.data.video import Choose, read_frames
+
+VIDEO_TAG = "<video>"
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
+
+
+@dataclasses.dataclass
+class Conversation:
+    """Messages with one <image> for each RGB picture, and what becomes of the pictures."""
+
+    messages: list[Message]
+    pictures: list[Image.Image]
+    max_tiles: int  # of each picture
+    augment: bool = False
+    id: str | None = None
+    is_video: bool = False  # then the pictures are its frames, one tile each without thumbnail
+
+
+class OfficialSource:
+    """One entry of a meta JSON: random access to its conversations. Threads may share it, and it can be sent to other processes."""
+
+    def __init__(self, spec: SourceSpec):
+        self.spec = spec
+        self.rows = Rows(spec.annotation)
+        self.name, self.repeat, self.weight = spec.name, spec.repeat, spec.weight
+        if not len(self.rows):
+            raise MetaError(f"source {spec.name!r}: {', '.join(spec.annotation)} has no rows")
+        if spec.root_error and self.has_pictures and any(path.endswith(".jsonl") for path in spec.annotation):
+            raise MetaError(spec.root_error)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any row has a picture or a video."""
+        return self.rows.has_pictures
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def locate(self, row: int) -> str:
+        return f"{self.name} row {row} ({self.rows.locate(row)})"
+
+    def conversation(self, row: int, choose: Callable[[list | None], Choose], processor: ProcessorConfig) -> Conversation:
+        """Reads a row and its pictures.
+
+        Args:
+          choose: from a row's clip, or None, to the rule for the frames of its video.
+
+        Raises:
+          ValueError: a subclass that says what is wrong with the row, a picture or a video.
+        """
+        values, files = self.rows[row]
+        messages = _messages(values)
+        images, video = _media(values, files)
+        where = _Place(self.spec.root, files, processor.apply_exif)
+        number = values.get("id")
+        common = {"augment": self.spec.augment, "id": None if number is None else str(number)}
+        if video is not None:
+            frames = where.video(video, choose(values.get("clip")))
+            messages = insert_frames(messages, len(frames), processor.frame_label)
+            return Conversation(messages, frames, 1, is_video=True, **common)
+        if len(images) == 1:
+            messages = insert_missing_tags(messages, 1)
+        pictures = [where.picture(name) for name in images]
+        limit = tiles_per_image(self.spec.max_tiles or processor.max_tiles, len(pictures))
+        return Conversation(messages, pictures, limit, **common)
+
+
+def _messages(values: dict) -> list[Message]:
+    turns = values.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"conversations is {str(turns)[:80]!r}; expected a list of turns")
+    messages = from_official(turns)
+    wrong = [number for number, message in enumerate(messages, 1) if not isinstance(message["content"], str)]
+    if wrong:
+        raise RowError(f"turn {wrong[0]}: its value is no text")
+    return messages
+
+
+def _media(values: dict, files: dict[str, bytes]) -> tuple[list[str], str | None]:
+    """(names of the pictures, name of the video or None) of a row."""
+    images, video = values.get("image"), values.get("video")
+    if not images and not video and "image" not in values and files:
+        images = [name for name in files if not name.lower().endswith(VIDEOS)]
+        videos = [name for name in files if name.lower().endswith(VIDEOS)]
+        if len(videos) > 1 or (videos and images):
+            raise RowError(f"came with {', '.join(files)}; expected pictures or one video, or the key image or video to choose")
+        video = videos[0] if videos else None
+    if images and video:
+        raise RowError("has both image and video; expected one of them")
+    images = [images] if isinstance(images, str) and images else images or []
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise RowError(f"image is {values.get('image')!r}; expected a path or a list of paths")
+    if video and not isinstance(video, str):
+        raise RowError(f"video is {video!r}; expected the path of a file or of a folder of pictures")
+    return images, video or None
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where the pictures of a row are: among its own files or under a root."""
+
+    root: str
+    files: dict[str, bytes]
+    apply_exif: bool
+
+    def picture(self, name: str) -> Image.Image:
+        if name in self.files:
+            return open_image(self.files[name], apply_exif=self.apply_exif, name=name)
+        path = join(self.root, name)
+        return open_image(read_bytes(path) if is_remote(path) else path, apply_exif=self.apply_exif, name=path)
+
+    def video(self, name: str, choose: Choose) -> list[Image.Image]:
+        if name in self.files:
+            return read_frames(self.files[name], choose, name=name)
+        return read_frames(join(self.root, name), choose)
+
+
+def insert_frames(messages: list[Message], count: int, label: str) -> list[Message]:
+    r"""Puts a line `label<image>` for each frame of a video in the place of <video>, or before the first user message.
+
+    label: with {} for the frame's number from 1. A line break after <video> stays the only one.
+    """
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    tags = sum(message["content"].count(VIDEO_TAG) for message in messages if message["role"] == "user")
+    if first is None:
+        return messages  # encode_chat says what is missing
+    text = messages[first]["content"]
+    if tags > 1 or (tags and VIDEO_TAG not in text):
+        raise RowError(f"{tags} {VIDEO_TAG} tags; expected one, in the first human turn")
+    before, _, after = text.partition(VIDEO_TAG) if tags else ("", "", text)
+    lines = "".join(f"{label.format(number)}{PICTURE_TAG}\n" for number in range(1, count + 1))
+    content = before + lines + after.removeprefix("\n")
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]

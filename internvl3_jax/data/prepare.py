@@ -1,0 +1,67 @@
+"""One conversation of a source to a `Sample`: frames, tiles, ids, weights and positions, all drawn from the sample's own rng."""
+
+import dataclasses
+
+import numpy as np
+
+from internvl3_jax.config import DataConfig, ProcessorConfig
+from internvl3_jax.data import overlong
+from internvl3_jax.data.augment import recompress
+from internvl3_jax.data.batch import AVERAGES, Sample, finish_sample
+from internvl3_jax.data.chat import Encoded, encode_chat
+from internvl3_jax.data.official import Conversation
+from internvl3_jax.data.tiles import count_tiles, cut_tiles
+from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.video import training_frames
+from internvl3_jax.positions import draw_deltas, parse_delta
+
+
+class Preparer:
+    """Makes samples of conversations. Threads may share it, and it can be sent to other processes."""
+
+    def __init__(self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer):
+        if not 1 <= config.min_frames <= config.max_frames:
+            raise ValueError(f"data.min_frames is {config.min_frames}; it must lie in 1..max_frames ({config.max_frames})")
+        for name, known in (("overlong", overlong.RULES), ("loss_average", AVERAGES)):
+            if getattr(config, name) not in known:
+                raise ValueError(f"data.{name} is {getattr(config, name)!r}; it must be one of {', '.join(known)}")
+        self.config, self.processor, self.tokenizer = config, processor, tokenizer
+        self.deltas = [parse_delta(delta) for delta in config.deltas]
+        self.frame_processor = dataclasses.replace(processor, use_thumbnail=False)
+
+    def sample(self, source, row: int, rng: np.random.Generator) -> Sample:
+        """The sample of a row of a source. ValueError or OSError if the row cannot be used."""
+        conversation = self.read(source, row, rng)
+        encoded, kept = self.encode(conversation, self.count(conversation))
+        tiles = [self.cut(picture, conversation) for picture in conversation.pictures[:kept]]
+        if conversation.augment:
+            tiles = [recompress(part, rng) for part in tiles]
+        deltas = draw_deltas(kept, rng, self.deltas)
+        return finish_sample(encoded, tiles, deltas, self.processor, self.config.loss_average)
+
+    def read(self, source, row: int, rng: np.random.Generator) -> Conversation:
+        fewest, most = self.config.min_frames, self.config.max_frames
+
+        def choose(clip):
+            return lambda footage: training_frames(footage, rng, fewest, most, clip)
+
+        return source.conversation(row, choose, self.processor)
+
+    def count(self, conversation: Conversation) -> list[int]:
+        """Tiles of each picture."""
+        settings = self._settings(conversation)
+        return [count_tiles(*picture.size, settings, conversation.max_tiles) for picture in conversation.pictures]
+
+    def cut(self, picture, conversation: Conversation) -> np.ndarray:
+        return cut_tiles(picture, self._settings(conversation), conversation.max_tiles)
+
+    def encode(self, conversation: Conversation, tiles: list[int]) -> tuple[Encoded, int]:
+        """(encoded, number of pictures kept), within a row by `config.overlong`."""
+        limits = self.config.tokens_per_row, self.config.tiles_per_row
+        return overlong.encode_within(conversation.messages, tiles, self.encode_all, *limits, self.config.overlong)
+
+    def encode_all(self, messages, tiles) -> Encoded:
+        return encode_chat(messages, tiles, self.tokenizer, self.processor, add_generation_prompt=False)
+
+    def _settings(self, conversation: Conversation) -> ProcessorConfig:
+        return self.frame_processor if conversation.is_video else self.processor

@@ -1,0 +1,287 @@
+"""The stream of samples: the same for any number of workers, resumed exactly, mixed as asked, and no sample lost in silence."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_video
+
+from internvl3_jax.config import UNITS, DataConfig
+from internvl3_jax.data.augment import recompress
+from internvl3_jax.data.batch import SampleError, average_weights, make_sample
+from internvl3_jax.data.chat import encode_chat
+from internvl3_jax.data.meta import MetaError
+from internvl3_jax.data.mixture import Selection, mixture_weights, read_drop_list
+from internvl3_jax.data.overlong import NothingTrained, TooLong, encode_within
+from internvl3_jax.data.pipeline import mix, sample_dataset, sample_stream, source_names
+from internvl3_jax.data.sources import open_sources
+
+SCALARS = ("source", "row", "index")
+TEXT = {"conversations": turns("hi", "ho")}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Three sources: pictures with recompression, one or two a row; a video; text."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for number in range(6):
+        picture(20 + 15 * number, 30, seed=number).save(folder / f"{number}.png")
+    write_video(folder / "a.mp4", 20)
+    one = [{"image": f"{number}.png", "conversations": turns(f"What is {number}?", "That")} for number in range(6)]
+    two = [{"image": ["0.png", "5.png"], "conversations": turns("<image><image> Which?", "This", "And?", "That")}]
+    video = [{"video": "a.mp4", "clip": [0, 1.5], "conversations": turns("<video>\nWhat moves?", "That")}]
+    text = [{"conversations": turns(f"{number}?", "Yes")} for number in range(4)]
+    return write_meta(
+        folder,
+        pictures={"rows": one + two, "data_augment": True, "max_dynamic_patch": 3},
+        videos={"rows": video, "data_augment": True, "repeat_time": 3},
+        text={"rows": text},
+    )
+
+
+def make(source, **changes):
+    config = data_config(source, **{"deltas": ("1", "1/2", "1/4"), "seed": 3} | changes)
+    return sample_dataset(config, PROCESSOR, tokenizer())
+
+
+def take(dataset, count, workers=0, shard=0, shards=1):
+    iterator = iter(sample_stream(dataset, shard, shards, workers))
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def assert_equal(samples, others):
+    assert len(samples) == len(others)
+    for one, other in zip(samples, others, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_any_number_of_workers_gives_the_same_stream(mixture):
+    dataset = make(mixture, language_share=0.25)
+    samples = take(dataset, 24)
+    assert {sample["source"] for sample in samples} == {0, 1, 2} and [s["index"] for s in samples] == list(range(24))
+    for workers in (1, 2):
+        assert_equal(samples, take(dataset, 24, workers))
+    # Each can be made again by its number, also by a copy as a worker has it.
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert_equal(samples[5:9], [copy[sample["index"]] for sample in samples[5:9]])
+    # Shards share out the samples, whatever their number.
+    shards = [take(dataset, 8, shard=shard, shards=3) for shard in range(3)]
+    assert_equal(samples, [shards[number % 3][number // 3] for number in range(24)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_from_its_json(mixture, workers):
+    dataset = make(mixture)
+    iterator, again = (iter(sample_stream(dataset, 1, 2, workers)) for _ in range(2))
+    list(itertools.islice(iterator, 7))
+    state = json.loads(json.dumps(iterator.get_state()))
+    again.set_state(state)
+    assert_equal(list(itertools.islice(iterator, 9)), list(itertools.islice(again, 9)))
+    iterator.close()
+    again.close()
+
+
+def test_samples_differ_from_epoch_to_epoch_and_follow_their_rules(mixture):
+    samples = take(make(mixture), 120)
+    frames = {len(sample["tiles"]) for sample in samples if sample["source"] == 1}
+    assert frames == {2, 3, 4}
+    same = [s for s in samples if (s["source"], s["row"]) == (0, 5)]
+    assert len({s["tiles"].tobytes() for s in same}) == len(same) > 3  # recompressed anew
+    assert {len(s["tiles"]) for s in same} == {4}  # 95 x 30 pixels: three tiles and the thumbnail
+    assert {len(s["tiles"]) for s in samples if (s["source"], s["row"]) == (0, 6)} == {2}  # 3 // 2 tiles for either picture
+    steps = {step for s in samples for step in np.diff(s["positions"]).tolist() if step < UNITS}
+    assert steps == {UNITS // 2, UNITS // 4}
+    for sample in samples:
+        assert (sample["tokens"] == tokenizer().token_id("<IMG_CONTEXT>")).sum() == 4 * len(sample["tiles"])
+
+
+def test_every_epoch_has_every_row_in_its_own_order(mixture):
+    dataset = make(mixture)
+    for source, rows in ((0, 7), (2, 4)):
+        order = [s["row"] for s in (dataset[index] for index in range(60)) if s["source"] == source]
+        first, second = order[:rows], order[rows : 2 * rows]
+        assert sorted(first) != first or sorted(second) != second
+    single = mix([Selection(0, 50, 1.0)], [1.0], seed=1)
+    epochs = [[single[50 * epoch + index][1] for index in range(50)] for epoch in range(2)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_recompression():
+    tiles = np.stack([np.asarray(picture(16, 16, seed)) for seed in range(200)])
+    changed = recompress(tiles, np.random.default_rng(0))
+    assert changed.dtype == np.uint8 and changed.shape == tiles.shape
+    errors = np.abs(changed.astype(int) - tiles).mean(axis=(1, 2, 3))
+    assert errors.min() > 0.1 and len(set(errors)) > 190  # a quality of its own for each tile
+    np.testing.assert_array_equal(changed, recompress(tiles, np.random.default_rng(0)))
+
+
+# --- mixture ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("repeat", "expected"), [(0.5, 5), (0.7, 7), (1, 10), (2, 20), (2.35, 23)])
+def test_repeats_and_head_slices(repeat, expected):
+    rows = [Selection(3, 10, repeat)[index] for index in range(expected)]
+    assert len(Selection(3, 10, repeat)) == expected
+    assert rows == [(3, place % 10) for place in range(expected)]
+
+
+def test_rows_left_out():
+    selection = Selection(0, 10, 2.5, left_out=[0, 4, 9, 4])
+    rows = [selection[index][1] for index in range(len(selection))]
+    assert rows == [place % 10 for place in range(25) if place % 10 not in (0, 4, 9)]
+
+
+def shares(config):
+    sources = open_sources(config)
+    return mixture_weights(config, sources, [len(Selection(0, len(source), source.repeat)) for source in sources])
+
+
+def test_the_mixture_has_the_shares_asked_for(tmp_path):
+    image = {"image": "a.png", **TEXT}
+    meta = write_meta(
+        tmp_path,
+        big={"rows": [image] * 90, "weight": 1},
+        text={"rows": [TEXT] * 10, "weight": 1, "repeat_time": 4},
+        mixed={"rows": [TEXT] * 9 + [image], "weight": 6},
+        more={"rows": [TEXT] * 40, "weight": 0},
+    )
+    config = data_config(meta)
+    total = 90 + 40 + 10 + 40
+    np.testing.assert_allclose(shares(config), np.array([90, 40, 10, 40]) / total)
+    roots = np.sqrt([90, 40, 10, 40])
+    np.testing.assert_allclose(shares(dataclasses.replace(config, weights="sqrt")), roots / roots.sum())
+    np.testing.assert_allclose(shares(dataclasses.replace(config, weights="given")), [0.125, 0.125, 0.75, 0])
+    # Text to the rest as 1 to 3; a source with some of each belongs to the rest.
+    np.testing.assert_allclose(shares(dataclasses.replace(config, language_share=0.25)), [0.675, 0.125, 0.075, 0.125])
+    np.testing.assert_allclose(shares(dataclasses.replace(config, language_share=0.0)), [0.9, 0, 0.1, 0])
+    np.testing.assert_allclose(shares(dataclasses.replace(config, language_share=1.0)), [0, 0.5, 0, 0.5])
+
+
+def test_the_stream_has_the_shares_of_the_mixture_in_every_shard():
+    weights = [0.675, 0.125, 0.2, 0.0]
+    mixed = mix([Selection(number, 30, 1.0) for number in range(4)], weights, seed=0)
+    drawn = np.array([mixed[index][0] for index in range(1024)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 1024, weights, atol=0.005)
+    even = mix([Selection(number, 30, 1.0) for number in range(2)], [0.5, 0.5], seed=0)
+    assert 0.4 < np.mean([even[index][0] for index in range(0, 1024, 2)]) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weights": "log"}, "data.weights is 'log'"),
+        ({"weights": "given"}, "no weight for text"),
+        ({"language_share": 2.0}, "at most 1"),
+        ({"language_share": 0.5}, "no source with pictures"),
+        ({"on_error": "ignore"}, "data.on_error is 'ignore'"),
+        ({"min_frames": 9}, "data.min_frames is 9"),
+        ({"deltas": ("2",)}, "delta '2'"),
+        ({"overlong": "cut"}, "data.overlong is 'cut'"),
+        ({"loss_average": "mean"}, "data.loss_average is 'mean'"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named_at_once(tmp_path, changes, reason):
+    meta = write_meta(tmp_path, text={"rows": [TEXT]})
+    with pytest.raises(ValueError, match=reason):
+        make(meta, **changes)
+
+
+def test_the_drop_list(tmp_path):
+    meta = write_meta(tmp_path, a={"rows": [TEXT] * 4}, b={"rows": [TEXT] * 2})
+    (tmp_path / "drop.tsv").write_text("# source\trow\treason\na\t1\tbad\na\t3\tworse\n\n")
+    samples = take(make(meta, drop_list=str(tmp_path / "drop.tsv")), 40)
+    assert {(s["source"], s["row"]) for s in samples} == {(0, 0), (0, 2), (1, 0), (1, 1)}
+    for line, reason in [("c\t1\tx", "no source 'c'"), ("a\t9\tx", "a has no row '9'"), ("a", "a has no row ''")]:
+        (tmp_path / "drop.tsv").write_text(f"\n{line}\n")
+        with pytest.raises(ValueError, match=f"drop.tsv line 2: .*{reason}"):
+            read_drop_list(str(tmp_path / "drop.tsv"), ["a", "b"], [4, 2])
+    (tmp_path / "drop.tsv").write_text("b\t0\tx\nb\t1\tx\n")
+    with pytest.raises(MetaError, match="source 'b': .* leave none of its rows"):
+        make(meta, drop_list=str(tmp_path / "drop.tsv"))
+
+
+# --- samples that cannot be used, and long ones ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_stops_training(tmp_path, workers):
+    meta = write_meta(tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]})
+    with pytest.raises(SampleError, match=r"^bad row 1 \(bad.jsonl line 2\): .*gone.png: no such file"):
+        take(make(meta), 50, workers)
+
+
+def test_a_bad_sample_is_marked_where_it_may_be_skipped(tmp_path):
+    meta = write_meta(tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]})
+    samples = take(make(meta, on_error="skip"), 50)
+    marked = [sample for sample in samples if "error" in sample]
+    assert 3 < len(marked) < 25 and all((m["source"], m["row"]) == (1, 1) and "gone.png" in m["error"] for m in marked)
+    assert [sample["index"] for sample in samples] == list(range(50))
+
+
+LONG = [
+    {"role": role, "content": content}
+    for turn in range(6)
+    for role, content in (("user", "<image>\nWhat?" if turn % 2 == 0 else "And?"), ("assistant", f"That is number {turn}"))
+]
+
+
+def encode_long(messages, tiles):
+    return encode_chat(messages, tiles, tokenizer(), PROCESSOR, add_generation_prompt=False)
+
+
+def test_truncation_keeps_whole_turns_and_whole_pictures():
+    whole = encode_long(LONG, [3, 1, 2])
+    lengths = [len(encode_long(LONG[: 2 * n], [3, 1, 2][: (n + 1) // 2]).tokens) for n in range(1, 7)]
+    for limit in range(min(lengths), len(whole.tokens) + 1):
+        encoded, kept = encode_within(LONG, [3, 1, 2], encode_long, limit, 99, "truncate")
+        turns_kept = sum(length <= limit for length in lengths)
+        assert len(encoded.tokens) == lengths[turns_kept - 1] and kept == len(encoded.runs) == (turns_kept + 1) // 2
+        np.testing.assert_array_equal(encoded.tokens, whole.tokens[: len(encoded.tokens)])
+    for tiles, pictures in ((6, 3), (5, 2), (4, 2), (3, 1)):
+        assert encode_within(LONG, [3, 1, 2], encode_long, 999, tiles, "truncate")[1] == pictures
+    with pytest.raises(TooLong, match="its first answer alone does not fit"):
+        encode_within(LONG, [3, 1, 2], encode_long, min(lengths) - 1, 99, "truncate")
+    with pytest.raises(TooLong, match=r"6 tiles, a row holds 5: raise data.tiles_per_row \(set data.overlong"):
+        encode_within(LONG, [3, 1, 2], encode_long, 999, 5, "error")
+    with pytest.raises(NothingTrained, match="nothing to learn"):
+        encode_within(LONG[:1], [3], encode_long, 999, 5, "truncate")
+
+
+def test_overlong_samples_in_the_stream(tmp_path):
+    picture(16, 16).save(tmp_path / "a.png")
+    rows = [TEXT, {"image": "a.png", "conversations": turns("hi", "ho", "<image>\nWhat is " + "this " * 30, "That")}]
+    meta = write_meta(tmp_path, a={"rows": rows})
+    with pytest.raises(SampleError, match=r"a row 1 .*tokens, a row holds 30"):
+        take(make(meta, tokens_per_row=30), 4)
+    dropped = [sample for sample in take(make(meta, tokens_per_row=30, overlong="drop"), 4) if "error" in sample]
+    assert [marker["row"] for marker in dropped] == [1, 1]
+    short = [s for s in take(make(meta, tokens_per_row=30, overlong="truncate"), 4) if s["row"] == 1]
+    assert len(short) == 2 and all(len(s["tiles"]) == 0 and len(s["tokens"]) <= 30 for s in short)
+
+
+def test_loss_averages():
+    trained = np.array([False, True, True, False, True, True])
+    for average, weight in (("token", 1.0), ("sample", 0.25), ("square", 0.5)):
+        np.testing.assert_array_equal(average_weights(trained, average), trained * np.float32(weight))
+    assert not average_weights(np.zeros(3, bool), "sample").any()
+
+
+def test_the_digits_come_through_the_same_functions():
+    config = DataConfig(samples=50, tokens_per_row=256, tiles_per_row=16)
+    dataset = sample_dataset(config, PROCESSOR, tokenizer())
+    samples = take(dataset, 60)
+    assert source_names(config) == ["digits"]
+    assert [tuple(s[name] for name in SCALARS) for s in samples] == [(0, number % 50, number) for number in range(60)]
+    question = open_sources(config)[0].questions[7]
+    deltas = [UNITS] * len(question.pictures)
+    expected = make_sample(question.messages, question.pictures, tokenizer(), PROCESSOR, deltas)
+    assert_equal([expected], [{name: value for name, value in samples[7].items() if name not in SCALARS}])
