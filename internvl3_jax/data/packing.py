@@ -1,22 +1,120 @@
-"""Packs samples into rows under a token budget and a tile budget at once, with grain's first-fit packer."""
+"""Packs samples into rows under a token budget and a tile budget at once. A sample is never split.
+
+Samples wait in a buffer. A row begins with the one that has waited longest, so none waits for ever, and is then filled from the
+buffer by a rule:
+
+    first_fit   the next sample in order of arrival that fits
+    balanced    of those that fit, the one that best uses what is left of both budgets: the largest dot product of its size with the
+                room left, both in units of the whole row (Panigrahy et al. 2011, "Heuristics for Vector Bin Packing")
+
+The stream resumes exactly: its state names the waiting samples by number, and they are made again.
+"""
+
+from collections.abc import Callable, Sequence
 
 import grain.python as grain
 import numpy as np
-from grain.experimental import FirstFitPackIterDataset
 
-from internvl3_jax.data.batch import Batch
+from internvl3_jax.data.batch import Batch, Sample
+
+RULES = ("balanced", "first_fit")
+_FIELDS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "positions": np.int32}
 
 
-def pack(samples: grain.IterDataset, rows: int, tokens: int, tiles: int, bins: int) -> grain.IterDataset:
-    """Batches of `rows` rows of `tokens` tokens and `tiles` tiles from a stream of `Sample`; a sample is never split.
+def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
+    """Which of the waiting samples form the next row.
 
-    `bins` rows are open at a time: more of them fill better and cost memory and, after a restart, time to fill them again.
+    sizes i64[n,2]: tokens and tiles of each, in order of arrival; budgets i64[2]. Returns indices, 0 first.
     """
-    lengths = {"tokens": tokens, "targets": tokens, "loss_weights": tokens, "positions": tokens, "tiles": tiles}
-    packed = FirstFitPackIterDataset(samples, length_struct=lengths, num_packing_bins=bins, meta_features=())
-    return packed.map(_rename).batch(rows, drop_remainder=True)
+    chosen, room = [0], budgets - sizes[0]
+    free = np.ones(len(sizes), bool)
+    free[0] = False
+    while True:
+        fits = free & (sizes <= room).all(axis=1)
+        if not fits.any():
+            return chosen
+        if rule == "first_fit":
+            best = int(np.argmax(fits))
+        else:
+            share = (sizes / np.maximum(budgets, 1)) @ (room / np.maximum(budgets, 1))
+            best = int(np.argmax(np.where(fits, share, -1.0)))
+        chosen.append(best)
+        free[best] = False
+        room = room - sizes[best]
 
 
-def _rename(row: dict) -> Batch:
-    batch = {name: row[name] for name in ("tokens", "targets", "loss_weights", "positions", "tiles")}
-    return batch | {"segments": np.asarray(row["tokens_segment_ids"], np.int32)}
+def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
+    """One row [T] of a Batch from samples that fit in it, padded with zeros."""
+    row = {name: np.zeros(tokens, dtype) for name, dtype in _FIELDS.items()}
+    row |= {"segments": np.zeros(tokens, np.int32), "sources": np.zeros(tokens, np.int32)}
+    row["tiles"] = np.zeros((tiles, *samples[0]["tiles"].shape[1:]), np.uint8)
+    token = tile = 0
+    for number, sample in enumerate(samples, 1):
+        place = slice(token, token + len(sample["tokens"]))
+        for name in _FIELDS:
+            row[name][place] = sample[name]
+        row["segments"][place], row["sources"][place] = number, sample.get("source", 0)
+        row["tiles"][tile : tile + len(sample["tiles"])] = sample["tiles"]
+        token, tile = place.stop, tile + len(sample["tiles"])
+    return row
+
+
+class Packer(grain.DatasetIterator):
+    """Rows (`Batch` without the batch axis) from an iterator of samples, and what they are made of.
+
+    Each item is (row, origins): origins are the (source, row) of its samples. `skipped` holds the newest error markers (see
+    pipeline.py) that came along, `skipped_count` how many there were.
+    """
+
+    def __init__(
+        self, samples: grain.DatasetIterator, make: Callable[[int], Sample], tokens: int, tiles: int, rule: str, size: int
+    ):
+        """make: a sample by its "index", to fill the buffer again on resuming; size: of the buffer, in samples."""
+        super().__init__(samples)
+        if rule not in RULES:
+            raise ValueError(f"data.packing is {rule!r}; it must be one of {', '.join(RULES)}")
+        if size < 1:
+            raise ValueError(f"data.packing_buffer is {size}; at least one sample must wait")
+        self.make, self.budgets, self.rule, self.size = make, np.array([tokens, tiles]), rule, size
+        self.waiting: list[Sample] = []
+        self.skipped: list[dict] = []
+        self.skipped_count = 0
+
+    def __next__(self) -> tuple[Batch, list[tuple[int, int]]]:
+        self._fill()
+        if not self.waiting:
+            raise StopIteration
+        sizes = np.array([(len(sample["tokens"]), len(sample["tiles"])) for sample in self.waiting])
+        chosen = choose(sizes, self.budgets, self.rule)
+        samples = [self.waiting[index] for index in chosen]
+        self.waiting = [sample for index, sample in enumerate(self.waiting) if index not in set(chosen)]
+        return join(samples, *map(int, self.budgets)), [(int(s.get("source", 0)), int(s.get("row", 0))) for s in samples]
+
+    def _fill(self) -> None:
+        while len(self.waiting) < self.size:
+            try:
+                sample = next(self._parent)
+            except StopIteration:
+                return
+            if "error" in sample:
+                self.skipped_count += 1
+                self.skipped = [*self.skipped[-9:], sample]
+                continue
+            self._check(sample)
+            self.waiting.append(sample)
+
+    def _check(self, sample: Sample) -> None:
+        for name, limit in zip(("tokens", "tiles"), self.budgets, strict=True):
+            if len(sample[name]) > limit:
+                where = f"source {sample.get('source', 0)} row {sample.get('row', 0)}"
+                raise ValueError(f"{where} has {len(sample[name])} {name}, a row holds {limit}: raise data.{name}_per_row")
+
+    def get_state(self) -> dict:
+        # As text, since grain expects a state's arrays to keep their shapes.
+        waiting = " ".join(str(int(sample["index"])) for sample in self.waiting)
+        return {"samples": self._parent.get_state(), "waiting": waiting, "skipped": self.skipped_count}
+
+    def set_state(self, state: dict) -> None:
+        self._parent.set_state(state["samples"])
+        self.waiting = [self.make(int(index)) for index in state["waiting"].split()]
+        self.skipped_count, self.skipped = state["skipped"], []
