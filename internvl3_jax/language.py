@@ -15,6 +15,7 @@ from internvl3_jax import cache as kv_cache
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.ops.attention import MASKED, attention, visibility
 from internvl3_jax.ops.norms import make_norm
+from internvl3_jax.ops.remat import keep, remat
 from internvl3_jax.ops.rope import apply_rope, rope_tables
 
 
@@ -64,7 +65,8 @@ class DecoderLayer(nn.Module):
         if cache_layer is not None:
             cache_layer = kv_cache.write(cache_layer, k, v, slots)
             k, v = cache_layer["k"].astype(q.dtype), cache_layer["v"].astype(q.dtype)
-        mixed = attention(q, k, v, visible)
+        q, k, v = (keep(part, "attention_input") for part in (q, k, v))
+        mixed = keep(attention(q, k, v, visible), "attention_output")
         return self.o(mixed.reshape(*x.shape[:2], q_width)), cache_layer
 
     def mlp(self, x):
@@ -77,6 +79,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype
     unrolled: bool = False
     scan_unroll: int = 1  # layers per step of the scan
+    remat: str = "none"  # see ops/remat.py
 
     def setup(self):
         config = self.config
@@ -86,7 +89,7 @@ class Decoder(nn.Module):
             self.layer = [DecoderLayer(config, self.dtype, fused=True) for _ in range(config.num_layers)]
         else:
             self.layers = nn.scan(
-                DecoderLayer,
+                remat(DecoderLayer, self.remat, self.scan_unroll),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -132,10 +135,13 @@ class Decoder(nn.Module):
             layers.append(updated)
         return self.norm(x), None if cache is None else layers
 
+    def head_kernel(self):
+        """The output matrix [D, padded V] as stored, for a loss that makes the logits itself."""
+        return self.embedding.T if self.config.tie_embeddings else self.head()
+
     def logits(self, hidden):
         """[B,T,D] -> f32[B,T,padded V]; the padding's logits are -1e30."""
-        kernel = self.embedding.T if self.config.tie_embeddings else self.head()
-        logits = jnp.dot(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.dot(hidden, self.head_kernel().astype(self.dtype), preferred_element_type=jnp.float32)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size

@@ -24,11 +24,13 @@ class InternVL(nn.Module):
     dtype: jnp.dtype = jnp.float32
     unrolled: bool = False  # the decoder's generation layout; see language.py
     scan_unroll: int = 1  # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
+    remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
+    remat_language: str = "none"
 
     def setup(self):
-        self.vision = VisionTower(self.config.vision, self.dtype, self.scan_unroll)
+        self.vision = VisionTower(self.config.vision, self.dtype, self.scan_unroll, self.remat_vision)
         self.projector = Projector(self.config, self.dtype)
-        self.language = Decoder(self.config.language, self.dtype, self.unrolled, self.scan_unroll)
+        self.language = Decoder(self.config.language, self.dtype, self.unrolled, self.scan_unroll, self.remat_language)
 
     def __call__(self, batch, deterministic: bool = True, scaling: str | None = None):
         """batch: a `Batch` or a dict with its fields (data/batch.py). Returns logits f32[B,T,V] without the vocabulary's padding."""
@@ -64,6 +66,10 @@ class InternVL(nn.Module):
         if visual is not None:
             x = jnp.where((tokens == self.config.image_token_id)[..., None], visual.astype(x.dtype), x)
         return self.language(x, positions, cache=cache, slots=slots, scaling=scaling)
+
+    def head_kernel(self):
+        """The output matrix [D, padded V] as stored."""
+        return self.language.head_kernel()
 
     def logits(self, hidden):
         """[B,T,D] -> f32[B,T,padded V]"""

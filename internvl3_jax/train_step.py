@@ -1,4 +1,4 @@
-"""One update: loss, gradients, AdamW. Pure; the caller jits it and donates the state."""
+"""One update: loss, gradients of what is trained, optimizer. Pure; the caller jits it and donates the state."""
 
 from typing import Any, NamedTuple
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from internvl3_jax.losses import cross_entropy
+from internvl3_jax.losses import chunked_cross_entropy
 from internvl3_jax.model import InternVL
+from internvl3_jax.optimizer import Optimizer, join, path_name
 
 
 class TrainState(NamedTuple):
@@ -16,23 +17,89 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def init_state(model: InternVL, optimizer: optax.GradientTransformation, batch, seed: int) -> TrainState:
+def init_state(model: InternVL, optimizer: Optimizer, batch, seed: int, param_dtype=jnp.float32) -> TrainState:
     params = model.init(jax.random.key(seed), batch)["params"]
+    params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def train_step(model: InternVL, optimizer: optax.GradientTransformation, state: TrainState, batch, key):
-    """(new state, metrics). `key` seeds drop path and is folded with the step. Metrics: loss, grad_norm, f32[] each."""
+def train_step(
+    model, optimizer: Optimizer, state: TrainState, batch, key, *, micro_batches=1, loss_chunk=1024, num_sources=0, scaling=None
+):
+    """(new state, metrics); where the loss or a gradient is not finite the state stays as it is, so that it can be saved.
+
+    Args:
+      batch: a `Batch`; with num_sources > 0 also "sources" i32[B,T], which source each token came from.
+      key: seeds drop path, folded with the step.
+      micro_batches: the rows are computed in so many parts; loss and gradients are those of the whole batch.
+      loss_chunk: tokens whose logits exist at a time, on each device.
+      scaling: rope scaling in place of the config's ("none" under V2PE).
+
+    Metrics, f32[] unless said: loss (weighted mean), weight (sum), grad_norm before clipping, grad_norm_vision, _projector and _language of
+    those that are trained; finite bool[]; zero_gradient i32[], the first trained leaf (`trained_paths`) whose gradient is all zero, or -1;
+    source_loss and source_weight f32[num_sources], sums.
+    """
+    trained, frozen = optimizer.split(state.params)
+    weight = batch["loss_weights"].sum()
     drop_path_key = jax.random.fold_in(key, state.step)
+    is_still = "layers" not in trained.get("vision", {})  # drop path is for a tower that learns
 
-    def loss_fn(params):
-        rngs = {"drop_path": drop_path_key}
-        hidden = model.apply({"params": params}, batch, deterministic=False, rngs=rngs, method=InternVL.hidden)
-        logits = model.apply({"params": params}, hidden, method=InternVL.logits)
-        total, weight = cross_entropy(logits, batch["targets"], batch["loss_weights"])
-        return total / weight
+    def loss_fn(trained, part, index):
+        variables = {"params": join(trained, frozen)}
+        rngs = {"drop_path": jax.random.fold_in(drop_path_key, index)}
+        hidden = model.apply(variables, part, is_still, scaling, rngs=rngs, method=InternVL.hidden)
+        kernel = model.apply(variables, method=InternVL.head_kernel)
+        targets, weights = part["targets"], part["loss_weights"]
+        total, losses = chunked_cross_entropy(hidden, kernel, targets, weights, model.config.language.vocab_size, loss_chunk)
+        return total / weight, _by_source(part, losses, num_sources)
 
-    loss, gradients = jax.value_and_grad(loss_fn)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+    (loss, sources), gradients = _over_micro_batches(jax.value_and_grad(loss_fn, has_aux=True), trained, batch, micro_batches)
+    metrics = {"loss": loss, "weight": weight} | _gradient_metrics(gradients) | sources
+    metrics["finite"] = finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    updated = TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
+
+
+def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:
+    """Paths of the trained leaves in the order in which `zero_gradient` counts them."""
+    return [path_name(path) for path, _ in jax.tree.leaves_with_path(optimizer.split(params)[0])]
+
+
+def _over_micro_batches(function, trained, batch, count: int):
+    """Sum over `count` parts of the batch of function(trained, part, index), in float32."""
+    rows = len(batch["tokens"])
+    if rows % count:
+        raise ValueError(f"micro_batches is {count}; it must divide the batch's {rows} rows")
+
+    if count == 1:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), function(trained, batch, 0))
+    # Every count-th row, so that where rows are sharded each device takes its part of each micro-batch from its own rows.
+    parts = jax.tree.map(lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    indices = jnp.arange(count)
+
+    def add(total, inputs):
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, function(trained, *inputs)), None
+
+    shapes = jax.eval_shape(function, trained, *jax.tree.map(lambda x: x[0], (parts, indices)))
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, total, (parts, indices))[0]
+
+
+def _by_source(batch, losses, count: int) -> dict:
+    """Sums of weighted losses and of weights of each source, f32[count] each; nothing if count is 0."""
+    if not count:
+        return {}
+    # Compared with a counter in place of a scatter: rows that are sharded stay where they are.
+    member = batch["sources"][..., None] == jnp.arange(count)[None, None]
+    values = {"source_loss": losses * batch["loss_weights"], "source_weight": batch["loss_weights"]}
+    return {name: jnp.where(member, value[..., None], 0.0).sum((0, 1)) for name, value in values.items()}
+
+
+def _gradient_metrics(gradients) -> dict:
+    squares = jax.tree.map(lambda x: jnp.square(x).sum(), gradients)
+    leaves = jnp.stack(jax.tree.leaves(squares))
+    metrics = {f"grad_norm_{name}": jnp.sqrt(sum(jax.tree.leaves(part))) for name, part in squares.items()}
+    metrics["grad_norm"] = jnp.sqrt(leaves.sum())
+    metrics["zero_gradient"] = jnp.where((leaves == 0).any(), jnp.argmax(leaves == 0), -1).astype(jnp.int32)
+    return metrics

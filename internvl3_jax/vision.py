@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from internvl3_jax.config import VisionConfig
 from internvl3_jax.ops.attention import attention
 from internvl3_jax.ops.norms import make_norm
+from internvl3_jax.ops.remat import keep, remat
 
 
 class VisionBlock(nn.Module):
@@ -49,7 +50,9 @@ class VisionBlock(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.reshape(tiles, length, self.config.num_heads, self.config.head_dim) for part in (q, k, v))
-        return self.proj(attention(q, k, v).reshape(tiles, length, width))
+        q, k, v = (keep(part, "attention_input") for part in (q, k, v))
+        mixed = keep(attention(q, k, v), "attention_output")
+        return self.proj(mixed.reshape(tiles, length, width))
 
     def drop_path(self, branch, rate, deterministic: bool):
         """Stochastic depth (Huang et al. 2016): drops the branch for a whole tile, and scales what is kept."""
@@ -64,6 +67,7 @@ class VisionTower(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
     scan_unroll: int = 1  # layers per step of the scan
+    remat: str = "none"  # see ops/remat.py
 
     def setup(self):
         config = self.config
@@ -73,7 +77,7 @@ class VisionTower(nn.Module):
         self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
         self.position_embedding = self.param("position_embedding", init, (1 + config.grid**2, config.hidden_size))
         self.layers = nn.scan(
-            VisionBlock,
+            remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, nn.broadcast),

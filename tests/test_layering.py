@@ -14,12 +14,12 @@ ROWS = [
     ["config", "find", "hf_fields"],
     ["hf_config", "positions"],
     ["cache", "data", "ops", "sharding", "storage"],
-    ["fingerprint", "report"],
+    ["fingerprint", "flops", "report"],
     ["projector", "vision", "language"],
     ["model"],
     ["checkpoint", "lora", "losses", "optimizer", "sampling"],
-    ["generate", "train_step"],
-    ["best_of_n", "chat", "evaluate", "tokens"],
+    ["components", "generate", "meter", "train_step"],
+    ["best_of_n", "chat", "evaluate", "held_out", "run", "tokens"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
@@ -30,7 +30,7 @@ JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}
 CONVERT_MAY = {"checkpoint", "config", "data", "find", "fingerprint", "hf_config", "model", "storage"}
 # Modules of ops/ that the models call; any other is a kernel, which only ops/attention.py picks.
-OPERATIONS = {"ops", "ops.attention", "ops.dense", "ops.norms", "ops.rope"}
+OPERATIONS = {"ops", "ops.attention", "ops.dense", "ops.norms", "ops.remat", "ops.rope"}
 # Libraries that one unit hides from the rest.
 HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops"}
 # In tests/ and benchmarks/ only.

@@ -60,9 +60,11 @@ def _all_heads(q, k, v, visible):
     if visible is not None:
         scores = scores.reshape(batch, kv_heads, group, length, -1)
         scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(batch, kv_heads, group * length, -1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkrs,bksh->bkrh", weights, v).reshape(batch, heads, length, width)
-    return mixed.transpose(0, 2, 1, 3)
+    # Dividing after the product with v touches [T,H] in place of [T,S].
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
 
 
 def _head_by_head(q, k, v, visible):

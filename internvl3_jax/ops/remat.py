@@ -1,0 +1,40 @@
+"""What the backward pass of a layer recomputes instead of keeping (Chen et al. 2016), by name.
+
+Layers mark their intermediates with `keep`; a policy says which of them stay in memory between the two passes. The residual stream
+between the layers always stays.
+
+    none       all: fastest, and the most memory
+    dots       products with weights; elementwise operations, norms and attention's scores are recomputed
+    attention  what goes into attention and comes out of it; the products around it and the MLP are recomputed
+    full       nothing: one more forward pass, and the least memory
+"""
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_input", "attention_output"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+POLICIES = tuple(_POLICIES)
+
+
+def keep(x, name: str):
+    """Marks x, "attention_input" or "attention_output", for the policies that keep it; no operation of its own."""
+    return checkpoint_name(x, name)
+
+
+def remat(layer: type[nn.Module], policy: str, unroll: int, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+    """The layer's class, so that the scan over it keeps what `policy` says.
+
+    `unroll` layers per step of the scan: with more than one, the compiler must be kept from merging the second forward pass with the
+    first. `static_argnums` counts self as 0. Raises ValueError at an unknown policy.
+    """
+    if policy not in _POLICIES:
+        raise ValueError(f"remat policy {policy!r} is not one of {', '.join(POLICIES)}")
+    if policy == "none":
+        return layer
+    return nn.remat(layer, policy=_POLICIES[policy], prevent_cse=unroll > 1, static_argnums=static_argnums)
