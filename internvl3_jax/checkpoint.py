@@ -3,7 +3,9 @@
     DIR/params/              the parameter tree (Orbax), layers stacked, vocabulary padded
     DIR/internvl3_jax.json   model and processor configuration, fingerprint, hashes
     DIR/tokenizer.json ...   the tokenizer and whatever else travelled along
-    DIR/opt_state/, DIR/training.json   in the steps of a training run (RUN/checkpoints/STEP is such a DIR)
+    DIR/opt_state/, DIR/training.json, DIR/data/SHARD.json
+                             in the steps of a training run (RUN/checkpoints/STEP is such a DIR)
+    DIR/files.json           sizes of all of it, so that a damaged step is recognised without reading it
 
 `load` also opens released safetensors directories of either layout and hub ids.
 """
@@ -22,12 +24,13 @@ import jax.numpy as jnp
 from internvl3_jax import storage
 from internvl3_jax.config import ModelConfig, ProcessorConfig, from_dict, to_dict
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.find import MANIFEST, find, is_checkpoint, latest_step
+from internvl3_jax.find import MANIFEST, damage, find, is_checkpoint, latest_step
 from internvl3_jax.fingerprint import compare, fingerprint
 from internvl3_jax.model import InternVL, abstract_params
 
 FORMAT = 1
 TRAINING = "training.json"
+DATA = "data"
 
 
 @dataclasses.dataclass
@@ -194,29 +197,36 @@ def start_saving_training(
     processor: ProcessorConfig,
     files: Mapping[str, bytes],
     extra: Mapping,
+    data: Mapping[str, Mapping] | None = None,
     keep: int | None = None,
+    keep_also: Callable[[int], bool] = lambda step: False,
 ) -> Callable[[], None]:
     """Starts saving a step; training may go on (also donate the arrays) when this returns.
 
     Call the result before the next save: it waits until the step is complete.
 
     Args:
-      extra: JSON values needed to resume: the state of the data iterator, of the losses.
+      extra: JSON values needed to resume, the same in every process.
+      data: states of this process's data streams, by shard.
       keep: delete all but this many of the newest steps once the new one is complete; None keeps all.
+      keep_also: steps that are kept whatever their age.
     """
     final = pathlib.Path(run).absolute() / "checkpoints" / str(step)
-    partial = storage.start_directory(final)
+    partial = storage.start_directory(final, overwrite=final.exists() and damage(final) is not None)
     waits = [storage.start_saving(partial / "params", params), storage.start_saving(partial / "opt_state", opt_state)]
     write_files(partial, model, processor, files, _dtype_name(params))
     if jax.process_index() == 0:
         (partial / TRAINING).write_text(json.dumps({"step": step, **extra}, indent=1))
+    for shard, state in (data or {}).items():
+        (partial / DATA).mkdir(exist_ok=True)
+        (partial / DATA / f"{shard}.json").write_text(json.dumps(state))
 
     def finish() -> None:
         for wait in waits:
             wait()
-        storage.commit_directory(final)
+        storage.commit_directory(final, listed=True)
         if keep is not None:
-            delete_old_steps(run, keep)
+            delete_old_steps(run, keep, keep_also)
 
     return finish
 
@@ -227,7 +237,7 @@ def save_training(run, step, params, opt_state, **options) -> None:
 
 
 def restore_training(run: str | os.PathLike, step: int, abstract_params, abstract_opt_state) -> tuple:
-    """(params, opt_state, extra) of a step.
+    """(params, opt_state, extra) of a step; extra["data"] holds the states of all data streams.
 
     The abstract trees give dtypes and shardings (`jax.eval_shape` of what made the arrays).
     """
@@ -236,13 +246,15 @@ def restore_training(run: str | os.PathLike, step: int, abstract_params, abstrac
         raise FileNotFoundError(f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}")
     params = storage.load_tree(directory / "params", abstract_params)
     opt_state = storage.load_tree(directory / "opt_state", abstract_opt_state)
-    return params, opt_state, json.loads((directory / TRAINING).read_text())
+    data = {path.stem: json.loads(path.read_text()) for path in sorted((directory / DATA).glob("*.json"))}
+    return params, opt_state, json.loads((directory / TRAINING).read_text()) | {"data": data}
 
 
-def delete_old_steps(run: str | os.PathLike, keep: int) -> None:
-    """Removes all but the `keep` newest complete steps of a run."""
+def delete_old_steps(run: str | os.PathLike, keep: int, keep_also: Callable[[int], bool] = lambda step: False) -> None:
+    """Removes all complete steps of a run but the `keep` newest and those that `keep_also` names."""
     directory = pathlib.Path(run).absolute() / "checkpoints"
     steps = sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and is_checkpoint(entry))
     if jax.process_index() == 0:
         for step in steps[:-keep] if keep else steps:
-            shutil.rmtree(directory / str(step))
+            if not keep_also(step):
+                shutil.rmtree(directory / str(step))

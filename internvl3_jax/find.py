@@ -1,11 +1,13 @@
 """From what a user names to a directory: a checkpoint, the newest step of a run, a released model, a hub id."""
 
+import json
 import logging
 import os
 import pathlib
 import re
 
 MANIFEST = "internvl3_jax.json"
+FILES = "files.json"  # of a step of a training run: path -> size of every other file
 # What is downloaded of a hub repository: no weights of other formats, no pictures.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
 
@@ -63,13 +65,35 @@ def _download(hub_id: str) -> pathlib.Path:
         ) from error
 
 
+def damage(directory: pathlib.Path) -> str | None:
+    """What is wrong with a step of a training run: not complete, or a file missing or of another size than was written. None if nothing."""
+    if not is_checkpoint(directory):
+        return "not a complete checkpoint (a write was interrupted, or is under way)"
+    if not (directory / FILES).is_file():
+        return None  # saved as a plain checkpoint
+    try:
+        sizes = json.loads((directory / FILES).read_text())
+    except ValueError:
+        return f"{FILES} is damaged"
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    return None
+
+
 def latest_step(run: str | os.PathLike) -> int | None:
-    """The newest complete step under RUN/checkpoints, None if there is none. Incomplete directories are named in the log."""
+    """The newest undamaged step under RUN/checkpoints, None if there is none. Directories that are passed over are named in the log."""
     directory = pathlib.Path(run) / "checkpoints"
     steps = []
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if entry.name.isdigit() and is_checkpoint(entry):
-            steps.append(int(entry.name))
+        wrong = (
+            damage(entry) if entry.name.isdigit() else "not a complete checkpoint (a write was interrupted, or is under way)"
+        )
+        if wrong:
+            log.warning("ignoring %s: %s", entry, wrong)
         else:
-            log.warning("ignoring %s: not a complete checkpoint (a write was interrupted, or is under way)", entry)
+            steps.append(int(entry.name))
     return max(steps, default=None)

@@ -6,6 +6,7 @@ memory.
 
 import contextlib
 import gc
+import json
 import math
 import os
 import pathlib
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from internvl3_jax.find import FILES
 
 try:
     import orbax.checkpoint.experimental.v1 as ocp
@@ -58,15 +61,20 @@ def start_directory(final: pathlib.Path, overwrite: bool = False) -> pathlib.Pat
     return partial_name(final)
 
 
-def commit_directory(final: pathlib.Path) -> None:
-    """Moves the filled directory to its place, replacing what was there."""
+def commit_directory(final: pathlib.Path, listed: bool = False) -> None:
+    """Moves the filled directory to its place, replacing what was there; `listed` adds files.json with the size of every file."""
     _barrier(f"filled {final}")
     if jax.process_index() == 0:
+        partial = partial_name(final)
+        if listed:
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+            (partial / FILES).write_text(json.dumps(sizes, indent=1))
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             os.replace(final, old)
-        os.replace(partial_name(final), final)
+        os.replace(partial, final)
         shutil.rmtree(old, ignore_errors=True)
     _barrier(f"committed {final}")
 

@@ -1,164 +1,32 @@
-"""Training: the loss and its weights, one update, and train.py as a program that is killed, resumed and refused."""
+"""train.py as a program: what a run leaves behind; killed, stopped, damaged, it goes on bit for bit; what it refuses."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoint
+from official_run import official_config, write_official
 from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 import train
+from convert.run import convert
+from convert.source import open_model
 from internvl3_jax import load, storage
-from internvl3_jax.config import SIZES, UNITS, OptimizerConfig, to_dict
-from internvl3_jax.data.batch import make_sample
+from internvl3_jax.config import SIZES, to_dict
 from internvl3_jax.data.digits import TASKS
-from internvl3_jax.data.pipeline import make_batches, make_tokenizer
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.losses import cross_entropy
-from internvl3_jax.model import InternVL
-from internvl3_jax.optimizer import make_optimizer, make_schedule
-from internvl3_jax.train_step import TrainState, train_step
+from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.run import TERMINATED
 
 ROOT = pathlib.Path(train.__file__).parent
 STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
-
-
-# --- loss ------------------------------------------------------------------------------------------------------------------------
-
-
-def test_cross_entropy():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(2, 5, 7)) * 3
-    logits[:, :, 6] = -1e30  # padding of the vocabulary
-    targets = rng.integers(0, 6, (2, 5))
-    weights = rng.random((2, 5)) * rng.integers(0, 2, (2, 5))
-    assert (weights == 0).any()
-    targets[0, 0], weights[0, 0] = 6, 0.0  # what is not trained adds nothing, however wrong
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    expected = 0.0
-    for row, place in np.argwhere(weights > 0):
-        expected -= weights[row, place] * np.log(probabilities[row, place, targets[row, place]])
-    values = (logits.astype(np.float32), targets.astype(np.int32), weights.astype(np.float32))
-    loss, weight = jax.jit(cross_entropy)(*values)
-    assert (loss.dtype, weight.dtype) == (jnp.float32, jnp.float32)
-    np.testing.assert_allclose([loss, weight], [expected, weights.sum()], rtol=1e-5)
-    gradient = jax.jit(jax.grad(lambda logits: cross_entropy(logits, *values[1:])[0]))(values[0])
-    one_hot = np.eye(7)[targets]
-    np.testing.assert_allclose(gradient, (probabilities - one_hot) * weights[..., None], rtol=1e-4, atol=1e-6)
-
-
-def test_square_averaging():
-    """Each of the x trained tokens of a sample weighs 1 / sqrt(x); trained are the answers and their ends, not the questions."""
-    tokenizer = Tokenizer.from_files(tiny_checkpoint.tokenizer_files())
-    messages = [
-        {"role": "user", "content": "<image>\nRead the number."},
-        {"role": "assistant", "content": "1234"},
-        {"role": "user", "content": "How many digits are there?"},
-        {"role": "assistant", "content": "4"},
-    ]
-    sample = make_sample(messages, [tiny_checkpoint.picture(16, 16)], tokenizer, PROCESSOR, [UNITS])
-    trained = sample["loss_weights"] > 0
-    answers = [[*tokenizer.encode(text), tokenizer.token_id("<|im_end|>")] for text in ("1234", "4")]
-    assert sample["targets"][trained].tolist() == answers[0] + answers[1]
-    np.testing.assert_allclose(sample["loss_weights"][trained], trained.sum() ** -0.5, rtol=1e-6)
-    np.testing.assert_array_equal(sample["targets"][:-1], sample["tokens"][1:])
-    assert sample["loss_weights"][-1] == 0
-
-
-# --- one update ------------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def first_batch():
-    config = train_config()
-    return next(iter(make_batches(config.data, config.processor, make_tokenizer(config.data))))
-
-
-def first_state(model, optimizer) -> TrainState:
-    params = tiny_checkpoint.random_params(model.config)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-
-
-def alone_losses(params, batch):
-    """(loss, weight) of every sample of a batch, each computed in a row of its own."""
-
-    @jax.jit
-    def one(params, row):
-        return cross_entropy(InternVL(CONFIG).apply({"params": params}, row), row["targets"], row["loss_weights"])
-
-    found = []
-    for row in range(len(batch["tokens"])):
-        tiles_done = 0
-        for segment in range(1, batch["segments"][row].max() + 1):
-            inside = batch["segments"][row] == segment
-            alone = {name: np.zeros_like(values[:1]) for name, values in batch.items()}
-            for name in alone.keys() - {"tiles"}:
-                alone[name][0, : inside.sum()] = batch[name][row][inside]
-            count = int((alone["tokens"] == CONFIG.image_token_id).sum()) // CONFIG.tokens_per_tile
-            alone["tiles"][0, :count] = batch["tiles"][row, tiles_done : tiles_done + count]
-            tiles_done += count
-            found.append(one(params, alone))
-    return np.asarray(found)
-
-
-def test_a_batch_is_learnt_by_heart():
-    """The first loss is the weighted mean over samples computed one by one; after 60 updates nearly nothing is left."""
-    batch, model = first_batch(), InternVL(CONFIG)
-    assert batch["segments"].max() > 1
-    settings = OptimizerConfig(learning_rate=5e-3, warmup_steps=0)
-    optimizer = make_optimizer(settings, 60)
-    state = first_state(model, optimizer)
-    total, weight = alone_losses(state.params, batch).sum(axis=0)
-    step = jax.jit(functools.partial(train_step, model, optimizer), donate_argnums=0)
-    losses = []
-    for _ in range(60):
-        state, metrics = step(state, batch, jax.random.key(0))
-        losses.append(float(metrics["loss"]))
-        assert 0 < metrics["grad_norm"] < np.inf
-    np.testing.assert_allclose(losses[0], total / weight, rtol=1e-5)
-    assert int(state.step) == 60
-    assert losses[0] > 5.0 and losses[-1] < 1.0
-
-
-def test_drop_path_is_seeded_by_the_step():
-    """The same state, batch and key give the same loss; another step or key drops other branches."""
-    config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, drop_path=0.5))
-    model, batch = InternVL(config), first_batch()
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), STEPS)
-    state = first_state(model, optimizer)
-    loss = jax.jit(lambda state, seed: train_step(model, optimizer, state, batch, jax.random.key(seed))[1]["loss"])
-    losses = [float(loss(state._replace(step=jnp.int32(step)), seed)) for step, seed in [(0, 0), (0, 0), (1, 0), (0, 1)]]
-    assert losses[0] == losses[1] and len(set(losses)) == 3
-
-
-def test_the_schedule_rises_and_falls():
-    settings = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
-    schedule = make_schedule(settings, 110, settings.learning_rate)
-    rates = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
-    np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 0.55, 0.1], atol=1e-6)
-
-
-def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match=r"optimizer.warmup_steps is 30; it must lie between 0 and steps \(30\)"):
-        make_optimizer(OptimizerConfig(warmup_steps=STEPS), STEPS)
-    with pytest.raises(ValueError, match="optimizer.name is 'adam'; it must be adamw or muon"):
-        make_optimizer(OptimizerConfig(name="adam", warmup_steps=0), STEPS)
-    config = train_config()
-    with pytest.raises(ValueError, match="data.source 'letters' is not known; there is: digits"):
-        make_batches(dataclasses.replace(config.data, source="letters"), config.processor, None)
-    tight = dataclasses.replace(config.data, tokens_per_row=40)
-    with pytest.raises(ValueError, match=r"digits: a .* conversation has .* tokens, a row holds 40: raise data.tokens_per_row"):
-        next(iter(make_batches(tight, config.processor, make_tokenizer(config.data))))
 
 
 # --- the program -----------------------------------------------------------------------------------------------------------------
@@ -199,19 +67,20 @@ def whole_run(command, tmp_path_factory):
 
 def log_of(workdir):
     rows = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    return [(row["step"], row["loss"], row["grad_norm"], row["batch"]) for row in rows]
 
 
 def test_a_run_leaves_what_it_should(whole_run):
     workdir, out = whole_run
-    losses = [loss for _, loss, _ in log_of(workdir)]
+    losses = [loss for _, loss, *_ in log_of(workdir)]
     assert [step for step, *_ in log_of(workdir)] == list(range(1, STEPS + 1))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert sorted(os.listdir(workdir / "checkpoints")) == [str(STEPS - STEPS % SAVE_EVERY), str(STEPS)]
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     resolved = to_dict(dataclasses.replace(train_config(), evaluate_per_task=1))
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(resolved))
-    assert f"step {STEPS}/{STEPS} loss {losses[-1]:.4f}" in out and '"evaluate_per_task": 1' in out
+    assert f"step {STEPS}/{STEPS} loss {losses[-1]:.4g}" in out and '"evaluate_per_task": 1' in out
+    assert re.search(r"vision +([\d,]+) +\1 +0.003 to 0.02", out), "all of it is trained"
     report = json.loads((workdir / "report.json").read_text())
     assert set(report["held_out"]) == {*TASKS, "digit"} and report["steps"] == STEPS
     assert all(f"  {task}" in out for task in TASKS)
@@ -266,23 +135,154 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     assert ((workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()) == before
 
 
-@pytest.mark.parametrize("wrong", ["loss", "grad_norm"])
-def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, wrong):
-    """Before such parameters are saved, and the checkpoint before is complete."""
+def test_sigterm_saves_and_asks_to_be_started_again(whole_run, command, tmp_path):
+    process = command(tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith(f"step {SAVE_EVERY + 1}/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == TERMINATED == 143, err
+    (step,) = re.findall(r"stopped by SIGTERM; step (\d+) is saved", out)
+    assert max(map(int, os.listdir(tmp_path / "run" / "checkpoints"))) == int(step)
+    process = command(tmp_path / "run")
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0 and f"going on from step {step} " in out, err
+    assert log_of(tmp_path / "run") == log_of(whole_run[0])
 
-    def update(model, optimizer, state, batch, key):
-        metrics = {name: jnp.where((state.step == 2) & (name == wrong), jnp.nan, 1.0) for name in ("loss", "grad_norm")}
-        return state._replace(step=state.step + 1), metrics
 
-    monkeypatch.setattr(train, "train_step", update)
-    config = dataclasses.replace(train_config(), save_every=1, log_every=20)
-    tokenizer = make_tokenizer(config.data)
-    batches = iter(make_batches(config.data, config.processor, tokenizer))
-    state = first_state(InternVL(CONFIG), make_optimizer(OptimizerConfig(warmup_steps=0), config.steps))
-    with pytest.raises(FloatingPointError, match=rf"{wrong} nan.* at step 3; the last checkpoint is kept"):
-        train.train(config, tmp_path, None, None, state, batches, tokenizer, 0.0)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
-    assert load(tmp_path).directory.name == "2"
+def test_a_damaged_checkpoint_is_passed_over(whole_run, command, tmp_path):
+    """With a message that says which file; the run goes on from the one before, to the same end."""
+    run = tmp_path / "run"
+    for name in ("config.json", "log.jsonl"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes((whole_run[0] / name).read_bytes())
+    (run / "config.json").write_text(
+        json.dumps(json.loads((run / "config.json").read_text()) | {"evaluate_per_task": 0}, indent=1)
+    )
+    subprocess.run(["cp", "-r", whole_run[0] / "checkpoints", run], check=True)
+    newest = run / "checkpoints" / str(STEPS)
+    victim = max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    process = command(run)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0
+    assert f"ignoring {newest}: {victim.relative_to(newest)} has " in err and "were written" in err
+    assert f"going on from step {STEPS - STEPS % SAVE_EVERY} " in out
+    assert log_of(run) == log_of(whole_run[0])
+
+
+def start_here(config, workdir):
+    """main() in this process."""
+    train.save_config(config, workdir)
+    train.fit(config, workdir)
+
+
+def test_official_data_from_a_released_checkpoint(tmp_path, capsys):
+    """Worker processes, augmentation, micro-batches, remat, a frozen tower, losses by source, held-out loss and answers."""
+    config = official_config(write_official(tmp_path), freeze=("vision/.*",))
+    config = dataclasses.replace(config, init_from=str(tiny_checkpoint.directory()))
+    start_here(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "none is missing, none is initialised" in out and re.search(r"vision +[\d,]+ +0 +- ", out)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
+    assert {"loss/text", "loss/seen"} <= set().union(*trained) and "grad_norm_vision" not in trained[0]
+    for name in ("tokens_per_second", "tiles_per_second", "token_fill", "input_wait", "step_seconds", "learning_rate"):
+        assert all(row[name] >= 0 for row in trained)
+    assert [row["step"] for row in rows if "held_out" in row] == [3, 6] and "held_out/text" in rows[-1]
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["source"]) for row in answers] == [(3, "text"), (3, "seen"), (6, "text"), (6, "seen")]
+    ours, theirs = load(tmp_path / "run").params, load(tiny_checkpoint.directory()).params
+    jax.tree.map(np.testing.assert_array_equal, ours["vision"], theirs["vision"])
+
+
+def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
+    """With workers, mixture, augmentation, packing and micro-batches on: killed twice at random steps, without mercy."""
+    meta = write_official(tmp_path)
+    changes = {"steps": 14, "save_every": 2, "evaluate_every": 0, "held_out": ""}
+    alone = dataclasses.replace(official_config(meta), **changes)
+    start_here(dataclasses.replace(alone, data=dataclasses.replace(alone.data, workers=0)), tmp_path / "whole")
+    path = tmp_path / "official.py"
+    lines = ["import dataclasses", "from official_run import official_config", "def get_config():"]
+    path.write_text("\n".join([*lines, f"    return dataclasses.replace(official_config({meta!r}), **{changes!r})", ""]))
+    kills = sorted(np.random.default_rng(int.from_bytes(os.urandom(4))).integers(3, 14, 2))
+    for last in kills:
+        process = command(tmp_path / "run", f"--config={path}")
+        for line in process.stdout:
+            if line.startswith(f"step {last}/"):
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = command(tmp_path / "run", f"--config={path}")
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole"), f"killed at {kills}"
+
+
+def test_any_step_is_exported(whole_run, tmp_path):
+    """A step of a run is a checkpoint: it converts to the released layouts and computes the same."""
+    step = whole_run[0] / "checkpoints" / str(STEPS - STEPS % SAVE_EVERY)
+    convert(open_model(step), tmp_path / "exported", to="internvl")
+    ours, theirs = load(step).params, load(tmp_path / "exported").params
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_what_is_not_finite_stops_the_run(tmp_path):
+    """Naming step and samples; the checkpoint before is complete and opens."""
+    config = official_config(write_official(tmp_path))
+    make = train.make_step
+
+    def make_broken(*arguments):
+        step, count = make(*arguments), iter(range(100))
+
+        def broken(state, batch, key):
+            state, metrics = step(state, batch, key)
+            return state, metrics | {"finite": metrics["finite"] & (next(count) != 1)}
+
+        return broken
+
+    train_dir = tmp_path / "broken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_step", make_broken)
+        with pytest.raises(
+            FloatingPointError, match=r"loss .* at step 2; the last checkpoint is kept. Samples: .*(seen|text) row \d"
+        ):
+            start_here(dataclasses.replace(config, save_every=1), train_dir)
+    assert os.listdir(train_dir / "checkpoints") == ["1"]
+    assert load(train_dir).directory.name == "1"
+
+
+def test_a_frozen_leaf_that_changed_is_not_saved(tmp_path):
+    config = official_config(write_official(tmp_path), freeze=("vision/.*",))
+    make = train.make_step
+
+    def make_leaky(*arguments):
+        step = make(*arguments)
+
+        def leaky(state, batch, key):
+            state, metrics = step(state, batch, key)
+            bias = state.params["vision"]["patch_embedding"]["bias"]
+            state.params["vision"]["patch_embedding"]["bias"] = bias.at[0].add(1e-7)
+            return state, metrics
+
+        return leaky
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_step", make_leaky)
+        with pytest.raises(ValueError, match="step 3: parameters that optimizer.freeze names have changed"):
+            start_here(config, tmp_path / "run")
+
+
+def test_another_model_is_not_started_from(tmp_path):
+    config = official_config(write_official(tmp_path))
+    vision = dataclasses.replace(CONFIG.vision, num_layers=3)
+    config = dataclasses.replace(
+        config, init_from=str(tiny_checkpoint.directory()), model=dataclasses.replace(CONFIG, vision=vision)
+    )
+    with pytest.raises(ValueError, match="model.vision.num_layers is 2 there and 3 here"):
+        start_here(config, tmp_path / "run")
 
 
 def test_the_shipped_configuration():

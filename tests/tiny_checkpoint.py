@@ -79,7 +79,7 @@ def train_config() -> TrainConfig:
     return TrainConfig(
         model=CONFIG,
         processor=PROCESSOR,
-        data=DataConfig(rows=2, tokens_per_row=256, tiles_per_row=12, packing_bins=4, deltas=("1", "1/2", "1/4")),
+        data=DataConfig(rows=2, tokens_per_row=256, tiles_per_row=12, packing_buffer=4, deltas=("1", "1/2", "1/4")),
         optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=2),
         steps=30,
         log_every=1,

@@ -1,0 +1,82 @@
+"""What the log says of the steps since its last row: losses, speed, how full the batches were, where time went."""
+
+import resource
+import time
+
+import jax
+import numpy as np
+
+from internvl3_jax import flops
+from internvl3_jax.config import TrainConfig
+from internvl3_jax.optimizer import make_schedule
+
+# bfloat16 peak of one device in FLOP/s, by the beginning of its name (data sheets, without sparsity).
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Of all devices together; None where it is not known, as on CPUs."""
+    kind = jax.devices()[0].device_kind
+    found = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
+    return found[0] * jax.device_count() if found else None
+
+
+class Meter:
+    """Collects steps; `row` says what they were and starts again."""
+
+    def __init__(self, config: TrainConfig, sources: list[str], vision_trained: bool):
+        self.config, self.sources, self.vision_trained = config, sources, vision_trained
+        self.schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.began, self.metrics, self.counts, self.waited = time.perf_counter(), [], [], 0.0
+
+    def add(self, prepared, metrics: dict) -> None:
+        """prepared: a data/batches.Prepared; metrics: of train_step, which may still be computing."""
+        self.metrics.append(metrics)
+        self.counts.append(flops.batch_counts(prepared.batch, self.config.model))
+        self.waited += prepared.waited
+
+    def row(self, step: int) -> dict[str, float]:
+        """Values of the log at `step`: means over the steps collected. Waits for them."""
+        metrics = {name: np.stack([np.asarray(row[name]) for row in self.metrics]) for name in self.metrics[0]}
+        seconds, steps = time.perf_counter() - self.began, len(self.metrics)
+        counts = {name: sum(row[name] for row in self.counts) for name in self.counts[0]}
+        values = {name: float(value.mean()) for name, value in metrics.items() if name.startswith(("loss", "grad_norm"))}
+        values |= {
+            "learning_rate": float(self.schedule(step - 1)),
+            "step_seconds": seconds / steps,
+            "input_wait": self.waited / seconds,
+            "tokens_per_second": counts["tokens"] / seconds,
+            "tiles_per_second": counts["tiles"] / seconds,
+            "token_fill": counts["tokens"] / counts["token_room"],
+            "tile_fill": counts["tiles"] / max(1, counts["tile_room"]),
+            "memory_gib": _memory() / 2**30,
+        }
+        if peak := peak_flops():
+            needed = sum(flops.train_flops(self.config.model, row, self.vision_trained) for row in self.counts)
+            values["mfu"] = needed / seconds / peak
+        if len(self.sources) > 1:
+            losses, weights = metrics["source_loss"].sum(axis=0), metrics["source_weight"].sum(axis=0)
+            values |= {f"loss/{self.sources[i]}": float(losses[i] / weights[i]) for i in np.flatnonzero(weights)}
+        self._restart()
+        return values
+
+
+def _memory() -> int:
+    """Most bytes that a device has held, or this process where devices do not tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,196 @@
+"""A training run's life in its directory: where it goes on, when it is saved, why it stops.
+
+WORKDIR/config.json        the resolved configuration; a run with another one is not continued
+WORKDIR/checkpoints/STEP   parameters, optimizer, data streams; see checkpoint.py
+WORKDIR/log.jsonl          a row every `log_every` steps; see meter.py
+WORKDIR/skipped.txt        reasons of samples that were left out
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl3_jax import checkpoint
+from internvl3_jax.components import frozen_hash
+from internvl3_jax.config import TrainConfig, to_dict
+from internvl3_jax.data.batches import Prepared
+from internvl3_jax.find import latest_step
+from internvl3_jax.optimizer import Optimizer
+from internvl3_jax.train_step import TrainState, init_state, trained_paths
+
+TERMINATED = 128 + signal.SIGTERM  # the status that schedulers take for "stopped from outside": start it again
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Past:
+    """What a run remembers beside its arrays and data streams."""
+
+    seconds: float = 0.0  # trained so far
+    best: float = float("inf")  # lowest held-out loss
+    best_step: int = 0
+    frozen: str = ""  # hash of what is not trained
+
+
+def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Prints the resolved configuration and keeps it with the run. ValueError if the run there has another one."""
+    text = json.dumps(to_dict(config), indent=1)
+    path = workdir / "config.json"
+    if path.exists() and path.read_text() != text:
+        raise ValueError(f"{workdir} is a run with another configuration ({path}); name another --workdir, or delete it")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(text)
+
+
+def restore_or_init(
+    config: TrainConfig, workdir: pathlib.Path, model, optimizer: Optimizer, batches
+) -> tuple[TrainState, Past]:
+    """From the newest undamaged checkpoint, which also sets `batches` to where they were; else from `config.init_from`, or random."""
+    size = config.model.vision.image_size
+    row = np.zeros((1, 1), np.int32)
+    example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
+
+    def init():
+        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype))
+
+    step = latest_step(workdir)
+    if step is None:
+        state = warm_start(config, optimizer) if config.init_from else jax.jit(init)()
+        return state, Past(frozen=frozen_hash(state.params, config.optimizer.freeze))
+    abstract = jax.eval_shape(init)
+    params, opt_state, extra = checkpoint.restore_training(workdir, step, abstract.params, abstract.opt_state)
+    batches.restore(extra["data"])
+    print(f"going on from step {step} of {workdir}")
+    past = Past(**extra["past"])
+    check_frozen(config, params, past, step)
+    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state), past
+
+
+def warm_start(config: TrainConfig, optimizer: Optimizer) -> TrainState:
+    """The first state from a checkpoint, a released directory of either layout or a hub id; all of its parameters or an error."""
+    source = checkpoint.load(config.init_from, dtype=config.param_dtype)
+    theirs, ours = to_dict(source.config), to_dict(config.model)
+    theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]  # of the training, not of the weights
+    if differing := _differing(theirs, ours):
+        raise ValueError(f"{config.init_from} is another model than the configuration's: {'; '.join(differing)}")
+    count = sum(leaf.size for leaf in jax.tree.leaves(source.params))
+    print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
+    return TrainState(jnp.zeros((), jnp.int32), source.params, jax.jit(optimizer.init)(source.params))
+
+
+def _differing(theirs: dict, ours: dict, where: str = "model") -> list[str]:
+    found = []
+    for name, value in theirs.items():
+        if isinstance(value, dict):
+            found += _differing(value, ours[name], f"{where}.{name}")
+        elif value != ours[name]:
+            found.append(f"{where}.{name} is {value!r} there and {ours[name]!r} here")
+    return found
+
+
+class Saver:
+    """Saves steps in the background, one at a time."""
+
+    def __init__(self, config: TrainConfig, workdir: pathlib.Path, files: dict[str, bytes]):
+        self.config, self.workdir, self.files = config, workdir, files
+        self.finish: Callable[[], None] = lambda: None
+
+    def start(self, step: int, state: TrainState, prepared: Prepared, past: Past) -> None:
+        """Training may go on, and donate the state, when this returns."""
+        self.wait()
+        check_frozen(self.config, state.params, past, step)
+        best = past.best_step if self.config.keep_best else 0
+
+        def keep_also(step: int) -> bool:
+            return step == best or bool(self.config.keep_every and step % self.config.keep_every == 0)
+
+        self.finish = checkpoint.start_saving_training(
+            self.workdir,
+            step,
+            state.params,
+            state.opt_state,
+            model=self.config.model,
+            processor=self.config.processor,
+            files=self.files,
+            extra={"past": dataclasses.asdict(past)},
+            data=prepared.states,
+            keep=self.config.keep,
+            keep_also=keep_also,
+        )
+
+    def wait(self) -> None:
+        """Until what was started is complete."""
+        self.finish()
+        self.finish = lambda: None
+
+
+def check_frozen(config: TrainConfig, params, past: Past, step: int) -> None:
+    """ValueError unless what is not trained has the bits that it began with."""
+    if config.optimizer.freeze and frozen_hash(params, config.optimizer.freeze) != past.frozen:
+        raise ValueError(f"step {step}: parameters that optimizer.freeze names have changed; the state is not saved")
+
+
+class Guard:
+    """Stops the run at a step whose numbers make no sense, naming the samples that it was computed from."""
+
+    def __init__(self, params, optimizer: Optimizer, sources: list[str]):
+        self.paths, self.sources, self.latest = trained_paths(params, optimizer), sources, None
+
+    def add(self, step: int, metrics: dict, prepared: Prepared) -> None:
+        """Looks at the step before this one, so that the device is never idle meanwhile."""
+        self.check()
+        self.latest = (step, metrics, prepared)
+
+    def check(self) -> None:
+        """Waits for the latest step. FloatingPointError at a loss or gradient that is not finite, or a trained leaf without gradient."""
+        if self.latest is None:
+            return
+        (step, metrics, prepared), self.latest = self.latest, None
+        if not bool(metrics["finite"]):
+            values = ", ".join(f"{name} {float(metrics[name])}" for name in ("loss", "grad_norm"))
+            raise FloatingPointError(f"{values} at step {step}{self._samples(prepared)}")
+        index = int(metrics["zero_gradient"])
+        if index >= 0 and (self.paths[index].startswith("language") or prepared.batch["tiles"].any()):
+            raise FloatingPointError(f"the gradient of {self.paths[index]} is all zero at step {step}{self._samples(prepared)}")
+
+    def _samples(self, prepared: Prepared) -> str:
+        rows = [", ".join(f"{self.sources[source]} row {row}" for source, row in origin) for origin in prepared.origins]
+        return "; the last checkpoint is kept. Samples: " + " | ".join(rows)
+
+
+class Skipped:
+    """Writes down each new reason for which a sample was left out."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self.path, self.known, self.count = workdir / "skipped.txt", set(), 0
+
+    def note(self, prepared: Prepared) -> int:
+        """Samples left out since the run began."""
+        new = [reason for reason in prepared.skipped if reason not in self.known]
+        if new:
+            self.known.update(new)
+            with self.path.open("a") as file:
+                file.writelines(f"{reason}\n" for reason in new)
+            log.warning("left out: %s", "; ".join(new))
+        return prepared.skipped_count
+
+
+@contextlib.contextmanager
+def termination():
+    """Yields a function that says whether SIGTERM has come; it no longer ends the process."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)

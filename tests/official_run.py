@@ -1,0 +1,34 @@
+"""A short training run on data in InternVL's format: text and pictures, workers, augmentation, micro-batches."""
+
+import dataclasses
+
+from official_data import picture, turns, write_meta
+from tiny_checkpoint import train_config
+
+
+def write_official(folder) -> str:
+    """Meta JSON of a text source and of one with pictures that are recompressed."""
+    for number in range(3):
+        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
+    text = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(8)]
+    seen = [{"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")} for n in range(8)]
+    return write_meta(folder, text={"rows": text}, seen={"rows": seen, "data_augment": True})
+
+
+def official_config(meta: str, **optimizer):
+    """Trains on it and evaluates on it."""
+    config = train_config()
+    return dataclasses.replace(
+        config,
+        steps=6,
+        save_every=3,
+        data=dataclasses.replace(config.data, source=meta, language_share=0.25, workers=2),
+        optimizer=dataclasses.replace(config.optimizer, name="adamw", **optimizer),
+        held_out=meta,
+        evaluate_every=3,
+        evaluate_batches=2,
+        evaluate_answers=2,
+        micro_batches=2,
+        remat_vision="full",
+        remat_language="dots",
+    )
