@@ -1,0 +1,48 @@
+"""The shipped recipes: shapes, settings that the code accepts, and numbers that go together."""
+
+import dataclasses
+import importlib
+
+import pytest
+import tiny_checkpoint
+
+from configs.common import RELEASED
+from internvl3_jax.config import SIZES
+from internvl3_jax.meter import Meter
+from internvl3_jax.model import abstract_params
+from internvl3_jax.optimizer import make_optimizer, split_params
+
+STAGES = ("pretrain", "sft", "finetune")
+
+
+def recipe(stage: str, name: str):
+    return importlib.import_module(f"configs.{stage}").get_config(name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", RELEASED)
+def test_every_size_has_every_stage(stage, size):
+    config = recipe(stage, size)
+    still = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, drop_path=0.0))
+    assert still == SIZES[size]
+    make_optimizer(config.optimizer, config.steps)
+    trained, frozen = split_params(abstract_params(config.model), config.optimizer.freeze)
+    assert set(trained) == {"vision", "projector", "language"} - set(frozen)
+    assert set(frozen) == ({"vision"} if stage == "finetune" else set())
+    Meter(config, ["a"], True)
+    assert config.data.tokens_per_row == 16_384 and config.data.tiles_per_row == 48
+    # A row of tiles alone fits the tokens.
+    assert config.data.tiles_per_row * config.model.tokens_per_tile <= config.data.tokens_per_row
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_names_its_own_shapes(stage):
+    config = recipe(stage, str(tiny_checkpoint.directory()))
+    assert config.model.language == tiny_checkpoint.CONFIG.language and config.processor == tiny_checkpoint.PROCESSOR
+    assert config.init_from == config.data.tokenizer == str(tiny_checkpoint.directory())
+
+
+def test_pretraining_is_the_papers():
+    config = recipe("pretrain", "8b")
+    assert config.data.language_share == 0.25 and len(config.data.deltas) == 9 and config.data.loss_average == "square"
+    assert config.steps * config.data.rows * config.data.tokens_per_row == pytest.approx(200e9, rel=1e-3)
