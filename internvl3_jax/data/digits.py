@@ -30,6 +30,7 @@ class Scene:
     image: Image.Image
     digits: list[int]
     boxes: list[tuple[float, float, float, float]]
+    is_line: bool  # reads as a number, from left to right
 
     @property
     def number(self) -> str:
@@ -61,10 +62,12 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(data.images[chosen] * 16, 255).astype(np.uint8), data.target[chosen]
 
 
-# Most digits in a picture before an item's number: the first pictures hold one digit each, so that the model learns to see digits before it
-# learns to find them. Without it neither starts for tens of thousands of pictures.
-_CURRICULUM = ((7_000, 1), (11_000, 2), (16_000, 3))
+# A curriculum: first single digits are read, then numbers, then everything is asked. Pictures and questions of all kinds from the start
+# would take a tower with random weights several times longer to see its first digit.
+_SINGLE_UNTIL = 5_000  # items
+_READ_UNTIL = 10_000
 _MOST = 5
+_SHEETS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3))  # rows and columns of cells
 
 
 class DigitsSource:
@@ -78,9 +81,12 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> Question:
         rng = np.random.default_rng((self.seed, index))
-        most = next((most for before, most in _CURRICULUM if index < before), _MOST)
-        task = rng.choice(["read", "compare", "conversation"], p=[0.4, 0.15, 0.45])
-        return conversation(rng, self.split, most) if task == "conversation" else ask(task, rng, self.split, most)
+        if index < _READ_UNTIL:
+            return ask("read", rng, self.split, 1 if index < _SINGLE_UNTIL else _MOST)
+        task = rng.choice(["read", "compare", "compare in words", "conversation"], p=[0.3, 0.17, 0.08, 0.45])
+        if task == "compare in words":
+            return compare_in_words(rng)
+        return conversation(rng, self.split) if task == "conversation" else ask(task, rng, self.split)
 
 
 def held_out(per_task: int, seed: int = 1) -> list[Question]:
@@ -91,25 +97,42 @@ def held_out(per_task: int, seed: int = 1) -> list[Question]:
 def ask(task: str, rng: np.random.Generator, split: str, most: int = _MOST) -> Question:
     """One question of a given task about a fresh picture, or about two for "compare"."""
     if task == "compare":
-        scenes = [line(rng, split, min(2, most)) for _ in range(2)]
-        turn = [_user(PROMPTS["compare"]), _assistant(_comparison(scenes))]
+        scenes = [_number(rng, split, 2) for _ in range(2)]
+        turn = [_user(PROMPTS["compare"]), _assistant(_comparison(*(scene.number for scene in scenes)))]
         return Question(task, turn, [scene.image for scene in scenes])
-    scene = line(rng, split, most) if task == "read" or rng.random() < 0.5 else sheet(rng, split, min(4, most))
-    turn = _turn(task, scene, rng)
-    turn[0]["content"] = "<image>\n" + turn[0]["content"]
-    return Question(task, turn, [scene.image])
+    return _about(_scene(task, rng, split, most), [task], rng)
 
 
-def conversation(rng: np.random.Generator, split: str, most: int = _MOST) -> Question:
-    """Several questions about one picture, in random order: more is learnt from each picture than from one question."""
-    if rng.random() < 0.5:
-        scene, tasks = line(rng, split, most), ["read", "count", "locate"]
-    else:
-        scene, tasks = sheet(rng, split, min(4, most)), ["count", "locate"]
+def compare_in_words(rng: np.random.Generator) -> Question:
+    """The comparison without pictures: text-only samples teach the language model what the pictures need not."""
+    numbers = [str(rng.integers(10 ** int(rng.integers(1, 3)))) for _ in range(2)]
+    question = PROMPTS["compare"].replace("<image>", "{}").format(*numbers)
+    return Question("compare in words", [_user(question), _assistant(_comparison(*numbers))], [])
+
+
+def conversation(rng: np.random.Generator, split: str) -> Question:
+    """Several questions about one picture: more is learnt from each."""
+    scene = _scene("locate", rng, split, _MOST)
+    tasks = ["locate", str(rng.choice(["locate", "count"])) if len(_single(scene)) > 1 else "count"]
     rng.shuffle(tasks)
-    messages = [message for task in tasks for message in _turn(task, scene, rng)]
+    return _about(scene, tasks, rng)
+
+
+def _scene(task: str, rng: np.random.Generator, split: str, most: int) -> Scene:
+    """A picture that the task can be asked about."""
+    while True:
+        scene = line(rng, split, most) if task == "read" or rng.random() < 0.5 else sheet(rng, split, most)
+        if task != "locate" or _single(scene):
+            return scene
+
+
+def _about(scene: Scene, tasks: list[str], rng: np.random.Generator) -> Question:
+    wanted = iter(rng.permutation(_single(scene)))  # each digit is looked for once
+    messages = []
+    for task in tasks:
+        messages += _turn(task, scene, int(next(wanted)) if task == "locate" else None)
     messages[0]["content"] = "<image>\n" + messages[0]["content"]
-    return Question("conversation", messages, [scene.image])
+    return Question(" and ".join(tasks), messages, [scene.image])
 
 
 def line(rng: np.random.Generator, split: str, most: int) -> Scene:
@@ -118,36 +141,51 @@ def line(rng: np.random.Generator, split: str, most: int) -> Scene:
 
 
 def sheet(rng: np.random.Generator, split: str, most: int) -> Scene:
-    """Digits here and there on a sheet of up to three by three cells, some of them empty."""
-    rows, columns = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2), (1, 4)][int(rng.integers(8))]
+    """Digits here and there on a sheet of up to two by three cells, some of them empty."""
+    rows, columns = _SHEETS[int(rng.integers(len(_SHEETS)))]
     cells = [(row, column) for row in range(rows) for column in range(columns)]
     count = int(rng.integers(1, min(most, len(cells)) + 1))
     chosen = sorted(rng.choice(len(cells), count, replace=False))
     return _cells(rng, split, [cells[index] for index in chosen], (rows, columns))
 
 
+def _number(rng: np.random.Generator, split: str, most: int) -> Scene:
+    """A line that does not begin with a zero, unless that is all."""
+    while True:
+        scene = line(rng, split, most)
+        if scene.number == str(int(scene.number)):
+            return scene
+
+
+def _single(scene: Scene) -> list[int]:
+    """The digits that occur once."""
+    return [digit for digit in scene.digits if scene.digits.count(digit) == 1]
+
+
 def _cells(rng: np.random.Generator, split: str, filled: list[tuple[int, int]], shape: tuple[int, int] | None = None) -> Scene:
     """Digits in the given (row, column) cells, each somewhere in its own; sizes, margins and proportions vary from picture to picture."""
     rows, columns = shape or (1, len(filled))
     size = rng.uniform(20, 36)
-    width, height = size * rng.uniform(1.05, 1.35), size * rng.uniform(1.05, 1.35)
-    left, right, top, bottom = rng.uniform(0, 0.15, 4) * size
+    width, height = size * rng.uniform(1.02, 1.1) * rng.uniform(0.98, 1.02, 2)
+    left, right, top, bottom = rng.uniform(0, 0.05, 4) * size
     boxes = []
     for row, column in filled:
-        own = size * rng.uniform(0.9, 1.05)
+        own = min(size * rng.uniform(0.95, 1.02), width, height)
         x, y = left + column * width + rng.uniform(0, width - own), top + row * height + rng.uniform(0, height - own)
         boxes.append((x, y, x + own, y + own))
-    return _draw(rng, split, boxes, round(left + columns * width + right), round(top + rows * height + bottom))
+    size = (round(left + columns * width + right), round(top + rows * height + bottom))
+    return Scene(*_draw(rng, split, boxes, size), boxes, is_line=shape is None)
 
 
-def _draw(rng, split: str, boxes: list, width: int, height: int) -> Scene:
+def _draw(rng, split: str, boxes: list, size: tuple[int, int]) -> tuple[Image.Image, list[int]]:
+    """Random scans in the boxes; the picture and the digits."""
     ink, labels = handwriting(split)
     paper, pen = rng.integers(190, 256, 3), rng.integers(0, 80, 3)
-    image = Image.new("RGB", (width, height), tuple(int(c) for c in paper))
+    image = Image.new("RGB", size, tuple(int(c) for c in paper))
     chosen = [int(rng.integers(len(labels))) for _ in boxes]
     for index, box in zip(chosen, boxes, strict=True):
         _stamp(image, Image.fromarray(ink[index]), box, pen, rng if split == "train" else None)
-    return Scene(image, [int(labels[index]) for index in chosen], boxes)
+    return image, [int(labels[index]) for index in chosen]
 
 
 def _stamp(image: Image.Image, ink: Image.Image, box, pen, rng) -> None:
@@ -165,17 +203,16 @@ def _stamp(image: Image.Image, ink: Image.Image, box, pen, rng) -> None:
     image.paste(tuple(int(c) for c in pen), (round(box[0]), round(box[1])), mask)
 
 
-def _turn(task: str, scene: Scene, rng) -> list[dict]:
+def _turn(task: str, scene: Scene, wanted: int | None) -> list[dict]:
     if task == "read":
         return [_user(PROMPTS["read"]), _assistant(scene.number)]
     if task == "count":
         return [_user(PROMPTS["count"]), _assistant(str(len(scene.digits)))]
-    # One that occurs once, if there is any; else all its boxes, from left to right.
-    once = [digit for digit in scene.digits if scene.digits.count(digit) == 1] or scene.digits
-    wanted = once[int(rng.integers(len(once)))]
-    found = sorted(box for box, digit in zip(scene.boxes, scene.digits, strict=True) if digit == wanted)
-    boxes = ", ".join(format_box(box, scene.image.size) for box in found)
-    return [_user(PROMPTS["locate"].format(wanted)), _assistant(f"<ref>{wanted}</ref><box>[{boxes}]</box>")]
+    place = scene.digits.index(wanted)
+    box = format_box(scene.boxes[place], scene.image.size)
+    # It reads until it meets the digit, and then says where that is: without these steps a model this small never learns to search.
+    read = "".join(map(str, scene.digits[: place + 1]))
+    return [_user(PROMPTS["locate"].format(wanted)), _assistant(f"{read}: <ref>{wanted}</ref><box>[{box}]</box>")]
 
 
 def format_box(box, size: tuple[int, int]) -> str:
@@ -184,11 +221,10 @@ def format_box(box, size: tuple[int, int]) -> str:
     return str([min(1000, max(0, round(100 * side / whole) * 10)) for side, whole in zip(box, scale, strict=True)])
 
 
-def _comparison(scenes: list[Scene]) -> str:
-    first, second = (int(scene.number) for scene in scenes)
-    sign = ">" if first > second else "<" if first < second else "="
-    verdict = {">": "Image-1", "<": "Image-2", "=": "Neither"}[sign]
-    return f"{scenes[0].number} {sign} {scenes[1].number}: {verdict}"
+def _comparison(first: str, second: str) -> str:
+    """Both numbers are written before they are compared."""
+    verdict = "Image-1" if int(first) > int(second) else "Image-2" if int(first) < int(second) else "Neither"
+    return f"{first}, {second}: {verdict}"
 
 
 def _user(text: str) -> dict:
@@ -208,7 +244,7 @@ def is_right(task: str, expected: str, answered: str) -> bool:
 
 
 def _parse(text: str) -> tuple[str, list[tuple[int, ...]]]:
-    match = re.fullmatch(r"<ref>(.*)</ref><box>(.*)</box>", text)
+    match = re.fullmatch(r"\d+: <ref>(.*)</ref><box>(.*)</box>", text)
     if not match:
         return "", []
     return match[1], [tuple(map(int, box)) for box in re.findall(r"\[(\d+), (\d+), (\d+), (\d+)\]", match[2])]
