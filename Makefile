@@ -27,11 +27,12 @@ export PYTHONDONTWRITEBYTECODE =
 # $(call make_venv,FOLDER,VERSION)
 make_venv = echo "Setting up $(1) with Python $(2) ..." && "$$(tools/find_python.sh $(2))" -m venv --clear $(1)
 
-.PHONY: help setup demo notebook test test-full smoke lint format lock clean
+.PHONY: help setup demo notebook test test-full test-processor smoke lint format lock clean
 
 help:
 	@echo "make demo      install, convert the shipped tiny model and ask it about pictures"
 	@echo "make test      install, lint, smoke tests on every Python found, then the whole test suite"
+	@echo "make test-processor   an exported model in transformers' AutoProcessor; installs torchvision, several GB"
 	@echo "make smoke     only the smoke tests, on every Python but the one that runs the whole suite"
 	@echo "make setup     only install, into .venv"
 	@echo "make lint      ruff check and ruff format --check; make format mends what it can"
@@ -56,6 +57,9 @@ test: lint
 test-full: .venv-test/.installed
 	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 10
 
+test-processor: .venv-processor/.installed
+	.venv-processor/bin/python -m pytest -m torchvision tests/test_auto_processor.py
+
 smoke:
 	@$(if $(SMOKE_PYTHONS),$(MAKE) --no-print-directory $(SMOKE_PYTHONS:%=smoke-%),echo "No Python but $(TEST_PYTHON) found.")
 
@@ -79,6 +83,12 @@ format: .venv-test/.installed
 	@$(call make_venv,.venv-test,$(TEST_PYTHON))
 	@tools/install_torch.sh .venv-test/bin/python $(TORCH_VERSION) requirements/constraints-$(TEST_PYTHON).txt $(TORCH_INDEX)
 	@.venv-test/bin/python $(PIP_INSTALL) --no-compile --constraint requirements/constraints-$(TEST_PYTHON).txt --editable '.[dev]'
+	@touch $@
+
+.venv-processor/.installed: $(INPUTS)
+	@$(call make_venv,.venv-processor,$(TEST_PYTHON))
+	@.venv-processor/bin/python $(PIP_INSTALL) --no-compile torch torchvision
+	@.venv-processor/bin/python $(PIP_INSTALL) --no-compile --editable '.[smoke]' transformers jinja2
 	@touch $@
 
 .venv-smoke-%/.installed: $(INPUTS)

@@ -1,0 +1,70 @@
+"""An exported model in transformers from end to end: AutoProcessor makes of messages and pictures what Chat does, and answers are equal.
+
+Needs torchvision, which does not go with the CPU build of PyTorch that the other tests use: `make test-processor` sets up an environment
+of its own.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from convert.run import convert
+from convert.source import open_model
+from internvl3_jax import Chat, load
+from internvl3_jax.config import UNITS
+from internvl3_jax.data.batch import cut_pictures, make_prompt
+from internvl3_jax.data.images import open_image
+
+pytestmark = pytest.mark.torchvision
+MODEL = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"
+QUESTIONS = [json.loads(line) for line in (MODEL / "questions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(directory, AutoProcessor, model) of the shipped digits model in transformers' layout."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    directory = tmp_path_factory.mktemp("exported") / "hf"
+    convert(open_model(MODEL), directory, to="hf")
+    return directory, AutoProcessor.from_pretrained(directory), AutoModelForImageTextToText.from_pretrained(directory).eval()
+
+
+def their_inputs(processor, question):
+    """The prompt's text with its pictures, as a user of transformers writes it."""
+    pictures = [open_image(MODEL / path) for path in question["image"]]
+    parts = []
+    for number, text in enumerate(question["prompt"].split("<image>\n")):
+        parts += [{"type": "image", "image": pictures[number - 1]}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    messages = [{"role": "user", "content": parts}]
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: f"{question['id']}-{question['task']}")
+def test_ids_pixels_and_answers(exported, question):
+    directory, processor, model = exported
+    inputs = their_inputs(processor, question)
+    checkpoint = load(MODEL)
+    pictures = [open_image(MODEL / path) for path in question["image"]]
+    # Theirs shares no tile limit between pictures; none of these reaches it.
+    tiles = cut_pictures(pictures, checkpoint.processor, checkpoint.processor.max_tiles * len(pictures))
+    messages = [{"role": "user", "content": question["prompt"]}]
+    prompt = make_prompt(messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles))
+    assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()
+
+    mean, std = np.float32(checkpoint.config.vision.mean), np.float32(checkpoint.config.vision.std)
+    ours = ((np.concatenate(tiles).astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    theirs = inputs["pixel_values"].numpy()
+    assert theirs.shape == ours.shape
+    # Another bicubic filter than Pillow's: a few levels of 255 apart where the picture has edges.
+    assert np.abs(theirs - ours).mean() < 0.02 and np.abs(theirs - ours).max() < 0.35
+
+    out = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+    text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+    answer = Chat(checkpoint, max_new_tokens=96)(question["prompt"], images=pictures)
+    assert text.split("<|im_end|>")[0].strip() == answer
