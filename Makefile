@@ -100,7 +100,7 @@ format: .venv-test/.installed
 .PRECIOUS: .venv-smoke-%/.installed
 
 # Everything in [dev] but PyTorch, which PyPI does not have as a CPU build for every Python; the three packages it needs stand for it.
-LOCKED = '.[internlm,notebook,smoke,video]' transformers ruff jinja2 networkx sympy
+LOCKED = '.[internlm,logging,notebook,smoke,video]' transformers ruff jinja2 networkx sympy
 # Python 3.11 can have no jax after 0.10 and 3.13 takes the newest; 3.12 is held between them, so that each jax is tested somewhere.
 LOCKED_3.12 = 'jax==0.11.*'
 

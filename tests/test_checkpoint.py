@@ -172,7 +172,8 @@ def training_state(seed: int):
 def test_training_state_comes_back_and_opens_as_a_model(tmp_path):
     params, opt_state = training_state(3)
     extra = {"batches": {"epoch": 1, "cursor": [4, 5]}, "seconds": 1.5}
-    checkpoint.save_training(tmp_path, 20, params, opt_state, extra=extra, **OPTIONS)
+    data = {"0": {"cursor": 7, "waiting": "3 5"}, "1": {"cursor": 9, "waiting": ""}}
+    checkpoint.save_training(tmp_path, 20, params, opt_state, extra=extra, data=data, **OPTIONS)
     abstract = jax.eval_shape(lambda: training_state(0))
     assert checkpoint.latest_step(tmp_path) == 20
     restored, restored_state, restored_extra = checkpoint.restore_training(tmp_path, 20, *abstract)
@@ -180,7 +181,7 @@ def test_training_state_comes_back_and_opens_as_a_model(tmp_path):
     assert jax.tree.structure(restored_state) == jax.tree.structure(opt_state)
     for one, other in zip(jax.tree.leaves(restored_state), jax.tree.leaves(opt_state), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert restored_extra == {"step": 20, **extra}
+    assert restored_extra == {"step": 20, **extra, "data": data}
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "20"):
         same_tensors(leaves(load(path).params), leaves(params))
     convert(find.find(tmp_path), tmp_path / "hf", to="hf", verify=True)
@@ -201,6 +202,23 @@ def test_newest_complete_step_counts_and_old_ones_go(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"):
         checkpoint.restore_training(tmp_path, 300, None, None)
     assert checkpoint.latest_step(tmp_path / "elsewhere") is None
+
+
+def test_damage_to_a_step_is_named(tmp_path, caplog):
+    """A file that is gone, shorter or longer, or a list of files that is: each is seen without reading the arrays."""
+    for step in (1, 2):
+        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
+    directory = tmp_path / "checkpoints" / "2"
+    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    for name, damaged in (("training.json", None), (largest.relative_to(directory), b"x"), ("files.json", b"{")):
+        path = directory / name
+        whole = path.read_bytes()
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        caplog.clear()
+        assert checkpoint.latest_step(tmp_path) == 1
+        assert f"ignoring {directory}: {name} " in caplog.text
+        path.write_bytes(whole)
+    assert checkpoint.latest_step(tmp_path) == 2
 
 
 def test_training_goes_on_while_a_step_is_saved(tmp_path):
