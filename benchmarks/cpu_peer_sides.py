@@ -90,7 +90,6 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     from internvl3_jax.config import UNITS
     from internvl3_jax.data.batch import Prompt
     from internvl3_jax.generate import Generator, Run, _encode
-    from internvl3_jax.model import InternVL
     from internvl3_jax.sampling import Sampling
 
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
@@ -124,10 +123,9 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
         return {"first_token": times[1] - times[0], "decode": (times[-1] - times[1]) / settings.tokens, "tokens": tokens}
 
     result = timed({"vision": vision, "prefill": prefill, "answer": answer}, settings)
-    model = InternVL(config, generator.dtype, unrolled=True, scan_unroll=config.vision.num_layers)
     ones = np.ones_like(ids)[None]
     batch = {"tokens": ids[None], "positions": positions[None], "segments": ones, "tiles": tile[None]}
-    logits = jax.jit(model.apply)({"params": generator.params}, batch)
+    logits = jax.jit(generator.model.apply)({"params": generator.params}, batch)
     np.save(directory / "jax.npy", np.asarray(logits)[0, -LOGITS_KEPT:])
     versions = {"jax": jax.__version__}
     return {"load_seconds": load_seconds, "versions": versions} | result

@@ -81,7 +81,9 @@ def main() -> None:
             name = f"{workers} processes" if workers else "threads"
             results[name] = {key: round(value, 2) for key, value in found.items()}
             per_core = found["tiles_per_second"] / cores
-            print(f"{name:<12} {found['samples_per_second']:6.1f} samples/s {found['tiles_per_second']:7.1f} tiles/s, {per_core:.0f} a core")
+            print(
+                f"{name:<12} {found['samples_per_second']:6.1f} samples/s {found['tiles_per_second']:7.1f} tiles/s, {per_core:.0f} a core"
+            )
     best = max(row["tiles_per_second"] for row in results.values()) / cores
     needed = {}
     for size, model in models.items():

@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl3_jax import cache as kv_cache
+from internvl3_jax import language, vision
 from internvl3_jax.config import UNITS, ModelConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.language import unroll
 from internvl3_jax.model import InternVL
 from internvl3_jax.positions import next_position
 from internvl3_jax.sampling import Sampling, sample
 
 TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded
-LENGTH_BUCKETS = tuple(size for power in range(6, 24) for size in (2**power, 3 * 2 ** (power - 1)))
+LENGTH_BUCKETS = tuple(quarters * 2 ** (power - 2) for power in range(6, 24) for quarters in (4, 5, 6, 7))
 TOKENS_PER_CALL = 16  # tokens decoded before the host looks at them
 
 
 def bucket(length: int) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384 ... that holds `length`."""
+    """The smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds `length`."""
     return next(size for size in LENGTH_BUCKETS if size >= length)
 
 
@@ -76,15 +76,17 @@ class Generator:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.stop_ids = tuple(stop_ids)
-        self.model = InternVL(config, self.dtype, unrolled=True, scan_unroll=config.vision.num_layers if _on_cpu() else 1)
+        # The tower of an accelerator scans: it compiles faster, and the copies cost little there.
+        self.model = InternVL(config, self.dtype, unrolled=True, unrolled_vision=_on_cpu())
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
-        self.params = params | {"language": unroll(params["language"], config.language)}
-        self.vision_params = {"vision": params["vision"], "projector": params["projector"]}
+        tower = vision.unroll(params["vision"], config.vision) if _on_cpu() else params["vision"]
+        self.params = params | {"vision": tower, "language": language.unroll(params["language"], config.language)}
+        self.vision_params = {name: self.params[name] for name in ("vision", "projector")}
 
     def check_room(self, prompt: Prompt, run: "Run", where: str = "") -> None:
         """ContextError if the prompt and `run.limit` new tokens do not fit into the positions that the model knows."""
-        language = self.config.language
-        known = language.max_position * (language.rope_factor if run.scaling == "dynamic" else 1)
+        settings = self.config.language
+        known = settings.max_position * (settings.rope_factor if run.scaling == "dynamic" else 1)
         last = next_position(prompt.positions) // UNITS + run.limit
         if last > known:
             raise ContextError(

@@ -23,12 +23,13 @@ class InternVL(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     unrolled: bool = False  # the decoder's generation layout; see language.py
+    unrolled_vision: bool = False  # the tower's; see vision.py
     scan_unroll: int = 1  # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
     remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
     remat_language: str = "none"
 
     def setup(self):
-        self.vision = VisionTower(self.config.vision, self.dtype, self.scan_unroll, self.remat_vision)
+        self.vision = VisionTower(self.config.vision, self.dtype, self.scan_unroll, self.remat_vision, self.unrolled_vision)
         self.projector = Projector(self.config, self.dtype)
         self.language = Decoder(self.config.language, self.dtype, self.unrolled, self.scan_unroll, self.remat_language)
 

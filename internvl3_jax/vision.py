@@ -68,6 +68,9 @@ class VisionTower(nn.Module):
     dtype: jnp.dtype
     scan_unroll: int = 1  # layers per step of the scan
     remat: str = "none"  # see ops/remat.py
+    unrolled: bool = (
+        False  # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked ones at every use
+    )
 
     def setup(self):
         config = self.config
@@ -76,6 +79,9 @@ class VisionTower(nn.Module):
         init = nn.initializers.normal(0.5)
         self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
         self.position_embedding = self.param("position_embedding", init, (1 + config.grid**2, config.hidden_size))
+        if self.unrolled:
+            self.layer = [VisionBlock(config, self.dtype) for _ in range(config.num_layers)]
+            return
         self.layers = nn.scan(
             remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
             variable_axes={"params": 0, "intermediates": 0},
@@ -94,8 +100,19 @@ class VisionTower(nn.Module):
         x = jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None]
         self.sow("intermediates", "embedded", x)
         rates = jnp.linspace(0.0, self.config.drop_path, self.config.num_layers)
-        x, _ = self.layers(x, rates, deterministic)
+        if not self.unrolled:
+            return self.layers(x, rates, deterministic)[0]
+        for layer, rate in zip(self.layer, rates, strict=True):
+            x, _ = layer(x, rate, deterministic)
         return x
+
+
+def unroll(params: dict, config: VisionConfig) -> dict:
+    """Stacked parameters of the tower -> the unrolled layout. The layers' leaves are copied."""
+    layers = {
+        f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"]) for index in range(config.num_layers)
+    }
+    return {name: value for name, value in params.items() if name != "layers"} | layers
 
 
 def normalize(tiles, config: VisionConfig):

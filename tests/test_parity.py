@@ -261,6 +261,6 @@ def test_scanned_and_unrolled_layouts_agree():
     _, config, params = pair("6b", "internlm3", False)
     batch, _ = make_row(config, (2,), seed=5)
     generator = Generator(config, params)
-    unrolled = apply(InternVL(config, unrolled=True), generator.params, batch)
+    unrolled = apply(generator.model, generator.params, batch)
     np.testing.assert_allclose(unrolled, apply(InternVL(config), params, batch), rtol=1e-5, atol=1e-5)
     assert jax.tree.leaves(generator.params)[0].dtype == np.float32
