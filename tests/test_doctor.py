@@ -1,14 +1,17 @@
 """The doctor finds one of each defect and no more, and training refuses what it found until it is resolved."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import tiny_checkpoint
 from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_video
 
-from internvl3_jax.data.doctor import examine, main
+from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.doctor import examine, main, read_processor, rows_of
 from internvl3_jax.data.doctor_report import UnresolvedErrors, check_report, report_folder
 from internvl3_jax.data.pipeline import sample_dataset
 
@@ -63,6 +66,17 @@ def test_each_defect_is_found(ward, report):
     assert ["length is 4, but the annotation has 3 rows" in warning for warning in report["warnings"]] == [True]
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
     assert (folder / "histogram.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_an_epoch(report):
+    """The budget that runs out first counts; the settings of a converted checkpoint are its own."""
+    sources = report["sources"].values()
+    tokens, tiles = (sum(source[name]["sum"] for source in sources) for name in ("tokens", "tiles"))
+    assert rows_of(report) == max(-(-tokens // 200), -(-tiles // 8)) > 1
+    checkpoint = str(tiny_checkpoint.directory())
+    assert read_processor(checkpoint, None) == tiny_checkpoint.PROCESSOR
+    assert read_processor(checkpoint, 3) == dataclasses.replace(tiny_checkpoint.PROCESSOR, max_tiles=3)
+    assert read_processor("elsewhere", None) == ProcessorConfig()
 
 
 def test_workers_find_the_same(ward, report, tmp_path):

@@ -1,6 +1,6 @@
 """Reads every sample of a training mixture once, before training does, and says what is wrong with which.
 
-    python -m internvl3_jax.data.doctor META --tokenizer DIR [--max_tiles 12] [--tokens_per_row 16384] [--tiles_per_row 48]
+    python -m internvl3_jax.data.doctor META --tokenizer CHECKPOINT [--tokens_per_row 16384] [--tiles_per_row 48]
 
 It opens and decodes all pictures and videos, counts tags, tiles and tokens, and encodes every conversation as training will. Of a
 video it takes the largest number of frames. It prints a table and writes report.json, histogram.png and errors.tsv to META.doctor
@@ -16,6 +16,8 @@ import collections
 import dataclasses
 import datetime
 import functools
+import json
+import math
 import multiprocessing
 import pathlib
 import platform
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from internvl3_jax.config import DataConfig, ProcessorConfig
+from internvl3_jax.config import DataConfig, ProcessorConfig, from_dict
 from internvl3_jax.data.doctor_report import ERRORS, report_folder, summary, write_report
 from internvl3_jax.data.mixture import Selection
 from internvl3_jax.data.overlong import TooLong
@@ -194,14 +196,36 @@ def print_report(report: dict, folder: str) -> None:
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{report['errors']:,} errors; all of them in {folder}/{ERRORS}", markup=False, soft_wrap=True)
+    data = report["settings"]["data"]
+    room = f"{data['tokens_per_row']:,} tokens and {data['tiles_per_row']} tiles"
+    console.print(f"one pass fills at least {rows_of(report):,} rows of {room}", markup=False, soft_wrap=True)
+
+
+def rows_of(report: dict) -> int:
+    """Packed rows that one sample of each row of the files would fill if packing lost nothing: divided by data.rows, an epoch's steps."""
+    needed = [
+        sum(source[name]["sum"] for source in report["sources"].values())
+        / max(1, report["settings"]["data"][f"{name}_per_row"])
+        for name in ("tokens", "tiles")
+    ]
+    return math.ceil(max(needed))
+
+
+def read_processor(directory: str, max_tiles: int | None) -> ProcessorConfig:
+    """That of a converted checkpoint, or the released models' for a directory of a tokenizer alone."""
+    path = pathlib.Path(directory) / "internvl3_jax.json"
+    processor = ProcessorConfig()
+    if path.is_file():
+        processor = from_dict(ProcessorConfig, json.loads(path.read_text(encoding="utf-8"))["processor"], f"{path}: processor")
+    return processor if max_tiles is None else dataclasses.replace(processor, max_tiles=max_tiles)
 
 
 def main(arguments: list[str] | None = None) -> int:
     flag = functools.partial(argparse.ArgumentParser.add_argument)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag(parser, "meta", help="meta JSON")
-    flag(parser, "--tokenizer", required=True, help="directory with the tokenizer's files, such as a checkpoint's")
-    flag(parser, "--max_tiles", type=int, default=ProcessorConfig.max_tiles, help="of a sample's pictures together")
+    flag(parser, "--tokenizer", required=True, help="converted checkpoint, or a directory with a tokenizer's files")
+    flag(parser, "--max_tiles", type=int, help="of a sample's pictures together, in place of the checkpoint's")
     flag(parser, "--tokens_per_row", type=int, default=DataConfig.tokens_per_row)
     flag(parser, "--tiles_per_row", type=int, default=DataConfig.tiles_per_row)
     flag(parser, "--max_frames", type=int, default=DataConfig.max_frames, help="of a video")
@@ -220,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.report or report_folder(options.meta)
     try:
         tokenizer = Tokenizer.from_directory(options.tokenizer)
-        report = examine(config, ProcessorConfig(max_tiles=options.max_tiles), tokenizer, folder, options.workers)
+        processor = read_processor(options.tokenizer, options.max_tiles)
+        report = examine(config, processor, tokenizer, folder, options.workers)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
