@@ -262,9 +262,9 @@ def test_any_number_of_processes_sees_the_same_batches(processes):
 
 def test_an_error_comes_where_its_batch_would_have():
     """And again at the next call, so that a loop that goes on does not hang."""
-    with batches(tokens_per_row=40) as stream:
+    with batches(tokens_per_row=16) as stream:
         for _ in range(2):
-            with pytest.raises(ValueError, match="a row holds 40"):
+            with pytest.raises(ValueError, match="a row holds 16"):
                 for _ in range(50):
                     next(stream)
 

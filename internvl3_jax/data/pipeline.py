@@ -7,7 +7,9 @@ A sample that cannot be used becomes a marker {"error": why, "source", "row", "i
 SampleError at a fatal one, in the training process; the others are for the packer to count and log.
 """
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 
 import grain.python as grain
@@ -88,6 +90,10 @@ class _Make:
     def __init__(self, preparer: Preparer, sources: list):
         self.preparer, self.sources = preparer, sources
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _end_with_parent()  # it is unpickled in worker processes alone
+
     def __call__(self, index: int, reference: tuple[int, int]) -> Sample | dict:
         number, row = reference
         config, source = self.preparer.config, self.sources[number]
@@ -98,6 +104,18 @@ class _Make:
             chosen = isinstance(error, TooLong) and config.overlong == "drop"
             fatal = config.on_error == "stop" and not chosen
             return {"error": f"{source.locate(row)}: {error}", **identity, "fatal": fatal}
+
+
+def _end_with_parent() -> None:
+    """Makes a worker process end when the training process is killed; it would wait for ever, and hold its output open."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch():
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def sample_stream(dataset: grain.MapDataset, shard: int, shards: int, workers: int) -> grain.IterDataset:
