@@ -88,7 +88,8 @@ format: .venv-test/.installed
 .venv-processor/.installed: $(INPUTS)
 	@$(call make_venv,.venv-processor,$(TEST_PYTHON))
 	@.venv-processor/bin/python $(PIP_INSTALL) --no-compile torch torchvision
-	@.venv-processor/bin/python $(PIP_INSTALL) --no-compile --editable '.[smoke]' transformers jinja2
+	@grep -v '^torch==' requirements/constraints-$(TEST_PYTHON).txt > .venv-processor/constraints.txt
+	@.venv-processor/bin/python $(PIP_INSTALL) --no-compile --constraint .venv-processor/constraints.txt --editable '.[smoke]' transformers jinja2
 	@touch $@
 
 .venv-smoke-%/.installed: $(INPUTS)
