@@ -4,8 +4,10 @@ import json
 import os
 import re
 
+import fsspec
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from official_data import PROCESSOR, data_config, encoded, picture, turns, write_meta, write_rows, write_tar
 
 from internvl3_jax.data import files, row_index
@@ -185,9 +187,7 @@ def test_tar_shards_bring_their_pictures(tmp_path):
 
 
 def test_array_record(tmp_path):
-    writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter(
-        str(tmp_path / "a.array_record"), ""
-    )
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "")
     writer.write(json.dumps(TEXT).encode())
     archive = write_tar(tmp_path / "one", {"k.json": json.dumps(TEXT).encode(), "k.png": encoded(picture())})
     writer.write(archive.read_bytes())
@@ -198,7 +198,6 @@ def test_array_record(tmp_path):
 
 
 def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
-    fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("INTERNVL3_JAX_CACHE", str(tmp_path))
     memory = fsspec.filesystem("memory")
     row = {"image": "0.png", "conversations": turns("What?", "That")}
