@@ -1,0 +1,68 @@
+"""Native pre-training in miniature, and the fine-tuning after it: 1.6 million parameters on two CPU cores.
+
+    pip install -e '.[demo]'
+    python examples/native_pretraining/make_data.py runs/miniature/data
+    python train.py --config configs/miniature.py:pretrain --workdir runs/miniature/native/pretrain
+    python train.py --config configs/miniature.py:sft --workdir runs/miniature/native/sft
+
+The first stage is the paper's in everything but size (configs/pretrain.py): text and multimodal data 1 : 3, tower, projector and
+language model all trained, here from random weights, square averaging, a V2PE step drawn for each picture. The steps stop at 1/8,
+because a tile has 4 tokens here: at 1/256 a whole picture would lie within a tenth of a position. Muon as in tiny_digits.py.
+examples/native_pretraining/run.py runs this and its ablations, and asks them about what they never saw.
+"""
+
+import dataclasses
+
+from internvl3_jax.config import SIZES, DataConfig, ModelConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+
+DATA = "runs/miniature/data"
+PRETRAINED = "runs/miniature/native/pretrain"
+DELTAS = ("1", "1/2", "1/4", "1/8")
+STEPS = {"pretrain": 1300, "sft": 400}
+VOCABULARY, IMAGE_TOKEN = 1024, 1017  # of make_data.py's tokenizer
+
+
+def get_config(stage: str = "pretrain") -> TrainConfig:
+    """stage: "pretrain" or "sft"."""
+    if stage not in STEPS:
+        raise ValueError(f"configs/miniature.py has the stages {' and '.join(STEPS)}, not {stage!r}")
+    pretrains, model = stage == "pretrain", miniature()
+    return TrainConfig(
+        model=model,
+        processor=ProcessorConfig(
+            image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, max_tiles=6, system_message=None
+        ),
+        data=DataConfig(
+            source=f"{DATA}/{stage}.json",
+            tokenizer=f"{DATA}/tokenizer",
+            language_share=0.25 if pretrains else -1.0,
+            rows=10,
+            tokens_per_row=160,
+            tiles_per_row=9,
+            packing_buffer=32,
+            deltas=DELTAS,
+        ),
+        optimizer=OptimizerConfig(
+            name="muon",
+            muon_learning_rate=0.02 if pretrains else 0.01,
+            learning_rate=2e-3 if pretrains else 1e-3,
+            warmup_steps=50 if pretrains else 20,
+            beta2=0.99,
+        ),
+        steps=STEPS[stage],
+        init_from="" if pretrains else PRETRAINED,
+        held_out=f"{DATA}/held_out.json",
+        evaluate_every=100,
+        evaluate_batches=8,
+        save_every=200,
+        keep=1,
+        keep_best=False,
+        scan_unroll=4,
+    )
+
+
+def miniature() -> ModelConfig:
+    """SIZES["tiny"] with a larger vocabulary."""
+    tiny = SIZES["tiny"]
+    language = dataclasses.replace(tiny.language, vocab_size=VOCABULARY)
+    return dataclasses.replace(tiny, language=language, image_token_id=IMAGE_TOKEN)

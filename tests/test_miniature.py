@@ -1,0 +1,211 @@
+"""examples/native_pretraining: what make_data.py writes is what the pipeline reads, and run.py's questions and tables work. No network."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import CONFIG, PROCESSOR, random_params
+
+from configs.miniature import get_config
+from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.tokenizer import Tokenizer
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
+QUESTIONS = 4
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example's modules, which are programs beside each other and no package."""
+    names = ("packages", "scenes", "make_data", "score", "run")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield types.SimpleNamespace(**{name: __import__(name) for name in names})
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@functools.cache
+def drawing(vendor: str, thing: str) -> Image.Image:
+    """Blots of one colour, another for each thing and vendor."""
+    pixels = np.random.default_rng([*vendor.encode(), *thing.encode()]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((64, 64)).convert("RGBA")
+
+
+def chapters() -> list[str]:
+    """Words that tell their chapter, and enough ordinary ones for a vocabulary."""
+    rng = np.random.default_rng(0)
+    letters = "etaoinshrdlucmfwypvbgk"
+    words = ["".join(rng.choice(list(letters), int(rng.integers(2, 7)))) for _ in range(800)]
+    return [" ".join([f"chapter{chapter}", *rng.choice(words, 120)]) for chapter in range(40)]
+
+
+@pytest.fixture(scope="module")
+def data(example, tmp_path_factory):
+    """The folder that make_data.py wrote, small and with generated drawings and text."""
+    folder = tmp_path_factory.mktemp("miniature") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example.packages, "read_book", lambda folder: chapters())
+        drawn = {
+            vendor: {thing: drawing(vendor, thing) for thing in example.packages.THINGS} for vendor in ("google", "twitter")
+        }
+        patch.setattr(example.packages, "read_drawings", lambda vendor, folder: drawn[vendor])
+        counts = example.make_data.write(folder, folder.parent / "packages", 0.02, QUESTIONS, 0)
+    assert counts["held_out/other_drawings"] == 4 * QUESTIONS and counts["pretrain/digits"] == 100
+    return folder
+
+
+def rows_of(data: pathlib.Path, meta: str) -> dict[str, list[dict]]:
+    sources = json.loads((data / f"{meta}.json").read_text())
+    return {name: [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()] for name in sources}
+
+
+def config(data: pathlib.Path, stage: str, **changes):
+    recipe = get_config(stage)
+    values = {"source": str(data / f"{stage}.json"), "tokenizer": str(data / "tokenizer"), **changes}
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **values))
+
+
+def test_the_tokenizer_is_the_recipes(data):
+    tokenizer, model = Tokenizer.from_directory(data / "tokenizer"), get_config("pretrain").model
+    assert tokenizer.vocab_size == model.language.vocab_size
+    assert tokenizer.token_id("<IMG_CONTEXT>") == model.image_token_id
+    text = 'Where is the <ref>star</ref>? "é" [[10, 20]]'
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("sunflower")) == len(tokenizer.encode(" ladybug")) == 1
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_the_pipeline_reads_what_is_written(data, stage):
+    settings = config(data, stage)
+    with Batches(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")) as batches:
+        found = [next(batches) for _ in range(8)]
+    assert all(item.skipped_count == 0 and item.batch["tiles"].any() for item in found)
+    names = list(json.loads((data / f"{stage}.json").read_text()))
+    seen = [names[source] for item in found for row in item.origins for source, _ in row]
+    assert set(seen) == set(names)
+    if stage == "pretrain":
+        assert np.mean([name in ("book", "words") for name in seen]) == pytest.approx(0.25, abs=0.07)  # text to pictures 1 : 3
+
+
+def test_every_held_out_and_long_row_can_be_used(example, data):
+    settings = config(data, "sft")
+    preparer = example.score.Preparer(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer"))
+    for meta in ("held_out", "long"):
+        for source in example.score.open_sources(dataclasses.replace(settings.data, source=str(data / f"{meta}.json"))):
+            for row in range(len(source)):
+                messages, tiles = example.score.read(preparer, source, row)
+                assert [message["role"] for message in messages] == ["user", "assistant"]
+                assert len(tiles) == sum(message["content"].count("<image>") for message in messages)
+                assert meta == "held_out" or all(len(part) <= 4 for part in tiles)
+
+
+def test_nothing_held_out_is_trained_on(example, data):
+    trained, held_out = ({}, {})
+    for metas, rows in ((("pretrain", "sft"), trained), (("held_out", "long"), held_out)):
+        for meta in metas:
+            rows |= rows_of(data, meta)
+    pictures = [
+        {(data / "pictures" / image).read_bytes() for part in rows.values() for row in part for image in row.get("image", [])}
+        for rows in (trained, held_out)
+    ]
+    assert pictures[0] and pictures[1] and not pictures[0] & pictures[1]
+    texts = [json.dumps(rows) for rows in (trained, held_out)]
+    chapters_of = [{number for number in range(40) if f"chapter{number} " in text} for text in texts]
+    assert chapters_of[1] <= {9, 19, 29, 39} and not chapters_of[0] & {9, 19, 29, 39}
+    # Another hand's drawings are in the pictures of other_drawings alone; of the searches every picture is held out.
+    images = {image.split("/")[0] for part in rows_of(data, "long").values() for row in part for image in row["image"]}
+    assert images == {"other_drawings", "test_digits"}
+
+
+def test_a_search_has_one_number_and_says_which(data):
+    digits = {row["image"][0]: row["conversations"][1]["value"] for row in rows_of(data, "held_out")["test_digits"]}
+    for name, rows in rows_of(data, "long").items():
+        for row in rows:
+            assert len(row["image"]) == int(name.removeprefix("find_")) == row["conversations"][0]["value"].count("<image>")
+            found = [place for place, image in enumerate(row["image"]) if image.startswith("test_digits/")]
+            assert found == [row["place"]] and digits[row["image"][row["place"]]] == row["conversations"][1]["value"]
+
+
+def test_the_same_seed_writes_the_same(example, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(example.packages, "read_book", lambda folder: chapters())
+    monkeypatch.setattr(
+        example.packages,
+        "read_drawings",
+        lambda vendor, folder: {thing: drawing(vendor, thing) for thing in example.packages.THINGS},
+    )
+    example.make_data.write(tmp_path, tmp_path / "packages", 0.02, QUESTIONS, 0)
+    for path in sorted(
+        path.relative_to(data)
+        for path in data.rglob("*")
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".png", ".txt")
+    ):
+        assert (tmp_path / path).read_bytes() == (data / path).read_bytes(), path
+
+
+def test_without_npm_it_says_what_to_do(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(example.packages.shutil, "which", lambda name: None)
+    with pytest.raises(example.packages.PackageError, match="npm is not installed.*emoji-datasource-google-16.0.0.tgz"):
+        example.packages.read_drawings("google", tmp_path)
+    (tmp_path / "emoji-datasource-google-16.0.0.tgz").write_bytes(b"cut off")
+    with pytest.raises(example.packages.PackageError, match="damaged.*delete it"):
+        example.packages.read_drawings("google", tmp_path)
+
+
+def test_right_and_wrong(example):
+    right = example.score.is_right
+    assert right("apple, star", "apple, star") and not right("apple, star", "star, apple")
+    box = "apple, star: <ref>star</ref><box>[[{}, 0, 1000, 1000]]</box>"
+    assert right(box.format(500), box.format(400)) and not right(box.format(500), box.format(0)[: -len("]]</box>")])
+    assert not right(box.format(800), box.format(0))
+    assert not right(box.format(500), box.format(500).replace("<ref>star", "<ref>pig"))
+
+
+def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monkeypatch):
+    """On random weights: every task of every source has its share, at every delta, and small deltas keep positions low."""
+    tokenizer = Tokenizer.from_directory(data / "tokenizer")
+    language = dataclasses.replace(CONFIG.language, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(CONFIG, language=language, image_token_id=tokenizer.token_id("<IMG_CONTEXT>"))
+    checkpoint = types.SimpleNamespace(config=model, params=random_params(model), processor=PROCESSOR, tokenizer=tokenizer)
+    monkeypatch.setattr(example.score, "LONGEST", 4)
+    scores = {
+        meta: example.score.score(checkpoint, str(data / f"{meta}.json"), ("1", "1/8"), 1) for meta in ("held_out", "long")
+    }
+    assert len(scores["held_out"]["1"]) == 3 + 4 + 4 and list(scores["long"]["1"]) == [
+        f"find_{n}/find" for n in (2, 4, 8, 16, 32)
+    ]
+    positions = [scores["long"][delta]["find_32/find"]["position"] for delta in ("1", "1/8")]
+    assert positions[0] > 300 and positions[1] < 0.6 * positions[0]
+
+    monkeypatch.setattr(example.run, "DELTAS", ("1", "1/8"))
+    row = {"held_out": 2.0, "held_out/test_book": 5.0, "held_out/other_drawings": 1.0}
+    for variant in ("native", "text_only"):
+        for stage in example.run.STAGES:
+            (tmp_path / variant / stage).mkdir(parents=True)
+            lines = [{"step": 5, "loss": 2.0, "seconds": 3.0}, {"step": 5, **row}]
+            (tmp_path / variant / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / variant / "scores.json").write_text(json.dumps(scores | {"reach": 100.0, "limit": 1}))
+    text = example.run.summarise(tmp_path)
+    assert (tmp_path / "results.md").read_text() == text and "| test_digits/digit |" in text and "| text_only | 1/8 |" in text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert set(json.loads((tmp_path / "results.json").read_text())["variants"]) == {"native", "text_only"}
+
+
+def test_variants_differ_in_what_they_name(example, data, tmp_path):
+    settings = functools.partial(example.run.settings, tmp_path, data)
+    assert settings("native", "sft")["init_from"] == str(tmp_path / "native" / "pretrain")
+    assert settings("text_only", "pretrain")["data.language_share"] == 1.0 and "data.language_share" not in settings(
+        "text_only", "sft"
+    )
+    assert settings("delta_one", "sft")["data.deltas"] == ("1",) and "data.deltas" not in settings("native", "sft")
+    assert settings("native", "pretrain")["steps"] == get_config("pretrain").steps
+    short = settings("native", "sft", 65)
+    assert short["steps"] == 20 and short["optimizer.warmup_steps"] == 4
