@@ -216,6 +216,17 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (sharding.py); one may be -1, which takes what the others leave."""
+
+    slice: int = 1  # TPU slices; rows
+    data: int = 1  # rows
+    fsdp: int = -1  # rows, and parameters with their gradients and state
+    tensor: int = 1  # the decoder's heads, MLP and vocabulary
+    context: int = 1  # tokens of a row
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class TrainConfig:
     """One run. A file in configs/ returns it from get_config(); `--config.optimizer.learning_rate=2e-5` overrides a field."""
 
@@ -224,6 +235,7 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     steps: int
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     init_from: str = ""  # checkpoint, released directory or hub id to start from; empty: random
     seed: int = 0
     param_dtype: str = "float32"

@@ -1,0 +1,226 @@
+"""Where arrays live: the mesh of devices, and the one table of rules by which parameters, optimizer state and batches are split over it.
+
+The axes of the mesh and what is split over them:
+
+    slice    rows of the batch, across TPU slices, where the network is slowest; the gradients are summed over it once a step
+    data     rows; parameters are whole on each member
+    fsdp     rows, and the parameters, gradients and optimizer state (Zhao et al. 2023); a layer is gathered while it is computed
+    tensor   heads, MLP columns and vocabulary of the decoder (Shoeybi et al. 2019)
+    context  tokens of a row; the parameters are split over it too, as over fsdp
+
+The vision tower is data parallel on all of them: every device computes its own tiles, whatever the decoder does.
+
+Axes are `Auto`: rules say where arrays begin and end, `constrain` marks a few places between, and the compiler adds the collectives.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from internvl3_jax.config import MeshConfig
+
+AXES = ("slice", "data", "fsdp", "tensor", "context")
+BATCH_AXES = ("slice", "data", "fsdp")  # the rows of a batch
+ROW_AXES = ("context", "tensor")  # what a row's tiles are split over
+TILE_AXES = BATCH_AXES + ROW_AXES  # the tiles of all rows, one after the other
+SHARDED_AXES = ("fsdp", "context")  # parameters, along their width
+
+# Path of a parameter -> the mesh axes of its last dimensions. A tuple of axes is cut to the longest beginning that divides the
+# dimension; its first axis must divide it. Leading dimensions (the layers) are whole. Vectors are whole: all of them together are
+# smaller than one matrix.
+WIDTH = SHARDED_AXES
+RULES: tuple[tuple[str, tuple], ...] = (
+    (r"vision/(class_embedding|position_embedding)", ()),
+    (r"vision/patch_embedding/kernel", (None, WIDTH)),
+    (r"vision/layers/(qkv|proj|fc1)/kernel", (WIDTH, "tensor")),
+    (r"vision/layers/fc2/kernel", ("tensor", WIDTH)),
+    (r"projector/(fc1|fc2)/kernel", (WIDTH, "tensor")),
+    (r"language/embedding", ("tensor", WIDTH)),
+    (r"language/head/kernel", (WIDTH, "tensor")),
+    (r"language/layers/(q|k|v|gate|up)/kernel", (WIDTH, "tensor")),
+    (r"language/layers/(o|down)/kernel", ("tensor", WIDTH)),
+    (r"(vision|projector|language)/(.*/)?(bias|scale|layer_scale1|layer_scale2)", ()),
+)
+
+
+def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """The mesh of `devices` (all of them if None), laid out after the topology where it is a TPU's.
+
+    Raises ValueError if the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config, len(devices))
+    if shape["slice"] > 1 and _slices(devices) > 1:
+        inner = tuple(shape[axis] for axis in AXES[1:])
+        # Slices (or, on GPUs, whatever the runtime calls a slice) on the first axis, one slice's devices on the others.
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *inner), (shape["slice"], 1, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        # jax.make_mesh splits the torus' axes on v5e only; ordinary meshes of v5p and v6e need it as well.
+        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Axis -> size; the one axis that is -1 takes what the others leave. ValueError if that does not come out even."""
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    wrong = [axis for axis, size in sizes.items() if size == 0 or size < -1]
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if wrong or len(open_axes) > 1:
+        raise ValueError(f"mesh {sizes}: sizes are positive, and at most one is -1, which takes the remaining devices")
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if devices % product or (not open_axes and product != devices):
+        raise ValueError(f"mesh {sizes} is for {'a multiple of ' if open_axes else ''}{product} devices; there are {devices}")
+    return {axis: devices // product if size == -1 else size for axis, size in sizes.items()}
+
+
+def _slices(devices) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------------------
+
+
+def spec(path: str, shape: tuple[int, ...], mesh) -> jax.P:
+    """How the parameter at `path` is split. ValueError if no rule matches, or a dimension does not divide."""
+    matching = [axes for pattern, axes in RULES if re.fullmatch(pattern, path)]
+    if len(matching) != 1:
+        raise ValueError(f"{path}: {len(matching)} sharding rules match it; there must be one (sharding.RULES)")
+    axes = matching[0]
+    dimensions = shape[len(shape) - len(axes) :]
+    fitted = [_fit(path, size, axis, mesh) for size, axis in zip(dimensions, axes, strict=True)]
+    return jax.P(*(None,) * (len(shape) - len(axes)), *fitted) if axes else jax.P()
+
+
+def _fit(path: str, size: int, axes, mesh):
+    """The axes, without those at the end that do not divide the dimension."""
+    if axes is None:
+        return None
+    axes = (axes,) if isinstance(axes, str) else axes
+    fitting = [
+        axes[:count] for count in range(len(axes) + 1) if size % math.prod(mesh.shape[axis] for axis in axes[:count]) == 0
+    ]
+    if axes[:1] not in fitting:
+        members = mesh.shape[axes[0]]
+        largest = max(count for count in range(1, members + 1) if members % count == 0 and size % count == 0)
+        other = " and give the rest to mesh.data" if axes[0] == "fsdp" else ""
+        raise ValueError(f"{path}: {size} does not split over mesh.{axes[0]} = {members}; take {largest}{other}")
+    return max(fitting, key=len)
+
+
+def param_specs(params, mesh):
+    """A tree like `params` (arrays or ShapeDtypeStructs) of PartitionSpecs. Also for optimizer states: a leaf goes by the parameter's
+    path at the end of its own, and what has another shape than the parameter (a factored moment, a counter) is whole."""
+    return jax.tree.map_with_path(lambda path, leaf: _state_spec(_name(path), leaf.shape, mesh), params)
+
+
+def shardings(tree, mesh):
+    """The same as NamedShardings."""
+    return jax.tree.map(
+        lambda spec: jax.NamedSharding(mesh, spec), param_specs(tree, mesh), is_leaf=lambda x: isinstance(x, jax.P)
+    )
+
+
+def abstract(tree, mesh):
+    """The tree as ShapeDtypeStructs with their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings(tree, mesh)
+    )
+
+
+def _state_spec(path: str, shape: tuple[int, ...], mesh) -> jax.P:
+    found = re.search(r"(?:^|/)((?:vision|projector|language)/.*)", path)
+    if found is None:
+        return jax.P()  # counters
+    try:
+        return spec(found[1], shape, mesh)
+    except ValueError:
+        if found[1] == path:
+            raise
+        return jax.P()
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------------------
+
+
+def batch_sharding(mesh, name: str) -> jax.NamedSharding:
+    """Of a field of a `Batch`: rows over BATCH_AXES; tokens over context, or tiles over context and tensor."""
+    return jax.NamedSharding(mesh, jax.P(BATCH_AXES, ROW_AXES if name == "tiles" else "context"))
+
+
+def check_batch(mesh, rows: int, micro_batches: int, tokens: int, tiles: int) -> None:
+    """ValueError naming what does not split over the mesh."""
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    per_axis = f"{' x '.join(f'{axis} {mesh.shape[axis]}' for axis in BATCH_AXES)}"
+    if rows % (devices * micro_batches):
+        raise ValueError(
+            f"data.rows is {rows}; it must be a multiple of {devices * micro_batches}: {micro_batches} micro-batches over {per_axis}"
+        )
+    if tokens % mesh.shape["context"]:
+        raise ValueError(f"data.tokens_per_row is {tokens}; it must be a multiple of mesh.context ({mesh.shape['context']})")
+    if tiles % parts:
+        raise ValueError(f"data.tiles_per_row is {tiles}; it must be a multiple of mesh.context x mesh.tensor ({parts})")
+
+
+def local_rows(mesh, rows: int, process: int | None = None) -> list[int]:
+    """The rows of the global batch that a process's devices compute, in order. Several processes may share rows."""
+    process = jax.process_index() if process is None else process
+    placed = jax.NamedSharding(mesh, jax.P(BATCH_AXES)).devices_indices_map((rows,))
+    mine = [index[0] for device, index in placed.items() if device.process_index == process]
+    return sorted({row for part in mine for row in range(*part.indices(rows))})
+
+
+def global_batch(mesh, rows: int, local: dict[str, np.ndarray], own: list[int]) -> dict[str, jax.Array]:
+    """Arrays of all rows from this process's: `local` has the rows `own`, of which all that `local_rows` names are needed."""
+    place = {row: index for index, row in enumerate(own)}
+
+    def put(name, array):
+        def part(index):
+            wanted = [place[row] for row in range(*index[0].indices(rows))]
+            return array[wanted][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), batch_sharding(mesh, name), part)
+
+    return {name: put(name, array) for name, array in local.items()}
+
+
+# --- inside of computations ------------------------------------------------------------------------------------------------------
+
+
+def axis_size(*axes: str) -> int:
+    """Devices along the axes of the mesh in context (`jax.set_mesh`); 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.axis_names)
+
+
+def constrain(x, *axes):
+    """x split over `axes`, one entry (an axis, several, or None) for each dimension; x itself where no mesh is in context.
+
+    A dimension that does not divide stays whole, so that small and odd shapes work everywhere; what must not happen silently
+    (parameters, batches) is checked by `spec` and `check_batch`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+
+    def present(size, axis):
+        names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in mesh.axis_names)
+        return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    specs = [present(size, axis) for size, axis in zip(x.shape, axes, strict=True)]
+    return jax.lax.with_sharding_constraint(x, jax.P(*specs))
+
+
+def require_mesh() -> None:
+    """RuntimeError where no mesh is in context: without one every constraint would silently do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        raise RuntimeError("no mesh is in context; wrap the call in `with jax.set_mesh(make_mesh(config.mesh)):`")
