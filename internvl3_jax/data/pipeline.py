@@ -128,11 +128,17 @@ def sample_stream(dataset: grain.MapDataset, shard: int, shards: int, workers: i
         if not flags.FLAGS.is_parsed():  # grain reads its settings from absl's flags, which a notebook never parses
             flags.FLAGS.mark_as_parsed()
         stream = part.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD))
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)).map(_own)
     else:
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         stream = part.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     return stream.map(_raise_at_error)
+
+
+def _own(sample: dict) -> dict:
+    """Copies the arrays that a worker has put into shared memory. Each of them holds an open file and its share of /dev/shm, and those
+    that are let go of as the program ends are left to Python's resource tracker, which complains."""
+    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in sample.items()}
 
 
 def _raise_at_error(sample: dict) -> dict:
