@@ -187,25 +187,34 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
 
     monkeypatch.setattr(example.run, "DELTAS", ("1", "1/8"))
     row = {"held_out": 2.0, "held_out/test_book": 5.0, "held_out/other_drawings": 1.0}
-    for variant in ("native", "text_only"):
+    for folder, digit in (("native/seed_0", 0.25), ("native/seed_10", 1.0), ("native/seed_2", 0.25), ("text_only/seed_0", 0.5)):
         for stage in example.run.STAGES:
-            (tmp_path / variant / stage).mkdir(parents=True)
+            (tmp_path / folder / stage).mkdir(parents=True)
             lines = [{"step": 5, "loss": 2.0, "seconds": 3.0}, {"step": 5, **row}]
-            (tmp_path / variant / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (tmp_path / variant / "scores.json").write_text(json.dumps(scores | {"reach": 100.0, "limit": 1}))
+            (tmp_path / folder / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scores["held_out"]["1"]["test_digits/digit"]["right"] = digit
+        (tmp_path / folder / "scores.json").write_text(json.dumps(scores | {"reach": 100.0, "limit": 1}))
     text = example.run.summarise(tmp_path)
-    assert (tmp_path / "results.md").read_text() == text and "| test_digits/digit |" in text and "| text_only | 1/8 |" in text
+    assert (tmp_path / "results.md").read_text() == text and "| text_only | 1/8 |" in text
+    assert "native 3, text_only 1" in text and "| test_digits/digit | 50 % (25-100) | 50 % |" in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads((tmp_path / "results.json").read_text())["variants"]) == {"native", "text_only"}
+    results = json.loads((tmp_path / "results.json").read_text())["variants"]
+    assert {name: [seed["seed"] for seed in seeds] for name, seeds in results.items()} == {
+        "native": [0, 2, 10],
+        "text_only": [0],
+    }
 
 
 def test_variants_differ_in_what_they_name(example, data, tmp_path):
-    settings = functools.partial(example.run.settings, tmp_path, data)
-    assert settings("native", "sft")["init_from"] == str(tmp_path / "native" / "pretrain")
+    def settings(variant, *stage):
+        return example.run.settings(tmp_path / variant / "seed_2", data, *stage)
+
+    assert settings("native", "sft")["init_from"] == str(tmp_path / "native" / "seed_2" / "pretrain")
     assert settings("text_only", "pretrain")["data.language_share"] == 1.0 and "data.language_share" not in settings(
         "text_only", "sft"
     )
     assert settings("delta_one", "sft")["data.deltas"] == ("1",) and "data.deltas" not in settings("native", "sft")
     assert settings("native", "pretrain")["steps"] == get_config("pretrain").steps
+    assert settings("native", "pretrain")["seed"] == settings("native", "sft")["data.seed"] == 2
     short = settings("native", "sft", 65)
     assert short["steps"] == 20 and short["optimizer.warmup_steps"] == 4
