@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --size 1b --layers 2 --tokens 512 --peer     two layers of the 1B model, against transformers
     python benchmarks/train_step.py --smoke                                      does it still run?
 
-Float32, AdamW with clipping, every parameter trained, random weights; half of the text tokens carry a loss. Each side runs in a
-process of its own, held to the same cores, in turn. PyTorch's step is transformers' InternVL with sdpa attention on the same shapes and
-number of weights, its own loss (which makes the logits of every position), clip_grad_norm_ and torch.optim.AdamW.
+Float32, AdamW with clipping, every parameter trained, random weights; half of the text tokens carry a loss. Ours makes the logits of
+whole chunks of such tokens: with chunks far longer than there are, time is spent on nothing. Each side runs in turn in a process of its
+own, held to the same cores. PyTorch's step is transformers' InternVL with sdpa attention on the same shapes and number of weights, its
+own loss (which makes the logits of every position), clip_grad_norm_ and torch.optim.AdamW.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=1, help="a row (1)")
     parser.add_argument("--layers", type=int, help="of the tower and of the decoder, in place of the size's own")
     parser.add_argument("--remat", default="none", help="policy for tower and decoder; see ops/remat.py (none)")
+    parser.add_argument("--chunk", type=int, default=256, help="loss_chunk: tokens whose logits are made at a time (256)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps in a round (5)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs (3)")
     parser.add_argument("--threads", type=int, default=2, help="cores for either side (2)")
@@ -125,7 +127,7 @@ def measure_jax(options) -> dict:
     state = jax.jit(functools.partial(init_state, model, optimizer, batch, 0))()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     began = time.perf_counter()
-    step = jax.jit(functools.partial(train_step, model, optimizer), donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, model, optimizer, loss_chunk=options.chunk), donate_argnums=0)
     step = step.lower(state, batch, jax.random.key(0)).compile()
     compile_seconds = time.perf_counter() - began
     reset_peak()
@@ -143,7 +145,7 @@ def measure_jax(options) -> dict:
         "parameters": parameters,
         "flops": train_flops(config, batch_counts(batch, config)),
         "matmul_flops_per_second": matmul_speed(),
-        "parts": time_parts(model, optimizer, state, batch, options.repeats),
+        "parts": time_parts(model, optimizer, state, batch, options),
         "versions": {"jax": jax.__version__},
     }
 
@@ -157,16 +159,16 @@ def matmul_speed(size: int = 2048) -> float:
     return 2 * size**3 / min(timed(lambda: product(x).block_until_ready(), 5))
 
 
-def time_parts(model, optimizer, state, batch, repeats: int) -> dict[str, float]:
+def time_parts(model, optimizer, state, batch, options) -> dict[str, float]:
     """Median seconds of each part compiled by itself; a backward pass is a forward and backward one less a forward one."""
     import jax
     import jax.numpy as jnp
 
     from internvl3_jax.losses import chunked_cross_entropy
 
-    params, config = state.params, model.config
+    params, config, chunk = state.params, model.config.language, options.chunk
     tiles = batch["tiles"].reshape(-1, *batch["tiles"].shape[2:])
-    hidden = jax.random.normal(jax.random.key(1), (*batch["tokens"].shape, config.language.hidden_size))
+    hidden = jax.random.normal(jax.random.key(1), (*batch["tokens"].shape, config.hidden_size))
 
     def encode(params):
         return model.apply({"params": params}, tiles, method=lambda model, x: model.encode(x)).sum()
@@ -177,15 +179,14 @@ def time_parts(model, optimizer, state, batch, repeats: int) -> dict[str, float]
         return run(hidden, batch["positions"], batch["segments"]).sum()
 
     def loss(hidden, kernel):
-        return chunked_cross_entropy(hidden, kernel, batch["targets"], batch["loss_weights"], config.language.vocab_size)[0]
+        return chunked_cross_entropy(hidden, kernel, batch["targets"], batch["loss_weights"], config.vocab_size, chunk)[0]
 
     def seconds(function, *args):
         compiled = jax.jit(function)
-        return statistics.median(timed(lambda: jax.block_until_ready(compiled(*args)), repeats))
+        return statistics.median(timed(lambda: jax.block_until_ready(compiled(*args)), options.repeats))
 
-    vision = {name: params[name] for name in ("vision", "projector")}
-    language = params["language"]
-    kernel = language["embedding"].T if config.language.tie_embeddings else language["head"]["kernel"]
+    vision, language = {name: params[name] for name in ("vision", "projector")}, params["language"]
+    kernel = language["embedding"].T if config.tie_embeddings else language["head"]["kernel"]
     towers = seconds(encode, vision), seconds(jax.grad(encode), vision)
     decoders = seconds(decode, language, hidden), seconds(jax.grad(decode, (0, 1)), language, hidden)
     losses = seconds(jax.value_and_grad(loss, (0, 1)), hidden, kernel)
@@ -271,7 +272,7 @@ def run(options) -> dict:
 
 def start(side: str) -> dict:
     """Runs one side in a process of its own; returns what it prints last."""
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "HF_HUB_OFFLINE": "1"}
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, __file__, *sys.argv[1:], "--role", side]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
