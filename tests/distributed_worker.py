@@ -1,0 +1,68 @@
+"""What a process of tests/test_distributed.py does: python distributed_worker.py SCENARIO, its place in the environment.
+
+PLACE="HOST:PORT COUNT NUMBER" are the arguments of `initialize`; without it the launcher's variables are found.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from internvl3_jax import distributed, peers
+
+SCENARIO = sys.argv[1]
+peers.BEAT, peers.SILENT = 0.5, 2.0
+if SCENARIO == "stuck":
+    peers.BEHIND = 1.0
+
+
+def total() -> int:
+    """A sum over all devices of all processes: waits until every process is here."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    spread = jax.NamedSharding(mesh, jax.P("all"))
+    ones = jax.make_array_from_callback((jax.device_count(),), spread, lambda index: jnp.ones(1))
+    return int(jax.jit(jnp.sum, out_shardings=jax.NamedSharding(mesh, jax.P()))(ones))
+
+
+def main():
+    process, last = jax.process_index(), jax.process_index() == jax.process_count() - 1
+    print("sum", total(), flush=True)
+    distributed.check_agreement(1, {"batch": "4x64", "config": "abc"})
+    if SCENARIO == "sigterm":
+        with distributed.termination() as stops:
+            for step in range(2, 10**6):
+                distributed.at(step)
+                if step % 10 == 0:
+                    distributed.check_agreement(step, {"batch": "4x64"})
+                if step == 20 and last:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if stops(step):
+                    print("stops at", step, flush=True)
+                    sys.exit(distributed.TERMINATED)
+    elif SCENARIO == "differs":
+        distributed.check_agreement(3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"})
+    elif SCENARIO == "late":
+        if last:
+            time.sleep(60)
+        distributed.check_agreement(1200, {}, seconds=1)
+    elif SCENARIO == "stuck":
+        distributed.at(4 if last else 5)
+        time.sleep(60)
+    elif last and SCENARIO == "raises":
+        sys.exit("error: data.jsonl row 7: the picture is damaged")
+    elif SCENARIO in ("killed", "coordinator") and process == (0 if SCENARIO == "coordinator" else 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("sum", total(), flush=True)
+
+
+if __name__ == "__main__":
+    coordinator, count, number = os.environ.get("PLACE", " -1 -1").split(" ")
+    start, give_up = 2 if SCENARIO == "missing" else 100, 2 if SCENARIO == "stuck" else 100
+    distributed.initialize(
+        coordinator, int(count), int(number), start_seconds=start, heartbeat_seconds=10, give_up_seconds=give_up
+    )
+    with distributed.together():
+        main()
