@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs a command again until it ends well:   launch/restart.sh python train.py --config C --workdir W
+#
+# For hosts without a scheduler of their own (tpu.sh). train.py goes on from its last checkpoint when it gets the same --workdir.
+# Status 143 (stopped by SIGTERM to some process, checkpoint saved) starts it again at once; any other failure too, after PAUSE
+# seconds, but at most RESTARTS times in a row: a command that ran for an hour begins the count anew.
+# SIGTERM to this script goes on to the command, and is the end.
+set -uo pipefail
+limit=${RESTARTS:-10} pause=${PAUSE:-15} failures=0 stopped=""
+
+stop() {
+  stopped=yes
+  kill -TERM "$child" 2>/dev/null
+}
+trap stop TERM INT
+
+while true; do
+  began=$SECONDS
+  "$@" &
+  child=$!
+  wait "$child"
+  status=$?
+  while kill -0 "$child" 2>/dev/null; do # a signal ends the first wait, the command still saves
+    wait "$child"
+    status=$?
+  done
+  if [[ $status == 0 || -n $stopped ]]; then
+    exit "$status"
+  fi
+  if [[ $status == 143 ]]; then
+    echo "restart.sh: stopped from outside (143), starting again" >&2
+    continue
+  fi
+  if ((SECONDS - began >= 3600)); then
+    failures=0
+  fi
+  failures=$((failures + 1))
+  if ((failures > limit)); then
+    echo "restart.sh: status $status, failed $failures times in a row: giving up" >&2
+    exit "$status"
+  fi
+  echo "restart.sh: status $status, restart $failures of $limit in $pause s" >&2
+  sleep "$pause"
+done

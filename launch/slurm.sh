@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=internvl3
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# GPUs under SLURM:   sbatch launch/slurm.sh --config configs/X.py --workdir /shared/runs/X
+#
+# One process per GPU, which find each other through SLURM's variables (one process per node works as well: --ntasks-per-node=1).
+# Run it from the clone, which, like the virtual environment in it and --workdir, all nodes see. Partition, account and the number of
+# nodes: `sbatch --partition=... --nodes=...`. Lines of the log begin with the process's number.
+#
+# 300 s before the time is up SLURM sends SIGTERM; train.py saves and leaves with 143. The job is then put back into the queue, as it is
+# after a failure (a lost node: 134), up to RESTARTS times, and goes on from its last checkpoint.
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:?start me with sbatch}" || exit
+
+srun --kill-on-bad-exit=1 --label "${PYTHON:-.venv/bin/python}" -u train.py "$@"
+status=$?
+
+restarts=${SLURM_RESTART_COUNT:-0}
+if ((status != 0 && restarts < ${RESTARTS:-20})); then
+  echo "status $status, restart $((restarts + 1)) of ${RESTARTS:-20}"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# TPU slices on a GKE cluster that xpk made:
+#
+#   export NAME=internvl3 CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b TYPE=v6e-64 SLICES=2 STORAGE=share
+#   launch/xpk.sh --config=configs/X.py --workdir=/share/runs/X --config.mesh.slice=2
+#
+# IMAGE is launch/Dockerfile's; STORAGE names what `xpk storage attach` knows, a file system that every host sees, in which --workdir is.
+# Started again up to RESTARTS times: xpk does so for statuses above 127 (143: stopped by SIGTERM, 134: another host was lost, 137:
+# killed), and here also for 1. `kubectl get pods` and `kubectl logs POD` show the hosts. XPK_FLAGS=--dry-run only shows what it would do.
+set -euo pipefail
+: "${NAME:?}" "${CLUSTER:?}" "${PROJECT:?}" "${ZONE:?}" "${TYPE:?}" "${IMAGE:?REGISTRY/internvl3-jax:tpu}" "${STORAGE:?}"
+
+printf -v arguments '%q ' "$@"
+# shellcheck disable=SC2086 # XPK_FLAGS are words
+xpk workload create --workload="$NAME" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
+  --tpu-type="$TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --storage="$STORAGE" \
+  --max-restarts="${RESTARTS:-50}" --restart-on-exit-codes=1 --termination-grace-period-seconds=300 \
+  --command="exec python -u train.py $arguments" ${XPK_FLAGS:-}
