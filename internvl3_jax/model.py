@@ -16,6 +16,7 @@ import numpy as np
 from internvl3_jax.config import ModelConfig
 from internvl3_jax.language import Decoder
 from internvl3_jax.projector import Projector
+from internvl3_jax.sharding import BATCH_AXES, TILE_AXES, constrain
 from internvl3_jax.vision import VisionTower
 
 
@@ -24,14 +25,26 @@ class InternVL(nn.Module):
     dtype: jnp.dtype = jnp.float32
     unrolled: bool = False  # the decoder's generation layout; see language.py
     unrolled_vision: bool = False  # the tower's; see vision.py
+    fused: bool = True  # of the generation layout: q/k/v and gate/up as one matrix each
     scan_unroll: int = 1  # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
     remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
     remat_language: str = "none"
+    attention: str = "auto"  # implementation; see ops/attention.py
 
     def setup(self):
-        self.vision = VisionTower(self.config.vision, self.dtype, self.scan_unroll, self.remat_vision, self.unrolled_vision)
+        self.vision = VisionTower(
+            self.config.vision, self.dtype, self.scan_unroll, self.remat_vision, self.unrolled_vision, self.attention
+        )
         self.projector = Projector(self.config, self.dtype)
-        self.language = Decoder(self.config.language, self.dtype, self.unrolled, self.scan_unroll, self.remat_language)
+        self.language = Decoder(
+            self.config.language,
+            self.dtype,
+            self.unrolled,
+            self.fused,
+            self.scan_unroll,
+            self.remat_language,
+            self.attention,
+        )
 
     def __call__(self, batch, deterministic: bool = True, scaling: str | None = None):
         """batch: a `Batch` or a dict with its fields (data/batch.py). Returns logits f32[B,T,V] without the vocabulary's padding."""
@@ -45,7 +58,9 @@ class InternVL(nn.Module):
         rows, count = tiles.shape[:2]
         if count:
             features = self.encode(tiles.reshape(rows * count, *tiles.shape[2:]), deterministic)
-            features = features.reshape(rows, -1, features.shape[-1])
+            # Back from tiles over all devices to rows: what a row's devices made is gathered among them, nothing crosses rows.
+            features = constrain(features, TILE_AXES, None, None).reshape(rows, -1, features.shape[-1])
+            features = constrain(features, BATCH_AXES, None, None)
             x = merge(x, features, tokens == self.config.image_token_id)
         self.sow("intermediates", "merged", x)
         x, _ = self.language(x, batch["positions"], batch["segments"], scaling=scaling)

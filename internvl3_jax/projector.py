@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from internvl3_jax.config import ModelConfig
+from internvl3_jax.ops.dense import Dense
 from internvl3_jax.ops.norms import make_norm
 
 
@@ -27,8 +28,8 @@ class Projector(nn.Module):
     def setup(self):
         width = self.config.language.hidden_size
         self.norm = make_norm("layer_norm", self.config.projector_norm_eps, self.dtype)
-        self.fc1 = nn.Dense(width, dtype=self.dtype)
-        self.fc2 = nn.Dense(width, dtype=self.dtype)
+        self.fc1 = Dense(width, dtype=self.dtype)
+        self.fc2 = Dense(width, dtype=self.dtype)
 
     def __call__(self, x, grid: tuple[int, int]):
         """x [M, 1 + rows*columns, C] from the tower, CLS first -> [M, tokens per tile, D]."""

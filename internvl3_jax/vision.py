@@ -10,32 +10,36 @@ import jax.numpy as jnp
 
 from internvl3_jax.config import VisionConfig
 from internvl3_jax.ops.attention import attention
+from internvl3_jax.ops.dense import Dense
 from internvl3_jax.ops.norms import make_norm
 from internvl3_jax.ops.remat import keep, remat
+from internvl3_jax.sharding import TILE_AXES, constrain
 
 
 class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
+    attention: str = "auto"
 
     def setup(self):
         config, dtype = self.config, self.dtype
         width = config.hidden_size
         self.norm1 = make_norm(config.norm, config.norm_eps, dtype)
-        self.qkv = nn.Dense(3 * width, use_bias=config.qkv_bias, dtype=dtype)
+        self.qkv = Dense(3 * width, use_bias=config.qkv_bias, dtype=dtype)
         if config.qk_norm:
             self.q_norm = make_norm("rms_norm", config.norm_eps, dtype)
             self.k_norm = make_norm("rms_norm", config.norm_eps, dtype)
-        self.proj = nn.Dense(width, dtype=dtype)
+        self.proj = Dense(width, dtype=dtype)
         self.norm2 = make_norm(config.norm, config.norm_eps, dtype)
-        self.fc1 = nn.Dense(config.intermediate_size, dtype=dtype)
-        self.fc2 = nn.Dense(width, dtype=dtype)
+        self.fc1 = Dense(config.intermediate_size, dtype=dtype)
+        self.fc2 = Dense(width, dtype=dtype)
         init = nn.initializers.constant(config.layer_scale_init)
         self.layer_scale1 = self.param("layer_scale1", init, (width,))
         self.layer_scale2 = self.param("layer_scale2", init, (width,))
 
     def __call__(self, x, drop_rate, deterministic: bool):
         """x [M,P,C] -> [M,P,C]; drop_rate is a scalar, used only when not deterministic."""
+        x = constrain(x, TILE_AXES, None, None)
         branch = self.layer_scale1.astype(self.dtype)[None, None] * self.attend(self.norm1(x))
         x = x + self.drop_path(branch, drop_rate, deterministic)
         mlp = self.fc2(nn.gelu(self.fc1(self.norm2(x)), approximate=False))
@@ -51,7 +55,7 @@ class VisionBlock(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.reshape(tiles, length, self.config.num_heads, self.config.head_dim) for part in (q, k, v))
         q, k, v = (keep(part, "attention_input") for part in (q, k, v))
-        mixed = keep(attention(q, k, v), "attention_output")
+        mixed = attention(q, k, v, implementation=self.attention)
         return self.proj(mixed.reshape(tiles, length, width))
 
     def drop_path(self, branch, rate, deterministic: bool):
@@ -71,16 +75,17 @@ class VisionTower(nn.Module):
     unrolled: bool = (
         False  # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked ones at every use
     )
+    attention: str = "auto"  # implementation; see ops/attention.py
 
     def setup(self):
         config = self.config
-        self.patch_embedding = nn.Dense(config.hidden_size, dtype=self.dtype)
+        self.patch_embedding = Dense(config.hidden_size, dtype=self.dtype)
         # From scratch, places must be as visible as content: with a deviation of 0.02 a small tower learns several times more slowly.
         init = nn.initializers.normal(0.5)
         self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
         self.position_embedding = self.param("position_embedding", init, (1 + config.grid**2, config.hidden_size))
         if self.unrolled:
-            self.layer = [VisionBlock(config, self.dtype) for _ in range(config.num_layers)]
+            self.layer = [VisionBlock(config, self.dtype, self.attention) for _ in range(config.num_layers)]
             return
         self.layers = nn.scan(
             remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
@@ -89,7 +94,7 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast),
             length=config.num_layers,
             unroll=self.scan_unroll,
-        )(config, self.dtype)
+        )(config, self.dtype, self.attention)
 
     def __call__(self, tiles, deterministic: bool = True):
         """tiles u8[M,H,W,3], or float already normalised -> [M,P,C]. H and W are multiples of the patch size."""
@@ -97,7 +102,7 @@ class VisionTower(nn.Module):
         grid = (tiles.shape[1] // self.config.patch_size, tiles.shape[2] // self.config.patch_size)
         cls = jnp.broadcast_to(self.class_embedding.astype(self.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
         table = interpolate_positions(self.position_embedding, grid)
-        x = jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None]
+        x = constrain(jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None], TILE_AXES, None, None)
         self.sow("intermediates", "embedded", x)
         rates = jnp.linspace(0.0, self.config.drop_path, self.config.num_layers)
         if not self.unrolled:

@@ -11,7 +11,6 @@ from tiny_checkpoint import CONFIG, LANGUAGE, VISION, random_params
 
 from internvl3_jax.config import SIZES, UNITS
 from internvl3_jax.model import InternVL, abstract_params, count_params, merge
-from internvl3_jax.ops.attention import attention, visibility
 from internvl3_jax.positions import build_positions
 from internvl3_jax.sampling import Sampling, sample
 from internvl3_jax.vision import VisionBlock, VisionTower
@@ -328,53 +327,3 @@ def test_padding_of_the_vocabulary_is_never_drawn():
         drawn = np.asarray(jax.jit(sample, static_argnums=2)(rows, keys, sampling))
         assert drawn.max() < LANGUAGE.vocab_size
     assert logits(make_row()).shape[-1] == LANGUAGE.vocab_size
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "masked"), [(6, 2, True), (5, 5, False), (4, 1, True)])
-def test_attention_implementations_agree(heads, kv_heads, masked):
-    rng = np.random.default_rng(0)
-    q, out = rng.normal(size=(2, 2, 7, heads, 4)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 9, kv_heads, 4)).astype(np.float32)
-    visible = None
-    if masked:
-        slots = np.stack([np.arange(7), np.arange(2, 9)]).astype(np.int32)
-        segments = np.asarray([[1, 1, 1, 2, 2, 0, 0], [1] * 7]), np.asarray([[1, 1, 1, 2, 2, 0, 0, 0, 0], [1] * 9])
-        visible = visibility(slots, 9, *segments)
-
-    @jax.jit
-    def run(q, k, v):
-        results = [jax.vjp(lambda *args, name=name: attention(*args, visible, name), q, k, v) for name in ("xla", "heads")]
-        return [(mixed, pull(out)) for mixed, pull in results]
-
-    expected, other = run(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, other)
-    np.testing.assert_allclose(expected[0], plain_attention(q, k, v, visible), rtol=1e-5, atol=1e-5)
-
-
-def plain_attention(q, k, v, visible):
-    q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
-    k, v = (np.repeat(part, q.shape[2] // part.shape[2], axis=2) for part in (k, v))
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    if visible is not None:
-        scores = np.where(np.asarray(visible)[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(axis=-1, keepdims=True), v)
-
-
-def test_a_query_without_keys_is_finite():
-    q = jnp.ones((1, 2, 2, 4))
-    visible = visibility(np.zeros((1, 2), np.int32), 2, np.asarray([[1, 2]]), np.asarray([[3, 4]]))
-    assert not visible.any()
-
-    @jax.jit
-    def run(q):
-        results = [jax.vjp(lambda q, name=name: attention(q, q, q, visible, name), q) for name in ("xla", "heads")]
-        return [(mixed, pull(mixed)) for mixed, pull in results]
-
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(q)))
-
-
-def test_an_unknown_implementation_is_named():
-    q = jnp.ones((1, 2, 2, 4))
-    with pytest.raises(ValueError, match="'flash' is not one of auto, xla, heads"):
-        attention(q, q, q, implementation="flash")

@@ -1,92 +1,91 @@
-"""One attention function; the rest of the code reaches every implementation through it.
+"""One attention function; the rest of the code reaches every implementation through it. docs/attention.md says which runs where.
 
-B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), G = N / K, H head width.
+B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite, so that a fully masked (padding) query gives numbers, never NaN
+from internvl3_jax.ops import cudnn
+from internvl3_jax.ops.blockwise import blockwise
+from internvl3_jax.ops.context import gather_keys, over_mesh
+from internvl3_jax.ops.masks import MASKED, Mask, causal, visibility
+from internvl3_jax.ops.plain import all_heads, head_by_head
+from internvl3_jax.ops.remat import keep
+
+__all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "causal", "platform", "visibility"]
+
+IMPLEMENTATIONS = ("auto", "xla", "heads", "blockwise", "ring", "splash", "cudnn")
+
 _MAP_HEADS_FROM = 128 * 1024  # scores per head (T * S) from which one head at a time is faster on a CPU
+_BLOCKS_FROM = 2048 * 2048  # and from which blocks are, and take less memory
+_SCORES = 256 * 2**20  # bytes of float32 scores of a device's part that an accelerator may hold at once
+_TABLE = 64 * 2**20  # bytes of a table of masked pairs that cuDNN is given; without remat every layer keeps one
+_FUSED_FROM = 256  # queries from which a fused kernel is called
 
 
-def visibility(q_slots, num_keys: int, q_segments=None, kv_segments=None):
-    """Which keys each query may see: bool[B,T,S].
-
-    `q_slots` i32[B,T] is the index of each query's own key; a query sees keys at or before it. Segments (i32, 0 is padding) confine it
-    to keys of its own segment. Order in the row decides, not positions: under V2PE positions may be fractional.
-
-        three tokens, plain                    slots 0 1 2                      1 0 0 / 1 1 0 / 1 1 1
-        two packed samples of two tokens       slots 0 1 2 3, segments 1 1 2 2  1000 / 1100 / 0010 / 0011
-        decoding token 5 into a cache of 8     slots 5                          11111100
-    """
-    keys = jnp.arange(num_keys, dtype=jnp.int32)
-    visible = keys[None, None, :] <= q_slots[:, :, None]
-    if q_segments is not None:
-        visible &= q_segments[:, :, None] == kv_segments[:, None, :]
-    return visible
-
-
-def attention(q, k, v, visible=None, implementation: str = "auto"):
-    """Softmax(q k^T / sqrt(H)) v with a float32 softmax.
+def attention(q, k, v, mask: Mask | None = None, implementation: str = "auto"):
+    """Softmax(q k^T / sqrt(H)) v with a float32 softmax; under a mesh, each device's part of it (ops/context.py).
 
     Args:
       q: [B,T,N,H]; k, v: [B,S,K,H] of the same dtype.
-      visible: bool[B,T,S] from `visibility`, or None where every query sees every key (the vision tower).
-      implementation: "xla" (all scores at once), "heads" (one head at a time: less memory, and faster on CPUs for long
-        sequences) or "auto".
+      mask: from `causal` (rows among themselves) or `visibility` (against a cache); None where every query sees every key (the vision
+        tower).
+      implementation: one of IMPLEMENTATIONS:
+        "xla" all scores at once, "heads" one head at a time (on CPUs), "blockwise" flash attention in plain JAX, "ring" the same with
+        the keys of split rows passed round, "splash" the TPU kernel, "cudnn" the NVIDIA kernel; "auto" chooses by the devices of the
+        mesh, or else the default ones, and by sizes.
 
-    Returns [B,T,N,H] in q's dtype.
+    Returns [B,T,N,H] in q's dtype, named "attention_output" for ops/remat.py. A query that sees no key gives finite numbers.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    return over_mesh(functools.partial(_local, implementation=implementation), q, k, v, mask)
+
+
+def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
+    """On one device, or of one device's part. `axis`: see `over_mesh`."""
+    devices = platform()
     if implementation == "auto":
-        large = q.shape[1] * k.shape[1] >= _MAP_HEADS_FROM
-        implementation = "heads" if large and jax.default_backend() == "cpu" else "xla"
-    if implementation == "xla":
-        return _all_heads(q, k, v, visible)
-    if implementation == "heads":
-        return _head_by_head(q, k, v, visible)
-    raise ValueError(f"attention implementation {implementation!r} is not one of auto, xla, heads")
+        implementation = choose(devices, q, k, mask, axis)
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(implementation, devices)
+    if devices != needed and (implementation, devices) != ("splash", "cpu"):  # a CPU emulates that one
+        raise ValueError(
+            f"attention implementation {implementation!r} is for {needed}; these devices are {devices}; use 'auto'"
+        )
+    if implementation in ("blockwise", "ring"):
+        return blockwise(q, k, v, mask, axis, ring=implementation == "ring")
+    if implementation == "splash":
+        from internvl3_jax.ops.splash import splash  # Pallas takes a quarter of a second to import
+
+        return splash(q, k, v, mask, axis, interpret=devices == "cpu")
+    if implementation == "cudnn":
+        return cudnn.cudnn(q, k, v, mask, axis)
+    if mask is not None:
+        k, v, mask = gather_keys(k, v, mask, axis)
+    return keep((all_heads if implementation == "xla" else head_by_head)(q, k, v, mask), "attention_output")
 
 
-def _all_heads(q, k, v, visible):
-    # The G query heads that share a key head are stacked along T, so that one plain batched product serves them all.
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what the mesh in context is made of, be it there or only compiled for; else the default devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None or device.platform is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def choose(platform: str, q, k, mask: Mask | None, axis: str | None) -> str:
+    """The implementation for a device's part of q and k. `axis`: the keys are split over it and will be gathered."""
     batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    group = heads // kv_heads
-    q = (q * width**-0.5).reshape(batch, length, kv_heads, group, width)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, width)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32)
-    if visible is not None:
-        scores = scores.reshape(batch, kv_heads, group, length, -1)
-        scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(batch, kv_heads, group * length, -1)
-    # Dividing after the product with v touches [T,H] in place of [T,S].
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
-
-
-def _head_by_head(q, k, v, visible):
-    batch, length, heads, width = q.shape
-    group = heads // k.shape[2]
-    rows = jnp.repeat(jnp.arange(batch), heads)
-    kv_rows = (jnp.arange(batch * heads) // heads) * k.shape[2] + (jnp.arange(batch * heads) % heads) // group
-
-    def flatten(x):  # [B,S,K,H] -> [B*K,S,H]
-        return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], width)
-
-    keys, values = flatten(k), flatten(v)
-
-    def one(inputs):
-        query, kv_row, row = inputs
-        scores = jnp.einsum("th,sh->ts", query, keys[kv_row], preferred_element_type=jnp.float32)
-        if visible is not None:
-            scores = jnp.where(visible[row], scores, MASKED)
-        # Dividing after the product with v touches [T,H] in place of [T,S].
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        mixed = jnp.einsum("ts,sh->th", weights.astype(values.dtype), values[kv_row], preferred_element_type=jnp.float32)
-        return (mixed / weights.sum(axis=-1, keepdims=True)).astype(values.dtype)
-
-    mixed = jax.lax.map(one, (flatten(q * width**-0.5), kv_rows, rows))
-    return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+    parts = 1 if axis is None else jax.lax.axis_size(axis)
+    scores = length * k.shape[1] * parts
+    if platform == "cpu":
+        return "xla" if scores < _MAP_HEADS_FROM else "heads" if scores < _BLOCKS_FROM else "blockwise"
+    if platform == "tpu" and length >= _FUSED_FROM and width % 64 == 0:
+        return "splash"
+    if platform == "gpu" and length >= _FUSED_FROM and width % 8 == 0 and width <= 128:
+        # Over split rows cuDNN would need a table.
+        if q.dtype in (jnp.bfloat16, jnp.float16) and axis is None and cudnn.table_bytes(q, k, mask) <= _TABLE:
+            return "cudnn"
+    return "xla" if 4 * batch * heads * scores <= _SCORES else "blockwise"

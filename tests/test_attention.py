@@ -1,0 +1,414 @@
+"""Every implementation of attention computes the same, alone and on any mesh, and none makes a table of queries by keys that should not."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoint import CONFIG, random_params
+
+from internvl3_jax import sharding
+from internvl3_jax.config import MeshConfig
+from internvl3_jax.model import InternVL
+from internvl3_jax.ops import context, cudnn, masks
+from internvl3_jax.ops.attention import attention, causal, choose, platform, visibility
+from internvl3_jax.ops.blockwise import blockwise
+from internvl3_jax.ops.remat import _POLICIES
+
+SEGMENTS = np.asarray([[1] * 100 + [2] * 90 + [3] * 50 + [0] * 16, [1] * 250 + [0] * 6], np.int32)
+LENGTH = SEGMENTS.shape[1]
+
+
+def arrays(batch, queries, keys, heads, kv_heads, width, seed=0):
+    """q, k, v and a gradient of the result"""
+    shapes = [(batch, queries, heads), (batch, keys, kv_heads), (batch, keys, kv_heads), (batch, queries, heads)]
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(*shape, width)).astype(np.float32) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(function, q, k, v, gradient, mask):
+    """(result, gradients of q, k and v)"""
+    mixed, pull = jax.vjp(lambda *inputs: function(*inputs, mask), q, k, v)
+    return mixed, *pull(gradient)
+
+
+def named(name):
+    return functools.partial(attention, implementation=name)
+
+
+def reference(q, k, v, visible=None):
+    q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
+    k, v = (np.repeat(part, q.shape[2] // part.shape[2], axis=2) for part in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    if visible is not None:
+        scores = np.where(np.asarray(visible)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+def assert_same(got, wanted, tolerance=1e-5):
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_who_sees_whom():
+    order = np.arange(3, dtype=np.int32)[None]
+    assert visibility(order, 3).dense().astype(int).tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    packed = np.asarray([[1, 1, 2, 2]])
+    expected = [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
+    assert causal((1, 4), packed).dense().astype(int).tolist() == expected
+    assert visibility(np.arange(4, dtype=np.int32)[None], 4, packed, packed).dense().astype(int).tolist() == expected
+    assert visibility(np.asarray([[5]]), 8).dense().astype(int).tolist() == [[[1, 1, 1, 1, 1, 1, 0, 0]]]
+
+
+def test_zigzag():
+    assert masks.zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert masks.zigzag(5, 1).tolist() == [0, 1, 2, 3, 4]
+    for parts in (1, 2, 4, 5):
+        order = masks.zigzag(40, parts)
+        np.testing.assert_array_equal(masks.in_order(jnp.asarray(order)[None], parts)[0], np.arange(40))
+        # Every device's queries see as many keys.
+        assert len(set((order + 1).reshape(parts, -1).sum(axis=1))) == 1 or parts == 1
+    with pytest.raises(ValueError, match="its length must be a multiple of 6"):
+        masks.zigzag(10, 3)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_blocks_that_are_left_out_are_empty(parts):
+    segments = SEGMENTS[:, masks.zigzag(LENGTH, parts)]
+    mask = causal(SEGMENTS.shape, segments, parts)
+    needed = np.asarray(masks.needed_blocks(mask, 16, 32))
+    seen = np.asarray(mask.dense()).reshape(2, LENGTH // 16, 16, LENGTH // 32, 32).any(axis=(2, 4))
+    assert (needed >= seen).all()
+    # In the first row those of three samples, of which the causal half: a fifth of all in place of half.
+    if parts == 1:
+        np.testing.assert_array_equal(needed, seen)
+        assert 0.2 < needed[0].mean() < 0.3 and 0.5 < needed[1].mean() < 0.6
+
+
+# --- the implementations ---------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "packed": (256, 256, 4, 2, 64, lambda: causal(SEGMENTS.shape, SEGMENTS)),
+    "packed, 128 wide": (256, 256, 3, 1, 128, lambda: causal(SEGMENTS.shape, SEGMENTS)),
+    "plain": (256, 256, 4, 4, 64, lambda: causal((2, 256))),
+    "odd length": (201, 201, 6, 2, 64, lambda: causal((2, 201), SEGMENTS[:, :201])),
+    "zigzag": (256, 256, 4, 2, 64, lambda: causal((2, 256), SEGMENTS[:, masks.zigzag(256, 4)], 4)),
+    "cache": (
+        70,
+        300,
+        4,
+        2,
+        64,
+        lambda: visibility(np.asarray([[200], [3]], np.int32) + np.arange(70, dtype=np.int32)[None], 300),
+    ),
+    "one token": (1, 300, 4, 2, 64, lambda: visibility(np.asarray([[299], [0]], np.int32), 300)),
+    "tower": (145, 145, 3, 3, 64, lambda: None),
+    "tower, whole blocks": (256, 256, 3, 3, 64, lambda: None),
+}
+
+
+@functools.cache
+def expected(case):
+    queries, keys, heads, kv_heads, width, make_mask = CASES[case]
+    inputs = arrays(2, queries, keys, heads, kv_heads, width)
+    return inputs, with_gradients(named("xla"), *inputs, make_mask())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_xla_is_the_formula(case):
+    (q, k, v, _), (mixed, *_) = expected(case)
+    mask = CASES[case][-1]()
+    if mask is not None and mask.parts > 1:
+        order = np.argsort(masks.zigzag(q.shape[1], mask.parts))
+        q, k, v, mixed = (np.asarray(x)[:, order] for x in (q, k, v, mixed))
+        mask = causal(q.shape[:2], SEGMENTS)
+    np.testing.assert_allclose(mixed, reference(q, k, v, None if mask is None else mask.dense()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("function", ["heads", "blockwise", "splash", 48])
+def test_implementations_agree(function, case):
+    """48: blocks of that many, which divide nothing."""
+    inputs, wanted = expected(case)
+    function = named(function) if isinstance(function, str) else functools.partial(blockwise, block=function)
+    assert_same(with_gradients(function, *inputs, CASES[case][-1]()), wanted)
+
+
+@pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
+def test_bfloat16_stays_and_is_near(function):
+    inputs, wanted = expected("packed")
+    got = with_gradients(named(function), *(jnp.asarray(x, jnp.bfloat16) for x in inputs), causal(SEGMENTS.shape, SEGMENTS))
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+    for a, b in zip(got, wanted, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)  # bfloat16's own rounding is 0.002
+
+
+@pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
+def test_a_sample_depends_on_its_own_past_alone(function):
+    """Gradients of one token of the second sample: zero, exactly, at all keys but those of its sample up to it."""
+    (q, k, v, _), _ = expected("packed")
+    gradient = np.zeros_like(q)
+    gradient[0, 130] = 1
+    mask = causal(SEGMENTS.shape, SEGMENTS)
+    _, _, *gradients = with_gradients(named(function), q, k, v, gradient, mask)
+    for array in gradients:
+        seen = np.abs(np.asarray(array)).max(axis=(2, 3)) > 0
+        assert seen[0].nonzero()[0].tolist() == list(range(100, 131)) and not seen[1].any()
+
+
+@pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
+def test_a_query_without_keys_is_finite(function):
+    q, k, v, gradient = arrays(1, 256, 256, 2, 2, 64)
+    nobody = visibility(np.zeros((1, 256), np.int32), 256, np.full((1, 256), 1), np.full((1, 256), 2))
+    assert not nobody.dense().any()
+    some = dataclasses.replace(nobody, q_segments=np.repeat([[1, 2]], 128, axis=1))
+    for mask in (nobody, some):
+        assert all(np.isfinite(x).all() for x in with_gradients(named(function), q, k, v, gradient, mask))
+
+
+def primitives(jaxpr) -> collections.Counter:
+    """How often each primitive stands in a program, its inner ones included."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        if not equation.outvars:  # left by the differentiation; the compiler drops it
+            continue
+        found[equation.primitive.name] += 1
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize(("function", "primitive", "backward"), [("splash", "pallas_call", 2), ("blockwise", "while", 1)])
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, context=2, tensor=2)], ids=["alone", "mesh"])
+def test_a_kept_output_is_not_computed_again(function, primitive, backward, mesh):
+    """Under remat "attention" the kernel of the forward pass runs once, under "full" twice."""
+
+    def count(policy):
+        def layer(q, k, v, mask):
+            return attention(q * 2, k, v, mask, function) * 2
+
+        layer = jax.checkpoint(layer, policy=_POLICIES[policy])
+        q, k, v, _ = arrays(2, 256, 256, 4, 2, 64)
+        gradient = jax.grad(lambda q, k, v, mask: layer(q, k, v, mask).sum(), argnums=(0, 1, 2))
+        return primitives(jax.make_jaxpr(gradient)(q, k, v, causal(SEGMENTS.shape, SEGMENTS)).jaxpr)[primitive]
+
+    with jax.set_mesh(sharding.make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])):
+        assert (count("attention"), count("full")) == (1 + backward, 2 + backward)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cudnn_is_asked_for(case, monkeypatch):
+    """XLA answers in its place: the masks, lengths and padding are right, whatever the kernel makes of them."""
+    plain = jax.nn.dot_product_attention
+
+    def stand_in(*inputs, implementation, **how):
+        assert implementation == "cudnn" and all(x.shape[1] % 2 == 0 for x in inputs)
+        return plain(*inputs, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    inputs, wanted = expected(case)
+    assert_same(with_gradients(lambda *inputs: cudnn.cudnn(*inputs), *inputs, CASES[case][-1]()), wanted)
+
+
+def test_what_cannot_be_is_refused():
+    q = jnp.ones((1, 2, 2, 4))
+    with pytest.raises(ValueError, match="'flash' is not one of auto, xla, heads, blockwise, ring, splash, cudnn"):
+        attention(q, q, q, implementation="flash")
+    with pytest.raises(ValueError, match="'splash' takes heads of a multiple of 64; these are 4 wide; use 'blockwise'"):
+        attention(q, q, q, implementation="splash")
+    with pytest.raises(ValueError, match="'cudnn' is for gpu; these devices are cpu; use 'auto'"):
+        attention(q, q, q, implementation="cudnn")
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------------------
+
+
+def local(batch, queries, keys, heads, width, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((batch, queries, heads, width), dtype), jax.ShapeDtypeStruct((batch, keys, 2, width), dtype)
+
+
+CHOICES = [
+    ("cpu", local(2, 256, 256, 4, 64), "packed", "xla"),
+    ("cpu", local(1, 1025, 1025, 16, 64), "tower", "heads"),
+    ("cpu", local(1, 16_384, 16_384, 14, 64), "packed", "blockwise"),
+    ("tpu", local(1, 16_384, 16_384, 14, 64), "packed", "splash"),
+    ("tpu", local(13, 1025, 1025, 16, 64), "tower", "splash"),
+    ("tpu", local(1, 4096, 8192, 14, 128), "cache", "splash"),
+    ("tpu", local(8, 1, 8192, 14, 64), "cache", "xla"),
+    ("tpu", local(1, 16_384, 16_384, 4, 32), "packed", "blockwise"),
+    ("gpu", local(13, 1025, 1025, 16, 64), "tower", "cudnn"),
+    ("gpu", local(1, 262_144, 262_144, 14, 64), "plain", "cudnn"),
+    ("gpu", local(1, 4096, 4096, 14, 64), "packed", "cudnn"),
+    ("gpu", local(4, 4096, 4096, 14, 64), "packed", "blockwise"),
+    ("gpu", local(1, 16_384, 16_384, 14, 64), "packed", "blockwise"),
+    ("gpu", local(8, 1, 8192, 14, 64), "cache", "xla"),
+    ("gpu", local(1, 16_384, 16_384, 14, 64, jnp.float32), "packed", "blockwise"),
+]
+
+
+@pytest.mark.parametrize(("platform", "inputs", "kind", "wanted"), CHOICES)
+def test_what_auto_chooses(platform, inputs, kind, wanted):
+    make = {
+        "packed": lambda q, k: causal(q.shape[:2], jnp.ones(q.shape[:2], jnp.int32)),
+        "plain": lambda q, k: causal(q.shape[:2]),
+        "cache": lambda q, k: visibility(jnp.zeros(q.shape[:2], jnp.int32), k.shape[1]),
+        "tower": lambda q, k: None,
+    }
+    assert choose(platform, *inputs, jax.eval_shape(lambda: make[kind](*inputs)), None) == wanted
+
+
+def test_the_mesh_says_what_is_computed_on():
+    assert platform() == "cpu"
+    with jax.set_mesh(sharding.make_mesh(MeshConfig())):
+        assert platform() == "cpu"
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"), abstract_device=tpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert platform() == "tpu"
+
+
+# --- on a mesh -------------------------------------------------------------------------------------------------------------------
+
+MESHES = {
+    "rows": MeshConfig(fsdp=2, data=4),
+    "tensor 4": MeshConfig(fsdp=2, tensor=4),
+    "tensor 8": MeshConfig(fsdp=1, tensor=8),
+    "context 4": MeshConfig(fsdp=2, context=4),
+    "all": MeshConfig(fsdp=2, tensor=2, context=2),
+}
+
+
+def on_mesh(function, mesh, q, k, v, gradient, segments):
+    """As `with_gradients`, of rows in their order, with what a mesh with a context axis does to it."""
+
+    def run(q, k, v, gradient, segments):
+        parts = context.row_parts(q.shape[1])
+        q, k, v, segments = (context.to_zigzag(x, parts) for x in (q, k, v, segments))
+        mixed, pull = jax.vjp(lambda *inputs: function(*inputs, causal(q.shape[:2], segments, parts)), q, k, v)
+        return tuple(context.from_zigzag(x, parts) for x in (mixed, *pull(context.to_zigzag(gradient, parts))))
+
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        return jax.jit(run)(q, k, v, gradient, segments)
+
+
+@functools.cache
+def rows(heads, kv_heads, width):
+    inputs = arrays(4, LENGTH, LENGTH, heads, kv_heads, width)
+    segments = np.concatenate([SEGMENTS, SEGMENTS[::-1]])
+    return (*inputs, segments), with_gradients(named("xla"), *inputs, causal(segments.shape, segments))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "ring", 24])
+def test_every_mesh_is_one_device(function, mesh):
+    """Of 14 heads on 2, which no tensor axis above 2 divides. 24: rings of blocks of that many."""
+    inputs, wanted = rows(14, 2, 8)
+    if function == 24:
+        ring = functools.partial(blockwise, ring=True, block=24)
+        function = functools.partial(context.over_mesh, ring)
+    else:
+        function = named(function)
+    assert_same(on_mesh(function, MESHES[mesh], *inputs), wanted)
+
+
+@pytest.mark.parametrize("mesh", ["tensor 4", "all"])
+def test_splash_on_a_mesh(mesh):
+    inputs, wanted = rows(6, 2, 64)
+    assert_same(on_mesh(named("splash"), MESHES[mesh], *inputs), wanted)
+
+
+@pytest.mark.parametrize("function", ["xla", "blockwise", "splash"])
+@pytest.mark.parametrize("tiles", [8, 3])
+def test_tiles_on_a_mesh(function, tiles):
+    """3 tiles do not divide: every device computes all of them."""
+    inputs = arrays(tiles, 65, 65, 3, 3, 64)
+    wanted = with_gradients(named("xla"), *inputs, None)
+    with jax.set_mesh(sharding.make_mesh(MESHES["all"])):
+        assert_same(with_gradients(named(function), *inputs, None), wanted)
+
+
+@pytest.mark.parametrize("function", ["xla", "blockwise"])
+def test_a_cache_on_a_mesh(function):
+    inputs, wanted = expected("cache")
+    with jax.set_mesh(sharding.make_mesh(MESHES["all"])):
+        assert_same(with_gradients(named(function), *inputs, CASES["cache"][-1]()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor", "local_heads", "local_kv_heads"),
+    [
+        (14, 2, 2, 7, 1),
+        (14, 2, 4, 4, 1),
+        (14, 2, 8, 2, 1),
+        (12, 2, 8, 2, 1),
+        (28, 4, 4, 7, 1),
+        (28, 4, 8, 4, 1),
+        (32, 2, 8, 4, 1),
+        (40, 8, 8, 5, 1),
+        (64, 8, 8, 8, 1),
+        (40, 8, 4, 10, 2),
+    ],
+)
+def test_heads_of_each_device(heads, kv_heads, tensor, local_heads, local_kv_heads):
+    """All heads are computed once, but for those that fill up a group."""
+    seen = []
+
+    def spy(q, k, v, mask, axis):
+        seen.append((q.shape, k.shape, axis))
+        return q
+
+    q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(8, 8, 8, heads, kv_heads, 4))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(tensor=tensor))):
+        mixed = jax.eval_shape(lambda q, k, v: context.over_mesh(spy, q, k, v, causal((8, 8))), q, k, v)
+    assert mixed.shape == q.shape
+    rows = tensor  # of 8, over the other devices
+    assert seen == [((rows, 8, local_heads, 4), (rows, 8, local_kv_heads, 4), None)]
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_tokens_change_places(parts):
+    x = np.random.default_rng(0).normal(size=(2, 48, 3)).astype(np.float32)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(context=parts))):
+        assert context.row_parts(48) == parts and context.row_parts(50) == 1
+        moved = jax.jit(lambda x: context.to_zigzag(x, parts))(x)
+        np.testing.assert_array_equal(moved, x[:, masks.zigzag(48, parts)])
+        np.testing.assert_array_equal(jax.jit(lambda x: context.from_zigzag(x, parts))(moved), x)
+
+
+@pytest.mark.parametrize("function", ["blockwise", "ring"])
+def test_no_device_holds_queries_by_keys(function):
+    """The largest array of the compiled program is the block of scores, not T / 4 x T."""
+    length = 8192
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, 1, 1, 2, 1, 8)]
+    q, k, v, gradient = (jax.ShapeDtypeStruct((1, length, *x.shape[2:]), x.dtype) for x in like)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=1, tensor=2, context=4))):
+        mask = jax.eval_shape(lambda: causal((1, length), jnp.ones((1, length), jnp.int32), 4))
+        text = with_gradients.lower(named(function), q, k, v, gradient, mask).compile().as_text()
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", text)]
+    assert max(sizes) == 512 * 512
+
+
+def test_the_model_under_a_ring():
+    batch = {
+        "tokens": np.random.default_rng(0).integers(0, 400, (2, 64)).astype(np.int32),
+        "positions": np.tile(np.arange(64, dtype=np.int32) * 256, (2, 1)),
+        "segments": np.asarray([[1] * 30 + [2] * 30 + [0] * 4, [1] * 64], np.int32),
+        "tiles": np.zeros((2, 0, 16, 16, 3), np.uint8),
+    }
+    params = random_params(CONFIG)
+    wanted = jax.jit(InternVL(CONFIG).apply)({"params": params}, batch)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=2, context=4))):
+        got = jax.jit(InternVL(CONFIG, attention="ring").apply)({"params": params}, batch)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
