@@ -42,6 +42,12 @@ flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "Of parameters and computation. Default: float32 on a CPU, as stored elsewhere.",
 )
+flags.DEFINE_integer(
+    "devices",
+    1,
+    "Devices to split the model over, by heads and columns (tensor parallelism): for one too large for one.",
+    lower_bound=1,
+)
 flags.DEFINE_bool("json", False, "Print one JSON object per answer, on a line of its own, in place of the text.")
 flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
 flags.DEFINE_bool("accept_fingerprint", False, "Use a checkpoint whose files no longer agree with how it was made.")
@@ -80,7 +86,21 @@ def open_chat():
         name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_tiles", "system")
     }
     options |= {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
-    return Chat(load(FLAGS.checkpoint, dtype=dtype, accept_fingerprint=FLAGS.accept_fingerprint), **options)
+    return Chat(load(FLAGS.checkpoint, dtype=dtype, mesh=make_mesh(), accept_fingerprint=FLAGS.accept_fingerprint), **options)
+
+
+def make_mesh():
+    """Of the first --devices devices; None for one."""
+    import jax
+
+    from internvl3_jax import sharding
+    from internvl3_jax.config import MeshConfig
+
+    if FLAGS.devices == 1:
+        return None
+    if FLAGS.devices > len(jax.devices()):
+        raise ValueError(f"--devices is {FLAGS.devices}; this machine has {len(jax.devices())}: {jax.devices()}")
+    return sharding.make_mesh(MeshConfig(fsdp=1, tensor=FLAGS.devices), jax.devices()[: FLAGS.devices])
 
 
 def ask(chat, question: str, images: list[str]) -> None:

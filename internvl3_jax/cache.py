@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax.config import LanguageConfig
+from internvl3_jax.sharding import BATCH_AXES, constrain
 
 Cache = list[dict[str, jax.Array]]
 
 
 def init_cache(config: LanguageConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_layers)]
+    return [{"k": _placed(jnp.zeros(shape, dtype)), "v": _placed(jnp.zeros(shape, dtype))} for _ in range(config.num_layers)]
+
+
+def _placed(x):
+    """Rows and heads over the mesh in context, as far as they divide."""
+    return constrain(x, BATCH_AXES, None, "tensor", None)
 
 
 def cache_bytes(config: LanguageConfig, slots: int, bytes_per_value: int = 2) -> int:
@@ -28,7 +34,7 @@ def write(layer: dict, k, v, slots):
         return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (start, 0, 0))
 
     start = slots[:, 0]
-    return {"k": jax.vmap(row)(layer["k"], k, start), "v": jax.vmap(row)(layer["v"], v, start)}
+    return {name: _placed(jax.vmap(row)(layer[name], new, start)) for name, new in (("k", k), ("v", v))}
 
 
 def grow(cache: Cache, slots: int) -> Cache:

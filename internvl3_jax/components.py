@@ -10,6 +10,7 @@ import numpy as np
 
 from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.optimizer import is_stacked_matrix, make_optimizer, path_name, relative_rates, split_params
+from internvl3_jax.sharding import constrain
 
 # What a path starts with; of several, the longest.
 COMPONENTS = {
@@ -99,7 +100,8 @@ def _checksum(leaf):
     for axis, length in enumerate(leaf.shape):
         place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     first = _mix(bits ^ _mix(place + 1))
-    return jnp.stack([first.sum(dtype=jnp.uint32), _mix(first ^ jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)])
+    sums = jnp.stack([first.sum(dtype=jnp.uint32), _mix(first ^ jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)])
+    return constrain(sums, None)  # on every device, so that every process can read it
 
 
 def _mix(x):

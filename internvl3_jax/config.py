@@ -246,6 +246,7 @@ class TrainConfig:
     loss_chunk: int = 1024  # tokens whose logits exist at a time
     scan_unroll: int = 1  # layers per step of the scans; all of them is about twice as fast on a CPU
     log_every: int = 20
+    agree_every: int = 100  # steps between checks that all processes are at the same step of the same run
     save_every: int = 500
     keep: int = 2  # checkpoints kept, the newest
     keep_every: int = 0  # also those of every so many steps, for good; 0: none

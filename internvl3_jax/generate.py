@@ -6,6 +6,7 @@ longer neighbour changes what a row computes. Positions are separate from slots,
 B rows, T prompt tokens, S cache slots, D width, V vocabulary, P tokens per tile.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from internvl3_jax.data.batch import Prompt
 from internvl3_jax.model import InternVL
 from internvl3_jax.positions import next_position
 from internvl3_jax.sampling import Sampling, sample
+from internvl3_jax.sharding import param_shardings
 
 TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded
 LENGTH_BUCKETS = tuple(quarters * 2 ** (power - 2) for power in range(6, 24) for quarters in (4, 5, 6, 7))
@@ -67,7 +69,7 @@ class Generator:
     Args:
       config: of the model.
       params: the canonical (stacked) tree. The decoder's layers are copied into the unrolled layout, so drop your reference to the
-        original to free it.
+        original to free it. If they are split over a mesh (`load(..., mesh=)`), they stay so, and the cache is split, too.
       dtype: of parameters, computation and cache.
       stop_ids: ids that end an answer.
     """
@@ -77,11 +79,17 @@ class Generator:
         self.dtype = jnp.dtype(dtype)
         self.stop_ids = tuple(stop_ids)
         # The tower of an accelerator scans: it compiles faster, and the copies cost little there.
-        self.model = InternVL(config, self.dtype, unrolled=True, unrolled_vision=_on_cpu())
+        self.mesh = _mesh_of(params)
+        fused = self.mesh is None or self.mesh.shape["tensor"] == 1
+        self.model = InternVL(config, self.dtype, unrolled=True, unrolled_vision=_on_cpu(), fused=fused)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         tower = vision.unroll(params["vision"], config.vision) if _on_cpu() else params["vision"]
-        self.params = params | {"vision": tower, "language": language.unroll(params["language"], config.language)}
+        unrolled = params | {"vision": tower, "language": language.unroll(params["language"], config.language, fused)}
+        self.params = unrolled if self.mesh is None else jax.device_put(unrolled, param_shardings(unrolled, self.mesh))
         self.vision_params = {name: self.params[name] for name in ("vision", "projector")}
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def check_room(self, prompt: Prompt, run: "Run", where: str = "") -> None:
         """ContextError if the prompt and `run.limit` new tokens do not fit into the positions that the model knows."""
@@ -104,7 +112,8 @@ class Generator:
         length = bucket(max(new))
         slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)  # an accelerator's last call may draw past the limit
         if cache is None:
-            cache = kv_cache.init_cache(self.config.language, len(prompts), slots, self.dtype)
+            with self._on_mesh():
+                cache = _init_cache(self.config.language, len(prompts), slots, self.dtype)
         elif cache[0]["k"].shape[1] < slots:
             cache = kv_cache.grow(cache, slots)
         tokens, positions = np.zeros((2, len(prompts), length), np.int32)
@@ -114,19 +123,10 @@ class Generator:
             positions[row, new[row] :] = prompt.positions[-1]
         places = np.broadcast_to(keep + np.arange(length, dtype=np.int32), tokens.shape)
         last = np.asarray(new, np.int32) - 1
-        token, cache = _prefill(
-            self.model,
-            self.params,
-            tokens,
-            self._features(prompts, length, keep),
-            positions,
-            places,
-            last,
-            run.keys(),
-            cache,
-            run.sampling,
-            run.scaling,
-        )
+        visual = self._features(prompts, length, keep)
+        inputs = (tokens, visual, positions, places, last, run.keys(), cache)
+        with self._on_mesh():
+            token, cache = _prefill(self.model, self.params, *inputs, run.sampling, run.scaling)
         following = np.asarray([next_position(prompt.positions) for prompt in prompts], np.int32)
         rows = len(prompts)
         return State(cache, token, following, last + 1 + keep, np.ones(rows, np.int32), _is_stop(token, self.stop_ids))
@@ -141,7 +141,8 @@ class Generator:
         while drawn < run.limit and not (stopped := np.asarray(state.done)).all():
             count = min(TOKENS_PER_CALL, run.limit - drawn)
             carry = (state.token, state.position, state.slot, state.drawn, state.done, state.cache)
-            tokens, carry = _decode(self.model, self.params, carry, keys, count, self.stop_ids, run.sampling, run.scaling)
+            with self._on_mesh():
+                tokens, carry = _decode(self.model, self.params, carry, keys, count, self.stop_ids, run.sampling, run.scaling)
             state.token, state.position, state.slot, state.drawn, state.done, state.cache = carry
             drawn += count
             tokens = np.asarray(tokens)[:, :count]
@@ -175,10 +176,22 @@ class Generator:
         done = 0
         for count in tile_pieces(len(tiles)):
             piece = slice(done, done + count)
-            features = _encode(self.model, self.vision_params, tiles[piece])
-            visual = _place(visual, features, rows[piece], places[piece])
+            with self._on_mesh():
+                features = _encode(self.model, self.vision_params, tiles[piece])
+                visual = _place(visual, features, rows[piece], places[piece])
             done += count
         return visual
+
+
+def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
+    """The mesh of several devices that the parameters are split over."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1 else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _init_cache(config, rows, slots, dtype):
+    return kv_cache.init_cache(config, rows, slots, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,7 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-BATCH_AXES = ("data", "fsdp")  # axes of the mesh that the rows of a batch are split over
+from internvl3_jax.sharding import BATCH_AXES, SHARDED_AXES, axis_size, constrain
+
+GROUP_AXES = (*BATCH_AXES, "context")  # axes of the mesh that tokens are split over
 _MASKED = -1e30
 
 
@@ -32,22 +34,25 @@ def chunked_cross_entropy(hidden, kernel, targets, weights, vocab_size: int, chu
       hidden: [B,T,D] in the compute dtype, which the products take; logits, losses and sums are float32.
       kernel: [D, padded V], any float dtype; its gradient is summed in float32. Columns from `vocab_size` on are padding.
       targets: i32[B,T]; weights: f32[B,T], 0 where nothing is trained.
-      groups: parts of the batch, one after the other, each of which does its own chunks: the number of devices that the rows are split
-        over, so that no token leaves its device. None: as many as the mesh in context (`jax.set_mesh`) has along `BATCH_AXES`.
+      groups: parts of the batch, one after the other, each of which does its own chunks: the number of devices that the tokens are split
+        over, so that no token leaves its device. None: as many as the mesh in context (`jax.set_mesh`) has along `GROUP_AXES`.
 
     Returns (f32[] sum of weight * loss, f32[B,T] loss of each token that has a weight and 0 elsewhere, without gradient).
 
     Memory: float32 logits of `chunk` tokens of each group, twice with gradients, and one float32 matrix like `kernel` for each group.
     """
     rows, length, width = hidden.shape
-    groups = math.gcd(rows, _batch_devices() if groups is None else groups)
-    chunk = min(chunk, rows * length // groups)
-    grouped = (x.reshape(groups, rows // groups * length, *x.shape[2:]) for x in (hidden, targets, weights))
-    hidden, targets, weights = grouped
-    # Gathered once, where the parameters are sharded over the devices that the batch is split over; not once for each chunk.
-    kernel = _constrain(kernel, None, "tensor")
-    total, losses = _grouped(hidden, kernel, targets, weights, vocab_size, chunk)
-    return total, jax.lax.stop_gradient(losses.reshape(rows, length))
+    by_rows = math.gcd(rows, axis_size(*BATCH_AXES) if groups is None else groups)
+    by_tokens = math.gcd(length, axis_size("context")) if groups is None else 1
+    shape = (by_rows, rows // by_rows, by_tokens, length // by_tokens)
+
+    def grouped(x):  # [B,T,...] -> [G,N,...]
+        return x.reshape(*shape, *x.shape[2:]).swapaxes(1, 2).reshape(by_rows * by_tokens, -1, *x.shape[2:])
+
+    chunk = min(chunk, shape[1] * shape[3])
+    total, losses = _grouped(grouped(hidden), kernel, grouped(targets), grouped(weights), vocab_size, chunk)
+    losses = losses.reshape(by_rows, by_tokens, shape[1], shape[3]).swapaxes(1, 2).reshape(rows, length)
+    return total, jax.lax.stop_gradient(losses)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -84,7 +89,8 @@ def _over_chunks(hidden, kernel, targets, weights, vocab_size, chunk, with_gradi
     order = jnp.pad(order, ((0, 0), (0, spare)))
     valid = jnp.pad(jnp.take_along_axis(weights, order[:, :count], axis=1), ((0, 0), (0, spare)))
     chunks = -(-(weights != 0).sum(axis=1).max() // chunk)
-    cast = kernel.astype(hidden.dtype)
+    # Gathered once, in the compute dtype, where the parameters are split over the devices of the batch; not once for each chunk.
+    cast = constrain(kernel.astype(hidden.dtype), None, "tensor")
     real = (jnp.arange(kernel.shape[1]) < vocab_size)[None, None]
 
     def body(index, carry):
@@ -98,18 +104,19 @@ def _over_chunks(hidden, kernel, targets, weights, vocab_size, chunk, with_gradi
         d_hidden = jax.lax.dynamic_update_slice_in_dim(carry[1], gradients[0], index * chunk, axis=1)
         return losses, d_hidden, carry[2] + gradients[1]
 
-    carry = (_constrain(jnp.zeros(order.shape, jnp.float32), BATCH_AXES, None),)
+    carry = (constrain(jnp.zeros(order.shape, jnp.float32), GROUP_AXES, None),)
     if with_gradients:
         carry += (
-            _constrain(jnp.zeros((*order.shape, width), hidden.dtype), BATCH_AXES, None, None),
-            _constrain(jnp.zeros((groups, *kernel.shape), jnp.float32), BATCH_AXES, None, "tensor"),
+            constrain(jnp.zeros((*order.shape, width), hidden.dtype), GROUP_AXES, None, None),
+            constrain(jnp.zeros((groups, *kernel.shape), jnp.float32), GROUP_AXES, None, "tensor"),
         )
     carry = jax.lax.fori_loop(0, chunks, body, carry)
     losses = jnp.take_along_axis(carry[0], place, axis=1)
     if not with_gradients:
         return losses, None, None
     d_hidden = jnp.take_along_axis(carry[1], place[..., None], axis=1)
-    return losses, d_hidden, carry[2].sum(axis=0).astype(kernel.dtype)
+    d_kernel = constrain(carry[2].sum(axis=0), SHARDED_AXES, "tensor")
+    return losses, d_hidden, d_kernel.astype(kernel.dtype)
 
 
 def _chunk(x, kernel, targets, weights, real, with_gradients: bool):
@@ -136,21 +143,3 @@ def _weighted_first(weights):
     before = jnp.cumsum(weighted, axis=1)
     place = jnp.where(weighted, before - 1, before[:, -1:] + jnp.cumsum(~weighted, axis=1) - 1).astype(jnp.int32)
     return jnp.argsort(~weighted, axis=1, stable=True).astype(jnp.int32), place
-
-
-def _batch_devices() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
-
-
-def _constrain(x, *axes):
-    """x sharded over those of the axes that the mesh in context has; x itself where there is no mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-
-    def present(axis):
-        names = tuple(name for name in (axis if isinstance(axis, tuple) else (axis,)) if name in mesh.axis_names)
-        return names or None
-
-    return jax.lax.with_sharding_constraint(x, jax.P(*map(present, axes)))

@@ -13,6 +13,7 @@ The vision tower is data parallel on all of them: every device computes its own 
 Axes are `Auto`: rules say where arrays begin and end, `constrain` marks a few places between, and the compiler adds the collectives.
 """
 
+import functools
 import math
 import re
 
@@ -35,13 +36,13 @@ WIDTH = SHARDED_AXES
 RULES: tuple[tuple[str, tuple], ...] = (
     (r"vision/(class_embedding|position_embedding)", ()),
     (r"vision/patch_embedding/kernel", (None, WIDTH)),
-    (r"vision/layers/(qkv|proj|fc1)/kernel", (WIDTH, "tensor")),
-    (r"vision/layers/fc2/kernel", ("tensor", WIDTH)),
+    (r"vision/layers?(_\d+)?/(qkv|proj|fc1)/kernel", (WIDTH, "tensor")),
+    (r"vision/layers?(_\d+)?/fc2/kernel", ("tensor", WIDTH)),
     (r"projector/(fc1|fc2)/kernel", (WIDTH, "tensor")),
     (r"language/embedding", ("tensor", WIDTH)),
     (r"language/head/kernel", (WIDTH, "tensor")),
-    (r"language/layers/(q|k|v|gate|up)/kernel", (WIDTH, "tensor")),
-    (r"language/layers/(o|down)/kernel", ("tensor", WIDTH)),
+    (r"language/layers?(_\d+)?/(q|k|v|qkv|gate|up|gate_up)/kernel", (WIDTH, "tensor")),
+    (r"language/layers?(_\d+)?/(o|down)/kernel", ("tensor", WIDTH)),
     (r"(vision|projector|language)/(.*/)?(bias|scale|layer_scale1|layer_scale2)", ()),
 )
 
@@ -112,39 +113,35 @@ def _fit(path: str, size: int, axes, mesh):
     return max(fitting, key=len)
 
 
-def param_specs(params, mesh):
-    """A tree like `params` (arrays or ShapeDtypeStructs) of PartitionSpecs. Also for optimizer states: a leaf goes by the parameter's
-    path at the end of its own, and what has another shape than the parameter (a factored moment, a counter) is whole."""
-    return jax.tree.map_with_path(lambda path, leaf: _state_spec(_name(path), leaf.shape, mesh), params)
+def param_shardings(params, mesh):
+    """A tree like `params` (arrays or ShapeDtypeStructs) of NamedShardings. ValueError as of `spec`."""
+
+    def one(path, leaf):
+        return jax.NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh))
+
+    return jax.tree.map_with_path(one, params)
 
 
-def shardings(tree, mesh):
-    """The same as NamedShardings."""
-    return jax.tree.map(
-        lambda spec: jax.NamedSharding(mesh, spec), param_specs(tree, mesh), is_leaf=lambda x: isinstance(x, jax.P)
-    )
+def state_shardings(state, params, mesh):
+    """The same of an optimizer's state: a leaf whose path ends in a parameter's, and which has its shape, is split like it; the rest
+    (counters, factored moments) is whole."""
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+
+    def one(path, leaf):
+        found = re.search(r"(?:^|/)((?:vision|projector|language)/.*)", path_name(path))
+        like = found is not None and shapes.get(found[1]) == leaf.shape
+        return jax.NamedSharding(mesh, spec(found[1], leaf.shape, mesh) if like else jax.P())
+
+    return jax.tree.map_with_path(one, state)
 
 
-def abstract(tree, mesh):
-    """The tree as ShapeDtypeStructs with their shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings(tree, mesh)
-    )
+def abstract(tree, places):
+    """The tree as ShapeDtypeStructs with the shardings `places`."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
 
 
-def _state_spec(path: str, shape: tuple[int, ...], mesh) -> jax.P:
-    found = re.search(r"(?:^|/)((?:vision|projector|language)/.*)", path)
-    if found is None:
-        return jax.P()  # counters
-    try:
-        return spec(found[1], shape, mesh)
-    except ValueError:
-        if found[1] == path:
-            raise
-        return jax.P()
-
-
-def _name(path) -> str:
+def path_name(path) -> str:
+    """A path of jax.tree_util, of a parameter or of an optimizer's state, as "0/mu/vision/layers/fc1/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
@@ -205,8 +202,8 @@ def axis_size(*axes: str) -> int:
 def constrain(x, *axes):
     """x split over `axes`, one entry (an axis, several, or None) for each dimension; x itself where no mesh is in context.
 
-    A dimension that does not divide stays whole, so that small and odd shapes work everywhere; what must not happen silently
-    (parameters, batches) is checked by `spec` and `check_batch`.
+    Of several axes those at the end are left out until the rest divides the dimension, so that small and odd shapes work everywhere; what
+    must not happen silently (parameters, batches) is checked by `spec` and `check_batch`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -214,10 +211,34 @@ def constrain(x, *axes):
 
     def present(size, axis):
         names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in mesh.axis_names)
-        return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names or None
 
     specs = [present(size, axis) for size, axis in zip(x.shape, axes, strict=True)]
     return jax.lax.with_sharding_constraint(x, jax.P(*specs))
+
+
+def gathered(kernel, path: str):
+    """The matrix at `path` as it is used: whole, but for the decoder's split over tensor. Its gradient goes back to where the rule of
+    the path stores it, so that it is summed and scattered in one step. The matrix itself where no rule or no mesh is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
+    if axes is None or mesh.empty or mesh.size == 1:
+        return kernel
+    used = tuple(axis if axis == "tensor" and path.startswith("language/") else None for axis in axes)
+    return _gather(kernel, used, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(kernel, used, stored):
+    return constrain(kernel, *used)
+
+
+_gather.defvjp(
+    lambda kernel, used, stored: (_gather(kernel, used, stored), None),
+    lambda used, stored, _, gradient: (constrain(gradient, *stored),),
+)
 
 
 def require_mesh() -> None:

@@ -1,14 +1,17 @@
 """One update: loss, gradients of what is trained, optimizer. Pure; the caller jits it and donates the state."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from internvl3_jax.config import TrainConfig
 from internvl3_jax.losses import chunked_cross_entropy
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, join, path_name
+from internvl3_jax.sharding import constrain, param_shardings, require_mesh, state_shardings
 
 
 class TrainState(NamedTuple):
@@ -17,10 +20,34 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+def make_model(config: TrainConfig) -> InternVL:
+    """The model as a run trains it."""
+    remat = {"remat_vision": config.remat_vision, "remat_language": config.remat_language}
+    return InternVL(config.model, jnp.dtype(config.compute_dtype), scan_unroll=config.scan_unroll, **remat)
+
+
+def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, places: TrainState):
+    """(state, batch, key) -> (state, metrics), to be compiled within the mesh; the state is donated, and lies where `places` says.
+
+    places: shardings of the state, of `shardings_of`. RuntimeError if no mesh is in context.
+    """
+    require_mesh()
+    scaling = "none" if set(config.data.deltas) != {"1"} else None  # V2PE switches dynamic NTK off
+    settings = {"micro_batches": config.micro_batches, "loss_chunk": config.loss_chunk, "num_sources": sources}
+    step = functools.partial(train_step, model, optimizer, scaling=scaling, **settings)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+
+
 def init_state(model: InternVL, optimizer: Optimizer, batch, seed: int, param_dtype=jnp.float32) -> TrainState:
     params = model.init(jax.random.key(seed), batch)["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def shardings_of(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state's tree (arrays or ShapeDtypeStructs) of NamedShardings."""
+    whole = jax.NamedSharding(mesh, jax.P())
+    return TrainState(whole, param_shardings(state.params, mesh), state_shardings(state.opt_state, state.params, mesh))
 
 
 def train_step(
@@ -57,6 +84,7 @@ def train_step(
     metrics = {"loss": loss, "weight": weight} | _gradient_metrics(gradients) | sources
     metrics["finite"] = finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)  # whole, so that every process can read them
     updated = TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
 

@@ -10,8 +10,8 @@ import pytest
 from tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, picture, random_params
 
 from internvl3_jax import cache as kv_cache
-from internvl3_jax import generate
-from internvl3_jax.config import UNITS
+from internvl3_jax import generate, sharding
+from internvl3_jax.config import UNITS, MeshConfig
 from internvl3_jax.data.batch import Prompt, join_tiles
 from internvl3_jax.data.tiles import cut_tiles
 from internvl3_jax.generate import ContextError, Generator, Run, bucket, tile_pieces
@@ -154,6 +154,23 @@ def test_a_kept_cache_grows():
 
 
 # --- where an answer ends --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(fsdp=1, tensor=8), MeshConfig(data=2, fsdp=1, tensor=4), MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=8)],
+    ids=str,
+)
+def test_a_mesh_draws_the_same_tokens(mesh):
+    """Weights and cache split over the devices; 2 key heads on up to 4 of them. Also for sampled tokens, and one row alone."""
+    mesh = sharding.make_mesh(mesh)
+    split = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
+    ours = Generator(CONFIG, split)
+    down = ours.params["language"]["layer_0"]["down"]["kernel"]
+    assert down.sharding.shard_shape(down.shape)[0] == CONFIG.language.intermediate_size // mesh.shape["tensor"]
+    for prompts, sampling in ((RAGGED, {}), (RAGGED[:1], {"temperature": 1.0})):
+        run = make_run(len(prompts), limit=20, **sampling)
+        assert ours.generate(prompts, run) == generator().generate(prompts, run)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 16, 17, 18, 40])

@@ -110,6 +110,13 @@ def test_text_only_and_other_dtypes(ask):
     assert len(answer["token_ids"]) == 12
 
 
+def test_several_devices_answer_alike(ask, pictures):
+    question = {"prompt": "What is it?", "image": [str(pictures / "wide.png")], "json": True}
+    alone, split = (json.loads(ask(**question, devices=devices).out) for devices in (1, 4))
+    assert alone["token_ids"] == split["token_ids"]
+    assert fail(ask, **question, devices=9).startswith("error: --devices is 9; this machine has 8: [CpuDevice(id=0)")
+
+
 def test_a_conversation(ask, monkeypatch, pictures):
     """Two turns, a wrong picture, a reset; the first answer comes back after it."""
     lines = [f"/image {pictures / 'wide.png'}", "Read the number.", "And now?", "/image nowhere.png", "hi", "", "/reset"]

@@ -180,3 +180,21 @@ def collectives(text):
     for shape, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
         found.setdefault(kind, []).append(re.sub(r"\{[^}]*\}", "", shape))
     return found
+
+
+def test_a_frozen_head_costs_no_gradient():
+    """Where the kernel is not trained, the compiler drops the product for its gradient and the sum that would hold it."""
+    shapes = (((2, 32, 64), "float32"), ((64, 1024), "float32"), ((2, 32), "int32"), ((2, 32), "float32"))
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def loss(*arguments):
+        return chunked_cross_entropy(*arguments, 1000, chunk=16)[0]
+
+    both, frozen = (jax.jit(jax.grad(loss, which)).lower(*arguments).compile() for which in ((0, 1), 0))
+    assert frozen.cost_analysis()["flops"] < 0.75 * both.cost_analysis()["flops"], (
+        "two products with the kernel in place of three"
+    )
+    carried = [line for line in frozen.as_text().splitlines() if " while(" in line]
+    assert len(carried) == 1 and carried[0].split(" while(")[0].count("64,1024]") == 1, (
+        "the loop carries the kernel and no gradient of it"
+    )
