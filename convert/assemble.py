@@ -205,6 +205,21 @@ def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
     return tuple(slice(0, config.language.vocab_size) if axis == "V" else slice(None) for axis in row.shape.split())
 
 
+def fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
+    """Reads parts of a leaf layer by layer, each tensor once. `parts`: ((start, stop) of each dimension of the leaf) -> array to fill."""
+    for out in parts.values():
+        out[...] = 0  # the vocabulary's padding
+    for layer in layer_numbers(row, plan.config):
+        wanted = parts if layer is None else {key: out for key, out in parts.items() if key[0][0] <= layer < key[0][1]}
+        value = bits(to_leaf(row, read_tensors(plan, source, row, layer), plan.config)) if wanted else None
+        for key, out in wanted.items():
+            place, bounds = (bits(out), key) if layer is None else (bits(out)[layer - key[0][0]], key[1:])
+            ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
+            taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
+            if all(part.start < part.stop for part in taken):
+                copy(value[taken], place[tuple(slice(0, part.stop - part.start) for part in taken)])
+
+
 def fill_leaf(plan: Plan, source: Source, row: Row, out: np.ndarray, visit: Callable | None = None) -> None:
     """Reads a leaf layer by layer into `out`.
 

@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 
+import jax
 import numpy as np
 
 from convert.assemble import (
@@ -22,6 +23,7 @@ from convert.assemble import (
     cast,
     check_params,
     fill_leaf,
+    fill_parts,
     has_head,
     layer_numbers,
     layer_tensors,
@@ -99,9 +101,18 @@ class Released:
         for layer in layer_numbers(row, self.config):
             hashes.add(row.keys("internvl", layer)[0], read_tensors(self.checked, self.tensors, row, layer))
 
-    def params(self, place: Callable[[str, np.ndarray], object]) -> dict:
-        """The parameter tree, each leaf handed through `place(path, array)` as soon as it is read."""
-        return storage.nest({row.target: place(row.target, self.leaf(row)) for row in active_rows(self.config)})
+    def params(self, places: Mapping[str, jax.sharding.Sharding]) -> dict:
+        """The parameter tree as jax arrays, each where `places` (by path) puts it. A process holds one tensor of the files and its own
+        devices' parts of one leaf at a time."""
+        return storage.nest({row.target: self._placed(row, places[row.target]) for row in active_rows(self.config)})
+
+    def _placed(self, row: Row, place: jax.sharding.Sharding) -> jax.Array:
+        shape = padded_shape(row, self.config)
+        indices = {device: _bounds(index, shape) for device, index in place.addressable_devices_indices_map(shape).items()}
+        parts = {bounds: np.empty([stop - start for start, stop in bounds], self.checked.dtype) for bounds in indices.values()}
+        fill_parts(self.checked, self.tensors, row, parts)
+        arrays = [jax.device_put(parts[bounds], device) for device, bounds in indices.items()]
+        return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
 
 @dataclasses.dataclass
@@ -131,6 +142,11 @@ class Converted:
 
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
         self.leaf(row, hashes)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """((start, stop), ...) of each dimension"""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | None) -> np.ndarray:

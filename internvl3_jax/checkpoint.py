@@ -27,6 +27,7 @@ from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.find import MANIFEST, damage, find, is_checkpoint, latest_step
 from internvl3_jax.fingerprint import compare, fingerprint
 from internvl3_jax.model import InternVL, abstract_params
+from internvl3_jax.sharding import param_shardings
 
 FORMAT = 1
 TRAINING = "training.json"
@@ -112,15 +113,15 @@ def load(
     path: str | os.PathLike,
     *,
     dtype=None,
-    shardings: Callable[[dict], dict] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     accept_fingerprint: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint directory, a training run, a released safetensors directory (either layout) or a hub id.
 
     Args:
       dtype: of the parameters and of the computation; None keeps what is stored.
-      shardings: from the tree of parameters as ShapeDtypeStructs to a like tree of `jax.sharding.Sharding`s; each parameter is
-        read straight to where that puts it. None puts all on the default device.
+      mesh: of `sharding.make_mesh`: each device gets its part of each parameter, straight from the files. None puts all on the default
+        device.
       accept_fingerprint: go on although the files no longer agree with how the checkpoint was made.
 
     Raises:
@@ -135,7 +136,7 @@ def load(
         tokenizer = Tokenizer.from_directory(directory)
         made = fingerprint(config, processor, tokenizer, _dtype_name(stored))
         compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
-        target = _targets(directory, config, stored, dtype, _places(config, shardings))
+        target = _targets(directory, config, stored, dtype, _places(config, mesh))
         params = storage.load_tree(directory / "params", target)
     else:
         # The one upward import of the package: reading a released directory is a conversion in memory.
@@ -143,18 +144,17 @@ def load(
 
         source = open_released(directory, dtype and jnp.dtype(dtype).name, accept_fingerprint)
         config, processor, tokenizer = source.config, source.processor, source.tokenizer
-        places = _places(config, shardings)
-        params = source.params(lambda path, leaf: jax.device_put(leaf, places[path]))
+        params = source.params(_places(config, mesh))
     compute = jax.tree.leaves(params)[0].dtype
     return Checkpoint(InternVL(config, compute), config, params, processor, tokenizer, directory)
 
 
-def _places(config: ModelConfig, shardings: Callable[[dict], dict] | None) -> dict[str, jax.sharding.Sharding]:
+def _places(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict[str, jax.sharding.Sharding]:
     """Path -> where the parameter goes."""
     wanted = _abstract_params(config)
-    if shardings is None:
+    if mesh is None:
         return dict.fromkeys(storage.by_path(wanted), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    return storage.by_path(shardings(wanted))
+    return storage.by_path(param_shardings(wanted, mesh))
 
 
 @functools.cache

@@ -11,8 +11,9 @@ import optax
 import pytest
 from released import convert, random_params, reduce, reduce_processor, same_tensors, write_released
 
-from internvl3_jax import checkpoint, find, storage
+from internvl3_jax import checkpoint, find, sharding, storage
 from internvl3_jax.checkpoint import load, save_checkpoint
+from internvl3_jax.config import MeshConfig
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.fingerprint import FingerprintError
 from internvl3_jax.model import InternVL
@@ -62,13 +63,18 @@ def test_every_kind_of_directory_computes_the_same_logits(saved, tmp_path):
     np.testing.assert_array_equal(logits[0], logits[2])
 
 
-def test_parameters_go_where_shardings_put_them(saved, tmp_path):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+def test_parameters_are_read_to_where_a_mesh_puts_them(saved, tmp_path):
+    """From each kind of directory; the vocabulary's padding included."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     convert(saved, tmp_path / "hf", to="hf")
-    for directory in (saved, tmp_path / "hf"):
-        opened = load(directory, shardings=lambda tree: jax.tree.map(lambda _: place, tree))
-        assert {leaf.sharding for leaf in jax.tree.leaves(opened.params)} == {place}
+    convert(saved, tmp_path / "internvl", to="internvl")
+    whole = load(saved).params
+    places = sharding.param_shardings(whole, mesh)
+    for directory in (saved, tmp_path / "hf", tmp_path / "internvl"):
+        opened = load(directory, mesh=mesh)
+        assert jax.tree.map(lambda leaf: leaf.sharding, opened.params) == places
+        jax.tree.map(np.testing.assert_array_equal, opened.params, whole)
+    assert len({str(place.spec) for place in jax.tree.leaves(places)}) >= 4
 
 
 # --- directories that cannot be opened ----------------------------------------------------------------------------------------
