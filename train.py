@@ -7,7 +7,6 @@ Started again with the same --workdir it goes on exactly where its last complete
 143, on which schedulers start a job again.
 """
 
-import functools
 import json
 import pathlib
 import sys
@@ -15,14 +14,13 @@ import time
 import zlib
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from convert.source import travelling_files
-from internvl3_jax import report
+from internvl3_jax import distributed, report, sharding
 from internvl3_jax.components import component_table, format_table
-from internvl3_jax.config import TrainConfig
+from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.evaluate import evaluate
@@ -31,10 +29,16 @@ from internvl3_jax.held_out import HeldOut
 from internvl3_jax.meter import Meter
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, make_optimizer
-from internvl3_jax.run import TERMINATED, Guard, Past, Saver, Skipped, restore_or_init, save_config, termination
-from internvl3_jax.train_step import TrainState, train_step
+from internvl3_jax.placement import Placement
+from internvl3_jax.run import Guard, Past, Saver, Skipped, restore_or_init, save_config
+from internvl3_jax.train_step import TrainState, make_model, make_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config() -> TrainConfig.", lock_config=False)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0; not needed on Cloud TPU, SLURM, Open MPI, Kubernetes."
+)
+PROCESSES = flags.DEFINE_integer("processes", -1, "How many processes the run has; as above.")
+PROCESS = flags.DEFINE_integer("process", -1, "The number of this one, from 0; as above.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, log, report.", required=True)
 
 
@@ -42,44 +46,48 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+    distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+    mesh = make_mesh(config)
     save_config(config, workdir)
-    params, tokenizer = fit(config, workdir)
+    params, tokenizer = fit(config, workdir, mesh)
     if config.evaluate_per_task:
         scores = evaluate(config, params, tokenizer)
         report.write(workdir, config, scores)
         print(report.table(scores))
 
 
-def fit(config: TrainConfig, workdir: pathlib.Path):
-    """Starts or goes on with a run and brings it to its end: (parameters, tokenizer)."""
+def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
+    """The mesh of all devices. ValueError if the model, the batch or an evaluation does not fit it."""
+    mesh, data = sharding.make_mesh(config.mesh), config.data
+    sharding.check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
+    if jax.process_count() > 1 and (config.evaluate_answers or config.evaluate_per_task):
+        raise ValueError(
+            "evaluate_answers and evaluate_per_task are for one process: generation is not spread over several here"
+        )
+    return mesh
+
+
+def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None):
+    """Starts or goes on with a run on all devices, or those of `mesh`, and brings it to its end: (parameters, tokenizer)."""
+    mesh = mesh or make_mesh(config)
     tokenizer = make_tokenizer(config.data)
     model = make_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    with Batches(config.data, config.processor, tokenizer, jax.process_index(), jax.process_count()) as batches:
-        state, past = restore_or_init(config, workdir, model, optimizer, batches)
-        print(format_table(component_table(state.params, config.optimizer)))
+    placement = Placement(mesh, config.data)
+    with jax.set_mesh(mesh), Batches(config.data, config.processor, tokenizer, placement.shards) as batches:
+        state, past = restore_or_init(config, workdir, model, optimizer, batches, mesh)
+        if jax.process_index() == 0:
+            print(format_table(component_table(state.params, config.optimizer)))
         held_out = HeldOut(config, model, tokenizer) if config.held_out else None
-        saver = Saver(config, workdir, travelling(config) | tokenizer.files())
-        state = train(config, workdir, model, optimizer, state, past, batches, saver, held_out)
+        saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files())
+        state = train(config, workdir, model, optimizer, state, past, batches, placement, saver, held_out)
     return state.params, tokenizer
 
 
 def travelling(config: TrainConfig) -> dict[str, bytes]:
     """What lies beside the weights that the run starts from, so that every step of it can be exported to serve in their place."""
     return travelling_files(find(config.init_from)) if config.init_from else {}
-
-
-def make_model(config: TrainConfig) -> InternVL:
-    remat = {"remat_vision": config.remat_vision, "remat_language": config.remat_language}
-    return InternVL(config.model, jnp.dtype(config.compute_dtype), scan_unroll=config.scan_unroll, **remat)
-
-
-def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int):
-    """(state, batch, key) -> (state, metrics), compiled; the state is donated."""
-    scaling = "none" if set(config.data.deltas) != {"1"} else None  # V2PE switches dynamic NTK off
-    settings = {"micro_batches": config.micro_batches, "loss_chunk": config.loss_chunk, "num_sources": sources}
-    return jax.jit(functools.partial(train_step, model, optimizer, scaling=scaling, **settings), donate_argnums=0)
 
 
 def train(
@@ -90,32 +98,42 @@ def train(
     state: TrainState,
     past: Past,
     batches: Batches,
+    placement: Placement,
     saver: Saver,
     held_out: HeldOut | None,
 ) -> TrainState:
     """Runs the remaining steps; logs, evaluates and saves as the configuration says."""
     sources = source_names(config.data)
-    step_fn = make_step(config, model, optimizer, len(sources))
-    meter, guard = Meter(config, sources, "vision" in optimizer.split(state.params)[0]), Guard(state.params, optimizer, sources)
-    skipped, key = Skipped(workdir), jax.random.key(config.seed)
+    meter = Meter(config, placement, sources, "vision" in optimizer.split(state.params)[0])
+    guard, skipped = Guard(state.params, optimizer, sources), Skipped(workdir)
+    key = jax.device_put(jax.random.key(config.seed), state.step.sharding)
     before, began = past.seconds, time.perf_counter()
-    with report.Log(workdir, config, int(state.step)) as log, termination() as is_terminated:
+    first = int(state.step) + 1
+    with report.Log(workdir, config, first - 1, jax.process_index() == 0) as log, distributed.termination() as stops:
         try:
-            for step in range(int(state.step) + 1, config.steps + 1):
+            for step in range(first, config.steps + 1):
                 log.profile(step)
                 prepared = next(batches)
-                state, metrics = step_fn(state, prepared.batch, key)
+                batch = placement.arrays(prepared.batch)
+                if step == first:
+                    step_fn = compile_step(config, model, optimizer, len(sources), state, batch, key)
+                if (step - first) % config.agree_every == 0:
+                    # Compiling takes a host with a filled cache no time, and another one minutes.
+                    distributed.check_agreement(step, identity(config, prepared.batch), seconds=3600 if step == first else 300)
+                distributed.at(step)
+                state, metrics = step_fn(state, batch, key)
                 meter.add(prepared, metrics)
                 guard.add(step, metrics, prepared)
                 past.seconds = before + time.perf_counter() - began
-                last, stop = step == config.steps, is_terminated()
+                last, stop = step == config.steps, stops(step)
                 logs, saves = step % config.log_every == 0 or last, step % config.save_every == 0 or last or stop
                 evaluates = held_out and config.evaluate_every and (step % config.evaluate_every == 0 or last)
                 if logs or saves or evaluates:
                     guard.check()
                 if logs:
                     left_out = {"skipped": count} if (count := skipped.note(prepared)) else {}
-                    log.write(step, meter.row(step) | left_out | {"seconds": past.seconds, "batch": digest(prepared.batch)})
+                    seen = {"seconds": past.seconds, "batch": placement.digest(prepared.batch)}
+                    log.write(step, meter.row(step) | left_out | seen)
                 if evaluates:
                     evaluate_held_out(step, config, workdir, state, past, held_out, log)
                 if saves:
@@ -123,10 +141,26 @@ def train(
                 if stop and not last:
                     saver.wait()
                     print(f"stopped by SIGTERM; step {step} is saved in {workdir}", flush=True)
-                    sys.exit(TERMINATED)
+                    sys.exit(distributed.TERMINATED)
         finally:
             saver.wait()
     return state
+
+
+def compile_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, state: TrainState, batch, key):
+    """The compiled step; all processes do this beside each other, and only then wait for each other."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return make_step(config, model, optimizer, sources, places).lower(state, batch, key).compile()
+
+
+def identity(config: TrainConfig, batch) -> dict[str, str | int]:
+    """What must be the same in every process."""
+    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape[1:])}" for name, array in sorted(batch.items()))
+    return {
+        "configuration": zlib.crc32(json.dumps(to_dict(config)).encode()),
+        "a row of the batch": shapes,
+        "jax": jax.__version__,
+    }
 
 
 def evaluate_held_out(step: int, config: TrainConfig, workdir, state: TrainState, past: Past, held_out: HeldOut, log) -> None:
@@ -141,17 +175,13 @@ def evaluate_held_out(step: int, config: TrainConfig, workdir, state: TrainState
                 file.write(json.dumps({"step": step} | row, ensure_ascii=False) + "\n")
 
 
-def digest(batch) -> int:
-    """Tells whether two runs saw the same bytes."""
-    return functools.reduce(lambda crc, name: zlib.crc32(batch[name], crc), sorted(batch), 0)
-
-
 def run(argv):
-    try:
-        main(argv)
-    # What the user can mend is one line; anything else is our fault and keeps its traceback.
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    with distributed.together():
+        try:
+            main(argv)
+        # What the user can mend is one line; anything else is our fault and keeps its traceback.
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

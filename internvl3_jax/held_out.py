@@ -15,6 +15,7 @@ from internvl3_jax.generate import Generator, Run
 from internvl3_jax.losses import chunked_cross_entropy
 from internvl3_jax.model import InternVL
 from internvl3_jax.sampling import Sampling
+from internvl3_jax.sharding import constrain
 
 _LONGEST = 256  # tokens of an answer
 
@@ -67,4 +68,5 @@ def _losses(model: InternVL, params, batch, *, chunk: int, sources: int):
     weights = batch["loss_weights"]
     _, losses = chunked_cross_entropy(hidden, kernel, batch["targets"], weights, model.config.language.vocab_size, chunk)
     member = jax.nn.one_hot(batch["sources"], sources)
-    return jax.numpy.einsum("nbt,bts->ns", jax.numpy.stack([losses * weights, weights]), member)
+    sums = jax.numpy.einsum("nbt,bts->ns", jax.numpy.stack([losses * weights, weights]), member)
+    return constrain(sums, None, None)

@@ -8,36 +8,22 @@ import numpy as np
 
 from internvl3_jax import flops
 from internvl3_jax.config import TrainConfig
+from internvl3_jax.hardware import chip_of
 from internvl3_jax.optimizer import make_schedule
-
-# bfloat16 peak of one device in FLOP/s, by the beginning of its name (data sheets, without sparsity).
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 1153e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from internvl3_jax.placement import Placement, total
 
 
 def peak_flops() -> float | None:
     """Of all devices together; None where it is not known, as on CPUs."""
-    kind = jax.devices()[0].device_kind
-    found = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
-    return found[0] * jax.device_count() if found else None
+    chip = chip_of(jax.devices()[0].device_kind)
+    return chip.flops * jax.device_count() if chip else None
 
 
 class Meter:
     """Collects steps; `row` says what they were and starts again."""
 
-    def __init__(self, config: TrainConfig, sources: list[str], vision_trained: bool):
-        self.config, self.sources, self.vision_trained = config, sources, vision_trained
+    def __init__(self, config: TrainConfig, placement: Placement, sources: list[str], vision_trained: bool):
+        self.config, self.placement, self.sources, self.vision_trained = config, placement, sources, vision_trained
         self.schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
         self._restart()
 
@@ -47,14 +33,16 @@ class Meter:
     def add(self, prepared, metrics: dict) -> None:
         """prepared: a data/batches.Prepared; metrics: of train_step, which may still be computing."""
         self.metrics.append(metrics)
-        self.counts.append(flops.batch_counts(prepared.batch, self.config.model))
+        self.counts.append(flops.batch_counts(self.placement.counted(prepared.batch), self.config.model))
         self.waited += prepared.waited
 
     def row(self, step: int) -> dict[str, float]:
         """Values of the log at `step`: means over the steps collected. Waits for them."""
         metrics = {name: np.stack([np.asarray(row[name]) for row in self.metrics]) for name in self.metrics[0]}
         seconds, steps = time.perf_counter() - self.began, len(self.metrics)
-        counts = {name: sum(row[name] for row in self.counts) for name in self.counts[0]}
+        # Of all processes, which wait for each other here.
+        sums = total(np.array([sum(row[name] for row in self.counts) for name in self.counts[0]], np.int64))
+        counts = dict(zip(self.counts[0], sums.tolist(), strict=True))
         values = {name: float(value.mean()) for name, value in metrics.items() if name.startswith(("loss", "grad_norm"))}
         values |= {
             "learning_rate": float(self.schedule(step - 1)),
@@ -67,8 +55,7 @@ class Meter:
             "memory_gib": _memory() / 2**30,
         }
         if peak := peak_flops():
-            needed = sum(flops.train_flops(self.config.model, row, self.vision_trained) for row in self.counts)
-            values["mfu"] = needed / seconds / peak
+            values["mfu"] = flops.train_flops(self.config.model, counts, self.vision_trained) / seconds / peak
         if len(self.sources) > 1:
             losses, weights = metrics["source_loss"].sum(axis=0), metrics["source_weight"].sum(axis=0)
             values |= {f"loss/{self.sources[i]}": float(losses[i] / weights[i]) for i in np.flatnonzero(weights)}

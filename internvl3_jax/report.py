@@ -1,9 +1,11 @@
 """What a run leaves for people: log.jsonl, the loss curve, and the report of its held-out scores."""
 
+import dataclasses
 import json
 import pathlib
 import platform
 import sys
+import uuid
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -13,13 +15,18 @@ from internvl3_jax.config import TrainConfig, to_dict
 class Log:
     """WORKDIR/log.jsonl, one row per logged step; also the terminal and, if the configuration asks, TensorBoard, W&B and a profile.
 
-    Opened at a step, it drops the rows after it, which are about to be written anew.
+    Opened at a step, it drops the rows after it, which are about to be written anew. Of several processes one writes; every one of them
+    profiles its devices.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: TrainConfig, step: int):
+    def __init__(self, workdir: pathlib.Path, config: TrainConfig, step: int, writes: bool = True):
+        self.writes = writes
+        if not writes:
+            config = dataclasses.replace(config, tensorboard=False, wandb="")
         self.path, self.config = workdir / "log.jsonl", config
         rows = self.rows() if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        if writes:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         self.progress = _progress()
         self.task = self.progress.add_task("training", total=config.steps, completed=step, loss=float("nan"))
         self.sinks = [*_tensorboard(workdir, config), *_wandb(workdir, config)]
@@ -34,11 +41,13 @@ class Log:
         if self.profiling:
             self._stop_profile()
         for _, close in self.sinks:
-            close()
-        if exception[0] is None and self.rows():
+            close(exception[0] is not None)
+        if exception[0] is None and self.writes and self.rows():
             self.draw()
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for write, _ in self.sinks:
@@ -97,7 +106,7 @@ def _progress() -> Progress:
 
 
 def _tensorboard(workdir: pathlib.Path, config: TrainConfig) -> list:
-    """[(write, close)] or nothing."""
+    """[(write, close)] or nothing; close takes whether the run broke off."""
     if not config.tensorboard:
         return []
     try:
@@ -105,7 +114,12 @@ def _tensorboard(workdir: pathlib.Path, config: TrainConfig) -> list:
     except ImportError as error:
         raise ImportError("tensorboard=True needs tensorboardX: pip install 'internvl3-jax[logging]'") from error
     writer = SummaryWriter(str(workdir / "tensorboard"))
-    return [(lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()], writer.close)]
+
+    def write(step, values):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return [(write, lambda broke_off: writer.close())]
 
 
 def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
@@ -115,8 +129,15 @@ def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
         import wandb
     except ImportError as error:
         raise ImportError("wandb=PROJECT needs wandb: pip install wandb") from error
-    run = wandb.init(project=config.wandb, dir=workdir, id=workdir.name, resume="allow", config=to_dict(config))
-    return [(lambda step, values: run.log(values, step=step), run.finish)]
+    # Kept beside the run, so that it goes on there too: runs are told apart by their directory, not by the last part of its name.
+    path = workdir / "wandb" / "id"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(uuid.uuid4().hex)
+    run = wandb.init(
+        project=config.wandb, dir=workdir, id=path.read_text(), name=str(workdir), resume="allow", config=to_dict(config)
+    )
+    return [(lambda step, values: run.log(values, step=step), lambda broke_off: run.finish(exit_code=int(broke_off)))]
 
 
 def write(workdir: pathlib.Path, config: TrainConfig, scores: dict[str, float]) -> None:

@@ -6,27 +6,28 @@ WORKDIR/log.jsonl          a row every `log_every` steps; see meter.py
 WORKDIR/skipped.txt        reasons of samples that were left out
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
 import pathlib
-import signal
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint
+from internvl3_jax import checkpoint, distributed, sharding
 from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Prepared
 from internvl3_jax.find import latest_step
 from internvl3_jax.optimizer import Optimizer
-from internvl3_jax.train_step import TrainState, init_state, trained_paths
+from internvl3_jax.placement import Placement, total
+from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
-TERMINATED = 128 + signal.SIGTERM  # the status that schedulers take for "stopped from outside": start it again
+_SPEED = ("mesh", "micro_batches", "remat_vision", "remat_language", "loss_chunk", "scan_unroll")
+_LOGGING = ("log_every", "agree_every", "tensorboard", "wandb", "profile_steps")
+FREE_TO_CHANGE = (*_SPEED, *_LOGGING)  # of TrainConfig, when a run goes on
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +44,32 @@ class Past:
 
 def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
     """Prints the resolved configuration and keeps it with the run. ValueError if the run there has another one."""
+    if jax.process_index():
+        return  # that the processes agree is checked elsewhere; here they would read what the first one is writing
     text = json.dumps(to_dict(config), indent=1)
     path = workdir / "config.json"
-    if path.exists() and path.read_text() != text:
-        raise ValueError(f"{workdir} is a run with another configuration ({path}); name another --workdir, or delete it")
+    if path.exists() and (differing := _differing(_deciding(json.loads(path.read_text())), _deciding(json.loads(text)), "")):
+        raise ValueError(
+            f"{workdir} is a run with another configuration ({path}): {'; '.join(differing)}. Name another --workdir, or delete it"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print(text)
 
 
+def _deciding(config: dict) -> dict:
+    """What decides about the numbers; the rest may change while a run stands still: other devices, another cut of the same update."""
+    data = {name: value for name, value in config["data"].items() if name != "workers"}
+    return {name: value for name, value in config.items() if name not in FREE_TO_CHANGE} | {"data": data}
+
+
 def restore_or_init(
-    config: TrainConfig, workdir: pathlib.Path, model, optimizer: Optimizer, batches
+    config: TrainConfig, workdir: pathlib.Path, model, optimizer: Optimizer, batches, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Past]:
-    """From the newest undamaged checkpoint, which also sets `batches` to where they were; else from `config.init_from`, or random."""
+    """From the newest undamaged checkpoint, which also sets `batches` to where they were; else from `config.init_from`, or random.
+
+    Each array is made or read where it belongs on the mesh, which may be another one than the checkpoint was saved from.
+    """
     size = config.model.vision.image_size
     row = np.zeros((1, 1), np.int32)
     example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
@@ -63,46 +77,64 @@ def restore_or_init(
     def init():
         return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype))
 
-    step = latest_step(workdir)
+    step = agreed_step(workdir)
+    shapes = jax.eval_shape(init)
+    places = shardings_of(shapes, mesh)
     if step is None:
-        state = warm_start(config, optimizer) if config.init_from else jax.jit(init)()
+        state = warm_start(config, optimizer, places) if config.init_from else jax.jit(init, out_shardings=places)()
         return state, Past(frozen=frozen_hash(state.params, config.optimizer.freeze))
-    abstract = jax.eval_shape(init)
-    params, opt_state, extra = checkpoint.restore_training(workdir, step, abstract.params, abstract.opt_state)
+    wanted = sharding.abstract(shapes, places)
+    params, opt_state, extra = checkpoint.restore_training(workdir, step, wanted.params, wanted.opt_state)
     batches.restore(extra["data"])
-    print(f"going on from step {step} of {workdir}")
+    if jax.process_index() == 0:
+        print(f"going on from step {step} of {workdir}")
     past = Past(**extra["past"])
     check_frozen(config, params, past, step)
-    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state), past
+    return TrainState(_everywhere(np.int32(step), mesh), params, opt_state), past
 
 
-def warm_start(config: TrainConfig, optimizer: Optimizer) -> TrainState:
+def agreed_step(workdir: pathlib.Path) -> int | None:
+    """The newest complete step. An error where the processes see different ones, as they do if WORKDIR is not shared."""
+    step = latest_step(workdir)
+    # Their data may have been indexed until now, on one host faster than on another.
+    distributed.check_agreement(0, {"newest complete step": "none" if step is None else step}, seconds=1800)
+    return step
+
+
+def _everywhere(value, mesh):
+    return jax.device_put(value, jax.NamedSharding(mesh, jax.P()))
+
+
+def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) -> TrainState:
     """The first state from a checkpoint, a released directory of either layout or a hub id; all of its parameters or an error."""
-    source = checkpoint.load(config.init_from, dtype=config.param_dtype)
+    source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh)
     theirs, ours = to_dict(source.config), to_dict(config.model)
     theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]  # of the training, not of the weights
-    if differing := _differing(theirs, ours):
+    if differing := _differing(theirs, ours, "model"):
         raise ValueError(f"{config.init_from} is another model than the configuration's: {'; '.join(differing)}")
     count = sum(leaf.size for leaf in jax.tree.leaves(source.params))
-    print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
-    return TrainState(jnp.zeros((), jnp.int32), source.params, jax.jit(optimizer.init)(source.params))
+    if jax.process_index() == 0:
+        print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
+    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(source.params)
+    return TrainState(jax.device_put(np.int32(0), places.step), source.params, opt_state)
 
 
-def _differing(theirs: dict, ours: dict, where: str = "model") -> list[str]:
+def _differing(theirs: dict, ours: dict, where: str) -> list[str]:
     found = []
-    for name, value in theirs.items():
-        if isinstance(value, dict):
-            found += _differing(value, ours[name], f"{where}.{name}")
-        elif value != ours[name]:
-            found.append(f"{where}.{name} is {value!r} there and {ours[name]!r} here")
+    for name in theirs | ours:
+        value, own, path = theirs.get(name), ours.get(name), f"{where}.{name}" if where else name
+        if isinstance(value, dict) and isinstance(own, dict):
+            found += _differing(value, own, path)
+        elif value != own:
+            found.append(f"{path} is {value!r} there and {own!r} here")
     return found
 
 
 class Saver:
     """Saves steps in the background, one at a time."""
 
-    def __init__(self, config: TrainConfig, workdir: pathlib.Path, files: dict[str, bytes]):
-        self.config, self.workdir, self.files = config, workdir, files
+    def __init__(self, config: TrainConfig, workdir: pathlib.Path, placement: Placement, files: dict[str, bytes]):
+        self.config, self.workdir, self.placement, self.files = config, workdir, placement, files
         self.finish: Callable[[], None] = lambda: None
 
     def start(self, step: int, state: TrainState, prepared: Prepared, past: Past) -> None:
@@ -123,7 +155,7 @@ class Saver:
             processor=self.config.processor,
             files=self.files,
             extra={"past": dataclasses.asdict(past)},
-            data=prepared.states,
+            data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
             keep=self.config.keep,
             keep_also=keep_also,
         )
@@ -172,25 +204,15 @@ class Skipped:
     """Writes down each new reason for which a sample was left out."""
 
     def __init__(self, workdir: pathlib.Path):
-        self.path, self.known, self.count = workdir / "skipped.txt", set(), 0
+        process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        self.path, self.known = workdir / f"skipped{process}.txt", set()
 
     def note(self, prepared: Prepared) -> int:
-        """Samples left out since the run began."""
+        """Samples that all processes have left out since the run began; they wait for each other."""
         new = [reason for reason in prepared.skipped if reason not in self.known]
         if new:
             self.known.update(new)
             with self.path.open("a") as file:
                 file.writelines(f"{reason}\n" for reason in new)
             log.warning("left out: %s", "; ".join(new))
-        return prepared.skipped_count
-
-
-@contextlib.contextmanager
-def termination():
-    """Yields a function that says whether SIGTERM has come; it no longer ends the process."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return int(total(np.array([prepared.skipped_count], np.int64))[0])

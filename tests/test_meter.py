@@ -1,7 +1,9 @@
 """What the log says: FLOPs by hand, what a batch holds, means over steps; and where the rows go."""
 
+import contextlib
 import dataclasses
 import json
+import sys
 import types
 
 import jax
@@ -59,7 +61,8 @@ def test_what_a_batch_holds():
 
 def test_a_row_is_the_mean_since_the_last():
     config = dataclasses.replace(train_config(), steps=10)
-    meter = Meter(config, ["a", "b", "c"], True)
+    placement = types.SimpleNamespace(counted=lambda batch: batch)
+    meter = Meter(config, placement, ["a", "b", "c"], True)
     prepared = types.SimpleNamespace(batch=example_batch(), waited=0.0)
     for step in (1, 2):
         sums = {"source_loss": np.array([2.0 * step, 0, 3]), "source_weight": np.array([1.0, 0, 2])}
@@ -86,6 +89,24 @@ def test_the_log_and_tensorboard(tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     assert (tmp_path / "loss.png").exists()
     assert all(b"loss" in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_weights_and_biases_tells_runs_apart(tmp_path, monkeypatch):
+    """Two runs whose directories end alike are two runs there; one that goes on stays what it is."""
+    started, finished = [], []
+    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda exit_code: finished.append(exit_code))
+    fake = types.SimpleNamespace(init=lambda **settings: started.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = dataclasses.replace(train_config(), wandb="project")
+    for name in ("a/sft", "b/sft", "a/sft"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FloatingPointError), Log(tmp_path / name, config, 0) as log:
+            log.write(1, {"loss": 1.0, "seconds": 1.0})
+            if len(started) == 1:
+                raise FloatingPointError
+    ids = [settings["id"] for settings in started]
+    assert ids[0] == ids[2] != ids[1] and started[0]["name"] == str(tmp_path / "a" / "sft")
+    assert finished == [1, 0, 0]
 
 
 def test_a_profile_of_chosen_steps(tmp_path):

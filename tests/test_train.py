@@ -19,13 +19,14 @@ from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 import train
 from convert.run import convert
 from convert.source import open_model
-from internvl3_jax import load, storage
-from internvl3_jax.config import SIZES, to_dict
+from internvl3_jax import load, sharding, storage
+from internvl3_jax.config import SIZES, MeshConfig, to_dict
 from internvl3_jax.data.digits import TASKS
+from internvl3_jax.distributed import TERMINATED
 from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.run import TERMINATED
 
 ROOT = pathlib.Path(train.__file__).parent
+ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
 
 
@@ -130,7 +131,8 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     out, err = process.communicate(timeout=500)
     assert process.returncode == 1 and out == ""
     assert err == (
-        f"error: {workdir} is a run with another configuration ({workdir}/config.json); name another --workdir, or delete it\n"
+        f"error: {workdir} is a run with another configuration ({workdir}/config.json): optimizer.learning_rate is 0.003 there and"
+        " 0.0001 here; evaluate_per_task is 1 there and 0 here. Name another --workdir, or delete it\n"
     )
     assert ((workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()) == before
 
@@ -175,7 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole_run, command, tmp_path):
 def start_here(config, workdir):
     """main() in this process."""
     train.save_config(config, workdir)
-    train.fit(config, workdir)
+    train.fit(config, workdir, ONE_DEVICE)
 
 
 def test_official_data_from_a_released_checkpoint(tmp_path, capsys):
@@ -240,7 +242,7 @@ def test_any_step_is_exported(whole_run, tmp_path):
 def test_what_is_not_finite_stops_the_run(tmp_path):
     """Naming step and samples; the checkpoint before is complete and opens."""
     config = official_config(write_official(tmp_path))
-    make = train.make_step
+    make = train.compile_step
 
     def make_broken(*arguments):
         step, count = make(*arguments), iter(range(100))
@@ -253,7 +255,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path):
 
     train_dir = tmp_path / "broken"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_step", make_broken)
+        patch.setattr(train, "compile_step", make_broken)
         with pytest.raises(
             FloatingPointError, match=r"loss .* at step 2; the last checkpoint is kept. Samples: .*(seen|text) row \d"
         ):
@@ -264,7 +266,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path):
 
 def test_a_frozen_leaf_that_changed_is_not_saved(tmp_path):
     config = official_config(write_official(tmp_path), freeze=("vision/.*",))
-    make = train.make_step
+    make = train.compile_step
 
     def make_leaky(*arguments):
         step = make(*arguments)
@@ -278,7 +280,7 @@ def test_a_frozen_leaf_that_changed_is_not_saved(tmp_path):
         return leaky
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_step", make_leaky)
+        patch.setattr(train, "compile_step", make_leaky)
         with pytest.raises(ValueError, match="step 3: parameters that optimizer.freeze names have changed"):
             start_here(config, tmp_path / "run")
 

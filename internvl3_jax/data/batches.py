@@ -1,14 +1,15 @@
 """From streams of samples to the batches of one process, prepared ahead of time, with a state that resumes exactly.
 
-The rows of a global batch come from `data.shards` streams, rows/shards from each, and every stream packs its own. A process owns
-consecutive streams, so any number of processes that divides `shards` sees the same global sequence of batches, and a run may go on
-with another number of processes.
+The rows of a global batch come from `data.shards` streams, rows/shards from each, and every stream packs its own. A process prepares
+the streams whose rows its devices compute (placement.py), so any number of processes sees the same global sequence of batches, and a
+run may go on with another number of them.
 """
 
 import dataclasses
 import queue
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,9 +38,12 @@ class Batches:
     """Endless iterator of `Prepared`. Close it, or use it as a context manager: it owns threads and maybe processes."""
 
     def __init__(
-        self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, process: int = 0, processes: int = 1
+        self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, shards: Sequence[int] | None = None
     ):
-        self.shards = _own_shards(config, process, processes)
+        """shards: the streams to prepare; None: all."""
+        if config.shards < 1 or config.rows % config.shards:
+            raise ValueError(f"data.rows is {config.rows}; it must be a multiple of data.shards ({config.shards})")
+        self.shards = range(config.shards) if shards is None else shards
         self.rows = config.rows // config.shards
         dataset = sample_dataset(config, processor, tokenizer)
         self.packers = {
@@ -121,15 +125,3 @@ class Batches:
 
     def __exit__(self, *exception):
         self.close()
-
-
-def _own_shards(config: DataConfig, process: int, processes: int) -> range:
-    if config.shards < 1 or config.rows % config.shards:
-        raise ValueError(f"data.rows is {config.rows}; it must be a multiple of data.shards ({config.shards})")
-    if config.shards % processes:
-        raise ValueError(
-            f"data.shards is {config.shards}; it must be a multiple of the number of processes ({processes}). It is part of "
-            f"the order of the data: choose it for the largest number of processes that the run may ever have"
-        )
-    own = config.shards // processes
-    return range(process * own, (process + 1) * own)

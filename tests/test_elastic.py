@@ -1,0 +1,70 @@
+"""A run that stops on some devices and goes on on others: the same batches in the same order, the same losses."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from official_run import official_config, write_official
+
+import train
+from internvl3_jax import distributed, sharding
+from internvl3_jax.config import MeshConfig
+from internvl3_jax.meter import Meter
+
+STEPS = 12
+# Devices, how they are used, and the step after which the run is stopped there.
+PLACES = [(8, MeshConfig(fsdp=4, tensor=2), 4), (2, MeshConfig(fsdp=1, context=2), 8), (4, MeshConfig(data=2, fsdp=2), STEPS)]
+
+
+def run(config, workdir, devices, mesh, stop, monkeypatch):
+    """Runs up to the step `stop`, where SIGTERM comes."""
+    add = Meter.add
+
+    def add_and_stop(meter, prepared, metrics):
+        add(meter, prepared, metrics)
+        meter.steps_seen = getattr(meter, "steps_seen", 0) + 1
+        if meter.steps_seen == stop - first:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saved = sorted(map(int, os.listdir(workdir / "checkpoints"))) if (workdir / "checkpoints").exists() else [0]
+    first = saved[-1]
+    config = dataclasses.replace(config, mesh=mesh)
+    mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
+    train.save_config(config, workdir)
+    with monkeypatch.context() as patch:
+        if stop < config.steps:
+            patch.setattr(Meter, "add", add_and_stop)
+            with pytest.raises(SystemExit) as ended:
+                train.fit(config, workdir, mesh)
+            assert ended.value.code == distributed.TERMINATED
+        else:
+            train.fit(config, workdir, mesh)
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler():
+    """A dozen steps take less time than the optimisations of four programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
+    config = official_config(write_official(tmp_path))
+    data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)
+    config = dataclasses.replace(config, data=data, steps=STEPS, save_every=100, log_every=1, held_out="")
+    run(config, tmp_path / "whole", 1, MeshConfig(), STEPS, monkeypatch)
+    for devices, mesh, stop in PLACES:
+        run(config, tmp_path / "moved", devices, mesh, stop, monkeypatch)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "moved")
+    ]
+    assert [row["step"] for row in logs[1]] == list(range(1, STEPS + 1))
+    assert [row["batch"] for row in logs[0]] == [row["batch"] for row in logs[1]]
+    losses, norms = ([[row[name] for row in rows] for rows in logs] for name in ("loss", "grad_norm"))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)

@@ -1,0 +1,128 @@
+"""train.py on several processes, as on the hosts of a pod: the same run as on one, also when one of them is killed."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from local_processes import ROOT, Ended, Processes, free_address
+from tiny_checkpoint import train_config
+
+from internvl3_jax import load
+from internvl3_jax.config import MeshConfig
+from internvl3_jax.find import latest_step
+from internvl3_jax.peers import LOST
+from internvl3_jax.sharding import make_mesh
+
+STEPS, SAVE_EVERY = 12, 3
+
+
+def hosts_config():
+    """Eight rows from four streams, so that one, two or four processes see the same global batches."""
+    config = train_config()
+    data = dataclasses.replace(config.data, rows=8, shards=4, tokens_per_row=128, tiles_per_row=8)
+    optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
+    return dataclasses.replace(config, data=data, optimizer=optimizer, steps=STEPS, save_every=SAVE_EVERY, agree_every=2)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts train.py in `count` processes of `devices` devices each."""
+    path = tmp_path_factory.mktemp("config") / "hosts.py"
+    path.write_text("from test_train_hosts import hosts_config as get_config\n")
+
+    def start(workdir, count: int, devices: int, *flags):
+        address = free_address()
+        line = [str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}", *flags]
+        own = [[f"--coordinator={address}", f"--processes={count}", f"--process={number}"] for number in range(count)]
+        return Processes([line + (flags if count > 1 else []) for flags in own], devices)
+
+    return start
+
+
+def finish(processes: Processes) -> list[Ended]:
+    with processes:
+        ended = processes.end(400)
+    assert [process.status for process in ended] == [0] * len(ended), "\n----\n".join(process.out for process in ended)
+    return ended
+
+
+def log_of(workdir: pathlib.Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["batch"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def check_same(log: list[tuple], reference: list[tuple]) -> None:
+    """The same batches to the bit, and the same numbers but for the order in which devices add."""
+    assert [row[:2] for row in log] == [row[:2] for row in reference]
+    np.testing.assert_allclose([row[2:] for row in log], [row[2:] for row in reference], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """Log of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    finish(start(workdir, 1, 1))
+    return log_of(workdir)
+
+
+@pytest.fixture(scope="module")
+def killed(start, tmp_path_factory):
+    """(workdir, its log then, how the processes ended) of four processes of which one was killed two steps after a checkpoint."""
+    workdir = tmp_path_factory.mktemp("killed")
+
+    def is_time(line: str) -> bool:
+        found = re.match(r"step (\d+)/", line)
+        return bool(found and (saved := latest_step(workdir)) and int(found[1]) >= saved + 2)
+
+    with start(workdir, 4, 2, "--config.mesh.tensor=2") as processes:
+        processes.wait_for(0, is_time)
+        processes.running[2].send_signal(signal.SIGKILL)
+        ended = processes.end(200)
+    return workdir, log_of(workdir), ended
+
+
+@pytest.fixture(scope="module")
+def restarted(start, killed):
+    """The workdir of the same, started again until its end."""
+    finish(start(killed[0], 4, 2, "--config.mesh.tensor=2"))
+    return killed[0]
+
+
+def test_a_killed_process_ends_the_others(killed):
+    workdir, _, ended = killed
+    assert ended[2].status == -signal.SIGKILL
+    for number in (0, 1, 3):
+        assert ended[number].status in (LOST, -signal.SIGABRT), ended[number].out
+        assert re.search(r"process 2 \(host \S+\) (no longer answers|gives no sign of life)", ended[number].out)
+    assert latest_step(workdir) % SAVE_EVERY == 0, "what was complete is kept"
+
+
+def test_started_again_it_goes_on_exactly(killed, restarted, alone):
+    before, log = killed[1], log_of(restarted)
+    assert log[: len(before)] == before, "steps that ran twice have the same bits"
+    check_same(log, alone)
+
+
+@pytest.mark.parametrize("count, devices, mesh", [(1, 1, {}), (2, 4, {"data": 2, "context": 2})])
+def test_other_processes_go_on_from_its_checkpoint(start, restarted, alone, tmp_path, count, devices, mesh):
+    """Saved by 4 processes x 2 devices; what was computed from it there is computed here."""
+    workdir = tmp_path / "run"
+    shutil.copytree(restarted, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    out = finish(start(workdir, count, devices, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())))[0].out
+    assert f"going on from step {STEPS - SAVE_EVERY} of {workdir}" in out
+    check_same(log_of(workdir), alone)
+
+
+def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
+    path = restarted / "checkpoints" / str(STEPS)
+    whole = load(path).params
+    spread = load(path, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).params
+    assert jax.tree.all(jax.tree.map(lambda x: len(x.sharding.device_set) == 8, spread))
+    jax.tree.map(np.testing.assert_array_equal, whole, spread)
