@@ -26,7 +26,7 @@ from internvl3_jax.config import SIZES, DataConfig, ProcessorConfig
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.flops import batch_counts, train_flops
-from internvl3_jax.meter import PEAKS
+from internvl3_jax.hardware import CHIPS
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "input_pipeline.json"
 MFU = 0.4
@@ -87,7 +87,7 @@ def main() -> None:
     best = max(row["tiles_per_second"] for row in results.values()) / cores
     needed = {}
     for size, model in models.items():
-        rate = counts["tiles"] / (train_flops(model, counts) / (MFU * PEAKS["NVIDIA H100"]))
+        rate = counts["tiles"] / (train_flops(model, counts) / (MFU * CHIPS["h100"].flops))
         needed[size] = {"tiles_per_second": round(rate, 1), "cores": round(rate / best, 1)}
         print(f"{size} on one H100 at {MFU:.0%} MFU takes {rate:.0f} tiles/s: {rate / best:.1f} of these cores")
     report = {
