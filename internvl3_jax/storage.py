@@ -98,6 +98,7 @@ def _context(copy: bool = False) -> "ocp.Context":
     saving.use_compression = False  # weights hardly shrink, and it takes most of the writing time
     saving.scoped_storage_options_creator = _storage_options
     context.memory.deepcopy_host_arrays = copy
+    context.memory.read_concurrent_bytes = LARGEST_CHUNK  # of 2 GiB otherwise
     context.pytree.loading.partial_load = True
     return context
 
