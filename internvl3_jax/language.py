@@ -116,6 +116,9 @@ class Decoder(nn.Module):
         tokens = constrain(tokens, ("slice", "data"), None)
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         x = constrain(x, ("slice", "data"), None, SHARDED_AXES)
+        # One axis at a time, each an all-to-all; both at once the compiler would do by gathering everything.
+        x = constrain(x, BATCH_AXES, None, "context")
+        x = constrain(x, BATCH_AXES, "context", None)
         return constrain(x, BATCH_AXES, ROW_AXES, None)
 
     def __call__(self, x, positions, segments=None, cache=None, slots=None, scaling: str | None = None):

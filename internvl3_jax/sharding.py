@@ -27,10 +27,11 @@ AXES = ("slice", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("slice", "data", "fsdp")  # the rows of a batch
 ROW_AXES = ("context", "tensor")  # what a row's tiles are split over
 TILE_AXES = BATCH_AXES + ROW_AXES  # the tiles of all rows, one after the other
-SHARDED_AXES = ("fsdp", "context")  # parameters, along their width
+# Parameters, along their width. fsdp comes last, so that it can leave the width in one all-to-all (language.Decoder.embed).
+SHARDED_AXES = ("context", "fsdp")
 
-# Path of a parameter -> the mesh axes of its last dimensions. A tuple of axes is cut to the longest beginning that divides the
-# dimension; its first axis must divide it. Leading dimensions (the layers) are whole. Vectors are whole: all of them together are
+# Path of a parameter -> the mesh axes of its last dimensions. Where context and fsdp together do not divide a
+# dimension, fsdp alone must. Leading dimensions (the layers) are whole. Vectors are whole: all of them together are
 # smaller than one matrix.
 WIDTH = SHARDED_AXES
 RULES: tuple[tuple[str, tuple], ...] = (
@@ -98,19 +99,17 @@ def spec(path: str, shape: tuple[int, ...], mesh) -> jax.P:
 
 
 def _fit(path: str, size: int, axes, mesh):
-    """The axes, without those at the end that do not divide the dimension."""
+    """The axes, without those before the last if all of them do not divide the dimension."""
     if axes is None:
         return None
     axes = (axes,) if isinstance(axes, str) else axes
-    fitting = [
-        axes[:count] for count in range(len(axes) + 1) if size % math.prod(mesh.shape[axis] for axis in axes[:count]) == 0
-    ]
-    if axes[:1] not in fitting:
-        members = mesh.shape[axes[0]]
-        largest = max(count for count in range(1, members + 1) if members % count == 0 and size % count == 0)
-        other = " and give the rest to mesh.data" if axes[0] == "fsdp" else ""
-        raise ValueError(f"{path}: {size} does not split over mesh.{axes[0]} = {members}; take {largest}{other}")
-    return max(fitting, key=len)
+    for chosen in (axes, axes[-1:]):
+        if size % math.prod(mesh.shape[axis] for axis in chosen) == 0:
+            return chosen
+    members = mesh.shape[axes[-1]]
+    largest = max(count for count in range(1, members + 1) if members % count == 0 and size % count == 0)
+    other = " and give the rest to mesh.data" if axes[-1] == "fsdp" else ""
+    raise ValueError(f"{path}: {size} does not split over mesh.{axes[-1]} = {members}; take {largest}{other}")
 
 
 def param_shardings(params, mesh):
@@ -237,7 +236,8 @@ def _gather(kernel, used, stored):
 
 _gather.defvjp(
     lambda kernel, used, stored: (_gather(kernel, used, stored), None),
-    lambda used, stored, _, gradient: (constrain(gradient, *stored),),
+    # First summed where it was made, then scattered. Asked for the scattered one at once, the compiler would gather all tokens instead.
+    lambda used, stored, _, gradient: (constrain(constrain(gradient, *used), *stored),),
 )
 
 
