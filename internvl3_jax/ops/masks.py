@@ -54,7 +54,8 @@ def causal(shape: tuple[int, int], segments=None, parts: int = 1) -> Mask:
 
     `parts` > 1: the tokens stand in the order of `zigzag`.
     """
-    slots = jnp.broadcast_to(jnp.asarray(zigzag(shape[1], parts)), shape)
+    order = jnp.arange(shape[1], dtype=jnp.int32) if parts == 1 else jnp.asarray(zigzag(shape[1], parts))
+    slots = jnp.broadcast_to(order, shape)
     return Mask(slots, slots, segments, segments, own=True, parts=parts)
 
 
