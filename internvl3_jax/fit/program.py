@@ -1,0 +1,142 @@
+"""The programs that a run compiles, from shapes alone: the train step; and the three of generation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from internvl3_jax import cache as kv_cache
+from internvl3_jax import generate, language
+from internvl3_jax.config import TrainConfig
+from internvl3_jax.model import InternVL, abstract_params
+from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.sampling import Sampling
+from internvl3_jax.sharding import BATCH_AXES, TILE_AXES, abstract, batch_sharding, check_batch, param_shardings
+from internvl3_jax.train_step import TrainState, init_state, shardings_of, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What generation is asked for at a time."""
+
+    rows: int  # answers side by side
+    prompt: int  # tokens of each prompt, pictures included
+    new: int  # tokens of each answer
+    tiles: int  # encoded at a time
+
+    @property
+    def length(self) -> int:
+        """Of the prompts as they are padded."""
+        return generate.bucket(self.prompt)
+
+    @property
+    def slots(self) -> int:
+        """Of the cache, for each row."""
+        return generate.bucket(self.length + self.new + generate.TOKENS_PER_CALL)
+
+
+# --- training --------------------------------------------------------------------------------------------------------------------
+
+
+def make_model(config: TrainConfig) -> InternVL:
+    remat = {"remat_vision": config.remat_vision, "remat_language": config.remat_language}
+    return InternVL(config.model, jnp.dtype(config.compute_dtype), scan_unroll=config.scan_unroll, **remat)
+
+
+def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """A `Batch` (data/batch.py) of the configuration's size."""
+    rows, tokens, tiles = config.data.rows, config.data.tokens_per_row, config.data.tiles_per_row
+    size = config.model.vision.image_size
+    integers = {
+        name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in ("tokens", "targets", "segments", "positions")
+    }
+    return integers | {
+        "loss_weights": jax.ShapeDtypeStruct((rows, tokens), jnp.float32),
+        "tiles": jax.ShapeDtypeStruct((rows, tiles, size, size, 3), jnp.uint8),
+    }
+
+
+def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> TrainState:
+    init = functools.partial(init_state, model, optimizer, seed=0, param_dtype=jnp.dtype(config.param_dtype))
+    return jax.eval_shape(init, batch_shapes(config))
+
+
+def lower_train_step(config: TrainConfig, mesh):
+    """The train step of train.py on a mesh, traced; `.compile()` compiles it. ValueError where something does not split."""
+    model, optimizer, data = make_model(config), make_optimizer(config.optimizer, config.steps), config.data
+    check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
+    batch = batch_shapes(config)
+    batch = abstract(batch, {name: batch_sharding(mesh, name) for name in batch})
+    shapes = train_state_shapes(config, model, optimizer)
+    places = shardings_of(shapes, mesh)
+    scaling = "none" if set(data.deltas) != {"1"} else None  # V2PE switches dynamic NTK off
+    settings = {"micro_batches": config.micro_batches, "loss_chunk": config.loss_chunk, "scaling": scaling}
+    step = functools.partial(train_step, model, optimizer, **settings)
+    with jax.set_mesh(mesh):
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return step.lower(abstract(shapes, places), batch, _key(places.step))
+
+
+def _key(place):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------------------
+
+
+def generation_params(config: TrainConfig, mesh):
+    """The parameters as `generate.Generator` holds them: in the compute dtype, the decoder's layers one by one."""
+    fused = mesh.shape["tensor"] == 1
+    params = abstract_params(config.model, jnp.dtype(config.compute_dtype))
+    unroll = functools.partial(language.unroll, config=config.model.language, fused=fused)
+    params = params | {"language": jax.eval_shape(unroll, params["language"])}
+    return abstract(params, param_shardings(params, mesh))
+
+
+def cache_shapes(config: TrainConfig, mesh, requests: Requests):
+    dtype = jnp.dtype(config.compute_dtype)
+    cache = jax.eval_shape(lambda: kv_cache.init_cache(config.model.language, requests.rows, requests.slots, dtype))
+    return jax.tree.map(lambda leaf: _placed(mesh, leaf.shape, dtype, BATCH_AXES, None, "tensor"), cache)
+
+
+def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str, object]:
+    """The programs of generate.py, traced: "encode" of so many tiles, "prefill" of all prompts, "decode" of generate.TOKENS_PER_CALL
+    tokens a row."""
+    model_config, dtype = config.model, jnp.dtype(config.compute_dtype)
+    fused = mesh.shape["tensor"] == 1
+    model = InternVL(model_config, dtype, unrolled=True, fused=fused)
+    params = generation_params(config, mesh)
+    scaling = model_config.language.rope_scaling
+    place = functools.partial(_placed, mesh)
+    rows, length, width = requests.rows, requests.length, model_config.language.hidden_size
+    size = model_config.vision.image_size
+    ids = place((rows, length), jnp.int32, BATCH_AXES)
+    one, done = place((rows,), jnp.int32, BATCH_AXES), place((rows,), jnp.bool_, BATCH_AXES)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+    cache = cache_shapes(config, mesh, requests)
+    tiles = place((requests.tiles, size, size, 3), jnp.uint8, TILE_AXES)
+    visual = place((rows, length, width), dtype, BATCH_AXES)
+    tower = {name: params[name] for name in ("vision", "projector")}
+    with jax.set_mesh(mesh):
+        return {
+            "encode": generate._encode.lower(model, tower, tiles),
+            "prefill": generate._prefill.lower(model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling),
+            "decode": generate._decode.lower(
+                model, params, (one, one, one, one, done, cache), keys, generate.TOKENS_PER_CALL, (0,), Sampling(), scaling
+            ),
+        }
+
+
+def _placed(mesh, shape: tuple[int, ...], dtype, *axes):
+    """A ShapeDtypeStruct; a dimension that does not divide over its axes is whole, as in `sharding.constrain`."""
+    axes = axes + (None,) * (len(shape) - len(axes))
+    names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    fitting = [each if size % _size(mesh, each) == 0 else None for size, each in zip(shape, names, strict=True)]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*fitting)))
+
+
+def _size(mesh, axes: tuple[str, ...]) -> int:
+    return functools.reduce(lambda size, axis: size * mesh.shape[axis], axes, 1)

@@ -1,0 +1,310 @@
+"""Whether a run fits, asked without devices: the analysis, what is read from compiled programs, and the command."""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs.finetune import get_config as finetune
+from configs.sft import get_config as sft
+from configs.tiny_digits import get_config as digits
+from internvl3_jax.fit import advice, generation
+from internvl3_jax.fit.memory import estimate
+from internvl3_jax.fit.program import batch_shapes, make_model, train_state_shapes
+from internvl3_jax.fit.search import MARGIN, search
+from internvl3_jax.fit.share import share_of, tiled
+from internvl3_jax.fit.topology import Topology, parse
+from internvl3_jax.fit.work import full_batch, times, train_work
+from internvl3_jax.hardware import CHIPS, chip_of
+from internvl3_jax.ops.remat import POLICIES
+from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.train_step import train_step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GIB = 2**30
+TABLE = ROOT / "benchmarks" / "results" / "fit_table.json"
+
+
+def tiny(**flags):
+    """configs/tiny_digits.py for eight devices."""
+    return advice.with_flags(digits(), {"data.rows": 16, "data.tiles_per_row": 8, "optimizer.name": "adamw"} | flags)
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "near"),
+    [("v5e:16x16", 256, 256), ("v5p:4x4x8", 128, 128), ("tpu7x:2x2x4", 32, 32), ("h100:1x16x8", 128, 8)],
+)
+def test_a_topology_has_as_many_devices_as_its_name_says(text, count, near):
+    topology = parse(text)
+    assert (topology.count, topology.near) == (count, near)
+
+
+@pytest.mark.parametrize("text", ["v5e", "v5e:16", "v5p:4x4", "v6e:4x4x4", "h100:8", "v4:2x2x2", "v5e:0x4", "v5e:4xa", ""])
+def test_a_wrong_topology_is_told_what_one_looks_like(text):
+    with pytest.raises(ValueError, match=r"--topology is .*v5e:4x4, v5p:4x4x8"):
+        parse(text)
+
+
+def test_a_chip_is_found_by_its_devices_name():
+    names = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU7x": "tpu7x",
+        "NVIDIA H100 80GB HBM3": "h100",
+    }
+    assert {kind: chip_of(kind).name for kind in names} == names
+    assert chip_of("cpu") is None
+    assert all(chip.usable < chip.memory for chip in CHIPS.values())
+
+
+def test_links_that_a_group_can_use():
+    torus, hosts = parse("v5p:4x4x8"), parse("h100:1x16x8")
+    size, link = 1e9, CHIPS["v5p"].network_bytes
+    assert [torus.seconds(size, group) for group in (1, 8, 16, 128)] == pytest.approx(
+        [0, size / link * 3, size / link * 1.5, size / link]
+    )
+    inside, h100 = hosts.seconds(size, 8), CHIPS["h100"]
+    assert inside == pytest.approx(size / h100.network_bytes)
+    # Fifteen of sixteen parts come from other hosts, through the eight adapters of this one.
+    assert hosts.seconds(size, 128) == pytest.approx(size * 15 / 16 / 8 / h100.outside_bytes)
+    assert hosts.seconds(size, 16, stride=8) == pytest.approx(size * 15 / 16 / h100.outside_bytes)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tpu_fills_its_tiles_up():
+    assert tiled((1025, 1024), 2) == 1032 * 1024 * 2
+    assert tiled((3, 5, 100), 4) == 3 * 8 * 128 * 4
+    assert tiled((1, 896), 2) == 2 * 896 * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "topology", "flags", "arguments"),
+    # Of compiled programs, `memory_analysis().argument_size_in_bytes`.
+    [
+        ("8b", "v5e:16x16", {"micro_batches": 2}, 512_040_960),
+        ("8b", "v5e:4x4", {"data.rows": 16, "data.tokens_per_row": 2048, "data.tiles_per_row": 8}, 5_985_159_168),
+        ("1b", "v5e:4x4", {"data.rows": 16, "data.tokens_per_row": 2048, "data.tiles_per_row": 8}, 726_398_976),
+        ("78b", "v5p:4x4x8", {"micro_batches": 4}, 7_606_786_048),
+    ],
+)
+def test_a_programs_arguments_are_known_exactly(size, topology, flags, arguments):
+    memory = estimate(share_of(advice.with_flags(sft(size), flags), parse(topology)))
+    # What is missing are scalars: the step, the optimizer's counters, the random key.
+    assert 0 <= arguments - memory.arguments < 64 * 1024
+
+
+def test_the_analysis_agrees_with_every_row_of_the_table():
+    """Peaks of the compiler within 10 %, and a row says what the analysis says today."""
+    rows = [row for row in json.loads(TABLE.read_text()) if "peak" in row.get("compiler", {})]
+    assert len(rows) >= 7
+    apart, changed = {}, []
+    for row in rows:
+        stage, size, topology = row["name"].split(":", 2)
+        config = importlib.import_module(f"configs.{stage}").get_config(size)
+        config = advice.with_flags(config, {name: _value(value) for name, value in _flags(row["command"]).items()})
+        if estimate(share_of(config, parse(topology))).peak != row["analysis"]["peak"]:
+            changed.append(row["name"])
+        if not row["compiler"]["refused"]:
+            apart[row["name"]] = row["analysis"]["peak"] / row["compiler"]["peak"] - 1
+    assert changed == [], "run benchmarks/fit_table.py for these again"
+    assert {name: round(error, 3) for name, error in apart.items() if abs(error) > 0.1} == {}
+
+
+def test_the_page_shows_the_table():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    table = importlib.import_module("fit_table").markdown(json.loads(TABLE.read_text()))
+    assert table in (ROOT / "docs" / "fit.md").read_text(encoding="utf-8")
+
+
+def _flags(command: str) -> dict[str, str]:
+    return dict(part.removeprefix("--config.").split("=") for part in command.split() if part.startswith("--config."))
+
+
+def _value(text: str):
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def test_remat_and_smaller_parts_take_less():
+    config, topology = sft("8b"), parse("v5p:4x4x8")
+
+    def peak(**flags):
+        return estimate(share_of(advice.with_flags(config, flags), topology)).peak
+
+    by_policy = [peak(remat_vision=name, remat_language=name) for name in ("none", "dots", "attention", "full")]
+    assert by_policy == sorted(by_policy, reverse=True)
+    assert peak(micro_batches=4) < peak(micro_batches=2) < peak()
+    assert peak(**{"optimizer.moment_dtype": "bfloat16"}) < peak()
+
+
+def test_a_frozen_tower_keeps_nothing():
+    memory = estimate(share_of(finetune("8b"), parse("v5p:2x2x4")))
+    assert memory.saved["tower"] == 0
+    assert memory.opt_state < 2 * memory.params
+
+
+def test_what_to_change_is_measured_by_the_same_analysis():
+    config, topology = sft("78b"), parse("v5e:16x16")
+    config = advice.with_flags(config, {"mesh.fsdp": 128, "mesh.data": 2, "micro_batches": 2, "remat_vision": "dots"})
+    memory = estimate(share_of(config, topology))
+    found = advice.changes(config, topology, memory)
+    named = {name for change in found for name in change.flags}
+    assert {
+        "remat_vision",
+        "mesh.tensor",
+        "mesh.context",
+        "optimizer.moment_dtype",
+        "optimizer.name",
+        "data.tokens_per_row",
+    } <= named
+    for change in found:
+        assert change.peak == estimate(share_of(advice.with_flags(config, change.flags), topology)).peak < memory.peak
+
+
+def test_search_ranks_what_fits():
+    config, topology = sft("2b"), parse("v5e:4x4")
+    found, tried, _ = search(config, topology)
+    assert tried > 100
+    assert [setting.seconds for setting in found] == sorted(setting.seconds for setting in found)
+    assert all(setting.memory.peak <= MARGIN * CHIPS["v5e"].usable for setting in found)
+    again = share_of(advice.with_flags(config, found[0].flags), topology)
+    assert estimate(again) == found[0].memory
+
+
+# --- operations ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision/.*",)], ids=["all trained", "frozen tower"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_operations_are_those_of_the_traced_step(policy, frozen):
+    """Products with matrices, counted in the step's own trace; the loss' chunks run as often as there are tokens to train."""
+    config = tiny(remat_vision=policy, remat_language=policy, **{"optimizer.freeze": frozen})
+    model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
+    step = functools.partial(train_step, model, optimizer)
+    traced = jax.make_jaxpr(step)(train_state_shapes(config, model, optimizer), batch_shapes(config), jax.random.key(0))
+    counted = collections.Counter()
+    _count(traced.jaxpr, 1, counted)
+    share = share_of(config, parse("v5e:2x2"))
+    computed = train_work(share, estimate(share)).computed
+    scores = {name for name in computed if "attention" in name}
+    # What attention computes again is a kernel's, not a product with a matrix.
+    again = (
+        4 * sum(_pairs(config)) * (policy in ("dots", "full"))
+        if not frozen
+        else 4 * _pairs(config)[1] * (policy in ("dots", "full"))
+    )
+    expected = 4 * sum(value for name, value in computed.items() if name not in scores | {"head"}) - again
+    assert counted["dense"] == pytest.approx(expected, rel=1e-6)
+
+
+def _pairs(config) -> tuple[float, float]:
+    """Width times pairs of queries and keys of all layers: the tower's and, as the TPU's kernel computes them, the decoder's."""
+    vision, language, data = config.model.vision, config.model.language, config.data
+    tower = vision.num_layers * data.rows * data.tiles_per_row * (1 + vision.grid**2) ** 2 * vision.hidden_size
+    tokens = data.tokens_per_row
+    pairs = data.rows * tokens * (tokens + 1) / 2 * (tokens + min(512, tokens)) / (tokens + 1)
+    return tower, language.num_layers * pairs * language.num_heads * language.head_dim
+
+
+def _count(jaxpr, times: int, counted: collections.Counter) -> None:
+    """FLOPs of the products in a trace: "dense" with a matrix, "batched" in attention and in the chunks of the loss."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            is_loss = "gcd" in str(equation.source_info.name_stack) or "gcv" in str(equation.source_info.name_stack)
+            is_scores = any(name in str(equation.source_info.name_stack) for name in ("bkrh", "bkrs", "th,", "ts,"))
+            kind = "batched" if batched or is_loss or is_scores else "dense"
+            counted[kind] += times * 2 * math.prod(equation.outvars[0].aval.shape) * inner
+        inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in equation.params.values():
+            for one in value if isinstance(value, (tuple, list)) else [value]:
+                one = getattr(one, "jaxpr", one)
+                if hasattr(one, "eqns"):
+                    _count(one, inside, counted)
+
+
+def test_the_highest_mfu_is_what_recomputing_leaves():
+    config, topology = sft("8b"), parse("v5p:4x4x8")
+    reached = {}
+    for policy in POLICIES:
+        share = share_of(advice.with_flags(config, {"remat_vision": policy, "remat_language": policy}), topology)
+        taken = times(train_work(share, estimate(share)), topology)
+        assert taken.floor == max(taken.compute, taken.memory, taken.network)
+        reached[policy] = taken.mfu
+    assert 0.6 < reached["full"] < reached["attention"] < reached["none"] < 1
+
+
+def test_a_full_batch_is_the_most_that_can_be_needed():
+    counts = full_batch(sft("8b"))
+    assert counts == {"tokens": 512 * 16384, "trained_tokens": 512 * 4096, "tiles": 512 * 48, "pairs": 512 * 16384 * 16385 // 2}
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------------
+
+
+def ask(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "internvl3_jax.fit", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_answers_without_a_compiler(tmp_path):
+    path = tmp_path / "row.json"
+    arguments = ("--config", "configs/sft.py:8b", "--topology", "v5e:16x16", "--analytic")
+    done = ask(*arguments, "--config.micro_batches=2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "256 devices, mesh fsdp 256" in done.stdout and "fits" in done.stdout and "prediction: at least" in done.stdout
+    row = json.loads(path.read_text())
+    assert row["analysis"]["peak"] < CHIPS["v5e"].usable and 0.5 < row["mfu_at_most"] < 1
+
+
+def test_what_does_not_fit_is_told_what_to_change():
+    done = ask("--config", "configs/sft.py:8b", "--topology", "v5e:4x4", "--analytic")
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT" in done.stdout and "--config.micro_batches=32" in done.stdout
+
+
+def test_generation_is_answered_without_a_compiler():
+    flags = ("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
+    done = ask("--config", "configs/sft.py:78b", "--topology", "v5p:2x2x1", *flags, "--infer", "--analytic")
+    assert done.returncode == 0, done.stderr
+    assert all(program in done.stdout for program in generation.PROGRAMS) and "ms a token" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (("--topology", "v9:4x4"), "error: --topology is 'v9:4x4'"),
+        (("--topology", "v5e:16x16", "--config.mesh.fsdp=100"), "error: mesh "),
+        (("--topology", "v5e:16x16", "--config.data.rows=100"), "error: data.rows is 100"),
+        (("--topology", "cpu:8", "--analytic"), "error: --topology is cpu:8"),
+    ],
+)
+def test_a_wrong_question_is_one_line(arguments, answer):
+    done = ask("--config", "configs/sft.py:8b", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(answer)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_is_named():
+    with pytest.raises(ImportError, match=r"pip install.*--analytic"):
+        dataclasses.replace(parse("v5e:4x4"), name="v5e:4x4-that-is-no-topology").devices()
+
+
+def test_topologies_are_values():
+    assert parse("v5e:4x4") == Topology("v5e:4x4", CHIPS["v5e"], (4, 4))
