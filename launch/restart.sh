@@ -6,18 +6,23 @@
 # seconds, but at most RESTARTS times in a row: a command that ran for an hour begins the count anew.
 # SIGTERM to this script goes on to the command, and is the end.
 set -uo pipefail
-limit=${RESTARTS:-10} pause=${PAUSE:-15} failures=0 stopped=""
+limit=${RESTARTS:-10} pause=${PAUSE:-15} failures=0 stopped="" child=""
 
 stop() {
   stopped=yes
-  kill -TERM "$child" 2>/dev/null
+  if [[ -n $child ]]; then
+    kill -TERM "$child" 2>/dev/null
+  fi
 }
 trap stop TERM INT
 
 while true; do
-  began=$SECONDS
+  began=$SECONDS child=""
   "$@" &
   child=$!
+  if [[ -n $stopped ]]; then # the signal came before the child had a name
+    kill -TERM "$child" 2>/dev/null
+  fi
   wait "$child"
   status=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ends the first wait, the command still saves
