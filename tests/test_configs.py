@@ -8,9 +8,8 @@ import tiny_checkpoint
 
 from configs.common import RELEASED
 from internvl3_jax.config import SIZES
-from internvl3_jax.meter import Meter
 from internvl3_jax.model import abstract_params
-from internvl3_jax.optimizer import make_optimizer, split_params
+from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params
 
 STAGES = ("pretrain", "sft", "finetune")
 
@@ -29,7 +28,7 @@ def test_every_size_has_every_stage(stage, size):
     trained, frozen = split_params(abstract_params(config.model), config.optimizer.freeze)
     assert set(trained) == {"vision", "projector", "language"} - set(frozen)
     assert set(frozen) == ({"vision"} if stage == "finetune" else set())
-    Meter(config, ["a"], True)
+    make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     assert config.data.tokens_per_row == 16_384 and config.data.tiles_per_row == 48
     # A row of tiles alone fits the tokens.
     assert config.data.tiles_per_row * config.model.tokens_per_tile <= config.data.tokens_per_row
