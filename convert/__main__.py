@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if options.llm:
+        print(model.origins())
     what = f"{options.to} safetensors" if options.to else "checkpoint"
     checked = "; every tensor read again, hashes equal" if options.verify else ""
     print(f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, {time.perf_counter() - started:.1f} s{checked}")

@@ -54,6 +54,18 @@ class Composed:
     def dtype(self) -> str:
         return self.vision[0].dtype.name
 
+    def origins(self) -> str:
+        """Where each part comes from, a line each; `plan` has made sure that nothing is missing."""
+        lines = [
+            f"{part}: all {len(checked.names)} tensors loaded"
+            for part, (checked, _) in (("vision", self.vision), ("language", self.language))
+        ]
+        new = self.config.language.vocab_size - self.known_rows
+        head = "" if HEADS[0] in self.language[0].names else "; the head initialised as a copy of the embedding"
+        lines.append(f"vocabulary: {self.known_rows:,} rows loaded, {new} initialised as their mean{head}")
+        lines.append(f"projector: initialised at random, seed {self.seed}")
+        return "\n".join(lines)
+
     def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
         shape, dtype = padded_shape(row, self.config), self.vision[0].dtype
         part = row.target.split("/")[0]

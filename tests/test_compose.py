@@ -123,7 +123,10 @@ def test_new_model_is_complete(tmp_path, capsys):
     llm, _, _ = write_llm(tmp_path / "llm")
     tower, _ = write_tower(tmp_path / "tower", "bare")
     assert main(["--llm", str(llm), "--vision", str(tower), str(tmp_path / "new"), "--verify"]) == 0
-    assert "hashes equal" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "hashes equal" in out
+    assert "vision: all " in out and "language: all " in out and "initialised as their mean" in out
+    assert "projector: initialised at random, seed 0" in out
     opened = load(tmp_path / "new")
     assert [opened.tokenizer.token_id(token) for token in NEW_TOKENS] == list(range(KNOWN, KNOWN + 9))
     assert opened.tokenizer.vocab_size == opened.config.language.vocab_size
