@@ -18,7 +18,7 @@ from configs.sft import get_config as sft
 from configs.tiny_digits import get_config as digits
 from internvl3_jax.fit import advice, generation
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import batch_shapes, make_model, train_state_shapes
+from internvl3_jax.fit.program import batch_shapes, train_state_shapes
 from internvl3_jax.fit.search import MARGIN, search
 from internvl3_jax.fit.share import share_of, tiled
 from internvl3_jax.fit.topology import Topology, parse
@@ -26,7 +26,7 @@ from internvl3_jax.fit.work import full_batch, times, train_work
 from internvl3_jax.hardware import CHIPS, chip_of
 from internvl3_jax.ops.remat import POLICIES
 from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.train_step import train_step
+from internvl3_jax.train_step import make_model, train_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GIB = 2**30

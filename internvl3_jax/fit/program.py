@@ -13,7 +13,7 @@ from internvl3_jax.model import InternVL, abstract_params
 from internvl3_jax.optimizer import make_optimizer
 from internvl3_jax.sampling import Sampling
 from internvl3_jax.sharding import BATCH_AXES, TILE_AXES, abstract, batch_sharding, check_batch, param_shardings
-from internvl3_jax.train_step import TrainState, init_state, shardings_of, train_step
+from internvl3_jax.train_step import TrainState, init_state, make_model, make_step, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,6 @@ class Requests:
 # --- training --------------------------------------------------------------------------------------------------------------------
 
 
-def make_model(config: TrainConfig) -> InternVL:
-    remat = {"remat_vision": config.remat_vision, "remat_language": config.remat_language}
-    return InternVL(config.model, jnp.dtype(config.compute_dtype), scan_unroll=config.scan_unroll, **remat)
-
-
 def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """A `Batch` (data/batch.py) of the configuration's size."""
     rows, tokens, tiles = config.data.rows, config.data.tokens_per_row, config.data.tiles_per_row
@@ -63,18 +58,18 @@ def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> Train
 
 
 def lower_train_step(config: TrainConfig, mesh):
-    """The train step of train.py on a mesh, traced; `.compile()` compiles it. ValueError where something does not split."""
+    """The train step of train.py on a mesh, traced; `.compile()` compiles it. ValueError where something does not split.
+
+    Without the losses by source, sums whose number only the data knows.
+    """
     model, optimizer, data = make_model(config), make_optimizer(config.optimizer, config.steps), config.data
     check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
     batch = batch_shapes(config)
     batch = abstract(batch, {name: batch_sharding(mesh, name) for name in batch})
     shapes = train_state_shapes(config, model, optimizer)
     places = shardings_of(shapes, mesh)
-    scaling = "none" if set(data.deltas) != {"1"} else None  # V2PE switches dynamic NTK off
-    settings = {"micro_batches": config.micro_batches, "loss_chunk": config.loss_chunk, "scaling": scaling}
-    step = functools.partial(train_step, model, optimizer, **settings)
     with jax.set_mesh(mesh):
-        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        step = make_step(config, model, optimizer, 0, places)
         return step.lower(abstract(shapes, places), batch, _key(places.step))
 
 
