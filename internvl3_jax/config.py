@@ -243,6 +243,8 @@ class TrainConfig:
     micro_batches: int = 1  # of a batch, one after the other; gradients are those of the whole batch
     remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
     remat_language: str = "none"
+    attention_vision: str = "auto"  # implementation; see ops/attention.py
+    attention_language: str = "auto"  # "ring" for rows so long that a device cannot hold all of their keys
     loss_chunk: int = 1024  # tokens whose logits exist at a time
     scan_unroll: int = 1  # layers per step of the scans; all of them is about twice as fast on a CPU
     log_every: int = 20

@@ -29,11 +29,12 @@ class InternVL(nn.Module):
     scan_unroll: int = 1  # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
     remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
     remat_language: str = "none"
-    attention: str = "auto"  # implementation; see ops/attention.py
+    attention_vision: str = "auto"  # implementation; see ops/attention.py
+    attention_language: str = "auto"
 
     def setup(self):
         self.vision = VisionTower(
-            self.config.vision, self.dtype, self.scan_unroll, self.remat_vision, self.unrolled_vision, self.attention
+            self.config.vision, self.dtype, self.scan_unroll, self.remat_vision, self.unrolled_vision, self.attention_vision
         )
         self.projector = Projector(self.config, self.dtype)
         self.language = Decoder(
@@ -43,7 +44,7 @@ class InternVL(nn.Module):
             self.fused,
             self.scan_unroll,
             self.remat_language,
-            self.attention,
+            self.attention_language,
         )
 
     def __call__(self, batch, deterministic: bool = True, scaling: str | None = None):

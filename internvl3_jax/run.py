@@ -25,7 +25,8 @@ from internvl3_jax.optimizer import Optimizer
 from internvl3_jax.placement import Placement, total
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
-_SPEED = ("mesh", "micro_batches", "remat_vision", "remat_language", "loss_chunk", "scan_unroll")
+_ATTENTION = ("attention_vision", "attention_language")
+_SPEED = ("mesh", "micro_batches", "remat_vision", "remat_language", "loss_chunk", "scan_unroll", *_ATTENTION)
 _LOGGING = ("log_every", "agree_every", "tensorboard", "wandb", "profile_steps")
 FREE_TO_CHANGE = (*_SPEED, *_LOGGING)  # of TrainConfig, when a run goes on
 

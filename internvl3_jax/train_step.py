@@ -22,8 +22,15 @@ class TrainState(NamedTuple):
 
 def make_model(config: TrainConfig) -> InternVL:
     """The model as a run trains it."""
-    remat = {"remat_vision": config.remat_vision, "remat_language": config.remat_language}
-    return InternVL(config.model, jnp.dtype(config.compute_dtype), scan_unroll=config.scan_unroll, **remat)
+    return InternVL(
+        config.model,
+        jnp.dtype(config.compute_dtype),
+        scan_unroll=config.scan_unroll,
+        remat_vision=config.remat_vision,
+        remat_language=config.remat_language,
+        attention_vision=config.attention_vision,
+        attention_language=config.attention_language,
+    )
 
 
 def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, places: TrainState):

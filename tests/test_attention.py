@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import CONFIG, random_params
+from tiny_checkpoint import CONFIG, random_params, train_config
 
 from internvl3_jax import sharding
 from internvl3_jax.config import MeshConfig
@@ -18,6 +18,7 @@ from internvl3_jax.ops import context, cudnn, masks
 from internvl3_jax.ops.attention import attention, causal, choose, platform, visibility
 from internvl3_jax.ops.blockwise import blockwise
 from internvl3_jax.ops.remat import _POLICIES
+from internvl3_jax.train_step import make_model
 
 SEGMENTS = np.asarray([[1] * 100 + [2] * 90 + [3] * 50 + [0] * 16, [1] * 250 + [0] * 6], np.int32)
 LENGTH = SEGMENTS.shape[1]
@@ -401,6 +402,8 @@ def test_no_device_holds_queries_by_keys(function):
 
 
 def test_the_model_under_a_ring():
+    """As a run's config asks for it."""
+    config = dataclasses.replace(train_config(), attention_language="ring")
     batch = {
         "tokens": np.random.default_rng(0).integers(0, 400, (2, 64)).astype(np.int32),
         "positions": np.tile(np.arange(64, dtype=np.int32) * 256, (2, 1)),
@@ -410,5 +413,5 @@ def test_the_model_under_a_ring():
     params = random_params(CONFIG)
     wanted = jax.jit(InternVL(CONFIG).apply)({"params": params}, batch)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=2, context=4))):
-        got = jax.jit(InternVL(CONFIG, attention="ring").apply)({"params": params}, batch)
+        got = jax.jit(make_model(config).apply)({"params": params}, batch)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
