@@ -28,6 +28,7 @@ import jax
 from internvl3_jax.fit.advice import flags_text, with_flags
 from internvl3_jax.fit.search import search
 from internvl3_jax.fit.topology import parse
+from internvl3_jax.generate import TOKENS_PER_CALL
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "fit_table.json"
@@ -168,6 +169,46 @@ def trains(size: str, topology: str, flags: dict) -> bool:
 
 
 def markdown(rows: list[dict]) -> str:
+    return training(rows) + "\n\n" + generation(rows)
+
+
+def generation(rows: list[dict]) -> str:
+    """Peaks are of all that lies on a device, so with the parameters that a program does not use. Floors are without the network."""
+    programs = ("encode", "prefill", "decode")
+    columns = [
+        "size",
+        "devices",
+        "mesh",
+        *(f"{name}, GiB" for name in programs),
+        "available",
+        "prefill s, floor",
+        "decode ms a token, floor",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        if "compiler" not in row or "decode" not in row["compiler"]:
+            continue
+        _, size, topology = row["name"].split(":", 2)
+        cells = []
+        for name in programs:
+            found = row["compiler"][name]
+            peak = found["peak"] + row["analysis"]["beside"][name]
+            refused = "" if found["fits"] else " **refused**"
+            cells.append(f"{peak / GIB:.1f} ({row['analysis'][name] / peak - 1:+.0%}){refused}")
+        available = row["compiler"]["decode"]["available"]
+        floors = row["floor_seconds"]
+        lines.append(
+            f"| {size} | {topology} | {mesh_text(row)} | {' | '.join(cells)} | {available / GIB:.1f} | {floors['prefill']:.2f} "
+            f"| {floors['decode'] / TOKENS_PER_CALL * 1e3:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def mesh_text(row: dict) -> str:
+    return ", ".join(f"{axis} {count}" for axis, count in row["mesh"].items() if count > 1)
+
+
+def training(rows: list[dict]) -> str:
     lines = [
         "| stage | size | devices | mesh | remat (vision, language) | micro-batches | peak / available GiB | analysis | s/step, floor "
         "| MFU at most |",
@@ -177,8 +218,8 @@ def markdown(rows: list[dict]) -> str:
         if "compiler" not in row or "peak" not in row["compiler"]:
             continue
         stage, size, topology = row["name"].split(":", 2)
+        mesh = mesh_text(row)
         flags = dict(part.removeprefix("--config.").split("=") for part in row["command"].split() if "=" in part)
-        mesh = ", ".join(f"{axis} {count}" for axis, count in row["mesh"].items() if count > 1)
         found, analysis = row["compiler"], row["analysis"]["peak"]
         refused = "" if found["fits"] else " **refused**"
         lines.append(
