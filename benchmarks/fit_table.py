@@ -39,7 +39,7 @@ TOPOLOGIES = ("v5p:4x4x8", "v6e:16x16", "v5e:16x16")
 GENERATION = {
     "infer:78b:v5p:2x2x1": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
     "infer:78b:v6e:2x4": "--config.mesh.tensor=8 --config.mesh.fsdp=1",
-    "infer:78b:v5e:4x4": "--config.mesh.tensor=16 --config.mesh.fsdp=1",
+    "infer:78b:v5e:4x4": "--config.mesh.tensor=8 --config.mesh.fsdp=2",
     "infer:8b:v5e:2x2": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
 }
 # From small to large; lean is what takes least and still trains every parameter.
