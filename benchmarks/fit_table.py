@@ -35,11 +35,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "fit_table.json"
 SIZES = ("78b", "38b", "14b", "9b", "8b", "2b", "1b")
 STAGES = ("sft", "finetune", "pretrain")
 TOPOLOGIES = ("v5p:4x4x8", "v6e:16x16", "v5e:16x16")
-# Generation of the largest: bfloat16 parameters split over tensor, or over tensor and a width of fsdp where that does not divide.
+# Generation: bfloat16 parameters split over tensor, and over fsdp where there are more devices than key heads.
 GENERATION = {
     "infer:78b:v5p:2x2x1": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
     "infer:78b:v6e:2x4": "--config.mesh.tensor=8 --config.mesh.fsdp=1",
     "infer:78b:v5e:4x4": "--config.mesh.tensor=8 --config.mesh.fsdp=2",
+    "infer:14b:v5e:2x4": "--config.mesh.tensor=4 --config.mesh.fsdp=2",
     "infer:8b:v5e:2x2": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
 }
 # From small to large; lean is what takes least and still trains every parameter.

@@ -15,7 +15,7 @@ from internvl3_jax import cache as kv_cache
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.ops.attention import MASKED, attention, causal, visibility
 from internvl3_jax.ops.context import from_zigzag, row_parts, to_zigzag
-from internvl3_jax.ops.dense import Dense
+from internvl3_jax.ops.dense import Dense, is_decoding
 from internvl3_jax.ops.norms import make_norm
 from internvl3_jax.ops.remat import keep, remat
 from internvl3_jax.ops.rope import apply_rope, rope_tables
@@ -160,7 +160,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden):
         """[B,T,D] -> f32[B,T,padded V]; the padding's logits are -1e30."""
-        logits = jnp.dot(hidden, self.head_kernel().astype(self.dtype), preferred_element_type=jnp.float32)
+        kernel = self.head_kernel().astype(self.dtype)
+        if is_decoding(hidden):
+            hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)  # as in ops/dense.py
+        logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size

@@ -241,6 +241,14 @@ _gather.defvjp(
 )
 
 
+def product_in_place(x, kernel, path: str):
+    """x [B,1,D] @ kernel without moving the matrix at `path`: every device multiplies its part with all rows that share it, and the
+    parts, which are small, are exchanged and summed."""
+    axes = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), (None, None))
+    rows = ("slice", "data")
+    return constrain(constrain(x, rows, None, axes[0]) @ kernel, rows, None, axes[1])
+
+
 def require_mesh() -> None:
     """RuntimeError where no mesh is in context: without one every constraint would silently do nothing."""
     if jax.sharding.get_abstract_mesh().empty:

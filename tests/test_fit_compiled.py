@@ -1,5 +1,6 @@
 """What `python -m internvl3_jax.fit` reads from compiled programs, and what compiles for devices that are not used."""
 
+import numpy as np
 import pytest
 
 from configs.sft import get_config as sft
@@ -8,7 +9,7 @@ from internvl3_jax.fit import advice, generation, live, report
 from internvl3_jax.fit.build import build, refusal
 from internvl3_jax.fit.compiled import collectives
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import Requests, lower_generation, lower_train_step
+from internvl3_jax.fit.program import Requests, generation_params, lower_generation, lower_train_step
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
 from internvl3_jax.hardware import CHIPS
@@ -174,6 +175,17 @@ def test_generation_compiles_for_devices_that_are_not_used():
         built = build(lowered[program], topology)
         given = need.params + need.cache - need.beside[program]
         assert 0 <= built.arguments - given < 64 * 1024
+
+
+def test_decoding_moves_no_matrix():
+    """Split over fsdp, a matrix stays: gathered, all layers would be gathered before the loop over tokens and lie there side by side."""
+    config, topology = tiny(**{"mesh.tensor": 2, "mesh.fsdp": 4}), parse("cpu:8")
+    mesh = make_mesh(config.mesh, topology.devices())
+    built = build(lower_generation(config, mesh, Requests(rows=4, prompt=40, new=8, tiles=8))["decode"], topology)
+    layer = generation_params(config, mesh)["language"]["layer_0"]
+    smallest = min(np.prod(layer[name]["kernel"].shape) * 4 for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert built.collectives
+    assert all(row.bytes < row.count * smallest / 4 for row in built.collectives)
 
 
 # --- with the TPU's compiler -----------------------------------------------------------------------------------------------------

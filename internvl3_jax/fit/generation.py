@@ -94,7 +94,9 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
         beside={"encode": decoder + size_of(cache), "prefill": tower, "decode": tower},
         work={
             "encode": _encode_work(config, tiles),
-            "prefill": _layer_work(config, rows * requests.length, tensor) + rows * language.padded_vocab_size // tensor * 4,
+            "prefill": _layer_work(config, rows * requests.length, tensor)
+            + rows * language.padded_vocab_size // tensor * 4
+            + (size_of(_turned(params["language"])) if tpu and sizes["fsdp"] * sizes["context"] > 1 else 0),
             "decode": _layer_work(config, rows, tensor) + rows * language.padded_vocab_size * 4,
         },
         flops=_flops(config, topology, requests),
@@ -106,6 +108,13 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
             * (decoder + size_of(cache) * (requests.prompt + requests.new / 2) / requests.slots),
         },
     )
+
+
+def _turned(decoder: dict) -> list:
+    """Matrices that a TPU's compiler copies into another layout before the first layer, where a matrix is multiplied as its parts come
+    from the other devices: seen in the compiled texts."""
+    layers = [layer for name, layer in decoder.items() if name.startswith("layer_")]
+    return [layer[name]["kernel"] for layer in layers for name in ("up", "down") if name in layer]
 
 
 def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from internvl3_jax.sharding import gathered
+from internvl3_jax.sharding import gathered, product_in_place
 
 
 class Dense(nn.Module):
@@ -18,9 +18,15 @@ class Dense(nn.Module):
     def __call__(self, x):
         """[..., in] -> [..., features] in `dtype`"""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        kernel = gathered(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
-        y = jnp.dot(x.astype(self.dtype), kernel)
+        x, kernel, path = x.astype(self.dtype), kernel.astype(self.dtype), "/".join((*self.path, "kernel"))
+        y = product_in_place(x, kernel, path) if is_decoding(x) else jnp.dot(x, gathered(kernel, path))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+
+def is_decoding(x) -> bool:
+    """Whether [B,T,D] is one token of each row. A matrix is then larger than all that it is multiplied with; and gathered, it would be
+    gathered before the loop over tokens, all layers at once."""
+    return x.ndim == 3 and x.shape[1] == 1
