@@ -243,6 +243,7 @@ class TrainConfig:
     micro_batches: int = 1  # of a batch, one after the other; gradients are those of the whole batch
     remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
     remat_language: str = "none"
+    offload_optimizer: bool = False  # its state lies in the hosts' memory, and comes to the devices for the update
     attention_vision: str = "auto"  # implementation; see ops/attention.py
     attention_language: str = "auto"  # "ring" for rows so long that a device cannot hold all of their keys
     loss_chunk: int = 1024  # tokens whose logits exist at a time

@@ -53,7 +53,7 @@ class DecoderLayer(nn.Module):
         """x [B,T,D] -> (x, cache_layer). With a cache the new keys and values go to `slots` first, and all its slots are keys."""
         # Between the products tokens are split over tensor, too (Korthikanti et al. 2022): what is kept for the backward pass, and the
         # norms, are not repeated on each of its devices.
-        x = constrain(x, BATCH_AXES, ROW_AXES, None)
+        x = keep(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
         attended, cache_layer = self.attend(self.input_norm(x), rope, mask, slots, cache_layer)
         x = x + attended
         x = x + self.mlp(self.post_norm(x))

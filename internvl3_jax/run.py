@@ -26,9 +26,9 @@ from internvl3_jax.placement import Placement, total
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
 _ATTENTION = ("attention_vision", "attention_language")
-_SPEED = ("mesh", "micro_batches", "remat_vision", "remat_language", "loss_chunk", "scan_unroll", *_ATTENTION)
+_MEMORY = ("mesh", "micro_batches", "remat_vision", "remat_language", "offload_optimizer", "loss_chunk")
 _LOGGING = ("log_every", "agree_every", "tensorboard", "wandb", "profile_steps")
-FREE_TO_CHANGE = (*_SPEED, *_LOGGING)  # of TrainConfig, when a run goes on
+FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_LOGGING)  # of TrainConfig, when a run goes on
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def restore_or_init(
 
     step = agreed_step(workdir)
     shapes = jax.eval_shape(init)
-    places = shardings_of(shapes, mesh)
+    places = shardings_of(shapes, mesh, config.offload_optimizer)
     if step is None:
         state = warm_start(config, optimizer, places) if config.init_from else jax.jit(init, out_shardings=places)()
         return state, Past(frozen=frozen_hash(state.params, config.optimizer.freeze))

@@ -51,10 +51,13 @@ def init_state(model: InternVL, optimizer: Optimizer, batch, seed: int, param_dt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def shardings_of(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state's tree (arrays or ShapeDtypeStructs) of NamedShardings."""
+def shardings_of(state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: bool = False) -> TrainState:
+    """The state's tree (arrays or ShapeDtypeStructs) of NamedShardings. offload_optimizer: whether its state lies with the hosts."""
     whole = jax.NamedSharding(mesh, jax.P())
-    return TrainState(whole, param_shardings(state.params, mesh), state_shardings(state.opt_state, state.params, mesh))
+    opt_state = state_shardings(state.opt_state, state.params, mesh)
+    if offload_optimizer:
+        opt_state = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), opt_state)
+    return TrainState(whole, param_shardings(state.params, mesh), opt_state)
 
 
 def train_step(
@@ -90,6 +93,7 @@ def train_step(
     (loss, sources), gradients = _over_micro_batches(jax.value_and_grad(loss_fn, has_aux=True), trained, batch, micro_batches)
     metrics = {"loss": loss, "weight": weight} | _gradient_metrics(gradients) | sources
     metrics["finite"] = finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+    state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))  # if it lies with the host
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)  # whole, so that every process can read them
     updated = TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state)

@@ -39,7 +39,7 @@ class VisionBlock(nn.Module):
 
     def __call__(self, x, drop_rate, deterministic: bool):
         """x [M,P,C] -> [M,P,C]; drop_rate is a scalar, used only when not deterministic."""
-        x = constrain(x, TILE_AXES, None, None)
+        x = keep(constrain(x, TILE_AXES, None, None), "stream")
         branch = self.layer_scale1.astype(self.dtype)[None, None] * self.attend(self.norm1(x))
         x = x + self.drop_path(branch, drop_rate, deterministic)
         mlp = self.fc2(nn.gelu(self.fc1(self.norm2(x)), approximate=False))

@@ -14,13 +14,18 @@ import train
 from internvl3_jax import distributed, sharding
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.meter import Meter
+from internvl3_jax.run import Saver
 
 STEPS = 12
-# Devices, how they are used, and the step after which the run is stopped there.
-PLACES = [(8, MeshConfig(fsdp=4, tensor=2), 4), (2, MeshConfig(fsdp=1, context=2), 8), (4, MeshConfig(data=2, fsdp=2), STEPS)]
+# Devices, how they are used, the step after which the run is stopped there, and where the optimizer's state lies meanwhile.
+PLACES = [
+    (8, MeshConfig(fsdp=4, tensor=2), 4, "device"),
+    (2, MeshConfig(fsdp=1, context=2), 8, "pinned_host"),
+    (4, MeshConfig(data=2, fsdp=2), STEPS, "device"),
+]
 
 
-def run(config, workdir, devices, mesh, stop, monkeypatch):
+def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     """Runs up to the step `stop`, where SIGTERM comes."""
     add = Meter.add
 
@@ -32,10 +37,12 @@ def run(config, workdir, devices, mesh, stop, monkeypatch):
 
     saved = sorted(map(int, os.listdir(workdir / "checkpoints"))) if (workdir / "checkpoints").exists() else [0]
     first = saved[-1]
-    config = dataclasses.replace(config, mesh=mesh)
+    config = dataclasses.replace(config, mesh=mesh, offload_optimizer=memory == "pinned_host")
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
     train.save_config(config, workdir)
     with monkeypatch.context() as patch:
+        start = Saver.start
+        patch.setattr(Saver, "start", lambda self, step, state, *rest: check_memory(state, memory) or start(self, step, state, *rest))
         if stop < config.steps:
             patch.setattr(Meter, "add", add_and_stop)
             with pytest.raises(SystemExit) as ended:
@@ -43,6 +50,11 @@ def run(config, workdir, devices, mesh, stop, monkeypatch):
             assert ended.value.code == distributed.TERMINATED
         else:
             train.fit(config, workdir, mesh)
+
+
+def check_memory(state, memory):
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)} == {memory}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +69,9 @@ def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
     config = official_config(write_official(tmp_path))
     data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)
     config = dataclasses.replace(config, data=data, steps=STEPS, save_every=100, log_every=1, held_out="")
-    run(config, tmp_path / "whole", 1, MeshConfig(), STEPS, monkeypatch)
-    for devices, mesh, stop in PLACES:
-        run(config, tmp_path / "moved", devices, mesh, stop, monkeypatch)
+    run(config, tmp_path / "whole", 1, MeshConfig(), STEPS, "device", monkeypatch)
+    for place in PLACES:
+        run(config, tmp_path / "moved", *place, monkeypatch)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "moved")
     ]

@@ -157,7 +157,7 @@ def test_recomputing_saves_memory():
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(ValueError, match="'all' is not one of none, dots, attention, full"):
+    with pytest.raises(ValueError, match="'all' is not one of none, dots, attention, full, offload"):
         jax.eval_shape(InternVL(CONFIG, remat_vision="all").init, jax.random.key(0), batch())
 
 

@@ -42,8 +42,12 @@ def changes(config: TrainConfig, topology: Topology, before: Memory) -> list[Cha
 
 def _candidates(config: TrainConfig, topology: Topology):
     for name in ("remat_vision", "remat_language"):
-        if getattr(config, name) != "full":
+        if getattr(config, name) not in ("full", "offload"):
             yield {name: "full"}
+    if config.remat_vision != "offload" or config.remat_language != "offload":
+        yield {"remat_vision": "offload", "remat_language": "offload"}
+    if not config.offload_optimizer:
+        yield {"offload_optimizer": True}
     mesh = mesh_shape(config.mesh, topology.count)
     rows = config.data.rows // math.prod(mesh[axis] for axis in BATCH_AXES) // config.micro_batches
     if rows > 1:

@@ -27,6 +27,7 @@ class Built:
     refused: bool  # by the compiler; a GPU's compiles what does not fit as well
     arguments: int = 0
     code: int = 0
+    host: int = 0  # beside the peak, in the host's memory
     collectives: tuple[Collectives, ...] = ()
     text: str = dataclasses.field(default="", repr=False)
 
@@ -48,7 +49,9 @@ def build(lowered, topology: Topology) -> Built:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Built(
         seconds=time.perf_counter() - began,
-        peak=memory.peak_memory_in_bytes,
+        # What lies with the host from the beginning is counted as well, though not what comes there.
+        peak=memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         available=available,
         refused=False,
         arguments=memory.argument_size_in_bytes,

@@ -18,7 +18,8 @@ _LANES = 128  # a TPU's arrays have rows of multiples of it
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Bytes on one device. Beside them `host` bytes of it lie with its host: the optimizer's state, if it is offloaded, and the residual
+    stream under remat "offload"."""
 
     params: int
     opt_state: int
@@ -26,6 +27,7 @@ class Memory:
     held: dict[str, int]  # through the whole step, besides these
     saved: dict[str, int]  # between the passes of a micro-batch
     work: dict[str, int]  # of each phase, with what is alive in it alone; without `saved` of what is finished
+    host: int
 
     @property
     def arguments(self) -> int:
@@ -59,7 +61,10 @@ def estimate(share: Share) -> Memory:
     }
     if not share.trains("vision/"):
         work["tower"] = _tower_work(share)
-    return Memory(share.params, share.opt_state, share.batch, _held(share), saved, work)
+    offloaded = share.opt_state if share.config.offload_optimizer else 0
+    work["update"] += offloaded
+    host = offloaded + _streams(share, "decoder", host=True) + _streams(share, "tower", host=True)
+    return Memory(share.params, share.opt_state - offloaded, share.batch, _held(share), saved, work, host)
 
 
 # --- held ------------------------------------------------------------------------------------------------------------------------
@@ -114,12 +119,27 @@ def _decoder_saved(share: Share) -> int:
     sums = 4 * tokens * heads
     kept = {
         "full": 0,
+        "offload": 0,
         "attention": 2 * queries + 2 * keys + sums,
         "dots": queries + 2 * keys + stream + 2 * hidden,
         # Three float32 arrays of each norm, its result and attention's; six steps of the MLP's middle; every matrix as it is used.
         "none": 14 * stream + 2 * queries + 2 * keys + sums + 6 * hidden + _used(share, "language/layers/"),
     }
-    return language.num_layers * (stream + kept[policy])
+    return _streams(share, "decoder") + language.num_layers * kept[policy]
+
+
+def _streams(share: Share, part: str, host: bool = False) -> int:
+    """The residual streams that are kept, on the device or with its host: of every layer, or of the one that is computed and the next."""
+    model, config = share.config.model, share.config
+    if part == "tower":
+        stream = _tower_array(share, model.vision.hidden_size) if share.trains("vision/") else 0
+        layers, policy = model.vision.num_layers, config.remat_vision
+    else:
+        stream = _array(share, share.tokens // share.tensor, model.language.hidden_size)
+        layers, policy = model.language.num_layers, config.remat_language
+    if policy == "offload":
+        return stream * (layers if host else 2)
+    return 0 if host else stream * layers
 
 
 def _tower_saved(share: Share) -> int:
@@ -131,12 +151,13 @@ def _tower_saved(share: Share) -> int:
     sums //= _LANES if share.tpu else 1  # what is kept of them
     kept = {
         "full": 0,
+        "offload": 0,
         "attention": 3 * stream + heads + sums,
         "dots": 5 * stream + hidden,
         # As in the decoder; and which tiles drop path keeps, a byte for each value.
         "none": 17 * stream + 4 * hidden + 4 * heads + sums + _used(share, "vision/layers/"),
     }
-    return vision.num_layers * (stream + kept[policy])
+    return _streams(share, "tower") + vision.num_layers * kept[policy]
 
 
 def _projector_saved(share: Share) -> int:

@@ -67,7 +67,7 @@ def lower_train_step(config: TrainConfig, mesh):
     batch = batch_shapes(config)
     batch = abstract(batch, {name: batch_sharding(mesh, name) for name in batch})
     shapes = train_state_shapes(config, model, optimizer)
-    places = shardings_of(shapes, mesh)
+    places = shardings_of(shapes, mesh, config.offload_optimizer)
     with jax.set_mesh(mesh):
         step = make_step(config, model, optimizer, 0, places)
         return step.lower(abstract(shapes, places), batch, _key(places.step))

@@ -10,7 +10,7 @@ from internvl3_jax.fit.memory import Memory, estimate
 from internvl3_jax.fit.share import Share, share_of
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.fit.work import Times, times, train_work
-from internvl3_jax.ops.remat import POLICIES
+from internvl3_jax.ops.remat import ON_DEVICE
 
 MARGIN = 0.95  # of the memory; the analysis is that good
 _TENSOR, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8, 16)
@@ -36,7 +36,7 @@ class Setting:
 
 
 def search(
-    config: TrainConfig, topology: Topology, policies: tuple[str, ...] = POLICIES
+    config: TrainConfig, topology: Topology, policies: tuple[str, ...] = ON_DEVICE
 ) -> tuple[list[Setting], int, Setting | None]:
     """(settings that fit by the analysis, the fastest first; how many were tried; the smallest of those that do not fit)."""
     fitting, tried, smallest = [], 0, None

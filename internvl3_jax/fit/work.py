@@ -134,8 +134,8 @@ def _tower(share: Share, counts: dict[str, int]) -> dict[str, float]:
             "tower": layers * dense + counts["tiles"] * embedding,
             "tower, attention": layers * attention,
         }
-    again = {"none": 0, "dots": 0, "attention": 2 * length * products["rest"], "full": dense}[policy]
-    scores_again = 1 if policy in ("dots", "full") else 0
+    again = {"none": 0, "dots": 0, "attention": 2 * length * products["rest"]}.get(policy, dense)
+    scores_again = 1 if policy in ("dots", "full", "offload") else 0
     return result | {
         "tower": layers * 3 * dense + counts["tiles"] * 2 * embedding,
         "tower, recomputed": layers * (again + scores_again * attention),
@@ -154,12 +154,11 @@ def _decoder(share: Share, counts: dict[str, int]) -> dict[str, float]:
         "none": 0,
         "dots": 0,
         "attention": 2 * counts["tokens"] * (matrices["o"] + matrices["up"]),
-        "full": dense - 2 * counts["tokens"] * matrices["down"],
-    }[policy]
+    }.get(policy, dense - 2 * counts["tokens"] * matrices["down"])
     tokens = share.config.data.tokens_per_row
     blocks = (tokens + min(_BLOCK, tokens)) / (tokens + 1) if share.tpu else 1
     attention = 4 * counts["pairs"] * blocks * heads
-    scores_again = 1 if policy in ("dots", "full") else 0
+    scores_again = 1 if policy in ("dots", "full", "offload") else 0
     passes = 3 if share.trains("language/layers/") else 2
     return {
         "decoder": language.num_layers * passes * dense,

@@ -1,12 +1,13 @@
 """What the backward pass of a layer recomputes instead of keeping (Chen et al. 2016), by name.
 
 Layers mark their intermediates with `keep`; a policy says which of them stay in memory between the two passes. The residual stream
-between the layers always stays.
+between the layers stays, in any case but the last.
 
     none       all: fastest, and the most memory
     dots       products with weights; elementwise operations, norms and attention's scores are recomputed
     attention  what goes into attention and comes out of it; the products around it and the MLP are recomputed
-    full       nothing: one more forward pass, and the least memory
+    full       nothing: one more forward pass, and the least memory of the device's alone
+    offload    as full, and the residual stream between the layers waits in the host's memory
 """
 
 import flax.linen as nn
@@ -18,12 +19,16 @@ _POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_input", "attention_output"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["stream"], offload_src="device", offload_dst="pinned_host"
+    ),
 }
 POLICIES = tuple(_POLICIES)
+ON_DEVICE = tuple(policy for policy in POLICIES if policy != "offload")  # that need nothing of the host
 
 
 def keep(x, name: str):
-    """Marks x, "attention_input" or "attention_output", for the policies that keep it; no operation of its own."""
+    """Marks x, "attention_input", "attention_output" or, at a layer's beginning, "stream", for the policies that keep it; no operation of its own."""
     return checkpoint_name(x, name)
 
 
