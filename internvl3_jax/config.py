@@ -176,6 +176,11 @@ class DataConfig:
     )  # of the samples that have no picture; 0.25 is native pre-training's 1:3. Negative: as it comes
     on_error: str = "stop"  # at a sample that cannot be used; "skip" counts it and goes on
     drop_list: str = ""  # file of samples to leave out, written by the doctor
+    pairs: bool = False  # rows are a question with a chosen and a rejected answer (loss.kind "mpo")
+    pairs_per_row: int = 16  # at most
+    share_question: bool = (
+        False  # the decoder computes a pair's question once; not with the TPU's and NVIDIA's attention kernels
+    )
     overlong: str = "error"  # a sample longer than a row; or "truncate" (after the last whole turn that fits), "drop"
     min_frames: int = 8  # of a video; drawn for each sample
     max_frames: int = 32
@@ -216,6 +221,26 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class LossConfig:
+    """What is minimised. "mpo", Mixed Preference Optimization (Wang et al. 2024), takes pairs (data.pairs): weighted preference, quality
+    and generation losses, of which each may be alone. Defaults are InternVL3's scripts'; preference.py has the losses."""
+
+    kind: str = "sft"  # next-token cross-entropy; or "mpo"
+    preference: str = "sigmoid"  # DPO; or "ipo"
+    preference_weight: float = 0.8
+    quality_weight: float = 0.2  # BCO
+    generation_weight: float = 1.0  # cross-entropy of chosen answers, averaged as data.loss_average says
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # of DPO
+    shift: str = "running"  # BCO's: mean of all rewards so far, these included (the code); "moving": of earlier ones, exponential (the paper)
+    shift_decay: float = 0.99  # of "moving"
+    reference: str = ""  # checkpoint that the policy is compared with; empty: init_from
+    reference_dtype: str = ""  # that it is stored in; empty: the compute dtype
+    reference_cache: str = ""  # file of its log-probabilities, of `python -m internvl3_jax.reference`: then it is not loaded
+    drop_path: bool = False  # whether the policy's tower drops paths; then the two differ from the first step on
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig:
     """Devices along each axis of the mesh (sharding.py); one may be -1, which takes what the others leave."""
 
@@ -235,6 +260,7 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     steps: int
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     init_from: str = ""  # checkpoint, released directory or hub id to start from; empty: random
     seed: int = 0

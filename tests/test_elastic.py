@@ -42,7 +42,9 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     train.save_config(config, workdir)
     with monkeypatch.context() as patch:
         start = Saver.start
-        patch.setattr(Saver, "start", lambda self, step, state, *rest: check_memory(state, memory) or start(self, step, state, *rest))
+        patch.setattr(
+            Saver, "start", lambda self, step, state, *rest: check_memory(state, memory) or start(self, step, state, *rest)
+        )
         if stop < config.steps:
             patch.setattr(Meter, "add", add_and_stop)
             with pytest.raises(SystemExit) as ended:

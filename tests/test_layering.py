@@ -17,7 +17,7 @@ ROWS = [
     ["cache", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
     ["projector", "vision", "language"],
     ["model"],
-    ["checkpoint", "lora", "losses", "optimizer", "sampling"],
+    ["checkpoint", "lora", "losses", "optimizer", "preference", "sampling"],
     ["components", "generate", "meter", "train_step"],
     ["best_of_n", "chat", "evaluate", "fit", "held_out", "run", "tokens"],
 ]

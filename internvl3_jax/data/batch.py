@@ -31,6 +31,14 @@ class Batch(TypedDict):
     segments      i32[B,T]       number of the sample in its row from 1, 0 for padding
     positions     i32[B,T]       in units of 1/256, from 0 in each sample
     tiles         u8[B,N,S,S,3]  RGB; unused ones at the end of a row are zero
+
+    Batches of pairs (data/pairs.py), whose `loss_weights` are of the chosen answers, have besides
+
+    answers       i32[B,T]       whose token the target is: 2 k + 1 of the chosen and 2 k + 2 of the rejected answer of the row's pair k,
+                                 0 of neither
+    features      i32[B,T]       which feature of the row's tiles a visual token stands for; elsewhere any
+    until         i32[B,T]       the last place in the row that sees this token, where one before the segment's end is meant
+    reference     f32[B,T]       only if it was computed beforehand: the reference's log-probability of an answer, at its first target
     """
 
     tokens: np.ndarray

@@ -54,6 +54,7 @@ class Batches:
                 config.tiles_per_row,
                 config.packing,
                 config.packing_buffer,
+                config.pairs_per_row if config.pairs else None,
             )
             for shard in self.shards
         }

@@ -70,6 +70,8 @@ class Examiner:
             finding.id, finding.pictures = conversation.id, len(tiles)
             finding.tokens, finding.tiles = len(whole.tokens), sum(tiles)
             encoded, kept = preparer.encode(conversation, tiles)
+            if preparer.config.pairs:
+                finding.tokens += len(preparer.rejected(conversation, encoded).tokens)
             if len(encoded.tokens) < len(whole.tokens):
                 finding.warning = (
                     f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} pictures"
@@ -230,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     flag(parser, "--tiles_per_row", type=int, default=DataConfig.tiles_per_row)
     flag(parser, "--max_frames", type=int, default=DataConfig.max_frames, help="of a video")
     flag(parser, "--overlong", default=DataConfig.overlong, choices=("error", "truncate", "drop"), help="as data.overlong")
+    flag(parser, "--pairs", action="store_true", help="as data.pairs: rows are a question, a chosen and a rejected answer")
     flag(parser, "--workers", type=int, default=0, help="processes; 0: this one")
     flag(parser, "--report", help="folder to write to (META.doctor, where training looks)")
     options = parser.parse_args(arguments)
@@ -240,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         tiles_per_row=options.tiles_per_row,
         max_frames=options.max_frames,
         overlong=options.overlong,
+        pairs=options.pairs,
     )
     folder = options.report or report_folder(options.meta)
     try:

@@ -3,6 +3,10 @@
     {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"], "video": "c.mp4", "clip": [start, end],
      "conversations": [{"from": "system", "value": text}, {"from": "human", "value": text}, {"from": "gpt", "value": text}, ...]}
 
+Pairs for preference optimisation have, in place of conversations, two answers to one question (MMPR):
+
+    {"image": ..., "question": text, "chosen": text, "rejected": text}
+
 No picture and no video: text only. One picture: if no human turn has <image>, it goes in front of the first one, as <image> and a
 line break. Several pictures: one <image> each. A video: <video> in the first human turn, or its start, becomes a line for each frame.
 Everything else in the text, such as <ref> and <box>, stays as it is, and so do other keys of a row.
@@ -39,6 +43,11 @@ class Conversation:
     augment: bool = False
     id: str | None = None
     is_video: bool = False  # then the pictures are its frames, one tile each without thumbnail
+    rejected: str | None = None  # of a pair: the answer that the last message is preferred to
+
+    def other_side(self) -> list[Message]:
+        """The messages with the rejected answer."""
+        return [*self.messages[:-1], {**self.messages[-1], "content": self.rejected}]
 
 
 class OfficialSource:
@@ -74,11 +83,11 @@ class OfficialSource:
           ValueError: a subclass that says what is wrong with the row, a picture or a video.
         """
         values, files = self.rows[row]
-        messages = _messages(values)
+        messages, rejected = _pair(values) if "chosen" in values else (_messages(values), None)
         images, video = _media(values, files)
         where = _Place(self.spec.root, files, processor.apply_exif)
         number = values.get("id")
-        common = {"augment": self.spec.augment, "id": None if number is None else str(number)}
+        common = {"augment": self.spec.augment, "id": None if number is None else str(number), "rejected": rejected}
         if video is not None:
             frames = where.video(video, choose(values.get("clip")))
             messages = insert_frames(messages, len(frames), processor.frame_label)
@@ -99,6 +108,18 @@ def _messages(values: dict) -> list[Message]:
     if wrong:
         raise RowError(f"turn {wrong[0]}: its value is no text")
     return messages
+
+
+def _pair(values: dict) -> tuple[list[Message], str]:
+    """(question and chosen answer, rejected answer) of a row."""
+    texts = {name: values.get(name) for name in ("question", "chosen", "rejected")}
+    for name, text in texts.items():
+        if not isinstance(text, str) or (name != "question" and not text.strip()):
+            raise RowError(f"{name} is {str(text)[:80]!r}; expected the keys question, chosen and rejected, each a text")
+    if texts["chosen"] == texts["rejected"]:
+        raise RowError("chosen and rejected are the same text: there is nothing to prefer")
+    question = {"role": "user", "content": texts["question"]}
+    return [question, {"role": "assistant", "content": texts["chosen"]}], texts["rejected"]
 
 
 def _media(values: dict, files: dict[str, bytes]) -> tuple[list[str], str | None]:

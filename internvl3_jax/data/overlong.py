@@ -64,8 +64,12 @@ def _longest(messages, tiles, encode: Encode, fits) -> tuple[Encoded, int] | Non
 
 
 def _complaint(tokens: int, tiles: int, max_tokens: int, max_tiles: int, rule: str) -> str:
-    pairs = [("tokens", tokens, max_tokens), ("tiles", tiles, max_tiles)]
-    (name, count, limit), *_ = [pair for pair in pairs if pair[1] > pair[2]]
     advice = "set data.overlong to truncate or drop" if rule == "error" else "its first answer alone does not fit"
     advice = "data.overlong is drop" if rule == "drop" else advice
-    return f"a conversation has {count:,} {name}, a row holds {limit:,}: raise data.{name}_per_row ({advice})"
+    return complaint("a conversation", [("tokens", tokens, max_tokens), ("tiles", tiles, max_tiles)], advice)
+
+
+def complaint(what: str, sizes: Sequence[tuple[str, int, int]], advice: str) -> str:
+    """sizes: (name, count, limit) of what a row holds, one of them over its limit."""
+    name, count, limit = next(size for size in sizes if size[1] > size[2])
+    return f"{what} has {count:,} {name}, a row holds {limit:,}: raise data.{name}_per_row ({advice})"

@@ -16,9 +16,11 @@ import grain.python as grain
 import numpy as np
 
 from internvl3_jax.data.batch import Batch, Sample
+from internvl3_jax.data.pairs import NO_END
 
 RULES = ("balanced", "first_fit")
 _FIELDS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "positions": np.int32}
+_PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32, "until": np.int32}
 
 
 def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
@@ -45,18 +47,33 @@ def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
 
 def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
     """One row [T] of a Batch from samples that fit in it, padded with zeros."""
-    row = {name: np.zeros(tokens, dtype) for name, dtype in _FIELDS.items()}
+    pairs = "answers" in samples[0]
+    fields = _FIELDS | (_PAIR_FIELDS if pairs else {}) | ({"reference": np.float32} if "reference" in samples[0] else {})
+    row = {name: np.zeros(tokens, dtype) for name, dtype in fields.items()}
     row |= {"segments": np.zeros(tokens, np.int32), "sources": np.zeros(tokens, np.int32)}
     row["tiles"] = np.zeros((tiles, *samples[0]["tiles"].shape[1:]), np.uint8)
-    token = tile = 0
-    for number, sample in enumerate(samples, 1):
+    token = tile = segment = feature = 0
+    for number, sample in enumerate(samples):
         place = slice(token, token + len(sample["tokens"]))
-        for name in _FIELDS:
+        for name in fields:
             row[name][place] = sample[name]
-        row["segments"][place], row["sources"][place] = number, sample.get("source", 0)
+        row["sources"][place] = sample.get("source", 0)
+        if pairs:
+            _renumber({name: row[name][place] for name in _PAIR_FIELDS}, segment, 2 * number, feature, token)
+            feature += int(sample["features"].max()) + 1 if len(sample["tiles"]) else 0
+        else:
+            row["segments"][place] = segment + 1
         row["tiles"][tile : tile + len(sample["tiles"])] = sample["tiles"]
-        token, tile = place.stop, tile + len(sample["tiles"])
+        token, tile, segment = place.stop, tile + len(sample["tiles"]), int(row["segments"][place].max(initial=0))
     return row
+
+
+def _renumber(part: dict[str, np.ndarray], segment: int, answer: int, feature: int, token: int) -> None:
+    """Makes the numbers of a pair those of its place in the row."""
+    part["segments"] += segment
+    part["answers"][part["answers"] > 0] += answer
+    part["features"] += feature
+    part["until"][part["until"] < NO_END] += token
 
 
 class Packer(grain.DatasetIterator):
@@ -67,15 +84,22 @@ class Packer(grain.DatasetIterator):
     """
 
     def __init__(
-        self, samples: grain.DatasetIterator, make: Callable[[int], Sample], tokens: int, tiles: int, rule: str, size: int
+        self,
+        samples: grain.DatasetIterator,
+        make: Callable[[int], Sample],
+        tokens: int,
+        tiles: int,
+        rule: str,
+        size: int,
+        most: int | None = None,
     ):
-        """make: a sample by its "index", to fill the buffer again on resuming; size: of the buffer, in samples."""
+        """make: a sample by its "index", to fill the buffer again on resuming; size: of the buffer, in samples; most: samples a row."""
         super().__init__(samples)
         if rule not in RULES:
             raise ValueError(f"data.packing is {rule!r}; it must be one of {', '.join(RULES)}")
         if size < 1:
             raise ValueError(f"data.packing_buffer is {size}; at least one sample must wait")
-        self.make, self.budgets, self.rule, self.size = make, np.array([tokens, tiles]), rule, size
+        self.make, self.budgets, self.rule, self.size, self.most = make, np.array([tokens, tiles]), rule, size, most
         self.waiting: list[Sample] = []
         self.skipped: list[dict] = []
         self.skipped_count = 0
@@ -85,7 +109,7 @@ class Packer(grain.DatasetIterator):
         if not self.waiting:
             raise StopIteration
         sizes = np.array([(len(sample["tokens"]), len(sample["tiles"])) for sample in self.waiting])
-        chosen = choose(sizes, self.budgets, self.rule)
+        chosen = choose(sizes, self.budgets, self.rule)[: self.most]
         samples = [self.waiting[index] for index in chosen]
         self.waiting = [sample for index, sample in enumerate(self.waiting) if index not in set(chosen)]
         return join(samples, *map(int, self.budgets)), [(int(s.get("source", 0)), int(s.get("row", 0))) for s in samples]

@@ -1,6 +1,7 @@
 """One conversation of a source to a `Sample`: frames, tiles, ids, weights and positions, all drawn from the sample's own rng."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from internvl3_jax.data.augment import recompress
 from internvl3_jax.data.batch import AVERAGES, Sample, finish_sample
 from internvl3_jax.data.chat import Encoded, encode_chat
 from internvl3_jax.data.official import Conversation
+from internvl3_jax.data.pairs import PairError, finish_pair, pair_length
 from internvl3_jax.data.tiles import count_tiles, cut_tiles
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.data.video import training_frames
@@ -25,6 +27,8 @@ class Preparer:
         for name, known in (("overlong", overlong.RULES), ("loss_average", AVERAGES)):
             if getattr(config, name) not in known:
                 raise ValueError(f"data.{name} is {getattr(config, name)!r}; it must be one of {', '.join(known)}")
+        if config.pairs and config.overlong == "truncate":
+            raise ValueError("data.overlong is truncate; of a pair both answers are needed whole: set it to error or drop")
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.deltas = [parse_delta(delta) for delta in config.deltas]
         self.frame_processor = dataclasses.replace(processor, use_thumbnail=False)
@@ -37,7 +41,10 @@ class Preparer:
         if conversation.augment:
             tiles = [recompress(part, rng) for part in tiles]
         deltas = draw_deltas(kept, rng, self.deltas)
-        return finish_sample(encoded, tiles, deltas, self.processor, self.config.loss_average)
+        finish = finish_sample
+        if self.config.pairs:
+            finish = functools.partial(finish_pair, self.rejected(conversation, encoded), shared=self.config.share_question)
+        return finish(encoded, tiles, deltas, self.processor, self.config.loss_average)
 
     def read(self, source, row: int, rng: np.random.Generator) -> Conversation:
         fewest, most = self.config.min_frames, self.config.max_frames
@@ -45,7 +52,11 @@ class Preparer:
         def choose(clip):
             return lambda footage: training_frames(footage, rng, fewest, most, clip)
 
-        return source.conversation(row, choose, self.processor)
+        conversation = source.conversation(row, choose, self.processor)
+        if self.config.pairs is (conversation.rejected is None):
+            what = "no pair of answers" if self.config.pairs else "a pair of answers"
+            raise PairError(f"the row is {what}, but data.pairs is {self.config.pairs} (pairs are for loss.kind mpo alone)")
+        return conversation
 
     def count(self, conversation: Conversation) -> list[int]:
         """Tiles of each picture."""
@@ -59,6 +70,19 @@ class Preparer:
         """(encoded, number of pictures kept), within a row by `config.overlong`."""
         limits = self.config.tokens_per_row, self.config.tiles_per_row
         return overlong.encode_within(conversation.messages, tiles, self.encode_all, *limits, self.config.overlong)
+
+    def rejected(self, conversation: Conversation, chosen: Encoded) -> Encoded:
+        """The other side of a pair. TooLong if the two are more than a row."""
+        encoded = self.encode_all(
+            conversation.other_side(), [count // self.processor.tokens_per_tile for _, count in chosen.runs]
+        )
+        tokens = pair_length(chosen, encoded, self.config.share_question)
+        if tokens > self.config.tokens_per_row:
+            sizes = [("tokens", tokens, self.config.tokens_per_row)]
+            raise overlong.TooLong(
+                overlong.complaint("a pair", sizes, "both its answers stand in one row; or set data.overlong to drop")
+            )
+        return encoded
 
     def encode_all(self, messages, tiles) -> Encoded:
         return encode_chat(messages, tiles, self.tokenizer, self.processor, add_generation_prompt=False)

@@ -44,7 +44,9 @@ def memory_lines(memory: Memory, available: float | None, built: Built | None) -
         name = "needed, as the compiler refuses it" if built.refused else "peak by the compiler"
         lines.append(f"  {name:<34}{built.peak / GIB:9.2f}   {memory.peak / built.peak - 1:+.1%} in the analysis")
     if host := built.host if built is not None and not built.refused else memory.host:
-        lines.append(f"  {'beside it in the memory of the host':<34}{host / GIB:9.2f}   and on the way between them: not in the floors")
+        lines.append(
+            f"  {'beside it in the memory of the host':<34}{host / GIB:9.2f}   and on the way between them: not in the floors"
+        )
     if available is not None:
         peak = memory.peak if built is None else built.peak
         verdict = "fits" if (peak <= available if built is None else built.fits) else "DOES NOT FIT"
