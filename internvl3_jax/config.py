@@ -216,6 +216,20 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class LoraConfig:
+    """Adapters beside linear layers that stay as they are (lora.py). Rank 0: none; all else is then without effect."""
+
+    rank: int = 0
+    alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) instead
+    dropout: float = 0.0  # of the adapters' inputs
+    targets: tuple[str, ...] = ("language/layers/(q|k|v|o|gate|up|down)",)  # regular expressions; layers whose path one matches
+    full: tuple[str, ...] = ()  # parameters that are trained whole beside them, likewise: "projector/.*"
+    quantize: str = "none"  # what the layers' frozen matrices are kept in: "none" (param_dtype), "int8" or "nf4"
+    init_from: str = ""  # LoRA run or PEFT directory whose adapter is trained on
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig:
     """Devices along each axis of the mesh (sharding.py); one may be -1, which takes what the others leave."""
 
@@ -236,6 +250,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     steps: int
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init_from: str = ""  # checkpoint, released directory or hub id to start from; empty: random
     seed: int = 0
     param_dtype: str = "float32"

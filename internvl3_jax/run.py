@@ -7,6 +7,7 @@ WORKDIR/skipped.txt        reasons of samples that were left out
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -16,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint, distributed, sharding
+from internvl3_jax import checkpoint, distributed, lora, sharding
 from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Prepared
 from internvl3_jax.find import latest_step
-from internvl3_jax.optimizer import Optimizer
+from internvl3_jax.manifest import Base
+from internvl3_jax.model import abstract_params
+from internvl3_jax.optimizer import Optimizer, join, split_params
 from internvl3_jax.placement import Placement, total
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
@@ -76,8 +79,10 @@ def restore_or_init(
     example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
 
     def init():
-        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype))
+        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora)
 
+    if config.lora.rank and not config.init_from:
+        raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
     step = agreed_step(workdir)
     shapes = jax.eval_shape(init)
     places = shardings_of(shapes, mesh)
@@ -85,7 +90,10 @@ def restore_or_init(
         state = warm_start(config, optimizer, places) if config.init_from else jax.jit(init, out_shardings=places)()
         return state, Past(frozen=frozen_hash(state.params, config.optimizer.freeze))
     wanted = sharding.abstract(shapes, places)
-    params, opt_state, extra = checkpoint.restore_training(workdir, step, wanted.params, wanted.opt_state)
+    stored = kept(config, wanted.params)
+    params, opt_state, extra = checkpoint.restore_training(workdir, step, stored, wanted.opt_state)
+    if config.lora.rank:
+        params = join(params, optimizer.split(base_params(config, places))[1])
     batches.restore(extra["data"])
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}")
@@ -106,8 +114,22 @@ def _everywhere(value, mesh):
     return jax.device_put(value, jax.NamedSharding(mesh, jax.P()))
 
 
+def kept(config: TrainConfig, params: dict) -> dict:
+    """What of the parameters a checkpoint holds: all, or of a LoRA run what it trains."""
+    return split_params(params, config.optimizer.freeze)[0] if config.lora.rank else params
+
+
 def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) -> TrainState:
     """The first state from a checkpoint, a released directory of either layout or a hub id; all of its parameters or an error."""
+    params = base_params(config, places)
+    if config.lora.rank:
+        params |= {lora.SUBTREE: first_adapters(config, places)}
+    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
+    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state)
+
+
+def base_params(config: TrainConfig, places: TrainState) -> dict:
+    """The parameters of `config.init_from`, without adapters, as they are trained or trained beside."""
     source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh)
     theirs, ours = to_dict(source.config), to_dict(config.model)
     theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]  # of the training, not of the weights
@@ -116,8 +138,17 @@ def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) ->
     count = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     if jax.process_index() == 0:
         print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
-    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(source.params)
-    return TrainState(jax.device_put(np.int32(0), places.step), source.params, opt_state)
+    if not config.lora.rank:
+        return source.params
+    params, source.params = source.params, {}
+    return jax.device_put(lora.prepared(params, config.lora), lora.without(places.params))
+
+
+def first_adapters(config: TrainConfig, places: TrainState) -> dict:
+    """New ones, or those of `lora.init_from`."""
+    shapes = abstract_params(config.model)
+    draw = functools.partial(lora.init, shapes, config.lora)
+    return jax.jit(draw, out_shardings=places.params[lora.SUBTREE])(jax.random.key(config.seed))
 
 
 def _differing(theirs: dict, ours: dict, where: str) -> list[str]:
@@ -150,12 +181,13 @@ class Saver:
         self.finish = checkpoint.start_saving_training(
             self.workdir,
             step,
-            state.params,
+            kept(self.config, state.params),
             state.opt_state,
             model=self.config.model,
             processor=self.config.processor,
             files=self.files,
             extra={"past": dataclasses.asdict(past)},
+            base=base_of(self.config, past),
             data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
             keep=self.config.keep,
             keep_also=keep_also,
@@ -165,6 +197,15 @@ class Saver:
         """Until what was started is complete."""
         self.finish()
         self.finish = lambda: None
+
+
+def base_of(config: TrainConfig, past: Past) -> Base | None:
+    """What a LoRA run's checkpoints say of their base."""
+    if not config.lora.rank:
+        return None
+    local = pathlib.Path(config.init_from).expanduser()
+    path = str(local.absolute()) if local.exists() else config.init_from  # or a hub id
+    return Base(path, config.param_dtype, past.frozen, config.lora)
 
 
 def check_frozen(config: TrainConfig, params, past: Past, step: int) -> None:
@@ -193,7 +234,7 @@ class Guard:
             values = ", ".join(f"{name} {float(metrics[name])}" for name in ("loss", "grad_norm"))
             raise FloatingPointError(f"{values} at step {step}{self._samples(prepared)}")
         index = int(metrics["zero_gradient"])
-        if index >= 0 and (self.paths[index].startswith("language") or prepared.batch["tiles"].any()):
+        if index >= 0 and (self.paths[index].removeprefix("lora/").startswith("language") or prepared.batch["tiles"].any()):
             raise FloatingPointError(f"the gradient of {self.paths[index]} is all zero at step {step}{self._samples(prepared)}")
 
     def _samples(self, prepared: Prepared) -> str:

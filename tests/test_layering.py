@@ -14,10 +14,11 @@ ROWS = [
     ["config", "find", "hf_fields"],
     ["hf_config", "positions"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
-    ["cache", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
-    ["projector", "vision", "language"],
-    ["model"],
-    ["checkpoint", "lora", "losses", "optimizer", "sampling"],
+    ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
+    ["manifest", "projector", "vision", "language"],
+    ["lora", "model"],
+    ["adapters"],
+    ["checkpoint", "losses", "optimizer", "sampling"],
     ["components", "generate", "meter", "train_step"],
     ["best_of_n", "chat", "evaluate", "fit", "held_out", "run", "tokens"],
 ]
@@ -28,9 +29,9 @@ WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields"
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}
-CONVERT_MAY = {"checkpoint", "config", "data", "find", "fingerprint", "hf_config", "model", "storage"}
+CONVERT_MAY = {"checkpoint", "config", "data", "find", "fingerprint", "hf_config", "lora", "model", "storage"}
 # Modules of ops/ that the models call; any other is a kernel, which ops/attention.py picks.
-OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.remat", "ops.rope"}
+OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.quantize", "ops.remat", "ops.rope"}
 # Libraries that one unit hides from the rest.
 HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops"}
 # In tests/ and benchmarks/ only.
