@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax import lora, storage
-from internvl3_jax.adapters import adapter, check_base, put_on, read_own
+from internvl3_jax.adapters import Adapter, adapter, check_base, put_on, read_own
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.find import MANIFEST, PEFT, damage, find, is_checkpoint, is_peft, latest_step
@@ -46,7 +46,7 @@ class Checkpoint:
     processor: ProcessorConfig
     tokenizer: Tokenizer
     directory: pathlib.Path
-    adapters: dict[str, lora.Adapter] = dataclasses.field(default_factory=dict)  # that can be put on, by name
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)  # that can be put on, by name
 
 
 def save_checkpoint(
@@ -134,7 +134,7 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
 
 
-def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> lora.Adapter:
+def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
     """The adapter of a LoRA run or of a PEFT directory (either layout), to be put on an opened checkpoint.
 
     Raises:

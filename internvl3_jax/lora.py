@@ -21,13 +21,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from internvl3_jax.config import LoraConfig, ModelConfig, TrainConfig
+from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.ops.quantize import KINDS, dequantize, quantize
 
 SUBTREE = "lora"
 _LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")
-# The generation layout's merged products, and what they consist of.
-_FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------------------
@@ -196,63 +194,6 @@ def idle(trained: Mapping) -> list:
         return (leaves[f"{start}/b"] == 0).all() if path.startswith(f"{SUBTREE}/") and name == "a" else False
 
     return [one(jax.tree_util.keystr(path, simple=True, separator="/")) for path, _ in jax.tree.leaves_with_path(trained)]
-
-
-# --- generation ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Adapter:
-    """What is put on a base: adapters, scaled, and parameters that replace the base's. Both are trees without gaps of None."""
-
-    lora: dict
-    whole: dict = dataclasses.field(default_factory=dict)
-
-    def on(self, base: Mapping) -> dict:
-        """The base's tree with it."""
-        leaves = _flat(base)
-        if missing := sorted(_flat(self.whole).keys() - leaves.keys()):
-            raise ValueError(f"the adapter replaces parameters that the base has not: {', '.join(missing[:5])}")
-        return _nested(leaves | _flat(self.whole)) | {SUBTREE: self.lora}
-
-
-def unroll(adapters: Mapping, config: ModelConfig, fused: bool, vision: bool) -> dict:
-    """Stacked adapters in the generation layout: `language.unroll`'s, and `vision.unroll`'s too if `vision`."""
-    parts = dict(adapters)
-    if vision and "vision" in parts:
-        parts["vision"] = _unstacked(parts["vision"]["layers"], config.vision.num_layers)
-    if "language" in parts:
-        layers = parts["language"]["layers"]
-        parts["language"] = _unstacked(_fuse(layers, config) if fused else layers, config.language.num_layers)
-    return parts
-
-
-def _unstacked(layers: Mapping, count: int) -> dict:
-    return {f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], layers) for index in range(count)}
-
-
-def _fuse(layers: Mapping, config: ModelConfig) -> dict:
-    """Adapters of merged products: the a side by side, each b at its own columns."""
-    language = config.language
-    q, k = (heads * language.head_dim for heads in (language.num_heads, language.num_kv_heads))
-    widths = {"q": q, "k": k, "v": k, "gate": language.intermediate_size, "up": language.intermediate_size}
-    fused = {name: adapter for name, adapter in layers.items() if name not in widths}
-    for target, sources in _FUSED.items():
-        present = [name for name in sources if name in layers]
-        if not present:
-            continue
-        starts = {name: sum(widths[before] for before in sources[: sources.index(name)]) for name in present}
-        total = sum(widths[name] for name in sources)
-        padded = [_padded(layers[name]["b"], starts[name], total) for name in present]
-        fused[target] = {
-            "a": jnp.concatenate([layers[name]["a"] for name in present], axis=-1),
-            "b": jnp.concatenate(padded, axis=-2),
-        }
-    return fused
-
-
-def _padded(b, start: int, total: int):
-    return jnp.pad(b, [(0, 0)] * (b.ndim - 1) + [(start, total - start - b.shape[-1])])
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------------------
