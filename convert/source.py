@@ -159,7 +159,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
 
 
 def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released | Converted:
-    """Opens a directory found by `find`, and checks it completely before any array is read.
+    """Opens a directory found by `find`, and checks it completely before any array is read; a LoRA run with its adapters merged.
 
     Args:
       dtype: to cast to; None keeps.
@@ -168,6 +168,10 @@ def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerp
       ConversionError, ValueError: naming the tensor or field that is wrong.
     """
     if is_checkpoint(directory):
+        if Manifest.read(directory).base is not None:
+            from convert.adapted import open_run  # which is built on this module
+
+            return open_run(directory, dtype, accept_fingerprint)
         return _open_converted(directory, dtype, accept_fingerprint)
     return open_released(directory, dtype, accept_fingerprint)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -54,22 +54,21 @@ def adapter(own: dict, config: LoraConfig) -> Adapter:
     return Adapter(lora.scaled(own[lora.SUBTREE], config), lora.without(own))
 
 
-def check_base(params: dict, own: dict, base: Base, where: str) -> None:
-    """ValueError unless the base's parameters, in whatever dtype they are here, are those that the run was trained beside."""
-    leaves, trained = storage.by_path(params), storage.by_path(lora.without(own))
-    if missing := sorted(trained.keys() - leaves.keys()):
-        raise ValueError(f"{where} has parameters that the base lacks: {', '.join(missing[:5])}")
-    if any(jnp.finfo(leaf.dtype).bits < jnp.finfo(base.dtype).bits for leaf in leaves.values()):
-        log.warning("%s: not checked against its base, which is here in a narrower dtype than %s", where, base.dtype)
-        return
-    found = {}
-    for path, leaf in leaves.items():
-        if path not in trained:
-            as_trained = lora.prepared_leaf(path, leaf.astype(base.dtype), base.lora)
-            found |= described(storage.by_path(storage.nest({path: as_trained})))
-    if combined(found) != base.frozen:
+def check_base(leaves: Iterable[tuple[str, jax.Array]], own: dict, base: Base, where: str) -> None:
+    """ValueError unless the base's parameters (path, leaf), in whatever dtype they are, are those that the run was trained beside."""
+    trained, found = set(storage.by_path(lora.without(own))), {}
+    for path, leaf in leaves:
+        if jnp.finfo(leaf.dtype).bits < jnp.finfo(base.dtype).bits:
+            log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
+            return
+        if path in trained:
+            trained.remove(path)
+            continue
+        as_trained = lora.prepared_leaf(path, jnp.asarray(leaf, base.dtype), base.lora)
+        found |= described(storage.by_path(storage.nest({path: as_trained})))
+    if trained or combined(found) != base.frozen:
         raise ValueError(
-            f"{where} was trained beside {base.path} as it was then; the base here has other parameters. Bring that one back, or name it"
+            f"{where} was trained beside {base.path} as it was then; this base has other parameters. Bring that one back, or name it"
         )
 
 

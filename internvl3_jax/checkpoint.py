@@ -127,7 +127,7 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_
     tokenizer = _tokenizer(directory, manifest, _dtype_name(own), accept_fingerprint)
     under = load(base or manifest.base.path, dtype=manifest.base.dtype, mesh=mesh, accept_fingerprint=accept_fingerprint)
     _check_same_model(manifest.model, under, directory)
-    check_base(under.params, own, manifest.base, str(directory))
+    check_base(storage.by_path(under.params).items(), own, manifest.base, str(directory))
     tree = put_on(under.params, own, manifest.base)
     del under
     params = lora.merged(tree, manifest.base.lora, dtype or manifest.base.dtype)
@@ -151,7 +151,7 @@ def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
         raise ValueError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})")
     _check_same_model(manifest.model, opened, directory)
     own = read_own(directory, _mesh_of(opened.params))
-    check_base(opened.params, own, manifest.base, str(directory))
+    check_base(storage.by_path(opened.params).items(), own, manifest.base, str(directory))
     return adapter(own, manifest.base.lora)
 
 

@@ -25,7 +25,7 @@ from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.ops.quantize import KINDS, dequantize, quantize
 
 SUBTREE = "lora"
-_LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")
+LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")  # layers that can have an adapter
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 def linear_layers(params: Mapping) -> dict[str, tuple[int, ...]]:
     """Path of every layer that can have an adapter -> shape of its matrix, [L,in,out] or [in,out]. Not of a quantized tree."""
     leaves = {path.removesuffix("/kernel"): leaf for path, leaf in _flat(params).items() if path.endswith("/kernel")}
-    return {path: leaf.shape for path, leaf in leaves.items() if _LINEAR.fullmatch(path)}
+    return {path: leaf.shape for path, leaf in leaves.items() if LINEAR.fullmatch(path)}
 
 
 def targets(params: Mapping, config: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -167,13 +167,15 @@ def merged(params: Mapping, config: LoraConfig | None = None, dtype=None) -> dic
         adapter = _flat(adapters, keep=_is_adapter).get(path.removesuffix("/kernel"))
         if adapter is None and not isinstance(leaf, Mapping):
             return leaf.astype(kind)
-        return _merge(leaf, adapter, jnp.dtype(kind))
+        return merged_leaf(leaf, adapter, jnp.dtype(kind))
 
     return _nested({path: one(path, leaf) for path, leaf in base.items()})
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _merge(kernel, adapter, dtype):
+def merged_leaf(kernel, adapter, dtype):
+    """A kernel, quantized or not, and its scaled adapter, or None, as one matrix."""
+
     def layer(kernel, adapter):
         total = dequantize(kernel, jnp.float32)
         if adapter is not None:
