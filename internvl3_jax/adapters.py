@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from internvl3_jax import lora, storage
 from internvl3_jax.checksum import combined, described
-from internvl3_jax.config import LoraConfig, ModelConfig
+from internvl3_jax.config import LoraConfig, ModelConfig, to_dict
 from internvl3_jax.manifest import Base
 from internvl3_jax.sharding import abstract, param_shardings
 
@@ -54,18 +54,28 @@ def adapter(own: dict, config: LoraConfig) -> Adapter:
     return Adapter(lora.scaled(own[lora.SUBTREE], config), lora.without(own))
 
 
+def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
+    """ValueError unless they are the same but for drop path, which is of a training, not of weights."""
+    theirs, ours = to_dict(model), to_dict(base)
+    theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]
+    if differing := [name for name in theirs if theirs[name] != ours[name]]:
+        raise ValueError(f"{where} is an adapter of another model than the base: they differ in {', '.join(differing)}")
+
+
 def check_base(leaves: Iterable[tuple[str, jax.Array]], own: dict, base: Base, where: str) -> None:
     """ValueError unless the base's parameters (path, leaf), in whatever dtype they are, are those that the run was trained beside."""
     trained, found = set(storage.by_path(lora.without(own))), {}
     for path, leaf in leaves:
-        if jnp.finfo(leaf.dtype).bits < jnp.finfo(base.dtype).bits:
-            log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
-            return
         if path in trained:
             trained.remove(path)
-            continue
-        as_trained = lora.prepared_leaf(path, jnp.asarray(leaf, base.dtype), base.lora)
-        found |= described(storage.by_path(storage.nest({path: as_trained})))
+        elif jnp.issubdtype(leaf.dtype, jnp.integer):  # quantized already, as a training's base is
+            found |= described({path: leaf})
+        elif jnp.finfo(leaf.dtype).bits < jnp.finfo(base.dtype).bits:
+            log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
+            return
+        else:
+            as_trained = lora.prepared_leaf(path, jnp.asarray(leaf, base.dtype), base.lora)
+            found |= described(storage.by_path(storage.nest({path: as_trained})))
     if trained or combined(found) != base.frozen:
         raise ValueError(
             f"{where} was trained beside {base.path} as it was then; this base has other parameters. Bring that one back, or name it"

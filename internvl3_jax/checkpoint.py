@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax import lora, storage
-from internvl3_jax.adapters import Adapter, adapter, check_base, put_on, read_own
-from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
+from internvl3_jax.adapters import Adapter, adapter, check_base, check_model, put_on, read_own
+from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.find import MANIFEST, PEFT, damage, find, is_checkpoint, is_peft, latest_step
 from internvl3_jax.fingerprint import compare, fingerprint
@@ -75,6 +75,7 @@ def load(
     accept_fingerprint: bool = False,
     adapters: Mapping[str, str | os.PathLike] | None = None,
     base: str | os.PathLike | None = None,
+    prepare: Callable[[str, jax.Array], object] | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint directory, a training run, a released safetensors directory (either layout) or a hub id.
 
@@ -87,6 +88,7 @@ def load(
       accept_fingerprint: go on although the files no longer agree with how the checkpoint was made.
       adapters: name -> LoRA run or PEFT directory; `Checkpoint.adapters` holds them, for `Chat` to choose from.
       base: of a LoRA run, where its base is now.
+      prepare: called with each parameter's path and value as soon as it is read; what it returns takes its place.
 
     Raises:
       FileNotFoundError: nothing that can be opened is there.
@@ -95,29 +97,31 @@ def load(
     directory = find(path)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None:
-        opened = _load_released(directory, dtype, mesh, accept_fingerprint)
+        opened = _load_released(directory, dtype, mesh, accept_fingerprint, prepare)
     elif manifest.base is None:
-        opened = _load_whole(directory, manifest, dtype, mesh, accept_fingerprint)
+        opened = _load_whole(directory, manifest, dtype, mesh, accept_fingerprint, prepare)
     else:
         opened = _load_lora(directory, manifest, dtype, mesh, accept_fingerprint, base)
+        if prepare is not None:
+            opened.params = storage.nest({path: prepare(path, leaf) for path, leaf in storage.by_path(opened.params).items()})
     opened.adapters = {name: load_adapter(where, opened) for name, where in (adapters or {}).items()}
     return opened
 
 
-def _load_released(directory: pathlib.Path, dtype, mesh, accept_fingerprint: bool) -> Checkpoint:
+def _load_released(directory: pathlib.Path, dtype, mesh, accept_fingerprint: bool, prepare) -> Checkpoint:
     # The one upward import of the package: reading a released directory is a conversion in memory.
     from convert.source import open_released
 
     source = open_released(directory, dtype and jnp.dtype(dtype).name, accept_fingerprint)
-    params = source.params(_places(source.config, mesh))
+    params = source.params(_places(source.config, mesh), prepare)
     return _opened(directory, source.config, source.processor, source.tokenizer, params)
 
 
-def _load_whole(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_fingerprint: bool) -> Checkpoint:
+def _load_whole(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_fingerprint: bool, prepare) -> Checkpoint:
     stored = storage.leaf_infos(directory / "params")
     tokenizer = _tokenizer(directory, manifest, _dtype_name(stored), accept_fingerprint)
     target = _targets(directory, manifest.model, stored, dtype, _places(manifest.model, mesh))
-    params = storage.load_tree(directory / "params", target)
+    params = storage.load_tree(directory / "params", target, prepare)
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
 
 
@@ -126,7 +130,7 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_
     own = read_own(directory, mesh)
     tokenizer = _tokenizer(directory, manifest, _dtype_name(own), accept_fingerprint)
     under = load(base or manifest.base.path, dtype=manifest.base.dtype, mesh=mesh, accept_fingerprint=accept_fingerprint)
-    _check_same_model(manifest.model, under, directory)
+    check_model(manifest.model, under.config, str(directory))
     check_base(storage.by_path(under.params).items(), own, manifest.base, str(directory))
     tree = put_on(under.params, own, manifest.base)
     del under
@@ -149,14 +153,14 @@ def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ValueError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})")
-    _check_same_model(manifest.model, opened, directory)
+    check_model(manifest.model, opened.config, str(directory))
     own = read_own(directory, _mesh_of(opened.params))
     check_base(storage.by_path(opened.params).items(), own, manifest.base, str(directory))
     return adapter(own, manifest.base.lora)
 
 
 def _opened(directory, config: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, params: dict) -> Checkpoint:
-    compute = jax.tree.leaves(params)[0].dtype
+    compute = params["vision"]["class_embedding"].dtype  # of a leaf that is never quantized
     return Checkpoint(InternVL(config, compute), config, params, processor, tokenizer, directory)
 
 
@@ -166,16 +170,6 @@ def _tokenizer(directory: pathlib.Path, manifest: Manifest, dtype: str, accept_f
     made = fingerprint(manifest.model, manifest.processor, tokenizer, dtype)
     compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
     return tokenizer
-
-
-def _check_same_model(model: ModelConfig, base: Checkpoint, where: pathlib.Path) -> None:
-    """But for drop path, which is of a training, not of weights."""
-    theirs, ours = (to_dict(config) for config in (model, base.config))
-    for config in (theirs, ours):
-        config["vision"].pop("drop_path")
-    if theirs != ours:
-        names = [name for name in theirs if theirs[name] != ours[name]]
-        raise ValueError(f"{where} is an adapter of another model than {base.directory}: they differ in {', '.join(names)}")
 
 
 def _mesh_of(params: dict) -> jax.sharding.Mesh | None:

@@ -108,11 +108,9 @@ def _key(key, path: str):
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def prepared(params: dict, config: LoraConfig) -> dict:
-    """The base as it is trained beside: see `prepared_leaf`. Leaf by leaf, so that one at a time exists twice."""
-    leaves = _flat(params)
-    del params
-    return _nested({path: prepared_leaf(path, leaves.pop(path), config) for path in list(leaves)})
+def prepared(params: Mapping, config: LoraConfig) -> dict:
+    """The base as it is trained beside: each leaf as of `prepared_leaf`."""
+    return _nested({path: prepared_leaf(path, leaf, config) for path, leaf in _flat(params).items()})
 
 
 def prepared_leaf(path: str, leaf, config: LoraConfig):
@@ -152,6 +150,11 @@ def without(params: Mapping) -> dict:
 def scaled(adapters: Mapping, config: LoraConfig) -> dict:
     """Adapters whose b has the scale in it, so that nothing more need be known of them."""
     return _each(lambda adapter: adapter | {"b": adapter["b"] * scale(config)}, adapters)
+
+
+def unscaled(adapters: Mapping, config: LoraConfig) -> dict:
+    """The inverse of `scaled`."""
+    return _each(lambda adapter: adapter | {"b": adapter["b"] / scale(config)}, adapters)
 
 
 def merged(params: Mapping, config: LoraConfig | None = None, dtype=None) -> dict:

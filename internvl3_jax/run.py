@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl3_jax import checkpoint, distributed, lora, sharding
+from internvl3_jax.adapters import Adapter
 from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Prepared
@@ -26,6 +27,7 @@ from internvl3_jax.manifest import Base
 from internvl3_jax.model import abstract_params
 from internvl3_jax.optimizer import Optimizer, join, split_params
 from internvl3_jax.placement import Placement, total
+from internvl3_jax.storage import by_path, nest
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
 _ATTENTION = ("attention_vision", "attention_language")
@@ -93,7 +95,7 @@ def restore_or_init(
     stored = kept(config, wanted.params)
     params, opt_state, extra = checkpoint.restore_training(workdir, step, stored, wanted.opt_state)
     if config.lora.rank:
-        params = join(params, optimizer.split(base_params(config, places))[1])
+        params = join(params, optimizer.split(open_base(config, places).params)[1])
     batches.restore(extra["data"])
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}")
@@ -121,34 +123,46 @@ def kept(config: TrainConfig, params: dict) -> dict:
 
 def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) -> TrainState:
     """The first state from a checkpoint, a released directory of either layout or a hub id; all of its parameters or an error."""
-    params = base_params(config, places)
+    source = open_base(config, places)
+    params = source.params
     if config.lora.rank:
-        params |= {lora.SUBTREE: first_adapters(config, places)}
+        draw = functools.partial(lora.init, abstract_params(config.model), config.lora)
+        drawn = jax.jit(draw, out_shardings=places.params[lora.SUBTREE])(jax.random.key(config.seed))
+        params |= {lora.SUBTREE: drawn}
+        if config.lora.init_from:
+            params = continued(checkpoint.load_adapter(config.lora.init_from, source), params, config, places)
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
     return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state)
 
 
-def base_params(config: TrainConfig, places: TrainState) -> dict:
-    """The parameters of `config.init_from`, without adapters, as they are trained or trained beside."""
-    source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh)
+def open_base(config: TrainConfig, places: TrainState) -> checkpoint.Checkpoint:
+    """`config.init_from`; its parameters, without adapters, are as a run trains them or trains beside them."""
+    prepare = functools.partial(lora.prepared_leaf, config=config.lora) if config.lora.rank else None
+    source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh, prepare=prepare)
     theirs, ours = to_dict(source.config), to_dict(config.model)
     theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]  # of the training, not of the weights
     if differing := _differing(theirs, ours, "model"):
         raise ValueError(f"{config.init_from} is another model than the configuration's: {'; '.join(differing)}")
-    count = sum(leaf.size for leaf in jax.tree.leaves(source.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config.model)))
     if jax.process_index() == 0:
         print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
-    if not config.lora.rank:
-        return source.params
-    params, source.params = source.params, {}
-    return jax.device_put(lora.prepared(params, config.lora), lora.without(places.params))
+    if config.lora.rank:
+        source.params = jax.device_put(source.params, lora.without(places.params))
+    return source
 
 
-def first_adapters(config: TrainConfig, places: TrainState) -> dict:
-    """New ones, or those of `lora.init_from`."""
-    shapes = abstract_params(config.model)
-    draw = functools.partial(lora.init, shapes, config.lora)
-    return jax.jit(draw, out_shardings=places.params[lora.SUBTREE])(jax.random.key(config.seed))
+def continued(adapter: Adapter, params: dict, config: TrainConfig, places: TrainState) -> dict:
+    """The parameters with an adapter in the place of the new ones. ValueError unless it has the layers and ranks of the configuration."""
+    own = {lora.SUBTREE: lora.unscaled(adapter.lora, config.lora)} | adapter.whole
+    theirs, ours = by_path(own), by_path(kept(config, params))
+    wrong = [name for name in theirs | ours if np.shape(theirs.get(name)) != np.shape(ours.get(name))]
+    if wrong:
+        name = wrong[0]
+        shapes = " and ".join(str(np.shape(leaves[name])) if name in leaves else "missing" for leaves in (theirs, ours))
+        raise ValueError(f"{config.lora.init_from} does not fit lora.rank, targets and full: {name} is {shapes} there and here")
+    placed = by_path(places.params)
+    put = {name: jax.device_put(jnp.asarray(leaf, jnp.float32), placed[name]) for name, leaf in theirs.items()}
+    return nest(by_path(params) | put)
 
 
 def _differing(theirs: dict, ours: dict, where: str) -> list[str]:
