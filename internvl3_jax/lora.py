@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from internvl3_jax.config import LoraConfig, TrainConfig
-from internvl3_jax.ops.quantize import KINDS, dequantize, quantize
+from internvl3_jax.ops.quantize import KINDS, dequantize, library, quantize
 
 SUBTREE = "lora"
 LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")  # layers that can have an adapter
@@ -50,6 +50,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"lora.dropout is {settings.dropout}; it must be at least 0 and below 1")
     if settings.quantize not in ("none", *KINDS):
         raise ValueError(f"lora.quantize is {settings.quantize!r}; it must be none, {' or '.join(KINDS)}")
+    if settings.quantize != "none":
+        library()  # now rather than after the base has been read
     trained = "|".join([rf"{SUBTREE}/", *(f"(?:{pattern})$" for pattern in settings.full)])
     derived = f"(?!{trained}).*"
     if derived in config.optimizer.freeze:

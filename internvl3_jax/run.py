@@ -128,7 +128,7 @@ def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) ->
     if config.lora.rank:
         draw = functools.partial(lora.init, abstract_params(config.model), config.lora)
         drawn = jax.jit(draw, out_shardings=places.params[lora.SUBTREE])(jax.random.key(config.seed))
-        params |= {lora.SUBTREE: drawn}
+        params = params | {lora.SUBTREE: drawn}
         if config.lora.init_from:
             params = continued(checkpoint.load_adapter(config.lora.init_from, source), params, config, places)
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)

@@ -18,7 +18,7 @@ _TILE = 64
 
 def quantize(kernel, kind: str) -> dict:
     """kernel [L,in,out] -> the two leaves. Layer by layer, since what lies between is several times as large as a layer."""
-    qwix = _library()
+    qwix = library()
     tile = {0: math.gcd(kernel.shape[-2], _TILE)} if kind == "nf4" else {}
     if kind == "nf4" and kernel.shape[-2] % 2:
         raise ValueError(f"nf4 keeps two rows in a byte; a matrix has {kernel.shape[-2]}")
@@ -34,7 +34,7 @@ def dequantize(kernel, dtype):
     """What `quantize` made, with or without leading axes, or a kernel as it is -> [..., in, out] in `dtype`."""
     if not isinstance(kernel, Mapping):
         return kernel.astype(dtype)
-    qwix = _library()
+    qwix = library()
     kind = next(name for name in KINDS if name in kernel)
     values = _unpack(kernel[kind]) if kind == "nf4" else kernel[kind]
     return qwix.dequantize(qwix.QArray(values, kernel["scales"], qtype=kind)).astype(dtype)
@@ -52,7 +52,8 @@ def _unpack(packed):
     return codes.reshape(*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]).astype(jnp.uint4)
 
 
-def _library():
+def library():
+    """qwix. ImportError saying how to have it."""
     try:
         import qwix  # an optional extra, which takes long to import
     except ImportError as error:
