@@ -1,6 +1,7 @@
 """A LoRA run through train.py: what its checkpoints hold, how it goes on, what its base must be, and what opens it."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -24,6 +25,14 @@ ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 LORA = LoraConfig(
     rank=2, alpha=8.0, dropout=0.1, targets=("language/layers/(q|v|down)", "vision/layers/(qkv|fc2)"), full=("projector/.*",)
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """A few steps take less time than the compiler's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +69,14 @@ def test_a_checkpoint_holds_what_was_trained(run, base):
     step = find(workdir)
     stored = storage.leaf_infos(step / "params")
     assert {path.split("/")[0] for path in stored} == {"lora", "projector"}
-    moments = [path for path in storage.leaf_infos(step / "opt_state") if "/mu/" in path]
-    assert len(moments) == len(stored)
+    state = jax.tree.leaves_with_path(storage.ocp.metadata(step / "opt_state").metadata)
+    assert len([path for path, _ in state if "mu" in jax.tree_util.keystr(path)]) == len(stored)
     assert sum(leaf.size for leaf in stored.values()) < 0.15 * sum(leaf.size for leaf in jax.tree.leaves(params))
     named = Manifest.read(step).base
     assert (named.path, named.dtype, named.lora) == (str(base), "float32", LORA)
     under = load(base).params
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        {n: params[n] for n in ("vision", "language")},
-        {n: under[n] for n in ("vision", "language")},
-    )
+    for part in ("vision", "language"):
+        jax.tree.map(np.testing.assert_array_equal, params[part], under[part])
 
 
 def test_it_opens_as_an_ordinary_model(run):
@@ -139,17 +145,17 @@ def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
     found = load(tmp_path / "merged")
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found.params, expected)
     assert convert([str(workdir), str(tmp_path / "exported"), "--to", "hf"]) == 0
-    rows = CONFIG.language.vocab_size
+    rows = CONFIG.language.vocab_size  # the rest pads
     back = load(tmp_path / "exported").params["language"]["embedding"][:rows]
     np.testing.assert_array_equal(back, expected["language"]["embedding"][:rows])
 
 
 def test_a_run_beside_four_bits(base, tmp_path):
     """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
-    config = config_of(base, lora=dataclasses.replace(LORA, quantize="nf4"))
+    config = config_of(base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, save_every=2)
     params = jax.device_get(start(config, tmp_path / "run"))
     assert set(params["language"]["layers"]["q"]["kernel"]) == {"nf4", "scales"}
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "run")), params)
     found = logits(CONFIG, {"params": load(tmp_path / "run").params}, batch(2))
     np.testing.assert_allclose(found, logits(CONFIG, lora.variables(params, config.lora), batch(2)), atol=2e-5, rtol=1e-5)
@@ -167,11 +173,8 @@ def test_a_run_starts_from_an_adapter(run, base, tmp_path):
     config = config_of(base, lora=settings, steps=1)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0))
     first = jax.device_get(start(config, tmp_path / "run"))
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7),
-        lora.merged(first, settings),
-        lora.merged(params, LORA),
-    )
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, lora.merged(first, settings), lora.merged(params, LORA))
     with pytest.raises(
         ValueError, match=r"does not fit lora.rank, targets and full: lora/.* is \(2, \d+, 2\) and \(2, \d+, 4\) there"
     ):

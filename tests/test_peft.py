@@ -122,7 +122,7 @@ def test_peft_merges_our_adapter_into_the_original_layout(reference, tmp_path):
     [
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj", "fc2", "linear_1"], "use_rslora": True},
-        {"target_modules": r".*language_model.*\.(q|down)_proj", "layers_to_transform": [1], "modules_to_save": ["linear_2"]},
+        {"target_modules": r".*language_model.*\.1\..*\.(q|down)_proj", "modules_to_save": ["linear_2"]},
         {
             "target_modules": ["q_proj", "up_proj"],
             "rank_pattern": {"up_proj": 5},
