@@ -33,9 +33,9 @@ CONVERT_MAY = {"adapters", "checkpoint", "config", "data", "find", "fingerprint"
 # Modules of ops/ that the models call; any other is a kernel, which ops/attention.py picks.
 OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.quantize", "ops.remat", "ops.rope"}
 # Libraries that one unit hides from the rest.
-HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops"}
+HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops", "qwix": "ops"}
 # In tests/ and benchmarks/ only.
-PEERS = {"torch", "torchvision", "transformers", "accelerate"}
+PEERS = {"torch", "torchvision", "transformers", "accelerate", "peft"}
 
 SHIPPED = [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "convert").rglob("*.py"))]
 PROGRAMS = [path for place in ("*.py", "configs/*.py", "examples/*.py") for path in sorted(ROOT.glob(place))]
