@@ -104,7 +104,8 @@ def train(
 ) -> TrainState:
     """Runs the remaining steps; logs, evaluates and saves as the configuration says."""
     sources = source_names(config.data)
-    meter = Meter(config, placement, sources, "vision" in optimizer.split(state.params)[0])
+    trained = optimizer.split(state.params)[0]
+    meter = Meter(config, placement, sources, "vision" in trained or "vision" in trained.get(lora.SUBTREE, {}))
     guard, skipped = Guard(state.params, optimizer, sources), Skipped(workdir)
     key = jax.device_put(jax.random.key(config.seed), state.step.sharding)
     before, began = past.seconds, time.perf_counter()

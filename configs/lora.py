@@ -7,7 +7,7 @@
 Numbers of InternVL's scripts for a second fine-tuning by LoRA [S25: 2nd_finetune/*_lora.sh], which give adapters to the language model's
 linear layers and freeze tower and projector: batches of 16 samples, of which four rows hold about as many [ours, as in finetune.py].
 
-    --config.lora.targets='("language/layers/.*", "vision/layers/(qkv|proj|fc1|fc2)")'     the tower's layers as well
+    --config.lora.targets='("language/layers/.*", "vision/layers/.*")'     the tower's layers as well
     --config.lora.full='("projector/.*",)'                                                the projector trained whole beside them
 """
 

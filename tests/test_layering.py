@@ -29,7 +29,19 @@ WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields"
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}
-CONVERT_MAY = {"adapters", "checkpoint", "config", "data", "find", "fingerprint", "hf_config", "lora", "model", "storage"}
+CONVERT_MAY = {
+    "adapters",
+    "checkpoint",
+    "config",
+    "data",
+    "find",
+    "fingerprint",
+    "hf_config",
+    "lora",
+    "manifest",
+    "model",
+    "storage",
+}
 # Modules of ops/ that the models call; any other is a kernel, which ops/attention.py picks.
 OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.quantize", "ops.remat", "ops.rope"}
 # Libraries that one unit hides from the rest.

@@ -44,6 +44,8 @@ def _candidates(config: TrainConfig, topology: Topology):
     for name in ("remat_vision", "remat_language"):
         if getattr(config, name) != "full":
             yield {name: "full"}
+    if config.lora.rank and config.lora.quantize == "none":
+        yield {"lora.quantize": "nf4"}
     mesh = mesh_shape(config.mesh, topology.count)
     rows = config.data.rows // math.prod(mesh[axis] for axis in BATCH_AXES) // config.micro_batches
     if rows > 1:
