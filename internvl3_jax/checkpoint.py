@@ -139,17 +139,18 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_
 
 
 def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
-    """The adapter of a LoRA run or of a PEFT directory (either layout), to be put on an opened checkpoint.
+    """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an opened checkpoint.
 
     Raises:
       FileNotFoundError: neither is there.
       ValueError: it is an adapter of another model, or of this one with other weights.
     """
-    if is_peft(pathlib.Path(path)):
+    local = pathlib.Path(path).expanduser()
+    directory = local if is_peft(local) else find(path)
+    if is_peft(directory):
         from convert.peft import read_peft
 
-        return read_peft(pathlib.Path(path), opened.config)
-    directory = find(path)
+        return read_peft(directory, opened.config)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ValueError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})")
