@@ -59,7 +59,7 @@ def test_adapters_of_the_tower_are_gone_through_backward():
 
 
 def test_frozen_matrices_have_no_gradient():
-    """Two passes in place of three in decoder and head, and what the adapters cost. Where nothing is recomputed dropout keeps their inputs."""
+    """Two passes in place of three in decoder and head, and what the adapters cost. Dropout keeps their inputs if nothing is recomputed."""
     plain = train_work(share := share_of(advice.with_flags(finetune("8b"), SHORT), ONE), estimate(share)).computed
     found = train_work(shared(), estimate(shared())).computed
     assert found["decoder"] == pytest.approx(plain["decoder"] * 2 / 3) and found["head"] == pytest.approx(plain["head"] * 2 / 3)

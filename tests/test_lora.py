@@ -26,6 +26,7 @@ from internvl3_jax.train_step import TrainState, trained_paths
 EVERYWHERE = ("vision/layers/(qkv|proj|fc1|fc2)", "projector/fc[12]", "language/layers/(q|k|v|o|gate|up|down)")
 SETTINGS = LoraConfig(rank=3, alpha=6.0, targets=EVERYWHERE)
 SOME = dataclasses.replace(SETTINGS, targets=("vision/layers/fc2", "language/layers/(q|v|up|down)"))
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def drawn(params, settings=SETTINGS, seed=0):
@@ -100,10 +101,10 @@ def test_dropout_drops_inputs_of_adapters_in_training_alone():
     plain = encode(lora.variables(params, settings), jax.random.key(0))
     base = InternVL(CONFIG).apply({"params": lora.without(params)}, tiles, method=InternVL.encode)
     training = jax.jit(jax.vmap(functools.partial(encode, lora.variables(params, settings, training=True))))
-    draws = np.asarray(training(jax.random.split(jax.random.key(1), 3000))) - np.asarray(base)
+    draws = np.asarray(training(jax.random.split(jax.random.key(1), 1000))) - np.asarray(base)
     spread = np.std(draws, axis=0)
     assert (spread > 0.01).mean() > 0.9
-    assert (np.abs(draws.mean(0) - np.asarray(plain - base)) / (spread / 3000**0.5)).mean() == pytest.approx(
+    assert (np.abs(draws.mean(0) - np.asarray(plain - base)) / (spread / 1000**0.5)).mean() == pytest.approx(
         (2 / np.pi) ** 0.5, rel=0.1
     )
 

@@ -25,14 +25,7 @@ ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 LORA = LoraConfig(
     rank=2, alpha=8.0, dropout=0.1, targets=("language/layers/(q|v|down)", "vision/layers/(qkv|fc2)"), full=("projector/.*",)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """A few steps take less time than the compiler's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

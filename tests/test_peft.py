@@ -25,7 +25,10 @@ from internvl3_jax.storage import by_path
 EVERYWHERE = ("vision/layers/(qkv|proj|fc1|fc2)", "projector/fc[12]", "language/layers/(q|k|v|o|gate|up|down)")
 SETTINGS = LoraConfig(rank=3, alpha=5.0, targets=EVERYWHERE)
 # transformers' own: peft asks a model for what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 
 @pytest.fixture(params=[("300m", "qwen2"), ("6b", "internlm3")], ids=str)
