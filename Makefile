@@ -101,7 +101,9 @@ format: .venv-test/.installed
 .PRECIOUS: .venv-smoke-%/.installed
 
 # Everything in [dev] but PyTorch, which PyPI does not have as a CPU build for every Python; the three packages it needs stand for it.
-LOCKED = '.[internlm,logging,notebook,smoke,video]' transformers ruff jinja2 networkx sympy
+# peft asks for PyTorch: it is added by its name and version alone.
+LOCKED = '.[internlm,logging,notebook,quant,smoke,video]' transformers ruff jinja2 networkx sympy
+PEFT = accelerate==1.15.0 peft==0.21.2
 # Python 3.11 can have no jax after 0.10 and 3.13 takes the newest; 3.12 is held between them, so that each jax is tested somewhere.
 LOCKED_3.12 = 'jax==0.11.*'
 
@@ -112,7 +114,7 @@ lock-%:
 	@$(call make_venv,.venv-lock,$*)
 	@.venv-lock/bin/python $(PIP_INSTALL) --editable $(LOCKED) $(LOCKED_$*)
 	@{ echo "# What the tests ran with on Python $*; written by \`make lock\`."; \
-	   { .venv-lock/bin/python -m pip freeze --exclude-editable; echo "torch==$(TORCH_VERSION)"; } | LC_ALL=C sort --ignore-case; \
+	   { .venv-lock/bin/python -m pip freeze --exclude-editable; printf '%s\n' torch==$(TORCH_VERSION) $(PEFT); } | LC_ALL=C sort --ignore-case; \
 	} > requirements/constraints-$*.txt
 	@rm -rf .venv-lock
 

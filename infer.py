@@ -3,6 +3,7 @@
     python infer.py --checkpoint DIR_OR_HUB_ID --image cat.jpg --prompt "What is in the picture?"
     python infer.py --checkpoint DIR_OR_HUB_ID --image a.jpg --image b.jpg --prompt "Image-1: <image>\\nImage-2: <image>\\nWhat differs?"
     python infer.py --checkpoint DIR_OR_HUB_ID                                      # a conversation; /image PATH, /reset, /quit
+    python infer.py --checkpoint BASE --adapter a=runs/a --adapter b=peft_dir --use b    # in a conversation also /adapter NAME
     python infer.py --checkpoint DIR_OR_HUB_ID --requests questions.jsonl --output answers.jsonl --batch_size 8
 
 A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be missing, and relative paths start at
@@ -22,6 +23,10 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "checkpoint", None, "Checkpoint directory, training run, released safetensors directory or hub id.", required=True
 )
+flags.DEFINE_multi_string(
+    "adapter", [], "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first is used."
+)
+flags.DEFINE_string("use", None, "Name of the adapter to use in place of the first; empty: none.")
 flags.DEFINE_multi_string("image", [], "Picture file; may be repeated. <image> in the prompt marks the places.")
 flags.DEFINE_string("prompt", None, "The question. Without it and without --requests a conversation starts.")
 flags.DEFINE_string("requests", None, "JSONL file of questions.")
@@ -86,7 +91,20 @@ def open_chat():
         name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_tiles", "system")
     }
     options |= {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
-    return Chat(load(FLAGS.checkpoint, dtype=dtype, mesh=make_mesh(), accept_fingerprint=FLAGS.accept_fingerprint), **options)
+    adapters = named_adapters(FLAGS.adapter)
+    where = {"mesh": make_mesh(), "adapters": adapters}
+    checkpoint = load(FLAGS.checkpoint, dtype=dtype, accept_fingerprint=FLAGS.accept_fingerprint, **where)
+    chosen = next(iter(adapters), None) if FLAGS.use is None else FLAGS.use or None
+    return Chat(checkpoint, chosen, **options)
+
+
+def named_adapters(given: list[str]) -> dict[str, str]:
+    """Name -> directory of "NAME=DIR" or of "DIR", whose last part is its name."""
+    pairs = [text.split("=", 1) if "=" in text else (pathlib.Path(text).name, text) for text in given]
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two adapters are called {twice[0]!r}; name them: --adapter NAME=DIR")
+    return dict(pairs)
 
 
 def make_mesh():
@@ -143,6 +161,11 @@ def converse(chat) -> None:
             images = []
         elif command == "/image":
             images.append(argument.strip())
+        elif command == "/adapter":
+            try:
+                chat.use(argument.strip() or None)
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
         elif line:
             try:
                 ask(chat, line, images)

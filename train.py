@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from convert.source import travelling_files
-from internvl3_jax import distributed, report, sharding
+from internvl3_jax import distributed, lora, report, sharding
 from internvl3_jax.components import component_table, format_table
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Batches
@@ -47,12 +47,12 @@ def main(argv):
         raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+    config, workdir = lora.resolved(CONFIG.value), pathlib.Path(WORKDIR.value)
     mesh = make_mesh(config)
     save_config(config, workdir)
     params, tokenizer = fit(config, workdir, mesh)
     if config.evaluate_per_task:
-        scores = evaluate(config, params, tokenizer)
+        scores = evaluate(config, lora.merged(params, config.lora), tokenizer)
         report.write(workdir, config, scores)
         print(report.table(scores))
 
@@ -70,7 +70,7 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
 
 def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None):
     """Starts or goes on with a run on all devices, or those of `mesh`, and brings it to its end: (parameters, tokenizer)."""
-    mesh = mesh or make_mesh(config)
+    config, mesh = lora.resolved(config), mesh or make_mesh(config)
     tokenizer = make_tokenizer(config.data)
     model = make_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -104,7 +104,8 @@ def train(
 ) -> TrainState:
     """Runs the remaining steps; logs, evaluates and saves as the configuration says."""
     sources = source_names(config.data)
-    meter = Meter(config, placement, sources, "vision" in optimizer.split(state.params)[0])
+    trained = optimizer.split(state.params)[0]
+    meter = Meter(config, placement, sources, "vision" in trained or "vision" in trained.get(lora.SUBTREE, {}))
     guard, skipped = Guard(state.params, optimizer, sources), Skipped(workdir)
     key = jax.device_put(jax.random.key(config.seed), state.step.sharding)
     before, began = past.seconds, time.perf_counter()

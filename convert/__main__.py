@@ -2,17 +2,22 @@
 
 python -m convert SRC DST                        released model (directory or hub id) -> checkpoint; the layout is detected
 python -m convert SRC DST --to internvl|hf       checkpoint or training run -> what the original code / transformers load
+python -m convert LORA_RUN DST [--to ...]        its adapters merged into its base; each matrix computed again and compared
+python -m convert SRC DST --adapter DIR [...]    the same of a model and a PEFT directory
+python -m convert RUN_OR_PEFT DST --to peft-hf|peft-internvl     the adapters alone, as PEFT loads them on either layout
 python -m convert --llm DIR --vision DIR DST     language model + InternViT -> new model with a random projector
 """
 
 import argparse
 import logging
+import pathlib
 import re
 import sys
 import time
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from convert.adapted import Adapted, export_adapter, open_run, open_with_peft
 from convert.assemble import DTYPES
 from convert.compose import open_parts
 from convert.run import convert
@@ -26,17 +31,20 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     dtype = None if options.dtype == "keep" else options.dtype
     try:
+        if options.to and options.to.startswith("peft-"):
+            return export(options)
         if options.llm:
             model = open_parts(find_released(options.llm), find_released(options.vision), dtype, options.seed)
         else:
-            model = open_model(find(options.source), dtype, options.accept_fingerprint)
+            model = open_source(options, dtype)
+        merges = isinstance(model, Adapted)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             hashes = convert(
                 model,
                 options.target,
                 to=options.to,
-                verify=options.verify,
+                verify=options.verify or merges,
                 shard_size=options.shard_size,
                 overwrite=options.overwrite,
                 advance=_advance(progress),
@@ -47,15 +55,37 @@ def main(arguments: list[str] | None = None) -> int:
     if options.llm:
         print(model.origins())
     what = f"{options.to} safetensors" if options.to else "checkpoint"
-    checked = "; every tensor read again, hashes equal" if options.verify else ""
+    checked = "; every tensor read again, hashes equal" if options.verify or merges else ""
+    what += f", adapters of {len(model.pairs)} stacked layers merged" if merges else ""
     print(f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, {time.perf_counter() - started:.1f} s{checked}")
+    return 0
+
+
+def open_source(options: argparse.Namespace, dtype: str | None):
+    """SRC as a model, with the adapter of --adapter on it."""
+    directory = find(options.source)
+    if options.base:
+        return open_run(directory, dtype, options.accept_fingerprint, options.base)
+    model = open_model(directory, None if options.adapter else dtype, options.accept_fingerprint)
+    return open_with_peft(model, pathlib.Path(options.adapter), dtype) if options.adapter else model
+
+
+def export(options: argparse.Namespace) -> int:
+    layout = options.to.removeprefix("peft-")
+    count = export_adapter(options.source, options.target, layout, options.base, options.overwrite)
+    print(f"{options.target}: PEFT adapter for the {layout} layout, {count} tensors")
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="SRC DST", help="with --llm and --vision only DST")
-    parser.add_argument("--to", choices=("internvl", "hf"), help="write safetensors of this layout instead of a checkpoint")
+    choices = ("internvl", "hf", "peft-internvl", "peft-hf")
+    parser.add_argument(
+        "--to", choices=choices, help="write safetensors of this layout, or adapters for it, instead of a checkpoint"
+    )
+    parser.add_argument("--adapter", help="PEFT directory to merge into SRC")
+    parser.add_argument("--base", help="where the base of a LoRA run or PEFT adapter is, if not where they say")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep")
     parser.add_argument("--verify", action="store_true", help="read source and result again and compare sha256 hashes")
     parser.add_argument("--shard_size", type=parse_size, default="5GB", help="most bytes in one safetensors file (5GB)")

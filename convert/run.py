@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from convert.adapted import Adapted
 from convert.assemble import DTYPES, ConversionError, layer_numbers, layer_tensors, padded_shape
 from convert.compose import Composed
 from convert.hf_files import export_files
@@ -18,7 +19,7 @@ from internvl3_jax import checkpoint, storage
 from internvl3_jax.config import ModelConfig
 from internvl3_jax.fingerprint import fingerprint
 
-Model = Released | Converted | Composed
+Model = Released | Converted | Composed | Adapted
 HEAD, EMBEDDING = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
 
 

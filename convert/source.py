@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -101,10 +101,12 @@ class Released:
         for layer in layer_numbers(row, self.config):
             hashes.add(row.keys("internvl", layer)[0], read_tensors(self.checked, self.tensors, row, layer))
 
-    def params(self, places: Mapping[str, jax.sharding.Sharding]) -> dict:
+    def params(self, places: Mapping[str, jax.sharding.Sharding], prepare: Callable | None = None) -> dict:
         """The parameter tree as jax arrays, each where `places` (by path) puts it. A process holds one tensor of the files and its own
-        devices' parts of one leaf at a time."""
-        return storage.nest({row.target: self._placed(row, places[row.target]) for row in active_rows(self.config)})
+        devices' parts of one leaf at a time. prepare: makes of a leaf's path and value what takes its place."""
+        prepare = prepare or (lambda path, leaf: leaf)
+        rows = active_rows(self.config)
+        return storage.nest({row.target: prepare(row.target, self._placed(row, places[row.target])) for row in rows})
 
     def _placed(self, row: Row, place: jax.sharding.Sharding) -> jax.Array:
         shape = padded_shape(row, self.config)
@@ -159,7 +161,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
 
 
 def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released | Converted:
-    """Opens a directory found by `find`, and checks it completely before any array is read.
+    """Opens a directory found by `find`, and checks it completely before any array is read; a LoRA run with its adapters merged.
 
     Args:
       dtype: to cast to; None keeps.
@@ -168,6 +170,10 @@ def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerp
       ConversionError, ValueError: naming the tensor or field that is wrong.
     """
     if is_checkpoint(directory):
+        if Manifest.read(directory).base is not None:
+            from convert.adapted import open_run  # which is built on this module
+
+            return open_run(directory, dtype, accept_fingerprint)
         return _open_converted(directory, dtype, accept_fingerprint)
     return open_released(directory, dtype, accept_fingerprint)
 

@@ -80,13 +80,21 @@ class _Cached:
 
 
 class Chat:
-    """A conversation with a checkpoint from `internvl3_jax.load`. Keyword arguments are those of `Options`."""
+    """A conversation with a checkpoint from `internvl3_jax.load`. Keyword arguments are those of `Options`.
 
-    def __init__(self, checkpoint, **options):
+    adapter: of those that `load` was given, the name of the one that is put on; None for the base. `use` changes it.
+    """
+
+    def __init__(self, checkpoint, adapter: str | None = None, **options):
         self.options = Options(**options)
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         stop_ids = [self.tokenizer.token_id(token) for token in self.processor.stop_tokens]
-        self.generator = Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype, stop_ids)
+        self.generator = Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype, stop_ids, checkpoint.adapters)
+        self.use(adapter)
+
+    def use(self, adapter: str | None) -> None:
+        """Goes on with another adapter, in a new conversation."""
+        self.generator.use(adapter)
         self.reset()
 
     def reset(self) -> None:

@@ -7,7 +7,8 @@
                              in the steps of a training run (RUN/checkpoints/STEP is such a DIR)
     DIR/files.json           sizes of all of it, so that a damaged step is recognised without reading it
 
-`load` also opens released safetensors directories of either layout and hub ids.
+A step of a LoRA run holds adapters alone and names their base (adapters.py). `load` puts them on it; it also opens released safetensors
+directories of either layout and hub ids.
 """
 
 import dataclasses
@@ -21,15 +22,16 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax import storage
-from internvl3_jax.config import ModelConfig, ProcessorConfig, from_dict, to_dict
+from internvl3_jax import lora, storage
+from internvl3_jax.adapters import Adapter, adapter, check_base, check_model, put_on, read_own
+from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.find import MANIFEST, damage, find, is_checkpoint, latest_step
+from internvl3_jax.find import MANIFEST, PEFT, damage, find, is_checkpoint, is_peft, latest_step
 from internvl3_jax.fingerprint import compare, fingerprint
+from internvl3_jax.manifest import Base, Manifest, write_files
 from internvl3_jax.model import InternVL, abstract_params
 from internvl3_jax.sharding import param_shardings
 
-FORMAT = 1
 TRAINING = "training.json"
 DATA = "data"
 
@@ -44,34 +46,7 @@ class Checkpoint:
     processor: ProcessorConfig
     tokenizer: Tokenizer
     directory: pathlib.Path
-
-
-@dataclasses.dataclass
-class Manifest:
-    """internvl3_jax.json"""
-
-    model: ModelConfig
-    processor: ProcessorConfig
-    fingerprint: dict
-    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def write(self, directory: pathlib.Path) -> None:
-        values = {"format": FORMAT, **{name: to_dict(getattr(self, name)) for name in ("model", "processor")}}
-        values |= {"fingerprint": self.fingerprint, "hashes": self.hashes}
-        (directory / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def read(cls, directory: pathlib.Path) -> "Manifest":
-        path = directory / MANIFEST
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if values.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
-        model = from_dict(ModelConfig, values["model"], f"{path}: model")
-        processor = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
-        return cls(model, processor, values["fingerprint"], values["hashes"])
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)  # that can be put on, by name
 
 
 def save_checkpoint(
@@ -82,23 +57,6 @@ def save_checkpoint(
         finish = storage.start_saving(partial / "params", params)
         write_files(partial, model, processor, files, _dtype_name(params))
         finish()
-
-
-def write_files(
-    directory: pathlib.Path,
-    model: ModelConfig,
-    processor: ProcessorConfig,
-    files: Mapping[str, bytes],
-    dtype: str,
-    hashes: dict[str, str] | None = None,
-) -> None:
-    """Writes everything of a checkpoint directory but its arrays; the tokenizer among `files` must fit the configuration."""
-    tokenizer = Tokenizer.from_files(dict(files), str(directory))
-    made = fingerprint(model, processor, tokenizer, dtype)
-    if jax.process_index() == 0:
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
-        Manifest(model, processor, made, hashes or {}).write(directory)
 
 
 def _dtype_name(params) -> str:
@@ -115,38 +73,109 @@ def load(
     dtype=None,
     mesh: jax.sharding.Mesh | None = None,
     accept_fingerprint: bool = False,
+    adapters: Mapping[str, str | os.PathLike] | None = None,
+    base: str | os.PathLike | None = None,
+    prepare: Callable[[str, jax.Array], object] | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint directory, a training run, a released safetensors directory (either layout) or a hub id.
+
+    A LoRA run is opened with its adapters merged: `params` is an ordinary tree.
 
     Args:
       dtype: of the parameters and of the computation; None keeps what is stored.
       mesh: of `sharding.make_mesh`: each device gets its part of each parameter, straight from the files. None puts all on the default
         device.
       accept_fingerprint: go on although the files no longer agree with how the checkpoint was made.
+      adapters: name -> LoRA run or PEFT directory; `Checkpoint.adapters` holds them, for `Chat` to choose from.
+      base: of a LoRA run, where its base is now.
+      prepare: called with each parameter's path and value as soon as it is read; what it returns takes its place.
 
     Raises:
       FileNotFoundError: nothing that can be opened is there.
       ValueError: it is damaged, or contradicts itself (FingerprintError), naming what.
     """
     directory = find(path)
-    if is_checkpoint(directory):
-        manifest = Manifest.read(directory)
-        config, processor = manifest.model, manifest.processor
-        stored = storage.leaf_infos(directory / "params")
-        tokenizer = Tokenizer.from_directory(directory)
-        made = fingerprint(config, processor, tokenizer, _dtype_name(stored))
-        compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
-        target = _targets(directory, config, stored, dtype, _places(config, mesh))
-        params = storage.load_tree(directory / "params", target)
+    manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+    if manifest is None:
+        opened = _load_released(directory, dtype, mesh, accept_fingerprint, prepare)
+    elif manifest.base is None:
+        opened = _load_whole(directory, manifest, dtype, mesh, accept_fingerprint, prepare)
     else:
-        # The one upward import of the package: reading a released directory is a conversion in memory.
-        from convert.source import open_released
+        opened = _load_lora(directory, manifest, dtype, mesh, accept_fingerprint, base)
+        if prepare is not None:
+            opened.params = storage.nest({path: prepare(path, leaf) for path, leaf in storage.by_path(opened.params).items()})
+    opened.adapters = {name: load_adapter(where, opened) for name, where in (adapters or {}).items()}
+    return opened
 
-        source = open_released(directory, dtype and jnp.dtype(dtype).name, accept_fingerprint)
-        config, processor, tokenizer = source.config, source.processor, source.tokenizer
-        params = source.params(_places(config, mesh))
-    compute = jax.tree.leaves(params)[0].dtype
+
+def _load_released(directory: pathlib.Path, dtype, mesh, accept_fingerprint: bool, prepare) -> Checkpoint:
+    # The one upward import of the package: reading a released directory is a conversion in memory.
+    from convert.source import open_released
+
+    source = open_released(directory, dtype and jnp.dtype(dtype).name, accept_fingerprint)
+    params = source.params(_places(source.config, mesh), prepare)
+    return _opened(directory, source.config, source.processor, source.tokenizer, params)
+
+
+def _load_whole(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_fingerprint: bool, prepare) -> Checkpoint:
+    stored = storage.leaf_infos(directory / "params")
+    tokenizer = _tokenizer(directory, manifest, _dtype_name(stored), accept_fingerprint)
+    target = _targets(directory, manifest.model, stored, dtype, _places(manifest.model, mesh))
+    params = storage.load_tree(directory / "params", target, prepare)
+    return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
+
+
+def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_fingerprint: bool, base) -> Checkpoint:
+    """The run's base with its adapters merged into it."""
+    own = read_own(directory, mesh)
+    tokenizer = _tokenizer(directory, manifest, _dtype_name(own), accept_fingerprint)
+    under = load(base or manifest.base.path, dtype=manifest.base.dtype, mesh=mesh, accept_fingerprint=accept_fingerprint)
+    check_model(manifest.model, under.config, str(directory))
+    check_base(storage.by_path(under.params).items(), own, manifest.base, str(directory))
+    tree = put_on(under.params, own, manifest.base)
+    del under
+    params = lora.merged(tree, manifest.base.lora, dtype or manifest.base.dtype)
+    return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
+
+
+def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
+    """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an opened checkpoint.
+
+    Raises:
+      FileNotFoundError: neither is there.
+      ValueError: it is an adapter of another model, or of this one with other weights.
+    """
+    local = pathlib.Path(path).expanduser()
+    directory = local if is_peft(local) else find(path)
+    if is_peft(directory):
+        from convert.peft import read_peft
+
+        return read_peft(directory, opened.config)
+    manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+    if manifest is None or manifest.base is None:
+        raise ValueError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})")
+    check_model(manifest.model, opened.config, str(directory))
+    own = read_own(directory, _mesh_of(opened.params))
+    check_base(storage.by_path(opened.params).items(), own, manifest.base, str(directory))
+    return adapter(own, manifest.base.lora)
+
+
+def _opened(directory, config: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, params: dict) -> Checkpoint:
+    compute = params["vision"]["class_embedding"].dtype  # of a leaf that is never quantized
     return Checkpoint(InternVL(config, compute), config, params, processor, tokenizer, directory)
+
+
+def _tokenizer(directory: pathlib.Path, manifest: Manifest, dtype: str, accept_fingerprint: bool) -> Tokenizer:
+    """The directory's, after checking that with it the fingerprint is what it was."""
+    tokenizer = Tokenizer.from_directory(directory)
+    made = fingerprint(manifest.model, manifest.processor, tokenizer, dtype)
+    compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
+    return tokenizer
+
+
+def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
+    sharding = jax.tree.leaves(params)[0].sharding
+    return sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
 
 
 def _places(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict[str, jax.sharding.Sharding]:
@@ -198,6 +227,7 @@ def start_saving_training(
     files: Mapping[str, bytes],
     extra: Mapping,
     data: Mapping[str, Mapping] | None = None,
+    base: Base | None = None,
     keep: int | None = None,
     keep_also: Callable[[int], bool] = lambda step: False,
 ) -> Callable[[], None]:
@@ -208,13 +238,14 @@ def start_saving_training(
     Args:
       extra: JSON values needed to resume, the same in every process.
       data: states of this process's data streams, by shard.
+      base: of a LoRA run, of whose parameters `params` are those that it trains.
       keep: delete all but this many of the newest steps once the new one is complete; None keeps all.
       keep_also: steps that are kept whatever their age.
     """
     final = pathlib.Path(run).absolute() / "checkpoints" / str(step)
     partial = storage.start_directory(final, overwrite=final.exists() and damage(final) is not None)
     waits = [storage.start_saving(partial / "params", params), storage.start_saving(partial / "opt_state", opt_state)]
-    write_files(partial, model, processor, files, _dtype_name(params))
+    write_files(partial, model, processor, files, _dtype_name(params), base=base)
     if jax.process_index() == 0:
         (partial / TRAINING).write_text(json.dumps({"step": step, **extra}, indent=1))
     for shard, state in (data or {}).items():

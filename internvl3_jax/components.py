@@ -1,16 +1,14 @@
 """What of a model is trained, how fast and at what cost in memory; and a proof that the rest has not changed."""
 
 import dataclasses
-import hashlib
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from internvl3_jax.checksum import tree_hash
 from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.optimizer import is_stacked_matrix, make_optimizer, path_name, relative_rates, split_params
-from internvl3_jax.sharding import constrain
 
 # What a path starts with; of several, the longest.
 COMPONENTS = {
@@ -19,6 +17,9 @@ COMPONENTS = {
     "embedding": "language/embedding",
     "language layers": "language/",
     "head": "language/head/",
+    "vision adapters": "lora/vision/",
+    "projector adapters": "lora/projector/",
+    "language adapters": "lora/language/",
 }
 
 
@@ -75,40 +76,8 @@ def format_table(rows: list[Component]) -> str:
 
 
 def frozen_hash(params: dict, freeze: tuple[str, ...]) -> str:
-    """Hash of the frozen leaves' bits, names and shapes: 16 hexadecimal digits, the same for every sharding.
-
-    Any change inside one element changes it for certain: what enters a sum modulo 2^32 is a bijection of the element's bits, another
-    one at each place. Changes of several elements go unnoticed about once in 2^64 times. One pass over the leaves where they are; two
-    words of each come to the host.
-    """
-    frozen = dict(_leaves(split_params(params, freeze)[1]))
-    sums = jax.device_get(_checksums(frozen))
-    text = "\n".join(f"{path} {frozen[path].dtype} {frozen[path].shape} {sums[path].tolist()}" for path in sorted(frozen))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(leaves: dict) -> dict:
-    return jax.tree.map(_checksum, leaves)
-
-
-def _checksum(leaf):
-    """u32[2]: two sums of the elements' bits, scattered in a way that depends on their place."""
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, length in enumerate(leaf.shape):
-        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    first = _mix(bits ^ _mix(place + 1))
-    sums = jnp.stack([first.sum(dtype=jnp.uint32), _mix(first ^ jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)])
-    return constrain(sums, None)  # on every device, so that every process can read it
-
-
-def _mix(x):
-    """A bijection of u32 that scatters neighbours (multiply and shift, as MurmurHash3's last step does)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return x ^ (x >> 16)
+    """`checksum.tree_hash` of the frozen leaves."""
+    return tree_hash(dict(_leaves(split_params(params, freeze)[1])))
 
 
 def _component(path: str) -> str:

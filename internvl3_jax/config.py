@@ -232,12 +232,26 @@ class LossConfig:
     generation_weight: float = 1.0  # cross-entropy of chosen answers, averaged as data.loss_average says
     beta: float = 0.1
     label_smoothing: float = 0.0  # of DPO
-    shift: str = "running"  # BCO's: mean of all rewards so far, these included (the code); "moving": of earlier ones, exponential (the paper)
+    shift: str = "running"  # BCO's: mean of all rewards so far (the code); "moving": of earlier ones, exponential (the paper)
     shift_decay: float = 0.99  # of "moving"
     reference: str = ""  # checkpoint that the policy is compared with; empty: init_from
     reference_dtype: str = ""  # that it is stored in; empty: the compute dtype
     reference_cache: str = ""  # file of its log-probabilities, of `python -m internvl3_jax.reference`: then it is not loaded
     drop_path: bool = False  # whether the policy's tower drops paths; then the two differ from the first step on
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LoraConfig:
+    """Adapters beside linear layers that stay as they are (lora.py). Rank 0: none; all else is then without effect."""
+
+    rank: int = 0
+    alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) instead
+    dropout: float = 0.0  # of the adapters' inputs
+    targets: tuple[str, ...] = ("language/layers/(q|k|v|o|gate|up|down)",)  # regular expressions; layers whose path one matches
+    full: tuple[str, ...] = ()  # parameters that are trained whole beside them, likewise: "projector/.*"
+    quantize: str = "none"  # what the layers' frozen matrices are kept in: "none" (param_dtype), "int8" or "nf4"
+    init_from: str = ""  # LoRA run or PEFT directory whose adapter is trained on
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -262,6 +276,7 @@ class TrainConfig:
     steps: int
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init_from: str = ""  # checkpoint, released directory or hub id to start from; empty: random
     seed: int = 0
     param_dtype: str = "float32"

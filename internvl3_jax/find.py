@@ -8,6 +8,7 @@ import re
 
 MANIFEST = "internvl3_jax.json"
 FILES = "files.json"  # of a step of a training run: path -> size of every other file
+PEFT = "adapter_config.json"  # of an adapter as PEFT saves it
 # What is downloaded of a hub repository: no weights of other formats, no pictures.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
 
@@ -20,6 +21,10 @@ def is_checkpoint(directory: pathlib.Path) -> bool:
 
 def is_safetensors(directory: pathlib.Path) -> bool:
     return (directory / "config.json").is_file() and any(directory.glob("*.safetensors*"))
+
+
+def is_peft(directory: pathlib.Path) -> bool:
+    return (directory / PEFT).is_file()
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:

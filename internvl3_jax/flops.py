@@ -56,9 +56,14 @@ def batch_counts(batch, config: ModelConfig) -> dict[str, int]:
     }
 
 
-def train_flops(config: ModelConfig, counts: dict[str, int], vision_trained: bool = True) -> float:
-    """FLOPs that an update needs: three forward passes; one and no backward through a frozen tower. `counts` is of `batch_counts`."""
-    forward = forward_flops(config)
-    vision = counts["tiles"] * forward.vision_tile * (3 if vision_trained else 1)
-    language = counts["tokens"] * forward.language_token + counts["pairs"] * forward.language_pair
-    return vision + 3 * (counts["tiles"] * forward.projector_tile + language + counts["trained_tokens"] * forward.head)
+def train_flops(config: ModelConfig, counts: dict[str, int], vision_trained: bool = True, adapters: bool = False) -> float:
+    """FLOPs that an update needs: three forward passes; one and no backward through a frozen tower. `counts` is of `batch_counts`.
+
+    adapters: of LoRA, where matrices have no gradient: two passes, but for attention, which has none that could be spared. The adapters'
+    own few are not counted.
+    """
+    forward, passes = forward_flops(config), 2 if adapters else 3
+    vision = counts["tiles"] * forward.vision_tile * (passes if vision_trained else 1)
+    projector = counts["tiles"] * forward.projector_tile * (1 if adapters and not vision_trained else passes)
+    products = counts["tokens"] * forward.language_token + counts["trained_tokens"] * forward.head
+    return vision + projector + passes * products + 3 * counts["pairs"] * forward.language_pair

@@ -9,14 +9,14 @@ B rows, T prompt tokens, S cache slots, D width, V vocabulary, P tokens per tile
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internvl3_jax import adapters, language, lora, vision
 from internvl3_jax import cache as kv_cache
-from internvl3_jax import language, vision
 from internvl3_jax.config import UNITS, ModelConfig
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.model import InternVL
@@ -72,21 +72,44 @@ class Generator:
         original to free it. If they are split over a mesh (`load(..., mesh=)`), they stay so, and the cache is split, too.
       dtype: of parameters, computation and cache.
       stop_ids: ids that end an answer.
+      named_adapters: that `use` can put on.
     """
 
-    def __init__(self, config: ModelConfig, params: dict, dtype=jnp.float32, stop_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict,
+        dtype=jnp.float32,
+        stop_ids: Sequence[int] = (),
+        named_adapters: Mapping[str, adapters.Adapter] | None = None,
+    ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.stop_ids = tuple(stop_ids)
         # The tower of an accelerator scans: it compiles faster, and the copies cost little there.
         self.mesh = _mesh_of(params)
-        fused = self.mesh is None or self.mesh.shape["tensor"] == 1
-        self.model = InternVL(config, self.dtype, unrolled=True, unrolled_vision=_on_cpu(), fused=fused)
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
-        tower = vision.unroll(params["vision"], config.vision) if _on_cpu() else params["vision"]
-        unrolled = params | {"vision": tower, "language": language.unroll(params["language"], config.language, fused)}
-        self.params = unrolled if self.mesh is None else jax.device_put(unrolled, param_shardings(unrolled, self.mesh))
-        self.vision_params = {name: self.params[name] for name in ("vision", "projector")}
+        self.fused = self.mesh is None or self.mesh.shape["tensor"] == 1
+        self.model = InternVL(config, self.dtype, unrolled=True, unrolled_vision=_on_cpu(), fused=self.fused)
+        self.base = self._unrolled(params)
+        self.adapters = {name: self._unrolled(adapter.parts(params)) for name, adapter in (named_adapters or {}).items()}
+        self.use(None)
+
+    def use(self, name: str | None) -> None:
+        """Answers come from the base with this adapter from now on, or from the base alone. Nothing is loaded or copied."""
+        if name is not None and name not in self.adapters:
+            raise ValueError(f"there is no adapter {name!r}; loaded are: {', '.join(self.adapters) or 'none'}")
+        self.params = self.base if name is None else self.base | self.adapters[name]
+        self.vision_params = {part: self.params[part] for part in ("vision", "projector", lora.SUBTREE) if part in self.params}
+
+    def _unrolled(self, params: dict) -> dict:
+        parts = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
+        if _on_cpu() and "vision" in parts:
+            parts["vision"] = vision.unroll(parts["vision"], self.config.vision)
+        if "language" in parts:
+            parts["language"] = language.unroll(parts["language"], self.config.language, self.fused)
+        if lora.SUBTREE in parts:
+            parts[lora.SUBTREE] = adapters.unroll(parts[lora.SUBTREE], self.config, self.fused, _on_cpu())
+        return parts if self.mesh is None else jax.device_put(parts, param_shardings(parts, self.mesh))
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -196,13 +219,13 @@ def _init_cache(config, rows, slots, dtype):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model, params, tiles):
-    return model.apply({"params": params}, tiles, method=InternVL.encode)
+    return model.apply(lora.variables(params), tiles, method=InternVL.encode)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9, 10), donate_argnums=8)
 def _prefill(model, params, tokens, visual, positions, slots, last, keys, cache, sampling, scaling):
     """Runs i32[B,T] tokens and draws one more per row: (i32[B], cache). The head runs at each row's last token alone."""
-    variables = {"params": params}
+    variables = lora.variables(params)
     hidden, cache = model.apply(variables, tokens, visual, positions, slots, cache, scaling, method=InternVL.step)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
@@ -216,7 +239,7 @@ def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
     On a CPU the loop ends after `count` tokens or when every row is done. On an accelerator it always runs to the end: a loop whose
     length is known needs no word from the device between its steps, and the host cuts what is too much.
     """
-    variables = {"params": params}
+    variables = lora.variables(params)
 
     def one(index, tokens, carry):
         token, position, slot, drawn, done, cache = carry

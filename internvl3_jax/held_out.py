@@ -6,7 +6,8 @@ import functools
 import jax
 import numpy as np
 
-from internvl3_jax.config import UNITS, TrainConfig
+from internvl3_jax import lora
+from internvl3_jax.config import UNITS, LoraConfig, TrainConfig
 from internvl3_jax.data.batch import make_prompt
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import open_sources, source_names
@@ -31,7 +32,7 @@ class HeldOut:
         self.names = source_names(self.data)
         with Batches(self.data, config.processor, tokenizer) as batches:
             self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
-        self.step = jax.jit(functools.partial(_losses, model, chunk=config.loss_chunk, sources=len(self.names)))
+        self.step = jax.jit(functools.partial(_losses, model, config.lora, chunk=config.loss_chunk, sources=len(self.names)))
 
     def losses(self, params) -> dict[str, float]:
         """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE" that of each source."""
@@ -47,7 +48,7 @@ class HeldOut:
         places = [(source, row) for row in range(count) for source in sources if row < len(source)][:count]
         preparer = Preparer(self.data, self.config.processor, self.tokenizer)
         stop_ids = [self.tokenizer.token_id(token) for token in self.config.processor.stop_tokens]
-        generator = Generator(self.config.model, jax.device_get(params), stop_ids=stop_ids)
+        generator = Generator(self.config.model, jax.device_get(lora.merged(params, self.config.lora)), stop_ids=stop_ids)
         rows = []
         for source, row in places:
             read = preparer.read(source, row, np.random.default_rng(0))
@@ -61,10 +62,11 @@ class HeldOut:
         return rows
 
 
-def _losses(model: InternVL, params, batch, *, chunk: int, sources: int):
+def _losses(model: InternVL, adapters: LoraConfig, params, batch, *, chunk: int, sources: int):
     """f32[2,sources]: sums of weighted losses and of weights."""
-    hidden = model.apply({"params": params}, batch, method=InternVL.hidden)
-    kernel = model.apply({"params": params}, method=InternVL.head_kernel)
+    variables = lora.variables(params, adapters)
+    hidden = model.apply(variables, batch, method=InternVL.hidden)
+    kernel = model.apply(variables, method=InternVL.head_kernel)
     weights = batch["loss_weights"]
     _, losses = chunked_cross_entropy(hidden, kernel, batch["targets"], weights, model.config.language.vocab_size, chunk)
     member = jax.nn.one_hot(batch["sources"], sources)

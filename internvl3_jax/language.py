@@ -100,8 +100,8 @@ class Decoder(nn.Module):
         else:
             self.layers = nn.scan(
                 remat(DecoderLayer, self.remat, self.scan_unroll),
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
+                variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=config.num_layers,
                 unroll=self.scan_unroll,

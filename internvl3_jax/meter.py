@@ -55,7 +55,8 @@ class Meter:
             "memory_gib": _memory() / 2**30,
         }
         if peak := peak_flops():
-            values["mfu"] = flops.train_flops(self.config.model, counts, self.vision_trained) / seconds / peak
+            needed = flops.train_flops(self.config.model, counts, self.vision_trained, bool(self.config.lora.rank))
+            values["mfu"] = needed / seconds / peak
         if len(self.sources) > 1:
             losses, weights = metrics["source_loss"].sum(axis=0), metrics["source_weight"].sum(axis=0)
             values |= {f"loss/{self.sources[i]}": float(losses[i] / weights[i]) for i in np.flatnonzero(weights)}

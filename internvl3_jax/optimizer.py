@@ -144,7 +144,7 @@ def relative_rates(params, config: OptimizerConfig):
     the tower's rate, and the embeddings come below the first layer (Bao et al. 2021, BEiT, counted from the tower's top).
     """
     leaves, tree = jax.tree.flatten_with_path(params)
-    paths = [path_name(path) for path, _ in leaves]
+    paths = [path_name(path).removeprefix("lora/") for path, _ in leaves]  # an adapter learns as its layer would
     depth = next((leaf.shape[0] for path, (_, leaf) in zip(paths, leaves, strict=True) if path.startswith("vision/layers/")), 0)
     decay = np.float32(config.vision_layer_decay)
 

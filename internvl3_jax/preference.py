@@ -3,7 +3,7 @@
     preference   DPO (Rafailov et al. 2023): the chosen answer rather than the rejected one; or IPO (Azar et al. 2024)
     quality      BCO (Jung et al. 2024): each answer by itself good or bad, against the rewards seen so far (the shift)
 
-MPO (Wang et al. 2024) adds both and the chosen answer's cross-entropy; see config.LossConfig. A reward is beta times what the policy adds to
+MPO (Wang et al. 2024) adds both and the chosen answer's cross-entropy (config.LossConfig). A reward is beta times what the policy adds to
 the reference's log-probability. Follows `concatenated_loss` of InternVL's trainer_dpo.py and trl's losses, to which the tests compare.
 
 B rows, T tokens, K pairs a row.

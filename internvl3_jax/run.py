@@ -7,6 +7,7 @@ WORKDIR/skipped.txt        reasons of samples that were left out
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -16,13 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint, distributed, sharding
+from internvl3_jax import checkpoint, distributed, lora, sharding
+from internvl3_jax.adapters import Adapter
 from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Prepared
 from internvl3_jax.find import latest_step
-from internvl3_jax.optimizer import Optimizer
+from internvl3_jax.manifest import Base
+from internvl3_jax.model import abstract_params
+from internvl3_jax.optimizer import Optimizer, join, split_params
 from internvl3_jax.placement import Placement, total
+from internvl3_jax.storage import by_path, nest
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
 _ATTENTION = ("attention_vision", "attention_language")
@@ -76,8 +81,10 @@ def restore_or_init(
     example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
 
     def init():
-        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype))
+        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora)
 
+    if config.lora.rank and not config.init_from:
+        raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
     step = agreed_step(workdir)
     shapes = jax.eval_shape(init)
     places = shardings_of(shapes, mesh, config.offload_optimizer)
@@ -85,7 +92,10 @@ def restore_or_init(
         state = warm_start(config, optimizer, places) if config.init_from else jax.jit(init, out_shardings=places)()
         return state, Past(frozen=frozen_hash(state.params, config.optimizer.freeze))
     wanted = sharding.abstract(shapes, places)
-    params, opt_state, extra = checkpoint.restore_training(workdir, step, wanted.params, wanted.opt_state)
+    stored = kept(config, wanted.params)
+    params, opt_state, extra = checkpoint.restore_training(workdir, step, stored, wanted.opt_state)
+    if config.lora.rank:
+        params = join(params, optimizer.split(open_base(config, places).params)[1])
     batches.restore(extra["data"])
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}")
@@ -106,18 +116,53 @@ def _everywhere(value, mesh):
     return jax.device_put(value, jax.NamedSharding(mesh, jax.P()))
 
 
+def kept(config: TrainConfig, params: dict) -> dict:
+    """What of the parameters a checkpoint holds: all, or of a LoRA run what it trains."""
+    return split_params(params, config.optimizer.freeze)[0] if config.lora.rank else params
+
+
 def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) -> TrainState:
     """The first state from a checkpoint, a released directory of either layout or a hub id; all of its parameters or an error."""
-    source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh)
+    source = open_base(config, places)
+    params = source.params
+    if config.lora.rank:
+        draw = functools.partial(lora.init, abstract_params(config.model), config.lora)
+        drawn = jax.jit(draw, out_shardings=places.params[lora.SUBTREE])(jax.random.key(config.seed))
+        params = params | {lora.SUBTREE: drawn}
+        if config.lora.init_from:
+            params = continued(checkpoint.load_adapter(config.lora.init_from, source), params, config, places)
+    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
+    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state)
+
+
+def open_base(config: TrainConfig, places: TrainState) -> checkpoint.Checkpoint:
+    """`config.init_from`; its parameters, without adapters, are as a run trains them or trains beside them."""
+    prepare = functools.partial(lora.prepared_leaf, config=config.lora) if config.lora.rank else None
+    source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh, prepare=prepare)
     theirs, ours = to_dict(source.config), to_dict(config.model)
     theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]  # of the training, not of the weights
     if differing := _differing(theirs, ours, "model"):
         raise ValueError(f"{config.init_from} is another model than the configuration's: {'; '.join(differing)}")
-    count = sum(leaf.size for leaf in jax.tree.leaves(source.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config.model)))
     if jax.process_index() == 0:
         print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
-    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(source.params)
-    return TrainState(jax.device_put(np.int32(0), places.step), source.params, opt_state)
+    if config.lora.rank:
+        source.params = jax.device_put(source.params, lora.without(places.params))
+    return source
+
+
+def continued(adapter: Adapter, params: dict, config: TrainConfig, places: TrainState) -> dict:
+    """The parameters with an adapter in the place of the new ones. ValueError unless it has the layers and ranks of the configuration."""
+    own = {lora.SUBTREE: lora.unscaled(adapter.lora, config.lora)} | adapter.whole
+    theirs, ours = by_path(own), by_path(kept(config, params))
+    wrong = [name for name in theirs | ours if np.shape(theirs.get(name)) != np.shape(ours.get(name))]
+    if wrong:
+        name = wrong[0]
+        shapes = " and ".join(str(np.shape(leaves[name])) if name in leaves else "missing" for leaves in (theirs, ours))
+        raise ValueError(f"{config.lora.init_from} does not fit lora.rank, targets and full: {name} is {shapes} there and here")
+    placed = by_path(places.params)
+    put = {name: jax.device_put(jnp.asarray(leaf, jnp.float32), placed[name]) for name, leaf in theirs.items()}
+    return nest(by_path(params) | put)
 
 
 def _differing(theirs: dict, ours: dict, where: str) -> list[str]:
@@ -150,12 +195,13 @@ class Saver:
         self.finish = checkpoint.start_saving_training(
             self.workdir,
             step,
-            state.params,
+            kept(self.config, state.params),
             state.opt_state,
             model=self.config.model,
             processor=self.config.processor,
             files=self.files,
             extra={"past": dataclasses.asdict(past)},
+            base=base_of(self.config, past),
             data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
             keep=self.config.keep,
             keep_also=keep_also,
@@ -165,6 +211,15 @@ class Saver:
         """Until what was started is complete."""
         self.finish()
         self.finish = lambda: None
+
+
+def base_of(config: TrainConfig, past: Past) -> Base | None:
+    """What a LoRA run's checkpoints say of their base."""
+    if not config.lora.rank:
+        return None
+    local = pathlib.Path(config.init_from).expanduser()
+    path = str(local.absolute()) if local.exists() else config.init_from  # or a hub id
+    return Base(path, config.param_dtype, past.frozen, config.lora)
 
 
 def check_frozen(config: TrainConfig, params, past: Past, step: int) -> None:
@@ -193,7 +248,7 @@ class Guard:
             values = ", ".join(f"{name} {float(metrics[name])}" for name in ("loss", "grad_norm"))
             raise FloatingPointError(f"{values} at step {step}{self._samples(prepared)}")
         index = int(metrics["zero_gradient"])
-        if index >= 0 and (self.paths[index].startswith("language") or prepared.batch["tiles"].any()):
+        if index >= 0 and (self.paths[index].removeprefix("lora/").startswith("language") or prepared.batch["tiles"].any()):
             raise FloatingPointError(f"the gradient of {self.paths[index]} is all zero at step {step}{self._samples(prepared)}")
 
     def _samples(self, prepared: Prepared) -> str:

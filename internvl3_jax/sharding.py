@@ -34,17 +34,24 @@ SHARDED_AXES = ("context", "fsdp")
 # dimension, fsdp alone must. Leading dimensions (the layers) are whole. Vectors are whole: all of them together are
 # smaller than one matrix.
 WIDTH = SHARDED_AXES
+_MATRICES = (
+    (r"vision/layers?(_\d+)?/(qkv|proj|fc1)", (WIDTH, "tensor")),
+    (r"vision/layers?(_\d+)?/fc2", ("tensor", WIDTH)),
+    (r"projector/(fc1|fc2)", (WIDTH, "tensor")),
+    (r"language/layers?(_\d+)?/(q|k|v|qkv|gate|up|gate_up)", (WIDTH, "tensor")),
+    (r"language/layers?(_\d+)?/(o|down)", ("tensor", WIDTH)),
+)
 RULES: tuple[tuple[str, tuple], ...] = (
     (r"vision/(class_embedding|position_embedding)", ()),
     (r"vision/patch_embedding/kernel", (None, WIDTH)),
-    (r"vision/layers?(_\d+)?/(qkv|proj|fc1)/kernel", (WIDTH, "tensor")),
-    (r"vision/layers?(_\d+)?/fc2/kernel", ("tensor", WIDTH)),
-    (r"projector/(fc1|fc2)/kernel", (WIDTH, "tensor")),
     (r"language/embedding", ("tensor", WIDTH)),
     (r"language/head/kernel", (WIDTH, "tensor")),
-    (r"language/layers?(_\d+)?/(q|k|v|qkv|gate|up|gate_up)/kernel", (WIDTH, "tensor")),
-    (r"language/layers?(_\d+)?/(o|down)/kernel", ("tensor", WIDTH)),
     (r"(vision|projector|language)/(.*/)?(bias|scale|layer_scale1|layer_scale2)", ()),
+    # A linear layer: its matrix, that matrix in few bits (ops/quantize.py), and its adapter's two factors (lora.py).
+    *((rf"{layer}/kernel(/int8|/nf4)?", (rows, columns)) for layer, (rows, columns) in _MATRICES),
+    *((rf"{layer}/kernel/scales", (None, columns)) for layer, (_, columns) in _MATRICES),
+    *((rf"lora/{layer}/a", (rows, None)) for layer, (rows, _) in _MATRICES),
+    *((rf"lora/{layer}/b", (None, columns)) for layer, (_, columns) in _MATRICES),
 )
 
 
@@ -127,7 +134,7 @@ def state_shardings(state, params, mesh):
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
 
     def one(path, leaf):
-        found = re.search(r"(?:^|/)((?:vision|projector|language)/.*)", path_name(path))
+        found = re.search(r"(?:^|/)((?:lora/)?(?:vision|projector|language)/.*)", path_name(path))
         like = found is not None and shapes.get(found[1]) == leaf.shape
         return jax.NamedSharding(mesh, spec(found[1], leaf.shape, mesh) if like else jax.P())
 
@@ -225,7 +232,7 @@ def gathered(kernel, path: str):
     axes = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
     if axes is None or mesh.empty or mesh.size == 1:
         return kernel
-    used = tuple(axis if axis == "tensor" and path.startswith("language/") else None for axis in axes)
+    used = tuple(axis if axis == "tensor" and re.match("(lora/)?language/", path) else None for axis in axes)
     return _gather(kernel, used, axes)
 
 

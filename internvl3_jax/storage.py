@@ -184,13 +184,22 @@ class TreeReader:
         return self.ready.pop(name)
 
 
-def load_tree(path: pathlib.Path, abstract):
-    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it goes to the default device."""
+def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
+    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it goes to the default device.
+
+    prepare: makes of each leaf's path and value what takes its place; the leaves are then read one by one.
+    """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(leaf):
         sharding = getattr(leaf, "sharding", None) or device
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    with _context():
-        return ocp.load(path, jax.tree.map(target, abstract))
+    def read(tree):
+        with _context():
+            return ocp.load(path, jax.tree.map(target, tree))
+
+    if prepare is None:
+        return read(abstract)
+    names = by_path(abstract)
+    return nest({name: prepare(name, by_path(read(nest({name: leaf})))[name]) for name, leaf in names.items()})

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from internvl3_jax.config import TrainConfig
+from internvl3_jax import lora
+from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.losses import chunked_cross_entropy
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, join, path_name
@@ -41,13 +42,19 @@ def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, source
     require_mesh()
     scaling = "none" if set(config.data.deltas) != {"1"} else None  # V2PE switches dynamic NTK off
     settings = {"micro_batches": config.micro_batches, "loss_chunk": config.loss_chunk, "num_sources": sources}
-    step = functools.partial(train_step, model, optimizer, scaling=scaling, **settings)
+    step = functools.partial(train_step, model, optimizer, scaling=scaling, adapters=config.lora, **settings)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
-def init_state(model: InternVL, optimizer: Optimizer, batch, seed: int, param_dtype=jnp.float32) -> TrainState:
+def init_state(
+    model: InternVL, optimizer: Optimizer, batch, seed: int, param_dtype=jnp.float32, adapters: LoraConfig | None = None
+) -> TrainState:
+    """A first state; with `adapters` (of a rank above 0) the parameters are a base and its adapters."""
     params = model.init(jax.random.key(seed), batch)["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+    if adapters and adapters.rank:
+        new = lora.init(params, adapters, jax.random.key(seed))
+        params = lora.prepared(params, adapters) | {lora.SUBTREE: new}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -61,20 +68,31 @@ def shardings_of(state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: 
 
 
 def train_step(
-    model, optimizer: Optimizer, state: TrainState, batch, key, *, micro_batches=1, loss_chunk=1024, num_sources=0, scaling=None
+    model,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch,
+    key,
+    *,
+    micro_batches=1,
+    loss_chunk=1024,
+    num_sources=0,
+    scaling=None,
+    adapters: LoraConfig | None = None,
 ):
     """(new state, metrics); where the loss or a gradient is not finite the state stays as it is, so that it can be saved.
 
     Args:
       batch: a `Batch`; with num_sources > 0 also "sources" i32[B,T], which source each token came from.
-      key: seeds drop path, folded with the step.
+      key: seeds drop path and the adapters' dropout, folded with the step.
       micro_batches: the rows are computed in so many parts; loss and gradients are those of the whole batch.
       loss_chunk: tokens whose logits exist at a time, on each device.
       scaling: rope scaling in place of the config's ("none" under V2PE).
+      adapters: settings of the adapters in the state's parameters, if it has any.
 
-    Metrics, f32[] unless said: loss (weighted mean), weight (sum), grad_norm before clipping, grad_norm_vision, _projector and _language of
-    those that are trained; finite bool[]; zero_gradient i32[], the first trained leaf (`trained_paths`) whose gradient is all zero, or -1;
-    source_loss and source_weight f32[num_sources], sums.
+    Metrics, f32[] unless said: loss (weighted mean), weight (sum), grad_norm before clipping, grad_norm_vision, _projector, _language and
+    _lora of those that are trained; finite bool[]; zero_gradient i32[], the first trained leaf (`trained_paths`) whose gradient is all
+    zero though it need not be (`lora.idle`), or -1; source_loss and source_weight f32[num_sources], sums.
     """
     trained, frozen = optimizer.split(state.params)
     weight = batch["loss_weights"].sum()
@@ -82,8 +100,9 @@ def train_step(
     is_still = "layers" not in trained.get("vision", {})  # drop path is for a tower that learns
 
     def loss_fn(trained, part, index):
-        variables = {"params": join(trained, frozen)}
-        rngs = {"drop_path": jax.random.fold_in(drop_path_key, index)}
+        variables = lora.variables(join(trained, frozen), adapters, training=True)
+        own_key = jax.random.fold_in(drop_path_key, index)
+        rngs = {"drop_path": own_key, "dropout": jax.random.fold_in(own_key, 1)}
         hidden = model.apply(variables, part, is_still, scaling, rngs=rngs, method=InternVL.hidden)
         kernel = model.apply(variables, method=InternVL.head_kernel)
         targets, weights = part["targets"], part["loss_weights"]
@@ -91,7 +110,7 @@ def train_step(
         return total / weight, _by_source(part, losses, num_sources)
 
     (loss, sources), gradients = _over_micro_batches(jax.value_and_grad(loss_fn, has_aux=True), trained, batch, micro_batches)
-    metrics = {"loss": loss, "weight": weight} | _gradient_metrics(gradients) | sources
+    metrics = {"loss": loss, "weight": weight} | _gradient_metrics(gradients, lora.idle(trained)) | sources
     metrics["finite"] = finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
     state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))  # if it lies with the host
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
@@ -135,10 +154,12 @@ def _by_source(batch, losses, count: int) -> dict:
     return {name: jnp.where(member, value[..., None], 0.0).sum((0, 1)) for name, value in values.items()}
 
 
-def _gradient_metrics(gradients) -> dict:
+def _gradient_metrics(gradients, idle: list) -> dict:
+    """idle: of each leaf, whether its gradient is zero as it must be."""
     squares = jax.tree.map(lambda x: jnp.square(x).sum(), gradients)
     leaves = jnp.stack(jax.tree.leaves(squares))
     metrics = {f"grad_norm_{name}": jnp.sqrt(sum(jax.tree.leaves(part))) for name, part in squares.items()}
     metrics["grad_norm"] = jnp.sqrt(leaves.sum())
-    metrics["zero_gradient"] = jnp.where((leaves == 0).any(), jnp.argmax(leaves == 0), -1).astype(jnp.int32)
+    wrong = (leaves == 0) & ~jnp.stack(jax.tree.map(jnp.asarray, idle))
+    metrics["zero_gradient"] = jnp.where(wrong.any(), jnp.argmax(wrong), -1).astype(jnp.int32)
     return metrics

@@ -89,8 +89,8 @@ class VisionTower(nn.Module):
             return
         self.layers = nn.scan(
             remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "drop_path": True},
+            variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+            split_rngs={"params": True, "drop_path": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=config.num_layers,
             unroll=self.scan_unroll,

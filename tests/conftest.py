@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # in this process only
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -26,3 +27,11 @@ def pytest_ignore_collect(collection_path, config):
     if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
         return "mark.smoke" not in collection_path.read_text() or None
     return None
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that run once or twice: the compiler's optimisations would take longer than they do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -3,15 +3,17 @@
 import dataclasses
 import importlib
 
+import jax
 import pytest
 import tiny_checkpoint
 
 from configs.common import RELEASED
+from internvl3_jax import lora
 from internvl3_jax.config import SIZES
 from internvl3_jax.model import abstract_params
 from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params
 
-STAGES = ("pretrain", "sft", "finetune")
+STAGES = ("pretrain", "sft", "finetune", "lora")
 
 
 def recipe(stage: str, name: str):
@@ -25,9 +27,13 @@ def test_every_size_has_every_stage(stage, size):
     still = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, drop_path=0.0))
     assert still == SIZES[size]
     make_optimizer(config.optimizer, config.steps)
-    trained, frozen = split_params(abstract_params(config.model), config.optimizer.freeze)
-    assert set(trained) == {"vision", "projector", "language"} - set(frozen)
-    assert set(frozen) == ({"vision"} if stage == "finetune" else set())
+    config = lora.resolved(config)
+    params = abstract_params(config.model)
+    if config.lora.rank:
+        params |= {"lora": jax.eval_shape(lambda: lora.init(params, config.lora, jax.random.key(0)))}
+    trained, frozen = split_params(params, config.optimizer.freeze)
+    assert set(trained) == set(params) - set(frozen)
+    assert set(frozen) == {"finetune": {"vision"}, "lora": {"vision", "projector", "language"}}.get(stage, set())
     make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     assert config.data.tokens_per_row == 16_384 and config.data.tiles_per_row == 48
     # A row of tiles alone fits the tokens.

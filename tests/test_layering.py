@@ -14,10 +14,11 @@ ROWS = [
     ["config", "find", "hf_fields"],
     ["hf_config", "positions"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
-    ["cache", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
-    ["projector", "vision", "language"],
-    ["model"],
-    ["checkpoint", "lora", "losses", "optimizer", "preference", "sampling"],
+    ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
+    ["manifest", "projector", "vision", "language"],
+    ["lora", "model"],
+    ["adapters"],
+    ["checkpoint", "losses", "optimizer", "preference", "sampling"],
     ["components", "generate", "meter", "train_step"],
     ["best_of_n", "chat", "evaluate", "fit", "held_out", "run", "tokens"],
 ]
@@ -28,13 +29,25 @@ WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields"
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}
-CONVERT_MAY = {"checkpoint", "config", "data", "find", "fingerprint", "hf_config", "model", "storage"}
+CONVERT_MAY = {
+    "adapters",
+    "checkpoint",
+    "config",
+    "data",
+    "find",
+    "fingerprint",
+    "hf_config",
+    "lora",
+    "manifest",
+    "model",
+    "storage",
+}
 # Modules of ops/ that the models call; any other is a kernel, which ops/attention.py picks.
-OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.remat", "ops.rope"}
+OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.quantize", "ops.remat", "ops.rope"}
 # Libraries that one unit hides from the rest.
-HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops"}
+HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops", "qwix": "ops"}
 # In tests/ and benchmarks/ only.
-PEERS = {"torch", "torchvision", "transformers", "accelerate"}
+PEERS = {"torch", "torchvision", "transformers", "accelerate", "peft"}
 
 SHIPPED = [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "convert").rglob("*.py"))]
 PROGRAMS = [path for place in ("*.py", "configs/*.py", "examples/*.py") for path in sorted(ROOT.glob(place))]

@@ -5,6 +5,7 @@
     python -m internvl3_jax.fit --config configs/sft.py:8b --topology h100:1x16x8
     python -m internvl3_jax.fit --config configs/sft.py:78b --topology v5p:2x2x2 --config.mesh.tensor=8 --infer
     python -m internvl3_jax.fit --config configs/sft.py:8b --topology v5e:16x16 --search
+    python -m internvl3_jax.fit --config configs/lora.py:8b --topology h100:1x1x1 --config.lora.quantize=nf4 --analytic
 
 Configuration and overrides are those of train.py. What is compiled is train.py's step, from shapes; docs/fit.md says how to read the
 answer. Status 0: it fits. 1: it does not. 2: the question was wrong.
@@ -22,6 +23,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from internvl3_jax import lora
 from internvl3_jax.fit import advice, generation, report, search
 from internvl3_jax.fit.build import build
 from internvl3_jax.fit.memory import estimate
@@ -50,7 +52,7 @@ TEXT = flags.DEFINE_string("text", "", "Also write the compiled program to this 
 def main(argv) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
-    topology, config = parse(TOPOLOGY.value), CONFIG.value
+    topology, config = parse(TOPOLOGY.value), lora.resolved(CONFIG.value)
     if topology.chip is None and (SEARCH.value or ANALYTIC.value):
         raise ValueError(f"--topology is {topology.name}; floors and memory are known of accelerators only")
     if INFER.value:

@@ -48,6 +48,8 @@ def _candidates(config: TrainConfig, topology: Topology):
         yield {"remat_vision": "offload", "remat_language": "offload"}
     if not config.offload_optimizer:
         yield {"offload_optimizer": True}
+    if config.lora.rank and config.lora.quantize == "none":
+        yield {"lora.quantize": "nf4"}
     mesh = mesh_shape(config.mesh, topology.count)
     rows = config.data.rows // math.prod(mesh[axis] for axis in BATCH_AXES) // config.micro_batches
     if rows > 1:

@@ -59,7 +59,7 @@ def estimate(share: Share) -> Memory:
         "tower": alive - saved["decoder"] + sum(stacks.values()) + _tower_work(share),
         "update": sum(stacks.values()) + share.gradients("projector/"),
     }
-    if not share.trains("vision/"):
+    if not share.learns("vision/"):
         work["tower"] = _tower_work(share)
     offloaded = share.opt_state if share.config.offload_optimizer else 0
     work["update"] += offloaded
@@ -78,7 +78,7 @@ def _held(share: Share) -> dict[str, int]:
         held["matrices in the compute dtype"] = sum(
             stored(leaf.shape, size, share.tpu)
             for path, leaf in share.leaves.items()
-            if "/layers/" in path and len(leaf.shape) > 2
+            if "/layers/" in path and path.endswith("/kernel")
         )
     if config.micro_batches > 1:
         held["head, gathered"] = _head_gathered(share)
@@ -125,6 +125,7 @@ def _decoder_saved(share: Share) -> int:
         # Three float32 arrays of each norm, its result and attention's; six steps of the MLP's middle; every matrix as it is used.
         "none": 14 * stream + 2 * queries + 2 * keys + sums + 6 * hidden + _used(share, "language/layers/"),
     }
+    kept["none"] += _dropped(share, "language/layers/", tokens)
     return _streams(share, "decoder") + language.num_layers * kept[policy]
 
 
@@ -132,7 +133,7 @@ def _streams(share: Share, part: str, host: bool = False) -> int:
     """The residual streams that are kept, on the device or with its host: of every layer, or of the one that is computed and the next."""
     model, config = share.config.model, share.config
     if part == "tower":
-        stream = _tower_array(share, model.vision.hidden_size) if share.trains("vision/") else 0
+        stream = _tower_array(share, model.vision.hidden_size) if share.learns("vision/") else 0
         layers, policy = model.vision.num_layers, config.remat_vision
     else:
         stream = _array(share, share.tokens // share.tensor, model.language.hidden_size)
@@ -143,7 +144,7 @@ def _streams(share: Share, part: str, host: bool = False) -> int:
 
 
 def _tower_saved(share: Share) -> int:
-    if not share.trains("vision/"):
+    if not share.learns("vision/"):
         return 0
     vision, policy = share.config.model.vision, share.config.remat_vision
     stream, hidden = (_tower_array(share, width) for width in (vision.hidden_size, vision.intermediate_size))
@@ -161,6 +162,8 @@ def _tower_saved(share: Share) -> int:
 
 
 def _projector_saved(share: Share) -> int:
+    if not share.learns("projector/") and not share.learns("vision/"):
+        return 0
     config = share.config.model
     tokens = math.ceil(share.tiles) * config.tokens_per_tile
     folded = config.downsample**2 * config.vision.hidden_size
@@ -168,10 +171,21 @@ def _projector_saved(share: Share) -> int:
 
 
 def _used(share: Share, start: str) -> int:
-    """One layer's matrices, gathered, in the compute dtype."""
-    leaves = ((path, leaf) for path, leaf in share.leaves.items() if path.startswith(start) and path.endswith("/kernel"))
+    """One layer's matrices, gathered."""
     split = share.tensor if start.startswith("language") else 1
-    return sum(leaf.whole // leaf.shape[0] // split for _, leaf in leaves) * _size(share)
+    return round(share.elements(start) // _layers(share, start) // split * share.kernel_bytes)
+
+
+def _dropped(share: Share, start: str, tokens: float) -> int:
+    """One layer's adapters' inputs after dropout, and which of them were kept, a byte for each."""
+    inputs = {path: leaf for path, leaf in share.leaves.items() if path.startswith(f"lora/{start}") and path.endswith("/a")}
+    widths = sum(leaf.shape[-2] for leaf in inputs.values())
+    return round(tokens * widths * (_size(share) + 1)) if share.config.lora.dropout else 0
+
+
+def _layers(share: Share, start: str) -> int:
+    model = share.config.model
+    return (model.language if start.startswith("language") else model.vision).num_layers
 
 
 # --- work ------------------------------------------------------------------------------------------------------------------------
@@ -205,7 +219,10 @@ def _decoder_work(share: Share) -> int:
     )
     width = language.hidden_size
     stream = _array(share, share.tokens, width) + 2 * _array(share, share.tokens // share.tensor, width)
-    matrices = 4 * language.hidden_size * language.intermediate_size // share.tensor * _size(share) if share.shards > 1 else 0
+    matrix = language.hidden_size * language.intermediate_size // share.tensor
+    matrices = (4 if share.trains("language/layers/") else 2) * matrix * _size(share) if share.shards > 1 else 0
+    if share.config.lora.quantize != "none":
+        matrices += 2 * matrix * _size(share) + 4 * matrix  # gate and up as they are used, and one of them while it is unpacked
     return mlp + attention + stream + matrices
 
 
@@ -213,7 +230,7 @@ def _tower_work(share: Share) -> int:
     vision = share.config.model.vision
     stream, hidden = (_tower_array(share, width) for width in (vision.hidden_size, vision.intermediate_size))
     heads, sums = _tower_heads(share)
-    if not share.trains("vision/"):
+    if not share.learns("vision/"):
         return 4 * heads + sums + 2 * stream
     norms = 2 * stream if vision.qk_norm else 0  # float32
     return 3 * hidden + 6 * stream + norms + 4 * heads + 2 * sums

@@ -53,7 +53,8 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> TrainState:
-    init = functools.partial(init_state, model, optimizer, seed=0, param_dtype=jnp.dtype(config.param_dtype))
+    settings = {"param_dtype": jnp.dtype(config.param_dtype), "adapters": config.lora}
+    init = functools.partial(init_state, model, optimizer, seed=0, **settings)
     return jax.eval_shape(init, batch_shapes(config))
 
 

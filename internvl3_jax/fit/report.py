@@ -21,6 +21,9 @@ def heading(config: TrainConfig, topology: Topology, mesh: dict[str, int], what:
 def settings(config: TrainConfig) -> str:
     data, optimizer = config.data, config.optimizer
     frozen = f", frozen {', '.join(optimizer.freeze)}" if optimizer.freeze else ""
+    if adapters := config.lora.rank:
+        few = "" if config.lora.quantize == "none" else f" beside {config.lora.quantize}"
+        frozen = f", adapters of rank {adapters}{few}"
     return (
         f"  {data.rows} rows of {data.tokens_per_row:,} tokens and {data.tiles_per_row} tiles in {config.micro_batches} micro-batches; "
         f"remat {config.remat_vision} (vision), {config.remat_language} (language); "

@@ -52,18 +52,39 @@ class Share:
         return self.mesh["fsdp"] * self.mesh["context"]
 
     def trains(self, start: str) -> bool:
-        """Whether any parameter under a path is trained."""
+        """Whether any parameter under a path is trained, its adapters not counted."""
         return any(leaf.trained for path, leaf in self.leaves.items() if path.startswith(start))
 
+    def learns(self, start: str) -> bool:
+        """Whether anything under a path is trained, and be it by adapters: the backward pass goes through it."""
+        return self.trains(start) or self.trains(f"lora/{start}")
+
+    def elements(self, start: str) -> int:
+        """Of the linear layers' matrices under a path, quantized or not."""
+        sizes = {"/kernel": 1, "/kernel/int8": 1, "/kernel/nf4": 2}
+        found = ((path, leaf) for path, leaf in self.leaves.items() if path.startswith(start))
+        return sum(leaf.whole * size for path, leaf in found for end, size in sizes.items() if path.endswith(end))
+
+    def adapters(self, start: str) -> int:
+        """Elements of the adapters of what is under a path."""
+        return sum(leaf.whole for path, leaf in self.leaves.items() if path.startswith(f"lora/{start}"))
+
+    @property
+    def kernel_bytes(self) -> float:
+        """Of an element of the layers' matrices, as it is stored and travels."""
+        return {"none": 2 if self.config.compute_dtype == "bfloat16" else 4, "int8": 1, "nf4": 0.5}[self.config.lora.quantize]
+
     def gradients(self, start: str) -> int:
-        """Bytes of the gradients under a path: float32, split as the parameters."""
+        """Bytes of the gradients under a path, adapters' among them: float32, split as the parameters."""
         return self._gradients[start]
 
     @functools.cached_property
     def _gradients(self) -> dict[str, int]:
-        sizes = {path: stored(leaf.shape, 4, self.tpu) for path, leaf in self.leaves.items() if leaf.trained}
+        sizes = [
+            (path.removeprefix("lora/"), stored(leaf.shape, 4, self.tpu)) for path, leaf in self.leaves.items() if leaf.trained
+        ]
         starts = ("", "vision/", "projector/", "language/")
-        return {start: sum(size for path, size in sizes.items() if path.startswith(start)) for start in starts}
+        return {start: sum(size for path, size in sizes if path.startswith(start)) for start in starts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +148,15 @@ class _Key:
     def __init__(self, config: TrainConfig):
         self.config = config
         optimizer = config.optimizer
-        self.key = (config.model, config.param_dtype, optimizer.name, optimizer.moment_dtype, optimizer.freeze, optimizer.beta1)
+        self.key = (
+            config.model,
+            config.lora,
+            config.param_dtype,
+            optimizer.name,
+            optimizer.moment_dtype,
+            optimizer.freeze,
+            optimizer.beta1,
+        )
 
     def __hash__(self):
         return hash(self.key)

@@ -86,7 +86,7 @@ def full_batch(config: TrainConfig) -> dict[str, int]:
 
 def train_work(share: Share, memory: Memory) -> Work:
     counts, devices = full_batch(share.config), share.topology.count
-    needed = flops.train_flops(share.config.model, counts, share.trains("vision/")) / devices
+    needed = flops.train_flops(share.config.model, counts, share.learns("vision/"), bool(share.config.lora.rank)) / devices
     computed = _tower(share, counts) | _decoder(share, counts)
     return Work(
         needed,
@@ -128,8 +128,9 @@ def _tower(share: Share, counts: dict[str, int]) -> dict[str, float]:
     embedding = 2 * (length - 1) * 3 * vision.patch_size**2 * width
     forward = flops.forward_flops(share.config.model)
     layers = vision.num_layers * counts["tiles"]
-    result = {"projector": 3 * counts["tiles"] * forward.projector_tile}
-    if not share.trains("vision/"):
+    passes = 3 if share.trains("projector/") else 2 if share.learns("projector/") or share.learns("vision/") else 1
+    result = {"projector": passes * counts["tiles"] * forward.projector_tile}
+    if not share.learns("vision/"):
         return result | {
             "tower": layers * dense + counts["tiles"] * embedding,
             "tower, attention": layers * attention,
@@ -137,7 +138,8 @@ def _tower(share: Share, counts: dict[str, int]) -> dict[str, float]:
     again = {"none": 0, "dots": 0, "attention": 2 * length * products["rest"]}.get(policy, dense)
     scores_again = 1 if policy in ("dots", "full", "offload") else 0
     return result | {
-        "tower": layers * 3 * dense + counts["tiles"] * 2 * embedding,
+        "tower": layers * (3 if share.trains("vision/layers/") else 2) * dense + counts["tiles"] * 2 * embedding,
+        "tower's adapters": 6 * length * counts["tiles"] * share.adapters("vision/"),
         "tower, recomputed": layers * (again + scores_again * attention),
         "tower, attention": layers * attention * (1 + _BACKWARD[share.tpu] / 2),
     }
@@ -160,11 +162,13 @@ def _decoder(share: Share, counts: dict[str, int]) -> dict[str, float]:
     attention = 4 * counts["pairs"] * blocks * heads
     scores_again = 1 if policy in ("dots", "full", "offload") else 0
     passes = 3 if share.trains("language/layers/") else 2
+    head = "language/embedding" if language.tie_embeddings else "language/head"
     return {
         "decoder": language.num_layers * passes * dense,
         "decoder, recomputed": language.num_layers * (again + scores_again * attention),
         "decoder, attention": language.num_layers * attention * (1 + _BACKWARD[share.tpu] / 2),
-        "head": 3 * counts["trained_tokens"] * 2 * width * language.padded_vocab_size,
+        "decoder's adapters": 6 * counts["tokens"] * share.adapters("language/"),
+        "head": (3 if share.trains(head) else 2) * counts["trained_tokens"] * 2 * width * language.padded_vocab_size,
     }
 
 
@@ -184,11 +188,10 @@ def _memory_traffic(share: Share, memory: Memory) -> dict[str, float]:
     }
 
 
-def _used_bytes(share: Share, start: str) -> float:
-    """All matrices under a path as one device uses them."""
+def _used_bytes(share: Share, start: str, each: float | None = None) -> float:
+    """All matrices under a path as one device uses them, or with so many bytes for each element."""
     split = share.tensor if start.startswith("language/") else 1
-    kernels = sum(leaf.whole for path, leaf in share.leaves.items() if path.startswith(start) and path.endswith("/kernel"))
-    return _array_bytes(share, kernels / split)
+    return share.elements(start) / split * (_array_bytes(share, 1) if each is None else each)
 
 
 def _gathers(share: Share) -> dict[str, Traffic]:
@@ -196,10 +199,11 @@ def _gathers(share: Share) -> dict[str, Traffic]:
     config, micro, mesh = share.config, share.config.micro_batches, share.mesh
     language = config.model.language
     everywhere = share.shards * share.tensor
-    tower, projector = (_used_bytes(share, start) * (1 - 1 / everywhere) for start in ("vision/", "projector/"))
-    decoder = _used_bytes(share, "language/layers/") * (1 - 1 / share.shards)
+    tower = _used_bytes(share, "vision/", share.kernel_bytes) * (1 - 1 / everywhere)
+    projector = _used_bytes(share, "projector/") * (1 - 1 / everywhere)
+    decoder = _used_bytes(share, "language/layers/", share.kernel_bytes) * (1 - 1 / share.shards)
     head = _array_bytes(share, language.hidden_size * language.padded_vocab_size // share.tensor) * (1 - 1 / share.shards)
-    trained = share.trains("vision/")
+    back, trained = share.learns("vision/"), share.trains("vision/")
     copies = mesh["slice"] * mesh["data"]
     local = sum(4 * math.prod(leaf.shape) for leaf in share.leaves.values() if leaf.trained)
     # The head's gradient is summed in float32.
@@ -208,12 +212,14 @@ def _gathers(share: Share) -> dict[str, Traffic]:
     stride = mesh["tensor"] if mesh["context"] == 1 else 1
     twice = {group: 2 if share.topology.gathers_by_sums(group) else 1 for group in (share.shards, everywhere)}
     gathered = (decoder * 2 * micro + head) * twice[share.shards]
-    others = (tower * (1 + trained) + projector * 2) * micro * twice[everywhere]
+    others = (tower * (1 + back) + projector * 2) * micro * twice[everywhere]
     return {
         "decoder, gathered": Traffic(gathered, share.shards, stride),
         "tower and projector, gathered": Traffic(others, everywhere),
         "decoder's gradients": Traffic(sums * micro, share.shards, stride),
-        "tower's and projector's gradients": Traffic((tower * trained + projector) * micro, everywhere),
+        "tower's and projector's gradients": Traffic(
+            (tower * trained + projector * share.trains("projector/")) * micro, everywhere
+        ),
         "gradients of copies": Traffic(2 * local * (1 - 1 / copies) * micro, copies, mesh["fsdp"] * inside),
     }
 

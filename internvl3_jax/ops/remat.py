@@ -28,7 +28,7 @@ ON_DEVICE = tuple(policy for policy in POLICIES if policy != "offload")  # that 
 
 
 def keep(x, name: str):
-    """Marks x, "attention_input", "attention_output" or, at a layer's beginning, "stream", for the policies that keep it; no operation of its own."""
+    """Marks x for the policies that keep it: "attention_input", "attention_output", or "stream" where a layer begins. No operation."""
     return checkpoint_name(x, name)
 
 

@@ -1,0 +1,115 @@
+"""Adapters and their bases: a LoRA run, or a PEFT directory on a model, opened as one ordinary model; and the adapters alone as PEFT's."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.assemble import DTYPES, ConversionError, cast
+from convert.mapping import Row, active_rows
+from convert.peft import read_peft, settings_of, write_peft
+from convert.source import Converted, Hashes, Released, open_model
+from internvl3_jax import lora, storage
+from internvl3_jax.adapters import Adapter, adapter, check_base, read_own
+from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig
+from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.find import PEFT, find, is_checkpoint, is_peft
+from internvl3_jax.manifest import Base, Manifest
+
+
+@dataclasses.dataclass
+class Adapted:
+    """A base with an adapter merged into it, leaf by leaf. Each leaf is W + a @ b, summed in float32 and rounded once."""
+
+    under: Released | Converted
+    adapter: Adapter
+    base: Base | None  # of a LoRA run
+    processor: ProcessorConfig
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+    target: np.dtype
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        pairs, self.whole = storage.by_path(self.adapter.lora), storage.by_path(self.adapter.whole)
+        layers = {path.rpartition("/")[0] for path in pairs}
+        self.pairs = {layer: {"a": pairs[f"{layer}/a"], "b": pairs[f"{layer}/b"]} for layer in layers}
+
+    @property
+    def directory(self) -> pathlib.Path:
+        return self.under.directory
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.under.config
+
+    @property
+    def dtype(self) -> str:
+        return self.target.name
+
+    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+        leaf = self._merged(row, scratch)
+        leaf = leaf if leaf.dtype == self.target else cast(leaf, self.target, row.target)
+        if hashes is not None:
+            hashes.add_leaf(self.config, row, leaf)
+        return leaf
+
+    def hash_leaf(self, row: Row, hashes: Hashes) -> None:
+        self.leaf(row, hashes)
+
+    def _merged(self, row: Row, scratch) -> np.ndarray:
+        if row.target in self.whole:
+            return np.asarray(self.whole[row.target])
+        leaf, pair = self.under.leaf(row, None, scratch), self.pairs.get(row.target.removesuffix("/kernel"))
+        if self.base is not None and self.base.lora.quantize != "none":
+            leaf = lora.prepared_leaf(row.target, jnp.asarray(leaf), self.base.lora)  # as it was trained beside
+        if pair is None and not isinstance(leaf, dict):
+            return leaf
+        return np.asarray(lora.merged_leaf(leaf, pair, self.target))
+
+
+def open_run(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, base: str | None = None) -> Adapted:
+    """A step of a LoRA run. ValueError if its base is no longer what it was."""
+    manifest = Manifest.read(directory)
+    under = open_model(find(base or manifest.base.path), manifest.base.dtype, accept_fingerprint)
+    own = read_own(directory)
+    check_base(((row.target, under.leaf(row)) for row in active_rows(under.config)), own, manifest.base, str(directory))
+    tokenizer, files = Tokenizer.from_directory(directory), under.files
+    target = DTYPES[dtype or manifest.base.dtype]
+    return Adapted(under, adapter(own, manifest.base.lora), manifest.base, manifest.processor, tokenizer, files, target)
+
+
+def open_with_peft(under: Released | Converted, directory: pathlib.Path, dtype: str | None) -> Adapted:
+    """A model with the adapter of a PEFT directory."""
+    target = DTYPES[dtype or under.dtype]
+    return Adapted(under, read_peft(directory, under.config), None, under.processor, under.tokenizer, under.files, target)
+
+
+def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | None, overwrite: bool = False) -> int:
+    """Writes the adapter of a LoRA run or of a PEFT directory as PEFT's for a layout; returns how many tensors it has.
+
+    base: what adapter_config.json is to name as its model; of a PEFT directory it also says what that model is. None takes what the
+    source names.
+    """
+    if is_peft(pathlib.Path(source)):
+        named = base or _base_of_peft(pathlib.Path(source))
+        model = open_model(find(named)).config
+        read = read_peft(pathlib.Path(source), model)
+        rank = next(iter(storage.by_path(read.lora).values())).shape[-1]
+        own, config = {lora.SUBTREE: read.lora} | read.whole, LoraConfig(rank=rank, alpha=rank)
+    else:
+        directory = find(source)
+        manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+        if manifest is None or manifest.base is None:
+            raise ConversionError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory")
+        own, config, model, named = read_own(directory), manifest.base.lora, manifest.model, base or manifest.base.path
+    with storage.new_directory(target, overwrite) as partial:
+        return len(write_peft(partial, own, config, model, layout, named))
+
+
+def _base_of_peft(directory: pathlib.Path) -> str:
+    named = settings_of(directory).get("base_model_name_or_path")
+    if not named:
+        raise ConversionError(f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for")
+    return named

@@ -1,0 +1,184 @@
+"""A LoRA run through train.py: what its checkpoints hold, how it goes on, what its base must be, and what opens it."""
+
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoint
+from test_lora import logits
+from test_step import batch
+from tiny_checkpoint import CONFIG, train_config
+
+import train
+from convert.__main__ import main as convert
+from internvl3_jax import Chat, load, lora, sharding, storage
+from internvl3_jax.checkpoint import Manifest, save_checkpoint
+from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
+from internvl3_jax.find import find
+
+ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+LORA = LoraConfig(
+    rank=2, alpha=8.0, dropout=0.1, targets=("language/layers/(q|v|down)", "vision/layers/(qkv|fc2)"), full=("projector/.*",)
+)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return shutil.copytree(tiny_checkpoint.directory(), tmp_path_factory.mktemp("base") / "base")
+
+
+def config_of(base, **changes):
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    config = dataclasses.replace(train_config(), optimizer=optimizer, steps=6, save_every=3, keep=5, lora=LORA)
+    return dataclasses.replace(config, init_from=str(base), **changes)
+
+
+def start(config, workdir):
+    config = lora.resolved(config)
+    train.save_config(config, workdir)
+    return train.fit(config, workdir, ONE_DEVICE)[0]
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """(workdir, parameters at the end)"""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    return workdir, jax.device_get(start(config_of(base), workdir))
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def test_a_checkpoint_holds_what_was_trained(run, base):
+    workdir, params = run
+    step = find(workdir)
+    stored = storage.leaf_infos(step / "params")
+    assert {path.split("/")[0] for path in stored} == {"lora", "projector"}
+    state = jax.tree.leaves_with_path(storage.ocp.metadata(step / "opt_state").metadata)
+    assert len([path for path, _ in state if "mu" in jax.tree_util.keystr(path)]) == len(stored)
+    assert sum(leaf.size for leaf in stored.values()) < 0.15 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    named = Manifest.read(step).base
+    assert (named.path, named.dtype, named.lora) == (str(base), "float32", LORA)
+    under = load(base).params
+    for part in ("vision", "language"):
+        jax.tree.map(np.testing.assert_array_equal, params[part], under[part])
+
+
+def test_it_opens_as_an_ordinary_model(run):
+    """Merged, in any dtype; with the logits of the run's own parameters."""
+    workdir, params = run
+    opened = load(workdir)
+    expected = logits(CONFIG, lora.variables(params, LORA), batch(2))
+    np.testing.assert_allclose(logits(CONFIG, {"params": opened.params}, batch(2)), expected, atol=2e-5, rtol=1e-5)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(workdir, dtype="bfloat16").params)} == {"bfloat16"}
+    meshed = load(workdir, mesh=sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), meshed.params, opened.params)
+
+
+def test_it_goes_on_bit_for_bit(run, base, tmp_path):
+    """From the step before the last; the adapters' dropout and the data go on where they were."""
+    workdir, params = run
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    again = jax.device_get(start(config_of(base), tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert losses(tmp_path / "run") == losses(workdir)
+
+
+def test_another_base_is_noticed(run, base, tmp_path, caplog):
+    """Training on, opening and converting say so; so does an adapter on a base of the same shapes."""
+    workdir, _ = run
+    other = load(base)
+    other.params["language"]["norm"]["scale"] = other.params["language"]["norm"]["scale"].at[3].add(1e-6)
+    files = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file() and path.suffix in (".json", ".txt")}
+    files.pop("internvl3_jax.json")
+    save_checkpoint(tmp_path / "other", other.params, other.config, other.processor, files)
+    with pytest.raises(ValueError, match="this base has other parameters"):
+        load(workdir, base=tmp_path / "other")
+    with pytest.raises(ValueError, match="this base has other parameters"):
+        load(tmp_path / "other", adapters={"it": workdir})
+    assert convert([str(workdir), str(tmp_path / "merged"), "--base", str(tmp_path / "other")]) == 1
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    moved = shutil.copytree(tmp_path / "other", tmp_path / "moved")
+    text = (tmp_path / "run" / "config.json").read_text().replace(str(base), str(moved))
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="step 3: parameters that optimizer.freeze names have changed"):
+        start(config_of(moved), tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path / "other", dtype="bfloat16", adapters={"it": workdir})
+    assert "not compared with its base" in caplog.text
+
+
+def test_adapters_are_chosen_by_name(run, base):
+    opened = load(base, adapters={"run": run[0]})
+    alone, merged = Chat(load(base), max_new_tokens=6), Chat(load(run[0]), max_new_tokens=6)
+    chat = Chat(opened, "run", max_new_tokens=6)
+    image = [tiny_checkpoint.picture(16, 16)]
+    for adapter, expected in (("run", merged), (None, alone), ("run", merged)):
+        chat.use(adapter)
+        expected.reset()
+        assert chat("What is it?", image) == expected("What is it?", image)
+    assert merged.last.token_ids != alone.last.token_ids
+
+
+def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
+    workdir, _ = run
+    assert convert([str(workdir), str(tmp_path / "merged")]) == 0
+    assert "adapters of 5 stacked layers merged" in capsys.readouterr().out
+    expected = load(workdir).params
+    found = load(tmp_path / "merged")
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found.params, expected)
+    assert convert([str(workdir), str(tmp_path / "exported"), "--to", "hf"]) == 0
+    rows = CONFIG.language.vocab_size  # the rest pads
+    back = load(tmp_path / "exported").params["language"]["embedding"][:rows]
+    np.testing.assert_array_equal(back, expected["language"]["embedding"][:rows])
+
+
+def test_a_run_beside_four_bits(base, tmp_path):
+    """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
+    config = config_of(base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, save_every=2)
+    params = jax.device_get(start(config, tmp_path / "run"))
+    assert set(params["language"]["layers"]["q"]["kernel"]) == {"nf4", "scales"}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "run")), params)
+    found = logits(CONFIG, {"params": load(tmp_path / "run").params}, batch(2))
+    np.testing.assert_allclose(found, logits(CONFIG, lora.variables(params, config.lora), batch(2)), atol=2e-5, rtol=1e-5)
+    assert convert([str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+        *(load(tmp_path / name).params for name in ("merged", "run")),
+    )
+
+
+def test_a_run_starts_from_an_adapter(run, base, tmp_path):
+    """Of the same layers and ranks; its scale is turned into the new run's. Any other is refused, naming the first difference."""
+    workdir, params = run
+    settings = dataclasses.replace(LORA, init_from=str(workdir), alpha=2.0, dropout=0.0)
+    config = config_of(base, lora=settings, steps=1)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0))
+    first = jax.device_get(start(config, tmp_path / "run"))
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, lora.merged(first, settings), lora.merged(params, LORA))
+    with pytest.raises(
+        ValueError, match=r"does not fit lora.rank, targets and full: lora/.* is \(2, \d+, 2\) and \(2, \d+, 4\) there"
+    ):
+        start(dataclasses.replace(config, lora=dataclasses.replace(settings, rank=4)), tmp_path / "wider")
+
+
+def test_a_base_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match="init_from is empty: name the base"):
+        start(config_of(""), tmp_path / "run")
+
+
+def test_what_holds_no_adapter(base, tmp_path):
+    with pytest.raises(ValueError, match="holds no adapter: it is neither a LoRA run nor a PEFT directory"):
+        load(base, adapters={"it": base})
