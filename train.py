@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from convert.source import travelling_files
-from internvl3_jax import distributed, lora, report, sharding
+from internvl3_jax import distributed, lora, reference, report, sharding
 from internvl3_jax.components import component_table, format_table
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Batches
@@ -30,6 +30,7 @@ from internvl3_jax.meter import Meter
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, make_optimizer
 from internvl3_jax.placement import Placement
+from internvl3_jax.reference import load_reference
 from internvl3_jax.run import Guard, Past, Saver, Skipped, restore_or_init, save_config
 from internvl3_jax.train_step import TrainState, make_model, make_step
 
@@ -60,6 +61,7 @@ def main(argv):
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     """The mesh of all devices. ValueError if the model, the batch or an evaluation does not fit it."""
     mesh, data = sharding.make_mesh(config.mesh), config.data
+    reference.check(config)
     sharding.check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
     if jax.process_count() > 1 and (config.evaluate_answers or config.evaluate_per_task):
         raise ValueError(
@@ -79,9 +81,10 @@ def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | No
         state, past = restore_or_init(config, workdir, model, optimizer, batches, mesh)
         if jax.process_index() == 0:
             print(format_table(component_table(state.params, config.optimizer)))
+        compared = load_reference(config, mesh)
         held_out = HeldOut(config, model, tokenizer) if config.held_out else None
         saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files())
-        state = train(config, workdir, model, optimizer, state, past, batches, placement, saver, held_out)
+        state = train(config, workdir, model, optimizer, state, compared, past, batches, placement, saver, held_out)
     return state.params, tokenizer
 
 
@@ -96,13 +99,14 @@ def train(
     model: InternVL,
     optimizer: Optimizer,
     state: TrainState,
+    compared: dict | None,
     past: Past,
     batches: Batches,
     placement: Placement,
     saver: Saver,
     held_out: HeldOut | None,
 ) -> TrainState:
-    """Runs the remaining steps; logs, evaluates and saves as the configuration says."""
+    """Runs the remaining steps; logs, evaluates and saves as the configuration says. compared: parameters of MPO's reference."""
     sources = source_names(config.data)
     trained = optimizer.split(state.params)[0]
     meter = Meter(config, placement, sources, "vision" in trained or "vision" in trained.get(lora.SUBTREE, {}))
@@ -117,12 +121,14 @@ def train(
                 prepared = next(batches)
                 batch = placement.arrays(prepared.batch)
                 if step == first:
-                    step_fn = compile_step(config, model, optimizer, len(sources), state, batch, key)
+                    step_fn = compile_step(config, model, optimizer, len(sources), state, batch, key, compared)
                 if (step - first) % config.agree_every == 0:
                     # Compiling takes a host with a filled cache no time, and another one minutes.
                     distributed.check_agreement(step, identity(config, prepared.batch), seconds=3600 if step == first else 300)
                 distributed.at(step)
-                state, metrics = step_fn(state, batch, key)
+                state, metrics = step_fn(state, batch, key, compared)
+                if step == 1:
+                    reference.check_start(config, metrics)
                 meter.add(prepared, metrics)
                 guard.add(step, metrics, prepared)
                 past.seconds = before + time.perf_counter() - began
@@ -148,10 +154,12 @@ def train(
     return state
 
 
-def compile_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, state: TrainState, batch, key):
+def compile_step(
+    config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, state: TrainState, batch, key, compared
+):
     """The compiled step; all processes do this beside each other, and only then wait for each other."""
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return make_step(config, model, optimizer, sources, places).lower(state, batch, key).compile()
+    return make_step(config, model, optimizer, sources, places).lower(state, batch, key, compared).compile()
 
 
 def identity(config: TrainConfig, batch) -> dict[str, str | int]:

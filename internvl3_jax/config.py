@@ -236,7 +236,6 @@ class LossConfig:
     shift_decay: float = 0.99  # of "moving"
     reference: str = ""  # checkpoint that the policy is compared with; empty: init_from
     reference_dtype: str = ""  # that it is stored in; empty: the compute dtype
-    reference_cache: str = ""  # file of its log-probabilities, of `python -m internvl3_jax.reference`: then it is not loaded
     drop_path: bool = False  # whether the policy's tower drops paths; then the two differ from the first step on
 
 

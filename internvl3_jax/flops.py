@@ -45,7 +45,13 @@ def batch_counts(batch, config: ModelConfig) -> dict[str, int]:
     segments = np.asarray(batch["segments"])
     rows = np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1)
     lengths = np.unique((segments + rows)[segments > 0], return_counts=True)[1].astype(np.int64)
-    visual = int((np.asarray(batch["tokens"]) == config.image_token_id).sum())
+    is_visual = np.asarray(batch["tokens"]) == config.image_token_id
+    # Of a pair both answers show the same features.
+    visual = (
+        int(is_visual.sum())
+        if "features" not in batch
+        else int(np.where(is_visual, batch["features"] + 1, 0).max(axis=1).sum())
+    )
     return {
         "tokens": int(lengths.sum()),
         "trained_tokens": int((np.asarray(batch["loss_weights"]) > 0).sum()),

@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         x = constrain(x, BATCH_AXES, "context", None)
         return constrain(x, BATCH_AXES, ROW_AXES, None)
 
-    def __call__(self, x, positions, segments=None, cache=None, slots=None, scaling: str | None = None):
+    def __call__(self, x, positions, segments=None, cache=None, slots=None, scaling: str | None = None, until=None):
         """Embeddings to final hidden states.
 
         Args:
@@ -129,16 +129,18 @@ class Decoder(nn.Module):
           segments: i32[B,T], 0 = padding; None where every row is one sequence (padding then belongs at its end).
           cache, slots: see cache.py; slots i32[B,T] are where the T tokens go. Needs the unrolled layout.
           scaling: rope scaling in place of the config's ("none" under V2PE).
+          until: i32[B,T], the last place that sees each token; None: its segment's end. Without a cache only.
 
         Returns ([B,T,D], cache).
         """
         scaling = self.config.rope_scaling if scaling is None else scaling
         # Where the mesh splits rows, their tokens stand in another order between here and the end, so that all devices have equal work.
         parts = row_parts(x.shape[1]) if cache is None else 1
-        x, positions, segments = (None if part is None else to_zigzag(part, parts) for part in (x, positions, segments))
+        given = (x, positions, segments, until)
+        x, positions, segments, until = (None if part is None else to_zigzag(part, parts) for part in given)
         rope = rope_tables(self.config, positions, segments, scaling)
         if cache is None:
-            mask = causal(x.shape[:2], segments, parts)
+            mask = causal(x.shape[:2], segments, parts, until)
         elif not self.unrolled:
             raise ValueError(
                 "a cache needs the unrolled layout: Decoder(..., unrolled=True) with parameters from language.unroll"

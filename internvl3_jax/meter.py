@@ -43,7 +43,9 @@ class Meter:
         # Of all processes, which wait for each other here.
         sums = total(np.array([sum(row[name] for row in self.counts) for name in self.counts[0]], np.int64))
         counts = dict(zip(self.counts[0], sums.tolist(), strict=True))
-        values = {name: float(value.mean()) for name, value in metrics.items() if name.startswith(("loss", "grad_norm"))}
+        values = {
+            name: float(value.mean()) for name, value in metrics.items() if name.startswith(("loss", "grad_norm", "reward"))
+        }
         values |= {
             "learning_rate": float(self.schedule(step - 1)),
             "step_seconds": seconds / steps,

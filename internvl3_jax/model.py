@@ -62,9 +62,9 @@ class InternVL(nn.Module):
             # Back from tiles over all devices to rows: what a row's devices made is gathered among them, nothing crosses rows.
             features = constrain(features, TILE_AXES, None, None).reshape(rows, -1, features.shape[-1])
             features = constrain(features, BATCH_AXES, None, None)
-            x = merge(x, features, tokens == self.config.image_token_id)
+            x = merge(x, features, tokens == self.config.image_token_id, batch.get("features"))
         self.sow("intermediates", "merged", x)
-        x, _ = self.language(x, batch["positions"], batch["segments"], scaling=scaling)
+        x, _ = self.language(x, batch["positions"], batch["segments"], scaling=scaling, until=batch.get("until"))
         return x
 
     def encode(self, tiles, deterministic: bool = True):
@@ -93,12 +93,13 @@ class InternVL(nn.Module):
         return self.language.logits(hidden)
 
 
-def merge(embeddings, features, is_visual):
-    """Puts a row's k-th visual feature at its k-th visual token.
+def merge(embeddings, features, is_visual, slot=None):
+    """Puts a row's k-th visual feature at its k-th visual token; with `slot` i32[B,T], the feature of that number at each.
 
     embeddings [B,T,D], features [B,F,D], is_visual bool[B,T] -> [B,T,D]. A gather within each row: sharding rows needs no collective.
     """
-    slot = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, features.shape[1] - 1)
+    slot = jnp.cumsum(is_visual, axis=1) - 1 if slot is None else slot
+    slot = jnp.clip(slot, 0, features.shape[1] - 1)
     gathered = jax.vmap(lambda row, index: row[index])(features, slot)
     return jnp.where(is_visual[..., None], gathered.astype(embeddings.dtype), embeddings)
 

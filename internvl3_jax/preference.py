@@ -78,19 +78,18 @@ def quality_loss(policy, reference, shift, beta: float):
     return -jax.nn.log_sigmoid(rewards[..., 0]) - jax.nn.log_sigmoid(-rewards[..., 1])
 
 
-def next_shift(shift: Shift, rewards, present, config: LossConfig) -> tuple[Shift, jax.Array]:
-    """(shift after rewards f32[B,K,2] of the pairs that are `present` bool[B,K], what `quality_loss` takes now).
-
-    "running", as InternVL's code: the mean of all contributions, this one included. "moving", as its paper: the exponential mean of those
-    before this one.
-    """
+def running_shift(shift: Shift, rewards, present) -> Shift:
+    """As InternVL's code: the mean of all contributions, of which the rewards f32[B,K,2] of the pairs that are `present` bool[B,K] are the
+    next. Each part of a batch is one, and has itself in the shift that `quality_loss` takes."""
     mean = jnp.where(present[..., None], rewards, 0.0).sum() / (2 * jnp.maximum(present.sum(), 1))
     count = shift.count + 1
-    if config.shift == "running":
-        after = Shift(shift.mean + (mean - shift.mean) / count, count)
-        return after, after.mean
-    rate = jnp.where(shift.count == 0, 1.0, 1 - config.shift_decay)
-    return Shift(shift.mean + rate * (mean - shift.mean), count), shift.mean
+    return Shift(shift.mean + (mean - shift.mean) / count, count)
+
+
+def moving_shift(shift: Shift, mean, decay: float) -> Shift:
+    """As its paper: the exponential mean of the updates before this one, whose rewards have the mean f32[]."""
+    rate = jnp.where(shift.count == 0, 1.0, 1 - decay)
+    return Shift(shift.mean + rate * (mean - shift.mean), shift.count + 1)
 
 
 def at_start(config: LossConfig) -> float:

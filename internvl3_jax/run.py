@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint, distributed, lora, sharding
+from internvl3_jax import checkpoint, distributed, lora, preference, sharding
 from internvl3_jax.adapters import Adapter
 from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import TrainConfig, to_dict
@@ -28,7 +28,7 @@ from internvl3_jax.model import abstract_params
 from internvl3_jax.optimizer import Optimizer, join, split_params
 from internvl3_jax.placement import Placement, total
 from internvl3_jax.storage import by_path, nest
-from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
+from internvl3_jax.train_step import TrainState, first_shift, init_state, shardings_of, trained_paths
 
 _ATTENTION = ("attention_vision", "attention_language")
 _MEMORY = ("mesh", "micro_batches", "remat_vision", "remat_language", "offload_optimizer", "loss_chunk")
@@ -66,7 +66,10 @@ def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
 def _deciding(config: dict) -> dict:
     """What decides about the numbers; the rest may change while a run stands still: other devices, another cut of the same update."""
     data = {name: value for name, value in config["data"].items() if name != "workers"}
-    return {name: value for name, value in config.items() if name not in FREE_TO_CHANGE} | {"data": data}
+    free = set(FREE_TO_CHANGE)
+    if config.get("loss", {}).get("kind") == "mpo":
+        free.discard("micro_batches")  # each adds to the rewards' mean before the next is computed
+    return {name: value for name, value in config.items() if name not in free} | {"data": data}
 
 
 def restore_or_init(
@@ -81,7 +84,7 @@ def restore_or_init(
     example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
 
     def init():
-        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora)
+        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora, config.loss)
 
     if config.lora.rank and not config.init_from:
         raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
@@ -101,7 +104,8 @@ def restore_or_init(
         print(f"going on from step {step} of {workdir}")
     past = Past(**extra["past"])
     check_frozen(config, params, past, step)
-    return TrainState(_everywhere(np.int32(step), mesh), params, opt_state), past
+    shift = shapes.shift and preference.Shift(*(_everywhere(np.float32(value), mesh) for value in extra["shift"]))
+    return TrainState(_everywhere(np.int32(step), mesh), params, opt_state, shift), past
 
 
 def agreed_step(workdir: pathlib.Path) -> int | None:
@@ -132,7 +136,8 @@ def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) ->
         if config.lora.init_from:
             params = continued(checkpoint.load_adapter(config.lora.init_from, source), params, config, places)
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
-    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state)
+    shift = jax.device_put(first_shift(config.loss), places.shift)
+    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state, shift)
 
 
 def open_base(config: TrainConfig, places: TrainState) -> checkpoint.Checkpoint:
@@ -200,7 +205,7 @@ class Saver:
             model=self.config.model,
             processor=self.config.processor,
             files=self.files,
-            extra={"past": dataclasses.asdict(past)},
+            extra={"past": dataclasses.asdict(past), "shift": [float(value) for value in state.shift]},
             base=base_of(self.config, past),
             data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
             keep=self.config.keep,

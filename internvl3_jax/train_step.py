@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from internvl3_jax import lora
-from internvl3_jax.config import LoraConfig, TrainConfig
-from internvl3_jax.losses import chunked_cross_entropy
+from internvl3_jax import lora, objective, preference
+from internvl3_jax.config import LoraConfig, LossConfig, TrainConfig
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, join, path_name
 from internvl3_jax.sharding import constrain, param_shardings, require_mesh, state_shardings
@@ -19,6 +18,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # i32[], updates done
     params: dict
     opt_state: Any
+    shift: preference.Shift | tuple = ()  # of MPO's quality loss
 
 
 def make_model(config: TrainConfig) -> InternVL:
@@ -35,19 +35,27 @@ def make_model(config: TrainConfig) -> InternVL:
 
 
 def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, places: TrainState):
-    """(state, batch, key) -> (state, metrics), to be compiled within the mesh; the state is donated, and lies where `places` says.
+    """(state, batch, key, reference) -> (state, metrics), to be compiled within the mesh; the state is donated, and lies where `places`
+    says. reference: parameters of MPO's reference model, or None; see `train_step`.
 
     places: shardings of the state, of `shardings_of`. RuntimeError if no mesh is in context.
     """
     require_mesh()
     scaling = "none" if set(config.data.deltas) != {"1"} else None  # V2PE switches dynamic NTK off
     settings = {"micro_batches": config.micro_batches, "loss_chunk": config.loss_chunk, "num_sources": sources}
+    settings |= {"loss": config.loss, "pairs": config.data.pairs_per_row}
     step = functools.partial(train_step, model, optimizer, scaling=scaling, adapters=config.lora, **settings)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
 def init_state(
-    model: InternVL, optimizer: Optimizer, batch, seed: int, param_dtype=jnp.float32, adapters: LoraConfig | None = None
+    model: InternVL,
+    optimizer: Optimizer,
+    batch,
+    seed: int,
+    param_dtype=jnp.float32,
+    adapters: LoraConfig | None = None,
+    loss: LossConfig | None = None,
 ) -> TrainState:
     """A first state; with `adapters` (of a rank above 0) the parameters are a base and its adapters."""
     params = model.init(jax.random.key(seed), batch)["params"]
@@ -55,7 +63,11 @@ def init_state(
     if adapters and adapters.rank:
         new = lora.init(params, adapters, jax.random.key(seed))
         params = lora.prepared(params, adapters) | {lora.SUBTREE: new}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), first_shift(loss))
+
+
+def first_shift(loss: LossConfig | None) -> preference.Shift | tuple:
+    return preference.first_shift() if loss and loss.kind == "mpo" else ()
 
 
 def shardings_of(state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: bool = False) -> TrainState:
@@ -64,7 +76,8 @@ def shardings_of(state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: 
     opt_state = state_shardings(state.opt_state, state.params, mesh)
     if offload_optimizer:
         opt_state = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), opt_state)
-    return TrainState(whole, param_shardings(state.params, mesh), opt_state)
+    shift = jax.tree.map(lambda _: whole, state.shift)
+    return TrainState(whole, param_shardings(state.params, mesh), opt_state, shift)
 
 
 def train_step(
@@ -73,12 +86,15 @@ def train_step(
     state: TrainState,
     batch,
     key,
+    reference=None,
     *,
     micro_batches=1,
     loss_chunk=1024,
     num_sources=0,
     scaling=None,
     adapters: LoraConfig | None = None,
+    loss: LossConfig | None = None,
+    pairs: int = 0,
 ):
     """(new state, metrics); where the loss or a gradient is not finite the state stays as it is, so that it can be saved.
 
@@ -89,34 +105,64 @@ def train_step(
       loss_chunk: tokens whose logits exist at a time, on each device.
       scaling: rope scaling in place of the config's ("none" under V2PE).
       adapters: settings of the adapters in the state's parameters, if it has any.
+      loss: what is minimised; None: next-token cross-entropy. "mpo" takes a batch of pairs, at most `pairs` a row.
+      reference: parameters of MPO's reference model. None: the batch has its log-probabilities ("reference"); or else it is the base
+        without adapters.
 
-    Metrics, f32[] unless said: loss (weighted mean), weight (sum), grad_norm before clipping, grad_norm_vision, _projector, _language and
-    _lora of those that are trained; finite bool[]; zero_gradient i32[], the first trained leaf (`trained_paths`) whose gradient is all
+    Metrics, f32[] unless said: loss (weighted mean, or MPO's sum), of MPO loss_preference, _quality, _generation, reward_chosen, _rejected,
+    _margin, _accuracy (means over pairs) and reward_shift; weight (sum), grad_norm before clipping, that of _vision, _projector, _language,
+    _lora if they are trained; finite bool[]; zero_gradient i32[], the first trained leaf (`trained_paths`) whose gradient is all
     zero though it need not be (`lora.idle`), or -1; source_loss and source_weight f32[num_sources], sums.
     """
     trained, frozen = optimizer.split(state.params)
-    weight = batch["loss_weights"].sum()
+    loss = loss or LossConfig()
+    whole, head = objective.whole(batch), objective.Head(model.config.language.vocab_size, loss_chunk)
     drop_path_key = jax.random.fold_in(key, state.step)
-    is_still = "layers" not in trained.get("vision", {})  # drop path is for a tower that learns
+    # Drop path is for a tower that learns; under MPO it would set the policy apart from its reference.
+    is_still = "layers" not in trained.get("vision", {}) or (loss.kind == "mpo" and not loss.drop_path)
 
-    def loss_fn(trained, part, index):
+    def of_reference(part):
+        if "reference" in part:
+            return preference.answer_sums(part["reference"], part["answers"], pairs)
+        params = lora.without(state.params) if reference is None else reference
+        hidden, kernel = _outputs(model, {"params": params}, part, True, scaling, {})
+        return head.log_probabilities(hidden, kernel, part, pairs)
+
+    def loss_fn(trained, part, index, shift):
         variables = lora.variables(join(trained, frozen), adapters, training=True)
         own_key = jax.random.fold_in(drop_path_key, index)
         rngs = {"drop_path": own_key, "dropout": jax.random.fold_in(own_key, 1)}
-        hidden = model.apply(variables, part, is_still, scaling, rngs=rngs, method=InternVL.hidden)
-        kernel = model.apply(variables, method=InternVL.head_kernel)
-        targets, weights = part["targets"], part["loss_weights"]
-        total, losses = chunked_cross_entropy(hidden, kernel, targets, weights, model.config.language.vocab_size, loss_chunk)
-        return total / weight, _by_source(part, losses, num_sources)
+        outputs = _outputs(model, variables, part, is_still, scaling, rngs)
+        if loss.kind == "sft":
+            value, losses = objective.supervised(head, *outputs, part, whole)
+            return value, (_by_source(part, losses, num_sources), shift)
+        value, losses, metrics, shift = objective.preferred(
+            head, *outputs, part, whole, shift, functools.partial(of_reference, part), loss, pairs
+        )
+        return value, (metrics | _by_source(part, losses, num_sources), shift)
 
-    (loss, sources), gradients = _over_micro_batches(jax.value_and_grad(loss_fn, has_aux=True), trained, batch, micro_batches)
-    metrics = {"loss": loss, "weight": weight} | _gradient_metrics(gradients, lora.idle(trained)) | sources
-    metrics["finite"] = finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+    def of_part(trained, part, index, shift):
+        (value, (metrics, shift)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained, part, index, shift)
+        return (metrics | {"loss": value}, gradients), shift
+
+    (sums, gradients), shift = _over_micro_batches(of_part, trained, batch, micro_batches, state.shift)
+    metrics = sums | {"weight": whole.weight} | _gradient_metrics(gradients, lora.idle(trained))
+    if loss.kind == "mpo":
+        metrics["reward_shift"] = shift.mean
+        if loss.shift == "moving":
+            shift = preference.moving_shift(shift, (sums["reward_chosen"] + sums["reward_rejected"]) / 2, loss.shift_decay)
+    metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))  # if it lies with the host
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)  # whole, so that every process can read them
-    updated = TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state)
+    updated = TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state, shift)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
+
+
+def _outputs(model, variables, batch, deterministic: bool, scaling, rngs):
+    """(hidden states [B,T,D], the head's matrix [D,V])"""
+    hidden = model.apply(variables, batch, deterministic, scaling, rngs=rngs, method=InternVL.hidden)
+    return hidden, model.apply(variables, method=InternVL.head_kernel)
 
 
 def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:
@@ -124,24 +170,27 @@ def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:
     return [path_name(path) for path, _ in jax.tree.leaves_with_path(optimizer.split(params)[0])]
 
 
-def _over_micro_batches(function, trained, batch, count: int):
-    """Sum over `count` parts of the batch of function(trained, part, index), in float32."""
+def _over_micro_batches(function, trained, batch, count: int, carried):
+    """(sum over `count` parts of the batch in float32, what is carried in the end) of function(trained, part, index, carried)."""
     rows = len(batch["tokens"])
     if rows % count:
         raise ValueError(f"micro_batches is {count}; it must divide the batch's {rows} rows")
 
     if count == 1:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), function(trained, batch, 0))
+        sums, carried = function(trained, batch, 0, carried)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), sums), carried
     # Every count-th row, so that where rows are sharded each device takes its part of each micro-batch from its own rows.
     parts = jax.tree.map(lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
     indices = jnp.arange(count)
 
-    def add(total, inputs):
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, function(trained, *inputs)), None
+    def add(carry, inputs):
+        total, carried = carry
+        sums, carried = function(trained, *inputs, carried)
+        return (jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, sums), carried), None
 
-    shapes = jax.eval_shape(function, trained, *jax.tree.map(lambda x: x[0], (parts, indices)))
+    shapes, _ = jax.eval_shape(function, trained, *jax.tree.map(lambda x: x[0], (parts, indices)), carried)
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, total, (parts, indices))[0]
+    return jax.lax.scan(add, (total, carried), (parts, indices))[0]
 
 
 def _by_source(batch, losses, count: int) -> dict:

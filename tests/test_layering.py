@@ -19,8 +19,10 @@ ROWS = [
     ["lora", "model"],
     ["adapters"],
     ["checkpoint", "losses", "optimizer", "preference", "sampling"],
-    ["components", "generate", "meter", "train_step"],
-    ["best_of_n", "chat", "evaluate", "fit", "held_out", "run", "tokens"],
+    ["components", "generate", "meter"],
+    ["objective"],
+    ["train_step"],
+    ["best_of_n", "chat", "evaluate", "fit", "held_out", "reference", "run", "tokens"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 

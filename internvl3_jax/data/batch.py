@@ -37,7 +37,7 @@ class Batch(TypedDict):
     answers       i32[B,T]       whose token the target is: 2 k + 1 of the chosen and 2 k + 2 of the rejected answer of the row's pair k,
                                  0 of neither
     features      i32[B,T]       which feature of the row's tiles a visual token stands for; elsewhere any
-    until         i32[B,T]       the last place in the row that sees this token, where one before the segment's end is meant
+    until         i32[B,T]       only if the answers share their question: the last place in the row that sees this token
     reference     f32[B,T]       only if it was computed beforehand: the reference's log-probability of an answer, at its first target
     """
 

@@ -20,7 +20,8 @@ from internvl3_jax.data.pairs import NO_END
 
 RULES = ("balanced", "first_fit")
 _FIELDS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "positions": np.int32}
-_PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32, "until": np.int32}
+_PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32}
+_GIVEN_FIELDS = {"until": np.int32, "reference": np.float32}  # where the samples have them
 
 
 def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
@@ -48,7 +49,9 @@ def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
 def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
     """One row [T] of a Batch from samples that fit in it, padded with zeros."""
     pairs = "answers" in samples[0]
-    fields = _FIELDS | (_PAIR_FIELDS if pairs else {}) | ({"reference": np.float32} if "reference" in samples[0] else {})
+    fields = (
+        _FIELDS | (_PAIR_FIELDS if pairs else {}) | {name: _GIVEN_FIELDS[name] for name in _GIVEN_FIELDS if name in samples[0]}
+    )
     row = {name: np.zeros(tokens, dtype) for name, dtype in fields.items()}
     row |= {"segments": np.zeros(tokens, np.int32), "sources": np.zeros(tokens, np.int32)}
     row["tiles"] = np.zeros((tiles, *samples[0]["tiles"].shape[1:]), np.uint8)
@@ -59,7 +62,7 @@ def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
             row[name][place] = sample[name]
         row["sources"][place] = sample.get("source", 0)
         if pairs:
-            _renumber({name: row[name][place] for name in _PAIR_FIELDS}, segment, 2 * number, feature, token)
+            _renumber({name: row[name][place] for name in fields}, segment, 2 * number, feature, token)
             feature += int(sample["features"].max()) + 1 if len(sample["tiles"]) else 0
         else:
             row["segments"][place] = segment + 1
@@ -73,7 +76,8 @@ def _renumber(part: dict[str, np.ndarray], segment: int, answer: int, feature: i
     part["segments"] += segment
     part["answers"][part["answers"] > 0] += answer
     part["features"] += feature
-    part["until"][part["until"] < NO_END] += token
+    if "until" in part:
+        part["until"][part["until"] < NO_END] += token
 
 
 class Packer(grain.DatasetIterator):

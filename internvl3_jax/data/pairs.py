@@ -66,7 +66,6 @@ def _side(encoded: Encoded, deltas, number: int) -> Sample:
         "answers": np.where(trained, number, 0).astype(np.int32),
         # The k-th visual token of either side is the k-th feature of the pair's pictures.
         "features": np.maximum(np.cumsum(visual) - 1, 0).astype(np.int32),
-        "until": np.full(length, NO_END, np.int32),
     }
 
 
@@ -78,8 +77,8 @@ def _share(chosen: Sample, rejected: Sample) -> list[Sample]:
     question = {name: value[:end] for name, value in chosen.items()}
     answers = [{name: value[end:] for name, value in side.items()} for side in (chosen, rejected)]
     length = len(answers[0]["tokens"])
-    answers[0]["until"] = np.full(length, end + length - 1, np.int32)
     parts = [question, *answers]
-    for part in parts:
+    for part, last in zip(parts, (NO_END, end + length - 1, NO_END), strict=True):
+        part["until"] = np.full(len(part["tokens"]), last, np.int32)
         part["segments"] = np.ones(len(part["tokens"]), np.int32)
     return parts

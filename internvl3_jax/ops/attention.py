@@ -82,7 +82,7 @@ def choose(platform: str, q, k, mask: Mask | None, axis: str | None) -> str:
     scores = length * k.shape[1] * parts
     if platform == "cpu":
         return "xla" if scores < _MAP_HEADS_FROM else "heads" if scores < _BLOCKS_FROM else "blockwise"
-    if platform == "tpu" and length >= _FUSED_FROM and width % 64 == 0:
+    if platform == "tpu" and length >= _FUSED_FROM and width % 64 == 0 and (mask is None or mask.kv_until is None):
         return "splash"
     if platform == "gpu" and length >= _FUSED_FROM and width % 8 == 0 and width <= 128:
         # Over split rows cuDNN would need a table.

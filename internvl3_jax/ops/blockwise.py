@@ -95,12 +95,12 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _keys(k, v, mask: Mask):
-    return k, v, mask.kv_slots, mask.kv_segments
+    return k, v, mask.kv_slots, mask.kv_segments, mask.kv_until
 
 
 def _with_keys(mask: Mask, keys):
-    k, v, slots, segments = keys
-    return k, v, dataclasses.replace(mask, kv_slots=slots, kv_segments=segments, own=False)
+    k, v, slots, segments, until = keys
+    return k, v, dataclasses.replace(mask, kv_slots=slots, kv_segments=segments, kv_until=until, own=False)
 
 
 def _pass_on(part, axis: str):
@@ -194,13 +194,15 @@ def _prepare(q, k, v, mask: Mask, block: int):
         needed.sum(axis=-1, dtype=jnp.int32).reshape(-1),
     )
     keys, values = _split(k, block, kv_heads), _split(v, block, kv_heads)
-    slots, segments = per_block(mask.kv_slots, block_kv), per_block(mask.kv_segments, block_kv)
+    slots, segments, until = (per_block(x, block_kv) for x in (mask.kv_slots, mask.kv_segments, mask.kv_until))
 
     def scores(query, where: _Queries, index):
         score = jnp.einsum("krh,kch->krc", query, keys[index], preferred_element_type=jnp.float32) * width**-0.5
         visible = slots[index][None, :] <= where.slots[:, None]
         if segments is not None:
             visible &= segments[index][None, :] == where.segments[:, None]
+        if until is not None:
+            visible &= where.slots[:, None] <= until[index][None, :]
         grouped = score.reshape(kv_heads, heads // kv_heads, block_q, block_kv)
         return jnp.where(visible[None, None], grouped, MASKED).reshape(score.shape)
 

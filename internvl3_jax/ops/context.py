@@ -42,6 +42,7 @@ def over_mesh(local, q, k, v, mask: Mask | None):
         jax.P(rows, keys),
         None if mask.q_segments is None else jax.P(rows, tokens),
         None if mask.kv_segments is None else jax.P(rows, keys),
+        None if mask.kv_until is None else jax.P(rows, keys),
         own=mask.own,
         parts=mask.parts,
     )
@@ -91,7 +92,8 @@ def gather_keys(k, v, mask: Mask, axis: str | None):
     def whole(x):
         return None if x is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
-    mask = dataclasses.replace(mask, kv_slots=whole(mask.kv_slots), kv_segments=whole(mask.kv_segments), own=False)
+    of_keys = {name: whole(getattr(mask, name)) for name in ("kv_slots", "kv_segments", "kv_until")}
+    mask = dataclasses.replace(mask, **of_keys, own=False)
     return whole(k), whole(v), mask
 
 

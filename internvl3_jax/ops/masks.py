@@ -16,12 +16,14 @@ NEVER = np.iinfo(np.int32).max  # slot of a key that nobody sees
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A query sees the keys of its own segment whose slot is not beyond its own. See `visibility` and `causal`."""
+    """A query sees the keys of its own segment whose slot is not beyond its own, nor its own beyond the key's `until`. See `visibility`
+    and `causal`."""
 
     q_slots: jax.Array  # i32[B,T]
     kv_slots: jax.Array  # i32[B,S]
     q_segments: jax.Array | None = None  # i32[B,T]; None: all the same
     kv_segments: jax.Array | None = None  # i32[B,S]
+    kv_until: jax.Array | None = None  # i32[B,S], the last slot that sees each key; None: all later ones do
     own: bool = dataclasses.field(default=False, metadata={"static": True})  # the keys are the queries' own tokens
     parts: int = dataclasses.field(
         default=1, metadata={"static": True}
@@ -32,6 +34,8 @@ class Mask:
         visible = self.kv_slots[:, None, :] <= self.q_slots[:, :, None]
         if self.q_segments is not None:
             visible &= self.q_segments[:, :, None] == self.kv_segments[:, None, :]
+        if self.kv_until is not None:
+            visible &= self.q_slots[:, :, None] <= self.kv_until[:, None, :]
         return visible
 
 
@@ -49,14 +53,14 @@ def visibility(q_slots, num_keys: int, q_segments=None, kv_segments=None) -> Mas
     return Mask(q_slots, kv_slots, q_segments, kv_segments)
 
 
-def causal(shape: tuple[int, int], segments=None, parts: int = 1) -> Mask:
+def causal(shape: tuple[int, int], segments=None, parts: int = 1, until=None) -> Mask:
     """The tokens of rows, shape (B, T), among themselves: each sees those before it in its segment, and itself.
 
-    `parts` > 1: the tokens stand in the order of `zigzag`.
+    `parts` > 1: the tokens stand in the order of `zigzag`. until: i32[B,T], the last token that sees each.
     """
     order = jnp.arange(shape[1], dtype=jnp.int32) if parts == 1 else jnp.asarray(zigzag(shape[1], parts))
     slots = jnp.broadcast_to(order, shape)
-    return Mask(slots, slots, segments, segments, own=True, parts=parts)
+    return Mask(slots, slots, segments, segments, until, own=True, parts=parts)
 
 
 def everything(batch: int, queries: int, keys: int) -> Mask:
@@ -101,6 +105,7 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
         kv_slots=pad(mask.kv_slots, keys, constant_values=NEVER),
         q_segments=pad(mask.q_segments, queries, mode="edge"),
         kv_segments=pad(mask.kv_segments, keys, mode="edge"),
+        kv_until=pad(mask.kv_until, keys, constant_values=NEVER),
     )
 
 

@@ -30,6 +30,8 @@ def splash(q, k, v, mask: Mask | None, axis: str | None = None, interpret: bool 
     length, scale = q.shape[1], q.shape[-1] ** -0.5
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     if mask is not None:
+        if mask.kv_until is not None:
+            raise ValueError("attention implementation 'splash' knows no answers that share a question (data.share_question)")
         k, v, mask = gather_keys(k, v, mask, axis)
         k, v = in_order(k, mask.parts), in_order(v, mask.parts)
     block_q, block_kv = block_size(q.shape[1]), block_size(k.shape[1])

@@ -1,0 +1,60 @@
+"""The model that MPO compares its policy with: what the policy was when it began, and never trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl3_jax import checkpoint, preference
+from internvl3_jax.config import TrainConfig
+from internvl3_jax.sharding import param_shardings
+
+# How far from its value at the start the preference part may be: in bfloat16 the policy's program, which also makes gradients, rounds in
+# other places than the reference's.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def check(config: TrainConfig) -> None:
+    """ValueError if loss, data and start do not go together."""
+    preference.check(config.loss)
+    is_mpo = config.loss.kind == "mpo"
+    if is_mpo != config.data.pairs:
+        raise ValueError(
+            f"loss.kind is {config.loss.kind} and data.pairs {config.data.pairs}: pairs are what mpo takes, and all it takes"
+        )
+    if is_mpo and not (config.loss.reference or config.init_from):
+        raise ValueError(
+            "loss.kind is mpo and init_from is empty: name the checkpoint that the policy starts from and is compared with"
+        )
+
+
+def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict | None:
+    """Its parameters, split over the mesh as the policy's; None where none are needed: there is no reference, or it is the base that
+    adapters are trained beside."""
+    is_base = config.lora.rank and not config.lora.full and not config.loss.reference
+    if config.loss.kind != "mpo" or is_base:
+        return None
+    name = config.loss.reference or config.init_from
+    source = checkpoint.load(name, dtype=config.loss.reference_dtype or config.compute_dtype, mesh=mesh)
+    if source.config.language != config.model.language:
+        raise ValueError(f"{name} has another decoder than the configuration's: it cannot be the reference")
+    if jax.process_index() == 0:
+        print(f"reference: {source.directory}, in {jax.tree.leaves(source.params)[0].dtype}")
+    return jax.device_put(source.params, param_shardings(source.params, mesh))
+
+
+def check_start(config: TrainConfig, metrics: dict) -> None:
+    """After a run's first update, whose policy was still the reference. ValueError if the losses say that it was not."""
+    loss = config.loss
+    if loss.kind != "mpo" or loss.reference or loss.drop_path or config.lora.dropout:
+        return
+    expected = preference.at_start(loss)
+    found = float(
+        loss.preference_weight * np.asarray(metrics["loss_preference"])
+        + loss.quality_weight * np.asarray(metrics["loss_quality"])
+    )
+    if not abs(found - expected) <= _TOLERANCE[jnp.dtype(config.compute_dtype).name] * max(1.0, expected):
+        raise ValueError(
+            f"at the first step policy and reference are the same model, so the preference part is {expected:.6f}; it was {found:.6f}. Set "
+            f"loss.reference_dtype to float32 if {config.init_from} is not stored in {config.compute_dtype}; if that does not mend it, "
+            f"something changes the policy's forward pass"
+        )

@@ -1,0 +1,290 @@
+"""Pairs of answers: as a sample, in a row, and what the train step makes of them."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoint
+from official_data import picture, write_meta
+from test_optimizer import by_path
+from tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
+
+import train
+from internvl3_jax import preference, sharding
+from internvl3_jax.config import LossConfig, MeshConfig, OptimizerConfig
+from internvl3_jax.data.batch import SampleError
+from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.pipeline import make_tokenizer
+from internvl3_jax.losses import cross_entropy
+from internvl3_jax.model import InternVL
+from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.train_step import TrainState, train_step
+
+MODEL, PARAMS, OTHER = InternVL(CONFIG), random_params(CONFIG), random_params(CONFIG, seed=1)
+GRADIENT = make_optimizer(OptimizerConfig(warmup_steps=0), 100)._replace(
+    init=lambda _: (), update=lambda gradients, state, _: (gradients, state)
+)
+LOSS = LossConfig(kind="mpo")
+PAIRS = 3
+
+
+def write_pairs(folder) -> str:
+    for number in range(3):
+        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
+    seen = [
+        {"image": f"{n % 3}.png", "question": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"No idea, maybe {n + 1}"}
+        for n in range(6)
+    ]
+    text = [{"question": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n + 1}?"} for n in range(4)]
+    two = [{"image": ["0.png", "1.png"], "question": "<image><image>Same?", "chosen": "no", "rejected": "yes yes"}]
+    return write_meta(folder, seen={"rows": seen}, text={"rows": text}, two={"rows": two})
+
+
+def pairs_config(folder, **data):
+    config = train_config()
+    settings = {"source": write_pairs(folder), "pairs": True, "pairs_per_row": PAIRS, "loss_average": "sample"} | data
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))
+
+
+def batch_of(config):
+    with Batches(config.data, config.processor, make_tokenizer(config.data)) as batches:
+        prepared = next(batches)
+    return prepared.batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """The same pairs twice: each with a question of its own, and sharing it."""
+    return [batch_of(pairs_config(folder, share_question=shared)) for shared in (False, True)]
+
+
+# --- the sample ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_holds_each_picture_once(both):
+    apart, shared = both
+    count = apart["answers"].max(axis=1) // 2
+    assert 1 < count.max() <= PAIRS
+    np.testing.assert_array_equal(count, shared["answers"].max(axis=1) // 2)
+    np.testing.assert_array_equal(apart["tiles"], shared["tiles"])
+    for row in range(len(count)):
+        visual = apart["tokens"][row] == CONFIG.image_token_id
+        tiles = apart["tiles"][row].any(axis=(1, 2, 3)).sum()
+        assert visual.sum() == 2 * tiles * CONFIG.tokens_per_tile
+        numbers, times = np.unique(apart["features"][row][visual], return_counts=True)
+        np.testing.assert_array_equal(numbers, np.arange(tiles * CONFIG.tokens_per_tile))
+        assert (times == 2).all()
+        assert (shared["tokens"][row] == CONFIG.image_token_id).sum() == tiles * CONFIG.tokens_per_tile
+    assert (shared["segments"] > 0).sum() < 0.75 * (apart["segments"] > 0).sum()
+
+
+def test_only_the_chosen_answer_has_weight(both):
+    for batch in both:
+        assert ((batch["loss_weights"] > 0) == (batch["answers"] % 2 == 1)).all()
+        sums = preference.answer_sums(batch["loss_weights"], batch["answers"], PAIRS)
+        present = batch["answers"].max(axis=1)[:, None] > 2 * np.arange(PAIRS)
+        np.testing.assert_allclose(sums[..., 0], present, rtol=1e-6)  # data.loss_average "sample"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "chosen": "b"}, "rejected is 'None'; expected the keys question, chosen and rejected"),
+        ({"question": "a", "chosen": "b", "rejected": " "}, "rejected is ' '"),
+        ({"question": "a", "chosen": "b", "rejected": "b"}, "the same text: there is nothing to prefer"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "no pair of answers, but data.pairs is True",
+        ),
+        ({"question": "a", "chosen": "b" * 300, "rejected": "c"}, "raise data.tokens_per_row"),
+        ({"question": "a", "chosen": "b" * 150, "rejected": "c" * 150}, "a pair has .* tokens, a row holds 256"),
+    ],
+)
+def test_what_is_no_pair_is_named(tmp_path, row, message):
+    meta = write_meta(tmp_path, bad={"rows": [row]})
+    config = train_config()
+    data = dataclasses.replace(config.data, source=meta, pairs=True)
+    with Batches(data, config.processor, make_tokenizer(data)) as batches, pytest.raises(SampleError, match=message):
+        next(batches)
+
+
+def test_a_pair_is_not_for_next_token_training(folder):
+    data = dataclasses.replace(pairs_config(folder).data, pairs=False)
+    with Batches(data, PROCESSOR, make_tokenizer(data)) as batches, pytest.raises(SampleError, match="a pair of answers"):
+        next(batches)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------------------
+
+
+def directly(params, batch, config: LossConfig, shift=None):
+    """The loss without surrogate, from whole logits. shift: BCO's, else the mean of this batch's rewards."""
+
+    def log_probabilities(params):
+        logits = MODEL.apply({"params": params}, batch)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+        return preference.answer_sums(picked, batch["answers"], PAIRS), logits
+
+    policy, logits = log_probabilities(params)
+    of_reference, _ = log_probabilities(OTHER)
+    lengths = jnp.maximum(preference.answer_sums((batch["answers"] > 0) * 1.0, batch["answers"], PAIRS), 1)
+    present = batch["answers"].max(axis=1)[:, None] > 2 * np.arange(PAIRS)
+    if shift is None:
+        rewards = config.beta * (policy - of_reference)
+        shift = jnp.where(present[..., None], rewards, 0).sum() / (2 * present.sum())
+    each = config.preference_weight * preference.preference_loss(policy, of_reference, lengths, config)
+    each += config.quality_weight * preference.quality_loss(policy, of_reference, shift, config.beta)
+    total, weight = cross_entropy(logits, batch["targets"], batch["loss_weights"])
+    return jnp.where(present, each, 0).sum() / present.sum() + config.generation_weight * total / weight
+
+
+@functools.cache
+def compiled(loss, micro_batches=1, chunk=7):
+    step = functools.partial(train_step, MODEL, GRADIENT, loss=loss, pairs=PAIRS, micro_batches=micro_batches, loss_chunk=chunk)
+    return jax.jit(step)
+
+
+def descent(batch, loss=LOSS, reference=OTHER, **settings):
+    """(gradients, metrics) of one update."""
+    state = TrainState(jnp.zeros((), jnp.int32), PARAMS, (), preference.first_shift())
+    batch = {name: value for name, value in batch.items() if name != "sources"}
+    state, metrics = compiled(loss, **settings)(state, batch, jax.random.key(0), reference)
+    return jax.tree.map(lambda new, old: new - old, state.params, PARAMS), metrics
+
+
+def assert_close(found, expected, tolerance):
+    for path, leaf in by_path(expected).items():
+        np.testing.assert_allclose(by_path(found)[path], leaf, rtol=tolerance, atol=tolerance, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LOSS,
+        dataclasses.replace(LOSS, quality_weight=0.0, generation_weight=0.0, label_smoothing=0.1),
+        dataclasses.replace(LOSS, preference_weight=0.0, generation_weight=0.0),
+        dataclasses.replace(LOSS, preference="ipo"),
+    ],
+    ids=["mpo", "preference alone", "quality alone", "ipo"],
+)
+def test_loss_and_gradient_are_those_of_whole_logits(both, loss):
+    batch = both[0]
+    expected, slopes = jax.value_and_grad(lambda params: directly(params, batch, loss, None))(PARAMS)
+    # The shift has no gradient.
+    shift = float(descent(batch, loss)[1]["reward_shift"])
+    slopes = jax.grad(directly)(PARAMS, batch, loss, shift)
+    gradients, metrics = descent(batch, loss)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_close(gradients, slopes, 2e-5)
+
+
+def test_a_shared_question_changes_no_number(both):
+    """Nor a gradient: what the chosen answer's tokens see and are seen by is the same."""
+    (apart, one), (shared, other) = (descent(batch) for batch in both)
+    assert_close({name: other[name] for name in one}, one, 1e-5)
+    assert_close(shared, apart, 2e-5)
+
+
+def test_blocks_know_shared_questions(both):
+    model = InternVL(CONFIG, attention_language="blockwise")
+    expected = MODEL.apply({"params": PARAMS}, both[1])
+    found = model.apply({"params": PARAMS}, both[1])
+    real = both[1]["segments"] > 0
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_are_the_batch(both):
+    """With the shift of earlier updates; the running one counts each of them."""
+    loss = dataclasses.replace(LOSS, shift="moving")
+    whole, parts = descent(both[0], loss), descent(both[0], loss, micro_batches=2)
+    assert_close(parts[0], whole[0], 2e-5)
+    np.testing.assert_allclose(parts[1]["loss"], whole[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(parts[1]["reward_accuracy"], whole[1]["reward_accuracy"], rtol=1e-6)
+
+
+def test_against_itself_the_preference_part_is_known(both):
+    for loss in (LOSS, dataclasses.replace(LOSS, preference="ipo")):
+        _, metrics = descent(both[0], loss, PARAMS)
+        paired = 0.8 * metrics["loss_preference"] + 0.2 * metrics["loss_quality"]
+        assert float(paired) == pytest.approx(preference.at_start(loss), abs=1e-6)
+        assert float(metrics["reward_margin"]) == float(metrics["reward_shift"]) == 0
+    assert preference.at_start(LOSS) == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2))
+
+
+def test_a_reference_computed_beforehand_is_the_same(both):
+    batch = both[0]
+    expected, metrics = descent(batch)
+    logits = MODEL.apply({"params": OTHER}, batch)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+    sums = preference.answer_sums(picked, batch["answers"], PAIRS)
+    first = (batch["answers"] > 0) & (batch["answers"] != np.pad(batch["answers"], ((0, 0), (1, 0)))[:, :-1])
+    given = np.where(first, preference.at_answers(sums, batch["answers"]), 0)
+    found, others = descent(batch | {"reference": given.astype(np.float32)}, reference=None)
+    assert_close(found, expected, 2e-5)
+    np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------------------
+
+
+def run_config(folder, **changes):
+    config = pairs_config(folder)
+    optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
+    settings = {
+        "init_from": str(tiny_checkpoint.directory()),
+        "loss": LOSS,
+        "optimizer": optimizer,
+        "steps": 6,
+        "save_every": 3,
+    }
+    return dataclasses.replace(config, **(settings | changes))
+
+
+def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    config = run_config(tmp_path)
+    whole, _ = train.fit(config, make(tmp_path / "whole", config), mesh)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["loss_preference"] == pytest.approx(np.log(2), abs=1e-5) and rows[0]["reward_margin"] == pytest.approx(
+        0, abs=1e-5
+    )
+    assert rows[-1]["reward_margin"] > rows[1]["reward_margin"] > 0 and rows[-1]["reward_accuracy"] == 1
+    for path in (tmp_path / "whole" / "checkpoints").iterdir():
+        assert path.name in ("3", "6")
+    import shutil
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
+    again, _ = train.fit(config, tmp_path / "again", mesh)
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def make(workdir, config):
+    train.save_config(config, workdir)
+    return workdir
+
+
+def test_what_does_not_go_together_is_named(folder):
+    config = run_config(folder)
+    with pytest.raises(ValueError, match="loss.kind is sft and data.pairs True"):
+        train.make_mesh(dataclasses.replace(config, loss=LossConfig()))
+    with pytest.raises(ValueError, match="init_from is empty"):
+        train.make_mesh(dataclasses.replace(config, init_from=""))
+
+
+def test_a_policy_that_is_not_its_reference_is_noticed(folder, tmp_path, monkeypatch):
+    """As if something changed the policy's forward pass."""
+    config = run_config(folder)
+    load = train.load_reference
+    monkeypatch.setattr(train, "load_reference", lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)))
+    with pytest.raises(ValueError, match=r"the preference part is 0\.831777; it was"):
+        train.fit(config, make(tmp_path / "run", config), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
