@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import logging
 import shutil
@@ -10,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_checkpoint
+from absl.testing import flagsaver
 from test_lora import logits
 from test_step import batch
 from tiny_checkpoint import CONFIG, train_config
 
+import infer
 import train
 from convert.__main__ import main as convert
 from internvl3_jax import Chat, load, lora, sharding, storage
@@ -128,6 +131,33 @@ def test_adapters_are_chosen_by_name(run, base):
         expected.reset()
         assert chat("What is it?", image) == expected("What is it?", image)
     assert merged.last.token_ids != alone.last.token_ids
+
+
+def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
+    """The first is used unless another is named; in a conversation /adapter changes it. Both formats, by name."""
+    assert convert([str(run[0]), str(tmp_path / "peft"), "--to", "peft-hf"]) == 0
+    values = {"checkpoint": str(base), "adapter": [f"mine={run[0]}", str(tmp_path / "peft")], "compilation_cache": ""}
+
+    def answers(**changes):
+        capsys.readouterr()
+        infer.FLAGS.mark_as_parsed()
+        with flagsaver.flagsaver(max_new_tokens=6, json=True, **values | changes):
+            infer.run(["infer.py"])
+        return [
+            json.loads(line[line.index("{") :])["token_ids"] for line in capsys.readouterr().out.splitlines() if "{" in line
+        ]
+
+    chats = [Chat(load(path), max_new_tokens=6) for path in (run[0], base)]
+    adapted, plain = ([chat("Hello"), chat.last.token_ids][1] for chat in chats)
+    assert adapted != plain
+    assert answers(prompt="Hello") == answers(prompt="Hello", use="peft") == [adapted]
+    assert answers(prompt="Hello", use="") == [plain]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/adapter\nHello\n/adapter peft\nHello\n/adapter none\n/quit\n"))
+    assert answers() == [adapted, plain, adapted]
+    with pytest.raises(SystemExit, match="error: there is no adapter 'other'; loaded are: mine, peft"):
+        answers(prompt="Hello", use="other")
+    with pytest.raises(SystemExit, match="error: two adapters are called 'peft'; name them: --adapter NAME=DIR"):
+        answers(prompt="Hello", adapter=["a/peft", "b/peft"])
 
 
 def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
