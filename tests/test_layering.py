@@ -11,7 +11,7 @@ PACKAGE = "internvl3_jax"
 
 # A folder is one unit: its files may import each other.
 ROWS = [
-    ["config", "find", "hf_fields"],
+    ["config", "find", "hf_fields", "verify"],
     ["hf_config", "positions"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
     ["cache", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
@@ -24,7 +24,7 @@ ROWS = [
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
 # Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
-WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "tokens"}
+WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "tokens", "verify"}
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}
