@@ -26,9 +26,9 @@ from internvl3_jax.hf_config import from_hf
 from internvl3_jax.model import InternVL, count_params
 
 
-def ours(reference: Reference):
+def ours(reference: Reference, image_token_id: int = 120):
     """(ModelConfig, params) of the same weights."""
-    config = from_hf(reference.config(), image_token_id=120, has_head=True)
+    config = from_hf(reference.config(), image_token_id=image_token_id, has_head=True)
     tensors = ArraySource({name: tensor.numpy() for name, tensor in reference.tensors().items()})
     return config, params_from_tensors(config, table_source(tensors, config.language))
 

@@ -19,7 +19,8 @@ ROWS = [
     ["model"],
     ["checkpoint", "lora", "losses", "optimizer", "sampling"],
     ["components", "generate", "meter", "train_step"],
-    ["best_of_n", "chat", "evaluate", "fit", "held_out", "run", "tokens"],
+    ["chat", "critic", "evaluate", "fit", "held_out", "run", "tokens"],
+    ["best_of_n", "make_process_labels"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
