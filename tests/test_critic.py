@@ -76,10 +76,10 @@ def plain_scores(opened: Checkpoint, question: str, images: list, solution_steps
     messages = steps.critic_messages(question, solution_steps, system=system)
     encoded = encode_chat(messages, [len(t) for t in tiles], opened.tokenizer, opened.processor, add_generation_prompt=False)
     positions = build_positions(len(encoded.tokens), encoded.runs, [opened.processor.delta] * len(tiles))
-    batch = {"tokens": encoded.tokens, "positions": positions, "segments": np.ones_like(positions)}
-    batch = {name: value[None] for name, value in batch.items()} | {
-        "tiles": join_tiles(tiles, opened.processor.image_size)[None]
-    }
+    row = {"tokens": encoded.tokens, "positions": positions, "segments": np.ones_like(positions)}
+    batch = {name: np.pad(value, (0, 320 - len(value)))[None] for name, value in row.items()}  # one compiled program for all
+    joined = join_tiles(tiles, opened.processor.image_size)
+    batch["tiles"] = np.pad(joined, ((0, 6 - len(joined)), *[(0, 0)] * 3))[None]
     logits = forward(opened.model, opened.params, batch, "none" if opened.processor.delta != UNITS else None)[0]
     header = opened.tokenizer.encode("<|im_start|>assistant\n")
     ids = encoded.tokens.tolist()
