@@ -14,7 +14,7 @@ ROWS = [
     ["config", "find", "hf_fields", "verify"],
     ["hf_config", "positions"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
-    ["cache", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
+    ["cache", "distributed", "fingerprint", "flops", "ops", "placement", "reader", "report"],
     ["projector", "vision", "language"],
     ["model"],
     ["checkpoint", "lora", "losses", "optimizer", "sampling"],
