@@ -45,6 +45,20 @@ class Choice:
     def text(self) -> str:
         return self.candidates[self.best].text
 
+    def as_json(self) -> dict:
+        fields = dataclasses.asdict(self)
+        names = ("best", "candidates", "prompt_tokens", "new_tokens", "tiles", "seconds")
+        return {"text": self.text} | {name: fields[name] for name in names}
+
+    def table(self) -> str:
+        """What each candidate answers and what is thought of it, a line each; a star at the chosen one."""
+        lines = []
+        for number, candidate in enumerate(self.candidates):
+            score = "" if candidate.score is None else f"score {candidate.score:.3f} of {len(candidate.scores)} steps, "
+            star = "*" if number == self.best else " "
+            lines.append(f"{star} {number}: {score}{candidate.votes} votes for {candidate.final!r}")
+        return "\n".join(lines)
+
 
 def best_of_n(chat: Chat, critic: Critic | None, question: str, images: Sequence = (), n: int = 8, **options) -> Choice:
     """See `best_of_many`. The conversation of `chat` is left as it is."""

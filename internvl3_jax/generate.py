@@ -114,12 +114,12 @@ class Generator:
 
         cache, keep: of an earlier `State` of one row, and how many of its slots already hold this prompt's beginning.
         """
-        new = [len(prompt.tokens) - keep for prompt in prompts]
-        length = bucket(max(new))
-        slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)  # an accelerator's last call may draw past the limit
         copies, rest = divmod(len(run.seeds), len(prompts))
         if rest or not copies:
             raise ValueError(f"{len(run.seeds)} seeds for {len(prompts)} prompts; each needs the same number, one or more")
+        new = [len(prompt.tokens) - keep for prompt in prompts]
+        length = bucket(max(new))
+        slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)  # an accelerator's last call may draw past the limit
         if cache is None:
             cache = self.empty_cache(len(prompts), slots)
         elif cache[0]["k"].shape[1] < slots:
