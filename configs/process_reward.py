@@ -12,7 +12,7 @@ from internvl3_jax.config import SIZES, DataConfig, OptimizerConfig, ProcessorCo
 
 DATA = "runs/process_reward"
 TOKENIZER = "examples/tiny_digits"
-STAGES = {"policy": ("examples/tiny_digits", 150), "critic": (f"{DATA}/policy", 500)}  # where it starts, steps
+STAGES = {"policy": ("examples/tiny_digits", 400), "critic": (f"{DATA}/policy", 500)}  # where it starts, steps
 
 
 def get_config(stage: str = "policy") -> TrainConfig:
@@ -35,7 +35,7 @@ def get_config(stage: str = "policy") -> TrainConfig:
             packing_buffer=32,
             loss_average="token",
         ),
-        optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.01, learning_rate=1e-3, warmup_steps=20, beta2=0.99),
+        optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=20, beta2=0.99),
         steps=steps,
         init_from=start,
         save_every=250,
