@@ -94,23 +94,26 @@ def label(chat: Chat, questions: Sequence[Question], settings: Settings) -> list
         for question, answers in zip(questions, drawn, strict=True)
         for text in dict.fromkeys(answer.text for answer in answers)
     ]
-    # (solution, step, the solution up to there) of all steps but the last, short ones first: neighbours share a bucket.
-    begun = [
-        (number, step, "".join(part + SEPARATOR for part in steps[: step + 1]))
-        for number, (_, steps) in enumerate(solutions)
-        for step in range(len(steps) - 1)
-    ]
-    begun.sort(key=lambda place: len(place[2]))
+    # What solutions of one question have in common is continued once. Short ones first: neighbours share a bucket.
     scores = [[0.0] * (len(steps) - 1) + [float(_right(SEPARATOR.join(steps), q.answer))] for q, steps in solutions]
+    places = collections.defaultdict(list)  # (question, the solution up to the end of a step) -> [(solution, step), ...]
+    for number, (question, steps) in enumerate(solutions):
+        for step in range(len(steps) - 1):
+            begun = "".join(part + SEPARATOR for part in steps[: step + 1])
+            places[questions.index(question), begun].append((number, step))
+    order = sorted(places, key=lambda place: len(place[1]))
     size = max(1, settings.batch_size // settings.continuations)
-    for start in range(0, len(begun), size):
-        batch = begun[start : start + size]
-        asked = [(solutions[number][0].question, solutions[number][0].images) for number, _, _ in batch]
-        texts = [text for _, _, text in batch]
-        rest = chat.candidates(asked, settings.continuations, begun=texts, seed=settings.seed + settings.solutions, **drawing)
-        for (number, step, text), answers in zip(batch, rest, strict=True):
-            hits = sum(_right(text + answer.text, solutions[number][0].answer) for answer in answers)
-            scores[number][step] = hits / settings.continuations
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        texts = [text for _, text in batch]
+        seed = settings.seed + settings.solutions
+        rest = chat.candidates(
+            [requests[number] for number, _ in batch], settings.continuations, begun=texts, seed=seed, **drawing
+        )
+        for (asked, text), answers in zip(batch, rest, strict=True):
+            hits = sum(_right(text + answer.text, questions[asked].answer) for answer in answers)
+            for number, step in places[asked, text]:
+                scores[number][step] = hits / settings.continuations
     rows = [_row(question, steps, found, settings) for (question, steps), found in zip(solutions, scores, strict=True)]
     of = collections.Counter(json.dumps(row["id"]) for row in rows)
     return [row | {"solutions": of[json.dumps(row["id"])]} for row in rows]
