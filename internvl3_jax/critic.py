@@ -125,7 +125,7 @@ class Critic:
         prompts, places = zip(*batch, strict=True)
         logs = label_log_probabilities(self.generator, prompts, places, self.labels, self._scaling())
         if self.options.among == "labels":
-            return [(1 / (1 + np.exp(row[:, 1] - row[:, 0]))).tolist() for row in logs]
+            return [np.exp(row[:, 0] - np.logaddexp(*row.T)).tolist() for row in logs]
         return [np.exp(row[:, 0]).tolist() for row in logs]
 
 

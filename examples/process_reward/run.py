@@ -22,7 +22,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "process_reward.py"
-TAUGHT, TAUGHT_TEXT, LABELLED, TEST = 1500, 3000, 400, 400  # questions
+TAUGHT, TAUGHT_TEXT, LABELLED, TEST = 1500, 3000, 500, 400  # questions
 N = 8
 COUNTS = (1, 2, 4, 8)
 LIMIT = 64  # tokens of an answer
