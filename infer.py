@@ -5,6 +5,8 @@
     python infer.py --checkpoint DIR_OR_HUB_ID                                      # a conversation; /image PATH, /reset, /quit
     python infer.py --checkpoint BASE --adapter a=runs/a --adapter b=peft_dir --use b    # in a conversation also /adapter NAME
     python infer.py --checkpoint DIR_OR_HUB_ID --requests questions.jsonl --output answers.jsonl --batch_size 8
+    python infer.py --checkpoint DIR --image cat.jpg --prompt "Think step by step ..." --best_of 8 --critic CRITIC_DIR
+    python infer.py --checkpoint DIR --requests questions.jsonl --output answers.jsonl --best_of 8 --majority
 
 A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be missing, and relative paths start at
 the file's directory. Its answers go to --output in the order asked; lines already answered there are not asked again.
@@ -31,7 +33,7 @@ flags.DEFINE_multi_string("image", [], "Picture file; may be repeated. <image> i
 flags.DEFINE_string("prompt", None, "The question. Without it and without --requests a conversation starts.")
 flags.DEFINE_string("requests", None, "JSONL file of questions.")
 flags.DEFINE_string("output", None, "Where the answers to --requests go (JSONL).")
-flags.DEFINE_integer("batch_size", 8, "Questions answered together with --requests.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 8, "Answers written together with --requests.", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token (greedy).", lower_bound=0.0)
 flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that together reach this probability.")
@@ -53,6 +55,16 @@ flags.DEFINE_integer(
     "Devices to split the model over, by heads and columns (tensor parallelism): for one too large for one.",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "best_of", None, "Answers to choose from, the first greedy, the others drawn; see docs/best_of_n.md.", lower_bound=1
+)
+flags.DEFINE_string("critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own.")
+flags.DEFINE_bool("majority", False, "Choose the commonest final answer, without a critic.")
+flags.DEFINE_enum("aggregate", "mean", ["mean", "min", "max", "product"], "What a critic's scores of the steps become.")
+flags.DEFINE_integer("max_steps", None, "Steps are merged to at most so many before they are scored.", lower_bound=1)
+flags.DEFINE_string(
+    "critic_system", None, "System message for the critic in place of its checkpoint's; visualprm: its training's."
+)
 flags.DEFINE_bool("json", False, "Print one JSON object per answer, on a line of its own, in place of the text.")
 flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
 flags.DEFINE_bool("accept_fingerprint", False, "Use a checkpoint whose files no longer agree with how it was made.")
@@ -66,35 +78,55 @@ def main(argv):
         raise app.UsageError("--requests needs --output, and takes prompts and images from the file alone")
     if FLAGS.image and not FLAGS.prompt:
         raise app.UsageError("--image needs --prompt; in a conversation write /image PATH")
+    check_best_of()
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every load
-    chat = open_chat()
+    checkpoint = open_checkpoint(FLAGS.checkpoint, FLAGS.adapter)
+    chat = open_chat(checkpoint)
+    critic = open_critic(checkpoint, chat) if FLAGS.critic else None
     if FLAGS.requests:
-        answer_file(chat)
+        answer_file(chat, critic)
+    elif FLAGS.best_of:
+        ask_best(chat, critic, FLAGS.prompt, FLAGS.image)
     elif FLAGS.prompt is not None:
         ask(chat, FLAGS.prompt, FLAGS.image)
     else:
         converse(chat)
 
 
-def open_chat():
-    """Loads the checkpoint onto the device."""
+def check_best_of() -> None:
+    if not FLAGS.best_of:
+        if FLAGS.critic or FLAGS.majority:
+            raise app.UsageError("--critic and --majority choose among --best_of N answers; give N")
+        return
+    if bool(FLAGS.critic) == FLAGS.majority:
+        raise app.UsageError("--best_of needs --critic DIR or --majority, one of them, to choose by")
+    if not FLAGS.requests and FLAGS.prompt is None:
+        raise app.UsageError("--best_of needs --prompt or --requests; a conversation takes one answer at a time")
+
+
+def open_checkpoint(path: str, adapters: list[str] = ()):
+    """Loads a checkpoint, and adapters beside it, onto the device."""
     import jax
 
-    from internvl3_jax import Chat, load
+    from internvl3_jax import load
 
     if FLAGS.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # A CPU multiplies bfloat16 vectors several times more slowly than float32 ones.
     dtype = FLAGS.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    where = {"mesh": make_mesh(), "adapters": named_adapters(adapters)}
+    return load(path, dtype=dtype, accept_fingerprint=FLAGS.accept_fingerprint, **where)
+
+
+def open_chat(checkpoint):
+    from internvl3_jax import Chat
+
     options = {
         name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_tiles", "system")
     }
     options |= {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
-    adapters = named_adapters(FLAGS.adapter)
-    where = {"mesh": make_mesh(), "adapters": adapters}
-    checkpoint = load(FLAGS.checkpoint, dtype=dtype, accept_fingerprint=FLAGS.accept_fingerprint, **where)
-    chosen = next(iter(adapters), None) if FLAGS.use is None else FLAGS.use or None
+    chosen = next(iter(checkpoint.adapters), None) if FLAGS.use is None else FLAGS.use or None
     return Chat(checkpoint, chosen, **options)
 
 
@@ -105,6 +137,17 @@ def named_adapters(given: list[str]) -> dict[str, str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two adapters are called {twice[0]!r}; name them: --adapter NAME=DIR")
     return dict(pairs)
+
+
+def open_critic(checkpoint, chat):
+    from internvl3_jax import Critic
+    from internvl3_jax.data.steps import SYSTEM
+
+    system = SYSTEM if FLAGS.critic_system == "visualprm" else FLAGS.critic_system
+    options = {"aggregate": FLAGS.aggregate, "max_steps": FLAGS.max_steps, "max_tiles": FLAGS.max_tiles, "system": system}
+    if FLAGS.critic == FLAGS.checkpoint:
+        return Critic(checkpoint, chat.generator, **options)
+    return Critic(open_checkpoint(FLAGS.critic), **options)
 
 
 def make_mesh():
@@ -129,6 +172,22 @@ def ask(chat, question: str, images: list[str]) -> None:
     print(json.dumps(as_json(chat.last), ensure_ascii=False) if FLAGS.json else "")
     if FLAGS.stats:
         print_stats(chat.last)
+
+
+def choose(chat, critic, requests: list[tuple[str, list[str]]], first: int = 1) -> list:
+    """The best of --best_of answers to each question."""
+    from internvl3_jax.best_of_n import SAMPLING, best_of_many
+
+    given = {name: FLAGS[name].value for name in SAMPLING if not FLAGS[name].using_default_value}
+    return best_of_many(chat, critic, requests, FLAGS.best_of, first, **given)
+
+
+def ask_best(chat, critic, question: str, images: list[str]) -> None:
+    """Prints the chosen answer, or JSON with all candidates."""
+    (choice,) = choose(chat, critic, [(question, images)])
+    print(json.dumps(choice.as_json(), ensure_ascii=False) if FLAGS.json else choice.text)
+    if FLAGS.stats:
+        print(choice.table(), file=sys.stderr)
 
 
 def as_json(answer) -> dict:
@@ -174,7 +233,7 @@ def converse(chat) -> None:
             images = []
 
 
-def answer_file(chat) -> None:
+def answer_file(chat, critic) -> None:
     """Answers --requests in batches. Each batch is appended to --output as a whole, so a stopped run goes on where it was."""
     from rich.progress import track
 
@@ -183,15 +242,24 @@ def answer_file(chat) -> None:
     answered = count_answers(output, requests)
     if answered:
         print(f"{output} holds {answered} of {len(requests)} answers; going on with the rest", file=sys.stderr)
-    batches = range(answered, len(requests), FLAGS.batch_size)
+    size = max(1, FLAGS.batch_size // (FLAGS.best_of or 1))  # questions; --batch_size answers are written together
+    batches = range(answered, len(requests), size)
     with output.open("a", encoding="utf-8") as file:
         for start in track(batches, description="answering", disable=not sys.stderr.isatty()):
-            batch = requests[start : start + FLAGS.batch_size]
-            answers = chat.answer_many([(request["prompt"], request["image"]) for request in batch], first=start + 1)
-            lines = [json.dumps({"id": r["id"], **as_json(a)}, ensure_ascii=False) for r, a in zip(batch, answers, strict=True)]
+            batch = requests[start : start + size]
+            questions = [(request["prompt"], request["image"]) for request in batch]
+            if FLAGS.best_of:
+                answers = choose(chat, critic, questions, start + 1)
+                fields = [answer.as_json() for answer in answers]
+            else:
+                answers = chat.answer_many(questions, first=start + 1)
+                fields = [as_json(answer) for answer in answers]
+            lines = [json.dumps({"id": r["id"], **f}, ensure_ascii=False) for r, f in zip(batch, fields, strict=True)]
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
-            if FLAGS.stats:
+            if FLAGS.stats and FLAGS.best_of:
+                print(answers[0].table(), file=sys.stderr)
+            elif FLAGS.stats:
                 print_stats(answers[0])
     print(f"{len(requests) - answered} answers written to {output}", file=sys.stderr)
 

@@ -17,6 +17,7 @@ from convert.mapping import (
     active_rows,
     bits,
     canonical_key,
+    file_name,
     from_leaf,
     layers_of,
     leaf_shape,
@@ -27,7 +28,7 @@ from internvl3_jax.config import ModelConfig
 from internvl3_jax.storage import by_path, nest
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-HEADS = ("language_model.lm_head.weight", "lm_head.weight")
+HEADS = ("language_model.lm_head.weight", "lm_head.weight", "language_model.output.weight")
 _SHOWN = 12  # names listed in an error before "and n more"
 
 
@@ -118,7 +119,7 @@ def plan(
             problems["unknown (nothing in the model takes them)"].append(name)
     for key, row in wanted.items():
         if key not in names:
-            problems["missing"].append(key)
+            problems["missing"].append(file_name(key, config, layout))
             continue
         shape, expected = (tuple(infos[names[key]].shape), source_shape(row, config, layout))
         if shape != expected:

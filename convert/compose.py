@@ -14,8 +14,9 @@ import zlib
 
 import numpy as np
 
-from convert.assemble import HEADS, Plan, fill_leaf, padded_shape, plan
+from convert.assemble import HEADS, Plan, Source, fill_leaf, has_head, padded_shape, plan
 from convert.hf_files import has_token
+from convert.internlm2 import table_source
 from convert.mapping import Row, bits
 from convert.safetensors_io import SafetensorsSource
 from convert.source import Hashes, allocate, read_json, travelling_files
@@ -44,8 +45,8 @@ class Composed:
     processor: ProcessorConfig
     tokenizer: Tokenizer
     files: dict[str, bytes]
-    vision: tuple[Plan, SafetensorsSource]
-    language: tuple[Plan, SafetensorsSource]
+    vision: tuple[Plan, Source]
+    language: tuple[Plan, Source]
     known_rows: int  # of the vocabulary, before the new tokens
     seed: int
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -105,7 +106,7 @@ class Composed:
 
 
 def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None, seed: int = 0) -> Composed:
-    """Opens a language model directory (Qwen2.5 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL
+    """Opens a language model directory (Qwen2.5, InternLM2 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL
     model.
 
     Raises:
@@ -115,13 +116,14 @@ def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None
     files = travelling_files(llm)
     values = read_json(files, "config.json")
     if values is None:
-        raise FileNotFoundError(f"{llm} has no config.json; give the directory of a Qwen2.5 or InternLM3 model")
+        raise FileNotFoundError(f"{llm} has no config.json; give the directory of a Qwen2.5, InternLM2 or InternLM3 model")
     decoder = SafetensorsSource(llm, rename=lambda name: "language_model." + name)
     known = Tokenizer.from_directory(llm)
     known.require("<|im_start|>", "<|im_end|>")
-    own_head = HEADS[0] in decoder.infos()
+    own_head = has_head(decoder.infos())
     # transformers ties Qwen2 only where the file says so; a file that says so and has a head is checked in `plan`.
     base = read_language(values, "config", tied=bool(values.get("tie_word_embeddings")) or not own_head)
+    decoder = table_source(decoder, base)
     if known.vocab_size > base.vocab_size:
         raise ValueError(f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only {base.vocab_size} rows")
 

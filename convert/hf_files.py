@@ -7,7 +7,7 @@ from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorCo
 from internvl3_jax.data.chat import TEMPLATES
 from internvl3_jax.data.tokenizer import Tokenizer
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
 # The names that transformers' InternVLProcessor asks its tokenizer for.
 NAMED_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json")
@@ -74,6 +74,15 @@ def _language(language: LanguageConfig, dtype: str, token_ids: dict) -> dict:
     return values
 
 
+def _internlm2_bias(language: LanguageConfig) -> bool:
+    """InternLM2's one flag, of wqkv and wo."""
+    if language.head_dim * language.num_heads != language.hidden_size:
+        raise ValueError("InternLM2's heads are as wide together as the model; language.head_dim differs")
+    if language.qkv_bias != language.o_bias or language.mlp_bias:
+        raise ValueError("InternLM2 has one flag for the biases of q, k, v and o, and none in the MLP; set language.*_bias so")
+    return language.qkv_bias
+
+
 def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
     vision, language = model.vision, model.language
     if model.ps_version != "v2":
@@ -81,6 +90,9 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
             f"transformers computes pixel shuffle v2 only; ps_version is {model.ps_version}. Export with --to internvl"
         )
     text = _language(language, dtype, token_ids)
+    if language.family == "internlm2":  # not in transformers, which has the same network as Llama
+        bias = _internlm2_bias(language)
+        text |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": bias, "mlp_bias": False}
     if language.family == "internlm3":
         if len({language.qkv_bias, language.o_bias, language.mlp_bias}) > 1:
             raise ValueError("transformers' InternLM3 has biases everywhere or nowhere; export with --to internvl")
@@ -130,6 +142,10 @@ def _original(model: ModelConfig, processor: ProcessorConfig, dtype: str, token_
     if language.tie_embeddings:
         raise ValueError("the original code never ties the output head; it is exported untied")
     text = _language(language, dtype, token_ids)
+    if language.family == "internlm2":
+        text["bias"] = _internlm2_bias(language)
+        if text["rope_scaling"]:  # its class wants these two fields and no others
+            text["rope_scaling"] = {"type": "dynamic", "factor": language.rope_factor}
     if language.family == "internlm3":
         if language.o_bias != language.mlp_bias:
             raise ValueError(

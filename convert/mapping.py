@@ -122,6 +122,43 @@ def canonical_key(name: str, layout: str) -> str:
     return name
 
 
+# InternLM2's names in the original layout -> the table's. One of its tensors holds q, k and v; see internlm2.py.
+QKV = ("q_proj", "k_proj", "v_proj")
+INTERNLM2_QKV = re.compile(r"\.attention\.wqkv\.")
+INTERNLM2_NAMES = (
+    ("language_model.output.", "language_model.lm_head."),
+    (".tok_embeddings.", ".embed_tokens."),
+    (".attention_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+    (".attention.wo.", ".self_attn.o_proj."),
+    (".feed_forward.w1.", ".mlp.gate_proj."),
+    (".feed_forward.w3.", ".mlp.up_proj."),
+    (".feed_forward.w2.", ".mlp.down_proj."),
+)
+
+
+def internlm2_names(name: str) -> list[str]:
+    """The table's names of what a tensor of an InternLM2 model holds."""
+    if not name.startswith("language_model."):
+        return [name]
+    if INTERNLM2_QKV.search(name):
+        return [INTERNLM2_QKV.sub(f".self_attn.{part}.", name) for part in QKV]
+    for theirs, tables in INTERNLM2_NAMES:
+        name = name.replace(theirs, tables)
+    return [name]
+
+
+def file_name(key: str, config: ModelConfig, layout: str) -> str:
+    """The name that a layout's files have for the table's."""
+    if config.language.family != "internlm2" or layout != "internvl" or not key.startswith("language_model."):
+        return key
+    for part in QKV:
+        key = key.replace(f".self_attn.{part}.", ".attention.wqkv.")
+    for theirs, tables in INTERNLM2_NAMES:
+        key = key.replace(tables, theirs)
+    return key
+
+
 def active_rows(config: ModelConfig) -> list[Row]:
     """The rows that exist for a configuration, in the table's order."""
     vision, language = config.vision, config.language

@@ -12,6 +12,7 @@ from convert.adapted import Adapted
 from convert.assemble import DTYPES, ConversionError, layer_numbers, layer_tensors, padded_shape
 from convert.compose import Composed
 from convert.hf_files import export_files
+from convert.internlm2 import FileWriter, file_tensors
 from convert.mapping import Row, active_rows, layers_of, source_shape
 from convert.safetensors_io import SafetensorsWriter
 from convert.source import Converted, Hashes, Released, open_model
@@ -56,7 +57,9 @@ class SafetensorsSink:
         files = export_files(self.config, model.processor, model.tokenizer, layout, model.dtype, model.files)
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        self.writer = SafetensorsWriter(directory, planned(self.config, layout), DTYPES[model.dtype], shard_size)
+        tensors = file_tensors(planned(self.config, layout), self.config, layout)
+        writer = SafetensorsWriter(directory, tensors, DTYPES[model.dtype], shard_size)
+        self.writer = FileWriter(writer, self.config, layout)
 
     def add(self, row: Row, leaf: np.ndarray) -> None:
         for layer in layer_numbers(row, self.config):

@@ -20,6 +20,7 @@ from convert.assemble import (
     DTYPES,
     ConversionError,
     Plan,
+    Source,
     cast,
     check_params,
     fill_leaf,
@@ -31,6 +32,7 @@ from convert.assemble import (
     plan,
     read_tensors,
 )
+from convert.internlm2 import table_source
 from convert.mapping import Row, active_rows, bits
 from convert.safetensors_io import SafetensorsSource
 from internvl3_jax import storage
@@ -52,15 +54,17 @@ TRAVELLING = (
     "LICENSE*",
     "*.py",
 )
-# Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside it keeps it.
-UNSAID = ("vision.drop_path", "language.vocab_multiple", "projector_norm_eps")
+# Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside it keeps it
+# (transformers calls the decoder of several families "llama").
+UNSAID = ("vision.drop_path", "language.vocab_multiple", "language.family", "projector_norm_eps")
 _LARGE = 1 << 30  # bytes; a leaf beyond is assembled in a file that the system may page out
 
 log = logging.getLogger(__name__)
 
 
 class Hashes(dict):
-    """Tensor name in the original layout -> sha256 of its bytes, in the dtype of the conversion. The same for every layout."""
+    """Tensor name in the original layout, as the table spells it, -> sha256 of its bytes, in the dtype of the conversion. The same for
+    every layout."""
 
     def add(self, key: str, tensors: Iterable[np.ndarray]) -> None:
         """`tensors` are the parts of one tensor, joined along their first axis."""
@@ -84,7 +88,7 @@ class Released:
     processor: ProcessorConfig
     tokenizer: Tokenizer
     files: dict[str, bytes]
-    tensors: SafetensorsSource
+    tensors: Source
     checked: Plan
     hashes: dict[str, str]
 
@@ -215,6 +219,7 @@ def open_released(directory: pathlib.Path, dtype: str | None = None, accept_fing
         )
     config = from_hf(values, image_token_id=tokenizer.token_id("<IMG_CONTEXT>"), has_head=head, preprocessor_config=pictures)
     processor = processor_from_hf(values, pictures)
+    tensors = table_source(tensors, config.language, layout)
     hashes = {}
     checked = plan(config, tensors, layout, dtype)
     if (directory / MANIFEST).exists():

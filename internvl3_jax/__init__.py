@@ -1,9 +1,9 @@
-"""InternVL3 in JAX: `load` a checkpoint, talk to it with `Chat`, or use `Checkpoint.model` and `.params` directly."""
+"""InternVL3 in JAX: `load` a checkpoint, talk to it with `Chat`, judge answers with `Critic`, or use `Checkpoint.model` and `.params`."""
 
 import importlib
 
-_PUBLIC = {"Answer": "chat", "Chat": "chat", "Checkpoint": "checkpoint", "load": "checkpoint"}
-__all__ = ["Answer", "Chat", "Checkpoint", "load"]
+_PUBLIC = {"Answer": "chat", "Chat": "chat", "Checkpoint": "checkpoint", "Critic": "critic", "load": "checkpoint"}
+__all__ = ["Answer", "Chat", "Checkpoint", "Critic", "load"]
 
 
 def __getattr__(name: str):

@@ -44,3 +44,8 @@ def grow(cache: Cache, slots: int) -> Cache:
         return jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
 
     return jax.tree.map(pad, cache)
+
+
+def repeat(cache: Cache, copies: int) -> Cache:
+    """Each row `copies` times, one after the other: [B,S,K,H] -> [B * copies,S,K,H]."""
+    return jax.tree.map(lambda x: _placed(jnp.repeat(x, copies, axis=0)), cache)

@@ -1,4 +1,5 @@
-"""Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many` takes independent questions.
+"""Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many` and `candidates` take independent
+questions, the latter with several answers to each.
 
 chat = Chat(load("checkpoints/internvl3-1b"))
 chat("What is in the picture?", images=["cat.jpg"])
@@ -17,9 +18,9 @@ from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
 from internvl3_jax.data.chat import ChatError, insert_missing_tags
 from internvl3_jax.data.images import open_image
-from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.generate import Generator, Run, State
 from internvl3_jax.positions import parse_delta
+from internvl3_jax.reader import Reader
 from internvl3_jax.sampling import Sampling
 
 
@@ -128,7 +129,7 @@ class Chat:
         cache = self._cached.state.cache if keep else None
         self._cached = None  # its buffers are given away
         state = self.generator.start([prompt], run, cache, keep)
-        reader, first_token = _Reader(self.tokenizer, options.stop), 0.0
+        reader, first_token = Reader(self.tokenizer, options.stop), 0.0
         for (piece,) in self.generator.stream(state, run):
             first_token = first_token or time.perf_counter() - began
             yield reader.read(piece)
@@ -148,19 +149,43 @@ class Chat:
         Every answer is the one that its question alone would get. Seconds are those of the whole batch. Errors number the requests
         from `first`.
         """
+        return [answer for (answer,) in self.candidates(requests, 1, first=first, **options)]
+
+    def candidates(
+        self,
+        requests: Sequence[tuple[str, Sequence]],
+        n: int,
+        *,
+        greedy_first: bool = False,
+        begun: Sequence[str] = (),
+        first: int = 1,
+        **options,
+    ) -> list[list[Answer]]:
+        """n answers to each of the (question, images) pairs, in one batch; a question is run once for all of its answers.
+
+        Args:
+          greedy_first: the first answer takes the likeliest tokens, only the others are drawn. Answer k is drawn with seed + k.
+          begun: text that each request's answers start with; they are what follows it.
+          first: number of the first request in errors.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}; it must be at least 1")
         began = time.perf_counter()
         options = dataclasses.replace(self.options, **options)
-        run = options.run(len(requests), self._scaling(options, []))
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0)
+        seeds = tuple((options.seed + number) % 2**32 for number in range(n)) * len(requests)
+        run = Run(options.max_new_tokens, sampling, seeds, self._scaling(options, []))
         prompts = []
         for number, (question, images) in enumerate(requests, first):
             tiles, deltas = _pictures(images, self.processor, options)
             where = f"request {number}"
             messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles), where)
             prompts.append(make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where))
+            if begun:
+                prompts[-1] = _continued(prompts[-1], self.tokenizer.encode(begun[number - first], special=False))
             self.generator.check_room(prompts[-1], run, where)
-        state = self.generator.start(prompts, run)
-        readers, first_token = [_Reader(self.tokenizer, options.stop) for _ in prompts], 0.0
-        for pieces in self.generator.stream(state, run):
+        readers, first_token = [Reader(self.tokenizer, options.stop) for _ in seeds], 0.0
+        for pieces in self.generator.stream(self.generator.start(prompts, run), run):
             first_token = first_token or time.perf_counter() - began
             for reader, piece in zip(readers, pieces, strict=True):
                 reader.read(piece)
@@ -169,12 +194,12 @@ class Chat:
         for reader in readers:
             reader.finish()
         seconds = time.perf_counter() - began
-        return [
-            Answer(
-                reader.text.strip(), reader.ids, len(prompt.tokens), [len(part) for part in prompt.tiles], seconds, first_token
-            )
-            for reader, prompt in zip(readers, prompts, strict=True)
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        answers = [
+            Answer(reader.text.strip(), reader.ids, len(row.tokens), [len(part) for part in row.tiles], seconds, first_token)
+            for reader, row in zip(readers, rows, strict=True)
         ]
+        return [answers[start : start + n] for start in range(0, len(answers), n)]
 
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:
         """The rope scaling of this run: none under V2PE, as in the V2PE code."""
@@ -202,52 +227,6 @@ class Chat:
         return keep
 
 
-class _Reader:
-    """Turns ids into text as they come, and watches for stop texts: what may be the beginning of one is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self.ids: list[int] = []
-        self.text = ""
-        self.ended = False
-        self._held = ""
-        self._stop = [text for text in stop if text]
-        self._decoder = tokenizer.stream()
-
-    def read(self, ids: Sequence[int]) -> str:
-        """Takes ids up to the end of a stop text; returns the text that is certain by now."""
-        before = len(self.text)
-        for token in ids:
-            if self.ended:
-                break
-            self.ids.append(token)
-            self._held += self._decoder.step(token) or ""
-            self._release()
-        return self.text[before:]
-
-    def finish(self) -> str:
-        """The rest."""
-        before = len(self.text)
-        if not self.ended:
-            self._held += self._decoder.flush() or ""
-            self._release()
-            self.text += self._held
-        self._held = ""
-        return self.text[before:]
-
-    def _release(self) -> None:
-        found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
-        if found:
-            self.text, self._held = self.text + self._held[: min(found)], ""
-            self.ended = True
-            return
-        longest = max((len(text) - 1 for text in self._stop), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-size:]) for text in self._stop):
-                self.text, self._held = self.text + self._held[:-size], self._held[-size:]
-                return
-        self.text, self._held = self.text + self._held, ""
-
-
 def _pictures(images: Sequence, processor: ProcessorConfig, options: Options) -> tuple[list[np.ndarray], list[int]]:
     """Tiles and V2PE units of the pictures of one turn."""
     if isinstance(images, (str, bytes)):
@@ -273,12 +252,21 @@ def _opening(options: Options) -> list[dict]:
     return [] if options.system is None else [{"role": "system", "content": options.system}]
 
 
+def _continued(prompt: Prompt, ids: Sequence[int]) -> Prompt:
+    """The prompt with the beginning of its answer."""
+    tokens, positions = _followed(prompt, ids)
+    return Prompt(tokens, positions, prompt.runs, prompt.tiles)
+
+
+def _followed(prompt: Prompt, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions of a prompt and of text after it."""
+    following = prompt.positions[-1] + UNITS * np.arange(1, len(ids) + 1, dtype=np.int32)
+    return np.concatenate([prompt.tokens, np.asarray(ids, np.int32)]), np.concatenate([prompt.positions, following])
+
+
 def _remember(state: State, prompt: Prompt, ids: Sequence[int], scaling: str) -> _Cached:
     # The last id drawn has not been run, so it has no keys and values yet.
-    answer = np.asarray(ids[:-1], np.int32)
-    tokens = np.concatenate([prompt.tokens, answer])
-    following = prompt.positions[-1] + UNITS * np.arange(1, len(answer) + 1, dtype=np.int32)
-    return _Cached(state, prompt, tokens, np.concatenate([prompt.positions, following]), scaling)
+    return _Cached(state, prompt, *_followed(prompt, ids[:-1]), scaling)
 
 
 def _digest(tiles: np.ndarray) -> bytes:

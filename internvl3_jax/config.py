@@ -43,7 +43,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LanguageConfig:
-    """Decoder. One class for Qwen2.5 and InternLM3, which differ by numbers and bias flags."""
+    """Decoder. One class for Qwen2.5, InternLM2 and InternLM3, which differ by numbers and bias flags."""
 
     vocab_size: int
     hidden_size: int
@@ -61,7 +61,7 @@ class LanguageConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
-    family: str = "qwen2"  # or "internlm3": names the architecture in an exported config.json
+    family: str = "qwen2"  # or "internlm2", "internlm3": the architecture and the tensors' names in an exported model
     vocab_multiple: int = 256  # rows are padded to this multiple inside the model and cut again on export
 
     @property
@@ -125,7 +125,11 @@ def validate(config: ModelConfig) -> None:
             "language.rope_scaling",
             f"{language.rope_scaling!r} is not none or dynamic",
         ),
-        (language.family in ("qwen2", "internlm3"), "language.family", f"{language.family!r} is not qwen2 or internlm3"),
+        (
+            language.family in ("qwen2", "internlm2", "internlm3"),
+            "language.family",
+            f"{language.family!r} is not qwen2, internlm2 or internlm3",
+        ),
         (
             0 <= config.image_token_id < language.vocab_size,
             "image_token_id",

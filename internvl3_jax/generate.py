@@ -40,7 +40,9 @@ class ContextError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How a batch is generated. `seeds` has one entry per row; `scaling` is the rope scaling, "none" under V2PE."""
+    """How a batch is generated. `seeds` has one entry per row; several rows may continue one prompt (see `Generator.start`). `scaling` is
+    the rope scaling, "none" under V2PE.
+    """
 
     limit: int  # tokens per answer
     sampling: Sampling
@@ -111,7 +113,8 @@ class Generator:
             parts[lora.SUBTREE] = adapters.unroll(parts[lora.SUBTREE], self.config, self.fused, _on_cpu())
         return parts if self.mesh is None else jax.device_put(parts, param_shardings(parts, self.mesh))
 
-    def _on_mesh(self):
+    def on_mesh(self):
+        """The context in which the model's programs are called."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def check_room(self, prompt: Prompt, run: "Run", where: str = "") -> None:
@@ -129,14 +132,19 @@ class Generator:
     def start(self, prompts: Sequence[Prompt], run: "Run", cache: kv_cache.Cache | None = None, keep: int = 0) -> State:
         """Encodes the pictures, runs the prompts and draws each row's first token.
 
+        With n times as many seeds as prompts each prompt is run once, and the state has n rows for it, one after the other: each draws its
+        own tokens and has its own copy of the cache.
+
         cache, keep: of an earlier `State` of one row, and how many of its slots already hold this prompt's beginning.
         """
+        copies, rest = divmod(len(run.seeds), len(prompts))
+        if rest or not copies:
+            raise ValueError(f"{len(run.seeds)} seeds for {len(prompts)} prompts; each needs the same number, one or more")
         new = [len(prompt.tokens) - keep for prompt in prompts]
         length = bucket(max(new))
         slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)  # an accelerator's last call may draw past the limit
         if cache is None:
-            with self._on_mesh():
-                cache = _init_cache(self.config.language, len(prompts), slots, self.dtype)
+            cache = self.empty_cache(len(prompts), slots)
         elif cache[0]["k"].shape[1] < slots:
             cache = kv_cache.grow(cache, slots)
         tokens, positions = np.zeros((2, len(prompts), length), np.int32)
@@ -146,13 +154,25 @@ class Generator:
             positions[row, new[row] :] = prompt.positions[-1]
         places = np.broadcast_to(keep + np.arange(length, dtype=np.int32), tokens.shape)
         last = np.asarray(new, np.int32) - 1
-        visual = self._features(prompts, length, keep)
+        visual = self.features(prompts, length, keep)
         inputs = (tokens, visual, positions, places, last, run.keys(), cache)
-        with self._on_mesh():
+        with self.on_mesh():
             token, cache = _prefill(self.model, self.params, *inputs, run.sampling, run.scaling)
+        cache = self.repeat(cache, copies)
         following = np.asarray([next_position(prompt.positions) for prompt in prompts], np.int32)
-        rows = len(prompts)
-        return State(cache, token, following, last + 1 + keep, np.ones(rows, np.int32), _is_stop(token, self.stop_ids))
+        following, slot = np.repeat([following, last + 1 + keep], copies, axis=1)
+        return State(cache, token, following, slot, np.ones(len(slot), np.int32), _is_stop(token, self.stop_ids))
+
+    def empty_cache(self, rows: int, slots: int) -> kv_cache.Cache:
+        with self.on_mesh():
+            return _init_cache(self.config.language, rows, slots, self.dtype)
+
+    def repeat(self, cache: kv_cache.Cache, copies: int) -> kv_cache.Cache:
+        """Each row `copies` times, one after the other."""
+        if copies == 1:
+            return cache
+        with self.on_mesh():
+            return _repeat(cache, copies)
 
     def stream(self, state: State, run: "Run") -> Iterator[list[list[int]]]:
         """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a time, until all rows have stopped or
@@ -164,7 +184,7 @@ class Generator:
         while drawn < run.limit and not (stopped := np.asarray(state.done)).all():
             count = min(TOKENS_PER_CALL, run.limit - drawn)
             carry = (state.token, state.position, state.slot, state.drawn, state.done, state.cache)
-            with self._on_mesh():
+            with self.on_mesh():
                 tokens, carry = _decode(self.model, self.params, carry, keys, count, self.stop_ids, run.sampling, run.scaling)
             state.token, state.position, state.slot, state.drawn, state.done, state.cache = carry
             drawn += count
@@ -179,7 +199,7 @@ class Generator:
                 answer.extend(piece)
         return answers
 
-    def _features(self, prompts, length: int, keep: int):
+    def features(self, prompts, length: int, keep: int):
         """Features of the new pictures at the places of their tokens: [B,T,D]; None where there are no pictures.
 
         The tiles of all rows are encoded as one line of tiles, so that a batch of small pictures runs in large pieces, too.
@@ -199,7 +219,7 @@ class Generator:
         done = 0
         for count in tile_pieces(len(tiles)):
             piece = slice(done, done + count)
-            with self._on_mesh():
+            with self.on_mesh():
                 features = _encode(self.model, self.vision_params, tiles[piece])
                 visual = _place(visual, features, rows[piece], places[piece])
             done += count
@@ -217,6 +237,11 @@ def _init_cache(config, rows, slots, dtype):
     return kv_cache.init_cache(config, rows, slots, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _repeat(cache, copies):
+    return kv_cache.repeat(cache, copies)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model, params, tiles):
     return model.apply(lora.variables(params), tiles, method=InternVL.encode)
@@ -224,12 +249,13 @@ def _encode(model, params, tiles):
 
 @functools.partial(jax.jit, static_argnums=(0, 9, 10), donate_argnums=8)
 def _prefill(model, params, tokens, visual, positions, slots, last, keys, cache, sampling, scaling):
-    """Runs i32[B,T] tokens and draws one more per row: (i32[B], cache). The head runs at each row's last token alone."""
+    """Runs i32[B,T] tokens and draws one more for each key: (i32[keys], cache). The head runs at each row's last token alone."""
     variables = lora.variables(params)
     hidden, cache = model.apply(variables, tokens, visual, positions, slots, cache, scaling, method=InternVL.step)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
-    return sample(logits, _fold(keys, jnp.zeros_like(last)), sampling), cache
+    logits = jnp.repeat(logits, len(keys) // len(logits), axis=0)
+    return sample(logits, _fold(keys, jnp.zeros(len(keys), jnp.int32)), sampling), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)

@@ -175,10 +175,10 @@ def _square(fields: Fields, name: str) -> int:
 
 
 def read_language(values: dict, where: str, *, tied: bool) -> LanguageConfig:
-    """A Qwen2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and converted 9B checkpoints say so)."""
+    """A Qwen2, InternLM2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and converted 9B checkpoints say so)."""
     fields = Fields(values, where)
-    fields.expect("model_type", "qwen2", "internlm3", "llama", default="absent")
-    family = "qwen2" if values["model_type"] == "qwen2" else "internlm3"
+    fields.expect("model_type", "qwen2", "internlm2", "internlm3", "llama", default="absent")
+    family = "internlm3" if values["model_type"] == "llama" else values["model_type"]
     fields.expect("hidden_act", "silu")
     fields.expect("use_sliding_window", False)
     fields.expect("pretraining_tp", 1)
@@ -189,6 +189,10 @@ def read_language(values: dict, where: str, *, tied: bool) -> LanguageConfig:
         raise ValueError(f"config.json: {where}.moe_config is set; mixture of experts is not supported")
     if family == "qwen2":
         qkv_bias, o_bias, mlp_bias = True, False, False
+    elif family == "internlm2":
+        # Its class takes true for a missing "bias", its released models say false.
+        qkv_bias = o_bias = fields.get("bias")
+        mlp_bias = False
     else:
         qkv_bias = fields.same(("attention_bias", "qkv_bias"), default=False)
         mlp_bias = fields.same(("mlp_bias", "bias"), default=False)

@@ -1,4 +1,4 @@
-"""The decoder: one module for Qwen2.5 and InternLM3, which differ by numbers and bias flags.
+"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3, which differ by numbers and bias flags.
 
 Two layouts of the same layers. Stacked (canonical: checkpoints, training) keeps [L, ...] arrays and scans. Unrolled (generation) keeps
 separate arrays for every layer, with q/k/v and gate/up merged: a scan would copy every weight at every decoded token. `unroll` makes

@@ -15,12 +15,14 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # only the k likeliest tokens; 0 is all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    greedy_every: int = 0  # row 0 and every so many rows one is greedy: the first candidate of each question; 0: none
 
     def __post_init__(self):
         checks = [
             (self.temperature >= 0, "temperature", "0 (greedy) or above"),
             (self.top_k >= 0, "top_k", "0 (all tokens) or above"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (self.greedy_every >= 0, "greedy_every", "0 (no row) or above"),
         ]
         for holds, field, rule in checks:
             if not holds:
@@ -32,15 +34,19 @@ def sample(logits, keys, sampling: Sampling):
 
     Temperature, then top_k, then top_p, in the order of transformers' generate.
     """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return greedy
     logits = logits / sampling.temperature
     if sampling.top_k:
         kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kept, MASKED, logits)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    if not sampling.greedy_every:
+        return drawn
+    return jnp.where(jnp.arange(len(drawn)) % sampling.greedy_every == 0, greedy, drawn)
 
 
 def _nucleus(logits, top_p: float):

@@ -8,12 +8,12 @@ import tiny_checkpoint
 from tiny_checkpoint import PROCESSOR, picture
 
 from internvl3_jax import Chat, load
-from internvl3_jax.chat import _Reader
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.chat import ChatError
 from internvl3_jax.data.images import ImageError
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.generate import ContextError
+from internvl3_jax.reader import Reader
 
 LIMIT = 12  # short answers keep prompt and answer in the smallest buckets
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)  # 3 tiles and a thumbnail; 1 tile
@@ -271,7 +271,7 @@ class Spelled:
 
 def read(text, stop, flushed=""):
     """(pieces, what came at the end, ended, ids) of characters read one by one."""
-    reader = _Reader(Spelled(), stop)
+    reader = Reader(Spelled(), stop)
     pieces = [reader.read([token]) for token in [*map(ord, text), *(-ord(letter) for letter in flushed)]]
     last = reader.finish()
     assert reader.text == "".join(pieces) + last
@@ -297,7 +297,7 @@ def test_a_stop_text_in_the_last_unfinished_piece():
 def test_text_of_several_bytes_arrives_whole():
     tokenizer = Tokenizer.from_files(tiny_checkpoint.tokenizer_files())
     text = "Größe 数字 \U0001f600!"
-    reader = _Reader(tokenizer, ["\U0001f600"])
+    reader = Reader(tokenizer, ["\U0001f600"])
     pieces = [reader.read([token]) for token in tokenizer.encode(text)]
     assert "".join(pieces) == "Größe 数字 " and not any("\ufffd" in piece for piece in pieces)
     assert reader.ended and reader.finish() == ""

@@ -106,7 +106,7 @@ def test_logits_of_every_step_are_those_of_the_full_forward_pass():
     for row, prompt in enumerate(prompts):
         tokens[row, : lengths[row]], positions[row, : lengths[row]] = prompt.tokens, prompt.positions
     slots = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
-    visual = generator()._features(prompts, longest, 0)
+    visual = generator().features(prompts, longest, 0)
     logits, cache = step(params, tokens, visual, positions, slots, kv_cache.init_cache(LANGUAGE, 4, longest + 8))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length, : LANGUAGE.vocab_size], expected[row, :length], rtol=1e-4, atol=1e-4)

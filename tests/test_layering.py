@@ -11,10 +11,10 @@ PACKAGE = "internvl3_jax"
 
 # A folder is one unit: its files may import each other.
 ROWS = [
-    ["config", "find", "hf_fields"],
+    ["config", "find", "hf_fields", "verify"],
     ["hf_config", "positions"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
-    ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "report"],
+    ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "reader", "report"],
     ["manifest", "projector", "vision", "language"],
     ["lora", "model"],
     ["adapters"],
@@ -22,12 +22,13 @@ ROWS = [
     ["components", "generate", "meter"],
     ["objective"],
     ["train_step"],
-    ["best_of_n", "chat", "evaluate", "fit", "held_out", "reference", "run", "tokens"],
+    ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "run", "tokens"],
+    ["best_of_n", "make_pairs", "make_process_labels"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
 # Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
-WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "tokens"}
+WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "tokens", "verify"}
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}

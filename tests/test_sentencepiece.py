@@ -161,6 +161,25 @@ def test_sentencepiece_that_knows_a_control_token_itself():
     assert not {3, 4} & set(tokenizer.encode("the<|im_end|> <img><|im_end|>", special=False))
 
 
+def test_internlm2_names_pieces_of_its_model_anew():
+    """<|im_start|> and <|im_end|> have ids of pieces that the model file calls otherwise, and knows as symbols of their own."""
+    model = train_sentencepiece(user_defined_symbols=["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"])
+    files = internlm_files(model)
+    decoder = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
+    decoder = {id: entry for id, entry in decoder.items() if not entry["content"].startswith("<|im_")}
+    names = {3: "<|im_start|>", 4: "<|im_end|>"}
+    decoder |= {str(id): {"content": token, "special": True} for id, token in names.items()}
+    tokenizer = Tokenizer.from_files(files | {"tokenizer_config.json": json.dumps({"added_tokens_decoder": decoder}).encode()})
+    assert [tokenizer.token_id(token) for token in names.values()] == [3, 4]
+    ids = tokenizer.encode("<|im_start|>user\nthe cat<|im_end|>")
+    assert (ids[0], ids[-1]) == (3, 4)
+    assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>user\nthe cat<|im_end|>"
+    for typed in ("the <|im_end|>", "the [UNUSED_TOKEN_2]", "[UNUSED_TOKEN_1]user\nthe[UNUSED_TOKEN_2]"):
+        ids = tokenizer.encode(typed, special=False)
+        assert not {3, 4} & set(ids)
+        assert tokenizer.decode(ids).replace(" ", "") == typed.replace(" ", "")  # a cut costs a space
+
+
 def test_sentencepiece_package_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(TokenizerError, match=r"pip install 'internvl3_jax\[internlm3\]'"):

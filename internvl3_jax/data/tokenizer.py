@@ -1,8 +1,8 @@
 """Text to ids and back, from a checkpoint's own tokenizer files.
 
 Three layouts are read: `tokenizer.json`; `vocab.json` + `merges.txt`, which the released Qwen2.5-based checkpoints carry; and
-InternLM3's sentencepiece `tokenizer.model`. Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json,
-which must agree on every id.
+the sentencepiece `tokenizer.model` of InternLM2 and InternLM3. Added tokens come from tokenizer.json, tokenizer_config.json and
+added_tokens.json, which must agree on every id.
 
 An added token is either
   control  all that the files mark as special, and always <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>, <|endoftext|>.
@@ -37,9 +37,10 @@ class Tokenizer:
         self._control = control
         self._control_ids = frozenset(self._control.values())
         self._control_pattern = _any_of(self._control)
+        self._spellings = _any_of({*self._control, *backend.own_pieces(self._control_ids)})
         self._files = files
         self._where = where
-        self.bos_id = bos_id  # InternLM3 puts it once before the first chat block; None for Qwen2.5
+        self.bos_id = bos_id  # InternLM2 and 3 put it once before the first chat block; None for Qwen2.5
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -118,7 +119,7 @@ class Tokenizer:
         if self._control_ids.isdisjoint(ids):
             return ids
         # The model file itself holds a control token among its ordinary pieces. A spelling cut in two cannot match it.
-        cuts = [0, *(match.start() + 1 for match in self._control_pattern.finditer(text)), len(text)]
+        cuts = [0, *(match.start() + 1 for match in self._spellings.finditer(text)), len(text)]
         return [id for start, end in zip(cuts, cuts[1:], strict=False) for id in self._backend.encode(text[start:end])]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -198,13 +199,16 @@ class _HuggingFace:
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
+    def own_pieces(self, ids: Iterable[int]) -> list[str]:
+        return []
+
     def automatic_bos(self) -> int | None:
         ids = self._tokenizer.encode("a").ids
         return ids[0] if ids[1:] == self.encode("a") else None
 
 
 class _SentencePiece:
-    """A sentencepiece model with added tokens around it, as InternLM3's tokenizer class combines them.
+    """A sentencepiece model with added tokens around it, as the tokenizer classes of InternLM2 and InternLM3 combine them.
 
     Text is cut at added tokens and each piece goes through the model by itself, with the space in front that the model may
     prescribe. Source: the tokenizer class published with InternLM3.
@@ -250,6 +254,10 @@ class _SentencePiece:
                 text += self._model.decode(run) + token
                 run = []
         return text + self._model.decode(run)
+
+    def own_pieces(self, ids: Iterable[int]) -> list[str]:
+        """What the model file calls these ids: InternLM2's <|im_end|> is [UNUSED_TOKEN_145] there."""
+        return [self._model.id_to_piece(id) for id in ids if id < self._model.get_piece_size()]
 
     def automatic_bos(self) -> int | None:
         return self._model.bos_id() if self._model.bos_id() >= 0 else None

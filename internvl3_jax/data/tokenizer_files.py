@@ -14,6 +14,8 @@ FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "tokenization_internlm2.py",
+    "tokenization_internlm2_fast.py",
     "tokenization_internlm3.py",
 )
 QWEN2_SPLIT = (  # the one part of Qwen2's tokenizer that its vocab.json and merges.txt do not hold

@@ -1,0 +1,151 @@
+"""make_process_labels.py: + where the right answer can still be reached, rows that train.py reads, and going on after a stop."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_checkpoint
+from tiny_checkpoint import PROCESSOR, picture
+
+from internvl3_jax import make_process_labels
+from internvl3_jax.chat import Answer
+from internvl3_jax.config import DataConfig
+from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
+from internvl3_jax.make_process_labels import Settings, keep_whole, label, main, run
+from internvl3_jax.questions import Question, read_questions
+
+
+class Solver:
+    """Solves "a b c" by adding. Its solutions are given; it continues rightly from right steps, wrongly from wrong ones, and from a step
+    with a ? rightly in one of four continuations."""
+
+    def __init__(self, solutions: dict[str, list[str]]):
+        self.solutions, self.asked = solutions, []
+
+    def candidates(self, requests, n, *, begun=(), seed=0, **options):
+        self.asked.append((len(requests), n, options))
+        if not begun:
+            texts = [
+                [self.solutions[question][number % len(self.solutions[question])] for number in range(n)]
+                for question, _ in requests
+            ]
+        else:
+            texts = [[self.rest(text, number) for number in range(n)] for text in begun]
+        return [[Answer(text, [1], 5, [], 0.0, 0.0) for text in row] for row in texts]
+
+    def rest(self, text: str, number: int) -> str:
+        assert text.endswith("\n\n")
+        right = "wrong" not in text and ("?" not in text or number % 4 == 3)
+        return "and so on\n\nAnswer: 6" if right else "and so on\n\nAnswer: 7"
+
+
+QUESTION = Question("q", "<image>\nadd 1 2 3", ["a.png"], "6", "a.png")
+SMALL = {"solutions": 3, "continuations": 8, "batch_size": 16, "system": None}
+
+
+def test_labels():
+    solver = Solver(
+        {
+            QUESTION.question: [
+                "1 + 2 = 3\n\n3 + 3 = 6\n\nAnswer: 6",
+                "1 + 2 = 3\n\nwrong\n\n?\n\nAnswer: 5",
+                "?\n\n\\boxed{6.0}",
+            ]
+        }
+    )
+    rows = label(solver, [QUESTION], Settings(**SMALL))
+    assert [row["scores"] for row in rows] == [[1, 1, 1], [1, 0, 0, 0], [0.25, 1]]
+    labels = [[turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows]
+    assert labels == [["+", "+", "+"], ["+", "-", "-", "-"], ["+", "+"]]
+    assert rows[1]["conversations"][0] == {
+        "from": "human",
+        "value": "### Question:\n<image>\nadd 1 2 3\n\n### Solution Process:\n1 + 2 = 3",
+    }
+    assert [(row["id"], row["image"], row["solutions"]) for row in rows] == [("q", "a.png", 3)] * 3
+    options = {"temperature": 1.0, "top_k": 50, "max_new_tokens": 4096}
+    assert solver.asked == [(1, 3, options)] + [(2, 8, options)] * 2 + [(1, 8, options)]  # 2 + 3 + 1 places, one of them twice
+    stricter = label(solver, [QUESTION], Settings(**SMALL, threshold=0.25))
+    assert [turn["value"] for turn in stricter[2]["conversations"] if turn["from"] == "gpt"] == ["-", "+"]
+
+
+def test_steps_are_merged_and_equal_solutions_count_once():
+    solver = Solver({QUESTION.question: ["a\n\nb\n\nwrong\n\nc\n\nAnswer: 7"]})
+    rows = label(solver, [QUESTION], Settings(**(SMALL | {"system": "Judge."}), max_steps=2))
+    assert len(rows) == 1 and rows[0]["scores"] == [0, 0]
+    assert [turn["value"] for turn in rows[0]["conversations"]][0::2] == ["Judge.", "-", "-"]
+    assert rows[0]["conversations"][3]["value"] == "c\n\nAnswer: 7"
+
+
+def test_an_unstated_answer_is_wrong():
+    solver = Solver({QUESTION.question: ["it is 6", ""]})
+    rows = label(solver, [QUESTION], Settings(**SMALL))
+    assert [row["scores"] for row in rows] == [[0], [0]]
+
+
+def questions_file(folder, count: int = 3):
+    picture(20, 20).save(folder / "a.png")
+    rows = [{"id": n, "question": f"add {n}", "image": "a.png", "answer": 6} for n in range(count)]
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_goes_on_behind_the_last_whole_question(tmp_path):
+    questions = read_questions(questions_file(tmp_path))
+    solver = Solver({question.question: ["x\n\nAnswer: 6", "wrong\n\nAnswer: 7"] for question in questions})
+    output, settings = tmp_path / "labels.jsonl", Settings(**(SMALL | {"batch_size": 3}))
+    run(solver, questions, output, settings)
+    whole = output.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 6 and keep_whole(output, questions) == 3
+    for kept, expected in ((lines[:3], 1), (lines[:4], 2), ([*lines[:4], lines[4][:20]], 2), ([], 0)):
+        output.write_text("".join(kept))
+        assert keep_whole(output, questions) == expected
+        run(solver, questions, output, settings)
+        assert output.read_text() == whole
+    with pytest.raises(ValueError, match="labels of other questions"):
+        keep_whole(output, questions[1:])
+    output.write_text("{}\n")
+    with pytest.raises(ValueError, match="name another --output"):
+        keep_whole(output, questions)
+
+
+def test_rows_are_training_data(tmp_path, capsys):
+    """From the command line with a real model; then a sample whose trained tokens are the labels and the ends of their turns."""
+    path, output = questions_file(tmp_path, 2), tmp_path / "labels.jsonl"
+    arguments = ["--checkpoint", str(tiny_checkpoint.directory()), "--questions", str(path), "--output", str(output)]
+    arguments += ["--solutions", "2", "--continuations", "2", "--max_new_tokens", "8", "--batch_size", "4", "--system", "none"]
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["id"] for row in rows} == {0, 1}
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"labels": {"root": str(tmp_path), "annotation": str(output)}}))
+    (tmp_path / "tokenizer").mkdir()
+    for name, content in tiny_checkpoint.tokenizer_files().items():
+        (tmp_path / "tokenizer" / name).write_bytes(content)
+    data = DataConfig(source=str(meta), tokenizer=str(tmp_path / "tokenizer"))
+    tokenizer = make_tokenizer(data)
+    dataset = sample_dataset(data, PROCESSOR, tokenizer)
+    trained = set()
+    for number in range(len(rows)):
+        sample = dataset[number]
+        trained |= set(np.asarray(sample["targets"])[sample["loss_weights"] > 0].tolist())
+        assert sample["tiles"].shape[0] == 1
+    assert trained <= {tokenizer.token_id(token) for token in ("+", "-", "<|im_end|>")} and len(trained) >= 2
+
+
+def test_errors(tmp_path, capsys):
+    path = questions_file(tmp_path)
+    for text, message in [
+        ('{"question": "a"}', "line 1 is no"),
+        ('{"question": "a", "answer": "1", "image": "b.png"}', "b.png does not exist"),
+        ('{"question": "a", "answer": 1, "id": 2}\n{"question": "a", "answer": 1}', "the id 2 stands there twice"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_questions(path)
+    with pytest.raises(ValueError, match="solutions is 0"):
+        Settings(solutions=0)
+    arguments = ["--checkpoint", "x", "--questions", str(path), "--output", str(tmp_path / "labels.jsonl")]
+    assert main(arguments) == 1 and "the id 2" in capsys.readouterr().err
+    assert make_process_labels.parse(arguments).system == "visualprm"

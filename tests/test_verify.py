@@ -1,0 +1,114 @@
+"""verify.py: the answer that a solution states, and when two answers are the same."""
+
+import pytest
+
+from internvl3_jax.verify import extract_answer, final_answer, same_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"First \boxed{3}, then \boxed{4}.", "4"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"a brace alone \boxed{\}}", r"\}"),
+        (r"\boxed{ 5 } and a box cut off \boxed{6", "5"),
+        (r"Answer: 7 but \boxed{8}", "8"),
+        (r"only \boxed{6", None),
+        ("Answer: 12 cm", "12 cm"),
+        ("Answer: 3\nNo, wait.\n**Answer:** B. the dog", "B. the dog"),
+        ("ANSWER = 0.5", "0.5"),
+        ("So the final answer is 3.14. It is a circle.", "3.14"),
+        ("The answer is **42**.", "42"),
+        ("Final answer is: \n(C)", "(C)"),
+        ("Answer:", None),
+        ("answers are many", None),
+        ("I do not know", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"2 + 3 = 5, so \boxed{6}", "6"),
+        ("(B) twelve of 13", "B"),
+        ("D", "D"),
+        ("2 + 3 = 5\n\n5 + 1,000 = 1,005", "1,005"),
+        ("it falls by -2.5 %", "-2.5 %"),
+        ("the red\ncat\n", "cat"),
+        ("from 2x4 to H2O", "2"),
+        (" \n", None),
+    ],
+)
+def test_final_answer_falls_back(text, answer):
+    assert final_answer(text) == answer
+
+
+SAME = [
+    ("5", "5"),
+    ("5", " 5. "),
+    ("Red", "red"),
+    ("1,234.50", "1234.5"),
+    ("0.5", r"\frac{1}{2}"),
+    ("0.5", r"$\dfrac12$"),
+    ("-1/4", "\u22120.25"),
+    ("1 1/2", "1.5"),
+    ("50%", "0.5"),
+    ("50%", "50"),
+    (r"50\%", "50 %"),
+    ("1/3", "0.3333333"),
+    ("1e3", "1000"),
+    ("(B)", "B"),
+    ("B.", "B) text"),
+    ("B", r"\text{B}"),
+    (r"\textbf{(B) } 12", "B"),
+    ("B: the dog", "(B)"),
+    ("(B) 12", "12.0"),
+    ("30°", r"30^\circ"),
+    ("x + 1", "x+1"),
+    ("$12", "12"),
+    ("9" * 80, "9" * 80),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), SAME)
+def test_same(a, b):
+    assert same_answer(a, b)
+    assert same_answer(b, a)
+
+
+DIFFERENT = [
+    ("5", "6"),
+    ("1", "1.00001"),
+    ("0", "1e-9"),
+    ("1/3", "0.333"),
+    ("50%", "5"),
+    ("50%", "0.5%"),
+    ("A", "B"),
+    ("B) 12", "C) 12"),
+    ("A cat", "A"),
+    ("A", "a cat"),
+    ("1 1/2", "11/2"),
+    ("1,23", "123"),
+    ("1/0", "2/0"),
+    ("red", "blue"),
+    ("", "0"),
+    ("B", ""),
+    ("9" * 80, "9" * 79 + "8"),
+    ("1e999999999", "2e999999999"),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), DIFFERENT)
+def test_different(a, b):
+    assert not same_answer(a, b)
+    assert not same_answer(b, a)
+
+
+def test_an_answer_is_the_same_as_itself_whatever_it_is():
+    for text in ["", "{", r"\boxed{", "∞", "(", r"\frac{1}{0}", "0", "-", "%", "$$"]:
+        assert same_answer(text, text)
