@@ -18,7 +18,9 @@ class Question:
 
 
 def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
-    """The lines of a JSONL file; with `checked` each has an answer. ValueError naming the line that is none, whose picture is missing, or whose id stands there twice."""
+    """The lines of a JSONL file; with `checked` each has an answer.
+
+    ValueError naming the line that is none, whose picture is missing, or whose id stands there twice."""
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():

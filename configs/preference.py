@@ -1,0 +1,35 @@
+"""MPO in miniature: examples/preference trains a model that adds handwritten digits on pairs of its own answers.
+
+    python examples/preference/run.py runs/preference                     all of it, and the table
+    python train.py --config configs/preference.py:mpo --workdir runs/preference/mpo
+
+The losses and their weights are those of the released sizes (configs/mpo.py). "generation" is the same run with the cross-entropy of the
+chosen answers alone: what rejected ones add is the difference. Learning rate and steps are for so small a model.
+"""
+
+import dataclasses
+
+from configs.process_reward import get_config as process_reward
+from internvl3_jax.config import LossConfig, OptimizerConfig, TrainConfig
+
+LOSSES = {
+    "mpo": LossConfig(kind="mpo"),
+    "generation": LossConfig(kind="mpo", preference_weight=0.0, quality_weight=0.0),
+}
+STEPS = 200
+
+
+def get_config(loss: str = "mpo") -> TrainConfig:
+    """loss: "mpo" or "generation"."""
+    if loss not in LOSSES:
+        raise ValueError(f"configs/preference.py has the losses {' and '.join(LOSSES)}, not {loss!r}")
+    config = process_reward("policy")
+    data = dataclasses.replace(config.data, pairs=True, tokens_per_row=576, tiles_per_row=28, loss_average="sample")
+    return dataclasses.replace(
+        config,
+        data=data,
+        loss=LOSSES[loss],
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20),
+        steps=STEPS,
+        log_every=10,
+    )
