@@ -81,7 +81,7 @@ def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | No
         state, past = restore_or_init(config, workdir, model, optimizer, batches, mesh)
         if jax.process_index() == 0:
             print(format_table(component_table(state.params, config.optimizer)))
-        compared = load_reference(config, mesh)
+        compared = load_reference(config, mesh, state)
         held_out = HeldOut(config, model, tokenizer) if config.held_out else None
         saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files())
         state = train(config, workdir, model, optimizer, state, compared, past, batches, placement, saver, held_out)

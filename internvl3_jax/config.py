@@ -182,6 +182,9 @@ class DataConfig:
     drop_list: str = ""  # file of samples to leave out, written by the doctor
     pairs: bool = False  # rows are a question with a chosen and a rejected answer (loss.kind "mpo")
     pairs_per_row: int = 16  # at most
+    reference: str = (
+        ""  # file of the pairs' log-probabilities under the reference model (make_reference); it is then not loaded
+    )
     share_question: bool = (
         False  # the decoder computes a pair's question once; not with the TPU's and NVIDIA's attention kernels
     )

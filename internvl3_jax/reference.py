@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint, preference
+from internvl3_jax import checkpoint, lora, preference
+from internvl3_jax.checksum import tree_hash
 from internvl3_jax.config import TrainConfig
+from internvl3_jax.data.reference import ReferenceTable
 from internvl3_jax.sharding import param_shardings
+from internvl3_jax.storage import by_path
+from internvl3_jax.train_step import TrainState
 
 # How far from its value at the start the preference part may be: in bfloat16 the policy's program, which also makes gradients, rounds in
 # other places than the reference's.
@@ -27,9 +31,12 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict | None:
-    """Its parameters, split over the mesh as the policy's; None where none are needed: there is no reference, or it is the base that
-    adapters are trained beside."""
+def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainState) -> dict | None:
+    """Its parameters, split over the mesh as the policy's; None where none are needed: there is no reference, its log-probabilities were
+    computed beforehand, or it is the base that adapters are trained beside."""
+    if config.data.reference:
+        _check_table(config, state)
+        return None
     is_base = config.lora.rank and not config.lora.full and not config.loss.reference
     if config.loss.kind != "mpo" or is_base:
         return None
@@ -40,6 +47,18 @@ def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict | None:
     if jax.process_index() == 0:
         print(f"reference: {source.directory}, in {jax.tree.leaves(source.params)[0].dtype}")
     return jax.device_put(source.params, param_shardings(source.params, mesh))
+
+
+def _check_table(config: TrainConfig, state: TrainState) -> None:
+    """ValueError if the log-probabilities are of another model than the one that the run begins with."""
+    if config.loss.reference or int(state.step) or config.lora.quantize != "none":
+        return
+    theirs, ours = ReferenceTable(config.data.reference).hash, tree_hash(by_path(lora.without(state.params)))
+    if theirs != ours:
+        raise ValueError(
+            f"{config.data.reference} is of other parameters ({theirs}) than {config.init_from} in {config.param_dtype} ({ours}): make it "
+            f"again with this configuration, or name its model as loss.reference"
+        )
 
 
 def check_start(config: TrainConfig, metrics: dict) -> None:

@@ -21,6 +21,7 @@ from internvl3_jax.data.batch import SampleError
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.losses import cross_entropy
+from internvl3_jax.make_reference import make_reference
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import make_optimizer
 from internvl3_jax.train_step import TrainState, train_step
@@ -272,6 +273,42 @@ def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
     again, _ = train.fit(config, tmp_path / "again", mesh)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path):
+    """The same losses as with the model, and a file of another model, or of other pairs, is refused."""
+    mesh, path = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), tmp_path / "reference.jsonl"
+    config = run_config(tmp_path, steps=4, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
+    one = dataclasses.replace(config.data, deltas=("1/2",), min_frames=2, max_frames=2)
+    config = dataclasses.replace(config, data=one, mesh=MeshConfig(fsdp=1, data=8), loss_chunk=64)
+    several = dataclasses.replace(config, data=dataclasses.replace(one, rows=8))
+    assert make_reference(several, path) == 11
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    assert make_reference(several, path) == 11
+    before, after = ({row.get("key"): row for row in map(json.loads, text.splitlines())} for text in (whole, path.read_text()))
+    assert before.keys() == after.keys() and before[None] == after[None]
+    for key in before.keys() - {None}:
+        assert before[key]["chosen"] == pytest.approx(after[key]["chosen"], rel=1e-5)
+    cached = dataclasses.replace(config, data=dataclasses.replace(one, reference=str(path)))
+    losses = []
+    for name, each in (("with", config), ("without", cached)):
+        train.fit(each, make(tmp_path / name, each), mesh)
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses.append([[row[key] for key in ("loss", "loss_preference", "loss_quality", "grad_norm")] for row in rows])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
+    with pytest.raises(ValueError, match="is of other parameters .*make it again with this configuration"):
+        train.fit(cached, make(tmp_path / "other", cached), mesh)
+    with pytest.raises(ValueError, match=r"data.deltas is \('1', '1/2', '1/4'\)"):
+        make_reference(run_config(tmp_path), path)
+    data = dataclasses.replace(cached.data, deltas=("1/4",))
+    with (
+        Batches(data, PROCESSOR, make_tokenizer(data)) as batches,
+        pytest.raises(SampleError, match="of this pair as it is now"),
+    ):
+        next(batches)
 
 
 def make(workdir, config):

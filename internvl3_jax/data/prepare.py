@@ -12,6 +12,7 @@ from internvl3_jax.data.batch import AVERAGES, Sample, finish_sample
 from internvl3_jax.data.chat import Encoded, encode_chat
 from internvl3_jax.data.official import Conversation
 from internvl3_jax.data.pairs import PairError, finish_pair, pair_length
+from internvl3_jax.data.reference import ReferenceTable
 from internvl3_jax.data.tiles import count_tiles, cut_tiles
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.data.video import training_frames
@@ -30,6 +31,7 @@ class Preparer:
         if config.pairs and config.overlong == "truncate":
             raise ValueError("data.overlong is truncate; of a pair both answers are needed whole: set it to error or drop")
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
+        self.reference = ReferenceTable(config.reference) if config.reference else None
         self.deltas = [parse_delta(delta) for delta in config.deltas]
         self.frame_processor = dataclasses.replace(processor, use_thumbnail=False)
 
@@ -44,7 +46,8 @@ class Preparer:
         finish = finish_sample
         if self.config.pairs:
             finish = functools.partial(finish_pair, self.rejected(conversation, encoded), shared=self.config.share_question)
-        return finish(encoded, tiles, deltas, self.processor, self.config.loss_average)
+        sample = finish(encoded, tiles, deltas, self.processor, self.config.loss_average)
+        return self.reference.added_to(sample) if self.reference else sample
 
     def read(self, source, row: int, rng: np.random.Generator) -> Conversation:
         fewest, most = self.config.min_frames, self.config.max_frames

@@ -1,0 +1,134 @@
+"""make_pairs.py: which of a model's answers become pairs, going on after a stop, and rows that train.py reads."""
+
+import json
+
+import pytest
+import tiny_checkpoint
+from tiny_checkpoint import PROCESSOR, picture
+
+from internvl3_jax import make_pairs
+from internvl3_jax.chat import Answer
+from internvl3_jax.config import DataConfig
+from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
+from internvl3_jax.make_pairs import Settings, choose, done_path, find_pairs, first_half, main, run, summary
+from internvl3_jax.questions import Question, read_questions
+
+
+class Model:
+    """Gives the answers that it is made with, in turn; continues any beginning with "and so on"."""
+
+    def __init__(self, **answers: list[str]):
+        self.answers, self.asked = answers, []
+
+    def candidates(self, requests, n, *, begun=(), seed=0, **options):
+        self.asked.append((requests, n, begun, options))
+        texts = [self.answers[question.split()[-1]] for question, _ in requests]
+        if begun:
+            return [[Answer("and so on", [1], 5, [], 0.0, 0.0)] for _ in begun]
+        return [[Answer(text[k % len(text)], [1], 5, [], 0.0, 0.0) for k in range(n)] for text in texts]
+
+
+def question(name: str, answer: str | None = "6") -> Question:
+    return Question(name, f"<image>\nadd {name}", ["a.png"], answer, "a.png")
+
+
+def pairs_of(*answers: str, settings=None):
+    (found,) = find_pairs(Model(q=list(answers)), [question("q")], settings or Settings(samples=8))
+    return found
+
+
+def test_right_answers_with_wrong_ones():
+    found = pairs_of("it is 6. Answer: 6", "Answer: 7", r"\boxed{6.0}", "Answer: 5", "Answer: 7")
+    assert set(found.pairs) == {(a, b) for a in ("it is 6. Answer: 6", r"\boxed{6.0}") for b in ("Answer: 7", "Answer: 5")}
+    assert (found.right, found.wrong, found.silent) == (2, 2, 0)
+    assert found.rows()[0] == {
+        "id": "q",
+        "image": "a.png",
+        "question": "<image>\nadd q",
+        "chosen": "it is 6. Answer: 6",
+        "rejected": "Answer: 7",
+    }
+
+
+def test_a_question_of_one_kind_gives_none():
+    assert pairs_of("Answer: 6", r"\boxed{6}").pairs == [] and pairs_of("Answer: 7").pairs == []
+
+
+def test_what_states_nothing_is_wrong_only_if_asked_for():
+    answers = ("Answer: 6", "I wonder", "")
+    assert pairs_of(*answers).pairs == [] and pairs_of(*answers).silent == 1
+    assert pairs_of(*answers, settings=Settings(samples=8, format_negatives=True)).pairs == [("Answer: 6", "I wonder")]
+
+
+def test_a_rejected_answer_does_not_hold_the_chosen_one():
+    assert pairs_of("Answer: 6", "Answer: 6\nNo: Answer: 7").pairs == []
+
+
+def test_the_most_pairs_are_drawn_once_and_for_all():
+    right, wrong = [f"r{n}" for n in range(6)], [f"w{n}" for n in range(6)]
+    kept = choose(right, wrong, 15, 0)
+    assert len(set(kept)) == 15 and kept == choose(right, wrong, 15, 0) != choose(right, wrong, 15, 1)
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "half"),
+    [
+        ("one two three four", "one two "),
+        ("one two three", "one "),
+        ("one\n\ntwo three four five", "one\n\ntwo "),
+        ("one", ""),
+        ("", ""),
+    ],
+)
+def test_the_first_half(text, half):
+    assert first_half(text) == half
+
+
+def test_without_an_answer_the_second_half_is_made_blind():
+    model = Model(q=["one two three four"])
+    (found,) = find_pairs(model, [question("q", None)], Settings())
+    assert found.pairs == [("one two three four", "one two and so on")]
+    assert model.asked[0][0] == [("<image>\nadd q", ["a.png"])] and model.asked[1][0] == [("add q", [])]
+    assert model.asked[1][2] == ["one two "]
+
+
+def test_it_goes_on_behind_the_last_finished_question(tmp_path):
+    answers = {f"q{n}": ["Answer: 6", "Answer: 7"] if n % 2 else ["Answer: 7"] for n in range(6)}
+    questions, settings = [question(name) for name in answers], Settings(samples=2, batch_size=4)
+    output = tmp_path / "pairs.jsonl"
+    run(Model(**answers), questions, output, settings)
+    whole, done = output.read_bytes(), done_path(output).read_bytes()
+    assert whole.count(b"\n") == 3 and done.count(b"\n") == 6
+    assert summary(output) == "3 pairs of 3 of 6 questions; 0 were always answered right, 3 never"
+    # Stopped while rows were written, before their questions were finished.
+    done_path(output).write_bytes(b"".join(done.splitlines(keepends=True)[:2]) + b'{"id": "q')
+    model = Model(**answers)
+    run(model, questions, output, settings)
+    assert output.read_bytes() == whole and done_path(output).read_bytes() == done
+    assert [len(requests) for requests, *_ in model.asked] == [2, 2]
+    with pytest.raises(ValueError, match="holds pairs of other questions"):
+        run(model, questions[::-1], output, settings)
+    output.unlink()
+    with pytest.raises(ValueError, match="are not both of this program"):
+        run(model, questions, output, settings)
+
+
+def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsys):
+    picture(20, 20).save(tmp_path / "a.png")
+    rows = [{"question": "add 1", "image": "a.png", "answer": 6}, {"question": "add 2", "image": "a.png"}]
+    path, output = tmp_path / "questions.jsonl", tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [q.answer for q in read_questions(path, checked=False)] == ["6", None]
+    answers = {"1": ["Answer: 6", "Answer: 7"], "2": ["one two three four"]}
+    monkeypatch.setattr(make_pairs, "Chat", lambda checkpoint: Model(**answers))
+    arguments = ["--checkpoint", str(tiny_checkpoint.directory()), "--questions", str(path), "--output", str(output)]
+    assert main([*arguments, "--samples", "2", "--format_negatives"]) == 0
+    assert "2 pairs of 2 of 2 questions" in capsys.readouterr().out
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"made": {"root": str(tmp_path), "annotation": str(output)}}))
+    config = DataConfig(source=str(meta), pairs=True, tokens_per_row=256, tiles_per_row=12)
+    samples = sample_dataset(config, PROCESSOR, make_tokenizer(config))
+    assert all(sample["answers"].max() == 2 and len(sample["tiles"]) for sample in (samples[0], samples[1]))
+    assert main([*arguments, "--samples", "0"]) == 1
+    assert "samples is 0; it must be at least 1" in capsys.readouterr().err
