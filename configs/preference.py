@@ -16,7 +16,7 @@ LOSSES = {
     "mpo": LossConfig(kind="mpo"),
     "generation": LossConfig(kind="mpo", preference_weight=0.0, quality_weight=0.0),
 }
-STEPS = 200
+STEPS = 150
 
 
 def get_config(loss: str = "mpo") -> TrainConfig:
@@ -24,12 +24,12 @@ def get_config(loss: str = "mpo") -> TrainConfig:
     if loss not in LOSSES:
         raise ValueError(f"configs/preference.py has the losses {' and '.join(LOSSES)}, not {loss!r}")
     config = process_reward("policy")
-    data = dataclasses.replace(config.data, pairs=True, tokens_per_row=576, tiles_per_row=28, loss_average="sample")
+    data = dataclasses.replace(config.data, pairs=True, share_question=True, loss_average="sample")
     return dataclasses.replace(
         config,
         data=data,
         loss=LOSSES[loss],
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=10),
         steps=STEPS,
         log_every=10,
     )

@@ -248,6 +248,20 @@ _gather.defvjp(
 )
 
 
+def not_before(x, kernel, path: str):
+    """x [B,T,D] and the matrix at `path`, which nothing is done to before x is there.
+
+    Where each layer's matrices are arrays of their own, as in generation, the compiler would otherwise copy all of them into the layout
+    that it likes best before the first layer. In a scan they come one by one anyway.
+    """
+    if not re.search(r"/layer_\d+/", path) or axis_size(*SHARDED_AXES) == 1:
+        return x, kernel
+    rows = next((axes[0] for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
+    # As the product takes it, so that what several products share is exchanged once, before it is bound to each.
+    x = constrain(x, BATCH_AXES, "context", "tensor" if rows == "tensor" else None)
+    return jax.lax.optimization_barrier((x, kernel))
+
+
 def product_in_place(x, kernel, path: str):
     """x [B,1,D] @ kernel without moving the matrix at `path`: every device multiplies its part with all rows that share it, and the
     parts, which are small, are exchanged and summed."""

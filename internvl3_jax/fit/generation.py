@@ -96,7 +96,7 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
             "encode": _encode_work(config, tiles),
             "prefill": _layer_work(config, rows * requests.length, tensor)
             + rows * language.padded_vocab_size // tensor * 4
-            + (size_of(_turned(params["language"])) if tpu and sizes["fsdp"] * sizes["context"] > 1 else 0),
+            + (size_of(_turned(params["language"])) if tpu and sizes["fsdp"] * sizes["context"] > 1 else 0) // 2,
             "decode": _layer_work(config, rows, tensor) + rows * language.padded_vocab_size * 4,
         },
         flops=_flops(config, topology, requests),
@@ -111,8 +111,8 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
 
 
 def _turned(decoder: dict) -> list:
-    """Matrices that a TPU's compiler copies into another layout before the first layer, where a matrix is multiplied as its parts come
-    from the other devices: seen in the compiled texts."""
+    """Matrices that a TPU's compiler brings into another layout where they come from other devices, about half of them before they are
+    needed: seen in the compiled texts."""
     layers = [layer for name, layer in decoder.items() if name.startswith("layer_")]
     return [layer[name]["kernel"] for layer in layers for name in ("up", "down") if name in layer]
 
@@ -131,11 +131,11 @@ def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[
 
 
 def _layer_work(config: TrainConfig, tokens: int, tensor: int) -> int:
-    """Arrays of one layer: the stream, what pictures put into it, queries, keys, values, the MLP's halves and their product."""
+    """Arrays of one layer: the stream, what pictures put into it, queries, keys, values, the MLP's halves."""
     language = config.model.language
     width = language.hidden_size
     attention = (2 * language.num_heads + 2 * language.num_kv_heads) * language.head_dim // tensor
-    return tokens * (4 * width + attention + 3 * language.intermediate_size // tensor) * _size(config)
+    return tokens * (3 * width + attention + 2 * language.intermediate_size // tensor) * _size(config)
 
 
 def _encode_work(config: TrainConfig, tiles: int) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax.ops.quantize import dequantize
-from internvl3_jax.sharding import gathered, product_in_place
+from internvl3_jax.sharding import gathered, not_before, product_in_place
 
 
 class Dense(nn.Module):
@@ -40,7 +40,10 @@ class Dense(nn.Module):
 
     def _product(self, x, kernel):
         path = "/".join((*self.path, "kernel"))
-        return product_in_place(x, kernel, path) if is_decoding(x) else jnp.dot(x, gathered(kernel, path))
+        if is_decoding(x):
+            return product_in_place(x, kernel, path)
+        x, kernel = not_before(x, kernel, path)
+        return jnp.dot(x, gathered(kernel, path))
 
     def _quantized(self, x, kernel: Mapping):
         """The product with a quantized matrix: its few bits travel, and the backward pass unpacks them again instead of keeping it."""
