@@ -27,12 +27,13 @@ export PYTHONDONTWRITEBYTECODE =
 # $(call make_venv,FOLDER,VERSION)
 make_venv = echo "Setting up $(1) with Python $(2) ..." && "$$(tools/find_python.sh $(2))" -m venv --clear $(1)
 
-.PHONY: help setup demo notebook test test-full test-processor smoke lint format lock clean
+.PHONY: help setup demo notebook test test-full test-processor test-trl smoke lint format lock clean
 
 help:
 	@echo "make demo      install, convert the shipped tiny model and ask it about pictures"
 	@echo "make test      install, lint, smoke tests on every Python found, then the whole test suite"
 	@echo "make test-processor   an exported model in transformers' AutoProcessor; installs torchvision, several GB"
+	@echo "make test-trl  MPO's losses against trl 0.24; installs pandas and datasets as well"
 	@echo "make smoke     only the smoke tests, on every Python but the one that runs the whole suite"
 	@echo "make setup     only install, into .venv"
 	@echo "make lint      ruff check and ruff format --check; make format mends what it can"
@@ -59,6 +60,12 @@ test-full: .venv-test/.installed
 
 test-processor: .venv-processor/.installed
 	.venv-processor/bin/python -m pytest -m torchvision tests/test_auto_processor.py
+
+# Beside the tests' environment: trl pins what they do not.
+test-trl: .venv-test/.installed
+	@.venv-test/bin/python $(PIP_INSTALL) --target .venv-trl --no-deps --upgrade trl==0.24.0
+	@.venv-test/bin/python $(PIP_INSTALL) --target .venv-trl --upgrade pandas datasets
+	PYTHONPATH=.venv-trl .venv-test/bin/python -m pytest -m trl tests/test_preference.py
 
 smoke:
 	@$(if $(SMOKE_PYTHONS),$(MAKE) --no-print-directory $(SMOKE_PYTHONS:%=smoke-%),echo "No Python but $(TEST_PYTHON) found.")

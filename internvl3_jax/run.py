@@ -54,13 +54,25 @@ def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
         return  # that the processes agree is checked elsewhere; here they would read what the first one is writing
     text = json.dumps(to_dict(config), indent=1)
     path = workdir / "config.json"
-    if path.exists() and (differing := _differing(_deciding(json.loads(path.read_text())), _deciding(json.loads(text)), "")):
+    theirs = _completed(TrainConfig, json.loads(path.read_text())) if path.exists() else None
+    if theirs and (differing := _differing(_deciding(theirs), _deciding(json.loads(text)), "")):
         raise ValueError(
             f"{workdir} is a run with another configuration ({path}): {'; '.join(differing)}. Name another --workdir, or delete it"
         )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print(text)
+
+
+def _completed(cls, values: dict) -> dict:
+    """A configuration that was saved before some of the fields were there: these have their defaults, which change nothing."""
+    found = dict(values)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            found[field.name] = _completed(field.type, values.get(field.name, {}))
+        elif field.name not in values and field.default is not dataclasses.MISSING:
+            found[field.name] = json.loads(json.dumps(field.default))  # as it would have been saved
+    return found
 
 
 def _deciding(config: dict) -> dict:
