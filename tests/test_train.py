@@ -137,6 +137,19 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     assert ((workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()) == before
 
 
+def test_a_configuration_saved_before_a_field_was_there(tmp_path, capsys):
+    """The field has had its default all the time; another value is another configuration."""
+    config, path = train_config(), tmp_path / "config.json"
+    train.save_config(config, tmp_path)
+    saved = json.loads(path.read_text())
+    del saved["loss"], saved["data"]["pairs"], saved["offload_optimizer"]
+    path.write_text(json.dumps(saved))
+    train.save_config(config, tmp_path)
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"data.pairs is False there and True here"):
+        train.save_config(dataclasses.replace(config, data=dataclasses.replace(config.data, pairs=True)), tmp_path)
+
+
 def test_sigterm_saves_and_asks_to_be_started_again(whole_run, command, tmp_path):
     process = command(tmp_path / "run")
     for line in process.stdout:
