@@ -65,7 +65,9 @@ def markdown(rows: list[dict]) -> str:
     lines += [f"| {row['size']} | {' | '.join(f'{row[base] / 1e9:.1f}' for base in BASES)} |" for row in rows]
     lines += ["", f"| card | {' | '.join(('bfloat16', 'int8', 'nf4'))} |", "|---|---|---|---|"]
     for card in CARDS:
-        largest = [max((row["size"] for row in rows if row[base] <= 0.9e9 * card), key=SIZES.index, default="-") for base in BASES]
+        largest = [
+            max((row["size"] for row in rows if row[base] <= 0.9e9 * card), key=SIZES.index, default="-") for base in BASES
+        ]
         lines.append(f"| {card} GB | {' | '.join(largest)} |")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from internvl3_jax.config import SIZES
 from internvl3_jax.model import abstract_params
 from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params
 
-STAGES = ("pretrain", "sft", "finetune", "lora")
+STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
 
 
 def recipe(stage: str, name: str):
@@ -35,7 +35,8 @@ def test_every_size_has_every_stage(stage, size):
     assert set(trained) == set(params) - set(frozen)
     assert set(frozen) == {"finetune": {"vision"}, "lora": {"vision", "projector", "language"}}.get(stage, set())
     make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
-    assert config.data.tokens_per_row == 16_384 and config.data.tiles_per_row == 48
+    longest = 24_576 if stage == "mpo" and size not in ("38b", "78b") else 16_384
+    assert config.data.tokens_per_row == longest and config.data.tiles_per_row == 48
     # A row of tiles alone fits the tokens.
     assert config.data.tiles_per_row * config.model.tokens_per_tile <= config.data.tokens_per_row
 
@@ -51,3 +52,11 @@ def test_pretraining_is_the_papers():
     config = recipe("pretrain", "8b")
     assert config.data.language_share == 0.25 and len(config.data.deltas) == 9 and config.data.loss_average == "square"
     assert config.steps * config.data.rows * config.data.tokens_per_row == pytest.approx(200e9, rel=1e-3)
+
+
+def test_mpo_is_the_scripts():
+    for size, pairs in (("8b", 256), ("78b", 512)):
+        config, loss = recipe("mpo", size), recipe("mpo", size).loss
+        assert (loss.kind, loss.preference_weight, loss.quality_weight, loss.generation_weight) == ("mpo", 0.8, 0.2, 1.0)
+        assert config.optimizer.learning_rate == 2e-7 and config.data.pairs and loss.beta == 0.1
+        assert config.steps * pairs == pytest.approx(300_000, rel=1e-2)
