@@ -31,6 +31,7 @@ from internvl3_jax.data.reference import key_of
 from internvl3_jax.data.sources import open_sources
 from internvl3_jax.model import InternVL
 from internvl3_jax.objective import Head
+from internvl3_jax.preference import reference_dtype
 from internvl3_jax.storage import by_path
 from internvl3_jax.train_step import make_model
 
@@ -43,7 +44,7 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
     header = {"reference": str(source.directory), "hash": tree_hash(by_path(source.params)), "dtype": config.compute_dtype}
     known = read_known(output, header)
-    params = jax.tree.map(lambda leaf: leaf.astype(config.loss.reference_dtype or config.compute_dtype), source.params)
+    params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
     preparer = Preparer(dataclasses.replace(config.data, reference=""), config.processor, make_tokenizer(config.data))
     with output.open("a", encoding="utf-8") as file, jax.set_mesh(mesh):
         if not known:

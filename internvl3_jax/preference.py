@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax.config import LossConfig
+from internvl3_jax.config import LossConfig, TrainConfig
 
 KINDS = ("sft", "mpo")
 PREFERENCES = ("sigmoid", "ipo")
@@ -45,6 +45,17 @@ def check(config: LossConfig) -> None:
             f"loss.beta is {config.beta} (above 0), loss.label_smoothing {config.label_smoothing} (0 to 0.5), loss.shift_decay "
             f"{config.shift_decay} (0 to 1): one is out of its range"
         )
+
+
+def needs_model(config: TrainConfig) -> bool:
+    """Whether the step takes the parameters of a reference model: none under "sft", nor where its log-probabilities come with the batch or
+    the base of adapters is the reference."""
+    is_base = config.lora.rank and not config.lora.full and not config.loss.reference
+    return config.loss.kind == "mpo" and not config.data.reference and not is_base
+
+
+def reference_dtype(config: TrainConfig) -> str:
+    return config.loss.reference_dtype or config.compute_dtype
 
 
 def answer_sums(values, answers, pairs: int):

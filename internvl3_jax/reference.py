@@ -36,12 +36,10 @@ def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainSta
     computed beforehand, or it is the base that adapters are trained beside."""
     if config.data.reference:
         _check_table(config, state)
-        return None
-    is_base = config.lora.rank and not config.lora.full and not config.loss.reference
-    if config.loss.kind != "mpo" or is_base:
+    if not preference.needs_model(config):
         return None
     name = config.loss.reference or config.init_from
-    source = checkpoint.load(name, dtype=config.loss.reference_dtype or config.compute_dtype, mesh=mesh)
+    source = checkpoint.load(name, dtype=preference.reference_dtype(config), mesh=mesh)
     if source.config.language != config.model.language:
         raise ValueError(f"{name} has another decoder than the configuration's: it cannot be the reference")
     if jax.process_index() == 0:

@@ -12,6 +12,7 @@ from internvl3_jax.fit.memory import estimate
 from internvl3_jax.fit.program import Requests, generation_params, lower_generation, lower_train_step
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
+from internvl3_jax.fit.work import train_work
 from internvl3_jax.hardware import CHIPS
 from internvl3_jax.sharding import make_mesh
 
@@ -163,6 +164,17 @@ def test_the_train_step_compiles_for_devices_that_are_not_used():
     kinds = {row.kind for row in built.collectives}
     assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
     assert any("collectives of one device" in line for line in report.collective_lines(built))
+
+
+def test_a_step_of_mpo_takes_its_reference():
+    flags = {"loss.kind": "mpo", "data.pairs": True, "data.pairs_per_row": 2}
+    config, topology = tiny(**flags), parse("cpu:8")
+    beforehand = tiny(**flags, **{"data.reference": "beforehand.jsonl"})
+    built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
+    share = share_of(config, topology)
+    assert 0 <= built.arguments - estimate(share).arguments - share.reference < 256 and share.reference == share.params
+    assert share_of(beforehand, topology).reference == 0
+    assert train_work(share, estimate(share)).computed["reference"] > 0
 
 
 def test_generation_compiles_for_devices_that_are_not_used():

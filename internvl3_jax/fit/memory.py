@@ -85,6 +85,7 @@ def _held(share: Share) -> dict[str, int]:
         held["head, gathered"] = _head_gathered(share)
         held["gradients"] = share.gradients("")
         held["micro-batches, cut"] = _cut_tiles(share)
+    held["reference model"] = share.reference
     held["embedding, in other tiles"] = _embedding_copies(share)
     return held
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax import cache as kv_cache
-from internvl3_jax import generate, language
+from internvl3_jax import generate, language, preference
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.model import InternVL, abstract_params
 from internvl3_jax.optimizer import make_optimizer
@@ -43,19 +43,30 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """A `Batch` (data/batch.py) of the configuration's size."""
     rows, tokens, tiles = config.data.rows, config.data.tokens_per_row, config.data.tiles_per_row
     size = config.model.vision.image_size
-    integers = {
-        name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in ("tokens", "targets", "segments", "positions")
-    }
-    return integers | {
+    names = ["tokens", "targets", "segments", "positions"]
+    if config.data.pairs:
+        names += ["answers", "features"] + ["until"] * config.data.share_question
+    fields = {name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in names}
+    if config.data.reference:
+        fields["reference"] = jax.ShapeDtypeStruct((rows, tokens), jnp.float32)
+    return fields | {
         "loss_weights": jax.ShapeDtypeStruct((rows, tokens), jnp.float32),
         "tiles": jax.ShapeDtypeStruct((rows, tiles, size, size, 3), jnp.uint8),
     }
 
 
 def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> TrainState:
-    settings = {"param_dtype": jnp.dtype(config.param_dtype), "adapters": config.lora}
+    settings = {"param_dtype": jnp.dtype(config.param_dtype), "adapters": config.lora, "loss": config.loss}
     init = functools.partial(init_state, model, optimizer, seed=0, **settings)
     return jax.eval_shape(init, batch_shapes(config))
+
+
+def reference_shapes(config: TrainConfig, mesh):
+    """Parameters of MPO's reference model as the step takes them, or None."""
+    if not preference.needs_model(config):
+        return None
+    params = abstract_params(config.model, jnp.dtype(preference.reference_dtype(config)))
+    return abstract(params, param_shardings(params, mesh))
 
 
 def lower_train_step(config: TrainConfig, mesh):
@@ -71,7 +82,7 @@ def lower_train_step(config: TrainConfig, mesh):
     places = shardings_of(shapes, mesh, config.offload_optimizer)
     with jax.set_mesh(mesh):
         step = make_step(config, model, optimizer, 0, places)
-        return step.lower(abstract(shapes, places), batch, _key(places.step))
+        return step.lower(abstract(shapes, places), batch, _key(places.step), reference_shapes(config, mesh))
 
 
 def _key(place):

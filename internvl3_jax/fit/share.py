@@ -7,7 +7,7 @@ import math
 import jax
 
 from internvl3_jax.config import TrainConfig
-from internvl3_jax.fit.program import batch_shapes, train_state_shapes
+from internvl3_jax.fit.program import batch_shapes, reference_shapes, train_state_shapes
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.optimizer import make_optimizer, split_params
 from internvl3_jax.sharding import AXES, BATCH_AXES, ROW_AXES, batch_sharding, check_batch, mesh_shape
@@ -25,6 +25,7 @@ class Share:
     opt_state: int
     batch: int
     leaves: dict[str, "Leaf"]  # of the parameters, by path
+    reference: int = 0  # bytes of MPO's reference model
 
     @property
     def rows(self) -> int:
@@ -121,6 +122,9 @@ def share_of(config: TrainConfig, topology: Topology) -> Share:
         leaves=_leaves(config, state.params, places.params),
     )
     check(share)
+    reference = reference_shapes(config, mesh)
+    if reference is not None:
+        share = dataclasses.replace(share, reference=bytes_of(reference, jax.tree.map(lambda leaf: leaf.sharding, reference)))
     return dataclasses.replace(share, batch=bytes_of(batch, {name: batch_sharding(mesh, name) for name in batch}))
 
 
@@ -151,6 +155,7 @@ class _Key:
         self.key = (
             config.model,
             config.lora,
+            config.loss,
             config.param_dtype,
             optimizer.name,
             optimizer.moment_dtype,

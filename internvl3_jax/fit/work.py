@@ -87,7 +87,7 @@ def full_batch(config: TrainConfig) -> dict[str, int]:
 def train_work(share: Share, memory: Memory) -> Work:
     counts, devices = full_batch(share.config), share.topology.count
     needed = flops.train_flops(share.config.model, counts, share.learns("vision/"), bool(share.config.lora.rank)) / devices
-    computed = _tower(share, counts) | _decoder(share, counts)
+    computed = _tower(share, counts) | _decoder(share, counts) | _reference(share, counts)
     return Work(
         needed,
         {name: value / devices for name, value in computed.items()},
@@ -143,6 +143,18 @@ def _tower(share: Share, counts: dict[str, int]) -> dict[str, float]:
         "tower, recomputed": layers * (again + scores_again * attention),
         "tower, attention": layers * attention * (1 + _BACKWARD[share.tpu] / 2),
     }
+
+
+def _reference(share: Share, counts: dict[str, int]) -> dict[str, float]:
+    """MPO's other model, or the base without adapters: one pass forward; and the head once more for either model."""
+    config = share.config
+    if config.loss.kind != "mpo":
+        return {}
+    forward = flops.forward_flops(config.model)
+    passes = 0 if config.data.reference else 1
+    body = counts["tiles"] * (forward.vision_tile + forward.projector_tile) + counts["tokens"] * forward.language_token
+    body += counts["pairs"] * forward.language_pair
+    return {"reference": passes * body + (1 + passes) * counts["trained_tokens"] * forward.head}
 
 
 def _decoder(share: Share, counts: dict[str, int]) -> dict[str, float]:
