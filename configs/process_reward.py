@@ -12,7 +12,7 @@ from internvl3_jax.config import SIZES, DataConfig, OptimizerConfig, ProcessorCo
 
 DATA = "runs/process_reward"
 TOKENIZER = "examples/tiny_digits"
-STAGES = {"policy": ("examples/tiny_digits", 400), "critic": (f"{DATA}/policy", 300)}  # where it starts, steps
+STAGES = {"policy": ("examples/tiny_digits", 300), "critic": (f"{DATA}/policy", 300)}  # where it starts, steps
 
 
 def get_config(stage: str = "policy") -> TrainConfig:

@@ -50,17 +50,32 @@ def data(example, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_solutions_are_right(example, backwards):
+def read(solution: str) -> list[tuple[str, str, str, str]]:
+    """(digit, verdict, marks so far, digits left) of each step after the reading."""
+    _, *steps, _ = solution.split("\n\n")
+    return [re.fullmatch(r"(\d) is (even|odd): ([eo]+)(?:, (\d+))?", step).groups("") for step in steps]
+
+
+def test_solutions_are_right(example):
     rng = np.random.default_rng(0)
     for _ in range(50):
         values = rng.integers(0, 10, rng.integers(1, 6)).tolist()
-        first, *sums, answer = example.task.solve(values, backwards).split("\n\n")
-        assert first == "".join(map(str, values))
-        assert answer == f"Answer: {sum(values) % 10}"
-        added = [list(map(int, re.fullmatch(r"(\d) \+ (\d) = (\d+)", step).groups())) for step in sums]
-        assert all(a + b == total for a, b, total in added)
-        assert [b for _, b, _ in added] == (values[::-1] if backwards else values)[1:]
+        solution = example.task.solve(values)
+        written = "".join(map(str, values))
+        marks = "".join("eo"[value % 2] for value in values)
+        assert solution.startswith(written + "\n\n") and solution.endswith(f"Answer: {marks}")
+        for number, (digit, verdict, so_far, left) in enumerate(read(solution)):
+            assert (digit, verdict[0]) == (written[number], marks[number])
+            assert (so_far, left) == (marks[: number + 1], written[number + 1 :])
+
+
+def test_the_teacher_is_wrong_about_two_digits(example):
+    rng = np.random.default_rng(0)
+    steps = [step for _ in range(400) for step in read(example.task.solve(rng.integers(0, 10, 5).tolist(), rng))]
+    wrong = {digit: [verdict[0] != "eo"[int(digit) % 2] for d, verdict, _, _ in steps if d == digit] for digit in "0123456789"}
+    shares = {digit: sum(found) / len(found) for digit, found in wrong.items()}
+    assert {digit for digit, share in shares.items() if share} == {"6", "9"}
+    assert all(0.5 < shares[digit] < 0.7 for digit in "69")
 
 
 def test_questions(data):
@@ -69,7 +84,8 @@ def test_questions(data):
         solved = [json.loads(line) for line in (data / f"{name}_solved.jsonl").read_text().splitlines()]
         assert len(questions) == len(solved) == count
         for question, row in zip(questions, solved, strict=True):
-            assert row["conversations"][1]["value"].endswith(f"Answer: {question['answer']}")
+            digits = row["conversations"][1]["value"].split("\n")[0]
+            assert question["answer"] == "".join("eo"[int(digit) % 2] for digit in digits)
             assert (data / question["image"]).is_file()
 
 

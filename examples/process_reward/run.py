@@ -22,10 +22,10 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "process_reward.py"
-TAUGHT, TAUGHT_TEXT, LABELLED, TEST = 1500, 3000, 500, 400  # questions
+TAUGHT, TAUGHT_TEXT, LABELLED, TEST = 1500, 3000, 300, 400  # questions
 N = 8
 COUNTS = (1, 2, 4, 8)
-LIMIT = 64  # tokens of an answer
+LIMIT = 128  # tokens of an answer
 BATCH = 20  # questions answered together
 
 
