@@ -1,12 +1,10 @@
-"""MPO in miniature: examples/preference trains a model that adds handwritten digits on pairs of its own answers.
+"""MPO in miniature: examples/preference trains a model that sorts handwritten digits on pairs of its own answers.
 
     python examples/preference/run.py runs/preference                     all of it, and the table
     python train.py --config configs/preference.py:mpo --workdir runs/preference/mpo
 
-The losses are those of the released sizes (configs/mpo.py), but the chosen answer's cross-entropy weighs 5 in place of 1: with 1 the policy
-forgot how to add (76 % right before, 70 % after, seed 0). Most of a rejected answer's steps are right by themselves, behind one that is not,
-and so small a model cannot unlearn the one without the others. "generation" is the same run with the cross-entropy alone: what rejected
-answers add is the difference. Learning rate and steps are for so small a model.
+The losses and their weights are those of the released sizes (configs/mpo.py). "generation" is the same run with the cross-entropy of the
+chosen answers alone: what rejected ones add is the difference. Learning rate and steps are for so small a model.
 """
 
 import dataclasses
@@ -15,8 +13,8 @@ from configs.process_reward import get_config as process_reward
 from internvl3_jax.config import LossConfig, OptimizerConfig, TrainConfig
 
 LOSSES = {
-    "mpo": LossConfig(kind="mpo", generation_weight=5.0),
-    "generation": LossConfig(kind="mpo", preference_weight=0.0, quality_weight=0.0, generation_weight=5.0),
+    "mpo": LossConfig(kind="mpo"),
+    "generation": LossConfig(kind="mpo", preference_weight=0.0, quality_weight=0.0),
 }
 STEPS = 150
 

@@ -35,8 +35,8 @@ def test_the_longest_pairs_fit_a_row(example, tmp_path, loss, monkeypatch):
     monkeypatch.setattr(example.run, "TAUGHT_TEXT", 4)
     example.run.make_data(tmp_path, 8, 4, seed=0)
     questions = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
-    longest = example.task.solve([9] * example.task.MOST, backwards=False)
-    answers = {"chosen": longest, "rejected": longest.replace("Answer: 5", "Answer: 4")}
+    longest = example.task.solve([8] * example.task.MOST)
+    answers = {"chosen": longest, "rejected": longest.replace("8 is even", "8 is odd")}
     assert answers["chosen"] != answers["rejected"]
     rows = [{"image": q["image"], "question": q["question"]} | answers for q in questions]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -5,7 +5,7 @@
 
 For each seed:
 
-    policy       a run of train.py on a few solutions, as in examples/process_reward
+    policy       a run of train.py on solutions of a teacher who makes mistakes, as in examples/process_reward
     pairs        the policy's right and wrong answers to other pictures (internvl3_jax.make_pairs)
     mpo          from the policy, on the pairs
     generation   the same, on the chosen answers alone: fine-tuning on its own right answers
@@ -24,7 +24,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TASK = ROOT / "examples" / "process_reward"
-TAUGHT, TAUGHT_TEXT, ASKED, TEST = 1500, 3000, 1000, 800  # questions
+TAUGHT, TAUGHT_TEXT, ASKED, TEST = 1500, 3000, 400, 600  # questions
 SAMPLES = 16  # answers to each
 LIMIT = 64  # tokens of an answer
 BATCH = 40  # questions answered together
