@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TASK = ROOT / "examples" / "process_reward"
 TAUGHT, TAUGHT_TEXT, ASKED, TEST = 1500, 3000, 400, 600  # questions
 SAMPLES = 16  # answers to each
-LIMIT = 64  # tokens of an answer
+LIMIT = 128  # tokens of an answer
 BATCH = 40  # questions answered together
 MODELS = ("policy", "generation", "mpo")
 
