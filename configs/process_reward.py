@@ -1,11 +1,11 @@
-"""The two trainings of examples/process_reward: a model that adds handwritten digits step by step, and a critic of its steps.
+"""The two trainings of examples/process_reward: a model that sorts handwritten digits into even and odd, and a critic of its steps.
 
     python examples/process_reward/run.py runs/process_reward                      both, what lies between, and the table
     python train.py --config configs/process_reward.py:policy --workdir runs/process_reward/policy
     python train.py --config configs/process_reward.py:critic --workdir runs/process_reward/critic
 
-The model starts from the shipped digits model, which reads numbers and has never added. It is given few solutions on purpose: a critic has
-something to find. The critic starts from that model and is an ordinary fine-tuning on conversations whose answers are + and -.
+The model starts from the shipped digits model, which reads numbers. Its teacher makes mistakes (task.py): a critic has something to find.
+The critic starts from that model and is an ordinary fine-tuning on conversations whose answers are + and -.
 """
 
 from internvl3_jax.config import SIZES, DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig

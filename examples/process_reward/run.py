@@ -115,7 +115,7 @@ def summarise(folder: pathlib.Path) -> str:
         "seeds": len(runs),
         "labels": {"solutions": len(labels), "steps": len(scores), "wrong": sum(score == 0 for score in scores)},
         "one answer": {
-            "greedy": [share(rows, lambda row: first(row, 1)) for rows in runs],
+            "greedy": [share(rows, first) for rows in runs],
             "drawn (mean of the other 7)": [statistics.mean(share(rows, at(k)) for k in range(1, N)) for rows in runs],
         },
         "of n": {
@@ -128,7 +128,8 @@ def summarise(folder: pathlib.Path) -> str:
             },
             "any right": {n: [share(rows, lambda row, n=n: any_right(row, n)) for rows in runs] for n in COUNTS},
         },
-        "critic - majority": difference(runs, AGGREGATES["mean"]),
+        "majority - greedy": difference(runs, lambda row: majority(row, N), first),
+        "critic - majority": difference(runs, lambda row: by_score(row, N, AGGREGATES["mean"]), lambda row: majority(row, N)),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = as_text(results)
@@ -143,7 +144,7 @@ def right(row: dict, number: int) -> bool:
     return final is not None and same_answer(final, row["answer"])
 
 
-def first(row: dict, n: int) -> bool:
+def first(row: dict) -> bool:
     return right(row, 0)
 
 
@@ -171,11 +172,11 @@ def share(rows: list[dict], is_right) -> float:
     return sum(map(is_right, rows)) / len(rows)
 
 
-def difference(runs: list[list[dict]], aggregate, resamples: int = 2000) -> dict:
-    """Of best of 8 by the critic and by majority: mean, and 95 % interval when the questions are drawn anew."""
+def difference(runs: list[list[dict]], one, other, resamples: int = 2000) -> dict:
+    """How much oftener one way is right than another: mean, and 95 % interval when the questions are drawn anew."""
     import numpy as np
 
-    gains = np.asarray([[by_score(row, N, aggregate) - majority(row, N) for row in rows] for rows in runs], float).mean(axis=0)
+    gains = np.asarray([[one(row) - other(row) for row in rows] for rows in runs], float).mean(axis=0)
     rng = np.random.default_rng(0)
     means = gains[rng.integers(0, len(gains), (resamples, len(gains)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -184,7 +185,7 @@ def difference(runs: list[list[dict]], aggregate, resamples: int = 2000) -> dict
 
 def as_text(results: dict) -> str:
     single = results["one answer"]
-    labels, gain = results["labels"], results["critic - majority"]
+    labels = results["labels"]
     rows = [["greedy", spread(single["greedy"]), "", "", ""], [*list(single)[1:], spread(list(single.values())[1]), "", "", ""]]
     rows += [[name, *(spread(found[n]) for n in COUNTS)] for name, found in results["of n"].items()]
     lines = [f"| {' | '.join(row)} |" for row in [["", *(f"of {n}" for n in COUNTS)], ["---"] * (1 + len(COUNTS)), *rows]]
@@ -193,12 +194,16 @@ def as_text(results: dict) -> str:
         f"the lowest and the highest. The critic learnt from {labels['solutions']:,} solutions with {labels['steps']:,} steps, "
         f"{labels['wrong'] / labels['steps']:.0%} of them wrong."
     )
-    low, high = (f"{100 * side:+.1f}" for side in gain["interval"])
     outro = (
-        f"Best of 8 by the critic's mean less the majority of 8: {100 * gain['mean']:+.1f} points (95 % interval over questions: "
-        f"{low} to {high})."
+        f"Majority of 8 less greedy: {points(results['majority - greedy'])}. Best of 8 by the critic's mean less the majority of 8: "
+        f"{points(results['critic - majority'])}."
     )
     return "\n\n".join([intro, "\n".join(lines), outro]) + "\n"
+
+
+def points(gain: dict) -> str:
+    low, high = (f"{100 * side:+.1f}" for side in gain["interval"])
+    return f"{100 * gain['mean']:+.1f} points (95 % interval over questions {low} to {high})"
 
 
 def spread(values: list[float]) -> str:
