@@ -258,9 +258,10 @@ def test_one_generator_answers_with_each_adapter():
         generator.use(name)
         assert generator.generate([prompt_of()], run) == answers[name]
         tiles = batch(1)["tiles"][0, :1]
-        for model in (generator, expected[name]):
-            model.features = model.model.apply(lora.variables(model.params), tiles, method=InternVL.encode)
-        np.testing.assert_allclose(generator.features, expected[name].features, atol=2e-5)
+        features = [
+            each.model.apply(lora.variables(each.params), tiles, method=InternVL.encode) for each in (generator, expected[name])
+        ]
+        np.testing.assert_allclose(*features, atol=2e-5)
     with pytest.raises(ValueError, match="there is no adapter 'three'; loaded are: one, two"):
         generator.use("three")
 

@@ -260,8 +260,8 @@ def test_what_is_not_finite_stops_the_run(tmp_path):
     def make_broken(*arguments):
         step, count = make(*arguments), iter(range(100))
 
-        def broken(state, batch, key):
-            state, metrics = step(state, batch, key)
+        def broken(*inputs):
+            state, metrics = step(*inputs)
             return state, metrics | {"finite": metrics["finite"] & (next(count) != 1)}
 
         return broken
@@ -284,8 +284,8 @@ def test_a_frozen_leaf_that_changed_is_not_saved(tmp_path):
     def make_leaky(*arguments):
         step = make(*arguments)
 
-        def leaky(state, batch, key):
-            state, metrics = step(state, batch, key)
+        def leaky(*inputs):
+            state, metrics = step(*inputs)
             bias = state.params["vision"]["patch_embedding"]["bias"]
             state.params["vision"]["patch_embedding"]["bias"] = bias.at[0].add(1e-7)
             return state, metrics
