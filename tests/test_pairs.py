@@ -69,6 +69,14 @@ def both(folder):
     return [batch_of(pairs_config(folder, share_question=shared)) for shared in (False, True)]
 
 
+@pytest.fixture(autouse=True)
+def quick_compiler():
+    """These programs run once or a dozen times: that takes less time than the compiler's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # --- the sample ------------------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +226,8 @@ def test_against_itself_the_preference_part_is_known(both):
         _, metrics = descent(both[0], loss, PARAMS)
         paired = 0.8 * metrics["loss_preference"] + 0.2 * metrics["loss_quality"]
         assert float(paired) == pytest.approx(preference.at_start(loss), abs=1e-6)
-        assert float(metrics["reward_margin"]) == float(metrics["reward_shift"]) == 0
+        # Zero, but for where the two passes' sums are rounded.
+        assert abs(float(metrics["reward_margin"])) < 1e-5 and abs(float(metrics["reward_shift"])) < 1e-5
     assert preference.at_start(LOSS) == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2))
 
 
@@ -251,15 +260,6 @@ def run_config(folder, **changes):
     return dataclasses.replace(config, **(settings | changes))
 
 
-@pytest.fixture
-def quick_compiler():
-    """A dozen steps take less time than the compiler's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compiler")
 def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     config = run_config(tmp_path)
@@ -275,7 +275,6 @@ def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path):
     """The same losses as with the model, and a file of another model, or of other pairs, is refused."""
     mesh, path = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), tmp_path / "reference.jsonl"
@@ -324,7 +323,6 @@ def test_what_does_not_go_together_is_named(folder):
         train.make_mesh(dataclasses.replace(config, init_from=""))
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_a_policy_that_is_not_its_reference_is_noticed(folder, tmp_path, monkeypatch):
     """As if something changed the policy's forward pass."""
     config = run_config(folder)
