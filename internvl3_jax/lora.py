@@ -10,7 +10,6 @@ so a model starts as its base; stacked layers have stacked adapters.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -23,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.ops.quantize import KINDS, dequantize, library, quantize
+from internvl3_jax.patterns import matching
 
 SUBTREE = "lora"
 LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")  # layers that can have an adapter
@@ -69,25 +69,14 @@ def linear_layers(params: Mapping) -> dict[str, tuple[int, ...]]:
 def targets(params: Mapping, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The layers that get an adapter, as of `linear_layers`. ValueError naming a pattern that matches none."""
     layers = linear_layers(params)
-    chosen = {path for pattern in config.targets for path in _matching(pattern, layers, "targets", "linear layer")}
+    chosen = {path for pattern in config.targets for path in matching(pattern, layers, "lora.targets", "linear layer")}
     for pattern in config.full:
-        whole = _matching(pattern, _flat(params), "full", "parameter")
+        whole = matching(pattern, _flat(params), "lora.full")
         if both := sorted(chosen & {path.removesuffix("/kernel") for path in whole}):
             raise ValueError(
                 f"lora.full: {pattern!r} trains {both[0]} whole, which lora.targets gives an adapter; name it in one"
             )
     return {path: shape for path, shape in layers.items() if path in chosen}
-
-
-def _matching(pattern: str, paths, field: str, what: str) -> list[str]:
-    try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise ValueError(f"lora.{field}: {pattern!r} is no regular expression: {error}") from error
-    if not found:
-        near = difflib.get_close_matches(re.sub(r"[\\^$.*+?(){}\[\]|]", "", pattern), paths, n=3, cutoff=0.0)
-        raise ValueError(f"lora.{field}: {pattern!r} matches no {what}'s whole path; near ones: {', '.join(near)}")
-    return found
 
 
 # --- making ----------------------------------------------------------------------------------------------------------------------

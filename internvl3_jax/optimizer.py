@@ -4,8 +4,6 @@ Parameters go by their path in the tree, such as "vision/layers/fc1/kernel". `Op
 optimizer knows only the trained part: what is frozen has no state, no gradient and no update.
 """
 
-import difflib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from internvl3_jax.config import OptimizerConfig
+from internvl3_jax.patterns import matching
 
 NAMES = ("adafactor", "adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
@@ -174,7 +173,7 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
     Raises ValueError naming a pattern that is no regular expression or matches nothing, and if nothing is left to train.
     """
     leaves = flatten_dict(params, sep="/")
-    frozen = {path for pattern in freeze for path in _matches(pattern, leaves)}
+    frozen = {path for pattern in freeze for path in matching(pattern, leaves, "optimizer.freeze")}
     if len(frozen) == len(leaves):
         raise ValueError(f"optimizer.freeze {list(freeze)} leaves nothing to train")
     parts = ({path: leaf for path, leaf in leaves.items() if (path in frozen) is wanted} for wanted in (False, True))
@@ -185,14 +184,3 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
 def join(trained: dict, frozen: dict) -> dict:
     """What `split_params` took apart."""
     return unflatten_dict(flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/"), sep="/")
-
-
-def _matches(pattern: str, paths) -> list[str]:
-    try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise ValueError(f"optimizer.freeze: {pattern!r} is no regular expression: {error}") from error
-    if not found:
-        near = difflib.get_close_matches(re.sub(r"[\\^$.*+?(){}\[\]|]", "", pattern), paths, n=3, cutoff=0.0)
-        raise ValueError(f"optimizer.freeze: {pattern!r} matches no parameter's whole path; near ones: {', '.join(near)}")
-    return found

@@ -184,4 +184,4 @@ def test_flags_that_do_not_go_together(values, message, ask):  # noqa: F811
 
 
 def test_a_critic_that_is_not_there(ask):  # noqa: F811
-    assert "nowhere" in fail(ask, prompt="hi", best_of=2, critic="/tmp/nowhere/critic")
+    assert "nowhere" in fail(ask, prompt="hi", best_of=2, critic="nowhere/critic")

@@ -11,7 +11,7 @@ PACKAGE = "internvl3_jax"
 
 # A folder is one unit: its files may import each other.
 ROWS = [
-    ["config", "find", "hf_fields", "verify"],
+    ["config", "find", "hf_fields", "patterns", "verify"],
     ["hf_config", "positions"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
     ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "reader", "report"],
