@@ -208,8 +208,8 @@ def axis_size(*axes: str) -> int:
 def constrain(x, *axes):
     """x split over `axes`, one entry (an axis, several, or None) for each dimension; x itself where no mesh is in context.
 
-    Of several axes those at the end are left out until the rest divides the dimension, so that small and odd shapes work everywhere; what
-    must not happen silently (parameters, batches) is checked by `spec` and `check_batch`.
+    Of several axes those at the end, or of SHARDED_AXES context as in `spec`, are left out until the rest divides the dimension, so that
+    small and odd shapes work everywhere; what must not happen silently (parameters, batches) is checked by `spec` and `check_batch`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -218,7 +218,7 @@ def constrain(x, *axes):
     def present(size, axis):
         names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in mesh.axis_names)
         while size % math.prod(mesh.shape[name] for name in names):
-            names = names[:-1]
+            names = names[1:] if axis == SHARDED_AXES else names[:-1]
         return names or None
 
     specs = [present(size, axis) for size, axis in zip(x.shape, axes, strict=True)]

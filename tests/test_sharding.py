@@ -104,6 +104,19 @@ def placed(tree, places):
     ]
 
 
+@pytest.mark.parametrize("width, axes", [(24, ("context", "fsdp")), (20, "fsdp")])
+def test_a_gradient_lies_where_its_parameter_does(width, axes):
+    """Also where context and fsdp together do not divide the width, as of the 6B tower on 256 devices."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, context=2))
+    path, kernel = "vision/layers/fc1/kernel", jnp.ones((width, 16))
+    place = jax.NamedSharding(mesh, sharding.spec(path, kernel.shape, mesh))
+    assert place.spec[0] == axes
+    with jax.set_mesh(mesh):
+        slope = jax.jit(jax.grad(lambda kernel, x: (x @ sharding.gathered(kernel, path)).sum()))
+        found = slope(jax.device_put(kernel, place), jnp.ones((8, width)))
+    assert found.sharding.is_equivalent_to(place, 2)
+
+
 def test_mesh_sizes():
     assert sharding.mesh_shape(MeshConfig(tensor=2), 8) == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2, "context": 1}
     with pytest.raises(ValueError, match="is for a multiple of 3 devices; there are 8"):
