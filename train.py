@@ -142,7 +142,7 @@ def train(
                     seen = {"seconds": past.seconds, "batch": placement.digest(prepared.batch)}
                     log.write(step, meter.row(step) | left_out | seen)
                 if evaluates:
-                    evaluate_held_out(step, config, workdir, state, past, held_out, log)
+                    evaluate_held_out(step, config, workdir, state, compared, past, held_out, log)
                 if saves:
                     saver.start(step, state, prepared, past)
                 if stop and not last:
@@ -172,9 +172,11 @@ def identity(config: TrainConfig, batch) -> dict[str, str | int]:
     }
 
 
-def evaluate_held_out(step: int, config: TrainConfig, workdir, state: TrainState, past: Past, held_out: HeldOut, log) -> None:
+def evaluate_held_out(
+    step: int, config: TrainConfig, workdir, state: TrainState, compared: dict | None, past: Past, held_out: HeldOut, log
+) -> None:
     """Held-out loss into the log and, if asked for, answers into answers.jsonl."""
-    values = held_out.losses(state.params)
+    values = held_out.losses(state.params, state.shift, compared)
     log.write(step, values)
     if values["held_out"] < past.best:
         past.best, past.best_step = values["held_out"], step

@@ -4,19 +4,20 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import lora
-from internvl3_jax.config import UNITS, LoraConfig, TrainConfig
+from internvl3_jax import lora, objective
+from internvl3_jax.config import UNITS, DataConfig, TrainConfig
 from internvl3_jax.data.batch import make_prompt
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import open_sources, source_names
 from internvl3_jax.data.prepare import Preparer
 from internvl3_jax.generate import Generator, Run
-from internvl3_jax.losses import chunked_cross_entropy
 from internvl3_jax.model import InternVL
 from internvl3_jax.sampling import Sampling
 from internvl3_jax.sharding import constrain
+from internvl3_jax.train_step import outputs, reference_log_probabilities
 
 _LONGEST = 256  # tokens of an answer
 
@@ -26,18 +27,22 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, model: InternVL, tokenizer):
         self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.data = dataclasses.replace(
-            config.data, source=config.held_out, drop_list="", shards=1, workers=0, deltas=("1",), language_share=-1.0
-        )
+        self.data = held_out_data(config)
         self.names = source_names(self.data)
         with Batches(self.data, config.processor, tokenizer) as batches:
             self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
-        self.step = jax.jit(functools.partial(_losses, model, config.lora, chunk=config.loss_chunk, sources=len(self.names)))
+        self.step = jax.jit(functools.partial(_losses, model, config, sources=len(self.names)))
 
-    def losses(self, params) -> dict[str, float]:
-        """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE" that of each source."""
-        sums = np.sum([jax.device_get(self.step(params, batch)) for batch in self.batches], axis=0)  # [2, sources]
+    def losses(self, params, shift=(), reference=None) -> dict[str, float]:
+        """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE" that of each source.
+
+        Of pairs "held_out" is MPO's whole loss, "held_out/SOURCE" the chosen answers' cross-entropy, and beside them are the means over
+        pairs that the train step has, such as "held_out_reward_accuracy". shift, reference: as the train step's.
+        """
+        found = [jax.device_get(self.step(params, shift, reference, batch)) for batch in self.batches]
+        sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *found)
         values = {"held_out": float(sums[0].sum() / sums[1].sum())}
+        values |= {name: float(total / metrics["pairs"]) for name, total in metrics.items() if name != "pairs"}
         if len(self.names) > 1:
             values |= {f"held_out/{self.names[i]}": float(sums[0, i] / sums[1, i]) for i in np.flatnonzero(sums[1])}
         return values
@@ -62,13 +67,27 @@ class HeldOut:
         return rows
 
 
-def _losses(model: InternVL, adapters: LoraConfig, params, batch, *, chunk: int, sources: int):
-    """f32[2,sources]: sums of weighted losses and of weights."""
-    variables = lora.variables(params, adapters)
-    hidden = model.apply(variables, batch, method=InternVL.hidden)
-    kernel = model.apply(variables, method=InternVL.head_kernel)
+def held_out_data(config: TrainConfig) -> DataConfig:
+    """How the held-out sources are read."""
+    settings = {"drop_list": "", "shards": 1, "workers": 0, "deltas": ("1",), "language_share": -1.0}
+    return dataclasses.replace(config.data, source=config.held_out, **settings)
+
+
+def _losses(model: InternVL, config: TrainConfig, params, shift, reference, batch, *, sources: int):
+    """(f32[2,sources], sums of weighted losses and of weights; of pairs f32[] sums over them, and how many)"""
+    pairs, whole = config.data.pairs_per_row, objective.whole(batch)
+    head = objective.Head(model.config.language.vocab_size, config.loss_chunk)
+    hidden, kernel = outputs(model, lora.variables(params, config.lora), batch)
+    metrics = {}
+    if config.loss.kind == "mpo":
+        compared = functools.partial(reference_log_probabilities, model, head, params, reference, batch, pairs)
+        still = dataclasses.replace(config.loss, shift="moving")  # which these rewards do not move
+        total, losses, found, _ = objective.preferred(head, hidden, kernel, batch, whole, shift, compared, still, pairs)
+        metrics = {f"held_out_{name}": value * whole.pairs for name, value in found.items()}
+        metrics |= {"held_out": total * whole.pairs, "pairs": whole.pairs}
+    else:
+        _, losses = objective.supervised(head, hidden, kernel, batch, whole)
     weights = batch["loss_weights"]
-    _, losses = chunked_cross_entropy(hidden, kernel, batch["targets"], weights, model.config.language.vocab_size, chunk)
     member = jax.nn.one_hot(batch["sources"], sources)
-    sums = jax.numpy.einsum("nbt,bts->ns", jax.numpy.stack([losses * weights, weights]), member)
-    return constrain(sums, None, None)
+    sums = jnp.einsum("nbt,bts->ns", jnp.stack([losses * weights, weights]), member)
+    return constrain(sums, None, None), jax.tree.map(constrain, metrics)

@@ -1,4 +1,4 @@
-"""Log-probabilities of all pairs of a configuration under its reference model, so that training need not hold that model.
+"""Log-probabilities of all pairs of a configuration, held-out ones too, under its reference model: training need not hold that model.
 
     python -m internvl3_jax.make_reference --config configs/mpo.py:runs/sft-8b --config.data.source=pairs.json --output reference.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b --config.data.source=pairs.json --config.data.reference=reference.jsonl ...
@@ -29,11 +29,12 @@ from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.data.prepare import Preparer
 from internvl3_jax.data.reference import key_of
 from internvl3_jax.data.sources import open_sources
+from internvl3_jax.held_out import held_out_data
 from internvl3_jax.model import InternVL
 from internvl3_jax.objective import Head
 from internvl3_jax.preference import reference_dtype
 from internvl3_jax.storage import by_path
-from internvl3_jax.train_step import make_model
+from internvl3_jax.train_step import make_model, reference_log_probabilities
 
 
 def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
@@ -45,17 +46,19 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     header = {"reference": str(source.directory), "hash": tree_hash(by_path(source.params)), "dtype": config.compute_dtype}
     known = read_known(output, header)
     params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
-    preparer = Preparer(dataclasses.replace(config.data, reference=""), config.processor, make_tokenizer(config.data))
+    tokenizer = make_tokenizer(config.data)
     with output.open("a", encoding="utf-8") as file, jax.set_mesh(mesh):
         if not known:
             file.write(json.dumps(header) + "\n")
-        compute = jax.jit(functools.partial(log_probabilities, make_model(config), config))
-        for rows, batch in batches(config.data, new_samples(config.data, preparer, known)):
-            batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
-            for samples, values in zip(rows, np.asarray(compute(params, batch)), strict=True):
-                for sample, (chosen, rejected) in zip(samples, values.tolist(), strict=False):
-                    file.write(json.dumps({"key": key_of(sample), "chosen": chosen, "rejected": rejected}) + "\n")
-            file.flush()
+        for data in (config.data, *([held_out_data(config)] if config.held_out else [])):
+            compute = jax.jit(functools.partial(log_probabilities, make_model(config), config, data))
+            preparer = Preparer(dataclasses.replace(data, reference=""), config.processor, tokenizer)
+            for rows, batch in batches(data, new_samples(data, preparer, known)):
+                batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
+                for samples, values in zip(rows, np.asarray(compute(params, batch)), strict=True):
+                    for sample, (chosen, rejected) in zip(samples, values.tolist(), strict=False):
+                        file.write(json.dumps({"key": key_of(sample), "chosen": chosen, "rejected": rejected}) + "\n")
+                file.flush()
     return len(known)
 
 
@@ -130,13 +133,11 @@ def _stack(rows: list[list[Sample]], config: DataConfig) -> Batch:
     return {name: np.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1))) for name, value in batch.items()}
 
 
-def log_probabilities(model: InternVL, config: TrainConfig, params, batch):
+def log_probabilities(model: InternVL, config: TrainConfig, data: DataConfig, params, batch):
     """f32[B,K,2]"""
-    scaling = "none" if config.data.deltas != ("1",) else None
-    hidden = model.apply({"params": params}, batch, True, scaling, method=InternVL.hidden)
-    kernel = model.apply({"params": params}, method=InternVL.head_kernel)
+    scaling = "none" if data.deltas != ("1",) else None
     head = Head(model.config.language.vocab_size, config.loss_chunk)
-    return head.log_probabilities(hidden, kernel, batch, config.data.pairs_per_row).astype(jnp.float32)
+    return reference_log_probabilities(model, head, params, params, batch, data.pairs_per_row, scaling).astype(jnp.float32)
 
 
 def main(argv) -> int:

@@ -25,7 +25,7 @@ from internvl3_jax.data.batches import Prepared
 from internvl3_jax.find import latest_step
 from internvl3_jax.manifest import Base
 from internvl3_jax.model import abstract_params
-from internvl3_jax.optimizer import Optimizer, join, split_params
+from internvl3_jax.optimizer import Optimizer, split_params
 from internvl3_jax.placement import Placement, total
 from internvl3_jax.storage import by_path, nest
 from internvl3_jax.train_step import TrainState, first_shift, init_state, shardings_of, trained_paths
@@ -110,7 +110,7 @@ def restore_or_init(
     stored = kept(config, wanted.params)
     params, opt_state, extra = checkpoint.restore_training(workdir, step, stored, wanted.opt_state)
     if config.lora.rank:
-        params = join(params, optimizer.split(open_base(config, places).params)[1])
+        params = nest(by_path(open_base(config, places).params) | by_path(params))
     batches.restore(extra["data"])
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}")

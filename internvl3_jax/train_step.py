@@ -122,22 +122,18 @@ def train_step(
     is_still = "layers" not in trained.get("vision", {}) or (loss.kind == "mpo" and not loss.drop_path)
 
     def of_reference(part):
-        if "reference" in part:
-            return preference.answer_sums(part["reference"], part["answers"], pairs)
-        params = lora.without(state.params) if reference is None else reference
-        hidden, kernel = _outputs(model, {"params": params}, part, True, scaling, {})
-        return head.log_probabilities(hidden, kernel, part, pairs)
+        return reference_log_probabilities(model, head, state.params, reference, part, pairs, scaling)
 
     def loss_fn(trained, part, index, shift):
         variables = lora.variables(join(trained, frozen), adapters, training=True)
         own_key = jax.random.fold_in(drop_path_key, index)
         rngs = {"drop_path": own_key, "dropout": jax.random.fold_in(own_key, 1)}
-        outputs = _outputs(model, variables, part, is_still, scaling, rngs)
+        inputs = outputs(model, variables, part, is_still, scaling, rngs)
         if loss.kind == "sft":
-            value, losses = objective.supervised(head, *outputs, part, whole)
+            value, losses = objective.supervised(head, *inputs, part, whole)
             return value, (_by_source(part, losses, num_sources), shift)
         value, losses, metrics, shift = objective.preferred(
-            head, *outputs, part, whole, shift, functools.partial(of_reference, part), loss, pairs
+            head, *inputs, part, whole, shift, functools.partial(of_reference, part), loss, pairs
         )
         return value, (metrics | _by_source(part, losses, num_sources), shift)
 
@@ -159,10 +155,19 @@ def train_step(
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
 
 
-def _outputs(model, variables, batch, deterministic: bool, scaling, rngs):
+def outputs(model: InternVL, variables, batch, deterministic: bool = True, scaling=None, rngs=None):
     """(hidden states [B,T,D], the head's matrix [D,V])"""
     hidden = model.apply(variables, batch, deterministic, scaling, rngs=rngs, method=InternVL.hidden)
     return hidden, model.apply(variables, method=InternVL.head_kernel)
+
+
+def reference_log_probabilities(model: InternVL, head: objective.Head, params, reference, batch, pairs: int, scaling=None):
+    """f32[B,K,2] of a batch of pairs: its own if it has them; else of the parameters `reference`, or, where these are None, of `params`
+    without adapters."""
+    if "reference" in batch:
+        return preference.answer_sums(batch["reference"], batch["answers"], pairs)
+    params = lora.without(params) if reference is None else reference
+    return head.log_probabilities(*outputs(model, {"params": params}, batch, True, scaling), batch, pairs)
 
 
 def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:

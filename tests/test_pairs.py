@@ -2,26 +2,22 @@
 
 import dataclasses
 import functools
-import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_checkpoint
-from official_data import picture, write_meta
+from official_data import picture, write_meta, write_video
 from test_optimizer import by_path
 from tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
 
-import train
-from internvl3_jax import preference, sharding
-from internvl3_jax.config import LossConfig, MeshConfig, OptimizerConfig
+from internvl3_jax import preference
+from internvl3_jax.config import LossConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
+from internvl3_jax.held_out import HeldOut
 from internvl3_jax.losses import cross_entropy
-from internvl3_jax.make_reference import make_reference
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import make_optimizer
 from internvl3_jax.train_step import TrainState, train_step
@@ -95,6 +91,23 @@ def test_a_row_holds_each_picture_once(both):
         assert (times == 2).all()
         assert (shared["tokens"][row] == CONFIG.image_token_id).sum() == tiles * CONFIG.tokens_per_tile
     assert (shared["segments"] > 0).sum() < 0.75 * (apart["segments"] > 0).sum()
+
+
+def test_a_videos_frames_are_encoded_once(tmp_path):
+    write_video(tmp_path / "clip.mp4", 20)
+    row = {"video": "clip.mp4", "question": "What happens?", "chosen": "It gets brighter.", "rejected": "Nothing."}
+    source, frames = write_meta(tmp_path, clips={"rows": [row]}), 3
+    config = train_config()
+    settings = {"source": source, "pairs": True, "pairs_per_row": 1, "rows": 1, "min_frames": frames, "max_frames": frames}
+    batches = [
+        batch_of(dataclasses.replace(config, data=dataclasses.replace(config.data, **settings, share_question=shared)))
+        for shared in (False, True)
+    ]
+    for batch, times in zip(batches, (2, 1), strict=True):
+        visual = batch["tokens"][0] == CONFIG.image_token_id
+        assert batch["tiles"][0].any(axis=(1, 2, 3)).sum() == frames
+        numbers = np.arange(frames * CONFIG.tokens_per_tile)
+        np.testing.assert_array_equal(batch["features"][0][visual], np.tile(numbers, times))
 
 
 def test_only_the_chosen_answer_has_weight(both):
@@ -244,89 +257,15 @@ def test_a_reference_computed_beforehand_is_the_same(both):
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------------------
-
-
-def run_config(folder, **changes):
-    config = pairs_config(folder)
-    optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
-    settings = {
-        "init_from": str(tiny_checkpoint.directory()),
-        "loss": LOSS,
-        "optimizer": optimizer,
-        "steps": 12,
-        "save_every": 6,
-    }
-    return dataclasses.replace(config, **(settings | changes))
-
-
-def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
-    config = run_config(tmp_path)
-    whole, _ = train.fit(config, make(tmp_path / "whole", config), mesh)
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert rows[0]["loss_preference"] == pytest.approx(np.log(2), abs=1e-5) and rows[0]["reward_margin"] == pytest.approx(
-        0, abs=1e-5
-    )
-    assert np.mean([row["reward_margin"] for row in rows[-4:]]) > 0.1
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
-    again, _ = train.fit(config, tmp_path / "again", mesh)
-    jax.tree.map(np.testing.assert_array_equal, again, whole)
-
-
-def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path):
-    """The same losses as with the model, and a file of another model, or of other pairs, is refused."""
-    mesh, path = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), tmp_path / "reference.jsonl"
-    config = run_config(tmp_path, steps=4, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
-    one = dataclasses.replace(config.data, deltas=("1/2",), min_frames=2, max_frames=2)
-    config = dataclasses.replace(config, data=one, mesh=MeshConfig(fsdp=1, data=8), loss_chunk=64)
-    several = dataclasses.replace(config, data=dataclasses.replace(one, rows=8))
-    assert make_reference(several, path) == 11
-    whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2])
-    assert make_reference(several, path) == 11
-    before, after = ({row.get("key"): row for row in map(json.loads, text.splitlines())} for text in (whole, path.read_text()))
-    assert before.keys() == after.keys() and before[None] == after[None]
-    for key in before.keys() - {None}:
-        assert before[key]["chosen"] == pytest.approx(after[key]["chosen"], rel=1e-5)
-    cached = dataclasses.replace(config, data=dataclasses.replace(one, reference=str(path)))
-    losses = []
-    for name, each in (("with", config), ("without", cached)):
-        train.fit(each, make(tmp_path / name, each), mesh)
-        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        losses.append([[row[key] for key in ("loss", "loss_preference", "loss_quality", "grad_norm")] for row in rows])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
-    with pytest.raises(ValueError, match="is of other parameters .*make it again with this configuration"):
-        train.fit(cached, make(tmp_path / "other", cached), mesh)
-    with pytest.raises(ValueError, match=r"data.deltas is \('1', '1/2', '1/4'\)"):
-        make_reference(run_config(tmp_path), path)
-    data = dataclasses.replace(cached.data, deltas=("1/4",))
-    with (
-        Batches(data, PROCESSOR, make_tokenizer(data)) as batches,
-        pytest.raises(SampleError, match="of this pair as it is now"),
-    ):
-        next(batches)
-
-
-def make(workdir, config):
-    train.save_config(config, workdir)
-    return workdir
-
-
-def test_what_does_not_go_together_is_named(folder):
-    config = run_config(folder)
-    with pytest.raises(ValueError, match="loss.kind is sft and data.pairs True"):
-        train.make_mesh(dataclasses.replace(config, loss=LossConfig()))
-    with pytest.raises(ValueError, match="init_from is empty"):
-        train.make_mesh(dataclasses.replace(config, init_from=""))
-
-
-def test_a_policy_that_is_not_its_reference_is_noticed(folder, tmp_path, monkeypatch):
-    """As if something changed the policy's forward pass."""
-    config = run_config(folder)
-    load = train.load_reference
-    monkeypatch.setattr(train, "load_reference", lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)))
-    with pytest.raises(ValueError, match=r"the preference part is 0\.831777; it was"):
-        train.fit(config, make(tmp_path / "run", config), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+def test_held_out_pairs_have_the_numbers_of_the_train_step(folder):
+    config = pairs_config(folder, deltas=("1",))
+    config = dataclasses.replace(config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7)
+    held_out = HeldOut(config, MODEL, make_tokenizer(config.data))
+    found = held_out.losses(PARAMS, preference.first_shift(), OTHER)
+    each = [descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches]
+    counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in held_out.batches]
+    names = {"held_out": "loss", "held_out_reward_accuracy": "reward_accuracy", "held_out_loss_quality": "loss_quality"}
+    for name, of_step in names.items():
+        assert found[name] == pytest.approx(np.average([metrics[of_step] for metrics in each], weights=counts), rel=1e-5)
+    of_sources = [found[f"held_out/{name}"] for name in ("seen", "text", "two")]
+    assert min(of_sources) < found["held_out_loss_generation"] < max(of_sources)

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_parity import conversation, pair, pixels, torch_logits
 
 from internvl3_jax import preference
-from internvl3_jax.config import LossConfig
+from internvl3_jax.config import LossConfig, ProcessorConfig
+from internvl3_jax.data.chat import Encoded
+from internvl3_jax.data.packing import join
+from internvl3_jax.data.pairs import finish_pair
+from internvl3_jax.model import InternVL
+from internvl3_jax.objective import Head
+from internvl3_jax.positions import UNITS
+from internvl3_jax.train_step import reference_log_probabilities
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = (RNG.normal(-40, 12, (3, 5, 2)).astype(np.float32) for _ in range(2))
@@ -168,3 +176,33 @@ def test_sums_over_answers_and_back():
 def test_what_makes_no_sense_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         preference.check(LossConfig(**changes))
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [("300m", "qwen2"), ("6b", "internlm3")], ids="-".join)
+@pytest.mark.parametrize("shared", [False, True], ids=["two questions", "a shared question"])
+def test_log_probabilities_are_those_of_transformers(family, shared):
+    """Of two pairs in one row, where transformers gets each answer's conversation by itself."""
+    torch_model, config, params = pair(*family)
+    rng, size = np.random.default_rng(5), config.vision.image_size
+    processor = ProcessorConfig(image_size=size, tokens_per_tile=config.tokens_per_tile)
+    samples, expected = [], []
+    for tiles in (2, 1):
+        question, runs = conversation(config, (tiles,), rng)
+        picture = rng.integers(0, 256, (tiles, size, size, 3), dtype=np.uint8)
+        sides = []
+        for length in (6, 3):
+            answer = rng.integers(0, config.image_token_id, length)
+            sides.append(
+                Encoded(np.append(question, answer).astype(np.int32), np.arange(len(question) + length) >= len(question), runs)
+            )
+            logits = torch.from_numpy(torch_logits(torch_model, sides[-1].tokens[None], pixels(picture, config)))
+            each = torch.log_softmax(logits[0, len(question) - 1 : -1], dim=-1)
+            expected.append(each[torch.arange(length), torch.from_numpy(answer)].sum().item())
+        samples.append(finish_pair(sides[1], sides[0], [picture], [UNITS], processor, "sample", shared))
+    row = join(samples, 96, 3)
+    batch = {name: value[None] for name, value in row.items() if name != "sources"}
+    found = reference_log_probabilities(InternVL(config), Head(config.language.vocab_size, 16), params, params, batch, 2)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-4, atol=1e-4)
