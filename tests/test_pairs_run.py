@@ -64,7 +64,8 @@ def log_of(workdir):
 
 
 def losses_of(workdir):
-    return [[row[name] for name in ("loss", "loss_preference", "loss_quality", "grad_norm")] for row in log_of(workdir)]
+    names, rows = ("loss", "loss_preference", "loss_quality", "grad_norm"), log_of(workdir)
+    return [[row[name] for name in names] for row in rows if "loss" in row]
 
 
 def test_adapters_are_compared_with_their_base(tmp_path):
@@ -95,11 +96,13 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
     config = run_config(tmp_path, steps=4, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
     one = dataclasses.replace(config.data, deltas=("1/2",), min_frames=2, max_frames=2)
     config = dataclasses.replace(config, data=one, mesh=MeshConfig(fsdp=1, data=8), loss_chunk=64)
+    config = dataclasses.replace(config, held_out=one.source, evaluate_every=4, evaluate_batches=1)
+    pairs, pictures = 11, 7  # held out at another delta, which only pairs with pictures know of
     several = dataclasses.replace(config, data=dataclasses.replace(one, rows=8))
-    assert make_reference(several, path) == 11
+    assert make_reference(several, path) == pairs + pictures
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    assert make_reference(several, path) == 11
+    assert make_reference(several, path) == pairs + pictures
     before, after = ({row.get("key"): row for row in map(json.loads, text.splitlines())} for text in (whole, path.read_text()))
     assert before.keys() == after.keys() and before[None] == after[None]
     for key in before.keys() - {None}:
@@ -110,6 +113,9 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
         train.fit(each, make(tmp_path / name, each), mesh)
         losses.append(losses_of(tmp_path / name))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    ends = [log_of(tmp_path / name)[-1] for name in ("with", "without")]
+    assert ends[1]["held_out"] == pytest.approx(ends[0]["held_out"], rel=1e-4)
+    assert ends[1]["held_out_reward_margin"] == pytest.approx(ends[0]["held_out_reward_margin"], rel=1e-2, abs=1e-4)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
     with pytest.raises(ValueError, match="is of other parameters .*make it again with this configuration"):
         train.fit(cached, make(tmp_path / "other", cached), mesh)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from test_parity import conversation, pair, pixels, torch_logits
 
 from internvl3_jax import preference
-from internvl3_jax.config import LossConfig, ProcessorConfig
+from internvl3_jax.config import UNITS, LossConfig, ProcessorConfig
 from internvl3_jax.data.chat import Encoded
 from internvl3_jax.data.packing import join
 from internvl3_jax.data.pairs import finish_pair
 from internvl3_jax.model import InternVL
 from internvl3_jax.objective import Head
-from internvl3_jax.positions import UNITS
 from internvl3_jax.train_step import reference_log_probabilities
 
 RNG = np.random.default_rng(0)

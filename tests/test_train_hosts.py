@@ -10,11 +10,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+import tiny_checkpoint
 from local_processes import ROOT, Ended, Processes, free_address
 from tiny_checkpoint import train_config
 
 from internvl3_jax import load
-from internvl3_jax.config import MeshConfig
+from internvl3_jax.config import LossConfig, MeshConfig
 from internvl3_jax.find import latest_step
 from internvl3_jax.peers import LOST
 from internvl3_jax.sharding import make_mesh
@@ -30,14 +31,26 @@ def hosts_config():
     return dataclasses.replace(config, data=data, optimizer=optimizer, steps=STEPS, save_every=SAVE_EVERY, agree_every=2)
 
 
+def pairs_config(source: str, init_from: str):
+    """MPO on pairs, with held-out ones."""
+    config = hosts_config()
+    data = dataclasses.replace(config.data, source=source, pairs=True, pairs_per_row=3, loss_average="sample", packing_buffer=2)
+    loss = LossConfig(
+        kind="mpo", shift="moving"
+    )  # the running one counts the parts of an update, so it knows how many there are
+    held_out = {"held_out": source, "evaluate_every": 3, "evaluate_batches": 1}
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
+    return dataclasses.replace(config, data=data, optimizer=optimizer, loss=loss, init_from=init_from, steps=3, **held_out)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts train.py in `count` processes of `devices` devices each."""
-    path = tmp_path_factory.mktemp("config") / "hosts.py"
-    path.write_text("from test_train_hosts import hosts_config as get_config\n")
+    """Starts train.py in `count` processes of `devices` devices each, with the configuration that the expression `config` is of."""
+    folder = tmp_path_factory.mktemp("config")
 
-    def start(workdir, count: int, devices: int, *flags):
-        address = free_address()
+    def start(workdir, count: int, devices: int, *flags, config="hosts_config()"):
+        path, address = folder / f"{workdir.name}.py", free_address()
+        path.write_text(f"from test_train_hosts import *\ndef get_config(): return {config}\n")
         line = [str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}", *flags]
         own = [[f"--coordinator={address}", f"--processes={count}", f"--process={number}"] for number in range(count)]
         return Processes([line + (flags if count > 1 else []) for flags in own], devices)
@@ -126,3 +139,22 @@ def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
     spread = load(path, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).params
     assert jax.tree.all(jax.tree.map(lambda x: len(x.sharding.device_set) == 8, spread))
     jax.tree.map(np.testing.assert_array_equal, whole, spread)
+
+
+def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path):
+    """Policy, reference and held-out pairs over the devices of both."""
+    from test_pairs import write_pairs  # computes where it is imported, and train.py's processes import this file
+
+    config = f"pairs_config({write_pairs(tmp_path)!r}, {str(tiny_checkpoint.directory())!r})"
+    finish(start(tmp_path / "one", 1, 1, config=config))
+    finish(start(tmp_path / "two", 2, 2, "--config.mesh.context=2", config=config))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 3]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.get("batch") == theirs.get("batch")
+        names = {name for name in ours if name.startswith(("loss", "reward", "held_out"))}
+        for name in names - ({"reward_accuracy"} if ours["step"] == 1 else set()):  # margins that are rounding alone
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    assert two[-1]["held_out_reward_margin"] > 0
