@@ -27,8 +27,9 @@ import numpy as np
 from convert.hf_files import to_hf
 from convert.run import planned
 from convert.safetensors_io import SafetensorsWriter
-from internvl3_jax.config import SIZES, ProcessorConfig
+from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data import tiny_tokenizer
+from internvl3_jax.sizes import SIZES
 
 ROOT = pathlib.Path(__file__).parents[1]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

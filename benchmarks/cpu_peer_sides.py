@@ -43,8 +43,9 @@ def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     from convert.hf_files import to_hf
-    from internvl3_jax.config import SIZES, ModelConfig
+    from internvl3_jax.config import ModelConfig
     from internvl3_jax.data import tiny_tokenizer
+    from internvl3_jax.sizes import SIZES
 
     files = tiny_tokenizer.build()
     vision, language = SIZES["1b"].vision, dataclasses.replace(SIZES["1b"].language, vocab_size=settings.vocabulary)

@@ -22,11 +22,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from internvl3_jax.config import SIZES, DataConfig, ProcessorConfig
+from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.flops import batch_counts, train_flops
 from internvl3_jax.hardware import CHIPS
+from internvl3_jax.sizes import SIZES
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "input_pipeline.json"
 MFU = 0.4

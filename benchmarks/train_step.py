@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def model_config(options):
-    from internvl3_jax.config import SIZES
+    from internvl3_jax.sizes import SIZES
 
     config = SIZES[options.size]
     if not options.layers:

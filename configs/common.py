@@ -9,7 +9,8 @@ what the paper does not give; [S3] InternVL's shell/internvl3.0/2nd_finetune scr
 
 import dataclasses
 
-from internvl3_jax.config import SIZES, DataConfig, ModelConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import DataConfig, ModelConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.sizes import SIZES
 
 RELEASED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
 ROWS = 512  # of a batch, packed [S25]

@@ -13,7 +13,8 @@ examples/native_pretraining/run.py runs this and its ablations, and asks them ab
 
 import dataclasses
 
-from internvl3_jax.config import SIZES, DataConfig, ModelConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import DataConfig, ModelConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.sizes import SIZES
 
 DATA = "runs/miniature/data"
 PRETRAINED = "runs/miniature/native/pretrain"

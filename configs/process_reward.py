@@ -8,7 +8,8 @@ The model starts from the shipped digits model, which reads numbers. Its teacher
 The critic starts from that model and is an ordinary fine-tuning on conversations whose answers are + and -.
 """
 
-from internvl3_jax.config import SIZES, DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.sizes import SIZES
 
 DATA = "runs/process_reward"
 TOKENIZER = "examples/tiny_digits"

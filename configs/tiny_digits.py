@@ -8,7 +8,8 @@ rows, one loss. delta stays near 1, because a tile has 4 tokens here: at 1/256 a
 Muon, because a tower like this one learns to read single digits from about half as many pictures as with AdamW.
 """
 
-from internvl3_jax.config import SIZES, DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.sizes import SIZES
 
 
 def get_config() -> TrainConfig:

@@ -19,10 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from internvl3_jax.config import SIZES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
+from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.images import ImageError, open_image
 from internvl3_jax.data.tiles import grid_tiles, picture_grid, tiles_per_image
 from internvl3_jax.positions import parse_delta
+from internvl3_jax.sizes import SIZES
 
 RELEASED_SIZES = tuple(name for name in SIZES if name != "tiny")
 

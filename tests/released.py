@@ -14,8 +14,9 @@ from convert.mapping import active_rows
 from convert.run import convert as convert_model
 from convert.source import open_model
 from internvl3_jax.checkpoint import load
-from internvl3_jax.config import SIZES, ModelConfig, ProcessorConfig
+from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data import tiny_tokenizer
+from internvl3_jax.sizes import SIZES
 from internvl3_jax.storage import by_path, nest
 
 RELEASED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")

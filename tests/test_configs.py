@@ -9,9 +9,9 @@ import tiny_checkpoint
 
 from configs.common import RELEASED
 from internvl3_jax import lora
-from internvl3_jax.config import SIZES
 from internvl3_jax.model import abstract_params
 from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params
+from internvl3_jax.sizes import SIZES
 
 STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
 

@@ -32,11 +32,12 @@ from convert.safetensors_io import INDEX
 from convert.source import travelling_files
 from internvl3_jax import storage
 from internvl3_jax.checkpoint import Manifest, load, save_checkpoint
-from internvl3_jax.config import SIZES, ProcessorConfig, from_dict, to_dict
+from internvl3_jax.config import ProcessorConfig, from_dict, to_dict
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.data.chat import encode_chat
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.model import abstract_params
+from internvl3_jax.sizes import SIZES
 
 
 @pytest.mark.parametrize("size", list(SIZES))

@@ -12,7 +12,7 @@ PACKAGE = "internvl3_jax"
 # A folder is one unit: its files may import each other.
 ROWS = [
     ["config", "find", "hf_fields", "patterns", "verify"],
-    ["hf_config", "positions"],
+    ["hf_config", "positions", "sizes"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
     ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "reader", "report"],
     ["manifest", "projector", "vision", "language"],
@@ -28,10 +28,10 @@ ROWS = [
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
 # Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
-WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "tokens", "verify"}
+WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "sizes", "tokens", "verify"}
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
-ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions"}}
+ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions", "sizes"}}
 CONVERT_MAY = {
     "adapters",
     "checkpoint",

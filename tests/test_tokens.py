@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl3_jax.config import SIZES, UNITS, ProcessorConfig
+from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.tiles import count_tiles
 from internvl3_jax.positions import build_positions
+from internvl3_jax.sizes import SIZES
 from internvl3_jax.tokens import RELEASED_SIZES, PictureCost, cache_bytes_per_token, main, picture_cost, prompt_report
 
 PROCESSOR = ProcessorConfig()

@@ -20,10 +20,11 @@ import train
 from convert.run import convert
 from convert.source import open_model
 from internvl3_jax import load, sharding, storage
-from internvl3_jax.config import SIZES, MeshConfig, to_dict
+from internvl3_jax.config import MeshConfig, to_dict
 from internvl3_jax.data.digits import TASKS
 from internvl3_jax.distributed import TERMINATED
 from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.sizes import SIZES
 
 ROOT = pathlib.Path(train.__file__).parent
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
