@@ -7,11 +7,13 @@
     python infer.py --checkpoint DIR_OR_HUB_ID --requests questions.jsonl --output answers.jsonl --batch_size 8
     python infer.py --checkpoint DIR --image cat.jpg --prompt "Think step by step ..." --best_of 8 --critic CRITIC_DIR
     python infer.py --checkpoint DIR --requests questions.jsonl --output answers.jsonl --best_of 8 --majority
+    python infer.py --checkpoint DIR --hosts --fsdp 2 --requests ...              # the same command on every host
 
 A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be missing, and relative paths start at
 the file's directory. Its answers go to --output in the order asked; lines already answered there are not asked again.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -56,6 +58,15 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_integer(
+    "fsdp", 1, "Of --devices, parts that the matrices are split into by their width besides: for more devices than key heads."
+)
+flags.DEFINE_bool(
+    "hosts", False, "Over all devices of all hosts, each of which runs this command; they find each other as train.py's do."
+)
+flags.DEFINE_string("coordinator", "", "With --hosts: HOST:PORT of process 0, where the launcher does not say.")
+flags.DEFINE_integer("processes", -1, "With --hosts: how many there are, as above.")
+flags.DEFINE_integer("process", -1, "With --hosts: the number of this one, from 0; as above.")
+flags.DEFINE_integer(
     "best_of", None, "Answers to choose from, the first greedy, the others drawn; see docs/best_of_n.md.", lower_bound=1
 )
 flags.DEFINE_string("critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own.")
@@ -79,7 +90,11 @@ def main(argv):
     if FLAGS.image and not FLAGS.prompt:
         raise app.UsageError("--image needs --prompt; in a conversation write /image PATH")
     check_best_of()
+    if FLAGS.hosts and FLAGS.prompt is None and not FLAGS.requests:
+        raise app.UsageError("--hosts needs --prompt or --requests: a conversation is with one host")
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every load
+    if FLAGS.hosts:
+        join_hosts()
     checkpoint = open_checkpoint(FLAGS.checkpoint, FLAGS.adapter)
     chat = open_chat(checkpoint)
     critic = open_critic(checkpoint, chat) if FLAGS.critic else None
@@ -91,6 +106,18 @@ def main(argv):
         ask(chat, FLAGS.prompt, FLAGS.image)
     else:
         converse(chat)
+
+
+def join_hosts() -> None:
+    """All hosts compute; the first alone says and writes anything."""
+    import jax
+
+    from internvl3_jax import distributed
+
+    with contextlib.redirect_stdout(sys.stderr):
+        distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")
 
 
 def check_best_of() -> None:
@@ -151,17 +178,23 @@ def open_critic(checkpoint, chat):
 
 
 def make_mesh():
-    """Of the first --devices devices; None for one."""
+    """Of the first --devices devices, or of all with --hosts; None for one."""
     import jax
 
     from internvl3_jax import sharding
     from internvl3_jax.config import MeshConfig
 
-    if FLAGS.devices == 1:
+    here = len(jax.devices())
+    count = here if FLAGS.hosts and FLAGS["devices"].using_default_value else FLAGS.devices
+    if count == 1:
         return None
-    if FLAGS.devices > len(jax.devices()):
-        raise ValueError(f"--devices is {FLAGS.devices}; this machine has {len(jax.devices())}: {jax.devices()}")
-    return sharding.make_mesh(MeshConfig(fsdp=1, tensor=FLAGS.devices), jax.devices()[: FLAGS.devices])
+    if count > here or (FLAGS.hosts and count < here):
+        raise ValueError(
+            f"--devices is {count}; there are {here}{', and all hosts take part' if FLAGS.hosts else ''}: {jax.devices()}"
+        )
+    if count % FLAGS.fsdp:
+        raise ValueError(f"--fsdp is {FLAGS.fsdp}; it must divide the {count} devices")
+    return sharding.make_mesh(MeshConfig(fsdp=FLAGS.fsdp, tensor=count // FLAGS.fsdp), jax.devices()[:count])
 
 
 def ask(chat, question: str, images: list[str]) -> None:
@@ -187,7 +220,7 @@ def ask_best(chat, critic, question: str, images: list[str]) -> None:
     (choice,) = choose(chat, critic, [(question, images)])
     print(json.dumps(choice.as_json(), ensure_ascii=False) if FLAGS.json else choice.text)
     if FLAGS.stats:
-        print(choice.table(), file=sys.stderr)
+        note(choice.table())
 
 
 def as_json(answer) -> dict:
@@ -197,11 +230,16 @@ def as_json(answer) -> dict:
 
 def print_stats(answer) -> None:
     per_token = f"{1000 * answer.seconds_per_token:.1f} ms per token" if answer.seconds_per_token else "one token"
-    print(
+    note(
         f"first token {answer.first_token_seconds:.3f} s, then {per_token}; {answer.prompt_tokens} prompt tokens "
-        f"({answer.reused_tokens} reused), tiles {answer.tiles}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s",
-        file=sys.stderr,
+        f"({answer.reused_tokens} reused), tiles {answer.tiles}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s"
     )
+
+
+def note(text: str) -> None:
+    """Beside the answers, from the first host."""
+    if is_first_host():
+        print(text, file=sys.stderr)
 
 
 def converse(chat) -> None:
@@ -237,15 +275,17 @@ def answer_file(chat, critic) -> None:
     """Answers --requests in batches. Each batch is appended to --output as a whole, so a stopped run goes on where it was."""
     from rich.progress import track
 
+    from internvl3_jax.requests import count_answers, read_requests
+
     requests = read_requests(pathlib.Path(FLAGS.requests))
     output = pathlib.Path(FLAGS.output)
-    answered = count_answers(output, requests)
+    answered = of_first_host(lambda: count_answers(output, requests))
     if answered:
-        print(f"{output} holds {answered} of {len(requests)} answers; going on with the rest", file=sys.stderr)
+        note(f"{output} holds {answered} of {len(requests)} answers; going on with the rest")
     size = max(1, FLAGS.batch_size // (FLAGS.best_of or 1))  # questions; --batch_size answers are written together
     batches = range(answered, len(requests), size)
-    with output.open("a", encoding="utf-8") as file:
-        for start in track(batches, description="answering", disable=not sys.stderr.isatty()):
+    with (output if is_first_host() else pathlib.Path(os.devnull)).open("a", encoding="utf-8") as file:
+        for start in track(batches, description="answering", disable=not (sys.stderr.isatty() and is_first_host())):
             batch = requests[start : start + size]
             questions = [(request["prompt"], request["image"]) for request in batch]
             if FLAGS.best_of:
@@ -258,60 +298,37 @@ def answer_file(chat, critic) -> None:
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             if FLAGS.stats and FLAGS.best_of:
-                print(answers[0].table(), file=sys.stderr)
+                note(answers[0].table())
             elif FLAGS.stats:
                 print_stats(answers[0])
-    print(f"{len(requests) - answered} answers written to {output}", file=sys.stderr)
+    note(f"{len(requests) - answered} answers written to {output}")
 
 
-def read_requests(path: pathlib.Path) -> list[dict]:
-    """Questions with the fields prompt, image (list of paths) and id (by default the line number)."""
-    requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-            prompt, images = request["prompt"], request.get("image") or []
-            images = [str(path.parent / image) for image in ([images] if isinstance(images, str) else images)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} line {number} is no {{"prompt": ..., "image": ..., "id": ...}}: {error!r}') from error
-        missing = [image for image in images if not os.path.isfile(image)]
-        if missing:
-            raise ValueError(f"{path} line {number}: {missing[0]} does not exist")
-        requests.append({"prompt": prompt, "image": images, "id": request.get("id", number)})
-    return requests
+def is_first_host() -> bool:
+    import jax
+
+    return jax.process_index() == 0
 
 
-def count_answers(output: pathlib.Path, requests: list[dict]) -> int:
-    """How many requests the output file has answered; a last line that was cut off is removed."""
-    if not output.exists():
-        return 0
-    text = output.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        output.write_text(whole, encoding="utf-8")
-    ids = []
-    for number, line in enumerate(whole.split("\n")[:-1], 1):
-        try:
-            ids.append(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{output} line {number} is no answer of infer.py; name another --output") from error
-    if ids != [request["id"] for request in requests[: len(ids)]]:
-        raise ValueError(
-            f"{output} holds answers to other questions than {FLAGS.requests}; move it away or name another --output"
-        )
-    return len(ids)
+def of_first_host(count) -> int:
+    """What it counts there, on every host."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if not FLAGS.hosts:
+        return count()
+    return int(multihost_utils.broadcast_one_to_all(np.int32(count() if is_first_host() else 0)))
 
 
 def run(argv):
-    try:
-        main(argv)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # what the user can mend: one line; anything else is our fault and keeps its traceback
-        sys.exit(f"error: {error}")
+    from internvl3_jax import distributed
+
+    with distributed.together():
+        try:
+            main(argv)
+        # What the user can mend is one line; anything else is our fault and keeps its traceback.
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from internvl3_jax.generate import Generator, Run, bucket
 from internvl3_jax.model import InternVL
 from internvl3_jax.positions import build_positions
 from internvl3_jax.sampling import Sampling
+from internvl3_jax.sharding import constrain
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda scores: sum(scores) / len(scores),
@@ -199,4 +200,6 @@ def _log_probabilities(model, params, hidden, places, ids):
     """hidden [B,T,D], places i32[B,S], ids i32[n] -> f32[B,S,n]. The head runs at the places alone."""
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     logits = model.apply(lora.variables(params), hidden, method=InternVL.logits)
-    return jax.nn.log_softmax(logits, axis=-1)[..., ids]
+    return constrain(
+        jax.nn.log_softmax(logits, axis=-1)[..., ids], None, None, None
+    )  # whole, so that every process can read it

@@ -22,7 +22,7 @@ from internvl3_jax.data.batch import Prompt
 from internvl3_jax.model import InternVL
 from internvl3_jax.positions import next_position
 from internvl3_jax.sampling import Sampling, sample
-from internvl3_jax.sharding import param_shardings
+from internvl3_jax.sharding import BATCH_AXES, constrain, param_shardings
 
 TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded
 LENGTH_BUCKETS = tuple(quarters * 2 ** (power - 2) for power in range(6, 24) for quarters in (4, 5, 6, 7))
@@ -48,9 +48,6 @@ class Run:
     sampling: Sampling
     seeds: tuple[int, ...]
     scaling: str
-
-    def keys(self):
-        return jax.vmap(jax.random.key)(np.asarray(self.seeds, np.uint32))
 
 
 @dataclasses.dataclass
@@ -155,13 +152,14 @@ class Generator:
         places = np.broadcast_to(keep + np.arange(length, dtype=np.int32), tokens.shape)
         last = np.asarray(new, np.int32) - 1
         visual = self.features(prompts, length, keep)
-        inputs = (tokens, visual, positions, places, last, run.keys(), cache)
         with self.on_mesh():
+            inputs = (tokens, visual, positions, places, last, _keys(np.asarray(run.seeds, np.uint32)), cache)
             token, cache = _prefill(self.model, self.params, *inputs, run.sampling, run.scaling)
+            done = _is_stop(token, self.stop_ids)
         cache = self.repeat(cache, copies)
         following = np.asarray([next_position(prompt.positions) for prompt in prompts], np.int32)
         following, slot = np.repeat([following, last + 1 + keep], copies, axis=1)
-        return State(cache, token, following, slot, np.ones(len(slot), np.int32), _is_stop(token, self.stop_ids))
+        return State(cache, token, following, slot, np.ones(len(slot), np.int32), done)
 
     def empty_cache(self, rows: int, slots: int) -> kv_cache.Cache:
         with self.on_mesh():
@@ -178,7 +176,8 @@ class Generator:
         """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a time, until all rows have stopped or
         hold `run.limit` ids. A stop id ends its row and is yielded. `state` is updated in place.
         """
-        keys = run.keys()
+        with self.on_mesh():
+            keys = _keys(np.asarray(run.seeds, np.uint32))
         yield [[int(token)] for token in np.asarray(state.token)]
         drawn = 1
         while drawn < run.limit and not (stopped := np.asarray(state.done)).all():
@@ -215,7 +214,8 @@ class Generator:
         if not tiles:
             return None
         tiles, rows, places = np.concatenate(tiles), np.asarray(rows, np.int32), np.asarray(places, np.int32)
-        visual = jnp.zeros((len(prompts), length, self.config.language.hidden_size), self.dtype)
+        with self.on_mesh():
+            visual = _no_features(len(prompts), length, self.config.language.hidden_size, self.dtype)
         done = 0
         for count in tile_pieces(len(tiles)):
             piece = slice(done, done + count)
@@ -237,6 +237,18 @@ def _init_cache(config, rows, slots, dtype):
     return kv_cache.init_cache(config, rows, slots, dtype)
 
 
+@jax.jit
+def _keys(seeds):
+    """Of u32[B] seeds. This and what else the host reads or starts from lies whole on every device of the mesh: with several processes each
+    has it."""
+    return constrain(jax.vmap(jax.random.key)(seeds), None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _no_features(rows, length, width, dtype):
+    return constrain(jnp.zeros((rows, length, width), dtype), BATCH_AXES, None, None)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _repeat(cache, copies):
     return kv_cache.repeat(cache, copies)
@@ -255,7 +267,7 @@ def _prefill(model, params, tokens, visual, positions, slots, last, keys, cache,
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
     logits = jnp.repeat(logits, len(keys) // len(logits), axis=0)
-    return sample(logits, _fold(keys, jnp.zeros(len(keys), jnp.int32)), sampling), cache
+    return constrain(sample(logits, _fold(keys, jnp.zeros(len(keys), jnp.int32)), sampling), None), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
@@ -279,14 +291,16 @@ def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
         return tokens.at[:, index].set(token), (token, position + UNITS * moved, slot + moved, drawn + moved, done, cache)
 
     tokens = jnp.zeros((carry[0].shape[0], TOKENS_PER_CALL), jnp.int32)
-    if not _on_cpu():
-        return jax.lax.fori_loop(0, TOKENS_PER_CALL, lambda index, loop: one(index, *loop), (tokens, carry))
-    _, tokens, carry = jax.lax.while_loop(
-        lambda loop: (loop[0] < count) & ~loop[2][4].all(),
-        lambda loop: (loop[0] + 1, *one(*loop)),
-        (0, tokens, carry),
-    )
-    return tokens, carry
+    if _on_cpu():
+        _, tokens, carry = jax.lax.while_loop(
+            lambda loop: (loop[0] < count) & ~loop[2][4].all(),
+            lambda loop: (loop[0] + 1, *one(*loop)),
+            (0, tokens, carry),
+        )
+    else:
+        tokens, carry = jax.lax.fori_loop(0, TOKENS_PER_CALL, lambda index, loop: one(index, *loop), (tokens, carry))
+    *rest, done, cache = carry
+    return constrain(tokens, None, None), (*rest, constrain(done, None), cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -305,6 +319,7 @@ def tile_pieces(count: int) -> list[int]:
     return pieces
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _is_stop(tokens, stop_ids: tuple[int, ...]):
     return (tokens[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_beginnings_with_pictures_and_positions():
 
 def test_greedy_rows_of_a_drawn_batch():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
-    keys = generate.Run(1, Sampling(), tuple(range(6)), "none").keys()
+    keys = jax.vmap(jax.random.key)(np.arange(6, dtype=np.uint32))
     mixed = sample(logits, keys, Sampling(temperature=2.0, greedy_every=3))
     drawn, greedy = sample(logits, keys, Sampling(temperature=2.0)), logits.argmax(axis=1)
     assert mixed.tolist() == [greedy[0], drawn[1], drawn[2], greedy[3], drawn[4], drawn[5]]

@@ -114,7 +114,10 @@ def test_several_devices_answer_alike(ask, pictures):
     question = {"prompt": "What is it?", "image": [str(pictures / "wide.png")], "json": True}
     alone, split = (json.loads(ask(**question, devices=devices).out) for devices in (1, 4))
     assert alone["token_ids"] == split["token_ids"]
-    assert fail(ask, **question, devices=9).startswith("error: --devices is 9; this machine has 8: [CpuDevice(id=0)")
+    wide = json.loads(ask(**question, devices=4, fsdp=2).out)
+    assert wide["token_ids"] == alone["token_ids"]
+    assert fail(ask, **question, devices=9).startswith("error: --devices is 9; there are 8: [CpuDevice(id=0)")
+    assert fail(ask, **question, devices=4, fsdp=3) == "error: --fsdp is 3; it must divide the 4 devices"
 
 
 def test_a_conversation(ask, monkeypatch, pictures):

@@ -22,7 +22,7 @@ ROWS = [
     ["components", "generate", "meter"],
     ["objective"],
     ["train_step"],
-    ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "run", "tokens"],
+    ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "requests", "run", "tokens"],
     ["best_of_n", "make_pairs", "make_process_labels", "make_reference"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
