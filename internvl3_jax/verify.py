@@ -15,8 +15,13 @@ TOLERANCE = Fraction(1, 10**6)  # relative
 _LONGEST_NUMBER = 60  # characters; longer strings of digits are compared as text
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_STATED = re.compile(r"\banswer\s*\**\s*(?P<how>is\b\s*:?|:|=)\s*(?P<answer>\S.*)", re.IGNORECASE)
-_OPTION = re.compile(r"\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)(?P<text>.*)", re.DOTALL)
+_STATED = re.compile(r"\banswer\s*\**\s*(?P<how>is\b\s*:?|:|=)\s*(?=\S)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bProf)\.(?:\s|$)")
+_OPTION = re.compile(
+    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\((?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)", re.DOTALL
+)
+_SEVERAL_OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:\s*(?:,|and|&|or|/)\s*|\s+|(?<=\)))\(?[A-J]\)?)+")
+_CALLED_OPTION = re.compile(r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice)\s+)(?=\(?[A-J]\b)")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3})?|\.\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?:(?P<whole>\d+)\s+)?(?:(?P<top>\d+)/(?P<bottom>\d+))|(?P<decimal>{_DECIMAL}))\s?(?P<percent>%?)"
@@ -39,9 +44,11 @@ def extract_answer(text: str) -> str | None:
     stated = list(_STATED.finditer(text))
     if not stated:
         return None
-    answer = stated[-1]["answer"]
+    # Of a formula that is set apart, the first line that says something.
+    lines = text[stated[-1].end() :].split("\n")
+    answer = next((line for line in lines if _normal(line.replace("*", ""))), "")
     if stated[-1]["how"].lower().startswith("is"):  # a sentence; what follows it is no part of the answer
-        answer = re.split(r"\.(?:\s|$)", answer)[0]
+        answer = _SENTENCE_END.split(answer)[0]
     return answer.strip().strip("*").strip().removesuffix(".") or None
 
 
@@ -52,7 +59,7 @@ def final_answer(text: str) -> str | None:
         return stated
     option = _OPTION.fullmatch(text.strip())
     if option:
-        return option["letter"]
+        return _letter(option)
     numbers = _LAST_NUMBER.findall(text)
     lines = text.split("\n") if not numbers else numbers
     return next((line.strip() for line in reversed(lines) if line.strip()), None)
@@ -61,16 +68,28 @@ def final_answer(text: str) -> str | None:
 def same_answer(a: str, b: str) -> bool:
     """Whether two final answers (not whole solutions) say the same; symmetric."""
     a, b = _normal(a), _normal(b)
-    if a.lower() == b.lower():
+    if _same(a, b):
         return True
+    if any(_SEVERAL_OPTIONS.fullmatch(side) for side in (a, b)):
+        letters = [set(re.findall(r"\b[A-J]\b", side)) for side in (a, b) if _SEVERAL_OPTIONS.fullmatch(side)]
+        return len(letters) == 2 and letters[0] == letters[1]
     options = [_OPTION.fullmatch(side) for side in (a, b)]
+    texts = [option["text"].strip() if option else side for option, side in zip(options, (a, b), strict=True)]
     if all(options):
-        return options[0]["letter"] == options[1]["letter"]
-    if any(options):
-        # "(B) 12" also answers a question whose answer is written out as 12.
-        texts = [option["text"].strip() if option else side for option, side in zip(options, (a, b), strict=True)]
-        return all(texts) and same_answer(*texts)
-    return _same_number(_number(a), _number(b))
+        # One may say of an option more than the other, but nothing else.
+        small, large = sorted((text.lower() for text in texts), key=len)
+        return _letter(options[0]) == _letter(options[1]) and (small in large or _same(*texts))
+    # "(B) 12" also answers a question whose answer is written out as 12.
+    return any(options) and all(texts) and _same(*texts)
+
+
+def _letter(option: re.Match) -> str:
+    return (option["letter"] or option["small"] or option["alone"]).upper()
+
+
+def _same(a: str, b: str) -> bool:
+    """As text, or as numbers."""
+    return a.lower().replace(", ", ",") == b.lower().replace(", ", ",") or _same_number(_number(a), _number(b))
 
 
 def _until_closed(text: str, start: int) -> str | None:
@@ -85,13 +104,21 @@ def _until_closed(text: str, start: int) -> str | None:
 
 def _normal(answer: str) -> str:
     """Without the marks that change how an answer looks and not what it says."""
-    answer = answer.replace("\u2212", "-").replace(r"\%", "%")
+    answer = answer.replace("\u2212", "-").replace(r"\%", "%").replace("{,}", ",")
     answer = _NOISE.sub("", answer)
     for _ in range(3):  # nested
         answer = _WRAPPERS.sub(r"\1", answer)
-    answer = _FRACTION.sub(lambda found: f"{found[1] or found[3]}/{found[2] or found[4]}", answer)
+    answer = _FRACTION.sub(_fraction, answer)
     answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").strip()
-    return re.sub(r"\s*([-+*/=<>^,])\s*", r"\1", answer)
+    # A space behind a comma stays: 3, 100 is no number.
+    return _CALLED_OPTION.sub("", re.sub(r"\s*([-+*/=<>^])\s*|\s+(?=,)", r"\1", answer))
+
+
+def _fraction(found: re.Match) -> str:
+    parts = (found[1] or found[3], found[2] or found[4])
+    top, bottom = (part if re.fullmatch(r"\s*[-+]?[\w.]+\s*", part) else f"({part})" for part in parts)
+    mixed = found.start() and found.string[found.start() - 1].isdigit()
+    return f"{' ' if mixed else ''}{top}/{bottom}"
 
 
 def _number(text: str) -> tuple[Fraction, bool] | None:

@@ -22,6 +22,12 @@ from internvl3_jax.verify import extract_answer, final_answer, same_answer
         ("The answer is **42**.", "42"),
         ("Final answer is: \n(C)", "(C)"),
         ("Answer:", None),
+        ("The answer is:\n\n$$\n42\n$$", "42"),
+        ("The answer is:\n\\[\n\\]", None),
+        ("Final answer: The answer is B.", "B"),
+        ("The answer is 41. Wait, no: the answer is 42.", "42"),
+        ("Answer: 7\nAnswer:", "7"),
+        ("The answer is Dr. Smith. He is the doctor.", "Dr. Smith"),
         ("answers are many", None),
         ("I do not know", None),
         ("", None),
@@ -72,6 +78,18 @@ SAME = [
     ("x + 1", "x+1"),
     ("$12", "12"),
     ("9" * 80, "9" * 80),
+    (r"2\frac{1}{2}", "2.5"),
+    (r"\frac{-1}{2}", "-0.5"),
+    (r"\frac{x+1}{2}", "(x+1)/2"),
+    ("10{,}000", "10000"),
+    ("option B", "B"),
+    ("the correct choice (B)", "B. the dog"),
+    ("(b)", "B"),
+    ("b", "(B)"),
+    ("B. 12", "B. 12 cm"),
+    ("(A) and (C)", "A, C"),
+    ("(1, 2)", "(1,2)"),
+    ("(A) " * 2000, "(A) " * 2000),
 ]
 
 
@@ -82,6 +100,14 @@ def test_same(a, b):
 
 
 DIFFERENT = [
+    (r"2\frac{1}{2}", "10.5"),
+    (r"\frac{x+1}{2}", r"x+\frac{1}{2}"),
+    ("(A) and (C)", "A"),
+    ("(A)(B)", "(A)"),
+    ("3, 100", "3100"),
+    ("H. pylori", "H. influenzae"),
+    ("ABED", "BEAD"),
+    ("(A) " * 2000, "42"),
     ("5", "6"),
     ("1", "1.00001"),
     ("0", "1e-9"),
