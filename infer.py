@@ -22,6 +22,8 @@ import sys
 
 from absl import app, flags, logging
 
+from internvl3_jax import host_flags
+
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
@@ -61,11 +63,10 @@ flags.DEFINE_integer(
     "fsdp", 1, "Of --devices, parts that the matrices are split into by their width besides: for more devices than key heads."
 )
 flags.DEFINE_bool(
-    "hosts", False, "Over all devices of all hosts, each of which runs this command; they find each other as train.py's do."
+    "hosts",
+    False,
+    "Over all devices of all hosts, each of which runs this command; --coordinator, --processes, --process as of train.py.",
 )
-flags.DEFINE_string("coordinator", "", "With --hosts: HOST:PORT of process 0, where the launcher does not say.")
-flags.DEFINE_integer("processes", -1, "With --hosts: how many there are, as above.")
-flags.DEFINE_integer("process", -1, "With --hosts: the number of this one, from 0; as above.")
 flags.DEFINE_integer(
     "best_of", None, "Answers to choose from, the first greedy, the others drawn; see docs/best_of_n.md.", lower_bound=1
 )
@@ -115,7 +116,7 @@ def join_hosts() -> None:
     from internvl3_jax import distributed
 
     with contextlib.redirect_stdout(sys.stderr):
-        distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+        distributed.initialize(*(flag.value for flag in (host_flags.COORDINATOR, host_flags.PROCESSES, host_flags.PROCESS)))
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
 
@@ -124,9 +125,13 @@ def check_best_of() -> None:
     if not FLAGS.best_of:
         if FLAGS.critic or FLAGS.majority:
             raise app.UsageError("--critic and --majority choose among --best_of N answers; give N")
-        return
-    if bool(FLAGS.critic) == FLAGS.majority:
+    elif bool(FLAGS.critic) == FLAGS.majority:
         raise app.UsageError("--best_of needs --critic DIR or --majority, one of them, to choose by")
+    of_critic = [name for name in ("aggregate", "max_steps", "critic_system") if not FLAGS[name].using_default_value]
+    if of_critic and not FLAGS.critic:
+        raise app.UsageError(f"--{of_critic[0]} is about a critic's scores; give --critic DIR")
+    if not FLAGS.best_of:
+        return
     if not FLAGS.requests and FLAGS.prompt is None:
         raise app.UsageError("--best_of needs --prompt or --requests; a conversation takes one answer at a time")
 
@@ -294,7 +299,8 @@ def answer_file(chat, critic) -> None:
             else:
                 answers = chat.answer_many(questions, first=start + 1)
                 fields = [as_json(answer) for answer in answers]
-            lines = [json.dumps({"id": r["id"], **f}, ensure_ascii=False) for r, f in zip(batch, fields, strict=True)]
+            asked = [{"id": request["id"], "prompt": request["prompt"]} for request in batch]
+            lines = [json.dumps(known | found, ensure_ascii=False) for known, found in zip(asked, fields, strict=True)]
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             if FLAGS.stats and FLAGS.best_of:

@@ -26,6 +26,7 @@ from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.evaluate import evaluate
 from internvl3_jax.find import find
 from internvl3_jax.held_out import HeldOut
+from internvl3_jax.host_flags import COORDINATOR, PROCESS, PROCESSES
 from internvl3_jax.meter import Meter
 from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, make_optimizer
@@ -35,11 +36,6 @@ from internvl3_jax.run import Guard, Past, Saver, Skipped, restore_or_init, save
 from internvl3_jax.train_step import TrainState, make_model, make_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config() -> TrainConfig.", lock_config=False)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0; not needed on Cloud TPU, SLURM, Open MPI, Kubernetes."
-)
-PROCESSES = flags.DEFINE_integer("processes", -1, "How many processes the run has; as above.")
-PROCESS = flags.DEFINE_integer("process", -1, "The number of this one, from 0; as above.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, log, report.", required=True)
 
 

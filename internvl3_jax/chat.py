@@ -170,6 +170,8 @@ class Chat:
         """
         if n < 1:
             raise ValueError(f"n is {n}; it must be at least 1")
+        if not requests:
+            return []
         began = time.perf_counter()
         options = dataclasses.replace(self.options, **options)
         sampling = Sampling(options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0)

@@ -21,7 +21,7 @@ import numpy as np
 from internvl3_jax import lora
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt, cut_pictures
-from internvl3_jax.data.chat import encode_chat, insert_missing_tags
+from internvl3_jax.data.chat import ChatError, encode_chat, insert_missing_tags
 from internvl3_jax.data.images import open_image
 from internvl3_jax.data.steps import BAD, GOOD, critic_messages, split_steps
 from internvl3_jax.generate import Generator, Run, bucket
@@ -92,6 +92,9 @@ class Critic:
         Raises:
           ChatError, ContextError: the question, or a solution, cannot be read by this model; `where` names it.
         """
+        for name, given in (("images", images), ("solutions", solutions)):
+            if isinstance(given, (str, bytes)):
+                raise ChatError(f"{name} must be a list, such as [{given[:40]!r}]")
         pictures = [open_image(image, apply_exif=self.processor.apply_exif) for image in images]
         tiles = cut_pictures(pictures, self.processor, self.options.max_tiles)
         (turn,) = insert_missing_tags([{"role": "user", "content": question}], len(tiles), where)
@@ -113,7 +116,8 @@ class Critic:
         encoded = encode_chat(messages, counts, self.tokenizer, self.processor, add_generation_prompt=False, where=where)
         positions = build_positions(len(encoded.tokens), encoded.runs, [self.processor.delta] * len(tiles))
         prompt = Prompt(encoded.tokens, positions, encoded.runs, tiles)
-        self.generator.check_room(prompt, Run(0, Sampling(), (), self._scaling()), where)
+        reader = f"{where}, read by the critic" if where else "the critic"
+        self.generator.check_room(prompt, Run(0, Sampling(), (), self._scaling()), reader)
         starts = np.flatnonzero(np.diff(encoded.loss_mask.astype(int), prepend=0) == 1)
         if (encoded.tokens[starts] != self.labels[0]).any():
             raise ValueError(f"the tokenizer joins {GOOD} with what stands before it; this model cannot be a critic")

@@ -8,10 +8,10 @@ With an answer: several answers are drawn and compared with it (verify.py); each
 --most_pairs of them, drawn at random. Of no use are questions answered always right or always wrong, equal pairs, and pairs whose
 rejected answer holds the chosen one. Answers that state nothing are wrong only with --format_negatives.
 
-Without one (Dropout NTP): the drawn answer is chosen; rejected is its first half, continued without the pictures.
+Without one, but with a picture (Dropout NTP): the drawn answer is chosen; rejected is its first half, continued without the pictures.
 
 Each line of --output is a row for train.py (list it in a meta JSON whose root is the questions' folder). OUTPUT.done has a line for each
-finished question, what was drawn and how many pairs it gave; started again, it goes on behind the last one.
+finished question, what was drawn and how many pairs it gave; started again with the same model and settings, it goes on behind the last.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from internvl3_jax.chat import Chat
 from internvl3_jax.checkpoint import load
 from internvl3_jax.data.chat import PICTURE_TAG
-from internvl3_jax.questions import Question, read_questions, states
+from internvl3_jax.questions import Question, marked, read_questions, states, whole_lines
 from internvl3_jax.verify import extract_answer
 
 
@@ -71,6 +71,7 @@ class Found:
     def done(self) -> dict:
         return {
             "id": self.question.id,
+            "mark": self.question.mark,
             "pairs": len(self.pairs),
             "right": self.right,
             "wrong": self.wrong,
@@ -78,14 +79,14 @@ class Found:
         }
 
 
-def find_pairs(chat: Chat, questions: Sequence[Question], settings: Settings) -> list[Found]:
-    """Of questions that all have an answer, or all have none."""
-    return (_checked if questions[0].answer is not None else _dropped)(chat, questions, settings)
+def find_pairs(chat: Chat, questions: Sequence[Question], settings: Settings, first: int = 1) -> list[Found]:
+    """Of questions that all have an answer, or all have none. first: number of the first one, for errors."""
+    return (_checked if questions[0].answer is not None else _dropped)(chat, questions, settings, first)
 
 
-def _checked(chat: Chat, questions: Sequence[Question], settings: Settings) -> list[Found]:
+def _checked(chat: Chat, questions: Sequence[Question], settings: Settings, first: int) -> list[Found]:
     requests = [(question.question, question.images) for question in questions]
-    drawn = chat.candidates(requests, settings.samples, seed=settings.seed, **settings.drawing())
+    drawn = chat.candidates(requests, settings.samples, seed=settings.seed, first=first, **settings.drawing())
     found = []
     for question, answers in zip(questions, drawn, strict=True):
         texts = list(dict.fromkeys(answer.text for answer in answers if answer.text.strip()))
@@ -107,9 +108,10 @@ def choose(right: Sequence[str], wrong: Sequence[str], most: int, seed) -> list[
     return pairs
 
 
-def _dropped(chat: Chat, questions: Sequence[Question], settings: Settings) -> list[Found]:
+def _dropped(chat: Chat, questions: Sequence[Question], settings: Settings, first: int) -> list[Found]:
     requests = [(question.question, question.images) for question in questions]
-    chosen = [answer.text for (answer,) in chat.candidates(requests, 1, seed=settings.seed, **settings.drawing())]
+    drawn = chat.candidates(requests, 1, seed=settings.seed, first=first, **settings.drawing())
+    chosen = [answer.text for (answer,) in drawn]
     begun = [first_half(text) for text in chosen]
     blind = [(question.question.replace(f"{PICTURE_TAG}\n", "").replace(PICTURE_TAG, ""), []) for question in questions]
     rest = chat.candidates(blind, 1, begun=begun, seed=settings.seed + 1, **settings.drawing())
@@ -132,39 +134,39 @@ def go_on(output: pathlib.Path, questions: Sequence[Question]) -> int:
     if not output.exists() and not done.exists():
         return 0
     try:
-        finished = [json.loads(line) for line in _whole_lines(done)]
+        finished = [json.loads(line) for line in whole_lines(done)]
         pairs = sum(row["pairs"] for row in finished)
-        rows = _whole_lines(output)[:pairs]
+        rows = whole_lines(output)[:pairs]
+        known = [(row["id"], row["mark"]) for row in finished]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} and {done} are not both of this program: {error!r}; name another --output") from error
-    ids = [row["id"] for row in finished]
-    if ids != [question.id for question in questions[: len(ids)]] or len(rows) < pairs:
-        raise ValueError(f"{output} holds pairs of other questions; move it and {done} away or name another --output")
+    if known != [(question.id, question.mark) for question in questions[: len(known)]] or len(rows) < pairs:
+        raise ValueError(
+            f"{output} holds pairs of other questions, or of another --checkpoint or other settings; move it and {done} away or name "
+            f"another --output"
+        )
     output.write_text("".join(rows), encoding="utf-8")
     done.write_text("".join(json.dumps(row) + "\n" for row in finished), encoding="utf-8")
-    return len(ids)
+    return len(known)
 
 
 def done_path(output: pathlib.Path) -> pathlib.Path:
     return output.with_name(f"{output.name}.done")
 
 
-def _whole_lines(path: pathlib.Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines(keepends=True)
-
-
-def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, settings: Settings) -> None:
-    """Makes the pairs of the questions that are not finished; each batch of them is written at once."""
+def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, settings: Settings, checkpoint: str = "") -> None:
+    """Makes the pairs of the questions that are not finished; each batch of them is written at once. checkpoint: name of the chat's."""
     from rich.progress import track
 
+    questions = marked(questions, settings, checkpoint)
     start = go_on(output, questions)
     if start:
         print(f"{output}: {start} of {len(questions)} questions are finished; going on with the rest", file=sys.stderr)
     batches = _batches(questions[start:], settings)
     with output.open("a", encoding="utf-8") as rows, done_path(output).open("a", encoding="utf-8") as done:
         for batch in track(batches, description="drawing", disable=not sys.stderr.isatty()):
-            found = find_pairs(chat, batch, settings)
+            found = find_pairs(chat, batch, settings, start + 1)
+            start += len(batch)
             rows.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for one in found for row in one.rows()))
             rows.flush()
             done.write("".join(json.dumps(one.done(), ensure_ascii=False) + "\n" for one in found))
@@ -182,13 +184,14 @@ def _batches(questions: Sequence[Question], settings: Settings) -> list[list[Que
 
 
 def summary(output: pathlib.Path) -> str:
-    finished = [json.loads(line) for line in _whole_lines(done_path(output))]
+    finished = [json.loads(line) for line in whole_lines(done_path(output))]
     usable = sum(row["pairs"] > 0 for row in finished)
+    blind = sum(row["pairs"] > 0 and not row["right"] for row in finished)
     never = sum(row["right"] == 0 and row["wrong"] + row["silent"] > 0 for row in finished)
     always = sum(row["right"] > 0 and row["wrong"] + row["silent"] == 0 for row in finished)
     return (
         f"{sum(row['pairs'] for row in finished):,} pairs of {usable:,} of {len(finished):,} questions; {always:,} were always answered "
-        f"right, {never:,} never"
+        f"right, {never:,} never" + (f"; {blind:,} had no known answer (Dropout NTP)" if blind else "")
     )
 
 
@@ -211,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
         questions = read_questions(options.questions, checked=False)
-        run(Chat(load(options.checkpoint, dtype=options.dtype)), questions, options.output, settings)
+        checkpoint = load(options.checkpoint, dtype=options.dtype)
+        run(Chat(checkpoint), questions, options.output, settings, str(checkpoint.directory))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from internvl3_jax.chat import Chat
 from internvl3_jax.checkpoint import load
 from internvl3_jax.data.chat import OFFICIAL_ROLES
 from internvl3_jax.data.steps import BAD, GOOD, SEPARATOR, SYSTEM, critic_messages, split_steps
-from internvl3_jax.questions import Question, read_questions, states
+from internvl3_jax.questions import Question, marked, read_questions, states, whole_lines
 
 OFFICIAL = {role: name for name, role in OFFICIAL_ROLES.items()}
 
@@ -47,13 +47,14 @@ class Settings:
         for name in ("solutions", "continuations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        split_steps("", self.max_steps)
 
 
-def label(chat: Chat, questions: Sequence[Question], settings: Settings) -> list[dict]:
-    """Rows of all questions: one for each different solution, in the order of the questions."""
+def label(chat: Chat, questions: Sequence[Question], settings: Settings, first: int = 1) -> list[dict]:
+    """Rows of all questions: one for each different solution, in the order of the questions. first: number of the first, for errors."""
     drawing = {"temperature": settings.temperature, "top_k": settings.top_k, "max_new_tokens": settings.max_new_tokens}
     requests = [(question.question, question.images) for question in questions]
-    drawn = chat.candidates(requests, settings.solutions, seed=settings.seed, **drawing)
+    drawn = chat.candidates(requests, settings.solutions, seed=settings.seed, first=first, **drawing)
     solutions = [
         (question, split_steps(text, settings.max_steps))
         for question, answers in zip(questions, drawn, strict=True)
@@ -89,33 +90,36 @@ def _row(question: Question, steps: list[str], scores: list[float], settings: Se
     messages = critic_messages(question.question, steps, labels, settings.system)
     turns = [{"from": OFFICIAL[message["role"]], "value": message["content"]} for message in messages]
     image = {} if question.image is None else {"image": question.image}
-    return {"id": question.id, **image, "conversations": turns, "scores": scores}
+    return {"id": question.id, **image, "conversations": turns, "scores": scores, "mark": question.mark}
 
 
 def keep_whole(output: pathlib.Path, questions: Sequence[Question]) -> int:
     """How many questions the file has all rows of; what follows them is removed."""
     if not output.exists():
         return 0
-    text = output.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+    lines = whole_lines(output)
     try:
         rows = [json.loads(line) for line in lines]
         places = [(json.dumps(row["id"]), row["solutions"]) for row in rows]
+        marks = {json.dumps(row["id"]): row["mark"] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} holds other lines than this program writes; name another --output") from error
     found = collections.Counter(id for id, _ in places)
     whole = [id for id in dict.fromkeys(id for id, _ in places) if (id, found[id]) in places]
-    if whole != [json.dumps(question.id) for question in questions[: len(whole)]]:
-        raise ValueError(f"{output} holds labels of other questions; move it away or name another --output")
+    if [(id, marks[id]) for id in whole] != [(json.dumps(question.id), question.mark) for question in questions[: len(whole)]]:
+        raise ValueError(
+            f"{output} holds labels of other questions, or of another --checkpoint or other settings; move it away or name another --output"
+        )
     kept = [line for line, (id, _) in zip(lines, places, strict=True) if id in set(whole)]
     output.write_text("".join(kept), encoding="utf-8")
     return len(whole)
 
 
-def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, settings: Settings) -> None:
-    """Labels the questions that the output does not hold yet; after each batch of them it is written."""
+def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, settings: Settings, checkpoint: str = "") -> None:
+    """Labels the questions that the output does not hold yet; after each batch of them it is written. checkpoint: name of the chat's."""
     from rich.progress import track
 
+    questions = marked(questions, settings, checkpoint)
     done = keep_whole(output, questions)
     if done:
         print(f"{output} holds {done} of {len(questions)} questions; going on with the rest", file=sys.stderr)
@@ -123,7 +127,7 @@ def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, setting
     with output.open("a", encoding="utf-8") as file:
         starts = range(done, len(questions), size)
         for start in track(starts, description="labelling", disable=not sys.stderr.isatty()):
-            rows = label(chat, questions[start : start + size], settings)
+            rows = label(chat, questions[start : start + size], settings, start + 1)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             file.flush()
 
@@ -149,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings(**values)
         questions = read_questions(options.questions)
-        run(Chat(load(options.checkpoint, dtype=options.dtype)), questions, options.output, settings)
+        checkpoint = load(options.checkpoint, dtype=options.dtype)
+        run(Chat(checkpoint), questions, options.output, settings, str(checkpoint.directory))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

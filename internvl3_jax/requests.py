@@ -32,12 +32,13 @@ def count_answers(output: pathlib.Path, requests: list[dict]) -> int:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         output.write_text(whole, encoding="utf-8")
-    ids = []
+    answered = []
     for number, line in enumerate(whole.split("\n")[:-1], 1):
         try:
-            ids.append(json.loads(line)["id"])
+            row = json.loads(line)
+            answered.append((row["id"], row["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{output} line {number} is no answer of infer.py; name another --output") from error
-    if ids != [request["id"] for request in requests[: len(ids)]]:
+    if answered != [(request["id"], request["prompt"]) for request in requests[: len(answered)]]:
         raise ValueError(f"{output} holds answers to other questions than were asked; move it away or name another --output")
-    return len(ids)
+    return len(answered)

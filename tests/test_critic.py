@@ -213,8 +213,10 @@ def test_errors():
             Critic(checkpoint(), **options)
     with pytest.raises(ChatError, match="question 7: 1 pictures, but 2 <image> tags"):
         tiny_critic().score("<image> and <image>", [picture(20, 20)], ["1"], "question 7")
-    with pytest.raises(ContextError, match="question 8: .* the model knows 2,048"):
+    with pytest.raises(ContextError, match="question 8, read by the critic: .* the model knows 2,048"):
         tiny_critic().score(QUESTION, [], ["1 + 1\n\n" * 400], "question 8")
+    with pytest.raises(ChatError, match="solutions must be a list"):
+        tiny_critic().score(QUESTION, [], "Answer: 6")
 
 
 def test_places_may_have_a_token_only_in_common():

@@ -164,7 +164,7 @@ def answers_in(path):
     """The lines of an output file without what differs from run to run."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     for row in rows:
-        assert set(row) == FIELDS | {"id"} and row.pop("seconds") > 0
+        assert set(row) == FIELDS | {"id", "prompt"} and row.pop("seconds") > 0
     return rows
 
 

@@ -11,7 +11,7 @@ PACKAGE = "internvl3_jax"
 
 # A folder is one unit: its files may import each other.
 ROWS = [
-    ["config", "find", "hf_fields", "patterns", "verify"],
+    ["config", "find", "hf_fields", "host_flags", "patterns", "requests", "verify"],
     ["hf_config", "positions", "sizes"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
     ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "reader", "report"],
@@ -22,13 +22,25 @@ ROWS = [
     ["components", "generate", "meter"],
     ["objective"],
     ["train_step"],
-    ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "requests", "run", "tokens"],
+    ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "run", "tokens"],
     ["best_of_n", "make_pairs", "make_process_labels", "make_reference"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
 # Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
-WITHOUT_JAX = {"config", "data", "find", "fingerprint", "hf_config", "hf_fields", "positions", "sizes", "tokens", "verify"}
+WITHOUT_JAX = {
+    "config",
+    "data",
+    "find",
+    "fingerprint",
+    "hf_config",
+    "hf_fields",
+    "host_flags",
+    "positions",
+    "requests",
+    "sizes",
+}
+WITHOUT_JAX |= {"tokens", "verify"}
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
 ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions", "sizes"}}

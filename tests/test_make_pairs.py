@@ -107,11 +107,27 @@ def test_it_goes_on_behind_the_last_finished_question(tmp_path):
     run(model, questions, output, settings)
     assert output.read_bytes() == whole and done_path(output).read_bytes() == done
     assert [len(requests) for requests, *_ in model.asked] == [2, 2]
-    with pytest.raises(ValueError, match="holds pairs of other questions"):
-        run(model, questions[::-1], output, settings)
+    others = (
+        (questions[::-1], settings, ""),
+        (questions, Settings(samples=2, temperature=0.1), ""),
+        (questions, settings, "another"),
+    )
+    for other in others:
+        with pytest.raises(ValueError, match="holds pairs of other questions"):
+            run(model, other[0], output, *other[1:])
     output.unlink()
     with pytest.raises(ValueError, match="are not both of this program"):
         run(model, questions, output, settings)
+
+
+def test_what_looks_like_the_end_of_a_line_is_none(tmp_path):
+    """Of Unicode's ends of lines only one is JSON's."""
+    answers = {f"q{n}": ["so\u2028it is\x85Answer: 6", "Answer: 7"] for n in range(3)}
+    questions, settings, output = [question(name) for name in answers], Settings(samples=2), tmp_path / "pairs.jsonl"
+    run(Model(**answers), questions, output, settings)
+    whole = output.read_bytes()
+    run(Model(**answers), questions, output, settings)
+    assert output.read_bytes() == whole
 
 
 def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from internvl3_jax.chat import Answer
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
 from internvl3_jax.make_process_labels import Settings, keep_whole, label, main, run
-from internvl3_jax.questions import Question, read_questions
+from internvl3_jax.questions import Question, marked, read_questions
 
 
 class Solver:
@@ -63,7 +63,9 @@ def test_labels():
     }
     assert [(row["id"], row["image"], row["solutions"]) for row in rows] == [("q", "a.png", 3)] * 3
     options = {"temperature": 1.0, "top_k": 50, "max_new_tokens": 4096}
-    assert solver.asked == [(1, 3, options)] + [(2, 8, options)] * 2 + [(1, 8, options)]  # 2 + 3 + 1 places, one of them twice
+    assert solver.asked == [(1, 3, options | {"first": 1})] + [(2, 8, options)] * 2 + [
+        (1, 8, options)
+    ]  # 2 + 3 + 1 places, one of them twice
     stricter = label(solver, [QUESTION], Settings(**SMALL, threshold=0.25))
     assert [turn["value"] for turn in stricter[2]["conversations"] if turn["from"] == "gpt"] == ["-", "+"]
 
@@ -91,12 +93,14 @@ def questions_file(folder, count: int = 3):
 
 
 def test_goes_on_behind_the_last_whole_question(tmp_path):
-    questions = read_questions(questions_file(tmp_path))
-    solver = Solver({question.question: ["x\n\nAnswer: 6", "wrong\n\nAnswer: 7"] for question in questions})
-    output, settings = tmp_path / "labels.jsonl", Settings(**(SMALL | {"batch_size": 3}))
+    settings = Settings(**(SMALL | {"batch_size": 3}))
+    questions = marked(read_questions(questions_file(tmp_path)), settings, "")
+    # A line separator of Unicode is none of JSON's.
+    solver = Solver({question.question: ["x\u2028\n\nAnswer: 6", "wrong\n\nAnswer: 7"] for question in questions})
+    output = tmp_path / "labels.jsonl"
     run(solver, questions, output, settings)
     whole = output.read_text()
-    lines = whole.splitlines(keepends=True)
+    lines = [line + "\n" for line in whole.split("\n")[:-1]]
     assert len(lines) == 6 and keep_whole(output, questions) == 3
     for kept, expected in ((lines[:3], 1), (lines[:4], 2), ([*lines[:4], lines[4][:20]], 2), ([], 0)):
         output.write_text("".join(kept))
@@ -105,6 +109,9 @@ def test_goes_on_behind_the_last_whole_question(tmp_path):
         assert output.read_text() == whole
     with pytest.raises(ValueError, match="labels of other questions"):
         keep_whole(output, questions[1:])
+    for other in (Settings(**SMALL, threshold=0.5), settings):
+        with pytest.raises(ValueError, match="or of another --checkpoint or other settings"):
+            keep_whole(output, marked(questions, other, "another"))
     output.write_text("{}\n")
     with pytest.raises(ValueError, match="name another --output"):
         keep_whole(output, questions)
@@ -137,7 +144,10 @@ def test_rows_are_training_data(tmp_path, capsys):
 def test_errors(tmp_path, capsys):
     path = questions_file(tmp_path)
     for text, message in [
-        ('{"question": "a"}', "line 1 is no"),
+        ('{"question": "a"}', "line 1 has no answer"),
+        ('{"question": "a", "answer": null}', "line 1 has no answer"),
+        ('{"prompt": "a"}', "line 1 is no"),
+        ('{"question": "<image> <image>", "answer": 1, "image": "a.png"}', "line 1: 1 pictures, but 2 <image> tags"),
         ('{"question": "a", "answer": "1", "image": "b.png"}', "b.png does not exist"),
         ('{"question": "a", "answer": 1, "id": 2}\n{"question": "a", "answer": 1}', "the id 2 stands there twice"),
     ]:
@@ -146,6 +156,8 @@ def test_errors(tmp_path, capsys):
             read_questions(path)
     with pytest.raises(ValueError, match="solutions is 0"):
         Settings(solutions=0)
+    with pytest.raises(ValueError, match="max_steps is 0"):
+        Settings(max_steps=0)
     arguments = ["--checkpoint", "x", "--questions", str(path), "--output", str(tmp_path / "labels.jsonl")]
     assert main(arguments) == 1 and "the id 2" in capsys.readouterr().err
     assert make_process_labels.parse(arguments).system == "visualprm"
