@@ -3,8 +3,8 @@
     python -m internvl3_jax.make_reference --config configs/mpo.py:runs/sft-8b --config.data.source=pairs.json --output reference.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b --config.data.source=pairs.json --config.data.reference=reference.jsonl ...
 
-A pair is known by its tokens, positions and pictures, so what is drawn anew in every epoch cannot be used with it: several deltas,
-recompression (data_augment), a number of frames. Started again, it goes on where it stopped.
+A pair is known by its tokens, positions and pictures. So what training otherwise draws anew in every epoch (V2PE deltas, frames of a video,
+recompression) is drawn once for each row here, and in a run with data.reference. Started again, it goes on where it stopped.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ from internvl3_jax import checkpoint, sharding
 from internvl3_jax.checksum import tree_hash
 from internvl3_jax.config import DataConfig, TrainConfig
 from internvl3_jax.data.batch import Batch, Sample
+from internvl3_jax.data.mixture import read_drop_list
+from internvl3_jax.data.overlong import TooLong
 from internvl3_jax.data.packing import join
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.data.prepare import Preparer
@@ -33,24 +35,25 @@ from internvl3_jax.held_out import held_out_data
 from internvl3_jax.model import InternVL
 from internvl3_jax.objective import Head
 from internvl3_jax.preference import reference_dtype
+from internvl3_jax.questions import whole_lines
 from internvl3_jax.storage import by_path
 from internvl3_jax.train_step import make_model, reference_log_probabilities
 
 
 def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
-    """Writes what the file lacks; returns how many pairs it has. ValueError if the pairs are not the same in every epoch."""
+    """Writes what the file lacks; returns how many pairs it has."""
     check(config)
     name = config.loss.reference or config.init_from
     mesh = sharding.make_mesh(config.mesh)
     source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
     header = {"reference": str(source.directory), "hash": tree_hash(by_path(source.params)), "dtype": config.compute_dtype}
+    start_file(output, header)
     known = read_known(output, header)
     params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
     tokenizer = make_tokenizer(config.data)
     with output.open("a", encoding="utf-8") as file, jax.set_mesh(mesh):
-        if not known:
-            file.write(json.dumps(header) + "\n")
         for data in (config.data, *([held_out_data(config)] if config.held_out else [])):
+            data = dataclasses.replace(data, rows=data.rows // config.micro_batches)  # as many as training computes at a time
             compute = jax.jit(functools.partial(log_probabilities, make_model(config), config, data))
             preparer = Preparer(dataclasses.replace(data, reference=""), config.processor, tokenizer)
             for rows, batch in batches(data, new_samples(data, preparer, known)):
@@ -66,25 +69,18 @@ def check(config: TrainConfig) -> None:
     data = config.data
     if config.loss.kind != "mpo" or not data.pairs or not (config.loss.reference or config.init_from):
         raise ValueError("the configuration trains on no pairs (loss.kind mpo, data.pairs, init_from)")
-    if len(data.deltas) != 1 or data.min_frames != data.max_frames:
-        raise ValueError(
-            f"data.deltas is {data.deltas} and data.min_frames, max_frames are {data.min_frames}, {data.max_frames}: what is drawn anew "
-            f"for every sample has no log-probability beforehand; give one delta, and as many frames at least as at most"
-        )
-    augmented = [source.name for source in open_sources(data) if source.spec.augment]
-    if augmented:
-        raise ValueError(
-            f"{data.source}: data_augment recompresses the pictures of {', '.join(augmented)} anew in every epoch; unset it"
-        )
+
+
+def start_file(output: pathlib.Path, header: dict) -> None:
+    """With its first line, if there is none yet."""
+    if not output.exists() or "\n" not in output.read_text(encoding="utf-8"):
+        output.write_text(json.dumps(header) + "\n", encoding="utf-8")
 
 
 def read_known(output: pathlib.Path, header: dict) -> set[str]:
     """Keys that the file has; a last line that was cut off is removed. ValueError if it is of another reference."""
-    if not output.exists():
-        return set()
-    text = output.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    if not lines or json.loads(lines[0]) != header:
+    lines = whole_lines(output)
+    if json.loads(lines[0]) != header:
         raise ValueError(f"{output} is not of {header['reference']} with these parameters and dtype; name another --output")
     output.write_text("".join(lines), encoding="utf-8")
     return {json.loads(line)["key"] for line in lines[1:]}
@@ -94,12 +90,16 @@ def new_samples(config: DataConfig, preparer: Preparer, known: set[str]) -> Iter
     """Every pair of every source that is not known yet, in order; it is known afterwards."""
     from rich.progress import track
 
-    for source in open_sources(config):
-        for row in track(range(len(source)), description=source.name, disable=not sys.stderr.isatty()):
+    sources = open_sources(config)
+    dropped = read_drop_list(config.drop_list, [source.name for source in sources], [len(source) for source in sources])
+    for number, source in enumerate(sources):
+        rows = [row for row in range(len(source)) if row not in dropped.get(number, ())]
+        for row in track(rows, description=source.name, disable=not sys.stderr.isatty()):
             try:
                 sample = preparer.sample(source, row, np.random.default_rng((config.seed, row)))
-            except ValueError as error:
-                if config.on_error == "stop":
+            except (ValueError, OSError) as error:
+                chosen = isinstance(error, TooLong) and config.overlong == "drop"
+                if config.on_error == "stop" and not chosen:
                     raise ValueError(f"{source.locate(row)}: {error}") from error
                 print(f"left out: {source.locate(row)}: {error}", file=sys.stderr)
                 continue

@@ -8,6 +8,7 @@ from internvl3_jax import checkpoint, lora, preference
 from internvl3_jax.checksum import tree_hash
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.reference import ReferenceTable
+from internvl3_jax.find import find
 from internvl3_jax.sharding import param_shardings
 from internvl3_jax.storage import by_path
 from internvl3_jax.train_step import TrainState
@@ -29,6 +30,11 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             "loss.kind is mpo and init_from is empty: name the checkpoint that the policy starts from and is compared with"
         )
+    if is_mpo and config.lora.init_from and not (config.loss.reference or config.data.reference):
+        raise ValueError(
+            f"loss.kind is mpo and lora.init_from is {config.lora.init_from}: a policy that begins with trained adapters is not to be "
+            f"compared with their base. Set loss.reference to {config.lora.init_from} too: a LoRA run opens merged"
+        )
 
 
 def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainState) -> dict | None:
@@ -49,9 +55,15 @@ def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainSta
 
 def _check_table(config: TrainConfig, state: TrainState) -> None:
     """ValueError if the log-probabilities are of another model than the one that the run begins with."""
-    if config.loss.reference or int(state.step) or config.lora.quantize != "none":
+    table = ReferenceTable(config.data.reference)
+    if config.loss.reference:
+        named = str(find(config.loss.reference))
+        if named != table.made_of:
+            raise ValueError(f"{config.data.reference} was made of {table.made_of}, and loss.reference is {named}")
         return
-    theirs, ours = ReferenceTable(config.data.reference).hash, tree_hash(by_path(lora.without(state.params)))
+    if int(state.step) or config.lora.quantize != "none":
+        return
+    theirs, ours = table.hash, tree_hash(by_path(lora.without(state.params)))
     if theirs != ours:
         raise ValueError(
             f"{config.data.reference} is of other parameters ({theirs}) than {config.init_from} in {config.param_dtype} ({ours}): make it "

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny_checkpoint
+from official_data import write_meta, write_video
 from test_pairs import LOSS, pairs_config
 from tiny_checkpoint import PROCESSOR
 
@@ -17,6 +19,7 @@ from internvl3_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerCo
 from internvl3_jax.data.batch import SampleError
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
+from internvl3_jax.data.reference import ReferenceTable
 from internvl3_jax.make_reference import make_reference
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -91,37 +94,54 @@ def test_an_optimizer_with_the_host_changes_nothing(tmp_path):
 
 
 def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path):
-    """The same losses as with the model, and a file of another model, or of other pairs, is refused."""
-    mesh, path = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), tmp_path / "reference.jsonl"
+    """The same losses as with the model, whatever is drawn for a sample, held-out pairs and videos too."""
+    path = tmp_path / "reference.jsonl"
     config = run_config(tmp_path, steps=4, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
-    one = dataclasses.replace(config.data, deltas=("1/2",), min_frames=2, max_frames=2)
-    config = dataclasses.replace(config, data=one, mesh=MeshConfig(fsdp=1, data=8), loss_chunk=64)
-    config = dataclasses.replace(config, held_out=one.source, evaluate_every=4, evaluate_batches=1)
-    pairs, pictures = 11, 7  # held out at another delta, which only pairs with pictures know of
-    several = dataclasses.replace(config, data=dataclasses.replace(one, rows=8))
-    assert make_reference(several, path) == pairs + pictures
+    write_video(tmp_path / "clip.mp4", 20)
+    clip = {"video": "clip.mp4", "question": "What happens?", "chosen": "It gets brighter.", "rejected": "Nothing."}
+    meta = json.loads(pathlib.Path(config.data.source).read_text())
+    source = write_meta(tmp_path, clips={"rows": [clip], "data_augment": True}, **meta)
+    data = dataclasses.replace(config.data, source=source, min_frames=1, max_frames=3)
+    config = dataclasses.replace(config, data=data, mesh=MeshConfig(fsdp=1, data=8), loss_chunk=64)
+    config = dataclasses.replace(config, held_out=source, evaluate_every=4, evaluate_batches=1)
+    several = dataclasses.replace(config, data=dataclasses.replace(data, rows=16), micro_batches=2)
+    count = make_reference(several, path)
+    assert count > 12, "held-out pairs are at delta 1, others are drawn"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    assert make_reference(several, path) == pairs + pictures
+    assert make_reference(several, path) == count
     before, after = ({row.get("key"): row for row in map(json.loads, text.splitlines())} for text in (whole, path.read_text()))
     assert before.keys() == after.keys() and before[None] == after[None]
     for key in before.keys() - {None}:
         assert before[key]["chosen"] == pytest.approx(after[key]["chosen"], rel=1e-5)
-    cached = dataclasses.replace(config, data=dataclasses.replace(one, reference=str(path)))
-    losses = []
-    for name, each in (("with", config), ("without", cached)):
-        train.fit(each, make(tmp_path / name, each), mesh)
-        losses.append(losses_of(tmp_path / name))
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    cached = dataclasses.replace(config, data=dataclasses.replace(data, reference=str(path)))
+    train.fit(cached, make(tmp_path / "without", cached), ONE_DEVICE)
+    # With the model, and the same draws: the file is there, but not looked at.
+    named = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, reference=config.init_from))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReferenceTable, "added_to", lambda self, sample: sample)
+        patch.setattr(preference, "needs_model", lambda config: True)
+        train.fit(named, make(tmp_path / "with", named), ONE_DEVICE)
+    np.testing.assert_allclose(losses_of(tmp_path / "without"), losses_of(tmp_path / "with"), rtol=1e-4)
     ends = [log_of(tmp_path / name)[-1] for name in ("with", "without")]
     assert ends[1]["held_out"] == pytest.approx(ends[0]["held_out"], rel=1e-4)
     assert ends[1]["held_out_reward_margin"] == pytest.approx(ends[0]["held_out_reward_margin"], rel=1e-2, abs=1e-4)
+
+
+def test_a_reference_file_of_something_else_is_refused(tmp_path):
+    path, config = tmp_path / "reference.jsonl", run_config(tmp_path, mesh=MeshConfig(fsdp=1, data=8))
+    several = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=8))
+    path.write_text("")  # of a start that was stopped at once
+    make_reference(several, path)
+    assert path.read_text().count('"hash"') == 1
+    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, reference=str(path)))
+    other = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, reference=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        train.fit(other, make(tmp_path / "named", other), ONE_DEVICE)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
     with pytest.raises(ValueError, match="is of other parameters .*make it again with this configuration"):
-        train.fit(cached, make(tmp_path / "other", cached), mesh)
-    with pytest.raises(ValueError, match=r"data.deltas is \('1', '1/2', '1/4'\)"):
-        make_reference(run_config(tmp_path), path)
-    data = dataclasses.replace(cached.data, deltas=("1/4",))
+        train.fit(cached, make(tmp_path / "other", cached), ONE_DEVICE)
+    data = dataclasses.replace(cached.data, deltas=("1/8",))
     with (
         Batches(data, PROCESSOR, make_tokenizer(data)) as batches,
         pytest.raises(SampleError, match="of this pair as it is now"),
@@ -129,22 +149,34 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
         next(batches)
 
 
+def test_rows_that_training_leaves_out_have_no_log_probability(tmp_path):
+    config = run_config(tmp_path, mesh=MeshConfig(fsdp=1, data=8))
+    rows = [{"question": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n + 1}?"} for n in range(3)]
+    rows += [{"question": "a", "chosen": "b" * 300, "rejected": "c"}, {"question": "no pair"}]
+    source = write_meta(tmp_path, few={"rows": rows})
+    (tmp_path / "errors.tsv").write_text("few\t4\tno pair\n")
+    data = dataclasses.replace(config.data, source=source, rows=8, overlong="drop", drop_list=str(tmp_path / "errors.tsv"))
+    assert make_reference(dataclasses.replace(config, data=data), tmp_path / "reference.jsonl") == 3
+
+
 def make(workdir, config):
     train.save_config(config, workdir)
     return workdir
 
 
-def test_what_does_not_go_together_is_named(folder):
-    config = run_config(folder)
+def test_what_does_not_go_together_is_named(tmp_path):
+    config = run_config(tmp_path)
     with pytest.raises(ValueError, match="loss.kind is sft and data.pairs True"):
         train.make_mesh(dataclasses.replace(config, loss=LossConfig()))
     with pytest.raises(ValueError, match="init_from is empty"):
         train.make_mesh(dataclasses.replace(config, init_from=""))
+    with pytest.raises(ValueError, match="Set loss.reference to runs/sft too"):
+        train.make_mesh(dataclasses.replace(config, lora=LoraConfig(rank=2, init_from="runs/sft")))
 
 
-def test_a_policy_that_is_not_its_reference_is_noticed(folder, tmp_path, monkeypatch):
+def test_a_policy_that_is_not_its_reference_is_noticed(tmp_path, monkeypatch):
     """As if something changed the policy's forward pass."""
-    config = run_config(folder)
+    config = run_config(tmp_path)
     load = train.load_reference
     monkeypatch.setattr(train, "load_reference", lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)))
     with pytest.raises(ValueError, match=r"the preference part is 0\.831777; it was"):

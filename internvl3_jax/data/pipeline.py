@@ -99,7 +99,9 @@ class _Make:
         config, source = self.preparer.config, self.sources[number]
         identity = {"source": number, "row": row, "index": int(index)}
         try:
-            return self.preparer.sample(source, row, np.random.default_rng((config.seed, int(index)))) | identity
+            # What was computed beforehand is of one sample of each row, whatever the epoch.
+            drawn = row if config.reference else int(index)
+            return self.preparer.sample(source, row, np.random.default_rng((config.seed, drawn))) | identity
         except (ValueError, OSError) as error:
             chosen = isinstance(error, TooLong) and config.overlong == "drop"
             fatal = config.on_error == "stop" and not chosen

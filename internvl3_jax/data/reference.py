@@ -33,7 +33,7 @@ class ReferenceTable:
         self.path = path
         try:
             header, *rows = map(json.loads, read_bytes(path).decode().splitlines())
-            self.hash = header["hash"]
+            self.hash, self.made_of = header["hash"], header["reference"]
             keys = np.array([int(row["key"], 16) for row in rows], np.uint64)
             values = np.array([(row["chosen"], row["rejected"]) for row in rows], np.float32).reshape(-1, 2)
         except (ValueError, KeyError, TypeError) as error:
