@@ -32,7 +32,8 @@ from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, make_optimizer
 from internvl3_jax.placement import Placement
 from internvl3_jax.reference import load_reference
-from internvl3_jax.run import Guard, Past, Saver, Skipped, restore_or_init, save_config
+from internvl3_jax.run import Guard, Saver, Skipped, restore_or_init, save_config
+from internvl3_jax.start import Past
 from internvl3_jax.train_step import TrainState, make_model, make_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config() -> TrainConfig.", lock_config=False)

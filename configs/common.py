@@ -74,6 +74,7 @@ def _model(name: str, drop_path: float) -> tuple[ModelConfig, ProcessorConfig, s
         from convert.source import open_model
         from internvl3_jax.find import find
 
-        opened = open_model(find(name))
-        model, processor, start = opened.config, opened.processor, str(opened.directory)
+        found = find(name)
+        opened = open_model(found)
+        model, processor, start = opened.config, opened.processor, str(found)
     return dataclasses.replace(model, vision=dataclasses.replace(model.vision, drop_path=drop_path)), processor, start

@@ -18,7 +18,7 @@ import time
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from convert.adapted import Adapted, export_adapter, open_run, open_with_peft
-from convert.assemble import DTYPES
+from convert.assemble import DTYPES, ConversionError
 from convert.compose import open_parts
 from convert.run import convert
 from convert.source import open_model
@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
 def open_source(options: argparse.Namespace, dtype: str | None):
     """SRC as a model, with the adapter of --adapter on it."""
     directory = find(options.source)
+    if options.base and options.adapter:
+        raise ConversionError("--base is of a LoRA run and --adapter is put on a whole model: give one of them")
     if options.base:
         return open_run(directory, dtype, options.accept_fingerprint, options.base)
     model = open_model(directory, None if options.adapter else dtype, options.accept_fingerprint)

@@ -11,10 +11,10 @@ from convert.mapping import Row, active_rows
 from convert.peft import read_peft, settings_of, write_peft
 from convert.source import Converted, Hashes, Released, open_model
 from internvl3_jax import lora, storage
-from internvl3_jax.adapters import Adapter, adapter, check_base, read_own
+from internvl3_jax.adapters import Adapter, adapter, check_base, describe, read_own
 from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.find import PEFT, find, is_checkpoint, is_peft
+from internvl3_jax.find import PEFT, find, find_released, is_checkpoint, is_peft
 from internvl3_jax.manifest import Base, Manifest
 
 
@@ -71,17 +71,27 @@ class Adapted:
 
 def open_run(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, base: str | None = None) -> Adapted:
     """A step of a LoRA run. ValueError if its base is no longer what it was."""
-    manifest = Manifest.read(directory)
+    manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+    if manifest is None or manifest.base is None:
+        raise ConversionError(f"{directory} is no LoRA run, so it has no base; leave --base out")
     under = open_model(find(base or manifest.base.path), manifest.base.dtype, accept_fingerprint)
     own = read_own(directory)
-    check_base(((row.target, under.leaf(row)) for row in active_rows(under.config)), own, manifest.base, str(directory))
+    leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
+    check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
     tokenizer, files = Tokenizer.from_directory(directory), under.files
     target = DTYPES[dtype or manifest.base.dtype]
     return Adapted(under, adapter(own, manifest.base.lora), manifest.base, manifest.processor, tokenizer, files, target)
 
 
 def open_with_peft(under: Released | Converted, directory: pathlib.Path, dtype: str | None) -> Adapted:
-    """A model with the adapter of a PEFT directory."""
+    """A model with the adapter of a PEFT directory or hub id."""
+    directory = directory.expanduser()
+    if not is_peft(directory):
+        directory = find_released(str(directory))
+    if not is_peft(directory):
+        raise ConversionError(
+            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
+        )
     target = DTYPES[dtype or under.dtype]
     return Adapted(under, read_peft(directory, under.config), None, under.processor, under.tokenizer, under.files, target)
 

@@ -32,7 +32,19 @@ PREFIX = "base_model.model."
 LAYOUTS = ("internvl", "hf")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 # Fields of adapter_config.json that make another adapter of it than x @ a @ b, and the values with which they do not.
-_PLAIN = {"peft_type": ("LORA",), "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None)}
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "bias": ("none", None),
+    "alora_invocation_tokens": (None, []),
+}
+_OTHER_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+)  # begin values of init_lora_weights with which PEFT changes the base's matrices
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +57,7 @@ def write_peft(
 
     own: "lora" with a and b as they are trained, and parameters trained whole. base: what adapter_config.json calls the model.
     """
+    _check_names(model, layout)
     rows = {row.target: row for row in active_rows(model)}
     tensors, ranks = {}, {}
     for path, (a, b) in _pairs(own[lora.SUBTREE]).items():
@@ -61,6 +74,14 @@ def write_peft(
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / PEFT).write_text(json.dumps(_config(config, ranks, whole, layout, base), indent=2) + "\n")
     return tensors
+
+
+def _check_names(model: ModelConfig, layout: str) -> None:
+    if model.language.family == "internlm2" and layout == "internvl":
+        raise ConversionError(
+            "InternLM2's original code has q, k and v in one interleaved matrix, for which adapters are not read or written; use the hf "
+            "layout, or merge"
+        )
 
 
 def _pairs(adapters: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -142,6 +163,7 @@ def read_peft(directory: pathlib.Path, model: ModelConfig) -> Adapter:
     source = SafetensorsSource(directory)
     named = min((_match(source.infos(), model, layout) for layout in LAYOUTS), key=lambda named: len(named.unknown))
     if named.unknown:
+        _check_names(model, "internvl" if any("wqkv" in name or "feed_forward" in name for name in named.unknown) else "hf")
         raise ConversionError(
             f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as {', '.join(named.unknown[:5])}. "
             f"Expected {PREFIX}LAYER.lora_A.weight, with the layers of the original layout or of transformers'"
@@ -164,6 +186,11 @@ def settings_of(directory: pathlib.Path) -> dict:
     for name, plain in _PLAIN.items():
         if settings.get(name, plain[0]) not in plain:
             raise ConversionError(f"{directory / PEFT}: {name} is {settings[name]!r}; only {plain[0]!r} can be read")
+    if str(settings.get("init_lora_weights", "")).lower().startswith(_OTHER_BASE):
+        raise ConversionError(
+            f"{directory / PEFT}: init_lora_weights is {settings['init_lora_weights']!r}, so it belongs to a base that PEFT changes; "
+            f"save it with path_initial_model_for_weight_conversion, which makes a plain one of it"
+        )
     if not (directory / WEIGHTS).is_file():
         raise ConversionError(f"{directory} has no {WEIGHTS}; let PEFT save it with safe_serialization=True")
     return settings

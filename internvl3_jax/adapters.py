@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from internvl3_jax import lora, storage
 from internvl3_jax.checksum import combined, described
-from internvl3_jax.config import LoraConfig, ModelConfig, to_dict
+from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig, to_dict
 from internvl3_jax.manifest import Base
 from internvl3_jax.sharding import abstract, param_shardings
 
@@ -54,6 +54,16 @@ def adapter(own: dict, config: LoraConfig) -> Adapter:
     return Adapter(lora.scaled(own[lora.SUBTREE], config), lora.without(own))
 
 
+def check_processor(theirs: ProcessorConfig, ours: ProcessorConfig, where: str) -> None:
+    """ValueError naming what of prompts and pictures the adapter was trained with differs from what it would be used with."""
+    theirs, ours = to_dict(theirs), to_dict(ours)
+    differing = [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in theirs if theirs[name] != ours[name]]
+    if differing:
+        raise ValueError(
+            f"{where} was trained with {'; '.join(differing)} as of the base. Open it by itself, merged, or go on with accept_fingerprint"
+        )
+
+
 def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
     """ValueError unless they are the same but for drop path, which is of a training, not of weights."""
     theirs, ours = to_dict(model), to_dict(base)
@@ -62,21 +72,28 @@ def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
         raise ValueError(f"{where} is an adapter of another model than the base: they differ in {', '.join(differing)}")
 
 
-def check_base(leaves: Iterable[tuple[str, jax.Array]], own: dict, base: Base, where: str) -> None:
-    """ValueError unless the base's parameters (path, leaf), in whatever dtype they are, are those that the run was trained beside."""
-    trained, found = set(storage.by_path(lora.without(own))), {}
+def describe(leaves: Iterable[tuple[str, jax.Array]], dtype: str) -> dict[str, str] | None:
+    """`checksum.described` of parameters in `dtype`. None where they are in one that cannot hold all of its values."""
+    found = {}
     for path, leaf in leaves:
-        if path in trained:
-            trained.remove(path)
-        elif jnp.issubdtype(leaf.dtype, jnp.integer):  # quantized already, as a training's base is
-            found |= described({path: leaf})
-        elif jnp.finfo(leaf.dtype).bits < jnp.finfo(base.dtype).bits:
-            log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
-            return
-        else:
-            as_trained = lora.prepared_leaf(path, jnp.asarray(leaf, base.dtype), base.lora)
-            found |= described(storage.by_path(storage.nest({path: as_trained})))
-    if trained or combined(found) != base.frozen:
+        if jnp.promote_types(leaf.dtype, dtype) != leaf.dtype:
+            return None
+        found |= described({path: jnp.asarray(leaf, dtype)})
+    return found
+
+
+def base_hash(descriptions: Mapping[str, str], trained: Iterable[str]) -> str:
+    """Of a base but for what is trained whole, before any of it is quantized: another machine may quantize to other bits."""
+    return combined({path: text for path, text in descriptions.items() if path not in set(trained)})
+
+
+def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, where: str) -> None:
+    """ValueError unless the base's parameters are those that the run was trained beside. descriptions: of `describe` in `base.dtype`."""
+    if descriptions is None:
+        log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
+        return
+    trained = storage.by_path(lora.without(own)).keys()
+    if trained - descriptions.keys() or base_hash(descriptions, trained) != base.frozen:
         raise ValueError(
             f"{where} was trained beside {base.path} as it was then; this base has other parameters. Bring that one back, or name it"
         )

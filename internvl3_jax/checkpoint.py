@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax import lora, storage
-from internvl3_jax.adapters import Adapter, adapter, check_base, check_model, put_on, read_own
+from internvl3_jax.adapters import Adapter, adapter, check_base, check_model, check_processor, describe, put_on, read_own
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.find import MANIFEST, PEFT, damage, find, is_checkpoint, is_peft, latest_step
@@ -47,6 +47,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     directory: pathlib.Path
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)  # that can be put on, by name
+    described: dict[str, str] | None = None  # of a training's base: `adapters.describe`, before it was quantized
 
 
 def save_checkpoint(
@@ -104,7 +105,9 @@ def load(
         opened = _load_lora(directory, manifest, dtype, mesh, accept_fingerprint, base)
         if prepare is not None:
             opened.params = storage.nest({path: prepare(path, leaf) for path, leaf in storage.by_path(opened.params).items()})
-    opened.adapters = {name: load_adapter(where, opened) for name, where in (adapters or {}).items()}
+    if base is not None and (manifest is None or manifest.base is None):
+        raise ValueError(f"{directory} is no LoRA run: it has no base, and {base} would not be looked at")
+    opened.adapters = {name: load_adapter(where, opened, accept_fingerprint) for name, where in (adapters or {}).items()}
     return opened
 
 
@@ -131,19 +134,20 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_
     tokenizer = _tokenizer(directory, manifest, _dtype_name(own), accept_fingerprint)
     under = load(base or manifest.base.path, dtype=manifest.base.dtype, mesh=mesh, accept_fingerprint=accept_fingerprint)
     check_model(manifest.model, under.config, str(directory))
-    check_base(storage.by_path(under.params).items(), own, manifest.base, str(directory))
+    check_base(describe(storage.by_path(under.params).items(), manifest.base.dtype), own, manifest.base, str(directory))
     tree = put_on(under.params, own, manifest.base)
     del under
     params = lora.merged(tree, manifest.base.lora, dtype or manifest.base.dtype)
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
 
 
-def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
+def load_adapter(path: str | os.PathLike, opened: Checkpoint, accept_fingerprint: bool = False) -> Adapter:
     """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an opened checkpoint.
 
     Raises:
       FileNotFoundError: neither is there.
-      ValueError: it is an adapter of another model, or of this one with other weights.
+      ValueError: it is an adapter of another model, or of this one with other weights; or, unless accept_fingerprint, one that was trained
+        with another processor.
     """
     local = pathlib.Path(path).expanduser()
     directory = local if is_peft(local) else find(path)
@@ -155,8 +159,14 @@ def load_adapter(path: str | os.PathLike, opened: Checkpoint) -> Adapter:
     if manifest is None or manifest.base is None:
         raise ValueError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})")
     check_model(manifest.model, opened.config, str(directory))
+    if not accept_fingerprint:
+        check_processor(manifest.processor, opened.processor, str(directory))
     own = read_own(directory, _mesh_of(opened.params))
-    check_base(storage.by_path(opened.params).items(), own, manifest.base, str(directory))
+    if opened.described is None:
+        found = describe(storage.by_path(opened.params).items(), manifest.base.dtype)
+    else:
+        found = opened.described if opened.model.dtype == jnp.dtype(manifest.base.dtype) else None
+    check_base(found, own, manifest.base, str(directory))
     return adapter(own, manifest.base.lora)
 
 

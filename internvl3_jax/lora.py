@@ -46,6 +46,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         return config
     if settings.rank < 0:
         raise ValueError(f"lora.rank is {settings.rank}; it must be 0 (no adapters) or more")
+    if not settings.targets:
+        raise ValueError("lora.targets is empty and lora.rank above 0; name the layers that get adapters")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"lora.dropout is {settings.dropout}; it must be at least 0 and below 1")
     if settings.quantize not in ("none", *KINDS):

@@ -21,7 +21,7 @@ class Base:
 
     path: str  # directory or hub id
     dtype: str  # of its parameters in the run
-    frozen: str  # `checksum.tree_hash` of those that are not trained, as the run keeps them
+    frozen: str  # `adapters.base_hash`
     lora: LoraConfig
 
 

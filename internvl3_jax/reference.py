@@ -63,7 +63,9 @@ def _check_table(config: TrainConfig, state: TrainState) -> None:
         return
     if int(state.step) or config.lora.quantize != "none":
         return
-    theirs, ours = table.hash, tree_hash(by_path(lora.without(state.params)))
+    # What is trained whole beside adapters is in float32, of values in param_dtype.
+    params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), lora.without(state.params))
+    theirs, ours = table.hash, tree_hash(by_path(params))
     if theirs != ours:
         raise ValueError(
             f"{config.data.reference} is of other parameters ({theirs}) than {config.init_from} in {config.param_dtype} ({ours}): make it "

@@ -7,7 +7,6 @@ WORKDIR/skipped.txt        reasons of samples that were left out
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import pathlib
@@ -17,18 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint, distributed, lora, preference, sharding
-from internvl3_jax.adapters import Adapter
+from internvl3_jax import checkpoint, distributed, preference, sharding
 from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Prepared
 from internvl3_jax.find import latest_step
-from internvl3_jax.manifest import Base
-from internvl3_jax.model import abstract_params
-from internvl3_jax.optimizer import Optimizer, split_params
+from internvl3_jax.optimizer import Optimizer
 from internvl3_jax.placement import Placement, total
-from internvl3_jax.storage import by_path, nest
-from internvl3_jax.train_step import TrainState, first_shift, init_state, shardings_of, trained_paths
+from internvl3_jax.start import Past, base_of, beside_base, check_adapters_learn, check_frozen, differing, kept, warm_start
+from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
 _ATTENTION = ("attention_vision", "attention_language")
 _MEMORY = ("mesh", "micro_batches", "remat_vision", "remat_language", "offload_optimizer", "loss_chunk")
@@ -38,16 +34,6 @@ FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_LOGGING)  # of TrainCo
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class Past:
-    """What a run remembers beside its arrays and data streams."""
-
-    seconds: float = 0.0  # trained so far
-    best: float = float("inf")  # lowest held-out loss
-    best_step: int = 0
-    frozen: str = ""  # hash of what is not trained
-
-
 def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
     """Prints the resolved configuration and keeps it with the run. ValueError if the run there has another one."""
     if jax.process_index():
@@ -55,9 +41,9 @@ def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
     text = json.dumps(to_dict(config), indent=1)
     path = workdir / "config.json"
     theirs = _completed(TrainConfig, json.loads(path.read_text())) if path.exists() else None
-    if theirs and (differing := _differing(_deciding(theirs), _deciding(json.loads(text)), "")):
+    if theirs and (found := differing(_deciding(theirs), _deciding(json.loads(text)), "")):
         raise ValueError(
-            f"{workdir} is a run with another configuration ({path}): {'; '.join(differing)}. Name another --workdir, or delete it"
+            f"{workdir} is a run with another configuration ({path}): {'; '.join(found)}. Name another --workdir, or delete it"
         )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -81,6 +67,8 @@ def _deciding(config: dict) -> dict:
     free = set(FREE_TO_CHANGE)
     if config.get("loss", {}).get("kind") == "mpo":
         free.discard("micro_batches")  # each adds to the rewards' mean before the next is computed
+    if config.get("lora", {}).get("rank"):
+        free.add("init_from")  # the base may have moved; that it is the same is seen by its hash
     return {name: value for name, value in config.items() if name not in free} | {"data": data}
 
 
@@ -102,19 +90,25 @@ def restore_or_init(
         raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
     step = agreed_step(workdir)
     shapes = jax.eval_shape(init)
+    check_adapters_learn(config, shapes.params)
     places = shardings_of(shapes, mesh, config.offload_optimizer)
     if step is None:
-        state = warm_start(config, optimizer, places) if config.init_from else jax.jit(init, out_shardings=places)()
-        return state, Past(frozen=frozen_hash(state.params, config.optimizer.freeze))
+        past = Past()
+        if config.init_from:
+            state = warm_start(config, optimizer, places, past)
+        else:
+            state = jax.jit(init, out_shardings=places)()
+        past.frozen = frozen_hash(state.params, config.optimizer.freeze)
+        return state, past
     wanted = sharding.abstract(shapes, places)
     stored = kept(config, wanted.params)
     params, opt_state, extra = checkpoint.restore_training(workdir, step, stored, wanted.opt_state)
+    past = Past(**extra["past"])
     if config.lora.rank:
-        params = nest(by_path(open_base(config, places).params) | by_path(params))
+        params = beside_base(config, workdir, step, params, places, past)
     batches.restore(extra["data"])
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}")
-    past = Past(**extra["past"])
     check_frozen(config, params, past, step)
     shift = shapes.shift and preference.Shift(*(_everywhere(np.float32(value), mesh) for value in extra["shift"]))
     return TrainState(_everywhere(np.int32(step), mesh), params, opt_state, shift), past
@@ -130,67 +124,6 @@ def agreed_step(workdir: pathlib.Path) -> int | None:
 
 def _everywhere(value, mesh):
     return jax.device_put(value, jax.NamedSharding(mesh, jax.P()))
-
-
-def kept(config: TrainConfig, params: dict) -> dict:
-    """What of the parameters a checkpoint holds: all, or of a LoRA run what it trains."""
-    return split_params(params, config.optimizer.freeze)[0] if config.lora.rank else params
-
-
-def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState) -> TrainState:
-    """The first state from a checkpoint, a released directory of either layout or a hub id; all of its parameters or an error."""
-    source = open_base(config, places)
-    params = source.params
-    if config.lora.rank:
-        draw = functools.partial(lora.init, abstract_params(config.model), config.lora)
-        drawn = jax.jit(draw, out_shardings=places.params[lora.SUBTREE])(jax.random.key(config.seed))
-        params = params | {lora.SUBTREE: drawn}
-        if config.lora.init_from:
-            params = continued(checkpoint.load_adapter(config.lora.init_from, source), params, config, places)
-    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
-    shift = jax.device_put(first_shift(config.loss), places.shift)
-    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state, shift)
-
-
-def open_base(config: TrainConfig, places: TrainState) -> checkpoint.Checkpoint:
-    """`config.init_from`; its parameters, without adapters, are as a run trains them or trains beside them."""
-    prepare = functools.partial(lora.prepared_leaf, config=config.lora) if config.lora.rank else None
-    source = checkpoint.load(config.init_from, dtype=config.param_dtype, mesh=places.step.mesh, prepare=prepare)
-    theirs, ours = to_dict(source.config), to_dict(config.model)
-    theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]  # of the training, not of the weights
-    if differing := _differing(theirs, ours, "model"):
-        raise ValueError(f"{config.init_from} is another model than the configuration's: {'; '.join(differing)}")
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config.model)))
-    if jax.process_index() == 0:
-        print(f"all {count:,} parameters are from {source.directory}; none is missing, none is initialised")
-    if config.lora.rank:
-        source.params = jax.device_put(source.params, lora.without(places.params))
-    return source
-
-
-def continued(adapter: Adapter, params: dict, config: TrainConfig, places: TrainState) -> dict:
-    """The parameters with an adapter in the place of the new ones. ValueError unless it has the layers and ranks of the configuration."""
-    own = {lora.SUBTREE: lora.unscaled(adapter.lora, config.lora)} | adapter.whole
-    theirs, ours = by_path(own), by_path(kept(config, params))
-    wrong = [name for name in theirs | ours if np.shape(theirs.get(name)) != np.shape(ours.get(name))]
-    if wrong:
-        name = wrong[0]
-        shapes = " and ".join(str(np.shape(leaves[name])) if name in leaves else "missing" for leaves in (theirs, ours))
-        raise ValueError(f"{config.lora.init_from} does not fit lora.rank, targets and full: {name} is {shapes} there and here")
-    placed = by_path(places.params)
-    put = {name: jax.device_put(jnp.asarray(leaf, jnp.float32), placed[name]) for name, leaf in theirs.items()}
-    return nest(by_path(params) | put)
-
-
-def _differing(theirs: dict, ours: dict, where: str) -> list[str]:
-    found = []
-    for name in theirs | ours:
-        value, own, path = theirs.get(name), ours.get(name), f"{where}.{name}" if where else name
-        if isinstance(value, dict) and isinstance(own, dict):
-            found += _differing(value, own, path)
-        elif value != own:
-            found.append(f"{path} is {value!r} there and {own!r} here")
-    return found
 
 
 class Saver:
@@ -228,21 +161,6 @@ class Saver:
         """Until what was started is complete."""
         self.finish()
         self.finish = lambda: None
-
-
-def base_of(config: TrainConfig, past: Past) -> Base | None:
-    """What a LoRA run's checkpoints say of their base."""
-    if not config.lora.rank:
-        return None
-    local = pathlib.Path(config.init_from).expanduser()
-    path = str(local.absolute()) if local.exists() else config.init_from  # or a hub id
-    return Base(path, config.param_dtype, past.frozen, config.lora)
-
-
-def check_frozen(config: TrainConfig, params, past: Past, step: int) -> None:
-    """ValueError unless what is not trained has the bits that it began with."""
-    if config.optimizer.freeze and frozen_hash(params, config.optimizer.freeze) != past.frozen:
-        raise ValueError(f"step {step}: parameters that optimizer.freeze names have changed; the state is not saved")
 
 
 class Guard:

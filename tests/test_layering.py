@@ -22,6 +22,7 @@ ROWS = [
     ["components", "generate", "meter"],
     ["objective"],
     ["train_step"],
+    ["start"],
     ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "run", "tokens"],
     ["best_of_n", "make_pairs", "make_process_labels", "make_reference"],
 ]

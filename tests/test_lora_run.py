@@ -111,11 +111,8 @@ def test_another_base_is_noticed(run, base, tmp_path, caplog):
     assert convert([str(workdir), str(tmp_path / "merged"), "--base", str(tmp_path / "other")]) == 1
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    moved = shutil.copytree(tmp_path / "other", tmp_path / "moved")
-    text = (tmp_path / "run" / "config.json").read_text().replace(str(base), str(moved))
-    (tmp_path / "run" / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="step 3: parameters that optimizer.freeze names have changed"):
-        start(config_of(moved), tmp_path / "run")
+    with pytest.raises(ValueError, match="step 3 of .* was trained beside .* has other parameters"):
+        start(config_of(tmp_path / "other"), tmp_path / "run")
     with caplog.at_level(logging.WARNING):
         load(tmp_path / "other", dtype="bfloat16", adapters={"it": workdir})
     assert "not compared with its base" in caplog.text

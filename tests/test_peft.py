@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import peft
 import pytest
+import tiny_checkpoint
 import torch
 import torch_reference
 from safetensors.numpy import load_file, save_file
@@ -219,13 +220,22 @@ def reshaped(tensors, values):
         (reshaped, f"{UP}B.weight (5, 3) do not fit: the layer has 32 inputs and 48 outputs"),
         (lambda tensors, values: values.update(use_dora=True), "use_dora is True; only False can be read"),
         (lambda tensors, values: values.update(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA' can be read"),
+        (lambda tensors, values: values.update(init_lora_weights="pissa_niter_4"), "it belongs to a base that PEFT changes"),
+        (lambda tensors, values: values.update(alora_invocation_tokens=[5]), "alora_invocation_tokens is [5]; only None"),
     ],
-    ids=["unknown", "half", "shape", "dora", "other"],
+    ids=["unknown", "half", "shape", "dora", "other", "pissa", "alora"],
 )
 def test_what_is_no_adapter_of_this_model_is_named(change, message, tmp_path):
     _, config, params = build()
     with pytest.raises(ConversionError, match=re.escape(message)):
         read_peft(written(tmp_path, config, params, change), config)
+
+
+def test_internlm2s_own_names_are_not_written(tmp_path):
+    _, config, params = build()
+    config = dataclasses.replace(config, language=dataclasses.replace(config.language, family="internlm2"))
+    with pytest.raises(ConversionError, match="one interleaved matrix, for which adapters are not read or written"):
+        write_peft(tmp_path, {lora.SUBTREE: drawn(params, SETTINGS)}, SETTINGS, config, "internvl", "base")
 
 
 def test_a_module_that_was_trained_in_part_cannot_go_to_peft(tmp_path):
@@ -240,3 +250,10 @@ def test_the_program_says_what_lacks(tmp_path, capsys):
     written(tmp_path, config, params, lambda tensors, values: values.update(base_model_name_or_path=None))
     assert convert([str(tmp_path), str(tmp_path / "out"), "--to", "peft-internvl"]) == 1
     assert "names no base_model_name_or_path; say with --base which model it is for" in capsys.readouterr().err
+    base = str(tiny_checkpoint.directory())
+    assert convert([base, str(tmp_path / "out"), "--base", base]) == 1
+    assert "is no LoRA run, so it has no base" in capsys.readouterr().err
+    assert convert([base, str(tmp_path / "out"), "--base", base, "--adapter", base]) == 1
+    assert "give one of them" in capsys.readouterr().err
+    assert convert([base, str(tmp_path / "out"), "--adapter", base]) == 1
+    assert "is no PEFT directory" in capsys.readouterr().err
