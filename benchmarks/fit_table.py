@@ -2,7 +2,8 @@
 
     python benchmarks/fit_table.py                          goes on where it was; hours for all rows, one compilation at a time
     python benchmarks/fit_table.py --only sft:8b:v5e        rows whose name begins so
-    python benchmarks/fit_table.py --markdown               prints the table of results/fit_table.json; nothing is compiled
+    python benchmarks/fit_table.py --analytic               what no compiler was asked about, by the analysis alone; half an hour
+    python benchmarks/fit_table.py --markdown               prints the tables of results/fit_table.json; nothing is compiled
     python benchmarks/fit_table.py --smallest               the smallest slice of each kind that trains each size, by the analysis alone
 
 For each row the analysis proposes the fastest setting that it thinks fits, and the compiler is asked. Where it refuses, that is a row as
@@ -52,6 +53,7 @@ SLICES = {
     "h100": ("h100:1x1x1", "h100:1x1x8", "h100:1x2x8", "h100:1x4x8", "h100:1x8x8", "h100:1x16x8", "h100:1x32x8"),
 }
 LEAN = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
+SETTING = ("stage", "size", "devices", "mesh", "remat (vision, language)", "micro-batches")  # columns
 ATTEMPTS = 3
 GIB = 2**30
 
@@ -59,7 +61,8 @@ GIB = 2**30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name begins so: STAGE:SIZE:TOPOLOGY, such as sft:78b")
-    parser.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
+    parser.add_argument("--analytic", action="store_true", help="fill in what is not compiled, by the analysis")
+    parser.add_argument("--markdown", action="store_true", help="print the tables, compile nothing")
     parser.add_argument("--smallest", action="store_true", help="print the smallest slices, by the analysis")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})")
     options = parser.parse_args()
@@ -68,9 +71,11 @@ def main() -> None:
         print(markdown(rows) if options.markdown else smallest_slices())
         return
     for name in names():
-        if name.startswith(options.only) and name not in {row["name"] for row in rows if row["last"]}:
-            for row in attempts(name):
-                rows = [other for other in rows if (other["name"], other["command"]) != (name, row["command"])] + [row]
+        known = {row["name"] for row in rows if row["last"]} | (GENERATION.keys() if options.analytic else set())
+        if name.startswith(options.only) and name not in known:
+            for row in [by_analysis(name)] if options.analytic else attempts(name):
+                replaced = (row["command"], *(other["command"] for other in rows if is_analytic(other)))
+                rows = [other for other in rows if other["name"] != name or other["command"] not in replaced] + [row]
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 print(line(row), flush=True)
@@ -100,6 +105,18 @@ def attempts(name: str):
         if done:
             return
         limit = 0.9 * setting.memory.peak
+
+
+def by_analysis(name: str) -> dict:
+    """The fastest setting that fits by the analysis, or the smallest."""
+    stage, size, topology = name.split(":", 2)
+    found, _, smallest = search(config(stage, size), parse(topology))
+    flags = flags_text((found or [smallest])[0].flags)
+    return ask(name, f"--config configs/{stage}.py:{size} --topology {topology} {flags} --analytic") | {"last": False}
+
+
+def is_analytic(row: dict) -> bool:
+    return row["command"].endswith(" --analytic")
 
 
 def config(stage: str, size: str):
@@ -141,8 +158,10 @@ def libtpu() -> str:
 
 
 def line(row: dict) -> str:
-    if "compiler" not in row:
-        return f"{row['name']}: {row.get('error', '').strip().splitlines()[-1:]}"
+    if "error" in row:
+        return f"{row['name']}: {row['error'].strip().splitlines()[-1:]}"
+    if is_analytic(row):
+        return f"{row['name']}: by the analysis {row['analysis']['peak'] / GIB:.2f} GiB; {row['command']}"
     if "peak" not in row["compiler"]:
         peaks = ", ".join(f"{program} {found['peak'] / GIB:.2f}" for program, found in row["compiler"].items())
         return f"{row['name']}: {peaks} GiB; {row['seconds']:.0f} s"
@@ -170,7 +189,7 @@ def trains(size: str, topology: str, flags: dict) -> bool:
 
 
 def markdown(rows: list[dict]) -> str:
-    return training(rows) + "\n\n" + generation(rows)
+    return "\n\n".join([training(rows), generation(rows), "Not compiled; by the analysis alone:", analysed(rows)])
 
 
 def generation(rows: list[dict]) -> str:
@@ -210,25 +229,41 @@ def mesh_text(row: dict) -> str:
 
 
 def training(rows: list[dict]) -> str:
-    lines = [
-        "| stage | size | devices | mesh | remat (vision, language) | micro-batches | peak / available GiB | analysis | s/step, floor "
-        "| MFU at most |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = [*SETTING, "peak / available GiB", "analysis", "s/step, floor", "MFU at most"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "compiler" not in row or "peak" not in row["compiler"]:
             continue
-        stage, size, topology = row["name"].split(":", 2)
-        mesh = mesh_text(row)
-        flags = dict(part.removeprefix("--config.").split("=") for part in row["command"].split() if "=" in part)
         found, analysis = row["compiler"], row["analysis"]["peak"]
         refused = "" if found["fits"] else " **refused**"
         lines.append(
-            f"| {stage} | {size} | {topology} | {mesh} | {flags['remat_vision']}, {flags['remat_language']} | {flags['micro_batches']} "
-            f"| {found['peak'] / GIB:.1f} / {found['available'] / GIB:.1f}{refused} | {analysis / found['peak'] - 1:+.0%} "
-            f"| {max(row['floor_seconds'].values()):.2f} | {row['mfu_at_most']:.0%} |"
+            f"| {setting_text(row)} | {found['peak'] / GIB:.1f} / {found['available'] / GIB:.1f}{refused} "
+            f"| {analysis / found['peak'] - 1:+.0%} | {max(row['floor_seconds'].values()):.2f} | {row['mfu_at_most']:.0%} |"
         )
     return "\n".join(lines)
+
+
+def analysed(rows: list[dict]) -> str:
+    """What no compiler was asked about. Network floors are the analysis' own."""
+    columns = [*SETTING, "peak / available GiB", "s/step, floor", "MFU at most"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        if "error" not in row and is_analytic(row):
+            available = parse(row["topology"]).chip.usable / GIB
+            too_much = "" if row["status"] == 0 else " **too much**"
+            lines.append(
+                f"| {setting_text(row)} | {row['analysis']['peak'] / GIB:.1f} / {available:.1f}{too_much} "
+                f"| {max(row['floor_seconds'].values()):.2f} | {row['mfu_at_most']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def setting_text(row: dict) -> str:
+    """The first cells of a row."""
+    stage, size, topology = row["name"].split(":", 2)
+    flags = dict(part.removeprefix("--config.").split("=") for part in row["command"].split() if "=" in part)
+    remat = f"{flags.get('remat_vision', 'as it is')}, {flags['remat_language']}"
+    return " | ".join([stage, size, topology, mesh_text(row), remat, flags["micro_batches"]])
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_a_programs_arguments_are_known_exactly(size, topology, flags, arguments
 
 def test_the_analysis_agrees_with_every_row_of_the_table():
     """Peaks of the compiler within 10 %, and a row says what the analysis says today."""
-    rows = [row for row in json.loads(TABLE.read_text()) if "peak" in row.get("compiler", {})]
+    rows = [row for row in json.loads(TABLE.read_text()) if not row["name"].startswith("infer:")]
     assert rows
     apart, changed = {}, []
     for row in rows:
@@ -119,7 +119,7 @@ def test_the_analysis_agrees_with_every_row_of_the_table():
         config = advice.with_flags(config, {name: _value(value) for name, value in _flags(row["command"]).items()})
         if estimate(share_of(config, parse(topology))).peak != row["analysis"]["peak"]:
             changed.append(row["name"])
-        if not row["compiler"]["refused"]:
+        if "compiler" in row and not row["compiler"]["refused"]:
             apart[row["name"]] = row["analysis"]["peak"] / row["compiler"]["peak"] - 1
     assert changed == [], "run benchmarks/fit_table.py for these again"
     assert {name: round(error, 3) for name, error in apart.items() if abs(error) > 0.1} == {}

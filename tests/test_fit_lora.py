@@ -1,6 +1,10 @@
 """fit of LoRA and QLoRA: what is held, what is computed, what travels."""
 
 import dataclasses
+import importlib
+import json
+import pathlib
+import sys
 
 import jax
 import pytest
@@ -19,6 +23,7 @@ from internvl3_jax.fit.work import train_work
 from internvl3_jax.model import abstract_params
 from internvl3_jax.sharding import make_mesh
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 GB = 1e9
 ONE = parse("h100:1x1x1")
 SHORT = {"data.rows": 1, "data.tokens_per_row": 4096, "data.tiles_per_row": 12}
@@ -80,3 +85,22 @@ def test_a_programs_arguments_are_known_exactly(quantize):
     compiled = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
     analysis = estimate(share_of(config, parse("cpu:1"))).arguments
     assert 0 <= compiled.argument_size_in_bytes - analysis < 1024
+
+
+def test_the_analysis_agrees_with_every_row_of_the_table():
+    """Peaks of the compilers within 10 %, and a row says what the analysis says today; the page shows the tables."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    table = importlib.import_module("lora_table")
+    rows = {row["name"]: row for row in json.loads(table.RESULTS.read_text())}
+    assert {name for name in rows if name.startswith("h100")} == {f"h100:{s}:{b}" for s in table.SIZES for b in table.BASES}
+    apart, changed = {}, []
+    for name, row in rows.items():
+        kind, size, base = name.split(":")
+        config = lora.resolved(advice.with_flags(adapters(size), table.SETTINGS | {"lora.quantize": base}))
+        if estimate(share_of(config, parse(table.CHIPS.get(kind, table.GPU)))).peak != row["analysis"]["peak"]:
+            changed.append(name)
+        if not row["compiler"]["refused"]:
+            apart[name] = round(row["analysis"]["peak"] / row["compiler"]["peak"] - 1, 3)
+    assert changed == [], "run benchmarks/lora_table.py for these again"
+    assert {name: error for name, error in apart.items() if abs(error) > 0.1} == {}
+    assert table.markdown(rows) in (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ MODELS = ("policy", "generation", "mpo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None, help="of each training, fewer than the recipe's")
     parser.add_argument("--asked", type=int, default=ASKED, help="questions that pairs are made of")
     parser.add_argument("--test", type=int, default=TEST, help="held-out questions")
