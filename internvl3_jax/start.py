@@ -83,7 +83,8 @@ def open_base(config: TrainConfig, places: TrainState, name: str) -> checkpoint.
 
 
 def beside_base(config: TrainConfig, workdir: pathlib.Path, step: int, own: dict, places: TrainState, past: Past) -> dict:
-    """What a LoRA run's checkpoint holds, with the base that it was trained beside. Past is told where that is. ValueError if it is another.
+    """What a LoRA run's checkpoint holds, with the base that it was trained beside; ValueError if that is another now. Past is told
+    where it is.
 
     Where config.init_from names a training run, which may have gone on, that is the step of it that was taken then."""
     step_of_run = pathlib.Path(past.base_path).is_relative_to(pathlib.Path(config.init_from).expanduser().absolute())
