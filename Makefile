@@ -56,7 +56,7 @@ test: lint
 	@$(MAKE) --no-print-directory test-full
 
 test-full: .venv-test/.installed
-	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 10
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 10
 
 test-processor: .venv-processor/.installed
 	.venv-processor/bin/python -m pytest -m torchvision tests/test_auto_processor.py

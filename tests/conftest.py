@@ -22,6 +22,16 @@ jax.config.update("jax_num_cpu_devices", 8)  # in this process only
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# The files that take longest. Begun first, so that none is left for one process at the end.
+LONGEST = ("test_train_hosts", "test_train", "test_pairs_run", "test_lora_run", "test_pairs", "test_lora_base", "test_benchmarks")
+LONGEST += ("test_generate", "test_infer_hosts", "test_elastic", "test_distributed", "test_sharding", "test_parity")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def pytest_ignore_collect(collection_path, config):
     """With -m smoke, do not even import the files without a smoke test: many need PyTorch, which the smoke environments lack."""
     if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
@@ -35,3 +45,10 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are kept for the life of a process, each in memory maps of its own, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
