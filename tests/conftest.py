@@ -23,7 +23,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # The files that take longest. Begun first, so that none is left for one process at the end.
-LONGEST = ("test_train_hosts", "test_train", "test_pairs_run", "test_lora_run", "test_pairs", "test_lora_base", "test_benchmarks")
+LONGEST = (
+    "test_train_hosts",
+    "test_train",
+    "test_pairs_run",
+    "test_lora_run",
+    "test_pairs",
+    "test_lora_base",
+    "test_benchmarks",
+)
 LONGEST += ("test_generate", "test_infer_hosts", "test_elastic", "test_distributed", "test_sharding", "test_parity")
 
 
