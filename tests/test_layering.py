@@ -11,6 +11,9 @@ PACKAGE = "internvl3_jax"
 
 # A folder is one unit: its files may import each other.
 ROWS = [
+    ["terminal"],
+    ["safe_files"],
+    ["strict_json"],
     ["config", "find", "hf_fields", "host_flags", "patterns", "requests", "verify"],
     ["hf_config", "positions", "sizes"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
@@ -41,11 +44,12 @@ WITHOUT_JAX = {
     "requests",
     "sizes",
 }
-WITHOUT_JAX |= {"tokens", "verify"}
+WITHOUT_JAX |= {"safe_files", "strict_json", "terminal", "tokens", "verify"}
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
-ONLY = {"data": {"config", "positions"}, "tokens": {"config", "data", "positions", "sizes"}}
-CONVERT_MAY = {
+FOUNDATION = {"safe_files", "strict_json", "terminal"}
+ONLY = {"data": {"config", "positions"} | FOUNDATION, "tokens": {"config", "data", "positions", "sizes"} | FOUNDATION}
+CONVERT_MAY = FOUNDATION | {
     "adapters",
     "checkpoint",
     "config",

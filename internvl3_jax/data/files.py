@@ -10,9 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 
-
-class FileError(ValueError):
-    """A file that is missing, unreadable, ambiguous or of an unknown kind. The message names it."""
+from internvl3_jax.safe_files import FileError
 
 
 def is_remote(path: str) -> bool:
