@@ -7,7 +7,27 @@ can carry them; treat them as values once a module has been built.
 """
 
 import dataclasses
-import difflib
+
+from internvl3_jax import limits
+from internvl3_jax.typed import ConfigError, from_dict, to_dict
+
+__all__ = [
+    "UNITS",
+    "ConfigError",
+    "DataConfig",
+    "LanguageConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProcessorConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "from_dict",
+    "to_dict",
+    "validate",
+]
 
 UNITS = 256  # positions are integers in units of 1 / UNITS; see positions.py
 
@@ -95,7 +115,9 @@ class ProcessorConfig:
     image_size: int = 448
     tokens_per_tile: int = 256
     min_tiles: int = 1
-    max_tiles: int = 12  # per request; shared by its pictures, thumbnails not counted
+    max_tiles: int = 12  # thumbnails not counted; `tiles` says whether of each image or of all images of a prompt
+    tiles: str = "per image"  # the released models' rule at inference; or "shared", that of their training (data.tiles)
+    max_total_tiles: int = 0  # of all images of a prompt, thumbnails not counted: each image gets an equal part; 0: no limit
     use_thumbnail: bool = True
     apply_exif: bool = False  # the reference ignores EXIF orientation
     template: str = "internvl2_5"
@@ -104,9 +126,24 @@ class ProcessorConfig:
     frame_label: str = "Frame-{}: "  # before each frame of a video; {} is its number from 1
     delta: int = UNITS  # V2PE step of a visual token in units of 1/256; 256 is delta = 1, ordinary positions
 
+    def __post_init__(self):
+        check_tile_rule(self.tiles, "processor.tiles")
+        if self.max_total_tiles < 0:
+            raise ValueError(f"processor.max_total_tiles is {self.max_total_tiles}; it must be at least 1, or 0 for no limit")
+
+
+TILE_RULES = ("per image", "shared")
+
+
+def check_tile_rule(rule: str, name: str) -> None:
+    if rule not in TILE_RULES:
+        raise ValueError(f"{name} is {rule!r}; it must be one of {', '.join(map(repr, TILE_RULES))}")
+
 
 def validate(config: ModelConfig) -> None:
-    """Raises ValueError naming the first contradictory field."""
+    """ConfigError naming the fields that are of a wrong type, out of their range, or contradict each other."""
+    if found := limits.problems(config):
+        raise ConfigError("; ".join(f"ModelConfig.{problem}" for problem in found))
     vision, language = config.vision, config.language
     checks = [
         (vision.image_size % vision.patch_size == 0, "vision.image_size", f"{vision.image_size} is no multiple of patch_size"),
@@ -116,20 +153,12 @@ def validate(config: ModelConfig) -> None:
             f"{vision.grid} patches a side do not fold by {config.downsample}",
         ),
         (vision.hidden_size % vision.num_heads == 0, "vision.num_heads", f"{vision.num_heads} does not divide the width"),
-        (vision.norm in ("layer_norm", "rms_norm"), "vision.norm", f"{vision.norm!r} is not layer_norm or rms_norm"),
-        (config.ps_version in ("v1", "v2"), "ps_version", f"{config.ps_version!r} is not v1 or v2"),
-        (language.num_heads % language.num_kv_heads == 0, "language.num_kv_heads", "does not divide num_heads"),
+        (
+            language.num_heads % language.num_kv_heads == 0,
+            "language.num_kv_heads",
+            f"{language.num_kv_heads} does not divide num_heads ({language.num_heads})",
+        ),
         (language.head_dim % 2 == 0, "language.head_dim", f"{language.head_dim} is odd; rotary embedding needs pairs"),
-        (
-            language.rope_scaling in ("none", "dynamic"),
-            "language.rope_scaling",
-            f"{language.rope_scaling!r} is not none or dynamic",
-        ),
-        (
-            language.family in ("qwen2", "internlm2", "internlm3"),
-            "language.family",
-            f"{language.family!r} is not qwen2, internlm2 or internlm3",
-        ),
         (
             0 <= config.image_token_id < language.vocab_size,
             "image_token_id",
@@ -138,33 +167,7 @@ def validate(config: ModelConfig) -> None:
     ]
     for holds, field, why in checks:
         if not holds:
-            raise ValueError(f"ModelConfig.{field}: {why}")
-
-
-def to_dict(config) -> dict:
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls, values: dict, where: str = ""):
-    """Builds a dataclass from `to_dict`'s output; an unknown or missing field is an error that names it and suggests the nearest."""
-    where = where or cls.__name__
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: unknown field {name!r}{hint}")
-    arguments = {}
-    for name, field in fields.items():
-        if name not in values:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{where}: field {name!r} is missing")
-            continue
-        value = values[name]
-        if dataclasses.is_dataclass(field.type) and isinstance(value, dict):
-            value = from_dict(field.type, value, f"{where}.{name}")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**arguments)
+            raise ConfigError(f"ModelConfig.{field}: {why}")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -189,6 +192,11 @@ class DataConfig:
         False  # the decoder computes a pair's question once; not with the TPU's and NVIDIA's attention kernels
     )
     overlong: str = "error"  # a sample longer than a row; or "truncate" (after the last whole turn that fits), "drop"
+    tiles: str = "shared"  # in place of processor.tiles while training, as InternVL's scripts do; or "per image"
+    max_image_pixels: int = 89_478_485  # of an image or frame; larger ones are refused. 0: no limit. The default is Pillow's
+    allow_truncated: bool = (
+        False  # whether images whose end is missing are used, as the official trainer does; the missing part is gray
+    )
     min_frames: int = 8  # of a video; drawn for each sample
     max_frames: int = 32
     loss_average: str = "square"  # a sample's x trained tokens weigh 1 / sqrt(x) each; or "sample" (1 / x), "token" (1)
@@ -212,6 +220,7 @@ class OptimizerConfig:
     muon_learning_rate: float = 0.02
     schedule: str = "cosine"  # or "wsd": warm-up, stable, linear decay over the last `decay_fraction` of the steps
     warmup_steps: int = 100
+    warmup_fraction: float = 0.0  # of all steps, in place of warmup_steps; 0: warmup_steps counts
     decay_fraction: float = 0.2
     final_fraction: float = 0.0  # of the peak, at the last step
     weight_decay: float = 0.05
@@ -298,6 +307,9 @@ class TrainConfig:
     log_every: int = 20
     agree_every: int = 100  # steps between checks that all processes are at the same step of the same run
     save_every: int = 500
+    accept_changed_data: bool = (
+        False  # resume although sources, tokenizer or drop list are no longer those that the run began with
+    )
     keep: int = 2  # checkpoints kept, the newest
     keep_every: int = 0  # also those of every so many steps, for good; 0: none
     keep_best: bool = True  # also the one with the lowest held-out loss

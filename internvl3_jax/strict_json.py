@@ -11,9 +11,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from internvl3_jax.safe_files import FileError, read_bytes
-from internvl3_jax.terminal import excerpt
+from internvl3_jax.terminal import LONGEST, excerpt, one_line
 
 MAX_BYTES = 256 << 20  # of a JSON file, by default; a tokenizer.json has about 11 MB, an index of the 78B model 100 kB
 MAX_DEPTH = 64
@@ -42,18 +43,26 @@ def loads(data: bytes | str, where: str):
     text = decode(data, where) if isinstance(data, bytes) else data
     _check_depth(text, where)
 
+    wrong = []  # what is no number, until the object that it is in is complete and its key is known
+
     def number(digits: str, kind: Callable):
         if len(digits) > MAX_DIGITS:
-            raise JsonError(f"{where}: a number has {len(digits):,} digits; at most {MAX_DIGITS} are read")
+            wrong.append(f"a number of {len(digits):,} digits; at most {MAX_DIGITS} are read")
+            return math.nan
         value = kind(digits)
         if isinstance(value, float) and not math.isfinite(value):
-            raise JsonError(f"{where}: the number {digits} is too large")
+            wrong.append(f"the number {excerpt(digits)[1:-1]} is too large")
         return value
 
     def constant(name: str):
-        raise JsonError(f"{where}: {name} is no JSON number; write a finite number or null")
+        wrong.append(f"{name} is no JSON number; write a finite number or null")
+        return math.nan
 
-    def pairs(items: list[tuple[str, object]]) -> dict:
+    def pairs(items: list[tuple[str, object]]):
+        if wrong:
+            for name, value in items:
+                if (path := _path_to_wrong(value)) is not None:
+                    return _Wrong(f"{one_line(name[:LONGEST])}: {path}")
         values = dict(items)
         if len(values) < len(items):
             names = [name for name, _ in items]
@@ -62,19 +71,36 @@ def loads(data: bytes | str, where: str):
         return values
 
     try:
-        return json.loads(
+        value = json.loads(
             text,
             parse_float=lambda digits: number(digits, float),
             parse_int=lambda digits: number(digits, int),
             parse_constant=constant,
             object_pairs_hook=pairs,
         )
+        if wrong:
+            raise JsonError(f"{where}: {_path_to_wrong(value) or ''}{wrong[0]}")
+        return value
     except JsonError:
         raise
     except (ValueError, RecursionError) as error:
         empty = not text.strip()
         reason = "the file is empty" if empty else str(error)
         raise JsonError(f"{where}: is not JSON ({reason}); was it written or downloaded completely?") from error
+
+
+class _Wrong(NamedTuple):
+    """An object that holds what is no number."""
+
+    path: str  # to it: "a: b: "
+
+
+def _path_to_wrong(value) -> str | None:
+    if isinstance(value, _Wrong):
+        return value.path
+    if isinstance(value, list):
+        return next((path for path in map(_path_to_wrong, value) if path is not None), None)
+    return "" if isinstance(value, float) and not math.isfinite(value) else None
 
 
 def decode(data: bytes, where: str) -> str:

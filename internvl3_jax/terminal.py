@@ -6,12 +6,12 @@ import re
 LONGEST = 100  # characters that a message quotes of a value
 
 # C0 but for tabs and line breaks, DEL, C1; separators of lines; marks that reorder what is shown; half surrogates.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     r"""The text with everything that could drive a terminal written as \x1b, \u202e and so on; line breaks and tabs stay."""
-    return _UNSAFE.sub(lambda match: _escaped(match[0]), text)
+    return UNSAFE.sub(lambda match: _escaped(match[0]), text)
 
 
 def one_line(text: str) -> str:
@@ -28,6 +28,13 @@ def excerpt(value, longest: int = LONGEST) -> str:
         value = dict(itertools.islice(value.items(), longest))
     text = one_line(repr(value))
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def short_name(name: str, longest: int = 200) -> str:
+    """`one_line` of a path or address; of a longer one the beginning and the end, which tell most."""
+    if len(name) > longest:
+        name = f"{name[: longest // 3]}...{name[-longest // 3 :]} ({len(name):,} characters)"
+    return one_line(name)
 
 
 def _escaped(character: str) -> str:

@@ -31,7 +31,8 @@ def test_json_reads_as_pythons_parser_reads_it(text):
     [
         (b"", "empty"),
         (b"{", "not JSON"),
-        (b'{"a": NaN}', "NaN"),
+        (b'{"a": NaN}', "a: NaN"),
+        (b'{"a": {"b": [0, 1e999]}}', "a: b: the number 1e999"),
         (b"[-Infinity]", "Infinity"),
         (b"[1e999]", "1e999"),
         (b"[" + b"9" * 5000 + b"]", "5,000 digits"),
@@ -113,3 +114,19 @@ def test_messages_stay_short_and_harmless():
     assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 300
     with pytest.raises(JsonError, match="null; expected an object"):
         Object(None, "f.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('{"a": {"b": [1, {"c": NaN}]}}', "a: b: c: NaN"),
+        ('{"a": 1, "b": [0, [-Infinity]]}', "b: -Infinity"),
+        ('[{"a": 1}, {"b": 1e999}]', "b: the number 1e999 is too large"),
+        ("[NaN]", "NaN is no JSON number"),
+        ("Infinity", "Infinity is no JSON number"),
+    ],
+)
+def test_what_is_no_number_is_named_with_the_keys_that_lead_to_it(text, path):
+    with pytest.raises(JsonError) as caught:
+        loads(text, "f.json")
+    assert str(caught.value).startswith(f"f.json: {path}")

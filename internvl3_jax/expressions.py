@@ -1,0 +1,108 @@
+r"""Values of written products, quotients, powers and roots: 1.5 \times 10^3, 2^{10}, \frac{1}{-2}, 2\pi, \sqrt{2}/2.
+
+No sums: a dash between two numbers is more often a range, a score or a date. What is not wholly of this form has no value.
+"""
+
+import math
+import re
+from fractions import Fraction
+
+MAX_LENGTH = 60
+MAX_EXPONENT = 100
+MAX_DIGITS = 400  # of a power
+
+_TOKEN = re.compile(r"\s*(?:(\d+\.?\d*|\.\d+)|(sqrt|π|[-+*/^()]))")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+
+
+def plain(text: str) -> str:
+    r"""LaTeX's and Unicode's ways to write these operations as * ^ π sqrt()."""
+    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)}])\s*[×·⋅∙]\s*(?=[\d(\\π])", "*", text)
+    text = re.sub(r"\\pi(?![A-Za-z])|(?<![A-Za-z])pi(?![A-Za-z])", "π", text)
+    text = re.sub(r"\\sqrt\s*\{([^{}]*)\}|√\s*\(([^()]*)\)", lambda found: f"sqrt({found[1] or found[2]})", text)
+    text = re.sub(r"(?:\\sqrt|√)\s*(\d+)", r"sqrt(\1)", text)
+    text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
+    return re.sub("(?<=[0-9a-z)π])([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda found: f"^({found[1].translate(_SUPERSCRIPTS)})", text)
+
+
+def value(text: str) -> Fraction | None:
+    """The value of a text that `plain` has been applied to; irrational ones to the precision of a float. None if it has none."""
+    if len(text) > MAX_LENGTH:
+        return None
+    tokens, place = [], 0
+    text = text.strip()
+    while place < len(text):
+        found = _TOKEN.match(text, place)
+        if not found:
+            return None
+        tokens.append(found[1] or found[2])
+        place = found.end()
+    parser = _Parser(tokens)
+    try:
+        result = parser.product()
+        return result if not parser.tokens else None
+    except (ValueError, ZeroDivisionError, OverflowError, IndexError):
+        return None
+
+
+class _Parser:
+    """By recursive descent; every method takes its tokens from the front. IndexError: they end too soon."""
+
+    def __init__(self, tokens: list[str]):
+        self.tokens = tokens
+
+    def product(self) -> Fraction:
+        result, divided = self.signed(), False
+        while self.tokens and self.tokens[0] not in ")+-":
+            operator = self.tokens.pop(0) if self.tokens[0] in "*/" else "*"
+            if operator == "/":
+                if divided:
+                    raise ValueError  # 1/2/2020 is a date
+                divided, result = True, result / self.signed()
+            else:
+                result *= self.signed()
+        return result
+
+    def signed(self) -> Fraction:
+        sign = 1
+        if self.tokens[0] in "+-":
+            sign = -1 if self.tokens.pop(0) == "-" else 1
+        return sign * self.power()
+
+    def power(self) -> Fraction:
+        base = self.factor()
+        if not self.tokens or self.tokens[0] != "^":
+            return base
+        self.tokens.pop(0)
+        exponent = self.signed()
+        if abs(exponent) > MAX_EXPONENT:
+            raise ValueError
+        if exponent.denominator != 1:
+            if base < 0:
+                raise ValueError
+            return Fraction(float(base) ** float(exponent))
+        if max(len(str(base.numerator)), len(str(base.denominator))) * abs(exponent) > MAX_DIGITS:
+            raise ValueError
+        return base ** int(exponent)
+
+    def factor(self) -> Fraction:
+        token = self.tokens.pop(0)
+        if token == "π":
+            return Fraction(math.pi)
+        if token == "sqrt":
+            if self.tokens[0] != "(":
+                raise ValueError
+            inside = self.factor()
+            if inside < 0:
+                raise ValueError
+            roots = math.isqrt(inside.numerator), math.isqrt(inside.denominator)
+            exact = Fraction(*roots)
+            return exact if exact * exact == inside else Fraction(math.sqrt(inside))
+        if token == "(":
+            inside = self.product()
+            if self.tokens.pop(0) != ")":
+                raise ValueError
+            return inside
+        if token in "+-*/^)":
+            raise ValueError
+        return Fraction(token.rstrip("."))
