@@ -5,7 +5,7 @@
     DIR/tokenizer.json ...   the tokenizer and whatever else travelled along
     DIR/opt_state/, DIR/training.json, DIR/data/SHARD.json
                              in the steps of a training run (RUN/checkpoints/STEP is such a DIR)
-    DIR/files.json           sizes of all of it, so that a damaged step is recognised without reading it
+    DIR/files.json           size and sha256 of all of it, written last: without it, or with other files, the directory is damaged
 
 A step of a LoRA run holds adapters alone and names their base (adapters.py). `load` puts them on it; it also opens released safetensors
 directories of either layout and hub ids.
@@ -13,27 +13,51 @@ directories of either layout and hub ids.
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax import lora, storage
+from internvl3_jax import integrity, lora, storage
 from internvl3_jax.adapters import Adapter, adapter, check_base, check_model, check_processor, describe, put_on, read_own
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.find import MANIFEST, PEFT, damage, find, is_checkpoint, is_peft, latest_step
+from internvl3_jax.find import MANIFEST, PEFT, find, is_checkpoint, is_peft, latest_step
 from internvl3_jax.fingerprint import compare, fingerprint
-from internvl3_jax.manifest import Base, Manifest, write_files
+from internvl3_jax.manifest import Manifest, dtype_name, write_files
 from internvl3_jax.model import InternVL, abstract_params
+from internvl3_jax.remote_files import as_path
 from internvl3_jax.sharding import param_shardings
+from internvl3_jax.steps import (
+    TRAINING,
+    Saving,
+    delete_old_steps,
+    read_training,
+    restore_training,
+    save_training,
+    start_saving_training,
+)
+from internvl3_jax.terminal import excerpt
+from internvl3_jax.verification import check_finite, undamaged
 
-TRAINING = "training.json"
-DATA = "data"
+__all__ = [
+    "TRAINING",
+    "Checkpoint",
+    "Manifest",
+    "Saving",
+    "delete_old_steps",
+    "latest_step",
+    "load",
+    "load_adapter",
+    "read_training",
+    "restore_training",
+    "save_checkpoint",
+    "save_training",
+    "start_saving_training",
+    "write_files",
+]
 
 
 @dataclasses.dataclass
@@ -55,14 +79,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint from a tree of jax or numpy arrays. `files` must hold the tokenizer's (`tokenizer.files()`)."""
     with storage.new_directory(directory, overwrite) as partial:
-        finish = storage.start_saving(partial / "params", params)
-        write_files(partial, model, processor, files, _dtype_name(params))
-        finish()
-
-
-def _dtype_name(params) -> str:
-    names = sorted({jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)})
-    return "+".join(names)
+        write_files(partial, model, processor, files, dtype_name(params))
+        storage.start_saving(partial / "params", params)()
 
 
 # --- opening ------------------------------------------------------------------------------------------------------------------
@@ -74,9 +92,11 @@ def load(
     dtype=None,
     mesh: jax.sharding.Mesh | None = None,
     accept_fingerprint: bool = False,
-    adapters: Mapping[str, str | os.PathLike] | None = None,
+    adapters: Mapping[str, str | os.PathLike] | str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     prepare: Callable[[str, jax.Array], object] | None = None,
+    verify: str = "full",
+    allow_nonfinite: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint directory, a training run, a released safetensors directory (either layout) or a hub id.
 
@@ -86,71 +106,133 @@ def load(
       dtype: of the parameters and of the computation; None keeps what is stored.
       mesh: of `sharding.make_mesh`: each device gets its part of each parameter, straight from the files. None puts all on the default
         device.
-      accept_fingerprint: go on although the files no longer agree with how the checkpoint was made.
-      adapters: name -> LoRA run or PEFT directory; `Checkpoint.adapters` holds them, for `Chat` to choose from.
+      accept_fingerprint: go on although the files beside the arrays no longer agree with how the checkpoint was made.
+      adapters: name -> LoRA run or PEFT directory, or one of these alone, whose name is the last part of its path;
+        `Checkpoint.adapters` holds them, for `Chat` to choose from.
       base: of a LoRA run, where its base is now.
       prepare: called with each parameter's path and value as soon as it is read; what it returns takes its place.
+      verify: how files are compared with what was written, before they are used: "full" reads all bytes once more for their sha256 (of a
+        mesh over several processes each a share), "sizes" looks at names and sizes, "none" at nothing. Of a training run the newest step
+        that is undamaged by this is opened.
+      allow_nonfinite: open parameters that are NaN or infinite.
 
     Raises:
       FileNotFoundError: nothing that can be opened is there.
-      ValueError: it is damaged, or contradicts itself (FingerprintError), naming what.
+      ValueError: it is damaged (Damaged), has parameters that are not finite, or contradicts itself (FingerprintError), naming what.
     """
-    directory = find(path)
+    integrity.check_level(verify)
+    directory = find(path, verify)
+    reading = _Reading(dtype, mesh, accept_fingerprint, prepare, verify, allow_nonfinite)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None:
-        opened = _load_released(directory, dtype, mesh, accept_fingerprint, prepare)
+        opened = _load_released(directory, reading)
     elif manifest.base is None:
-        opened = _load_whole(directory, manifest, dtype, mesh, accept_fingerprint, prepare)
+        opened = _load_whole(directory, manifest, reading)
     else:
-        opened = _load_lora(directory, manifest, dtype, mesh, accept_fingerprint, base)
-        if prepare is not None:
-            opened.params = storage.nest({path: prepare(path, leaf) for path, leaf in storage.by_path(opened.params).items()})
+        opened = _load_lora(directory, manifest, reading, base)
     if base is not None and (manifest is None or manifest.base is None):
         raise ValueError(f"{directory} is no LoRA run: it has no base, and {base} would not be looked at")
-    opened.adapters = {name: load_adapter(where, opened, accept_fingerprint) for name, where in (adapters or {}).items()}
+    opened.adapters = {
+        name: load_adapter(where, opened, accept_fingerprint, verify, allow_nonfinite)
+        for name, where in _named(adapters).items()
+    }
     return opened
 
 
-def _load_released(directory: pathlib.Path, dtype, mesh, accept_fingerprint: bool, prepare) -> Checkpoint:
+@dataclasses.dataclass
+class _Reading:
+    """The arguments of `load` that every kind of directory takes."""
+
+    dtype: object
+    mesh: jax.sharding.Mesh | None
+    accept_fingerprint: bool
+    prepare: Callable | None
+    verify: str
+    allow_nonfinite: bool
+
+    def checked(self, directory: pathlib.Path) -> Callable:
+        """`prepare` that sees finite parameters only."""
+        prepare = self.prepare or (lambda path, leaf: leaf)
+        if self.allow_nonfinite:
+            return prepare
+
+        def check(path, leaf):
+            check_finite({path: leaf}, str(directory))
+            return prepare(path, leaf)
+
+        return check
+
+
+def _named(adapters) -> dict:
+    if isinstance(adapters, str | os.PathLike):
+        return {pathlib.Path(adapters).name: adapters}
+    if not (adapters is None or isinstance(adapters, Mapping)):
+        raise ValueError(f"adapters is {excerpt(adapters)}; give name -> directory, such as {{'a': 'runs/a'}}")
+    return dict(adapters or {})
+
+
+def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
     # The one upward import of the package: reading a released directory is a conversion in memory.
     from convert.source import open_released
 
-    source = open_released(directory, dtype and jnp.dtype(dtype).name, accept_fingerprint)
-    params = source.params(_places(source.config, mesh), prepare)
+    dtype = reading.dtype and jnp.dtype(reading.dtype).name
+    with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
+        source = open_released(directory, dtype, reading.accept_fingerprint, reading.allow_nonfinite)
+    params = source.params(_places(source.config, reading.mesh), reading.prepare)
     return _opened(directory, source.config, source.processor, source.tokenizer, params)
 
 
-def _load_whole(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_fingerprint: bool, prepare) -> Checkpoint:
-    stored = storage.leaf_infos(directory / "params")
-    tokenizer = _tokenizer(directory, manifest, _dtype_name(stored), accept_fingerprint)
-    target = _targets(directory, manifest.model, stored, dtype, _places(manifest.model, mesh))
-    params = storage.load_tree(directory / "params", target, prepare)
+def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) -> Checkpoint:
+    with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
+        stored = storage.leaf_infos(directory / "params")
+        tokenizer = _tokenizer(directory, manifest, dtype_name(stored), reading.accept_fingerprint)
+        target = _targets(directory, manifest.model, stored, reading.dtype, _places(manifest.model, reading.mesh))
+    # Leaf by leaf only where each becomes something smaller: together they are read faster.
+    params = storage.load_tree(directory / "params", target, reading.prepare and reading.checked(directory))
+    if reading.prepare is None and not reading.allow_nonfinite:
+        check_finite(storage.by_path(params), str(directory))
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
 
 
-def _load_lora(directory: pathlib.Path, manifest: Manifest, dtype, mesh, accept_fingerprint: bool, base) -> Checkpoint:
+def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, base) -> Checkpoint:
     """The run's base with its adapters merged into it."""
-    own = read_own(directory, mesh)
-    tokenizer = _tokenizer(directory, manifest, _dtype_name(own), accept_fingerprint)
-    under = load(base or manifest.base.path, dtype=manifest.base.dtype, mesh=mesh, accept_fingerprint=accept_fingerprint)
+    with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
+        own = read_own(directory, reading.mesh)
+        tokenizer = _tokenizer(directory, manifest, dtype_name(own), reading.accept_fingerprint)
+    under = load(
+        base or manifest.base.path,
+        dtype=manifest.base.dtype,
+        mesh=reading.mesh,
+        accept_fingerprint=reading.accept_fingerprint,
+        verify=reading.verify,
+        allow_nonfinite=reading.allow_nonfinite,
+    )
     check_model(manifest.model, under.config, str(directory))
     check_base(describe(storage.by_path(under.params).items(), manifest.base.dtype), own, manifest.base, str(directory))
     tree = put_on(under.params, own, manifest.base)
     del under
-    params = lora.merged(tree, manifest.base.lora, dtype or manifest.base.dtype)
+    params = lora.merged(tree, manifest.base.lora, reading.dtype or manifest.base.dtype)
+    prepare = reading.checked(directory)
+    params = storage.nest({path: prepare(path, leaf) for path, leaf in storage.by_path(params).items()})
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
 
 
-def load_adapter(path: str | os.PathLike, opened: Checkpoint, accept_fingerprint: bool = False) -> Adapter:
+def load_adapter(
+    path: str | os.PathLike,
+    opened: Checkpoint,
+    accept_fingerprint: bool = False,
+    verify: str = "full",
+    allow_nonfinite: bool = False,
+) -> Adapter:
     """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an opened checkpoint.
 
     Raises:
       FileNotFoundError: neither is there.
       ValueError: it is an adapter of another model, or of this one with other weights; or, unless accept_fingerprint, one that was trained
-        with another processor.
+        with another processor. Also as of `load`.
     """
-    local = pathlib.Path(path).expanduser()
-    directory = local if is_peft(local) else find(path)
+    local = as_path(path) if "://" in os.fspath(path) else pathlib.Path(path).expanduser()
+    directory = local if is_peft(local) else find(path, verify)
     if is_peft(directory):
         from convert.peft import read_peft
 
@@ -161,7 +243,11 @@ def load_adapter(path: str | os.PathLike, opened: Checkpoint, accept_fingerprint
     check_model(manifest.model, opened.config, str(directory))
     if not accept_fingerprint:
         check_processor(manifest.processor, opened.processor, str(directory))
-    own = read_own(directory, _mesh_of(opened.params))
+    mesh = _mesh_of(opened.params)
+    with undamaged(directory, verify, accept_fingerprint, mesh):
+        own = read_own(directory, mesh)
+    if not allow_nonfinite:
+        check_finite(storage.by_path(own), str(directory))
     if opened.described is None:
         found = describe(storage.by_path(opened.params).items(), manifest.base.dtype)
     else:
@@ -221,81 +307,3 @@ def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, 
 
 def _shape(leaf) -> str:
     return "nothing" if leaf is None else str(tuple(leaf.shape))
-
-
-# --- training runs ------------------------------------------------------------------------------------------------------------
-
-
-def start_saving_training(
-    run: str | os.PathLike,
-    step: int,
-    params,
-    opt_state,
-    *,
-    model: ModelConfig,
-    processor: ProcessorConfig,
-    files: Mapping[str, bytes],
-    extra: Mapping,
-    data: Mapping[str, Mapping] | None = None,
-    base: Base | None = None,
-    keep: int | None = None,
-    keep_also: Callable[[int], bool] = lambda step: False,
-) -> Callable[[], None]:
-    """Starts saving a step; training may go on (also donate the arrays) when this returns.
-
-    Call the result before the next save: it waits until the step is complete.
-
-    Args:
-      extra: JSON values needed to resume, the same in every process.
-      data: states of this process's data streams, by shard.
-      base: of a LoRA run, of whose parameters `params` are those that it trains.
-      keep: delete all but this many of the newest steps once the new one is complete; None keeps all.
-      keep_also: steps that are kept whatever their age.
-    """
-    final = pathlib.Path(run).absolute() / "checkpoints" / str(step)
-    partial = storage.start_directory(final, overwrite=final.exists() and damage(final) is not None)
-    waits = [storage.start_saving(partial / "params", params), storage.start_saving(partial / "opt_state", opt_state)]
-    write_files(partial, model, processor, files, _dtype_name(params), base=base)
-    if jax.process_index() == 0:
-        (partial / TRAINING).write_text(json.dumps({"step": step, **extra}, indent=1))
-    for shard, state in (data or {}).items():
-        (partial / DATA).mkdir(exist_ok=True)
-        (partial / DATA / f"{shard}.json").write_text(json.dumps(state))
-
-    def finish() -> None:
-        for wait in waits:
-            wait()
-        storage.commit_directory(final, listed=True)
-        if keep is not None:
-            delete_old_steps(run, keep, keep_also)
-
-    return finish
-
-
-def save_training(run, step, params, opt_state, **options) -> None:
-    """`start_saving_training`, and waits."""
-    start_saving_training(run, step, params, opt_state, **options)()
-
-
-def restore_training(run: str | os.PathLike, step: int, abstract_params, abstract_opt_state) -> tuple:
-    """(params, opt_state, extra) of a step; extra["data"] holds the states of all data streams.
-
-    The abstract trees give dtypes and shardings (`jax.eval_shape` of what made the arrays).
-    """
-    directory = pathlib.Path(run).absolute() / "checkpoints" / str(step)
-    if not is_checkpoint(directory):
-        raise FileNotFoundError(f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}")
-    params = storage.load_tree(directory / "params", abstract_params)
-    opt_state = storage.load_tree(directory / "opt_state", abstract_opt_state)
-    data = {path.stem: json.loads(path.read_text()) for path in sorted((directory / DATA).glob("*.json"))}
-    return params, opt_state, json.loads((directory / TRAINING).read_text()) | {"data": data}
-
-
-def delete_old_steps(run: str | os.PathLike, keep: int, keep_also: Callable[[int], bool] = lambda step: False) -> None:
-    """Removes all complete steps of a run but the `keep` newest and those that `keep_also` names."""
-    directory = pathlib.Path(run).absolute() / "checkpoints"
-    steps = sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and is_checkpoint(entry))
-    if jax.process_index() == 0:
-        for step in steps[:-keep] if keep else steps:
-            if not keep_also(step):
-                shutil.rmtree(directory / str(step))

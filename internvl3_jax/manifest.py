@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
+from internvl3_jax import strict_json
 from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig, from_dict, to_dict
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.find import MANIFEST
@@ -34,26 +36,50 @@ class Manifest:
     fingerprint: dict
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     base: Base | None = None  # of a LoRA run
+    source: str | None = None  # what it was converted from, where that was a download of the hub: owner/name@commit
 
     def write(self, directory: pathlib.Path) -> None:
-        values = {"format": FORMAT, **{name: to_dict(getattr(self, name)) for name in ("model", "processor")}}
+        values = {"format": FORMAT, "listed": True, **{name: to_dict(getattr(self, name)) for name in ("model", "processor")}}
         values |= {"fingerprint": self.fingerprint, "hashes": self.hashes}
         values |= {"base": to_dict(self.base)} if self.base else {}
-        (directory / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+        values |= {"source": self.source} if self.source else {}
+        (directory / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: pathlib.Path) -> "Manifest":
+        """ValueError, naming the file and what in it is wrong."""
         path = directory / MANIFEST
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if values.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
-        model = from_dict(ModelConfig, values["model"], f"{path}: model")
-        processor = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
-        base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
-        return cls(model, processor, values["fingerprint"], values["hashes"], base)
+            values = strict_json.read_object(path)
+        except strict_json.JsonError as error:
+            raise strict_json.JsonError(f"{error}; {MANIFEST} is damaged") from error
+        found = values.get("format", int)
+        if found != FORMAT:
+            raise strict_json.JsonError(f"{values.where} has format {found}; this version reads {FORMAT}")
+        values.get("listed", bool, False)  # whether files.json belongs to it; see find.damage
+        model, processor = (
+            _part(values, name, part) for name, part in (("model", ModelConfig), ("processor", ProcessorConfig))
+        )
+        base = _part(values, "base", Base) if "base" in values.values else None
+        hashes = values.get("hashes", dict)
+        for name, text in hashes.items():
+            strict_json.check(text, str, f"{values.where}: hashes: {name}", high=128)
+        source = values.get("source", str, None, high=1000)
+        made = cls(model, processor, values.get("fingerprint", dict), hashes, base, source)
+        values.finish()
+        return made
+
+
+def _part(values: strict_json.Object, name: str, kind: type):
+    where = f"{values.where}: {name}"
+    try:
+        return from_dict(kind, values.get(name, dict), where)
+    except (
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # a field of a wrong type that what checks the fields stumbles over
+        raise strict_json.JsonError(f"{where} is damaged ({error})") from error
 
 
 def write_files(
@@ -64,6 +90,7 @@ def write_files(
     dtype: str,
     hashes: dict[str, str] | None = None,
     base: Base | None = None,
+    source: str | None = None,
 ) -> None:
     """Writes everything of a checkpoint directory but its arrays; the tokenizer among `files` must fit the configuration."""
     tokenizer = Tokenizer.from_files(dict(files), str(directory))
@@ -71,4 +98,9 @@ def write_files(
     if jax.process_index() == 0:
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        Manifest(model, processor, made, hashes or {}, base).write(directory)
+        Manifest(model, processor, made, hashes or {}, base, source).write(directory)
+
+
+def dtype_name(params) -> str:
+    """The dtype of a tree's leaves, or all of them: "bfloat16+float32"."""
+    return "+".join(sorted({np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}))

@@ -16,19 +16,15 @@ import secrets
 import shutil
 import socket
 import stat
+from collections.abc import Callable
 from typing import BinaryIO
 
+from internvl3_jax import remote_files
+from internvl3_jax.file_errors import FileError, InUse
+from internvl3_jax.remote_files import is_remote
 from internvl3_jax.terminal import one_line
 
 OWN = ".internvl3_jax_unfinished"  # marker in a directory that is being filled, or that is about to be deleted
-
-
-class FileError(ValueError):
-    """A file that is missing, unreadable, ambiguous, too large or of an unknown kind. The message names it."""
-
-
-class InUse(FileError):
-    """Another process works on the same directory or file; the message says which one."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------
@@ -51,12 +47,14 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, *, max_bytes: int) -> bytes:
-    """All bytes of a regular file. FileError if it has more than `max_bytes`."""
+    """All bytes of a regular file, or of an object (remote_files.py). FileError if it has more than `max_bytes`."""
+    if is_remote(path):
+        return remote_files.read_bytes(path, max_bytes=max_bytes)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise FileError(f"{one_line(os.fspath(path))}: has {size:,} bytes; at most {max_bytes:,} are read")
-        return file.read(max_bytes + 1)
+        return file.read(size)  # a larger number would be allocated
 
 
 def reason(error: BaseException) -> str:
@@ -70,10 +68,15 @@ def reason(error: BaseException) -> str:
 def replace(path: str | os.PathLike, content: bytes | str) -> None:
     """Writes a file whole: a crash at any moment leaves the old one or the new one. OSError names the file.
 
-    A symbolic link stays one, and what it names is replaced; the permissions of an existing file stay.
+    A symbolic link stays one, and what it names is replaced; the permissions of an existing file stay. Objects (remote_files.py) are
+    written whole by themselves.
     """
-    target = pathlib.Path(os.path.realpath(path))
     data = content.encode("utf-8") if isinstance(content, str) else content
+    if is_remote(path):
+        remote_files.forget(path)
+        remote_files.write_bytes(path, data)
+        return
+    target = pathlib.Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -103,6 +106,9 @@ def sync_directory(path: str | os.PathLike) -> None:
 # --- one process at a time ----------------------------------------------------------------------------------------------------
 
 
+_HOLDER = b'{"host": '  # how a lock's file begins, unless it is empty
+
+
 class Lock:
     """Held by one process at a time, in a file that stays; a context manager.
 
@@ -114,6 +120,7 @@ class Lock:
 
     Raises:
       InUse: from `acquire` and `with`, naming the process and host that hold it.
+      FileError: the file has other content than a lock's, and is left as it is.
     """
 
     def __init__(self, path: str | os.PathLike, what: str):
@@ -124,17 +131,22 @@ class Lock:
             file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+b")
         except OSError as error:
             raise OSError(error.errno, f"cannot be locked ({reason(error)})", str(self.path)) from error
+        content = file.read(4096)
+        if content and not content.startswith(_HOLDER[: len(content)]):
+            file.close()
+            raise FileError(f"{one_line(str(self.path))}: is no lock of this program; move it away")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _holder(file.read(4096))
+            holder = remote_files.holder(content)
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise OSError(error.errno, f"cannot be locked ({reason(error)})", str(self.path)) from error
             raise InUse(
                 f"{self.what} is in use by another process{holder}; wait for it or end it, or use another place"
             ) from error
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
         file.flush()
         self.file = file
@@ -152,12 +164,9 @@ class Lock:
         self.release()
 
 
-def _holder(content: bytes) -> str:
-    try:
-        values = json.loads(content)
-        return f" (process {int(values['process'])} on {one_line(str(values['host']))})"
-    except (ValueError, TypeError, KeyError):
-        return ""
+def lock_at(path: str | os.PathLike, what: str, note: Callable[[str], None] = lambda text: None) -> "Lock | remote_files.Lease":
+    """A `Lock`, or in object storage a `remote_files.Lease`; note: of the lease."""
+    return remote_files.Lease(path, what, note) if is_remote(path) else Lock(path, what)
 
 
 # --- deleting -----------------------------------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ def remove_own(directory: str | os.PathLike) -> bool:
         return False
     marker = pathlib.Path(directory) / OWN
     # The marker goes last, so that a deletion that was killed can be taken up again.
-    for entry in os.scandir(directory):
+    for entry in list(os.scandir(directory)):
         if entry.name == OWN:
             continue
         if entry.is_dir(follow_symlinks=False):

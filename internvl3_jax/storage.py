@@ -5,19 +5,25 @@ memory.
 """
 
 import contextlib
+import fnmatch
 import gc
-import json
 import math
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
-from internvl3_jax.find import FILES
+from internvl3_jax import orbax_s3, remote_files
+from internvl3_jax.find import damage
+from internvl3_jax.integrity import FILES, publish, seal
+from internvl3_jax.remote_files import is_remote
+from internvl3_jax.safe_files import mark_own
+from internvl3_jax.unfinished import InPlace, Unfinished, absolute, check_replaceable, clean, set_aside
 
 try:
     import orbax.checkpoint.experimental.v1 as ocp
@@ -28,60 +34,130 @@ LARGEST_CHUNK = 512 << 20  # bytes of one stored block, the least that a reader 
 SMALL = 64 << 20  # bytes of leaves that are written together
 
 
+# --- directories ----------------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def new_directory(directory: str | os.PathLike, overwrite: bool = False):
+def new_directory(directory: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()):
     """Yields an empty directory to fill; it becomes `directory` when the block ends well and is removed when it does not.
 
     With several processes every one enters the block; the first creates and moves.
+
+    Args:
+      overwrite: replace what is there, if it was made here, holds nothing else, and is none of `sources`.
+
+    Raises:
+      FileExistsError: something is there, and it is not to be replaced or must not be.
+      InUse: another process is filling the same directory.
     """
-    final = pathlib.Path(directory).absolute()
-    start_directory(final, overwrite)
+    final = absolute(directory)
+    if is_remote(final):
+        with _new_remote(final, overwrite, sources) as filled:
+            yield filled
+        return
+    unfinished = start_directory(final, overwrite, sources)
     try:
-        yield partial_name(final)
+        yield unfinished.path
+        seal_directory(unfinished)
+        commit_directory(unfinished, overwrite)
     except BaseException:
-        if jax.process_index() == 0:
-            shutil.rmtree(partial_name(final), ignore_errors=True)
+        unfinished.abandon()
         raise
-    commit_directory(final)
 
 
-def partial_name(final: pathlib.Path) -> pathlib.Path:
-    """Where a directory is built: beside its place, so that moving it there is one rename."""
-    return final.with_name(final.name + ".partial")
-
-
-def start_directory(final: pathlib.Path, overwrite: bool = False) -> pathlib.Path:
-    """Creates the empty directory to fill; what an interrupted write left there is removed."""
-    if final.exists() and not overwrite:
+@contextlib.contextmanager
+def _new_remote(final, overwrite: bool, sources: Iterable[str | os.PathLike]):
+    """The same in object storage, by one process: filled on a local disk, which needs room for it, then copied."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{final}: one process alone writes a checkpoint to object storage")
+    clean(final.parent, final.name)
+    before = remote_files.objects(final)
+    if before and not overwrite:
         raise FileExistsError(f"{final} exists; choose another place or allow overwriting (--overwrite)")
+    if before:
+        check_replaceable(final, sources)
+    with tempfile.TemporaryDirectory(prefix="internvl3_jax_") as local:
+        filled = pathlib.Path(local) / "filled"
+        filled.mkdir()
+        mark_own(filled)
+        yield filled
+        seal(filled)
+        unfinished = InPlace(final, True)
+        try:
+            remote_files.remove(final, [FILES, *(name for name in before if name != FILES)])
+            publish(filled, final)
+        except BaseException:
+            unfinished.abandon()
+            raise
+
+
+def start_directory(final: pathlib.Path, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()) -> Unfinished:
+    """Creates the empty directory to fill; what killed processes left of it is removed."""
     if jax.process_index() == 0:
-        shutil.rmtree(partial_name(final), ignore_errors=True)
-        partial_name(final).mkdir(parents=True)
+        clean(final.parent, final.name)
+    if os.path.lexists(final):
+        if not overwrite:
+            raise FileExistsError(f"{final} exists; choose another place or allow overwriting (--overwrite)")
+        check_replaceable(final, sources)
+    return _create(final)
+
+
+def start_step(final: pathlib.Path) -> Unfinished | InPlace:
+    """The same for a step of a training run. A damaged one that is there makes room; FileExistsError if it is whole."""
+    if jax.process_index() == 0:
+        clean(final.parent)
+    # Every process asks before the first one moves it.
+    there = bool(remote_files.objects(final)) if is_remote(final) else os.path.lexists(final)
+    whole = there and damage(final) is None
+    _barrier(f"look at {final}")
+    if whole:
+        raise FileExistsError(f"{final} exists, and is whole; nothing is saved in its place")
+    if there and jax.process_index() == 0:
+        set_aside(final)
+    return _create(final)
+
+
+def _create(final: pathlib.Path) -> Unfinished | InPlace:
+    token = np.frombuffer(os.urandom(4), np.uint8)
+    if jax.process_count() > 1:
+        token = np.asarray(multihost_utils.broadcast_one_to_all(token))
+    if is_remote(final):
+        unfinished = InPlace(final, jax.process_index() == 0)
+        _barrier(f"start {final}")
+        return unfinished
+    unfinished = Unfinished(final, token.tobytes().hex(), jax.process_index() == 0)
     _barrier(f"start {final}")
-    return partial_name(final)
+    return unfinished
 
 
-def commit_directory(final: pathlib.Path, listed: bool = False) -> None:
-    """Moves the filled directory to its place, replacing what was there; `listed` adds files.json with the size of every file."""
-    _barrier(f"filled {final}")
-    if jax.process_index() == 0:
-        partial = partial_name(final)
-        if listed:
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-            (partial / FILES).write_text(json.dumps(sizes, indent=1))
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    _barrier(f"committed {final}")
+def seal_directory(unfinished: Unfinished) -> None:
+    """Waits until all processes have filled it, and lists the files with their hashes."""
+    _barrier(f"filled {unfinished.final}")
+    if unfinished.creates:
+        seal(unfinished.path)
+
+
+def commit_directory(unfinished: Unfinished, overwrite: bool = False) -> None:
+    """Moves the filled directory to its place; all processes wait for it."""
+    _barrier(f"sealed {unfinished.final}")
+    unfinished.commit(overwrite)
+    _barrier(f"committed {unfinished.final}")
 
 
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------------------
+
+
+class _LiteralPath(type(epath.Path("/"))):
+    """A path whose `glob` takes [ ] * ? in the directory's own name as they are; Orbax looks for its parts with it."""
+
+    def glob(self, pattern: str):
+        entries = self.iterdir() if self.is_dir() else ()
+        return (entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern))
 
 
 def _storage_options(path, leaf):
@@ -92,8 +168,11 @@ def _storage_options(path, leaf):
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=LARGEST_CHUNK, shard_axes=layers)
 
 
-def _context(copy: bool = False) -> "ocp.Context":
+def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
+    if str(path).startswith("s3://"):
+        orbax_s3.install()
     context = ocp.Context()
+    context.file.path_class = _LiteralPath
     saving = context.array.saving
     saving.use_compression = False  # weights hardly shrink, and it takes most of the writing time
     saving.scoped_storage_options_creator = _storage_options
@@ -134,12 +213,12 @@ class TreeWriter:
 
     def close(self) -> None:
         self._flush()
-        with _context():
+        with _context(self.path):
             ocp.partial.finalize(self.path)
 
     def _flush(self) -> None:
         if self.waiting:
-            with _context():
+            with _context(self.path):
                 ocp.partial.save(self.path, nest(self.waiting))
             self.waiting = {}
             gc.collect()  # Orbax leaves the arrays in reference cycles
@@ -150,14 +229,15 @@ def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
 
     The caller may donate jax arrays when this returns, and change numpy arrays.
     """
-    with _context(copy=True):
+    with _context(path, copy=True):
         response = ocp.save_async(path, tree)
     return response.result
 
 
 def leaf_infos(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every leaf of a stored tree of dicts, without reading arrays."""
-    stored = by_path(ocp.metadata(path).metadata)
+    with _context(path):
+        stored = by_path(ocp.metadata(path).metadata)
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
 
 
@@ -178,7 +258,7 @@ class TreeReader:
                 if batch and size > SMALL:
                     break
                 batch[following] = np.empty(info.shape, info.dtype)
-            with _context():
+            with _context(self.path):
                 self.ready = by_path(ocp.load(self.path, nest(batch)))
             gc.collect()  # Orbax leaves arrays in reference cycles
         return self.ready.pop(name)
@@ -196,7 +276,7 @@ def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def read(tree):
-        with _context():
+        with _context(path):
             return ocp.load(path, jax.tree.map(target, tree))
 
     if prepare is None:

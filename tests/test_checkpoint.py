@@ -1,8 +1,13 @@
 """Checkpoint directories: saved whole or not at all, opened from every place, and refused when they contradict themselves."""
 
 import dataclasses
+import itertools
 import json
 import logging
+import os
+import re
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,7 @@ from internvl3_jax.checkpoint import load, save_checkpoint
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.fingerprint import FingerprintError
+from internvl3_jax.integrity import Damaged
 from internvl3_jax.model import InternVL
 
 pytestmark = pytest.mark.smoke
@@ -87,19 +93,20 @@ def test_a_wrong_directory_says_what_was_expected(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"internvl3_jax.json and params/.*config.json and \*.safetensors.*photo.jpg"):
         load(tmp_path)
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, allow_patterns, **options):
         assert name == "OpenGVLab/InternVL3-1B"
         assert "*.safetensors" in allow_patterns
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(FileNotFoundError, match="could not be downloaded from the hub: no network"):
         load("OpenGVLab/InternVL3-1B")
 
 
 def test_a_hub_id_is_downloaded_and_opened(tmp_path, monkeypatch):
     released = write_released(tmp_path / "snapshot", MODEL, "internvl")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(released))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(released))
     same_tensors(leaves(load("owner/model").params), leaves(random_params(MODEL)))
 
 
@@ -124,6 +131,8 @@ def test_damaged_description_is_named(saved):
 
 CHANGES = {
     "max_tiles": lambda values: values["processor"].update(max_tiles=6),
+    "tiles": lambda values: values["processor"].update(tiles="shared"),
+    "max_total_tiles": lambda values: values["processor"].update(max_total_tiles=64),
     "delta": lambda values: values["processor"].update(delta=64),
     "frame_label": lambda values: values["processor"].update(frame_label="Frame{}: "),
     "apply_exif": lambda values: values["processor"].update(apply_exif=True),
@@ -144,6 +153,20 @@ def test_fingerprint_names_what_differs(name, saved):
         load(saved)
     assert str(error.value).count("made with") <= 3
     load(saved, accept_fingerprint=True)
+
+
+def test_a_checkpoint_from_before_the_tile_rule_has_the_released_models_rule(saved):
+    path = saved / find.MANIFEST
+    values = json.loads(path.read_text())
+    for part, name in itertools.product(("processor", "fingerprint"), ("tiles", "max_total_tiles")):
+        del values[part][name]
+    del values["listed"]
+    path.write_text(json.dumps(values))
+    (saved / "files.json").unlink()
+    assert load(saved).processor.tiles == "per image"
+    values["processor"]["tiles"] = "shared"  # its owner knows what it was trained for
+    path.write_text(json.dumps(values))
+    assert load(saved).processor.tiles == "shared"
 
 
 def test_fingerprint_notices_another_tokenizer(saved, tmp_path):
@@ -227,6 +250,157 @@ def test_damage_to_a_step_is_named(tmp_path, caplog):
     assert checkpoint.latest_step(tmp_path) == 2
 
 
+def flip(path) -> bytes:
+    """Changes one bit in the middle of a file; returns what it was."""
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+    return whole
+
+
+def largest(directory):
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_one_flipped_bit_anywhere_in_a_step_is_found_before_it_is_used(tmp_path, caplog):
+    for step in (1, 2):
+        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, data={"0": {"row": 3}}, **OPTIONS)
+    directory = tmp_path / "checkpoints" / "2"
+    arrays = largest(directory / "params"), largest(directory / "opt_state"), directory / "params" / "state" / "_METADATA"
+    for path in (*arrays, *(directory / name for name in ("training.json", "data/0.json", "merges.txt", find.MANIFEST))):
+        whole = flip(path)
+        caplog.clear()
+        assert checkpoint.latest_step(tmp_path) == 1
+        assert f"ignoring {directory}: {path.relative_to(directory).as_posix()} " in caplog.text
+        assert f"{load(tmp_path).directory}".endswith("/1")
+        with pytest.raises(ValueError, match=re.escape(path.name)):
+            load(directory)
+        path.write_bytes(whole)
+    (directory / "files.json").unlink()
+    with pytest.raises(Damaged, match="files.json is missing"):
+        load(directory)
+    assert checkpoint.latest_step(tmp_path, "none") == 2
+    flip(largest(tmp_path / "checkpoints" / "1"))
+    with pytest.raises(Damaged, match="every step is damaged"):
+        checkpoint.latest_step(tmp_path)
+    # What is saved in a damaged step's place does not delete it.
+    checkpoint.save_training(tmp_path, 2, *training_state(5), extra={}, **OPTIONS)
+    assert checkpoint.latest_step(tmp_path) == 2
+    assert sorted(entry.name.split(".")[-1] for entry in directory.parent.iterdir()) == ["1", "2", "damaged"]
+
+
+def test_verification_has_levels(saved):
+    whole = flip(largest(saved / "params"))
+    with pytest.raises(Damaged, match=r"params/.* has other content than was written"):
+        load(saved)
+    load(saved, verify="sizes", allow_nonfinite=True)
+    largest(saved / "params").write_bytes(whole)
+    (saved / "params" / "more").write_bytes(b"")
+    with pytest.raises(Damaged, match="params/more was not written with it"):
+        load(saved, verify="sizes")
+    load(saved, verify="none")
+    with pytest.raises(ValueError, match="verify is 'fast'; expected one of full, sizes, none"):
+        load(saved, verify="fast")
+    (saved / "params" / "more").unlink()
+    # A list of sizes alone, as it was written earlier, and none at all.
+    listed = json.loads((saved / "files.json").read_text())["files"]
+    (saved / "files.json").write_text(json.dumps({name: entry["bytes"] for name, entry in listed.items()}))
+    load(saved)
+    values = json.loads((saved / find.MANIFEST).read_text())
+    del values["listed"]
+    (saved / find.MANIFEST).write_text(json.dumps(values))
+    (saved / "files.json").unlink()
+    load(saved)
+    os.mkfifo(saved / "params" / "pipe")
+    with pytest.raises(Damaged, match="params/pipe is no regular file"):
+        load(saved)
+
+
+WRONG_DESCRIPTIONS = {
+    "a list": b"[]",
+    "deep": b'{"format": 1, "model": ' + b"[" * 100_000,
+    "hashes": {"hashes": ["x"]},
+    "a hash": {"hashes": {"x": 3}},
+    "fingerprint": {"fingerprint": "x"},
+    "model": {"model": 3},
+    "vision": {"model": {"vision": None}},
+    "processor": {"processor": None},
+    "base": {"base": {"path": 3}},
+    "format": {"format": "1"},
+    "unknown": {"colour": 3},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DESCRIPTIONS)
+def test_wrong_types_in_a_description_are_named(name, saved):
+    path, wrong = saved / find.MANIFEST, WRONG_DESCRIPTIONS[name]
+    content = wrong if isinstance(wrong, bytes) else json.dumps(json.loads(path.read_text()) | wrong).encode()
+    path.write_bytes(content)
+    for accept in (False, True):
+        with pytest.raises(ValueError, match=re.escape(find.MANIFEST)):
+            load(saved, accept_fingerprint=accept)
+
+
+def test_numbers_that_are_not_finite_come_back_from_a_step(tmp_path):
+    extra = {"best": float("inf"), "list": [float("-inf"), 1.5]}
+    checkpoint.save_training(tmp_path, 1, *training_state(1), extra=extra, **OPTIONS)
+    abstract = jax.eval_shape(lambda: training_state(0))
+    assert checkpoint.restore_training(tmp_path, 1, *abstract)[2] == {"step": 1, **extra, "data": {}}
+    path = tmp_path / "checkpoints" / "1" / "training.json"
+    path.write_text(
+        json.dumps({"step": 1, "best": float("inf"), "name": "an Infinity, no"}, indent=1)
+    )  # as earlier versions wrote it
+    restored = checkpoint.restore_training(tmp_path, 1, *abstract, verify="none")[2]
+    assert (restored["best"], restored["name"]) == (float("inf"), "an Infinity, no")
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path):
+    params = random_params(MODEL)
+    kernel = params["language"]["layers"]["up"]["kernel"]
+    kernel[0, 0, :3] = np.nan
+    save_checkpoint(tmp_path / "saved", params, MODEL, reduce_processor(MODEL), tiny_tokenizer.build())
+    with pytest.raises(ValueError, match=rf"NaN or infinite values in language/layers/up/kernel \(3 of {kernel.size:,}\)"):
+        load(tmp_path / "saved")
+    load(tmp_path / "saved", allow_nonfinite=True)
+
+
+NAMES = ["a [v2]", "{x}", "50% #1?", "st*r", "ünï 书", "~x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directories_may_have_any_name(name, tmp_path):
+    """Saved as a whole, and leaf by leaf."""
+    released = write_released(tmp_path / name / "released", MODEL, "internvl")
+    convert(released, tmp_path / name / "ours")
+    save_checkpoint(tmp_path / name / "saved", random_params(MODEL), MODEL, reduce_processor(MODEL), tiny_tokenizer.build())
+    for directory in (released, tmp_path / name / "ours", tmp_path / name / "saved"):
+        same_tensors(leaves(load(directory).params), leaves(random_params(MODEL)))
+
+
+def test_a_backslash_is_refused_before_anything_is_done(tmp_path):
+    with pytest.raises(ValueError, match="backslash"):
+        save_checkpoint(tmp_path / "a\\b", {}, MODEL, reduce_processor(MODEL), {})
+    with pytest.raises(ValueError, match="backslash"):
+        checkpoint.latest_step(tmp_path / "a\\b")
+    assert not any(tmp_path.iterdir())
+
+
+def test_old_steps_are_deleted_but_never_the_newest_nor_what_others_put_there(tmp_path, caplog):
+    for step in (1, 2, 3, 4):
+        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
+    steps = tmp_path / "checkpoints"
+    (steps / "1" / "notes.txt").write_text("mine")
+    (steps / "5").mkdir()
+    (steps / "5" / "notes.txt").write_text("mine")
+    largest(steps / "2" / "params").write_bytes(b"")
+    checkpoint.delete_old_steps(tmp_path, 0)
+    assert sorted(entry.name for entry in steps.iterdir()) == ["1", "2", "4", "5"]
+    assert (steps / "1" / "notes.txt").exists()
+    assert "1 is not deleted: it holds notes.txt" in caplog.text
+    assert "2 is damaged" in caplog.text
+
+
 def test_training_goes_on_while_a_step_is_saved(tmp_path):
     params, opt_state = training_state(1)
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
@@ -237,6 +411,48 @@ def test_training_goes_on_while_a_step_is_saved(tmp_path):
     jax.block_until_ready((params, opt_state))
     finish()
     same_tensors(leaves(load(tmp_path).params), leaves(before))
+
+
+def test_a_save_says_when_its_writes_are_done(tmp_path, monkeypatch):
+    """`done` never waits; a step becomes complete with the call, and a failed write comes out of both."""
+    written, started = threading.Event(), storage.start_saving
+
+    def slow(path, tree):
+        wait = started(path, tree)
+        return lambda: (written.wait(60), wait())
+
+    monkeypatch.setattr(storage, "start_saving", slow)
+    saving = checkpoint.start_saving_training(tmp_path, 1, *training_state(1), extra={}, **OPTIONS)
+    assert not saving.done()
+    written.set()
+    until(saving.done)
+    assert checkpoint.latest_step(tmp_path) is None
+    saving()
+    saving()
+    assert saving.done()
+    assert checkpoint.latest_step(tmp_path) == 1
+
+    def fails(path, tree):
+        def wait():
+            raise OSError(28, "No space left on device", str(path))
+
+        return wait
+
+    monkeypatch.setattr(storage, "start_saving", fails)
+    saving = checkpoint.start_saving_training(tmp_path, 2, *training_state(1), extra={}, **OPTIONS)
+    with pytest.raises(OSError, match="No space left"):
+        until(saving.done)
+    with pytest.raises(OSError, match="No space left"):
+        saving()
+    assert checkpoint.latest_step(tmp_path) == 1
+
+
+def until(condition) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("still not after a minute")
 
 
 def test_interrupted_save_leaves_the_old_checkpoint(saved, monkeypatch):

@@ -76,3 +76,16 @@ def test_text_cannot_drive_a_terminal():
     assert printable("a\x1b[2J\x9b\u202e\ud800\n\tb书") == "a\\x1b[2J\\x9b\\u202e\\ud800\n\tb书"
     assert one_line("a\nb") == "a\\nb"
     assert excerpt("x" * 1000) == f"'{'x' * 96}..." and excerpt({"a": "\x07"}) == "{'a': '\\x07'}"
+
+
+def test_a_file_that_is_no_lock_is_left_as_it_is(tmp_path):
+    path = tmp_path / "some.lock"
+    path.write_bytes(b"notes")
+    with pytest.raises(safe_files.FileError, match="some.lock: is no lock of this program"), safe_files.Lock(path, "it"):
+        pass
+    assert path.read_bytes() == b"notes"
+    path.write_bytes(b'{"hos')  # its holder was killed while it wrote
+    for _ in range(2):
+        with safe_files.Lock(path, "it"):
+            pass
+    assert path.read_bytes().count(b"host") == 1

@@ -1,0 +1,248 @@
+"""Runs, checkpoints, requests and answers in gs:// and s3:// buckets, of servers on this machine."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoint
+from local_processes import Processes, free_address
+from object_store import BUCKET, servers
+from tiny_checkpoint import CONFIG, PROCESSOR, directory, random_params, tokenizer_files
+
+import infer
+from convert.__main__ import main as convert
+from internvl3_jax import checkpoint, load, remote_files
+from internvl3_jax.find import latest_step
+from internvl3_jax.remote_files import Lease, as_path
+from internvl3_jax.safe_files import FileError, InUse
+from internvl3_jax.storage import by_path
+
+ROOT = pathlib.Path(infer.__file__).parent
+STEPS, SAVE_EVERY = 12, 3
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with servers(tmp_path_factory.mktemp("servers")) as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture(params=["gs", "s3"])
+def root(store, request):
+    """A new folder in a bucket of either kind."""
+    return f"{request.param}://{BUCKET}/{os.getpid()}_{next(_numbers)}"
+
+
+def same(some, others) -> bool:
+    some, others = by_path(some), by_path(others)
+    return some.keys() == others.keys() and all(np.array_equal(some[name], others[name]) for name in some)
+
+
+# --- objects ------------------------------------------------------------------------------------------------------------------
+
+
+def test_addresses_and_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert as_path("~/run") == as_path("run") == as_path(f"file://{tmp_path}/run") == tmp_path / "run"
+    assert str(as_path("gs://bucket/a b/[1]/")) == "gs://bucket/a b/[1]"
+    for wrong, word in (("hdfs://x/y", "unknown kind"), ("gs:///x", "bucket"), ("s3://key:secret@bucket/x", "bucket")):
+        with pytest.raises(FileError, match=word) as caught:
+            as_path(wrong)
+        assert "secret" not in str(caught.value)
+
+
+def test_objects_are_written_listed_added_to_and_deleted(root):
+    path = as_path(root)
+    remote_files.write_bytes(path / "a/b.txt", b"abc")
+    assert remote_files.read_bytes(path / "a/b.txt", max_bytes=3) == b"abc"
+    with pytest.raises(FileError, match="3 bytes; at most 2"):
+        remote_files.read_bytes(path / "a/b.txt", max_bytes=2)
+    with pytest.raises(FileError, match="nothing.txt: there is no such object"):
+        remote_files.read_bytes(path / "nothing.txt", max_bytes=2)
+    before = remote_files.objects(path)
+    assert [(name, size) for name, (size, _) in before.items()] == [("a/b.txt", 3)]
+    remote_files.write_bytes(path / "a/b.txt", b"abd")
+    assert remote_files.objects(path) != before, "a checksum tells other content of the same size"
+    for number in range(20):
+        remote_files.append(path / "log", f"{number}\n".encode())
+    remote_files.flush()
+    assert remote_files.read_bytes(path / "log", max_bytes=100).split() == [str(number).encode() for number in range(20)]
+    remote_files.remove(path, [*remote_files.objects(path), "gone already"])
+    assert remote_files.objects(path) == {}
+
+
+def test_a_lease_is_kept_from_the_living_and_taken_from_the_dead(root):
+    path, notes = as_path(root) / "run.lock", []
+    with Lease(path, "the run"):
+        with pytest.raises(InUse, match=f"the run is in use by another process .process {os.getpid()} on "):
+            Lease(path, "the run", notes.append).acquire()
+    assert "waiting up to 3 s" in notes[0]
+    assert not remote_files.exists(path)
+    remote_files.write_bytes(path, b'{"process": 1, "host": "killed", "beat": 7}')
+    with Lease(path, "the run", notes.append):
+        assert "process 1 on killed" in notes[1]
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_the_same_in_object_storage(root):
+    """Saved, opened, refused where it is damaged, replaced only if it was made here."""
+    params = random_params(CONFIG)
+    model = f"{root}/model"
+    checkpoint.save_checkpoint(model, params, CONFIG, PROCESSOR, tokenizer_files())
+    opened = load(model)
+    assert same(opened.params, params) and (opened.config, opened.processor) == (CONFIG, PROCESSOR)
+    with pytest.raises(FileExistsError, match="overwrit"):
+        checkpoint.save_checkpoint(model, params, CONFIG, PROCESSOR, tokenizer_files())
+    other = random_params(CONFIG, seed=1)
+    checkpoint.save_checkpoint(model, other, CONFIG, PROCESSOR, tokenizer_files(), overwrite=True)
+    assert same(load(model).params, other)
+    remote_files.write_bytes(as_path(model) / "notes.txt", b"mine")
+    with pytest.raises(FileExistsError, match="notes.txt"):
+        checkpoint.save_checkpoint(model, params, CONFIG, PROCESSOR, tokenizer_files(), overwrite=True)
+    assert remote_files.read_bytes(as_path(model) / "notes.txt", max_bytes=9) == b"mine"
+
+    largest = max(remote_files.objects(as_path(model)).items(), key=lambda item: item[1])[0]
+    data = bytearray(remote_files.read_bytes(as_path(model) / largest, max_bytes=1 << 30))
+    data[len(data) // 2] ^= 1
+    remote_files.write_bytes(as_path(model) / largest, bytes(data))
+    with pytest.raises(ValueError, match="other content than was written"):
+        load(model)
+    remote_files.remove(as_path(model), [largest])
+    with pytest.raises(ValueError, match="is missing"):
+        load(model)
+
+
+def test_converting_to_and_from_object_storage(root, tmp_path, capsys):
+    assert convert([str(directory()), f"{root}/model", "--verify"]) == 0
+    assert same(load(f"{root}/model").params, load(directory()).params)
+    for source, name in ((f"{root}/model", "exported"), (directory(), "local")):
+        assert convert([str(source), str(tmp_path / name), "--to", "internvl"]) == 0
+    exported, local = (tmp_path / name / "model.safetensors" for name in ("exported", "local"))
+    assert exported.read_bytes() == local.read_bytes()
+    assert convert([f"{root}/nothing", str(tmp_path / "other")]) == 1
+    assert "nothing is neither a checkpoint nor a training run" in capsys.readouterr().err
+
+
+def test_steps_are_complete_with_their_last_object_and_old_ones_are_deleted(root):
+    run, params = f"{root}/run", jax.tree.map(jax.numpy.asarray, random_params(CONFIG))
+    given = {"model": CONFIG, "processor": PROCESSOR, "files": tokenizer_files(), "extra": {"past": {}}}
+    state = {"moment": jax.numpy.arange(6.0)}
+
+    def save(step: int, **more):
+        checkpoint.save_training(run, step, params, state, data={"0": {"next": step}}, **given, **more)
+
+    save(1)
+    save(2)
+    unfinished = as_path(run) / "checkpoints/3"  # as a kill leaves it
+    for name in (".internvl3_jax_unfinished", "internvl3_jax.json", "params/state/manifest.ocdbt"):
+        remote_files.write_bytes(unfinished / name, b"{}")
+    assert latest_step(run) == 2
+    restored, moments, extra = checkpoint.restore_training(
+        run, 2, jax.eval_shape(lambda: params), jax.eval_shape(lambda: state)
+    )
+    assert same(restored, params) and np.array_equal(moments["moment"], state["moment"]) and extra["data"] == {"0": {"next": 2}}
+    save(3, keep=1)
+    assert latest_step(run) == 3
+    assert {name.split("/")[1] for name in remote_files.objects(as_path(run))} == {"3"}
+    assert same(load(run).params, params)
+    remote_files.remove(as_path(run), ["checkpoints/3/training.json"])
+    with pytest.raises(ValueError, match="every step is damaged"):
+        latest_step(run)
+
+
+# --- training -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(store, tmp_path_factory):
+    """train.py as processes; call with a workdir, how many, and more flags."""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(
+        "import dataclasses\nfrom test_train_hosts import hosts_config\n"
+        f"def get_config(): return dataclasses.replace(hosts_config(), steps={STEPS}, save_every={SAVE_EVERY}, log_every=1)\n"
+    )
+
+    def start(workdir, count: int = 1) -> Processes:
+        address = free_address()
+        line = [str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}"]
+        own = [[f"--coordinator={address}", f"--processes={count}", f"--process={number}"] for number in range(count)]
+        return Processes([line + (flags if count > 1 else []) for flags in own], 2 // count)
+
+    return start
+
+
+def log_of(workdir) -> list[tuple]:
+    text = remote_files.read_bytes(workdir / "log.jsonl", max_bytes=1 << 20).decode()
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [(row["step"], row["batch"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def test_a_killed_run_is_resumed_in_object_storage(command, root):
+    """Killed after a save, then resumed by two processes: all steps once, with the numbers of an undisturbed run."""
+    with command(f"{root}/whole") as whole:
+        (ended,) = whole.end(400)
+    assert ended.status == 0, ended.out
+    expected = log_of(as_path(root) / "whole")
+    assert [row[0] for row in expected] == list(range(1, STEPS + 1))
+    assert remote_files.exists(as_path(root) / "whole/loss.png")
+
+    with command(f"{root}/run") as killed:
+        killed.wait_for(0, lambda line: line.startswith(f"step {2 * SAVE_EVERY + 1}/"))
+        killed.running[0].send_signal(signal.SIGKILL)
+    assert latest_step(f"{root}/run") in (SAVE_EVERY, 2 * SAVE_EVERY)
+    with command(f"{root}/run", 2) as resumed:
+        ended = resumed.end(400)
+    assert [process.status for process in ended] == [0, 0], "\n".join(process.out for process in ended)
+    assert "waiting up to 3 s for a sign of life" in ended[0].out and "going on from step" in ended[0].out
+    log = log_of(as_path(root) / "run")
+    assert [row[:2] for row in log] == [row[:2] for row in expected]
+    np.testing.assert_allclose([row[2:] for row in log], [row[2:] for row in expected], rtol=1e-5)
+    params, others = load(f"{root}/whole").params, load(f"{root}/run").params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, others)
+
+
+# --- requests -----------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_and_answers_in_object_storage(root, tmp_path):
+    tiny_checkpoint.picture(40, 16, 1).save(tmp_path / "wide.png")
+    rows = [{"prompt": "Read.", "image": "wide.png"}, {"prompt": "How many?"}, {"prompt": "hi", "image": f"{root}/wide.png"}]
+    path = as_path(root)
+    remote_files.write_bytes(path / "wide.png", (tmp_path / "wide.png").read_bytes())
+    remote_files.write_bytes(path / "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    line = [sys.executable, str(ROOT / "infer.py"), f"--checkpoint={directory()}", f"--requests={root}/q.jsonl"]
+    line += [f"--output={root}/a.jsonl", "--max_new_tokens=3", "--compilation_cache=", "--batch_size=1"]
+
+    def answers() -> list[dict]:
+        return [json.loads(row) for row in remote_files.read_bytes(path / "a.jsonl", max_bytes=1 << 20).splitlines()]
+
+    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    whole = answers()
+    assert [row["prompt"] for row in whole] == ["Read.", "How many?", "hi"] and whole[0]["tiles"] == whole[2]["tiles"]
+    torn = "".join(json.dumps(row) + "\n" for row in whole[:1]) + '{"id": 2, "pro'
+    remote_files.write_bytes(path / "a.jsonl", torn.encode())
+    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in answers()] == [row["text"] for row in whole]
+    other = subprocess.run([*line, "--system=Talk like a pirate."], capture_output=True, text=True, timeout=400)
+    assert other.returncode == 1 and "system" in other.stderr
+
+
+def test_what_cannot_be_reached_is_one_line(store, tmp_path):
+    line = [sys.executable, str(ROOT / "infer.py"), f"--checkpoint=gs://{BUCKET}-of-nobody/model", "--prompt=hi"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and f"{BUCKET}-of-nobody/model" in done.stderr
