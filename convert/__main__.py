@@ -10,6 +10,7 @@ python -m convert --llm DIR --vision DIR DST     language model + InternViT -> n
 
 import argparse
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -22,7 +23,10 @@ from convert.assemble import DTYPES, ConversionError
 from convert.compose import open_parts
 from convert.run import convert
 from convert.source import open_model
+from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.tokenizer_files import MERGES, with_merges
 from internvl3_jax.find import find, find_released
+from internvl3_jax.terminal import excerpt, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,12 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     dtype = None if options.dtype == "keep" else options.dtype
     try:
+        options.target = check_target(options.target, options.overwrite)
         if options.to and options.to.startswith("peft-"):
             return export(options)
         if options.llm:
-            model = open_parts(find_released(options.llm), find_released(options.vision), dtype, options.seed)
+            parts = find_released(options.llm), find_released(options.vision)
+            model = open_parts(*parts, dtype, options.seed, options.allow_nonfinite)
         else:
             model = open_source(options, dtype)
+        if options.tokenizer_merges:
+            model.files = with_merges(model.files, options.tokenizer_merges)
+            model.tokenizer = Tokenizer.from_files(model.files, str(options.target))
         merges = isinstance(model, Adapted)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
@@ -47,10 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
                 verify=options.verify or merges,
                 shard_size=options.shard_size,
                 overwrite=options.overwrite,
+                sources=[path for path in (options.llm, options.vision, options.adapter, options.base) if path],
                 advance=_advance(progress),
             )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f"{options.target}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
+        print(f"error: {printable(where + str(error))}", file=sys.stderr)
         return 1
     if options.llm:
         print(model.origins())
@@ -67,9 +78,31 @@ def open_source(options: argparse.Namespace, dtype: str | None):
     if options.base and options.adapter:
         raise ConversionError("--base is of a LoRA run and --adapter is put on a whole model: give one of them")
     if options.base:
-        return open_run(directory, dtype, options.accept_fingerprint, options.base)
-    model = open_model(directory, None if options.adapter else dtype, options.accept_fingerprint)
-    return open_with_peft(model, pathlib.Path(options.adapter), dtype) if options.adapter else model
+        return open_run(directory, dtype, options.accept_fingerprint, options.base, options.allow_nonfinite)
+    model = open_model(directory, None if options.adapter else dtype, options.accept_fingerprint, options.allow_nonfinite)
+    return open_with_peft(model, pathlib.Path(options.adapter), dtype, options.allow_nonfinite) if options.adapter else model
+
+
+def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
+    """DST as a path, after what can be said of it before anything is read; an address as it is. ValueError or OSError."""
+    if not target.strip() or "\0" in target:
+        raise ConversionError(f"DST is {excerpt(target)}; name a directory to write")
+    if "://" in target:
+        return target
+    try:
+        path = pathlib.Path(target).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConversionError(f"DST {excerpt(target)}: {error}; write the whole path") from error
+    if any(len(os.fsencode(part)) > 200 for part in path.parts):
+        raise ConversionError(f"DST {excerpt(target)}: a name has more than 200 bytes; choose a shorter one")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another place or allow overwriting (--overwrite)")
+    parent = next(place for place in path.parents if os.path.lexists(place))
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is no directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {parent} is not writable")
+    return path
 
 
 def export(options: argparse.Namespace) -> int:
@@ -95,6 +128,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--accept_fingerprint", action="store_true", help="convert although files disagree with how it was made"
     )
+    parser.add_argument(
+        "--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite, which is an error otherwise"
+    )
+    parser.add_argument(
+        "--tokenizer_merges",
+        choices=MERGES,
+        help="rules of merges.txt that DST's tokenizer uses; 'slow' leaves out those that begin with #, as transformers 4.37 did",
+    )
     parser.add_argument("--llm", help="directory or hub id of a Qwen2.5 or InternLM3 language model")
     parser.add_argument("--vision", help="directory or hub id of an InternViT or of an InternVL model")
     parser.add_argument("--seed", type=int, default=0, help="of the random projector")
@@ -104,6 +145,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if len(options.paths) != (1 if options.llm else 2):
         parser.error("expected DST alone with --llm and --vision, SRC and DST without them")
     options.source, options.target = options.paths[0], options.paths[-1]
+    if options.tokenizer_merges and options.to and options.to.startswith("peft-"):
+        parser.error("--tokenizer_merges is of a model, and --to peft-... writes none")
     return options
 
 
@@ -112,7 +155,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 200MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    size = int(float(match[1][:20]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small; write it as 5GB or 200MB")
+    return size
 
 
 def _advance(progress: Progress):

@@ -8,14 +8,17 @@ import numpy as np
 
 from convert.assemble import DTYPES, ConversionError, cast
 from convert.mapping import Row, active_rows
-from convert.peft import read_peft, settings_of, write_peft
+from convert.peft import read_peft, write_peft
+from convert.peft_settings import settings_of
 from convert.source import Converted, Hashes, Released, open_model
+from convert.values import refuse_nonfinite
 from internvl3_jax import lora, storage
 from internvl3_jax.adapters import Adapter, adapter, check_base, describe, read_own
 from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.find import PEFT, find, find_released, is_checkpoint, is_peft
 from internvl3_jax.manifest import Base, Manifest
+from internvl3_jax.verification import undamaged
 
 
 @dataclasses.dataclass
@@ -29,6 +32,7 @@ class Adapted:
     tokenizer: Tokenizer
     files: dict[str, bytes]
     target: np.dtype
+    allow_nonfinite: bool = False
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -50,6 +54,8 @@ class Adapted:
 
     def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
         leaf = self._merged(row, scratch)
+        if not self.allow_nonfinite:
+            refuse_nonfinite([(f"{row.target} with its adapter", leaf)])
         leaf = leaf if leaf.dtype == self.target else cast(leaf, self.target, row.target)
         if hashes is not None:
             hashes.add_leaf(self.config, row, leaf)
@@ -69,21 +75,31 @@ class Adapted:
         return np.asarray(lora.merged_leaf(leaf, pair, self.target))
 
 
-def open_run(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, base: str | None = None) -> Adapted:
+def open_run(
+    directory: pathlib.Path,
+    dtype: str | None,
+    accept_fingerprint: bool,
+    base: str | None = None,
+    allow_nonfinite: bool = False,
+) -> Adapted:
     """A step of a LoRA run. ValueError if its base is no longer what it was."""
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ConversionError(f"{directory} is no LoRA run, so it has no base; leave --base out")
-    under = open_model(find(base or manifest.base.path), manifest.base.dtype, accept_fingerprint)
-    own = read_own(directory)
+    under = open_model(find(base or manifest.base.path), manifest.base.dtype, accept_fingerprint, allow_nonfinite)
+    with undamaged(directory, "full", accept_fingerprint, None):
+        own = read_own(directory)
     leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
     check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
     tokenizer, files = Tokenizer.from_directory(directory), under.files
     target = DTYPES[dtype or manifest.base.dtype]
-    return Adapted(under, adapter(own, manifest.base.lora), manifest.base, manifest.processor, tokenizer, files, target)
+    put_on = adapter(own, manifest.base.lora)
+    return Adapted(under, put_on, manifest.base, manifest.processor, tokenizer, files, target, allow_nonfinite)
 
 
-def open_with_peft(under: Released | Converted, directory: pathlib.Path, dtype: str | None) -> Adapted:
+def open_with_peft(
+    under: Released | Converted, directory: pathlib.Path, dtype: str | None, allow_nonfinite: bool = False
+) -> Adapted:
     """A model with the adapter of a PEFT directory or hub id."""
     directory = directory.expanduser()
     if not is_peft(directory):
@@ -92,8 +108,8 @@ def open_with_peft(under: Released | Converted, directory: pathlib.Path, dtype: 
         raise ConversionError(
             f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
         )
-    target = DTYPES[dtype or under.dtype]
-    return Adapted(under, read_peft(directory, under.config), None, under.processor, under.tokenizer, under.files, target)
+    target, read = DTYPES[dtype or under.dtype], read_peft(directory, under.config, allow_nonfinite)
+    return Adapted(under, read, None, under.processor, under.tokenizer, under.files, target, allow_nonfinite)
 
 
 def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | None, overwrite: bool = False) -> int:
@@ -102,24 +118,26 @@ def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | N
     base: what adapter_config.json is to name as its model; of a PEFT directory it also says what that model is. None takes what the
     source names.
     """
-    if is_peft(pathlib.Path(source)):
-        named = base or _base_of_peft(pathlib.Path(source))
+    local = pathlib.Path(source).expanduser()
+    if is_peft(local):
+        named = base or _base_of_peft(local)
         model = open_model(find(named)).config
-        read = read_peft(pathlib.Path(source), model)
-        rank = next(iter(storage.by_path(read.lora).values())).shape[-1]
+        read = read_peft(local, model)
+        rank = next((leaf.shape[-1] for leaf in storage.by_path(read.lora).values()), 1)  # 1: of no layer
         own, config = {lora.SUBTREE: read.lora} | read.whole, LoraConfig(rank=rank, alpha=rank)
     else:
         directory = find(source)
         manifest = Manifest.read(directory) if is_checkpoint(directory) else None
         if manifest is None or manifest.base is None:
             raise ConversionError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory")
-        own, config, model, named = read_own(directory), manifest.base.lora, manifest.model, base or manifest.base.path
-    with storage.new_directory(target, overwrite) as partial:
+        with undamaged(directory, "full", False, None):
+            own, config, model, named = read_own(directory), manifest.base.lora, manifest.model, base or manifest.base.path
+    with storage.new_directory(target, overwrite, [source]) as partial:
         return len(write_peft(partial, own, config, model, layout, named))
 
 
 def _base_of_peft(directory: pathlib.Path) -> str:
-    named = settings_of(directory).get("base_model_name_or_path")
+    named = settings_of(directory).base
     if not named:
         raise ConversionError(f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for")
     return named

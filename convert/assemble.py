@@ -24,16 +24,13 @@ from convert.mapping import (
     source_shape,
     to_leaf,
 )
+from convert.values import ConversionError, cast, kind_of, listing, nonfinite, refuse_nonfinite
 from internvl3_jax.config import ModelConfig
 from internvl3_jax.storage import by_path, nest
+from internvl3_jax.terminal import one_line
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 HEADS = ("language_model.lm_head.weight", "lm_head.weight", "language_model.output.weight")
-_SHOWN = 12  # names listed in an error before "and n more"
-
-
-class ConversionError(ValueError):
-    """A checkpoint that does not fit its configuration; the message names every tensor concerned (up to a dozen of a kind)."""
 
 
 class TensorInfo(NamedTuple):
@@ -65,7 +62,7 @@ def detect_layout(names) -> str:
     prefixes = {"vision_model.": "internvl", "model.vision_tower.": "hf", "vision_tower.": "hf"}
     found = {layout for name in names for prefix, layout in prefixes.items() if name.startswith(prefix)}
     if len(found) != 1:
-        shown = ", ".join(sorted(names)[:5])
+        shown = one_line(", ".join(sorted(names)[:5]))
         raise ConversionError(
             "these tensors are not an InternVL checkpoint: expected names under vision_model. (original layout) or vision_tower. / "
             f"model.vision_tower. (transformers), found {len(names)} tensors such as {shown}"
@@ -85,16 +82,23 @@ class Plan(NamedTuple):
     layout: str
     names: dict[str, str]  # the table's key -> the name in the source
     dtype: np.dtype
+    allow_nonfinite: bool = False  # or NaN and infinities are errors
 
 
 def plan(
-    config: ModelConfig, source: Source, layout: str | None = None, dtype: str | None = None, part: str | None = None
+    config: ModelConfig,
+    source: Source,
+    layout: str | None = None,
+    dtype: str | None = None,
+    part: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> Plan:
     """Checks a source against the table, completely, before anything is read.
 
     Args:
       dtype: name of the dtype to convert to; None keeps the source's, which must then be one and the same for all tensors.
       part: "vision" or "language" for a source that holds that part of the model alone.
+      allow_nonfinite: reading takes NaN and infinities instead of refusing them.
 
     Raises:
       ConversionError: naming tensors that are unknown, missing, given twice, of another shape or of another dtype.
@@ -126,8 +130,8 @@ def plan(
             problems["of the wrong shape"].append(f"{names[key]} {shape}, config.json asks for {expected}")
     target = _common_dtype({name: infos[name].dtype for name in names.values()}, dtype, problems)
     if problems:
-        raise ConversionError("\n".join(_listing(kind, found) for kind, found in problems.items()))
-    return Plan(config, layout, names, DTYPES[target])
+        raise ConversionError("\n".join(listing(kind, found) for kind, found in problems.items()) + kind_of(infos))
+    return Plan(config, layout, names, DTYPES[target], allow_nonfinite)
 
 
 def _all_keys(row: Row, config: ModelConfig, layout: str):
@@ -143,10 +147,12 @@ def layer_numbers(row: Row, config: ModelConfig):
 
 def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapping) -> None:
     """A head saved beside the embedding it is tied to must be that embedding."""
-    name = next(name for name in infos if canonical_key(name, layout).endswith("language_model.embed_tokens.weight"))
-    if not np.array_equal(source.read(name), source.read(head)):
+    embeddings = (name for name in infos if canonical_key(name, layout).endswith("language_model.embed_tokens.weight"))
+    name = next(embeddings, None)
+    if name is not None and not np.array_equal(source.read(name), source.read(head)):
         raise ConversionError(
-            f"config.json ties the head to the embedding, but {head} differs from {name}; set tie_word_embeddings to false"
+            f"config.json ties the head to the embedding, but {one_line(head)} differs from {one_line(name)}; set "
+            f"tie_word_embeddings to false"
         )
 
 
@@ -167,29 +173,16 @@ def _common_dtype(dtypes: dict[str, str], dtype: str | None, problems: dict) -> 
     return common
 
 
-def _listing(kind: str, found: list[str]) -> str:
-    shown = "".join(f"\n  {name}" for name in found[:_SHOWN])
-    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{len(found)} tensor(s) {kind}:{shown}{more}"
-
-
 def read_tensors(plan: Plan, source: Source, row: Row, layer: int | None) -> list[np.ndarray]:
     """The tensors that hold one layer of a leaf, in the plan's dtype."""
     tensors = []
     for key in row.keys(plan.layout, layer):
         name = plan.names[key]
         tensor = source.read(name)
+        if not plan.allow_nonfinite and nonfinite(tensor):
+            refuse_nonfinite((name, source.read(name)) for name in plan.names.values())
         tensors.append(tensor if tensor.dtype == plan.dtype else cast(tensor, plan.dtype, name))
     return tensors
-
-
-def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts with round to nearest even; a finite value that the new dtype cannot hold is an error."""
-    with np.errstate(over="ignore"):
-        result = tensor.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(tensor.astype(np.float32)).all():
-        raise ConversionError(f"{name} holds values beyond the range of float16; choose bfloat16 or float32")
-    return result
 
 
 def padded_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
@@ -275,7 +268,7 @@ def check_params(config: ModelConfig, leaves: Mapping[str, object]) -> None:
                 f"{path} {tuple(leaves[path].shape)}, the configuration asks for {wanted[path]}"
             )
     if problems:
-        raise ConversionError("\n".join(_listing(kind, found) for kind, found in problems.items()))
+        raise ConversionError("\n".join(listing(kind, found) for kind, found in problems.items()))
 
 
 def leaf_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layout: str):

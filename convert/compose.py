@@ -20,9 +20,12 @@ from convert.internlm2 import table_source
 from convert.mapping import Row, bits
 from convert.safetensors_io import SafetensorsSource
 from convert.source import Hashes, allocate, read_json, travelling_files
+from convert.values import refuse_nonfinite
 from internvl3_jax.config import ModelConfig, ProcessorConfig, VisionConfig
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.hf_config import layout_of, read_language, read_vision
+from internvl3_jax.hf_config import layout_of, read_vision
+from internvl3_jax.hf_language import read_language
+from internvl3_jax.strict_json import Object
 
 NEW_TOKENS = (
     "<img>",
@@ -54,6 +57,10 @@ class Composed:
     @property
     def dtype(self) -> str:
         return self.vision[0].dtype.name
+
+    @property
+    def allow_nonfinite(self) -> bool:
+        return self.vision[0].allow_nonfinite
 
     def origins(self) -> str:
         """Where each part comes from, a line each; `plan` has made sure that nothing is missing."""
@@ -94,9 +101,10 @@ class Composed:
     def _vocabulary(self, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         checked, source = self.language
         key = row.keys("internvl", None)[0]
-        rows = source.read(checked.names.get(key) or checked.names["language_model.model.embed_tokens.weight"])[
-            : self.known_rows
-        ]
+        name = checked.names.get(key) or checked.names["language_model.model.embed_tokens.weight"]
+        rows = source.read(name)[: self.known_rows]
+        if not checked.allow_nonfinite:
+            refuse_nonfinite([(name, rows)])
         mean = rows.mean(axis=0, dtype=np.float32)
         leaf = np.zeros(shape, dtype)
         by_rows = leaf if row.target == "language/embedding" else leaf.T
@@ -105,7 +113,9 @@ class Composed:
         return leaf
 
 
-def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None, seed: int = 0) -> Composed:
+def open_parts(
+    llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None, seed: int = 0, allow_nonfinite: bool = False
+) -> Composed:
     """Opens a language model directory (Qwen2.5, InternLM2 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL
     model.
 
@@ -114,15 +124,16 @@ def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None
     """
     tower_config, layout, tower = _open_tower(vision)
     files = travelling_files(llm)
-    values = read_json(files, "config.json")
+    values = read_json(files, "config.json", llm)
     if values is None:
         raise FileNotFoundError(f"{llm} has no config.json; give the directory of a Qwen2.5, InternLM2 or InternLM3 model")
     decoder = SafetensorsSource(llm, rename=lambda name: "language_model." + name)
-    known = Tokenizer.from_directory(llm)
+    known = Tokenizer.from_files(files, str(llm))
     known.require("<|im_start|>", "<|im_end|>")
     own_head = has_head(decoder.infos())
     # transformers ties Qwen2 only where the file says so; a file that says so and has a head is checked in `plan`.
-    base = read_language(values, "config", tied=bool(values.get("tie_word_embeddings")) or not own_head)
+    said = Object(values, f"{llm}/config.json").get("tie_word_embeddings", bool, False)
+    base = read_language(values, f"{llm}/config.json: config", tied=said or not own_head)
     decoder = table_source(decoder, base)
     if known.vocab_size > base.vocab_size:
         raise ValueError(f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only {base.vocab_size} rows")
@@ -133,8 +144,8 @@ def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None
     tokenizer = Tokenizer.from_files(files, str(llm))
     token = tokenizer.token_id("<IMG_CONTEXT>")
     stored = ModelConfig(vision=tower_config, language=base, image_token_id=0)
-    language_plan = plan(stored, decoder, "internvl", dtype, part="language")
-    vision_plan = plan(stored, tower, layout, dtype, part="vision")
+    language_plan = plan(stored, decoder, "internvl", dtype, "language", allow_nonfinite)
+    vision_plan = plan(stored, tower, layout, dtype, "vision", allow_nonfinite)
     if vision_plan.dtype != language_plan.dtype:
         raise ValueError(
             f"the tower is {vision_plan.dtype}, the language model {language_plan.dtype}; name one dtype with --dtype"
@@ -148,18 +159,20 @@ def open_parts(llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None
 
 def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, SafetensorsSource]:
     """(configuration, layout, tensors under that layout's names and no others)."""
-    values = read_json(travelling_files(directory), "config.json")
+    values = read_json(travelling_files(directory), "config.json", directory)
+    place = f"{directory}/"
     if values is None:
         raise FileNotFoundError(f"{directory} has no config.json; give the directory of an InternViT or of an InternVL model")
     alone = {"intern_vit_6b": ("internvl", "vision_model."), "internvl_vision": ("hf", "model.vision_tower.")}
-    if values.get("model_type") in alone:
-        layout, prefix = alone[values["model_type"]]
+    model_type = Object(values, f"{place}config.json").get("model_type", str, None)
+    if model_type in alone:
+        layout, prefix = alone[model_type]
         source = SafetensorsSource(directory, rename=lambda name: name if name.startswith(prefix) else prefix + name)
-        return read_vision(values, layout, "config"), layout, source
-    layout = layout_of(values)
+        return read_vision(values, layout, f"{place}config.json: config"), layout, source
+    layout = layout_of(values, place)
     prefixes = ("vision_model.",) if layout == "internvl" else ("model.vision_tower.", "vision_tower.")
     source = SafetensorsSource(directory, rename=lambda name: name if name.startswith(prefixes) else None)
-    return read_vision(values.get("vision_config"), layout), layout, source
+    return read_vision(values.get("vision_config"), layout, f"{place}config.json: config.vision_config"), layout, source
 
 
 def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
@@ -170,7 +183,7 @@ def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
     files = dict(files)
 
     def edit(name: str, change) -> None:
-        values = json.loads(files.get(name, b"{}"))
+        values = read_json(files, name) or {}
         change(values)
         files[name] = json.dumps(values, indent=2, ensure_ascii=False).encode()
 

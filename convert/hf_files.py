@@ -6,6 +6,8 @@ from convert.source import read_json
 from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.chat import TEMPLATES
 from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.tokenizer_files import named_token
+from internvl3_jax.strict_json import Object
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
 # The names that transformers' InternVLProcessor asks its tokenizer for.
@@ -206,21 +208,21 @@ def export_files(
     model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, layout: str, dtype: str, files: dict[str, bytes]
 ) -> dict[str, bytes]:
     """Everything beside weights and internvl3_jax.json, made from the `files` that travelled and from the configuration."""
-    source = read_json(files, "config.json") or {}
+    source = Object(read_json(files, "config.json") or {}, "config.json")
     settings = read_json(files, "tokenizer_config.json") or {}
     stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
-    pad = settings.get("pad_token")
-    pad = pad["content"] if isinstance(pad, dict) else pad
+    pad = named_token(settings, "pad_token", "tokenizer_config.json")
     pad_id = tokenizer.token_id(pad) if pad else stop_ids[0]
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids[0], "pad_token_id": pad_id}
     generation = read_json(files, "generation_config.json") or {}
-    generation |= {"eos_token_id": stop_ids, "pad_token_id": generation.get("pad_token_id", pad_id)}
+    kept_pad = Object(generation, "generation_config.json").get("pad_token_id", int, pad_id, low=0, high=1 << 24)
+    generation |= {"eos_token_id": stop_ids, "pad_token_id": kept_pad}
     # Model code belongs to the original layout alone; a tokenizer's own code is needed wherever the tokenizer goes.
     code = {name: content for name, content in files.items() if name.endswith(".py") and not name.startswith("tokenization_")}
     kept = {name: content for name, content in files.items() if name not in code and name not in PROCESSOR_FILES}
     if layout == "internvl":
         kept |= code
-        config = to_hf(model, processor, layout, dtype, token_ids, source.get("auto_map") if code else None)
+        config = to_hf(model, processor, layout, dtype, token_ids, source.get("auto_map", dict, None) if code else None)
         pictures = {
             "feature_extractor_type": "CLIPFeatureExtractor",
             "crop_size": model.vision.image_size,

@@ -14,6 +14,7 @@ import numpy as np
 from convert.assemble import ConversionError, Source, TensorInfo
 from convert.mapping import INTERNLM2_QKV, QKV, bits, file_name, internlm2_names
 from internvl3_jax.config import LanguageConfig, ModelConfig
+from internvl3_jax.terminal import one_line
 
 
 def table_source(source: Source, language: LanguageConfig, layout: str = "internvl") -> Source:
@@ -32,11 +33,12 @@ class _TableSource:
         height = (language.num_heads + 2 * language.num_kv_heads) * language.head_dim
         for name, info in source.infos().items():
             names = internlm2_names(name)
-            if len(names) > 1 and info.shape[0] != height:
-                raise ConversionError(f"{name} has {info.shape[0]} rows; the heads in config.json need {height}")
+            rows = info.shape[0] if info.shape else 0
+            if len(names) > 1 and rows != height:
+                raise ConversionError(f"{one_line(name)} has {rows} rows; the heads in config.json need {height}")
             for part in names:
                 if part in self.found:
-                    raise ConversionError(f"given twice: {self.stored[part]} and {name}")
+                    raise ConversionError(f"given twice: {one_line(self.stored[part])} and {one_line(name)}")
                 shape = (_rows(part, language), *info.shape[1:]) if len(names) > 1 else info.shape
                 self.stored[part], self.found[part] = name, TensorInfo(shape, info.dtype)
 

@@ -20,31 +20,19 @@ from safetensors.numpy import save_file
 
 from convert.assemble import DTYPES, ConversionError, Plan, fill_leaf, layer_numbers, leaf_tensors, padded_shape
 from convert.mapping import Row, active_rows, canonical_key, layers_of, leaf_shape, source_shape
+from convert.peft_settings import WEIGHTS, Settings, ends_with, settings_of
 from convert.safetensors_io import SafetensorsSource
+from convert.values import refuse_nonfinite
 from internvl3_jax import lora
 from internvl3_jax.adapters import Adapter
 from internvl3_jax.config import LoraConfig, ModelConfig
 from internvl3_jax.find import PEFT
 from internvl3_jax.storage import by_path, nest
+from internvl3_jax.terminal import one_line
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LAYOUTS = ("internvl", "hf")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Fields of adapter_config.json that make another adapter of it than x @ a @ b, and the values with which they do not.
-_PLAIN = {
-    "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "bias": ("none", None),
-    "alora_invocation_tokens": (None, []),
-}
-_OTHER_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-)  # begin values of init_lora_weights with which PEFT changes the base's matrices
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------------
@@ -152,21 +140,29 @@ class _Named(NamedTuple):
     unknown: list[str]
 
 
-def read_peft(directory: pathlib.Path, model: ModelConfig) -> Adapter:
+def read_peft(directory: pathlib.Path, model: ModelConfig, allow_nonfinite: bool = False) -> Adapter:
     """An adapter that PEFT or `write_peft` saved, of either layout, which the names decide.
 
     Raises:
-      ConversionError: naming the tensors that nothing in the model takes, that lack their other factor or have another shape; and what
-        of its settings is more than LoRA.
+      ConversionError: naming the tensors that nothing in the model takes, that lack their other factor, that are missing, NaN or infinite
+        (unless allowed) or have another shape; and what of its settings is more than LoRA.
     """
     settings = settings_of(directory)
-    source = SafetensorsSource(directory)
+    source = SafetensorsSource(directory, file=WEIGHTS)
+    for name, info in source.infos().items():
+        if info.dtype not in DTYPES:
+            raise ConversionError(
+                f"{directory / WEIGHTS}: {one_line(name)} is {info.dtype}; expected one of {', '.join(DTYPES)}"
+            )
+    if not allow_nonfinite:
+        refuse_nonfinite((name, source.read(name)) for name in source.infos())
     named = min((_match(source.infos(), model, layout) for layout in LAYOUTS), key=lambda named: len(named.unknown))
     if named.unknown:
         _check_names(model, "internvl" if any("wqkv" in name or "feed_forward" in name for name in named.unknown) else "hf")
         raise ConversionError(
-            f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as {', '.join(named.unknown[:5])}. "
-            f"Expected {PREFIX}LAYER.lora_A.weight, with the layers of the original layout or of transformers'"
+            f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as "
+            f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, with the layers of the original layout or of "
+            f"transformers'"
         )
     layers = {}
     for row in active_rows(model):
@@ -174,26 +170,28 @@ def read_peft(directory: pathlib.Path, model: ModelConfig) -> Adapter:
         if any(any(layer) for layer in modules):
             found = [[_factors(source, names, settings, row, model, named.layout) for names in layer] for layer in modules]
             layers[row.target.removesuffix("/kernel")] = _stacked(found, row, model)
-    return Adapter(nest(layers), _whole(directory, source, named, model))
+    whole = _whole(directory, source, named, model)
+    _check_complete(directory, settings, named, model)
+    return Adapter(nest(layers), whole)
 
 
-def settings_of(directory: pathlib.Path) -> dict:
-    """adapter_config.json, after checking that it is plain LoRA."""
-    try:
-        settings = json.loads((directory / PEFT).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{directory / PEFT} is damaged: {error}") from error
-    for name, plain in _PLAIN.items():
-        if settings.get(name, plain[0]) not in plain:
-            raise ConversionError(f"{directory / PEFT}: {name} is {settings[name]!r}; only {plain[0]!r} can be read")
-    if str(settings.get("init_lora_weights", "")).lower().startswith(_OTHER_BASE):
+def _check_complete(directory: pathlib.Path, settings: Settings, named: _Named, model: ModelConfig) -> None:
+    """ConversionError naming what adapter_config.json says was trained and the tensors do not have."""
+    missing = []
+    for row in active_rows(model):
+        adapts = lora.LINEAR.fullmatch(row.target.removesuffix("/kernel"))
+        for layer in layer_numbers(row, model):
+            for key in row.keys(named.layout, layer):
+                module = _module(key)
+                if adapts and key not in named.factors and any(ends_with(module, end) for end in settings.targets):
+                    missing.append(f"{module}.lora_A.weight")
+                if key not in named.whole and any(f".{end}." in f".{module}." for end in settings.whole):
+                    missing.append(key)
+    if missing:
         raise ConversionError(
-            f"{directory / PEFT}: init_lora_weights is {settings['init_lora_weights']!r}, so it belongs to a base that PEFT changes; "
-            f"save it with path_initial_model_for_weight_conversion, which makes a plain one of it"
+            f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says were trained (target_modules, "
+            f"modules_to_save), such as {', '.join(missing[:5])}; save the adapter again"
         )
-    if not (directory / WEIGHTS).is_file():
-        raise ConversionError(f"{directory} has no {WEIGHTS}; let PEFT save it with safe_serialization=True")
-    return settings
 
 
 def _match(names, model: ModelConfig, layout: str) -> _Named:
@@ -211,7 +209,7 @@ def _match(names, model: ModelConfig, layout: str) -> _Named:
     return named
 
 
-def _factors(source, names: dict[str, str] | None, settings: dict, row: Row, model: ModelConfig, layout: str):
+def _factors(source, names: dict[str, str] | None, settings: Settings, row: Row, model: ModelConfig, layout: str):
     """(a [in,r], b [r,out] with the scale in it) of one torch module; None where it has no adapter."""
     if names is None:
         return None
@@ -219,14 +217,11 @@ def _factors(source, names: dict[str, str] | None, settings: dict, row: Row, mod
         raise ConversionError(f"{next(iter(names.values()))} has no lora_{lacking.pop()} beside it")
     a, b = (source.read(names[factor]).astype(np.float32).T for factor in "AB")
     columns, rows = source_shape(row, model, layout)
-    if a.shape[0] != rows or b.shape[1] != columns or a.shape[1] != b.shape[0]:
+    if (a.ndim, b.ndim) != (2, 2) or not a.shape[1] or a.shape[0] != rows or b.shape[1] != columns or a.shape[1] != b.shape[0]:
         shapes = f"{names['A']} {a.T.shape} and {names['B']} {b.T.shape}"
         raise ConversionError(f"{shapes} do not fit: the layer has {rows} inputs and {columns} outputs")
     module = _FACTOR.fullmatch(names["A"])[1].removeprefix(PREFIX)
-    patterns = settings.get("alpha_pattern") or {}
-    alpha = next((value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), settings["lora_alpha"])
-    rank = a.shape[1]
-    return a, b * np.float32(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+    return a, b * np.float32(settings.scale(module, a.shape[1]))
 
 
 def _stacked(layers: list, row: Row, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -257,13 +252,23 @@ def _joined(modules: list, rows: int, columns: int) -> tuple[np.ndarray, np.ndar
 
 def _whole(directory: pathlib.Path, source, named: _Named, model: ModelConfig) -> dict:
     """Parameters that were trained whole (PEFT's modules_to_save)."""
-    plan, leaves = Plan(model, named.layout, named.whole, DTYPES["float32"]), {}
+    plan, leaves = Plan(model, named.layout, named.whole, DTYPES["float32"], allow_nonfinite=True), {}  # looked at before
     for row in active_rows(model):
         keys = [key for layer in layer_numbers(row, model) for key in row.keys(named.layout, layer)]
         if not any(key in named.whole for key in keys):
             continue
         if missing := [key for key in keys if key not in named.whole]:
             raise ConversionError(f"{directory} replaces {row.target} in part: {missing[0]} is missing")
+        _check_shapes(directory, source, named, row, [named.whole[key] for key in keys], model)
         leaves[row.target] = np.empty(padded_shape(row, model), np.float32)
         fill_leaf(plan, source, row, leaves[row.target])
     return nest(leaves)
+
+
+def _check_shapes(directory: pathlib.Path, source, named: _Named, row: Row, names: list[str], model: ModelConfig) -> None:
+    expected = source_shape(row, model, named.layout)
+    for name in names:
+        if (found := tuple(source.infos()[name].shape)) != expected:
+            grown = "V" in row.shape.split() and found[1:] == expected[1:]
+            why = "; its vocabulary was resized, so give the base whose embeddings were resized as well" if grown else ""
+            raise ConversionError(f"{directory / WEIGHTS}: {name} has shape {found}, the base has {expected}{why}")

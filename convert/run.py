@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import math
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from convert.safetensors_io import SafetensorsWriter
 from convert.source import Converted, Hashes, Released, open_model
 from internvl3_jax import checkpoint, storage
 from internvl3_jax.config import ModelConfig
+from internvl3_jax.find import MANIFEST, hub_source
 from internvl3_jax.fingerprint import fingerprint
+from internvl3_jax.manifest import Manifest
 
 Model = Released | Converted | Composed | Adapted
 HEAD, EMBEDDING = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
@@ -41,7 +44,9 @@ class OrbaxSink:
     def close(self, hashes: Hashes) -> None:
         self.writer.close()
         model = self.model
-        checkpoint.write_files(self.directory, model.config, model.processor, model.files, model.dtype, hashes)
+        checkpoint.write_files(
+            self.directory, model.config, model.processor, model.files, model.dtype, hashes, source=source_of(model)
+        )
 
 
 class SafetensorsSink:
@@ -75,7 +80,15 @@ class SafetensorsSink:
         if self.unties:
             hashes[HEAD] = hashes[EMBEDDING]
         made = fingerprint(self.config, model.processor, model.tokenizer, model.dtype)
-        checkpoint.Manifest(self.config, model.processor, made, hashes).write(self.directory)
+        Manifest(self.config, model.processor, made, hashes, source=source_of(model)).write(self.directory)
+
+
+def source_of(model: Model) -> str | None:
+    """The hub's id and commit that a model comes from, also by way of a checkpoint that was converted before."""
+    directory = getattr(model, "directory", None)
+    if directory is None:
+        return None
+    return hub_source(directory) or (Manifest.read(directory).source if (directory / MANIFEST).is_file() else None)
 
 
 def planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -96,6 +109,7 @@ def convert(
     verify: bool = False,
     shard_size: int = 5 * 10**9,
     overwrite: bool = False,
+    sources: Iterable[str | os.PathLike] = (),
     advance: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> dict[str, str]:
     """Writes an opened model (`open_model`, `open_parts`) to `target`.
@@ -103,6 +117,8 @@ def convert(
     Args:
       to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint of ours.
       verify: read source and result again and compare the sha256 of every tensor.
+      overwrite: replace a checkpoint or an export that was made here, and holds nothing else.
+      sources: what is read beside the model's own directory; neither is ever replaced.
       advance: called with (phase, parameters done, parameters in all).
 
     Returns:
@@ -111,7 +127,7 @@ def convert(
     Raises:
       FileExistsError, ValueError (also ConversionError): nothing is left at `target` then.
     """
-    with storage.new_directory(target, overwrite) as partial:
+    with storage.new_directory(target, overwrite, (*sources, *filter(None, [getattr(model, "directory", None)]))) as partial:
         sink = SafetensorsSink(partial, model, to, shard_size) if to else OrbaxSink(partial, model)
         hashes = Hashes()
         for row in _with_progress(model.config, "converting", advance):
@@ -120,7 +136,8 @@ def convert(
         if verify:
             _compare("the source has changed since its hashes were stored", model.hashes, hashes)
             _verify(model, hashes, "the source gave other values when read again", "verifying source", advance)
-            _verify(open_model(partial), hashes, "the written checkpoint differs from the source", "verifying result", advance)
+            written = open_model(partial, allow_nonfinite=model.allow_nonfinite)
+            _verify(written, hashes, "the written checkpoint differs from the source", "verifying result", advance)
     return hashes
 
 

@@ -6,14 +6,20 @@ hits. Tensors are checked against the header and the header against the file's l
 """
 
 import json
+import logging
 import math
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from convert.assemble import ConversionError, TensorInfo
+from internvl3_jax.model_files import exists, open_file, read_file
+from internvl3_jax.strict_json import JsonError, Object, check, loads
+from internvl3_jax.terminal import excerpt, one_line
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -32,94 +38,165 @@ DTYPES = {
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_LARGEST = 1 << 60  # of a size or an offset
+_AGAIN = "copy or download the file again"
+
+log = logging.getLogger(__name__)
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
     """(name -> {dtype, shape, data_offsets}, where the bytes begin).
 
     Raises:
-      ConversionError: if the file is no safetensors file or is shorter than its header says, naming the tensors cut off.
+      ConversionError, FileError: the file is no safetensors file by the library's own rules, or is shorter than its header says; names
+        the tensors concerned.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    where = one_line(str(path))
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ConversionError(
-                f"{path} is truncated or no safetensors file: its header is longer than the file ({size} bytes)"
+                f"{where} is truncated or no safetensors file: its header is longer than the file ({size} bytes); {_AGAIN}"
             )
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ConversionError(f"{path} is no safetensors file: its header is not JSON ({error})") from error
-    header.pop("__metadata__", None)
-    start = 8 + length
-    cut = [name for name, entry in header.items() if start + entry["data_offsets"][1] > size]
+        if length > LARGEST_HEADER:
+            raise ConversionError(
+                f"{where} is no safetensors file: its header has {length:,} bytes; at most {LARGEST_HEADER:,} are read"
+            )
+        content = file.read(length)
+    try:
+        header = Object(loads(content, f"{where}: header"), f"{where}: header").values
+    except JsonError as error:
+        raise ConversionError(
+            f"{where} is no safetensors file: its header is not JSON as it should be ({error}); {_AGAIN}"
+        ) from error
+    for name, text in Object(header, f"{where}: header").get("__metadata__", dict, {}).items():
+        check(text, str, f"{where}: header: __metadata__: {excerpt(name)}")
+    entries = {
+        name: _entry(entry, f"{where}: header: {one_line(name)}") for name, entry in header.items() if name != "__metadata__"
+    }
+    _check_ranges(where, entries, size - 8 - length)
+    try:
+        with safetensors.safe_open(path, "np"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ConversionError(f"{where} is refused by the safetensors library: {one_line(str(error))}; {_AGAIN}") from error
+    return entries, 8 + length
+
+
+def _entry(values, where: str) -> dict:
+    """One tensor of a header, checked by itself."""
+    fields = Object(values, where)
+    code = fields.get("dtype", str)
+    if code not in DTYPES:
+        raise ConversionError(f"{where}: dtype is {excerpt(code)}, which is not known here; known are {', '.join(DTYPES)}")
+    shape = fields.list_of("shape", int, low=0, high=_LARGEST)
+    first, last = fields.list_of("data_offsets", int, length=2, low=0, high=_LARGEST)
+    fields.finish()
+    if len(shape) > 16 or last - first != math.prod(shape) * DTYPES[code].itemsize:
+        raise ConversionError(
+            f"{where}: data_offsets give {last - first} bytes, which does not fit its shape {excerpt(shape)} of {code}"
+        )
+    return {"dtype": code, "shape": shape, "data_offsets": [first, last]}
+
+
+def _check_ranges(where: str, entries: dict[str, dict], size: int) -> None:
+    """The tensors follow one another from the first byte to the last, without overlap or gap."""
+    cut = [one_line(name) for name, entry in entries.items() if entry["data_offsets"][1] > size]
     if cut:
         shown = ", ".join(cut[:12]) + (f" and {len(cut) - 12} more" if len(cut) > 12 else "")
-        raise ConversionError(
-            f"{path} is truncated at {size} bytes; cut off or missing: {shown}. Copy or download the file again"
-        )
-    for name, entry in header.items():
+        raise ConversionError(f"{where} is truncated, {size} bytes of tensors are left; cut off or missing: {shown}; {_AGAIN}")
+    end, before = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise ConversionError(f"{path}: {name} has dtype {entry['dtype']}, which is not known here")
-        if last - first != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
-            raise ConversionError(f"{path}: {name} is {last - first} bytes, which does not fit its shape {entry['shape']}")
-    return header, start
+        if first != end:
+            what = f"overlaps with {before}" if first < end else f"leaves a gap of {first - end} bytes after {before}"
+            raise ConversionError(f"{where}: header: {one_line(name)} {what} (data_offsets {first}, {last}); {_AGAIN}")
+        end, before = last, one_line(name)
+    if end != size:
+        raise ConversionError(f"{where}: {size - end} bytes after the last tensor belong to none; {_AGAIN}")
 
 
-def shard_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files of a directory: those its index names, or the only *.safetensors; [] if it holds none."""
-    index = directory / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (directory / name).exists()]
+def read_index(directory: pathlib.Path) -> dict[str, str]:
+    """Tensor name -> file name, of the index of a directory."""
+    path = directory / INDEX
+    where = one_line(str(path))
+    placed = Object(loads(read_file(path), where), where).get("weight_map", dict, low=1)
+    for name, file in placed.items():
+        check(file, str, f"{where}: weight_map: {one_line(name)}", low=1, high=255)
+        if pathlib.PurePath(file).name != file or "\0" in file:
+            raise ConversionError(
+                f"{where}: weight_map: {one_line(name)} is in {excerpt(file)}; expected a file of this directory"
+            )
+    return placed
+
+
+def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
+    """The weight files of a directory, and the index that says what is in which, if it counts.
+
+    As in transformers model.safetensors counts where it is there, the index otherwise, and the only *.safetensors without either.
+    """
+    if exists(directory / SINGLE):
+        others = sorted(path.name for path in directory.glob("*.safetensors*") if path.name != SINGLE)
+        if others:
+            log.warning(
+                "%s: opening %s, as transformers does; ignoring %s", directory, SINGLE, one_line(", ".join(others[:12]))
+            )
+        return [directory / SINGLE], None
+    if exists(directory / INDEX):
+        index = read_index(directory)
+        names = sorted(set(index.values()))
+        missing = [name for name in names if not exists(directory / name)]
         if missing:
-            raise ConversionError(f"{index} names files that are not there: {', '.join(missing)}")
-        return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+            shown = one_line(", ".join(missing[:12])) + (f" and {len(missing) - 12} more" if len(missing) > 12 else "")
+            raise ConversionError(f"{directory / INDEX} names files that are not there: {shown}; download the model again")
+        return [directory / name for name in names], index
+    files = sorted(path for path in directory.glob("*.safetensors") if exists(path))
     if len(files) > 1:
-        found = ", ".join(file.name for file in files)
+        found = one_line(", ".join(file.name for file in files[:12]))
         raise ConversionError(
             f"{directory} holds several weight files ({found}) but no {INDEX} that says which belong together"
         )
-    return files
+    return files, None
 
 
 class SafetensorsSource:
     """The tensors of a directory as a `Source` (see assemble.py). Peak memory of `read` is the tensor it returns.
 
-    `rename(name)` may give a tensor another name, for parts of other models; None hides it.
+    Args:
+      rename: may give a tensor another name, for parts of other models; None hides it.
+      file: the only file to read, where it is not for the directory to say.
     """
 
-    def __init__(self, directory: pathlib.Path, rename=None):
+    def __init__(self, directory: pathlib.Path, rename: Callable[[str], str | None] | None = None, file: str | None = None):
         self.directory = pathlib.Path(directory)
         self.entries = {}  # name -> (file, where its bytes begin, header entry)
-        for path in shard_files(self.directory):
+        paths, index = ([self.directory / file], None) if file else shard_files(self.directory)
+        for path in paths:
             header, start = read_header(path)
+            if index is not None:
+                self._check_index(index, path.name, header)
             for stored, entry in header.items():
                 name = rename(stored) if rename else stored
                 if name is None:
                     continue
                 if name in self.entries:
-                    raise ConversionError(f"{name} is given twice: in {self.entries[name][0].name} and in {path.name}")
+                    raise ConversionError(
+                        f"{one_line(name)} is given twice: in {one_line(str(self.entries[name][0]))} and in {one_line(path.name)}"
+                    )
                 self.entries[name] = (path, start + entry["data_offsets"][0], entry)
         if not self.entries:
             raise ConversionError(
                 f"{self.directory} holds no safetensors weights; expected {SINGLE} or {INDEX} with its shards"
             )
-        if rename is None:
-            self._check_index()
 
-    def _check_index(self) -> None:
-        index = self.directory / INDEX
-        if not index.exists():
-            return
-        listed = json.loads(index.read_text())["weight_map"]
-        for name in sorted(listed.keys() | self.entries.keys()):
-            stored = self.entries[name][0].name if name in self.entries else None
-            if listed.get(name) != stored:
-                raise ConversionError(f"{index} places {name} in {listed.get(name)}, but it is in {stored}")
+    def _check_index(self, index: dict[str, str], file: str, header: dict[str, dict]) -> None:
+        listed = {name for name, place in index.items() if place == file}
+        for name in sorted(listed ^ header.keys()):
+            placed = f"in {one_line(index[name])}" if name in index else "nowhere"
+            found = f"it is in {one_line(file)}" if name in header else "that file does not have it"
+            raise ConversionError(f"{self.directory / INDEX} places {one_line(name)} {placed}, but {found}")
 
     def infos(self) -> dict[str, TensorInfo]:
         return {
@@ -129,14 +206,14 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         path, offset, entry = self.entries[name]
         tensor = np.empty(math.prod(entry["shape"]), DTYPES[entry["dtype"]])
-        with path.open("rb", buffering=0) as file:
+        with open_file(path) as file:
             file.seek(offset)
             view = memoryview(tensor.view(np.uint8))
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
-                    raise ConversionError(f"{path} ended while {name} was read; it changed during the conversion")
+                    raise ConversionError(f"{path} ended while {one_line(name)} was read; it changed during the conversion")
                 done += count
         return tensor.reshape(entry["shape"])
 
@@ -174,7 +251,7 @@ class SafetensorsWriter:
             total = sum(math.prod(entry["shape"]) * dtype.itemsize for shard in shards for entry in shard.values())
             weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (directory / INDEX).write_text(json.dumps(index, indent=2))
+            (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def _start(self, path: pathlib.Path, shard: dict) -> None:
         header = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()

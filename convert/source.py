@@ -6,10 +6,11 @@ stored with it), `leaf(row, hashes)`, which reads one leaf of the parameter tree
 """
 
 import dataclasses
+import fnmatch
 import hashlib
-import json
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -35,6 +36,7 @@ from convert.assemble import (
 from convert.internlm2 import table_source
 from convert.mapping import Row, active_rows, bits
 from convert.safetensors_io import SafetensorsSource
+from convert.values import nonfinite, refuse_nonfinite
 from internvl3_jax import storage
 from internvl3_jax.checkpoint import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
@@ -43,6 +45,10 @@ from internvl3_jax.data.tokenizer_files import FILES
 from internvl3_jax.find import MANIFEST, is_checkpoint
 from internvl3_jax.fingerprint import compare, fingerprint
 from internvl3_jax.hf_config import from_hf, layout_of, processor_from_hf
+from internvl3_jax.model_files import exists, read_file
+from internvl3_jax.strict_json import Object, loads
+from internvl3_jax.terminal import one_line
+from internvl3_jax.verification import undamaged
 
 # Beside the tokenizer's files. The python files are the original layout's model code, which its config.json points to.
 TRAVELLING = (
@@ -96,6 +102,10 @@ class Released:
     def dtype(self) -> str:
         return self.checked.dtype.name
 
+    @property
+    def allow_nonfinite(self) -> bool:
+        return self.checked.allow_nonfinite
+
     def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
         out = allocate(padded_shape(row, self.config), self.checked.dtype, scratch)
         fill_leaf(self.checked, self.tensors, row, out, hashes.add if hashes is not None else None)
@@ -133,6 +143,7 @@ class Converted:
     reader: storage.TreeReader
     target: np.dtype
     hashes: dict[str, str]
+    allow_nonfinite: bool = False
 
     @property
     def dtype(self) -> str:
@@ -140,6 +151,9 @@ class Converted:
 
     def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
         leaf = self.reader.read(row.target)
+        if not self.allow_nonfinite and nonfinite(leaf):
+            names = self.reader.names
+            refuse_nonfinite((name, leaf if name == row.target else self.reader.read(name)) for name in names)
         if leaf.dtype != self.target:
             leaf = cast(leaf, self.target, row.target)
         if hashes is not None:
@@ -164,11 +178,14 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
     return leaf
 
 
-def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released | Converted:
+def open_model(
+    directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False, allow_nonfinite: bool = False
+) -> Released | Converted:
     """Opens a directory found by `find`, and checks it completely before any array is read; a LoRA run with its adapters merged.
 
     Args:
       dtype: to cast to; None keeps.
+      allow_nonfinite: read weights that are NaN or infinite; otherwise the first of them that is read is an error that names them all.
 
     Raises:
       ConversionError, ValueError: naming the tensor or field that is wrong.
@@ -177,51 +194,64 @@ def open_model(directory: pathlib.Path, dtype: str | None = None, accept_fingerp
         if Manifest.read(directory).base is not None:
             from convert.adapted import open_run  # which is built on this module
 
-            return open_run(directory, dtype, accept_fingerprint)
-        return _open_converted(directory, dtype, accept_fingerprint)
-    return open_released(directory, dtype, accept_fingerprint)
+            return open_run(directory, dtype, accept_fingerprint, allow_nonfinite=allow_nonfinite)
+        with undamaged(directory, "full", accept_fingerprint, None):
+            return _open_converted(directory, dtype, accept_fingerprint, allow_nonfinite)
+    with undamaged(directory, "full", accept_fingerprint, None):
+        return open_released(directory, dtype, accept_fingerprint, allow_nonfinite)
 
 
 def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Name -> content of everything beside the weights that belongs to a model."""
-    paths = {path for pattern in (*FILES, *TRAVELLING) for path in directory.glob(pattern) if path.is_file()}
-    return {path.name: path.read_bytes() for path in sorted(paths)}
+    """Name -> content of everything beside the weights that belongs to a model. FileError as `model_files.read_file`."""
+    patterns = (*FILES, *TRAVELLING)  # not by glob, which passes over a link to nothing
+    names = [
+        name
+        for name in sorted(entry.name for entry in directory.iterdir())
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    return {name: read_file(directory / name) for name in names if exists(directory / name)}
 
 
-def read_json(files: dict[str, bytes], name: str) -> dict | None:
+def read_json(files: dict[str, bytes], name: str, directory: str | pathlib.Path = "") -> dict | None:
+    """The object that a file holds, None if there is none. JsonError names it, in its directory."""
     if name not in files:
         return None
-    try:
-        return json.loads(files[name])
-    except ValueError as error:
-        raise ValueError(f"{name} is damaged: {error}") from error
+    where = one_line(os.path.join(directory, name))
+    return Object(loads(files[name], where), where).values
 
 
-def preprocessor_config(files: dict[str, bytes]) -> dict | None:
+def preprocessor_config(files: dict[str, bytes], directory: str | pathlib.Path = "") -> dict | None:
     """Settings of the image processor: a file of its own, or a part of processor_config.json as transformers 5 saves it."""
-    return read_json(files, "preprocessor_config.json") or (read_json(files, "processor_config.json") or {}).get(
-        "image_processor"
-    )
+    values, name = read_json(files, "processor_config.json", directory), "processor_config.json"
+    whole = Object(values or {}, one_line(os.path.join(directory, name)))
+    return read_json(files, "preprocessor_config.json", directory) or whole.get("image_processor", dict, None)
 
 
-def open_released(directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False) -> Released:
+def open_released(
+    directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False, allow_nonfinite: bool = False
+) -> Released:
+    """Opens a safetensors directory of either released layout; as `open_model`."""
     files = travelling_files(directory)
     if "config.json" not in files:
         raise FileNotFoundError(f"{directory} has no config.json")
-    values, pictures = read_json(files, "config.json"), preprocessor_config(files)
-    layout = layout_of(values)
+    values, pictures = read_json(files, "config.json", directory), preprocessor_config(files, directory)
+    read_json(files, "generation_config.json", directory)
+    place = one_line(os.path.join(directory, ""))
+    layout = layout_of(values, place)
     tensors = SafetensorsSource(directory)
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.from_files(files, str(directory))
     head = has_head(tensors.infos())
     if layout == "hf" and values.get("tie_word_embeddings") is None:
         log.warning(
             "%s does not say whether the output head is tied; the weights decide: %s", "config.json", "own" if head else "tied"
         )
-    config = from_hf(values, image_token_id=tokenizer.token_id("<IMG_CONTEXT>"), has_head=head, preprocessor_config=pictures)
-    processor = processor_from_hf(values, pictures)
+    token = tokenizer.token_id("<IMG_CONTEXT>")
+    config = from_hf(values, image_token_id=token, has_head=head, preprocessor_config=pictures, place=place)
+    processor = processor_from_hf(values, pictures, place)
+    check_vocabulary(config, tokenizer, directory)
     tensors = table_source(tensors, config.language, layout)
     hashes = {}
-    checked = plan(config, tensors, layout, dtype)
+    checked = plan(config, tensors, layout, dtype, allow_nonfinite=allow_nonfinite)
     if (directory / MANIFEST).exists():
         manifest = Manifest.read(directory)
         config, processor = _merge(config, manifest.model, directory), manifest.processor
@@ -231,6 +261,16 @@ def open_released(directory: pathlib.Path, dtype: str | None = None, accept_fing
         compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
         hashes = manifest.hashes if checked.dtype.name == stored else {}
     return Released(directory, config, processor, tokenizer, files, tensors, checked, hashes)
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """ValueError if the tokenizer has ids for which the model has no row."""
+    rows = config.language.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocab_size is {rows:,}; tokens were added to the "
+            f"tokenizer alone, so resize the model's embeddings where that was done, or take the tokenizer that the model came with"
+        )
 
 
 def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> ModelConfig:
@@ -252,7 +292,7 @@ def _plain(config: ModelConfig) -> dict:
     return values
 
 
-def _open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool) -> Converted:
+def _open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, allow_nonfinite: bool) -> Converted:
     manifest = Manifest.read(directory)
     reader = storage.TreeReader(directory / "params", [row.target for row in active_rows(manifest.model)])
     check_params(manifest.model, reader.infos)
@@ -260,6 +300,7 @@ def _open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerpri
     if dtype is None and len(names) > 1:
         raise ConversionError(f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with --dtype")
     tokenizer = Tokenizer.from_directory(directory)
+    check_vocabulary(manifest.model, tokenizer, directory)
     compare(
         manifest.fingerprint,
         fingerprint(manifest.model, manifest.processor, tokenizer, "+".join(names)),
@@ -269,4 +310,4 @@ def _open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerpri
     target = DTYPES[dtype or names[0]]
     hashes = manifest.hashes if [target.name] == names else {}
     files = travelling_files(directory)
-    return Converted(directory, manifest.model, manifest.processor, tokenizer, files, reader, target, hashes)
+    return Converted(directory, manifest.model, manifest.processor, tokenizer, files, reader, target, hashes, allow_nonfinite)

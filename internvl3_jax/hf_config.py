@@ -6,8 +6,15 @@ used, known to change nothing, or an error that names it, and a field the comput
 default where those defaults differ between releases (layers of the tower, rope base, tying).
 """
 
-from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig, VisionConfig
-from internvl3_jax.hf_fields import LANGUAGE_IGNORED, TOP_IGNORED, VISION_IGNORED, Fields
+from internvl3_jax.config import UNITS, ModelConfig, ProcessorConfig, VisionConfig
+from internvl3_jax.hf_fields import TOP_IGNORED, VISION_IGNORED, Fields
+from internvl3_jax.hf_language import CHANNELS, EPSILON, HEADS, LAYERS, VOCABULARY, read_language
+from internvl3_jax.strict_json import JsonError, Object, check
+from internvl3_jax.terminal import excerpt
+
+_SIDE = {"low": 1, "high": 1 << 14}  # pixels
+_TILES = {"low": 1, "high": 1024}
+_MERGE = "; merge the adapter first (tools/merge_lora.py in the InternVL repository)"
 
 LAYOUTS = ("internvl", "hf")
 
@@ -26,19 +33,25 @@ PROCESSOR_FIELDS = frozenset(
 )
 
 
-def layout_of(config: dict) -> str:
-    """ "internvl" or "hf", by `model_type`."""
+def layout_of(config: dict, place: str = "") -> str:
+    """ "internvl" or "hf", by `model_type`. place: the directory that errors name before the file, with its slash."""
     kinds = {"internvl_chat": "internvl", "internvl": "hf"}
-    model_type = config.get("model_type")
+    model_type = Object(config, f"{place}config.json").get("model_type", str, None)
     if model_type not in kinds:
-        raise ValueError(
-            f"config.json: model_type is {model_type!r}; expected 'internvl_chat' (original layout) or 'internvl' (transformers)"
+        raise JsonError(
+            f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' (original layout) or 'internvl' "
+            f"(transformers)"
         )
     return kinds[model_type]
 
 
 def from_hf(
-    config: dict, *, image_token_id: int | None = None, has_head: bool | None = None, preprocessor_config: dict | None = None
+    config: dict,
+    *,
+    image_token_id: int | None = None,
+    has_head: bool | None = None,
+    preprocessor_config: dict | None = None,
+    place: str = "",
 ) -> ModelConfig:
     """Reads config.json of either released layout.
 
@@ -48,34 +61,30 @@ def from_hf(
         has it too, the two must agree.
       has_head: whether the weights hold an output head, None if unknown. Decides tying where the file says nothing.
       preprocessor_config: the parsed preprocessor_config.json, for the mean and deviation of pixels; ImageNet's without it.
+      place: what errors put before a file's name: the directory with its slash.
 
     Raises:
-      ValueError: naming the field that is unknown, missing, contradictory or not supported.
+      ValueError: naming the field that is unknown, missing, of a wrong type or size, contradictory or not supported.
     """
-    layout = layout_of(config)
-    top = Fields(config, "config")
-    top.get("model_type")
-    stated = top.get("image_token_id", None) if layout == "hf" else None
+    layout = layout_of(config, place)
+    where = f"{place}config.json: config"
+    top = Fields(config, where)
+    top.get("model_type", str)
+    stated = top.get("image_token_id", int, None, low=0, high=VOCABULARY["high"]) if layout == "hf" else None
     if None not in (stated, image_token_id) and stated != image_token_id:
-        raise ValueError(
-            f"config.json: config.image_token_id is {stated}, but the tokenizer has <IMG_CONTEXT> at {image_token_id}"
-        )
+        top.refuse("image_token_id", f"the tokenizer has <IMG_CONTEXT> at {image_token_id}")
     image_token_id = stated if image_token_id is None else image_token_id
     if image_token_id is None:
         raise ValueError(
             "config.json does not hold the id of <IMG_CONTEXT>; pass image_token_id (from the checkpoint's tokenizer)"
         )
 
-    vision = read_vision(top.get("vision_config"), layout)
-    for name in ("mean", "std"):
-        setattr(vision, name, tuple((preprocessor_config or {}).get(f"image_{name}") or getattr(vision, name)))
-    text = top.get("llm_config" if layout == "internvl" else "text_config")
-    tied = _tied(top, text, layout, has_head)
-    language = read_language(text, "config.llm_config" if layout == "internvl" else "config.text_config", tied=tied)
-    ratio = top.get("downsample_ratio", 0.5)
-    downsample = round(1 / ratio)
-    if downsample * ratio != 1:
-        raise ValueError(f"config.json: config.downsample_ratio = {ratio!r} is not 1 over a whole number")
+    vision = read_vision(top.get("vision_config", dict), layout, f"{where}.vision_config")
+    vision.mean, vision.std = _pixels(preprocessor_config, vision, place)
+    name = "llm_config" if layout == "internvl" else "text_config"
+    text = top.get(name, dict)
+    language = read_language(text, f"{where}.{name}", tied=_tied(top, Fields(text, f"{where}.{name}"), layout, has_head))
+    downsample = _downsample(top)
     if layout == "internvl":
         _original_fields(top, vision)
     else:
@@ -87,7 +96,7 @@ def from_hf(
         language=language,
         image_token_id=image_token_id,
         downsample=downsample,
-        ps_version=top.get("ps_version", "v1") if layout == "internvl" else "v2",
+        ps_version=top.get("ps_version", str, "v1", choices=("v1", "v2")) if layout == "internvl" else "v2",
     )
     if layout == "hf":
         top.expect("image_seq_length", model.tokens_per_tile)
@@ -95,26 +104,47 @@ def from_hf(
     return model
 
 
+def _downsample(top: Fields) -> int:
+    ratio = top.get("downsample_ratio", float, 0.5, low=1 / 64, high=1)
+    downsample = round(1 / ratio)
+    if downsample * ratio != 1:
+        top.refuse("downsample_ratio", "it must be 1 over a whole number")
+    return downsample
+
+
+def _pixels(values: dict | None, vision: VisionConfig, place: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, deviation) of pixels, from preprocessor_config.json, after checking that it asks for nothing that is not done here."""
+    pictures = Fields({} if values is None else values, f"{place}preprocessor_config.json")
+    mean = pictures.list_of("image_mean", float, list(vision.mean), length=3, low=-1e3, high=1e3)
+    std = pictures.list_of("image_std", float, list(vision.std), length=3, low=1e-6, high=1e3)
+    pictures.expect("do_normalize", True)
+    pictures.expect("do_rescale", True)
+    pictures.expect("resample", 3, "bicubic")
+    scale = pictures.get("rescale_factor", float, 1 / 255)
+    if abs(255 * scale - 1) > 1e-3:
+        pictures.refuse("rescale_factor", "this implementation divides by 255")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
 def _original_fields(top: Fields, vision: VisionConfig) -> None:
     """The original layout's own fields: those that pick another computation are refused, the processor's are read elsewhere."""
     top.expect("select_layer", -1)
     top.expect("pad2square", False)
-    top.expect("use_backbone_lora", 0)
-    top.expect("use_llm_lora", 0)
+    top.expect("use_backbone_lora", 0, remedy=_MERGE)
+    top.expect("use_llm_lora", 0, remedy=_MERGE)
     # Where the two sizes differ the original code resizes the position table; the released checkpoints are saved after that.
     top.expect("force_image_size", vision.image_size)
     top.asked |= PROCESSOR_FIELDS
 
 
-def _tied(top: Fields, text, layout: str, has_head: bool | None) -> bool:
+def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool:
     """Whether the output head is the embedding.
 
     The original code forces an untied head whatever its fields say, so there only a file without a head can be tied.
     transformers 5 ties when the key is absent, while released files without the key hold a head of their own: then the weights
     decide.
     """
-    stated = top.get("tie_word_embeddings", None)
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    stated, inner = (fields.get("tie_word_embeddings", bool, None) for fields in (top, text))
     if layout == "internvl":
         return has_head is False and bool(stated or inner)
     if stated is not None:
@@ -128,162 +158,94 @@ def _tied(top: Fields, text, layout: str, has_head: bool | None) -> bool:
     )
 
 
-def read_vision(values: dict, layout: str, where: str = "config.vision_config") -> VisionConfig:
+def read_vision(values: dict, layout: str, where: str = "config.json: config.vision_config") -> VisionConfig:
     """InternViT's configuration in either layout; both towers call themselves intern_vit_6b in the original one."""
     fields = Fields(values, where)
     fields.expect("model_type", "intern_vit_6b" if layout == "internvl" else "internvl_vision")
     fields.expect("hidden_act", "gelu")
     fields.expect("num_channels", 3)
-    fields.expect("norm_type", "layer_norm", "rms_norm")
     fields.expect("use_moe", False)
     if layout == "internvl":
-        qkv_bias, qk_norm = fields.get("qkv_bias"), fields.get("qk_normalization")
+        qkv_bias, qk_norm = fields.get("qkv_bias", bool), fields.get("qk_normalization", bool)
     else:
-        qkv_bias, qk_norm = (fields.get("attention_bias"), fields.get("use_qk_norm", False))
+        qkv_bias, qk_norm = (fields.get("attention_bias", bool), fields.get("use_qk_norm", bool, False))
         fields.expect("use_mask_token", False)
         fields.expect("use_absolute_position_embeddings", True)
         fields.expect("use_mean_pooling", True)  # otherwise a last LayerNorm follows the tower
+    scale = "initializer_factor" if layout == "internvl" else "layer_scale_init_value"
     vision = VisionConfig(
         image_size=_square(fields, "image_size"),
         patch_size=_square(fields, "patch_size"),
-        hidden_size=fields.get("hidden_size"),
-        num_layers=fields.get("num_hidden_layers"),
-        num_heads=fields.get("num_attention_heads"),
-        intermediate_size=fields.get("intermediate_size"),
-        norm=fields.get("norm_type"),
-        norm_eps=fields.get("layer_norm_eps", 1e-6),
+        hidden_size=fields.get("hidden_size", int, **CHANNELS),
+        num_layers=fields.get("num_hidden_layers", int, **LAYERS),
+        num_heads=fields.get("num_attention_heads", int, **HEADS),
+        intermediate_size=fields.get("intermediate_size", int, **CHANNELS),
+        norm=fields.get("norm_type", str, choices=("layer_norm", "rms_norm")),
+        norm_eps=float(fields.get("layer_norm_eps", float, 1e-6, **EPSILON)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        layer_scale_init=fields.get("initializer_factor" if layout == "internvl" else "layer_scale_init_value", 0.1),
-        drop_path=fields.get("drop_path_rate", 0.0),
+        layer_scale_init=float(fields.get(scale, float, 0.1, low=0, high=1e3)),
+        drop_path=float(fields.get("drop_path_rate", float, 0.0, low=0, high=0.999)),
     )
     if qk_norm and vision.norm_eps != 1e-6:
-        raise ValueError(
-            f"config.json: {where}.layer_norm_eps = {vision.norm_eps}; with q/k norm only 1e-6 means the same in both layouts"
-        )
+        fields.refuse("layer_norm_eps", "with q/k norm only 1e-6 means the same in both layouts")
+    if vision.hidden_size % vision.num_heads:
+        fields.refuse("num_attention_heads", f"it does not divide hidden_size {vision.hidden_size}")
+    if vision.image_size % vision.patch_size:
+        fields.refuse("image_size", f"it is no multiple of patch_size {vision.patch_size}")
     fields.finish(VISION_IGNORED)
     return vision
 
 
 def _square(fields: Fields, name: str) -> int:
-    value = fields.get(name)
-    if isinstance(value, (list, tuple)):
-        if len(set(value)) != 1:
-            raise ValueError(f"config.json: {fields.where}.{name} = {value} is not square")
-        value = value[0]
-    return value
+    value = fields.get(name, (int, list))
+    if isinstance(value, list):
+        if fields.list_of(name, int, length=2, **_SIDE)[0] != value[1]:
+            fields.refuse(name, "it is not square")
+        return value[0]
+    return fields.get(name, int, **_SIDE)
 
 
-def read_language(values: dict, where: str, *, tied: bool) -> LanguageConfig:
-    """A Qwen2, InternLM2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and converted 9B checkpoints say so)."""
-    fields = Fields(values, where)
-    fields.expect("model_type", "qwen2", "internlm2", "internlm3", "llama", default="absent")
-    family = "internlm3" if values["model_type"] == "llama" else values["model_type"]
-    fields.expect("hidden_act", "silu")
-    fields.expect("use_sliding_window", False)
-    fields.expect("pretraining_tp", 1)
-    fields.expect("use_mrope", False)
-    if any(kind != "full_attention" for kind in fields.get("layer_types", [])):
-        raise ValueError(f"config.json: {where}.layer_types names other than full_attention")
-    if fields.get("moe_config", None):
-        raise ValueError(f"config.json: {where}.moe_config is set; mixture of experts is not supported")
-    if family == "qwen2":
-        qkv_bias, o_bias, mlp_bias = True, False, False
-    elif family == "internlm2":
-        # Its class takes true for a missing "bias", its released models say false.
-        qkv_bias = o_bias = fields.get("bias")
-        mlp_bias = False
-    else:
-        qkv_bias = fields.same(("attention_bias", "qkv_bias"), default=False)
-        mlp_bias = fields.same(("mlp_bias", "bias"), default=False)
-        # The original InternLM3 gives o_proj the bias of the MLP, Llama the bias of q, k and v.
-        o_bias = mlp_bias if "bias" in values else qkv_bias
-    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
-    max_position = fields.get("max_position_embeddings")
-    theta, scaling, factor = _rope(fields, max_position)
-    fields.get("tie_word_embeddings", None)
-    language = LanguageConfig(
-        vocab_size=fields.get("vocab_size"),
-        hidden_size=hidden,
-        num_layers=fields.get("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads"),
-        head_dim=fields.get("head_dim", hidden // heads),
-        intermediate_size=fields.get("intermediate_size"),
-        norm_eps=fields.get("rms_norm_eps", 1e-6) if family == "qwen2" else fields.get("rms_norm_eps"),
-        rope_theta=float(theta),
-        rope_scaling=scaling,
-        rope_factor=float(factor),
-        max_position=max_position,
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        tie_embeddings=tied,
-        family=family,
-    )
-    fields.finish(LANGUAGE_IGNORED)
-    return language
-
-
-def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
-    """(theta, scaling, factor) from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5)."""
-    blocks = [Fields(fields.get(name, {}), f"{fields.where}.{name}") for name in ("rope_parameters", "rope_scaling")]
-    thetas, kinds = {fields.get("rope_theta", None)}, set()
-    for block in blocks:
-        thetas.add(block.get("rope_theta", None))
-        kind = block.same(("rope_type", "type"), default="default")
-        if kind not in ("default", "dynamic"):
-            raise ValueError(f"config.json: {block.where} asks for {kind!r} rope; default and dynamic are supported")
-        if kind == "dynamic":
-            kinds.add((kind, block.get("factor")))
-            block.expect("original_max_position_embeddings", max_position)
-        elif block.values:
-            kinds.add(("none", block.get("factor", 1.0)))
-        block.expect("partial_rotary_factor", 1.0)
-        block.finish(frozenset())
-    thetas.discard(None)
-    if len(thetas) != 1 or len(kinds) > 1:
-        what = f"give {sorted(thetas)} with {sorted(kinds)}" if thetas else "give no base"
-        raise ValueError(
-            f"config.json: {fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one is needed"
-        )
-    scaling, factor = kinds.pop() if kinds else ("none", 1.0)
-    return thetas.pop(), scaling, factor
-
-
-def processor_from_hf(config: dict, preprocessor_config: dict | None = None) -> ProcessorConfig:
+def processor_from_hf(config: dict, preprocessor_config: dict | None = None, place: str = "") -> ProcessorConfig:
     """How the released system prepares pictures and prompts, from config.json (original layout) or preprocessor_config.json
     (hf).
 
     `system_message: null` means the template's text: that is what the models were trained with. The transformers layout knows
     neither template nor system text; both are the defaults there, as in the original files of the same weights.
     """
-    layout = layout_of(config)
-    pictures = preprocessor_config or {}
-    fields = Fields(config, "config")
-    vision = read_vision(config.get("vision_config"), layout)
-    processor = ProcessorConfig(
-        image_size=vision.image_size, tokens_per_tile=round(vision.grid * fields.get("downsample_ratio", 0.5)) ** 2
-    )
+    layout = layout_of(config, place)
+    fields = Fields(config, f"{place}config.json: config")
+    vision = read_vision(fields.get("vision_config", dict), layout, f"{fields.where}.vision_config")
+    processor = ProcessorConfig(image_size=vision.image_size, tokens_per_tile=(vision.grid // _downsample(fields)) ** 2)
     if layout == "hf":
-        processor.min_tiles, processor.max_tiles = (pictures.get("min_patches", 1), pictures.get("max_patches", 12))
-        size = pictures.get("size", {})
-        if any(side != vision.image_size for side in size.values()):
-            raise ValueError(f"preprocessor_config.json: size is {size}, but vision_config.image_size is {vision.image_size}")
+        pictures = Fields({} if preprocessor_config is None else preprocessor_config, f"{place}preprocessor_config.json")
+        processor.min_tiles, processor.max_tiles = _tiles(pictures, "min_patches", "max_patches")
+        _check_size(pictures, vision.image_size)
         return processor
-    processor.template = fields.get("template")
-    processor.system_message = fields.get("system_message", "default")
-    processor.use_thumbnail = fields.get("use_thumbnail", False)
-    if fields.get("dynamic_image_size", True):
-        processor.min_tiles, processor.max_tiles = (fields.get("min_dynamic_patch", 1), fields.get("max_dynamic_patch", 12))
-    else:
+    processor.template = fields.get("template", str, low=1, high=100)
+    processor.system_message = fields.get("system_message", str, "default", high=1 << 20)
+    processor.use_thumbnail = fields.get("use_thumbnail", bool, False)
+    processor.min_tiles, processor.max_tiles = _tiles(fields, "min_dynamic_patch", "max_dynamic_patch")
+    if not fields.get("dynamic_image_size", bool, True):
         processor.min_tiles = processor.max_tiles = 1
     # Written by V2PE training code: a fixed step in units of 1/256, or "v2pe_rnd" for training with drawn ones.
     fields.expect("rope_pos_id_version", "default", "v2pe_fix", "v2pe_rnd")
-    if fields.get("rope_pos_id_version", "default") == "v2pe_fix":
-        processor.delta = fields.get("rope_pos_id_stride")
-        if processor.delta not in range(1, UNITS + 1):
-            raise ValueError(
-                f"config.json: config.rope_pos_id_stride = {processor.delta!r} is not a whole number in 1..{UNITS}"
-            )
+    if fields.get("rope_pos_id_version", str, "default") == "v2pe_fix":
+        processor.delta = fields.get("rope_pos_id_stride", int, low=1, high=UNITS)
     return processor
+
+
+def _tiles(fields: Fields, least: str, most: str) -> tuple[int, int]:
+    low, high = fields.get(least, int, 1, **_TILES), fields.get(most, int, 12, **_TILES)
+    if low > high:
+        fields.refuse(least, f"{most} is only {high}")
+    return low, high
+
+
+def _check_size(pictures: Fields, image_size: int) -> None:
+    """`size` is a number in the original layout's files, an object of sides in transformers'."""
+    size = pictures.get("size", (int, dict), {})
+    for side, value in (size if isinstance(size, dict) else {"": size}).items():
+        check(value, int, f"{pictures.where}: size: {excerpt(side)}")
+        if value != image_size:
+            pictures.refuse("size", f"vision_config.image_size is {image_size}")

@@ -1,6 +1,7 @@
 """Strict reading of one JSON object of a released config.json, and the names in it that change nothing."""
 
-import difflib
+from internvl3_jax.strict_json import JsonError, Object, describe
+from internvl3_jax.terminal import excerpt
 
 
 def _words(text: str) -> frozenset[str]:
@@ -29,51 +30,66 @@ VISION_IGNORED = GENERIC | _words(
 )
 LANGUAGE_IGNORED = GENERIC | _words("attention_dropout max_window_layers rope_pos_id_version rope_pos_id_stride sliding_window")
 TOP_IGNORED = GENERIC | _words("image_fold hidden_size")
-
+# Fields of GENERIC that would change the network if they had another value than these.
+_NEUTRAL = {
+    "pruned_heads": ({},),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "tie_encoder_decoder": (False,),
+}
 _REQUIRED = object()
 
 
-class Fields:
-    """One JSON object of the configuration; remembers which names were asked for, so that the rest can be refused."""
+class Fields(Object):
+    """One JSON object of the configuration: `strict_json.Object`, and what else a configuration's fields need."""
 
     def __init__(self, values, where: str):
         if values is None:
-            raise ValueError(f"config.json: {where} is missing")
-        self.values, self.where, self.asked = values, where, set()
+            raise JsonError(f"{where} is missing")
+        super().__init__(values, where)
 
-    def get(self, name: str, default=_REQUIRED):
-        """The field's value; null counts as absent. A field without default must be there."""
+    def fields(self, name: str, default=_REQUIRED) -> "Fields":
+        """A field's object."""
+        return Fields(self.get(name, dict) if default is _REQUIRED else self.get(name, dict, default), f"{self.where}.{name}")
+
+    def expect(self, name: str, *supported, default=None, remedy: str = "") -> None:
+        """Refuses a value that this implementation does not compute; `default` is what an absent field means."""
         self.asked.add(name)
         value = self.values.get(name)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise ValueError(
-                f"config.json: {self.where}.{name} is missing; the classes that read it disagree about its default"
-            )
-        return default
-
-    def expect(self, name: str, *supported, default=None) -> None:
-        """Refuses a value that this implementation does not compute; `default` is what an absent field means."""
-        value = self.get(name, supported[0] if default is None else default)
-        if value not in supported:
+        value = (supported[0] if default is None else default) if value is None else value
+        if not any(_equal(value, choice) for choice in supported):
             wanted = " or ".join(repr(choice) for choice in supported)
-            raise ValueError(f"config.json: {self.where}.{name} = {value!r} is not supported; this model has {wanted}")
+            raise JsonError(f"{self.where}: {name} is {excerpt(value)}; this implementation has {wanted} only{remedy}")
 
-    def same(self, names: tuple[str, ...], default=_REQUIRED):
+    def same(self, names: tuple[str, ...], kind: type, default=_REQUIRED, **bounds):
         """A field with several spellings; they must agree where more than one is given."""
-        given = {name: self.get(name, None) for name in names}
+        given = {name: self.get(name, kind, None, **bounds) for name in names}
         values = [value for value in given.values() if value is not None]
         if not values:
-            return self.get(names[0], default)
+            return self.get(names[0], kind) if default is _REQUIRED else default
         if any(value != values[0] for value in values):
-            raise ValueError(f"config.json: {self.where} contradicts itself: {given}")
+            raise JsonError(f"{self.where} contradicts itself: {excerpt(given)}")
         return values[0]
 
-    def finish(self, ignored: frozenset[str]) -> None:
-        known = self.asked | ignored
-        for name in self.values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"config.json: unknown field {self.where}.{name} = {self.values[name]!r}{hint}")
+    def refuse(self, name: str, why: str) -> None:
+        """The error about a field that has the right type."""
+        raise JsonError(f"{self.where}: {name} is {excerpt(self.values.get(name))}; {why}")
+
+    def finish(self, ignored=()) -> None:
+        """Refuses every field that was neither asked for nor is in `ignored`."""
+        for name, value in self.values.items():
+            if "quant" in name or name == "compression_config":
+                if value is not None:
+                    raise JsonError(
+                        f"{self.where}: {excerpt(name)} is {describe(value)}; quantized checkpoints are not read, take the model's "
+                        f"original weights"
+                    )
+                self.asked.add(name)
+        for name in _NEUTRAL.keys() & ignored:
+            self.expect(name, *_NEUTRAL[name])
+        super().finish(ignored)
+
+
+def _equal(value, choice) -> bool:
+    """Equality in which true is no 1 and false no 0."""
+    return value == choice and isinstance(value, bool) == isinstance(choice, bool)

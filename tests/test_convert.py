@@ -225,7 +225,7 @@ def test_command_line(tmp_path, capsys):
     assert "hf safetensors" in capsys.readouterr().out
     assert main([ours, back, "--to", "hf"]) == 1
     assert "exists" in capsys.readouterr().err
-    assert main([str(tmp_path / "nothing"), ours]) == 1
+    assert main([str(tmp_path / "nothing"), str(tmp_path / "other")]) == 1
     assert "does not exist" in capsys.readouterr().err
     for wrong in ([ours], [ours, back, "--llm", ours], [ours, back, "--to", "onnx"]):
         with pytest.raises(SystemExit):

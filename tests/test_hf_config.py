@@ -51,7 +51,7 @@ def test_what_is_written_reads_the_same(size, layout):
     model = SIZES[size]
     processor = ProcessorConfig(model.vision.image_size, model.tokens_per_tile)
     written = to_hf(model, processor, layout, "bfloat16")
-    pictures = {"image_mean": model.vision.mean, "image_std": model.vision.std}
+    pictures = {"image_mean": list(model.vision.mean), "image_std": list(model.vision.std)}
     assert from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures) == model
     assert processor_from_hf(written) == processor
 
@@ -173,3 +173,87 @@ def test_preprocessor_config_of_the_hf_layout():
 def test_what_a_layout_cannot_express_is_refused(layout, change, named):
     with pytest.raises(ValueError, match=named):
         to_hf(dataclasses.replace(SIZES["9b"], **change), ProcessorConfig(), layout, "bfloat16")
+
+
+NAN = float("nan")
+SIZES_OF_WRONG_KINDS = {
+    "hidden_size": ["24", [24], 0, -1, 1.5, True, 10**12],
+    "num_attention_heads": [0, -1, 1.5, "3", 10**9, 5],
+    "num_hidden_layers": ["2", 2.5, 0, 10**9],
+    "intermediate_size": ["2", -1, 10**12],
+}
+WRONG = {
+    **{f"{part}.{name}": values for part in ("vision_config", "llm_config") for name, values in SIZES_OF_WRONG_KINDS.items()},
+    "vision_config": [[], "x", 3],
+    "vision_config.image_size": ["448", [448], [448.0, 448], 449, 10**9],
+    "vision_config.patch_size": [0, "14"],
+    "vision_config.layer_norm_eps": [NAN, -1, "1e-6", 0, 5],
+    "vision_config.qkv_bias": ["yes", 1],
+    "vision_config.drop_path_rate": [1.0, -0.1, "0.1"],
+    "vision_config.initializer_factor": [NAN, -1],
+    "vision_config.use_moe": [1, "no"],
+    "llm_config": [[], 3],
+    "llm_config.num_key_value_heads": [0, 3, "2"],
+    "llm_config.head_dim": [0, "64"],
+    "llm_config.vocab_size": ["460", 0, 10**12],
+    "llm_config.rms_norm_eps": [NAN, -1, "1e-6"],
+    "llm_config.rope_theta": [0, -1, NAN, "1e6"],
+    "llm_config.rope_scaling": ["x", {"type": "dynamic", "factor": NAN}, {"type": "dynamic", "factor": -2}, {"type": 3}],
+    "llm_config.max_position_embeddings": [0, -1, "2048"],
+    "llm_config.layer_types": ["full_attention", [3], ["full_attention"]],
+    "llm_config.tie_word_embeddings": ["no"],
+    "llm_config.pruned_heads": [{"0": [1]}],
+    "llm_config.quantization_config": [{"quant_method": "awq"}],
+    "downsample_ratio": [0, "0.5", -0.5, 2, NAN],
+    "min_dynamic_patch": [-1, "1", 99],
+    "max_dynamic_patch": [0, -3, "12", 2.5, 10**9],
+    "template": [["x"], ""],
+    "system_message": [7],
+    "use_thumbnail": ["no", 1],
+    "dynamic_image_size": ["yes"],
+    "force_image_size": ["448", True],
+    "ps_version": [2, "v3"],
+    "tie_word_embeddings": ["no"],
+    "use_llm_lora": [16, True],
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_values_of_a_wrong_type_or_size_are_named(path):
+    for value in WRONG[path]:
+        config = changed(ORIGINAL, path, value)
+        with pytest.raises(ValueError, match=rf"^at/config.json: .*{path.rpartition('.')[2]}") as caught:
+            from_hf(config, image_token_id=151667, has_head=True, place="at/")
+            processor_from_hf(config, place="at/")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({"image_mean": 0.5}, "image_mean"),
+        ({"image_mean": ["a", "b", "c"]}, "image_mean"),
+        ({"image_std": [0, 0, 0]}, "image_std"),
+        ({"image_std": [-1, -1, -1]}, "image_std"),
+        ({"image_std": [NAN] * 3}, "image_std"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"rescale_factor": 1}, "rescale_factor"),
+        ({"resample": 0}, "resample"),
+        ({"min_patches": 0}, "min_patches"),
+        ({"max_patches": "12"}, "max_patches"),
+        ({"min_patches": 13}, "min_patches"),
+        ({"size": 32}, "size"),
+        ({"size": "448"}, "size"),
+        ({"size": {"height": "448"}}, "size"),
+        ([], "preprocessor_config.json"),
+    ],
+)
+def test_preprocessor_values_of_a_wrong_type_or_size_are_named(values, key):
+    with pytest.raises(ValueError, match=rf"^preprocessor_config.json: .*{key}|{key}: is the list"):
+        from_hf(HF, has_head=True, preprocessor_config=values)
+        processor_from_hf(HF, values)
+
+
+def test_a_size_that_is_a_number_is_read():
+    assert processor_from_hf(HF, {"size": 448}) == ProcessorConfig()

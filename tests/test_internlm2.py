@@ -160,7 +160,7 @@ def test_released_config():
     assert sum(count_params(model).values()) == 8_075_365_376  # as the card of InternVL2.5-8B has it: 8.08B
     written = to_hf(model, ProcessorConfig(), "internvl", "bfloat16")
     assert from_hf(written, image_token_id=92546, has_head=True) == model
-    with pytest.raises(ValueError, match="llm_config.bias is missing"):
+    with pytest.raises(ValueError, match="llm_config: bias is missing"):
         from_hf(changed(config, "llm_config.bias", changed), image_token_id=92546, has_head=True)
 
 

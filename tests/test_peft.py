@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
 from convert.assemble import ConversionError, params_from_tensors, tensors_from_params
-from convert.peft import WEIGHTS, read_peft, write_peft
+from convert.peft import read_peft, write_peft
+from convert.peft_settings import WEIGHTS
 from internvl3_jax import lora
 from internvl3_jax.config import LoraConfig
 from internvl3_jax.find import PEFT
@@ -212,6 +213,15 @@ def reshaped(tensors, values):
     tensors[f"{UP}B.weight"] = tensors[f"{UP}B.weight"][:5]
 
 
+def without_a_layer(tensors, values):
+    for factor in "AB":
+        tensors.pop(f"{UP}{factor}.weight")
+
+
+def grown(tensors, values):
+    tensors["base_model.model.lm_head.weight"] = np.zeros((133, 32), np.float32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -221,13 +231,42 @@ def reshaped(tensors, values):
         (lambda tensors, values: values.update(use_dora=True), "use_dora is True; only False can be read"),
         (lambda tensors, values: values.update(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA' can be read"),
         (lambda tensors, values: values.update(init_lora_weights="pissa_niter_4"), "it belongs to a base that PEFT changes"),
-        (lambda tensors, values: values.update(alora_invocation_tokens=[5]), "alora_invocation_tokens is [5]; only None"),
+        (lambda tensors, values: values.update(alora_invocation_tokens=[5]), "alora_invocation_tokens is [5]; only []"),
+        (
+            lambda tensors, values: values.update(use_rsloar=True),
+            "'use_rsloar' is True; this setting is not known here, and may",
+        ),
+        (lambda tensors, values: values.update(layer_replication=[[0, 1]]), "layer_replication is [[0, 1]]; only []"),
+        (lambda tensors, values: values.update(use_rslora="no"), "use_rslora is the text 'no'; expected true or false"),
+        (lambda tensors, values: values.update(r="3"), "r is the text '3'; expected a whole number"),
+        (lambda tensors, values: values.update(r=4), "the rank 4, but its tensors have the rank 3"),
+        (lambda tensors, values: values.update(lora_alpha=0), "lora_alpha is 0; expected from"),
+        (lambda tensors, values: values.update(lora_alpha=None), "lora_alpha is missing"),
+        (lambda tensors, values: values.update(target_modules=[7]), "target_modules[0] is the number 7; expected a text"),
+        (lambda tensors, values: values.update(alpha_pattern={"(a+)+b": 1}), "is a regular expression that could take forever"),
+        (
+            lambda tensors, values: values.update(alpha_pattern={"(.|.)" * 40: 1}),
+            "is a regular expression that could take forever",
+        ),
+        (lambda tensors, values: values.update(rank_pattern={"up_proj(": 3}), "'up_proj(' is no regular expression"),
+        (lambda tensors, values: values.update(rank_pattern={"up_proj": 0}), "rank_pattern: 'up_proj' is 0; expected from 1"),
+        (
+            lambda tensors, values: values.update(modules_to_save=["lm_head"]),
+            "lacks 1 tensor(s) of modules that adapter_config.json",
+        ),
+        (without_a_layer, "such as model.language_model.layers.1.mlp.up_proj.lora_A.weight; save the adapter again"),
+        (lambda tensors, values: tensors[f"{UP}A.weight"].fill(np.nan), f"{UP}A.weight: 96 of 96 values"),
+        (
+            lambda tensors, values: tensors.update({f"{UP}A.weight": tensors[f"{UP}A.weight"].astype(np.int32)}),
+            "is int32; expected",
+        ),
+        (grown, "lm_head.weight has shape (133, 32), the base has (131, 32); its vocabulary was resized"),
     ],
-    ids=["unknown", "half", "shape", "dora", "other", "pissa", "alora"],
+    ids=["unknown", "half", "shape", "dora", "other", "pissa", "alora", *"abcdefghijklmnopq"],
 )
 def test_what_is_no_adapter_of_this_model_is_named(change, message, tmp_path):
     _, config, params = build()
-    with pytest.raises(ConversionError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_peft(written(tmp_path, config, params, change), config)
 
 

@@ -182,7 +182,7 @@ def test_internlm2_names_pieces_of_its_model_anew():
 
 def test_sentencepiece_package_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(TokenizerError, match=r"pip install 'internvl3_jax\[internlm3\]'"):
+    with pytest.raises(TokenizerError, match=r"pip install -e '\.\[internlm\]'"):
         Tokenizer.from_files(internlm_files(b""))
 
 

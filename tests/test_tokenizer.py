@@ -9,7 +9,7 @@ from qwen_tokenizer import ADDED_IDS, CONTROL, INTERNVL, MARKUP, random_texts, w
 from tokenizers.decoders import DecodeStream
 
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.data.tokenizer_files import TokenizerError
+from internvl3_jax.data.tokenizer_files import TokenizerError, with_merges
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,19 @@ def test_small_tokenizer():
         ({"vocab__json": None, "merges__txt": None}, "holds no tokenizer; expected tokenizer.json"),
         ({"merges__txt": None}, "merges.txt is missing"),
         ({"vocab__json": None}, "vocab.json is missing"),
-        ({"vocab__json": '{"a": 0, '}, "vocab.json is damaged"),
-        ({"vocab__json": "[1, 2]"}, "vocab.json is damaged: expected a JSON object"),
+        ({"vocab__json": '{"a": 0, '}, "vocab.json: is not JSON .*damaged"),
+        ({"vocab__json": "[1, 2]"}, r"vocab.json: is the list \[1, 2\]; expected an object; the file is damaged"),
+        ({"vocab__json": {"a": 0, "b": 0, "ab": 2, "<": 3}}, "vocab.json: 'a' and 'b' both have the id 0"),
+        ({"vocab__json": {"a": 0, "b": 1.5, "ab": 2, "<": 3}}, "vocab.json: 'b' is the number 1.5; expected a whole number"),
+        ({"added_tokens__json": {"<img>": 4, "<ref>": 4}}, "the added tokens <img> and <ref> both have the id 4"),
+        ({"added_tokens__json": {"<img>": 2**60}}, "added_tokens.json: '<img>' is .*; expected from 0 to"),
+        ({"tokenizer_config__json": {"added_tokens_decoder": {"x": {"content": "<img>"}}}}, "'x' is no id of a token"),
+        ({"tokenizer_config__json": {"added_tokens_decoder": {"4": {}}}}, "'4': content is missing"),
+        ({"tokenizer_config__json": {"bos_token": 5}}, "bos_token is the number 5; expected a text or an object"),
+        ({"tokenizer_config__json": {"add_bos_token": "no"}}, "add_bos_token is the text 'no'; expected true or false"),
+        ({"tokenizer__json": {"model": {"vocab": {}, "merges": [["a", 1]]}}}, r"merges\[0\] is the number 1; expected a text"),
+        ({"tokenizer__json": {"model": {}, "added_tokens": [{"id": 1}]}}, r"added_tokens\[0\]: content is missing"),
+        ({"internvl3_jax_tokenizer__json": {"merges": "fast"}}, "merges is 'fast'; expected one of 'all', 'slow'"),
         (
             {"merges__txt": "#version: 0.2\n"},
             "1 entries of vocab.json, such as 'ab', have no line in merges.txt",
@@ -194,6 +205,34 @@ def test_small_tokenizer():
 def test_damaged_files(changes, message):
     with pytest.raises(TokenizerError, match="here.*" + message):
         Tokenizer.from_files(small_files(**changes), "here")
+
+
+def test_merges_of_the_slow_tokenizer(qwen_directory, tmp_path):
+    """transformers before 4.40 took the lines of merges.txt that begin with # for comments."""
+    for layout in ("vocab", "json"):
+        files = Tokenizer.from_directory(write_qwen_tokenizer(tmp_path / layout, layout)).files()
+        every, slow = (Tokenizer.from_files(with_merges(files, merges)) for merges in ("all", "slow"))
+        assert (every.merges, slow.merges) == ("all", "slow")
+        assert every.encode("### Step 1") == [14374, 14822, 220, 16]
+        assert slow.encode("### Step 1") == pickle.loads(pickle.dumps(slow)).encode("### Step 1") == [2, 2, 2, 14822, 220, 16]
+        assert slow.decode([2, 2, 2, 14822, 220, 16]) == "### Step 1"
+        assert slow.encode("No heading, 1 < 2") == every.encode("No heading, 1 < 2")
+        assert with_merges(slow.files(), "all") == every.files()
+
+
+def test_tokens_that_an_owner_added_are_one_id_and_control_tokens_stay_text(qwen_directory):
+    files = Tokenizer.from_directory(qwen_directory).files()
+    ids = json.loads(files["added_tokens.json"]) | {"<point>": 151674, "</point>": 151675, "<|mine|>": 151676}
+    config = json.loads(files["tokenizer_config.json"]) | {"pad_token": {"content": "<|mine|>"}}
+    flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    config.setdefault("added_tokens_decoder", {}).update({"151674": {"content": "<point>", **flags}})
+    changed = {"added_tokens.json": json.dumps(ids).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = Tokenizer.from_files(files | changed)
+    for special in (True, False):
+        assert tokenizer.encode("<point>5</point>", special=special) == [151674, 20, 151675]
+    assert tokenizer.decode([151674, 20, 151675]) == "<point>5</point>"
+    for typed in (*CONTROL, "<|mine|>"):
+        assert tokenizer.token_id(typed) not in tokenizer.encode(f"a {typed} b", special=False)
 
 
 def test_missing_directory(tmp_path):

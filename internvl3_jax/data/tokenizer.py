@@ -5,13 +5,17 @@ the sentencepiece `tokenizer.model` of InternLM2 and InternLM3. Added tokens com
 added_tokens.json, which must agree on every id.
 
 An added token is either
-  control  all that the files mark as special, and always <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>, <|endoftext|>.
-           They steer the model, so what a user types must never become one: `encode(text, special=False)` spells them out in
-           ordinary pieces.
+  control  what steers the model: <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>, <|endoftext|>, what else Qwen2.5 and InternLM
+           reserve (<|vision_start|>, <s>, <unk> ...), and what the files name as bos, eos, pad and so on. What a user types must
+           never become one: `encode(text, special=False)` spells them out in ordinary pieces.
   markup   the rest: <ref>, <box>, <quad> and their ends, which belong in prompts (`<ref>a dog</ref>`) and in answers although
-           the released files mark them as special, and Qwen's <tool_call>, <|fim_prefix|> and so on. One id each in any text.
+           the released files mark them as special, Qwen's <tool_call>, <|fim_prefix|> and so on, and tokens that a checkpoint's owner
+           added, special or not. One id each in any text.
 `decode(..., skip_special=True)` leaves out control tokens and keeps markup: a grounding answer stays readable and encodes to
 the same ids again. (The reference's decode drops <ref> and <box> as well.)
+
+internvl3_jax_tokenizer.json, {"merges": "slow"}, reads merges.txt as the slow tokenizer of transformers before 4.40 did, with which the
+released models were trained: without the rules that begin with #, so that a Markdown heading is single #.
 
 `encode` never adds bos, and takes its text as one that follows a special token, as every text in a chat block does. So text
 pieces and control ids put together are exactly the ids of the whole string.
@@ -24,7 +28,22 @@ from pathlib import Path
 
 import tokenizers
 
-from internvl3_jax.data.tokenizer_files import FILES, TokenizerError, added_tokens, qwen2_layout, read_json
+from internvl3_jax.data.tokenizer_files import (
+    FILES,
+    MERGES,
+    OPTIONS,
+    TokenizerError,
+    added_tokens,
+    check_tokenizer_json,
+    qwen2_layout,
+    read_json,
+    read_merges,
+    without_comments,
+)
+from internvl3_jax.model_files import exists, read_file
+from internvl3_jax.remote_files import as_path, is_remote
+from internvl3_jax.strict_json import JsonError, Object
+from internvl3_jax.terminal import one_line
 
 UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character whose last bytes are yet to come
 
@@ -32,8 +51,11 @@ UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a characte
 class Tokenizer:
     """Use `from_directory` or `from_files`. Safe to share between threads and to send to worker processes."""
 
-    def __init__(self, backend, control: dict[str, int], bos_id: int | None, files: dict[str, bytes], where: str):
+    def __init__(
+        self, backend, control: dict[str, int], bos_id: int | None, files: dict[str, bytes], where: str, merges: str = MERGES[0]
+    ):
         self._backend = backend
+        self.merges = merges  # which of its rules for merging count; see tokenizer_files.MERGES
         self._control = control
         self._control_ids = frozenset(self._control.values())
         self._control_pattern = _any_of(self._control)
@@ -45,29 +67,43 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
         """Reads the tokenizer files of a checkpoint directory. TokenizerError says which file is missing or wrong."""
-        path = Path(path)
+        path = as_path(path) if is_remote(path) else Path(path)
         if not path.is_dir():
             raise TokenizerError(f"{path} is not a directory; give the checkpoint's directory")
-        return cls.from_files({name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}, str(path))
+        return cls.from_files({name: read_file(path / name) for name in FILES if exists(path / name)}, str(path))
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], where: str = "tokenizer files") -> "Tokenizer":
-        """As `from_directory`, from what `files()` returned."""
-        data, config = read_json(files, "tokenizer.json", where), read_json(files, "tokenizer_config.json", where)
-        added = added_tokens(data, config, read_json(files, "added_tokens.json", where), where)
-        if data:
-            backend = _HuggingFace(data, added, where)
-        elif "vocab.json" in files or "merges.txt" in files:
-            backend = _HuggingFace(qwen2_layout(files, config, added, where), added, where)
-        elif "tokenizer.model" in files:
-            backend = _SentencePiece(files["tokenizer.model"], added, where)
-        else:
-            raise TokenizerError(
-                f"{where} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, or tokenizer.model"
-            )
+        """As `from_directory`, from what `files()` returned. Files that are of no tokenizer are not looked at."""
+        files = {name: files[name] for name in FILES if name in files}
+        names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+        data, config, *others = (read_json(files, name, where) for name in names)
+        try:
+            merges = read_merges(files, where)
+            backend = cls._backend_of(files, data, config, added_tokens(data, config, *others, where), merges, where)
+            adds_bos = config.get("add_bos_token", bool, True)
+        except JsonError as error:
+            raise TokenizerError(str(error)) from error
         control = {token: entry["id"] for token, entry in backend.added.items() if entry["special"]}
-        bos_id = backend.automatic_bos() if config.get("add_bos_token") is not False else None
-        return cls(backend, control, bos_id, dict(files), where)
+        return cls(backend, control, backend.automatic_bos() if adds_bos else None, files, where, merges)
+
+    @staticmethod
+    def _backend_of(files: dict[str, bytes], data: Object, config: Object, added: dict, merges: str, where: str):
+        if data.values:
+            check_tokenizer_json(data)
+            return _HuggingFace(data.values, added, merges, where, "tokenizer.json")
+        if "vocab.json" in files or "merges.txt" in files:
+            made = qwen2_layout(files, config, added, where)
+            return _HuggingFace(made, added, merges, where, "vocab.json and merges.txt")
+        if "tokenizer.model" in files:
+            if merges != MERGES[0]:
+                raise TokenizerError(
+                    f"{where}/{OPTIONS}: merges is {merges!r}, but a tokenizer.model has no merges; remove that file"
+                )
+            return _SentencePiece(files["tokenizer.model"], added, where)
+        raise TokenizerError(
+            f"{where} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, or tokenizer.model"
+        )
 
     def __reduce__(self):
         # A pickled tokenizers.Tokenizer forgets encode_special_tokens, and with it that user text holds no control token.
@@ -167,7 +203,9 @@ class TextStream:
 class _HuggingFace:
     """A `tokenizers` tokenizer in which exactly the control tokens are special."""
 
-    def __init__(self, data: dict, added: dict[str, dict], where: str):
+    def __init__(self, data: dict, added: dict[str, dict], merges: str, where: str, source: str):
+        if merges == "slow":
+            data["model"]["merges"] = without_comments(data["model"].get("merges", []))
         data["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
         data["truncation"] = data["padding"] = None
         pre_tokenizer = data.get("pre_tokenizer") or {}
@@ -177,14 +215,18 @@ class _HuggingFace:
                 part["prepend_scheme"] = "never"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
-        except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"{where}: the `tokenizers` library cannot build this tokenizer: {error}") from error
+        except BaseException as error:  # the library raises plain Exception, and where it panics not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise TokenizerError(
+                f"{where}/{source}: the `tokenizers` library cannot build this tokenizer: {one_line(str(error))[:300]}"
+            ) from error
         self.added = added
         for token, entry in added.items():
             found = self._tokenizer.token_to_id(token)
             if found != entry["id"]:
                 raise TokenizerError(
-                    f"{where}: added token {token} should have id {entry['id']} but gets {found}; added ids must follow the "
+                    f"{where}: added token {one_line(token)} should have id {entry['id']} but gets {found}; added ids must follow the "
                     f"vocabulary without a gap or be that of its entry of the same name"
                 )
         self._tokenizer.encode_special_tokens = True
@@ -219,12 +261,13 @@ class _SentencePiece:
             import sentencepiece
         except ImportError as error:
             raise TokenizerError(
-                f"{where}: tokenizer.model needs the sentencepiece package: pip install 'internvl3_jax[internlm3]'"
+                f"{where}: tokenizer.model needs the sentencepiece package; in a clone of this repository: pip install -e '.[internlm]'"
             ) from error
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(f"{where}: tokenizer.model is not a sentencepiece model: {error}") from error
+            reason = one_line(str(error))[:300]
+            raise TokenizerError(f"{where}: tokenizer.model is not a sentencepiece model: {reason}") from error
         own = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
         self.added = {self._model.id_to_piece(id): {"id": id, "special": True} for id in own if id >= 0} | added
         self._tokens = {entry["id"]: (token, entry["special"]) for token, entry in self.added.items()}
