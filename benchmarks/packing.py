@@ -18,7 +18,7 @@ import numpy as np
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.packing import RULES, choose
-from internvl3_jax.data.tiles import count_tiles, tiles_per_image
+from internvl3_jax.data.tiles import count_tiles, image_limit
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "packing.json"
 TOKENS, TILES = 16_384, 48
@@ -28,14 +28,14 @@ MIXTURES = {"pictures": (0.3, 0.6, 0.1, 0.0), "video": (0.25, 0.57, 0.1, 0.08)} 
 
 def stream(count: int, shares, seed: int) -> np.ndarray:
     """i64[count,2]: tokens and tiles of each sample."""
-    rng, processor = np.random.default_rng(seed), ProcessorConfig()
+    rng, processor = np.random.default_rng(seed), ProcessorConfig(tiles="shared")
     sizes = np.zeros((count, 2), np.int64)
     for number, kind in enumerate(rng.choice(4, count, p=shares)):
         pictures = (0, 1, int(rng.integers(2, 7)), 0)[kind]
         tiles = int(rng.integers(8, 33)) if kind == 3 else 0
         for _ in range(pictures):
             width, height = np.exp(rng.normal(6.7, 0.5, 2)).astype(int)
-            tiles += count_tiles(int(width), int(height), processor, tiles_per_image(processor.max_tiles, pictures))
+            tiles += count_tiles(int(width), int(height), processor, image_limit(processor, pictures))
         text = int(np.clip(rng.lognormal(np.log(900 if kind == 0 else 300), 0.9), 20, 8192))
         sizes[number] = text + 256 * tiles, tiles
     return sizes

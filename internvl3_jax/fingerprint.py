@@ -14,6 +14,11 @@ from internvl3_jax.data.tokenizer import Tokenizer
 _PROBE = "InternVL3 reads <ref>a cat</ref><box>[[1, 23, 456, 999]]</box>, schöne Grüße, 书生·万象 \U0001f600\n\n  def f(x):\n\treturn x"
 
 
+# Entries that older checkpoints lack. The configuration of such a checkpoint lacks the field, too, and gets its default, which is the
+# released models' rule: what it was when it was saved is not known. `"tiles": "shared"` in its processor gives the older rule.
+ADDED_LATER = ("tiles", "max_total_tiles")
+
+
 class FingerprintError(ValueError):
     """A checkpoint whose files no longer say how it was made; the message lists the entries that differ."""
 
@@ -33,7 +38,8 @@ def fingerprint(model: ModelConfig, processor: ProcessorConfig, tokenizer: Token
             f"the tokenizer has <IMG_CONTEXT> at {image_token_id}, the configuration says image_token_id {model.image_token_id}"
         )
     default = processor.system_message == "default"
-    return {
+    merges = {} if tokenizer.merges == "all" else {"tokenizer_merges": tokenizer.merges}
+    return merges | {
         "template": processor.template,
         "system_text": TEMPLATES[processor.template] if default else processor.system_message,
         "stop_tokens": list(processor.stop_tokens),
@@ -44,6 +50,8 @@ def fingerprint(model: ModelConfig, processor: ProcessorConfig, tokenizer: Token
         "tokens_per_tile": processor.tokens_per_tile,
         "min_tiles": processor.min_tiles,
         "max_tiles": processor.max_tiles,
+        "tiles": processor.tiles,
+        "max_total_tiles": processor.max_total_tiles,
         "use_thumbnail": processor.use_thumbnail,
         "mean": list(model.vision.mean),
         "std": list(model.vision.std),
@@ -57,6 +65,7 @@ def fingerprint(model: ModelConfig, processor: ProcessorConfig, tokenizer: Token
 def compare(saved: dict, now: dict, where: str, accept: bool) -> None:
     """Raises FingerprintError unless both are equal or `accept` is set."""
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    names = [name for name in names if name in saved or name not in ADDED_LATER]
     if names and not accept:
         lines = "".join(f"\n  {name}: made with {saved.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise FingerprintError(

@@ -1,9 +1,9 @@
 """What pictures cost before any model is loaded: tiles, tokens, positions and key/value cache.
 
-    python -m internvl3_jax.tokens PICTURE_OR_SIZE... [--max_tiles 12] [--delta 1/4] [--size 1b,8b] [--text_tokens 64] [--json]
+    python -m internvl3_jax.tokens IMAGE_OR_SIZE... [--max_tiles 12] [--delta 1/4] [--size 1b,8b] [--text_tokens 64] [--json]
 
-Each argument is a picture file or a size such as 1920x1080. All of them together make one prompt and share --max_tiles, as the
-pictures of one request do.
+Each argument is an image file or a size such as 1920x1080. All of them together make one prompt. Each image may have --max_tiles
+tiles, as at inference; with --tiles shared all images together, as in training.
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
-from internvl3_jax.data.images import ImageError, open_image
-from internvl3_jax.data.tiles import grid_tiles, picture_grid, tiles_per_image
+from internvl3_jax.config import TILE_RULES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
+from internvl3_jax.data.images import MAX_PIXELS, ImageError, open_image
+from internvl3_jax.data.tiles import grid_tiles, image_limit, picture_grid
 from internvl3_jax.positions import parse_delta
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.terminal import one_line
 
+RULE_IN_WORDS = {"per image": "for each image", "shared": "shared by all images"}
 RELEASED_SIZES = tuple(name for name in SIZES if name != "tiny")
 
 
@@ -69,16 +71,25 @@ def cache_bytes_per_token(language: LanguageConfig, bytes_per_value: int = 2) ->
 
 
 def prompt_report(
-    named_sizes: Sequence[tuple[str, int, int]], model_sizes: Sequence[str], max_tiles: int, delta: int, text_tokens: int
+    named_sizes: Sequence[tuple[str, int, int]],
+    model_sizes: Sequence[str],
+    max_tiles: int,
+    delta: int,
+    text_tokens: int,
+    tiles: str = "per image",
+    max_total_tiles: int = 0,
 ) -> dict:
     """Costs of one prompt with all pictures (name, width, height): what --json prints.
+
+    tiles, max_total_tiles: as in `ProcessorConfig`.
 
     Raises:
       ValueError: for an unknown model size, or sizes that cut pictures differently (tiny and the released ones).
     """
     models = [_model(size) for size in model_sizes]
     processor = _common_processor(models, model_sizes)
-    limit = tiles_per_image(max_tiles, len(named_sizes))
+    processor = dataclasses.replace(processor, max_tiles=max_tiles, tiles=tiles, max_total_tiles=max_total_tiles)
+    limit = image_limit(processor, len(named_sizes))
     costs = [picture_cost(width, height, processor, limit, delta) for _, width, height in named_sizes]
     prompt_tokens = text_tokens + sum(cost.tokens for cost in costs)
     positions = text_tokens + sum(cost.positions for cost in costs)
@@ -92,6 +103,9 @@ def prompt_report(
     }
     return {
         "delta": str(Fraction(delta, UNITS)),
+        "tile_rule": tiles,
+        "max_tiles": max_tiles,
+        "max_total_tiles": max_total_tiles,
         "max_tiles_per_picture": limit,
         "pictures": [{"name": name} | dataclasses.asdict(cost) for (name, _, _), cost in zip(named_sizes, costs, strict=True)],
         "text_tokens": text_tokens,
@@ -126,7 +140,7 @@ def print_report(report: dict) -> None:
     for cost in report["pictures"]:
         pixels, grid = f"{cost['width']} x {cost['height']}", f"{cost['columns']} x {cost['rows']}"
         counts = (cost["tiles"], cost["visual_tokens"], cost["tokens"], cost["positions"])
-        pictures.add_row(cost["name"], pixels, grid, *(f"{count:,}" for count in counts))
+        pictures.add_row(one_line(cost["name"]), pixels, grid, *(f"{count:,}" for count in counts))
     text = f"{report['text_tokens']:,}"
     pictures.add_row("text", "", "", "", "", text, text)
     tiles, visual = (sum(cost[key] for cost in report["pictures"]) for key in ("tiles", "visual_tokens"))
@@ -134,6 +148,8 @@ def print_report(report: dict) -> None:
     pictures.add_row("prompt", "", "", *(f"{total:,}" for total in totals))
     console.print(pictures)
     console.print(f"grid: columns x rows, at most {report['max_tiles_per_picture']} tiles; tiles: with the thumbnail")
+    total = f", at most {report['max_total_tiles']} in all" if report["max_total_tiles"] else ""
+    console.print(f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, thumbnails apart")
     console.print(f"positions: at delta {report['delta']}\n")
 
     caches = Table("model", box=style, pad_edge=False)
@@ -145,19 +161,26 @@ def print_report(report: dict) -> None:
     console.print(caches)
 
 
-def _picture_size(argument: str) -> tuple[str, int, int]:
-    """(name, width, height) of a picture file, or of an argument like 1920x1080 that names no file."""
+def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
+    """(name, width, height) of an image file, or of an argument like 1920x1080 that names no file. limits: of `open_image`."""
     size = re.fullmatch(r"(\d+)x(\d+)", argument)
     if size and not Path(argument).exists():
         return argument, int(size[1]), int(size[2])
-    image = open_image(argument)
+    image = open_image(argument, **limits)
     return argument, image.width, image.height
 
 
 def _define_flags() -> flags.FlagValues:
     # Flags of this module's own: importing it must not claim names that other programs define.
     values = flags.FlagValues()
-    flags.DEFINE_integer("max_tiles", 12, "Tiles for all pictures together, thumbnails apart.", 1, flag_values=values)
+    flags.DEFINE_integer("max_tiles", 12, "Tiles, thumbnails apart; of what, --tiles says.", 1, flag_values=values)
+    rule = "What --max_tiles limits: each image (inference) or all images together (training)."
+    flags.DEFINE_enum("tiles", "per image", [*TILE_RULES, "per_image"], rule, flag_values=values)
+    flags.DEFINE_integer(
+        "max_total_tiles", 0, "Tiles of all images together, thumbnails apart; 0: no limit.", 0, flag_values=values
+    )
+    flags.DEFINE_integer("max_image_pixels", MAX_PIXELS, "Larger images are refused; 0: no limit.", 0, flag_values=values)
+    flags.DEFINE_bool("allow_truncated", False, "Read images whose end is missing.", flag_values=values)
     flags.DEFINE_string("delta", "1", "Position step of a visual token, such as 1/4.", flag_values=values)
     flags.DEFINE_string("size", "all", f"Model sizes, such as 1b,8b, from {', '.join(SIZES)}; or all.", flag_values=values)
     flags.DEFINE_integer("text_tokens", 64, "Tokens of the text around the pictures.", 0, flag_values=values)
@@ -176,9 +199,11 @@ def main(argv: Sequence[str]) -> int:
             return 0 if values.help else 2
         model_sizes = RELEASED_SIZES if values.size == "all" else values.size.split(",")
         delta = parse_delta(values.delta)
-        report = prompt_report(
-            [_picture_size(name) for name in arguments], model_sizes, values.max_tiles, delta, values.text_tokens
-        )
+        limits = {"max_pixels": values.max_image_pixels, "allow_truncated": values.allow_truncated}
+        named_sizes = [_picture_size(name, limits) for name in arguments]
+        rule = values.tiles.replace("_", " ")
+        limits = values.max_tiles, delta, values.text_tokens, rule, values.max_total_tiles
+        report = prompt_report(named_sizes, model_sizes, *limits)
     except (flags.Error, ImageError, ValueError) as error:
         print(f"tokens: {error}", file=sys.stderr)
         return 2

@@ -51,8 +51,7 @@ def test_ids_pixels_and_answers(exported, question):
     inputs = their_inputs(processor, question)
     checkpoint = load(MODEL)
     pictures = [open_image(MODEL / path) for path in question["image"]]
-    # Theirs shares no tile limit between pictures; none of these reaches it.
-    tiles = cut_pictures(pictures, checkpoint.processor, checkpoint.processor.max_tiles * len(pictures))
+    tiles = cut_pictures(pictures, checkpoint.processor)
     messages = [{"role": "user", "content": question["prompt"]}]
     prompt = make_prompt(messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles))
     assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()

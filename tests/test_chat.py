@@ -176,6 +176,56 @@ def test_picture_tag_of_assistant_and_system_is_text(tokenizer):
     assert tokenizer.decode(encoded.tokens).count("<image>") == 2
 
 
+def reference_ids(messages, tiles, tokenizer, processor):
+    """The text that InternVL's trainer makes (dataset.py: of n images the first n tags of human turns), and its ids."""
+    left, parts = list(tiles), []
+    for message in messages:
+        content = message["content"]
+        for _ in range(content.count("<image>") if message["role"] == "user" and tiles else 0):
+            if left:
+                context = "<IMG_CONTEXT>" * (processor.tokens_per_tile * left.pop(0))
+                content = content.replace("<image>", f"<img>{context}</img>", 1)
+        parts.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
+    assert not left
+    return [id for part in parts for id in tokenizer.encode(part)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tiles"),
+    [
+        ([user("What does <image> do in SVG?"), assistant("It embeds an <image>.")], []),
+        ([user("<svg><image href='a'/></svg> and <image>"), assistant("a")], []),
+        ([user("<image>\nIs <image> a tag?"), assistant("Yes.")], [2]),
+        ([user("<image><image><image>"), assistant("a"), user("<image>"), assistant("b")], [1, 2]),
+        ([user("a"), assistant("<image>"), user("<image> <image>"), assistant("b"), user("<image>"), assistant("c")], [1]),
+        ([{"role": "system", "content": "<image>\nBe brief."}, user("<image>\nq"), assistant("a")], [3]),
+    ],
+)
+def test_of_n_images_the_first_n_tags_are_places(tokenizer, messages, tiles):
+    processor = ProcessorConfig(tokens_per_tile=2, system_message=None)
+    encoded = encode(messages, tokenizer, tiles, processor)
+    assert encoded.tokens.tolist() == reference_ids(messages, tiles, tokenizer, processor)
+    assert [count for _, count in encoded.runs] == [2 * number for number in tiles]
+
+
+def test_an_image_of_a_later_turn_does_not_stand_in_an_earlier_text(tokenizer):
+    first = insert_missing_tags([user("What is <image>?")], 0)
+    later = insert_missing_tags([user("And this?")], 1)
+    assert first == [user("What is <image>?") | {"images": 0}] and later == [user("<image>\nAnd this?")]
+    encoded = encode([*first, assistant("A tag."), *later], tokenizer, [1], prompt=True)
+    text = tokenizer.decode(encoded.tokens[: encoded.runs[0][0]])
+    assert "What is <image>?" in text and "A tag." in text
+    surplus = [user("<image> and <image>"), assistant("a"), user("<image>")]
+    assert insert_missing_tags(surplus, 1) == [surplus[0] | {"images": 1}, surplus[1], surplus[2] | {"images": 0}]
+    assert insert_missing_tags(surplus, 3) == surplus
+
+
+def test_errors_quote_rows_in_short():
+    with pytest.raises(ChatError) as error:
+        from_official([{"from": "human", "text": "A" * 100_000}])
+    assert len(str(error.value)) < 300
+
+
 def test_grounding_markup_is_one_id_each(tokenizer):
     messages = [user("<image>\nWhere is <ref>the dog</ref>?"), assistant("<ref>the dog</ref><box>[[1, 2, 3, 4]]</box>")]
     tokens = encode(messages, tokenizer, [1]).tokens.tolist()
@@ -214,7 +264,8 @@ HEAD = "train.jsonl line 7: "
         ([user(None)], [], "message 1 has content of type NoneType; expected text"),
         ([user([{"type": "image"}])], [], "message 1 has content of type list; expected text"),
         ([user("a")], [1], "1 pictures, but 0 <image> tags in the user messages; each picture needs one tag"),
-        ([user("<image><image>")], [1], "1 pictures, but 2 <image> tags"),
+        ([user("<image>")], [1, 1], "2 pictures, but 1 <image> tags"),
+        ([user("<image><image>") | {"images": 1}], [1, 1], "2 pictures, but 1 <image> tags"),
         ([user("a"), assistant("<image>")], [1], "1 pictures, but 0 <image> tags"),
         ([user("<image>")], [0], "picture 1 has 0 tiles; every picture needs at least one"),
     ],

@@ -13,7 +13,7 @@ from internvl3_jax.data import digits
 from internvl3_jax.data.batch import make_sample
 from internvl3_jax.data.digits import DigitsSource, Question, is_right
 from internvl3_jax.data.pipeline import make_tokenizer
-from internvl3_jax.data.tiles import count_tiles, tiles_per_image
+from internvl3_jax.data.tiles import count_tiles, image_limit
 from internvl3_jax.evaluate import score
 
 CONFIG = get_config()
@@ -99,7 +99,7 @@ def test_every_kind_occurs():
     """All tasks, one to five digits, one and several tiles, upright and lying pictures."""
     tasks, lengths, tiles = collections.Counter(), collections.Counter(), collections.Counter()
     for question in items():
-        limit = tiles_per_image(CONFIG.processor.max_tiles, len(question.pictures))
+        limit = image_limit(CONFIG.processor, len(question.pictures))
         tiles.update(count_tiles(*picture.size, CONFIG.processor, limit) for picture in question.pictures)
         for prompt, answer in turns(question):
             tasks[task_of(prompt)] += 1

@@ -9,7 +9,8 @@ from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil, get_optimal_tiled_canvas
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.tiles import choose_grid, count_tiles, cut_tiles, tiles_per_image
+from internvl3_jax.data.batch import cut_pictures
+from internvl3_jax.data.tiles import choose_grid, count_tiles, cut_tiles, image_limit
 
 PROCESSOR = ProcessorConfig()
 TINY = ProcessorConfig(image_size=32, tokens_per_tile=16)
@@ -137,8 +138,61 @@ def test_impossible_grids_are_errors(width, height, largest, message):
         choose_grid(width, height, 1, largest, 448)
 
 
-def test_tiles_per_image_divides_the_limit_downwards():
-    assert [tiles_per_image(12, n) for n in (0, 1, 2, 3, 5, 7, 12, 13, 100)] == [12, 12, 6, 4, 2, 1, 1, 1, 1]
+COUNTS = (0, 1, 2, 3, 5, 7, 12, 13, 65)
+
+
+@pytest.mark.parametrize(
+    ("rule", "total", "limits"),
+    [
+        ("per image", 0, [12] * 9),  # InternVL3's README, transformers, vLLM
+        ("shared", 0, [12, 12, 6, 4, 2, 1, 1, 1, 1]),  # InternVL's training scripts
+        ("per image", 64, [12, 12, 12, 12, 12, 9, 5, 4, 1]),  # VLMEvalKit: max(1, min(12, 64 // n))
+        ("shared", 5, [5, 5, 2, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_limit_of_each_image(rule, total, limits):
+    processor = dataclasses.replace(PROCESSOR, tiles=rule, max_total_tiles=total)
+    assert [image_limit(processor, n) for n in COUNTS] == limits
+    assert [image_limit(processor, n, max_tiles=12) for n in COUNTS] == limits
+    assert image_limit(processor, 2, max_tiles=3) == {"per image": 3, "shared": 1}[rule]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tiles": "each"}, "processor.tiles is 'each'; .*'per image', 'shared'"),
+        ({"max_total_tiles": -1}, "max_total_tiles is -1"),
+    ],
+)
+def test_wrong_tile_rules(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PROCESSOR, **change)
+    with pytest.raises(ValueError, match=message):
+        cut_pictures([noise(9, 9)], PROCESSOR, **change)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 11, 65])
+def test_tiles_and_pixels_of_several_images_equal_transformers(count):
+    """The processor of transformers' InternVL: each image has its own limit, however many there are."""
+    rng = np.random.default_rng(count)
+    images = [noise(*(int(side) for side in rng.integers(8, 90, 2)), seed) for seed in range(count)]
+    size = {"height": 14, "width": 14}
+    theirs = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=12, do_rescale=False, do_normalize=False)(
+        images, return_tensors="np"
+    )
+    ours = cut_pictures(images, ProcessorConfig(image_size=14))
+    assert [len(part) for part in ours] == list(theirs["num_patches"])
+    assert count < 4 or max(theirs["num_patches"]) == 13
+    np.testing.assert_array_equal(np.concatenate(ours), theirs["pixel_values"].transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(("count", "tiles"), [(1, 13), (2, 7), (4, 1), (11, 1), (65, 1)])
+def test_tiles_of_several_images_by_the_rule_of_training(count, tiles):
+    """`max(1, max_dynamic_patch // num_image)` of InternVL's dataset.py, for images of 4 x 3."""
+    shared = cut_pictures([noise(64, 48)] * count, TINY, tiles="shared")
+    assert [len(part) for part in shared] == [tiles] * count
+    capped = cut_pictures([noise(64, 48)] * count, TINY, max_total_tiles=64)
+    assert [len(part) - (len(part) > 1) for part in capped] == [{1: 12, 2: 12, 4: 12, 11: 4, 65: 1}[count]] * count
 
 
 @pytest.mark.parametrize("limit", [1, 6, 12])

@@ -60,14 +60,45 @@ def test_cache_bytes_equal_a_count_of_every_number():
 
 
 def test_report_shares_the_limit_among_pictures():
-    report = prompt_report([("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10)
-    assert report["max_tiles_per_picture"] == 6
+    report = prompt_report([("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10, "shared")
+    assert report["tile_rule"] == "shared" and report["max_tiles_per_picture"] == 6
     assert [picture["tiles"] for picture in report["pictures"]] == [3, 1]
     assert report["prompt_tokens"] == 10 + (3 * 256 + 2) + (256 + 2)
     assert report["positions"] == 10 + (3 * 64 + 2) + (64 + 2)
     assert report["delta"] == "1/4"
     assert report["kv_cache"]["1b"]["bytes"] == report["prompt_tokens"] * 12_288
     assert list(report["kv_cache"]) == ["1b", "78b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tiles", "words"),
+    [
+        ([], [13] * 4, "12 tiles for each image, thumbnails apart"),
+        (["--tiles=shared"], [1] * 4, "12 tiles shared by all images, thumbnails apart"),
+        (
+            ["--tiles=per_image", "--max_total_tiles=24"],
+            [7] * 4,
+            "12 tiles for each image, at most 24 in all, thumbnails apart",
+        ),
+    ],
+)
+def test_the_rule_of_tiles_is_named(capsys, options, tiles, words):
+    sizes = ["1600x1200"] * 4
+    report = json.loads(run(capsys, *sizes, *options, "--json")[1])
+    assert [picture["tiles"] for picture in report["pictures"]] == tiles
+    assert f"tile rule: {words}" in run(capsys, *sizes, *options)[1]
+
+
+def test_limits_of_files(tmp_path, capsys):
+    path = tmp_path / "large.png"
+    Image.new("L", (100, 100)).save(path)
+    status, _, error = run(capsys, str(path), "--max_image_pixels=9999")
+    assert status == 2 and "--max_image_pixels" in error and error.count("\n") == 1
+    assert run(capsys, str(path), "--max_image_pixels=0")[0] == 0
+    Image.effect_noise((100, 100), 90).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:3000])
+    assert "--allow_truncated" in run(capsys, str(path))[2]
+    assert run(capsys, str(path), "--allow_truncated")[0] == 0
 
 
 def test_report_for_tiny_uses_its_own_tiles():

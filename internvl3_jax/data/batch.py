@@ -12,7 +12,7 @@ from PIL import Image
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.chat import Encoded, encode_chat
-from internvl3_jax.data.tiles import cut_tiles, tiles_per_image
+from internvl3_jax.data.tiles import cut_tiles, image_limit
 from internvl3_jax.positions import build_positions
 
 AVERAGES = {
@@ -70,9 +70,25 @@ class SampleError(ValueError):
     """A sample that cannot be used. The message names its source and row and says why."""
 
 
-def cut_pictures(pictures: Sequence[Image.Image], processor: ProcessorConfig, max_tiles: int | None = None) -> list[np.ndarray]:
-    """Tiles u8[n,S,S,3] of each picture; the pictures share the limit, as the reference does."""
-    limit = tiles_per_image(processor.max_tiles if max_tiles is None else max_tiles, max(1, len(pictures)))
+def cut_pictures(
+    pictures: Sequence[Image.Image],
+    processor: ProcessorConfig,
+    max_tiles: int | None = None,
+    *,
+    tiles: str | None = None,
+    max_total_tiles: int | None = None,
+) -> list[np.ndarray]:
+    """Tiles u8[n,S,S,3] of each image of one prompt, thumbnails included, by `tiles.image_limit`.
+
+    max_tiles, tiles, max_total_tiles: in place of the processor's fields of these names, unless None.
+
+    Raises:
+      ValueError: for an unknown rule or a limit out of range.
+    """
+    changes = {"tiles": tiles, "max_total_tiles": max_total_tiles}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    processor = dataclasses.replace(processor, **changes)
+    limit = image_limit(processor, len(pictures), max_tiles)
     return [cut_tiles(picture, processor, limit) for picture in pictures]
 
 
@@ -89,7 +105,8 @@ def make_sample(
 ) -> Sample:
     """Messages and PIL pictures to a training sample; `deltas` are V2PE units, one per picture.
 
-    max_tiles: shared by the pictures; processor.max_tiles when None. loss_average: see `average_weights`.
+    max_tiles: processor.max_tiles when None; processor.tiles says whether of each picture or of all. loss_average: see
+      `average_weights`.
     """
     tiles = cut_pictures(pictures, processor, max_tiles)
     encoded = encode_chat(

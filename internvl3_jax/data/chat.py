@@ -5,11 +5,12 @@ Template internvl2_5, used by all InternVL3 sizes:
     <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n
 
 Each message is one block and is tokenised by itself, so a newline that ends one block never merges with what starts the next.
-The content is not stripped. In user messages every <image> becomes
+The content is not stripped. Of n images the first n <image> in user messages become
 
     <img> <IMG_CONTEXT> x tokens_per_tile * tiles </img>
 
-and nothing else in any message becomes a control token, however it is spelled (see tokenizer.py).
+as in the reference; further ones, and all of a conversation without images, are text, as of a question about SVG. Nothing else in
+any message becomes a control token, however it is spelled (see tokenizer.py).
 
 Trained tokens: of each assistant block all but its header `<|im_start|>assistant\n` and the newline after <|im_end|>. As in the
 reference the header is as many tokens as it has alone, also where an answer that starts with a newline merges with it.
@@ -24,6 +25,7 @@ import numpy as np
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.terminal import excerpt
 
 # Template name -> system text that the models were trained with and that "default" stands for.
 TEMPLATES = {
@@ -35,11 +37,13 @@ PICTURE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
 OFFICIAL_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+# {"role": one of ROLES, "content": text}. A user message may say with "images" how many of its <image> are places of images at most;
+# `insert_missing_tags` does so where it has more, so that an image of a later turn does not come to stand there.
+Message = dict[str, str | int]
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be encoded. The message says where it is, what is wrong and how to mend it."""
+    """A conversation that cannot be encoded. The message says where it is, what is wrong and how to fix it."""
 
 
 @dataclasses.dataclass
@@ -64,7 +68,7 @@ def encode_chat(
 
     Args:
       messages: user and assistant in turn, user first; a system message may come before them and replaces the processor's.
-      tiles_per_picture: number of tiles, thumbnail included, of each <image> in the user messages, in order.
+      tiles_per_picture: number of tiles, thumbnail included, of each image, in the order of their <image> in the user messages.
       add_generation_prompt: ends with `<|im_start|>assistant\n`, for the model to answer; the last message must be the user's.
       where: names the conversation in errors, e.g. "train.jsonl line 7".
 
@@ -82,9 +86,9 @@ def encode_chat(
     if messages[0]["role"] != "system" and system is not None:
         writer.block("system", [system])
     pictures = iter(tiles_per_picture)
-    for message in messages:
+    for message, places in zip(messages, count_places(messages, len(tiles_per_picture)), strict=True):
         if message["role"] == "user":
-            first, *rest = message["content"].split(PICTURE_TAG)
+            first, *rest = message["content"].split(PICTURE_TAG, places)
             writer.block("user", [first] + [part for text in rest for part in (next(pictures), text)])
         else:
             writer.block(message["role"], [message["content"]])
@@ -145,12 +149,16 @@ def insert_missing_tags(messages: Sequence[Message], n_pictures: int, where: str
     r"""Puts <image> tags in front of the first user message if no user message has any.
 
     One picture: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A conversation that has tags, or has no
-    pictures, comes back as it is; `encode_chat` checks their number.
+    pictures, keeps its texts; `encode_chat` checks their number. Messages with more tags than pictures get the key "images".
     """
     _check_form(messages, where)
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if not n_pictures or not users or _count_tags(messages):
-        return list(messages)
+        places = zip(messages, count_places(messages, n_pictures), strict=True)
+        return [
+            {**message, "images": count} if message["role"] == "user" and count < _count_tags([message]) else message
+            for message, count in places
+        ]
     if n_pictures == 1:
         tags = f"{PICTURE_TAG}\n"
     else:
@@ -164,11 +172,21 @@ def from_official(conversations: Iterable[dict], where: str = "") -> list[Messag
     messages = []
     for number, turn in enumerate(conversations, 1):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ChatError(f'{_at(where)}turn {number} is {turn!r}; expected {{"from": ..., "value": ...}}')
+            raise ChatError(f'{_at(where)}turn {number} is {excerpt(turn)}; expected {{"from": ..., "value": ...}}')
         if turn["from"] not in OFFICIAL_ROLES:
-            raise ChatError(f"{_at(where)}turn {number} is from {turn['from']!r}; expected {', '.join(OFFICIAL_ROLES)}")
+            raise ChatError(f"{_at(where)}turn {number} is from {excerpt(turn['from'])}; expected {', '.join(OFFICIAL_ROLES)}")
         messages.append({"role": OFFICIAL_ROLES[turn["from"]], "content": turn["value"]})
     return messages
+
+
+def count_places(messages: Sequence[Message], n_images: int) -> list[int]:
+    """How many <image> of each message are places of images: those of user messages, the first ones, n_images in all at most."""
+    places = []
+    for message in messages:
+        tags = _count_tags([message])
+        places.append(min(tags, n_images, message.get("images", tags)))
+        n_images -= places[-1]
+    return places
 
 
 def _at(where: str) -> str:
@@ -184,9 +202,9 @@ def _check_form(messages: Sequence[Message], where: str) -> None:
     at = _at(where)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ChatError(f'{at}message {number} is {message!r}; expected {{"role": ..., "content": ...}}')
+            raise ChatError(f'{at}message {number} is {excerpt(message)}; expected {{"role": ..., "content": ...}}')
         if message["role"] not in ROLES:
-            raise ChatError(f"{at}message {number} has role {message['role']!r}; expected {', '.join(ROLES)}")
+            raise ChatError(f"{at}message {number} has role {excerpt(message['role'])}; expected {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise ChatError(f"{at}message {number} has content of type {kind}; expected text, with {PICTURE_TAG} for a picture")
@@ -212,8 +230,8 @@ def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, where
 
 
 def _check_pictures(messages: Sequence[Message], tiles_per_picture: Sequence[int], where: str) -> None:
-    tags = _count_tags(messages)
-    if tags != len(tiles_per_picture):
+    tags = sum(count_places(messages, len(tiles_per_picture)))
+    if tags < len(tiles_per_picture):
         raise ChatError(
             f"{_at(where)}{len(tiles_per_picture)} pictures, but {tags} {PICTURE_TAG} tags in the user messages; each picture "
             f"needs one tag where it belongs"

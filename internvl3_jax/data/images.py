@@ -7,12 +7,17 @@ The rule is Pillow's `convert("RGB")`, as in the InternVL code, with these decis
   16-bit greyscale       the high byte, which is what Pillow keeps of 16-bit colour too. Pillow itself clips 16-bit grey at 255,
                          which turns most pictures white. 12-bit data in 16-bit files is for the caller to stretch.
   32-bit integer, float  refused: their range is unknown
-  several frames, pages  refused unless `frame` says which; extras of a photograph (MPO) and layers (PSD) do not count
+  several frames, pages  the first one, unless `frame` says which; a GIF can also be read as a video (video.py)
   EXIF orientation       ignored, as the released code does, unless asked for; Pillow itself always turns TIFF files
-  truncated files        refused, unless PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set
-  very large files       refused above PIL.Image.MAX_IMAGE_PIXELS (89 million unless changed)
+  formats                those that hold pixels; EPS, PostScript, WMF and the like are refused, whatever the file is called: Pillow
+                         hands them to other programs
+  PNG texts, profiles    of any size are passed over; Pillow alone refuses files with more than 1 MB
+  truncated files        refused, unless `allow_truncated` (the official trainer allows them)
+  very large files       refused above `max_pixels`, by default PIL.Image.MAX_IMAGE_PIXELS: 89 million unless changed (no limit in
+                         the official trainer)
 """
 
+import contextlib
 import io
 import os
 import pathlib
@@ -22,14 +27,27 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Formats whose further frames accompany the first instead of following it: gain maps and previews of phones, layers.
-ONE_PICTURE_FORMATS = ("MPO", "PSD")
+from internvl3_jax.data import pillow
+from internvl3_jax.data.pillow import FORMATS
+from internvl3_jax.remote_files import is_remote
+from internvl3_jax.safe_files import FileError, open_regular, read_bytes, reason
+from internvl3_jax.terminal import one_line, short_name
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit, for programs that want a number
 # Formats that deliver 16-bit greyscale as 32-bit integers.
+MAX_REMOTE_BYTES = 512 << 20  # of an image in object storage, which is read at once
 WIDE_GREY_FORMATS = ("PNG", "PPM")
 
 # Pillow refuses twice MAX_IMAGE_PIXELS and warns below that; the warning is an exception where warnings are errors.
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-TOO_LARGE_REMEDY = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+TOO_LARGE_REMEDY = (
+    "scale it down, or, if you trust it, raise the limit: --max_image_pixels of the programs, data.max_image_pixels in training, "
+    "max_image_pixels of Chat, max_pixels of open_image; 0 is no limit"
+)
+TRUNCATED_REMEDY = (
+    "fetch it again, or accept such files: data.allow_truncated in training, --allow_truncated of the doctor and tokens, "
+    "allow_truncated of open_image"
+)
 
 Source = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
 
@@ -38,29 +56,47 @@ class ImageError(ValueError):
     """A picture that cannot be used. The message names it, says why, and says what to do."""
 
 
-def open_image(source: Source, *, apply_exif: bool = False, frame: int | None = None, name: str | None = None) -> Image.Image:
+def open_image(
+    source: Source,
+    *,
+    apply_exif: bool = False,
+    frame: int | None = None,
+    name: str | None = None,
+    max_pixels: int | None = None,
+    allow_truncated: bool = False,
+) -> Image.Image:
     """An RGB image of its own memory, decoded completely.
 
     Args:
       source: a path, the bytes of a file, an open binary file (read from its beginning), a PIL image (its current frame), or an
         array: u8[H, W], u8[H, W, 1], u8[H, W, 3], u8[H, W, 4] or u16[H, W].
       apply_exif: turn the picture as its EXIF orientation says.
-      frame: which frame of an animation or page of a document, from 0.
+      frame: which frame of an animation or page of a document, from 0; the first one when None.
       name: what errors call the picture; by default its path, or a description.
+      max_pixels: files with more are refused; None: PIL.Image.MAX_IMAGE_PIXELS, 0: no limit.
+      allow_truncated: a file whose end is missing gives what is there, the rest is gray.
 
     Raises:
       ImageError: if there is no readable picture.
     """
-    name = name or _describe(source)
+    name = short_name(name or _describe(source))
     if isinstance(source, np.ndarray):
         source = _from_array(source, name)
-    if isinstance(source, Image.Image):
-        return _decode(source, apply_exif, frame, name)
-    with _open_file(source, name) as image:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than {limit:,}; {TOO_LARGE_REMEDY}")
-        return _decode(image, apply_exif, frame, name, needs_frame=image.format not in ONE_PICTURE_FORMATS)
+    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+    with pillow.allows(max_pixels is not None, allow_truncated), contextlib.ExitStack() as opened:
+        if isinstance(source, Image.Image):
+            if source.format is not None and source.format not in FORMATS:
+                raise ImageError(f"{name}: is {one_line(source.format)}, not an image of pixels; convert it to PNG or JPEG")
+            return _decode(source, apply_exif, frame, name)
+        image = opened.enter_context(_identify(_open_file(source, name, opened), name))
+        check_pixels(image.width, image.height, limit, name)
+        return _decode(image, apply_exif, frame, name)
+
+
+def check_pixels(width: int, height: int, limit: int | None, name: str) -> None:
+    """ImageError if there are more than `limit` pixels; None and 0: no limit."""
+    if limit and width * height > limit:
+        raise ImageError(f"{name}: {width} x {height} pixels are more than {limit:,}; {TOO_LARGE_REMEDY}")
 
 
 def _describe(source) -> str:
@@ -87,37 +123,69 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _open_file(source, name: str) -> Image.Image:
-    """Pillow's lazy image of a path, bytes or binary file: the header is read, the pixels are not."""
+def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
+    """A binary file of a path, bytes or binary file; `opened` closes what is opened here."""
+    if isinstance(source, (str, os.PathLike)) and is_remote(source):
+        try:
+            return io.BytesIO(read_bytes(source, max_bytes=MAX_REMOTE_BYTES))
+        except (FileError, OSError) as error:
+            raise ImageError(f"{error}; check the address") from error
     if isinstance(source, (str, os.PathLike)):
         _check_path(pathlib.Path(source), name)
-    elif isinstance(source, bytes):
+        try:
+            return opened.enter_context(open_regular(source))
+        except FileError as error:
+            raise ImageError(f"{error}; check its permissions") from error
+    if isinstance(source, bytes):
         if not source:
             raise ImageError(f"{name}: is empty; was it read or downloaded completely?")
-        source = io.BytesIO(source)
-    elif not hasattr(source, "read"):
+        return io.BytesIO(source)
+    if not hasattr(source, "read"):
         raise ImageError(f"{name}: not something to open; give a path, bytes, a binary file, a PIL image or a numpy array")
-    elif isinstance(source, io.TextIOBase):
+    if isinstance(source, io.TextIOBase):
         raise ImageError(f"{name}: is open as text; open it in binary mode, 'rb'")
     try:
-        return Image.open(source)
+        source.seek(0)
+        return source
+    except (AttributeError, OSError):  # a stream
+        return io.BytesIO(source.read())
+
+
+def _identify(file: BinaryIO, name: str) -> Image.Image:
+    """Pillow's lazy image of a file: the header is read, the pixels are not."""
+    try:
+        return Image.open(pillow.without_long_texts(file), formats=pillow.readable())
     except TOO_LARGE as error:
         raise ImageError(f"{name}: {_reason(error)}; {TOO_LARGE_REMEDY}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+        raise ImageError(f"{name}: is not an image of pixels that Pillow can read; {_advice(file)}") from error
     except Exception as error:  # damaged headers make decoders raise nearly anything
         raise ImageError(f"{name}: cannot be opened ({_reason(error)}); is it complete and readable?") from error
 
 
+def _advice(file: BinaryIO) -> str:
+    file.seek(0)
+    head = file.read(64).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: fetch the file that it stands for, with `git lfs pull`"
+    if head[:9].lower() in (b"<!doctype", b"<html>") or head[:5].lower() == b"<html":
+        return "it is a web page: was it downloaded from the right address?"
+    if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "it is HEIC, as phones store it: convert it to PNG or JPEG"
+    return "convert it to PNG or JPEG (EPS, PDF, SVG and the like are not read)"
+
+
 def _check_path(path: pathlib.Path, name: str) -> None:
+    if name.startswith("data:"):
+        raise ImageError(f"{name}: is an image written as text; store it in a file, or pass its bytes")
     try:
         status = path.stat()
     except FileNotFoundError as error:
         if "://" in name:
             raise ImageError(f"{name}: addresses are not fetched; download the picture first") from error
-        raise ImageError(f"{name}: no such file in {path.absolute().parent}; check the path") from error
+        raise ImageError(f"{name}: no such file in {short_name(str(path.absolute().parent))}; check the path") from error
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise ImageError(f"{name!r}: is not a usable path ({_reason(error)}); check its spelling and permissions") from error
+        raise ImageError(f"{name}: is not a usable path ({_reason(error)}); check its spelling and permissions") from error
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{name}: is a directory; name the picture inside it")
     if not stat.S_ISREG(status.st_mode):
@@ -126,16 +194,13 @@ def _check_path(path: pathlib.Path, name: str) -> None:
         raise ImageError(f"{name}: is empty; was it written or downloaded completely?")
 
 
-def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str, needs_frame: bool = False) -> Image.Image:
+def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str) -> Image.Image:
     if image.width < 1 or image.height < 1:
         raise ImageError(f"{name}: has no pixels ({image.width} x {image.height}); give at least one row and one column")
     file_format = image.format
     try:
         if frame is not None:
             _seek(image, frame, name)
-        elif needs_frame and _count_frames(image) > 1:
-            frames = _count_frames(image)
-            raise ImageError(f"{name}: holds {frames} frames or pages; choose one, for example frame=0, or pass it as a video")
         image.load()
         if apply_exif:
             image = ImageOps.exif_transpose(image)
@@ -145,7 +210,8 @@ def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str, 
     except TOO_LARGE as error:
         raise ImageError(f"{name}: {_reason(error)}; {TOO_LARGE_REMEDY}") from error
     except Exception as error:  # damaged pixels make decoders raise nearly anything
-        raise ImageError(f"{name}: cannot be decoded ({_reason(error)}); the file is damaged or incomplete") from error
+        advice = f"; {TRUNCATED_REMEDY}" if "truncated" in str(error) else ""
+        raise ImageError(f"{name}: cannot be decoded ({_reason(error)}); the file is damaged or incomplete{advice}") from error
 
 
 def _seek(image: Image.Image, frame: int, name: str) -> None:
@@ -175,4 +241,4 @@ def _to_rgb(image: Image.Image, file_format: str | None, name: str) -> Image.Ima
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().rstrip(".") or type(error).__name__
+    return short_name(reason(error).strip().rstrip(".") or type(error).__name__)

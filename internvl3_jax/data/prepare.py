@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from internvl3_jax.config import DataConfig, ProcessorConfig
+from internvl3_jax.config import DataConfig, ProcessorConfig, check_tile_rule
 from internvl3_jax.data import overlong
 from internvl3_jax.data.augment import recompress
 from internvl3_jax.data.batch import AVERAGES, Sample, finish_sample
@@ -30,6 +30,8 @@ class Preparer:
                 raise ValueError(f"data.{name} is {getattr(config, name)!r}; it must be one of {', '.join(known)}")
         if config.pairs and config.overlong == "truncate":
             raise ValueError("data.overlong is truncate; of a pair both answers are needed whole: set it to error or drop")
+        check_tile_rule(config.tiles, "data.tiles")
+        processor = dataclasses.replace(processor, tiles=config.tiles)
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.reference = ReferenceTable(config.reference) if config.reference else None
         self.deltas = [parse_delta(delta) for delta in config.deltas]
@@ -55,7 +57,8 @@ class Preparer:
         def choose(clip):
             return lambda footage: training_frames(footage, rng, fewest, most, clip)
 
-        conversation = source.conversation(row, choose, self.processor)
+        limits = {"max_pixels": self.config.max_image_pixels, "allow_truncated": self.config.allow_truncated}
+        conversation = source.conversation(row, choose, self.processor, limits)
         if self.config.pairs is (conversation.rejected is None):
             what = "no pair of answers" if self.config.pairs else "a pair of answers"
             raise PairError(f"the row is {what}, but data.pairs is {self.config.pairs} (pairs are for loss.kind mpo alone)")

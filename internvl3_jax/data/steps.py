@@ -32,6 +32,11 @@ Please note:
 
 Your task is to verify the accuracy and correctness of each step in the given solution process."""
 
+# The same as the public trainer made it of a row with one image: it looks for <image> in the first turn, which is the system's, and puts
+# one in front of it. There it is text, and so is it here.
+SYSTEM_AS_TRAINED = f"{PICTURE_TAG}\n{SYSTEM}"
+SYSTEMS = {"visualprm": SYSTEM, "visualprm_trained": SYSTEM_AS_TRAINED}  # by the names that programs take
+
 
 def split_steps(solution: str, max_steps: int | None = None) -> list[str]:
     """The steps of a solution: what stands between blank lines; at least one.
@@ -56,8 +61,9 @@ def critic_messages(
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     for number, (step, label) in enumerate(zip(steps, labels or [GOOD] * len(steps), strict=True)):
-        text = step.replace(PICTURE_TAG, "image")  # written by a model: it is no picture
-        if number == 0:
-            text = f"### Question:\n{question}\n\n### Solution Process:\n{text}"
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+        text = f"### Question:\n{question}\n\n### Solution Process:\n{step}" if number == 0 else step
+        turn = {"role": "user", "content": text}
+        if PICTURE_TAG in step:  # written by a model: it is no place of an image
+            turn["images"] = question.count(PICTURE_TAG) if number == 0 else 0
+        messages += [turn, {"role": "assistant", "content": label}]
     return messages

@@ -34,7 +34,7 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_s
 
     Distances are differences of quotients in float64, as the released code computes them; in float32 765 x 540 and 289 x 408,
     among others, get another grid. Between exactly equal distances the grid with more tiles wins if the picture has more than
-    half of that grid's pixels. Where no grid has min_tiles to max_tiles tiles, as when `tiles_per_image` leaves a picture fewer
+    half of that grid's pixels. Where no grid has min_tiles to max_tiles tiles, as when `image_limit` leaves a picture fewer
     than min_tiles, the grid is (1, 1), as in the released code.
 
     Raises:
@@ -54,9 +54,21 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_s
     return best
 
 
-def tiles_per_image(max_tiles: int, n_images: int) -> int:
-    """Limit of each picture when a request with n_images shares max_tiles: the rounded-down quotient, at least 1."""
-    return max(1, max_tiles // max(1, n_images))
+def image_limit(processor: ProcessorConfig, n_images: int, max_tiles: int | None = None) -> int:
+    """Most tiles of each image of a prompt with n_images, thumbnails not counted, at least 1.
+
+    It is max_tiles by the rule "per image" and an equal part of it, rounded down, by "shared". An equal part of
+    processor.max_total_tiles limits it by either rule (VLMEvalKit has 64 in all; InternVL's README, transformers and vLLM none).
+
+    max_tiles: processor.max_tiles when None.
+    """
+    limit = processor.max_tiles if max_tiles is None else max_tiles
+    n_images = max(1, n_images)
+    if processor.tiles == "shared":
+        limit //= n_images
+    if processor.max_total_tiles:
+        limit = min(limit, processor.max_total_tiles // n_images)
+    return max(1, limit)
 
 
 def count_tiles(width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None) -> int:
