@@ -13,7 +13,7 @@ from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.data.tokenizer import Tokenizer
 
-PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, system_message=None)
+PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, tiles="shared", system_message=None)
 
 
 @functools.cache

@@ -67,11 +67,11 @@ def test_rows_of_every_kind(tmp_path):
     [
         ("{", "is not JSON"),
         ("", "the line is empty"),
-        ("[1]", "is a JSON list"),
-        ({"id": 1}, "conversations is 'None'"),
+        ("[1]", "is the list [1]; expected an object"),
+        ({"id": 1}, "conversations is None; expected a list of turns"),
         ({"conversations": [{"from": "human", "text": "hi"}]}, 'expected {"from": ..., "value": ...}'),
         ({"conversations": [{"from": "robot", "value": "hi"}]}, "turn 1 is from 'robot'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: its value is no text"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: its value is no text but the number 3"),
         ({"image": "gone.png", **TEXT}, "gone.png: no such file"),
         ({"image": 5, **TEXT}, "image is 5; expected a path"),
         ({"image": "a.png", "video": "b.mp4", **TEXT}, "both image and video"),
@@ -99,7 +99,8 @@ def test_a_video_tag_belongs_to_the_first_human_turn():
 # --- annotation files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_index_follows_its_file(tmp_path):
+def test_the_index_follows_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_index, "SETTLED", -1)
     path = write_rows(tmp_path / "a.jsonl", [{"n": number} for number in range(5)])
     assert [Rows([str(path)])[row][0]["n"] for row in range(5)] == list(range(5))
     place = tmp_path / "a.jsonl.index.npy"
@@ -150,10 +151,10 @@ def test_an_index_in_the_cache_when_the_folder_cannot_be_written(tmp_path, monke
     monkeypatch.setenv("INTERNVL3_JAX_CACHE", str(tmp_path / "cache"))
     write = row_index._write
 
-    def refuse(path, place, stamp):
+    def refuse(path, place, *rest):
         if place.parent == tmp_path:
             raise PermissionError
-        write(path, place, stamp)
+        return write(path, place, *rest)
 
     monkeypatch.setattr(row_index, "_write", refuse)
     assert len(Rows([str(path)])) == 1
@@ -209,8 +210,8 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
     memory.rm("/data/images/0.png")
     with pytest.raises(FileError, match=r"memory://data/images/0.png: no such file"):
         read(source)
-    with pytest.raises(FileError, match="pip install fsspec gcsfs"):
-        files.read_bytes("gs://bucket/a.jsonl")
+    with pytest.raises(FileError, match="abfs://bucket: needs the driver of its scheme"):
+        files.read_bytes("abfs://bucket/a.jsonl")
 
 
 # --- meta JSON -------------------------------------------------------------------------------------------------------------------
@@ -219,12 +220,15 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"repeat_tme": 2}, "unknown key 'repeat_tme'; did you mean 'repeat_time'?"),
+        ({"repeat_tme": 2}, "unknown key 'repeat_tme' = 2; did you mean 'repeat_time'?"),
         ({"repeat_time": 0}, "repeat_time is 0; expected a number above 0"),
-        ({"repeat_time": True}, "repeat_time is True"),
-        ({"data_augment": "yes"}, "data_augment is 'yes'; expected true or false"),
-        ({"max_dynamic_patch": 1.5}, "max_dynamic_patch is 1.5"),
-        ({"root": None}, "root is None"),
+        ({"repeat_time": True}, "repeat_time is the truth value True; expected a number"),
+        ({"repeat_time": 1e300}, "repeat_time is 1e+300; expected at most 1000000"),
+        ({"weight": -1}, "weight is -1; expected from 0"),
+        ({"allow_outside_root": 1}, "allow_outside_root is the number 1; expected true or false"),
+        ({"data_augment": "yes"}, "data_augment is the text 'yes'; expected true or false"),
+        ({"max_dynamic_patch": 1.5}, "max_dynamic_patch is the number 1.5; expected a whole number"),
+        ({"root": None}, "root is missing"),
         ({"annotation": "gone.jsonl"}, "annotation: no such file"),
         ({"annotation": []}, "annotation is []"),
         ({"annotation": "{a,gone}.jsonl"}, "gone.jsonl is missing"),
@@ -245,7 +249,7 @@ def test_bad_meta_files(tmp_path):
     for content, reason in [
         ("{", "is not JSON"),
         ("{}", "expected an object"),
-        ('{"a": {}, "a": {}}', "'a' stands there twice"),
+        ('{"a": {}, "a": {}}', "the key 'a' occurs twice"),
     ]:
         path.write_text(content)
         with pytest.raises(MetaError, match=reason):
@@ -265,18 +269,21 @@ def test_roots_matter_only_for_pictures(tmp_path):
         OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.json"}))[0])
 
 
-def test_paths_beside_the_meta_file_and_in_the_working_directory(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
     (tmp_path / "metas").mkdir()
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "here.jsonl", [TEXT])
-    meta = write_meta(tmp_path / "metas", a={"rows": [TEXT]}, b={"annotation": "here.jsonl"})
-    assert [spec.annotation for spec in read_meta(meta)] == [
-        (str(tmp_path / "metas/a.jsonl"),),
-        (str(tmp_path / "here.jsonl"),),
-    ]
-    write_rows(tmp_path / "a.jsonl", [TEXT])
-    with pytest.raises(MetaError, match=r"'a.jsonl' may be .*metas/a.jsonl or .*/a.jsonl; write the whole path"):
-        read_meta(meta)
+    write_rows(tmp_path / "a.jsonl", [TEXT, TEXT])  # never read: the one beside the meta file is meant
+    picture(20, 20).save(tmp_path / "metas/a.png")
+    row = {"image": "a.png", **TEXT}
+    for root in (".", "", "./", "../metas", str(tmp_path / "metas")):
+        source = one_source(tmp_path / "metas", [row], root=root)
+        assert source.spec.annotation == (str(tmp_path / "metas/a.jsonl"),)
+        assert len(source) == len(read(source).pictures) == 1
+    for entry in ({"annotation": "here.jsonl"}, {"annotation": "her*.jsonl"}, {"rows": [row], "root": "pictures"}):
+        write_rows(tmp_path / "here.jsonl", [TEXT])
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        with pytest.raises(MetaError, match="in the working directory, but paths are relative to the meta file"):
+            OfficialSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
 
 
 def test_a_length_that_disagrees_is_told(tmp_path):

@@ -121,7 +121,7 @@ def test_only_the_chosen_answer_has_weight(both):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "chosen": "b"}, "rejected is 'None'; expected the keys question, chosen and rejected"),
+        ({"question": "a", "chosen": "b"}, "rejected is None; expected the keys question, chosen and rejected"),
         ({"question": "a", "chosen": "b", "rejected": " "}, "rejected is ' '"),
         ({"question": "a", "chosen": "b", "rejected": "b"}, "the same text: there is nothing to prefer"),
         (

@@ -15,8 +15,9 @@ import numpy as np
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.batch import Batch
+from internvl3_jax.data.identity import data_identity
 from internvl3_jax.data.packing import Packer
-from internvl3_jax.data.pipeline import sample_dataset, sample_stream
+from internvl3_jax.data.pipeline import open_sources, sample_dataset, sample_stream
 from internvl3_jax.data.tokenizer import Tokenizer
 
 _AHEAD = 2  # batches ready before they are asked for
@@ -40,12 +41,14 @@ class Batches:
     def __init__(
         self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, shards: Sequence[int] | None = None
     ):
-        """shards: the streams to prepare; None: all."""
+        """shards: the streams to prepare; None: all. `identity` says what the samples are made of; see data/identity.py."""
         if config.shards < 1 or config.rows % config.shards:
             raise ValueError(f"data.rows is {config.rows}; it must be a multiple of data.shards ({config.shards})")
         self.shards = range(config.shards) if shards is None else shards
         self.rows = config.rows // config.shards
-        dataset = sample_dataset(config, processor, tokenizer)
+        sources = open_sources(config)
+        dataset = sample_dataset(config, processor, tokenizer, sources)
+        self.identity = data_identity(config, sources, tokenizer)
         self.packers = {
             shard: Packer(
                 iter(sample_stream(dataset, shard, config.shards, config.workers)),

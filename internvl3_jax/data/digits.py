@@ -54,7 +54,7 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits data needs scikit-learn: pip install 'internvl3-jax[demo]'") from error
+        raise ImportError("the digits data needs scikit-learn: pip install -e '.[demo]'") from error
     data = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(data.target))
     is_test = np.arange(len(order)) % _TEST_SHARE == 0

@@ -7,18 +7,16 @@ video it takes the largest number of frames. It prints a table and writes report
 or another folder; errors.tsv can be given to training as data.drop_list. The exit status is 1 if there are errors.
 
 Errors: a row, picture or video that cannot be read; tags that do not match the pictures; roles that do not take turns; nothing to
-learn; more tokens or tiles than a row holds (with --overlong truncate or drop: a warning). Warnings: ids that occur twice; a
-length in the meta JSON that is not the number of rows.
+learn; more tokens or tiles than a row holds (with --overlong truncate or drop: a warning). Warnings: ids that occur twice; empty
+answers; a length in the meta JSON that is not the number of rows.
 """
 
 import argparse
 import collections
 import dataclasses
 import datetime
-import functools
-import json
-import math
 import multiprocessing
+import os
 import pathlib
 import platform
 import sys
@@ -27,14 +25,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from internvl3_jax.config import DataConfig, ProcessorConfig, from_dict
-from internvl3_jax.data.doctor_report import ERRORS, report_folder, summary, write_report
+from internvl3_jax import command_line
+from internvl3_jax.config import TILE_RULES, DataConfig, ProcessorConfig, from_dict
+from internvl3_jax.data.doctor_report import claim_folder, report_folder, summary, write_report
+from internvl3_jax.data.doctor_table import print_report
 from internvl3_jax.data.mixture import Selection
-from internvl3_jax.data.overlong import TooLong
+from internvl3_jax.data.overlong import RULES, TooLong
+from internvl3_jax.data.pairs import PairError
 from internvl3_jax.data.prepare import Preparer
+from internvl3_jax.data.row_fields import is_empty_answer
 from internvl3_jax.data.sources import open_sources
 from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.find import MANIFEST, find
+from internvl3_jax.strict_json import read_object
+from internvl3_jax.terminal import one_line
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+LONGEST = 1000  # characters of a reason
 CHUNK = 64  # rows that a worker takes at a time
 
 
@@ -47,8 +54,9 @@ class Finding:
     tiles: int = 0
     pictures: int = 0
     id: str | None = None
-    error: str = ""
+    error: str = ""  # one line
     warning: str = ""
+    has_empty_answer: bool = False
 
 
 class Examiner:
@@ -68,6 +76,7 @@ class Examiner:
             tiles = preparer.count(conversation)
             whole = preparer.encode_all(conversation.messages, tiles)
             finding.id, finding.pictures = conversation.id, len(tiles)
+            finding.has_empty_answer = is_empty_answer(conversation.messages)
             finding.tokens, finding.tiles = len(whole.tokens), sum(tiles)
             encoded, kept = preparer.encode(conversation, tiles)
             if preparer.config.pairs:
@@ -76,12 +85,23 @@ class Examiner:
                 finding.warning = (
                     f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} pictures"
                 )
-        except (ValueError, OSError) as error:
+        except (
+            Exception
+        ) as error:  # a row that a decoder trips over is an error of that row, and not the end of the examination
             if isinstance(error, TooLong) and preparer.config.overlong == "drop":
-                finding.warning = str(error)
+                finding.warning = _told(error)
             else:
-                finding.error = str(error)
+                finding.error = _told(error)
+            if isinstance(error, PairError) and not preparer.config.pairs:
+                finding.error += "; for the doctor: give --pairs"
         return finding
+
+
+def _told(error: Exception) -> str:
+    """One line of an error, without what could drive a terminal."""
+    known = isinstance(error, ValueError | OSError)
+    text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
+    return one_line(text[: LONGEST + 1]) if len(text) <= LONGEST else f"{one_line(text[:LONGEST])}..."
 
 
 def examine_all(examiner: Examiner, workers: int) -> Iterator[tuple[int, list[Finding]]]:
@@ -118,6 +138,7 @@ class Summary:
         self.tokens, self.tiles, self.pictures = [], [], 0
         self.errors: list[tuple[str, int, str]] = []
         self.warnings: list[tuple[int, str]] = []
+        self.empty_answers: list[int] = []
         self.ids: collections.Counter = collections.Counter()
 
     def add(self, finding: Finding) -> None:
@@ -128,6 +149,8 @@ class Summary:
         if finding.tokens:
             self.tokens.append(finding.tokens)
             self.tiles.append(finding.tiles)
+        if finding.has_empty_answer:
+            self.empty_answers.append(finding.row)
         self.pictures += finding.pictures
         if finding.id is not None:
             self.ids[finding.id] += 1
@@ -141,6 +164,8 @@ class Summary:
             "pictures": self.pictures,
             "tokens": summary(np.asarray(self.tokens, np.int64)),
             "tiles": summary(np.asarray(self.tiles, np.int64)),
+            "empty_answers": len(self.empty_answers),
+            "first_empty_answers": self.empty_answers[:10],
             "duplicate_ids": len(duplicates),
             "first_duplicate_ids": dict(list(duplicates.items())[:10]),
             "first_errors": [{"row": row, "reason": reason} for _, row, reason in self.errors[:10]],
@@ -155,6 +180,7 @@ def examine(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sources = open_sources(config)
+    claim_folder(pathlib.Path(folder))
     examiner = Examiner(config, processor, tokenizer, sources)
     summaries = [Summary(s.name, len(Selection(0, len(s), min(1.0, s.repeat)))) for s in sources]
     with Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
@@ -178,81 +204,81 @@ def examine(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer
     return report
 
 
-def print_report(report: dict, folder: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title=report["meta"])
-    table.add_column("source", overflow="fold")
-    for name in ("rows", "errors", "cut or dropped", "same id", "pictures", "tokens mean", "max", "tiles mean", "max"):
-        table.add_column(name, justify="right")
-    for name, source in report["sources"].items():
-        tokens, tiles = source["tokens"], source["tiles"]
-        counts = [source[key] for key in ("rows", "errors", "shortened_or_dropped", "duplicate_ids", "pictures")]
-        table.add_row(name, *(f"{n:,}" for n in [*counts, tokens["mean"], tokens["max"], tiles["mean"], tiles["max"]]))
-    console.print(table)
-    for name, source in report["sources"].items():
-        for error in source["first_errors"]:
-            console.print(f"{name} row {error['row']}: {error['reason']}", markup=False, highlight=False, soft_wrap=True)
-    for warning in report["warnings"]:
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{report['errors']:,} errors; all of them in {folder}/{ERRORS}", markup=False, soft_wrap=True)
-    data = report["settings"]["data"]
-    room = f"{data['tokens_per_row']:,} tokens and {data['tiles_per_row']} tiles"
-    console.print(f"one pass fills at least {rows_of(report):,} rows of {room}", markup=False, soft_wrap=True)
-
-
-def rows_of(report: dict) -> int:
-    """Packed rows that one sample of each row of the files would fill if packing lost nothing: divided by data.rows, an epoch's steps."""
-    needed = [
-        sum(source[name]["sum"] for source in report["sources"].values())
-        / max(1, report["settings"]["data"][f"{name}_per_row"])
-        for name in ("tokens", "tiles")
-    ]
-    return math.ceil(max(needed))
-
-
-def read_processor(directory: str, max_tiles: int | None) -> ProcessorConfig:
+def read_processor(directory: str | os.PathLike, max_tiles: int | None) -> ProcessorConfig:
     """That of a converted checkpoint, or the released models' for a directory of a tokenizer alone."""
-    path = pathlib.Path(directory) / "internvl3_jax.json"
+    path = pathlib.Path(directory) / MANIFEST
     processor = ProcessorConfig()
     if path.is_file():
-        processor = from_dict(ProcessorConfig, json.loads(path.read_text(encoding="utf-8"))["processor"], f"{path}: processor")
+        processor = from_dict(ProcessorConfig, read_object(path).get("processor", dict), f"{path}: processor")
     return processor if max_tiles is None else dataclasses.replace(processor, max_tiles=max_tiles)
 
 
+def find_tokenizer(path: str) -> pathlib.Path:
+    """The directory that a user means: one with a tokenizer's files, or what `find` finds."""
+    directory = pathlib.Path(path).expanduser()
+    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return directory
+    return find(path)
+
+
+def whole(low: int, high: int = 2**31 - 1):
+    """argparse's type of a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    return parse
+
+
 def main(arguments: list[str] | None = None) -> int:
-    flag = functools.partial(argparse.ArgumentParser.add_argument)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag(parser, "meta", help="meta JSON")
-    flag(parser, "--tokenizer", required=True, help="converted checkpoint, or a directory with a tokenizer's files")
-    flag(parser, "--max_tiles", type=int, help="of a sample's pictures together, in place of the checkpoint's")
-    flag(parser, "--tokens_per_row", type=int, default=DataConfig.tokens_per_row)
-    flag(parser, "--tiles_per_row", type=int, default=DataConfig.tiles_per_row)
-    flag(parser, "--max_frames", type=int, default=DataConfig.max_frames, help="of a video")
-    flag(parser, "--overlong", default=DataConfig.overlong, choices=("error", "truncate", "drop"), help="as data.overlong")
-    flag(parser, "--pairs", action="store_true", help="as data.pairs: rows are a question, a chosen and a rejected answer")
-    flag(parser, "--workers", type=int, default=0, help="processes; 0: this one")
-    flag(parser, "--report", help="folder to write to (META.doctor, where training looks)")
+    parser = command_line.Parser(description=__doc__)
+    flag = parser.add_argument
+    flag("meta", help="meta JSON")
+    flag("--tokenizer", required=True, help="checkpoint, training run, released model, hub id, or a tokenizer's directory")
+    flag(
+        "--max_tiles",
+        type=whole(1, 1024),
+        help="tiles of an image, or of a sample's images together; see --tiles (the checkpoint's)",
+    )
+    flag("--tiles", default=DataConfig.tiles, choices=TILE_RULES, help="as data.tiles: whose the limit is (%(default)s)")
+    flag("--tokens_per_row", type=whole(1), default=DataConfig.tokens_per_row, help="as data.tokens_per_row (%(default)s)")
+    flag("--tiles_per_row", type=whole(0), default=DataConfig.tiles_per_row, help="as data.tiles_per_row (%(default)s)")
+    flag("--max_frames", type=whole(1, 100_000), default=DataConfig.max_frames, help="of a video (%(default)s)")
+    flag(
+        "--max_image_pixels", type=whole(0), default=DataConfig.max_image_pixels, help="as data.max_image_pixels (%(default)s)"
+    )
+    flag("--allow_truncated", action="store_true", help="as data.allow_truncated: images whose end is missing are used")
+    flag("--overlong", default=DataConfig.overlong, choices=RULES, help="as data.overlong (%(default)s)")
+    flag("--pairs", action="store_true", help="as data.pairs: rows are a question, a chosen and a rejected answer")
+    flag("--workers", type=whole(0, 1024), default=0, help="processes; 0: this one")
+    flag("--report", help="folder to write to (META.doctor, where training looks)")
     options = parser.parse_args(arguments)
+    return command_line.call(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name shows its code
     config = DataConfig(
         source=options.meta,
         tokenizer=options.tokenizer,
         tokens_per_row=options.tokens_per_row,
         tiles_per_row=options.tiles_per_row,
+        tiles=options.tiles,
         max_frames=options.max_frames,
+        max_image_pixels=options.max_image_pixels,
+        allow_truncated=options.allow_truncated,
         overlong=options.overlong,
         pairs=options.pairs,
     )
     folder = options.report or report_folder(options.meta)
-    try:
-        tokenizer = Tokenizer.from_directory(options.tokenizer)
-        processor = read_processor(options.tokenizer, options.max_tiles)
-        report = examine(config, processor, tokenizer, folder, options.workers)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = find_tokenizer(options.tokenizer)
+    processor = read_processor(found, options.max_tiles)
+    report = examine(config, processor, Tokenizer.from_directory(found), folder, options.workers)
     print_report(report, folder)
     return 1 if report["errors"] else 0
 

@@ -4,12 +4,17 @@ Everything is arithmetic on numbers; no list of rows is ever made.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.files import read_bytes
+from internvl3_jax.strict_json import decode, suggestion
+from internvl3_jax.terminal import excerpt, one_line
+
+MAX_DROP_LIST = 1 << 30  # bytes
 
 
 class Selection:
@@ -39,20 +44,34 @@ def read_drop_list(path: str, names: Sequence[str], lengths: Sequence[int]) -> d
       ValueError: naming a line that is none, or whose source or row does not exist.
     """
     dropped: dict[int, set[int]] = {}
-    lines = read_bytes(path).decode().splitlines() if path else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, row, *_ = [*line.split("\t"), ""]
+    for number, name, row, _ in drop_lines(path) if path else ():
         if name not in names:
             raise ValueError(
-                f"{path} line {number}: there is no source {name!r}; a line is source, row and reason with tabs between"
+                f"{one_line(path)} line {number}: there is no source {excerpt(name)}; a line is source, row and reason with tabs "
+                f"between{suggestion(name, names)}"
             )
         source = names.index(name)
-        if not row.strip().isdigit() or int(row) >= lengths[source]:
-            raise ValueError(f"{path} line {number}: {name} has no row {row!r}; it has {lengths[source]:,}, counted from 0")
-        dropped.setdefault(source, set()).add(int(row))
+        if row >= lengths[source]:
+            raise ValueError(
+                f"{one_line(path)} line {number}: {name} has no row {str(row)!r}; it has {lengths[source]:,}, counted from 0"
+            )
+        dropped.setdefault(source, set()).add(row)
     return dropped
+
+
+def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
+    """(line number, source, row, reason) of each line of a drop list. ValueError names a line that is none."""
+    text = decode(read_bytes(path, max_bytes=MAX_DROP_LIST), one_line(path))
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, row, reason = [*line.rstrip("\r").split("\t", 2), "", ""][:3]
+        if not re.fullmatch("[0-9]{1,18}", row.strip()):
+            raise ValueError(
+                f"{one_line(path)} line {number}: {one_line(name[:100])} has no row {excerpt(row)}; a line is source, row and reason with "
+                f"tabs between, rows counted from 0"
+            )
+        yield number, name, int(row), reason
 
 
 def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int]) -> list[float]:

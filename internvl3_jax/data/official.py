@@ -9,28 +9,30 @@ Pairs for preference optimisation have, in place of conversations, two answers t
 
 No picture and no video: text only. One picture: if no human turn has <image>, it goes in front of the first one, as <image> and a
 line break. Several pictures: one <image> each. A video: <video> in the first human turn, or its start, becomes a line for each frame.
-Everything else in the text, such as <ref> and <box>, stays as it is, and so do other keys of a row.
+Everything else in the text, such as <ref> and <box>, stays as it is. Other keys of a row are ignored, unless they look like images or
+mean something to other trainers (row_fields.py, which also reads some spellings of theirs).
 
-Pictures are looked up under the source's root, or among the files that came with the row in its tar archive. In an archive a row
-may also leave its pictures out: then they are the other files of the sample, in order.
+Pictures are looked up under the source's root (row_paths.py), or among the files that came with the row in its tar archive. In an
+archive a row may also leave its pictures out: then they are the other files of the sample, in order.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from PIL import Image
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.chat import PICTURE_TAG, Message, from_official, insert_missing_tags
+from internvl3_jax.data.chat import PICTURE_TAG, Message, insert_missing_tags
 from internvl3_jax.data.files import is_remote, join, read_bytes
 from internvl3_jax.data.images import open_image
 from internvl3_jax.data.meta import MetaError, SourceSpec
+from internvl3_jax.data.row_fields import check_keys, is_pair, read_media, read_messages, read_pair
+from internvl3_jax.data.row_paths import locate
 from internvl3_jax.data.rows import RowError, Rows
-from internvl3_jax.data.tiles import tiles_per_image
+from internvl3_jax.data.tiles import image_limit
 from internvl3_jax.data.video import Choose, read_frames
 
 VIDEO_TAG = "<video>"
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 
 
 @dataclasses.dataclass
@@ -67,25 +69,41 @@ class OfficialSource:
         """Whether any row has a picture or a video."""
         return self.rows.has_pictures
 
+    @property
+    def identity(self) -> str:
+        """A short text that differs if the samples do, as far as rows and settings of the entry say; pictures are not looked at."""
+        spec = self.spec
+        return (
+            f"{self.rows.identity}, root {spec.written_root!r}, augment {spec.augment}, repeat {spec.repeat}, "
+            f"max_dynamic_patch {spec.max_tiles}"
+        )
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def locate(self, row: int) -> str:
         return f"{self.name} row {row} ({self.rows.locate(row)})"
 
-    def conversation(self, row: int, choose: Callable[[list | None], Choose], processor: ProcessorConfig) -> Conversation:
+    def conversation(
+        self, row: int, choose: Callable[[list | None], Choose], processor: ProcessorConfig, limits: Mapping | None = None
+    ) -> Conversation:
         """Reads a row and its pictures.
 
         Args:
           choose: from a row's clip, or None, to the rule for the frames of its video.
+          limits: max_pixels and allow_truncated of `open_image` and `read_frames`.
 
         Raises:
           ValueError: a subclass that says what is wrong with the row, a picture or a video.
         """
-        values, files = self.rows[row]
-        messages, rejected = _pair(values) if "chosen" in values else (_messages(values), None)
-        images, video = _media(values, files)
-        where = _Place(self.spec.root, files, processor.apply_exif)
+        values, archive = self.rows[row]
+        files = archive or {}
+        check_keys(values)
+        messages, rejected = read_pair(values) if is_pair(values) else (read_messages(values), None)
+        images, video = read_media(values, archive)
+        images = [locate(name, self.spec, archive) for name in images]
+        video = None if video is None else locate(video, self.spec, archive)
+        where = _Place(self.spec.root, files, processor.apply_exif, limits or {})
         number = values.get("id")
         common = {"augment": self.spec.augment, "id": None if number is None else str(number), "rejected": rejected}
         if video is not None:
@@ -95,50 +113,8 @@ class OfficialSource:
         if len(images) == 1:
             messages = insert_missing_tags(messages, 1)
         pictures = [where.picture(name) for name in images]
-        limit = tiles_per_image(self.spec.max_tiles or processor.max_tiles, len(pictures))
+        limit = image_limit(processor, len(pictures), self.spec.max_tiles)
         return Conversation(messages, pictures, limit, **common)
-
-
-def _messages(values: dict) -> list[Message]:
-    turns = values.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"conversations is {str(turns)[:80]!r}; expected a list of turns")
-    messages = from_official(turns)
-    wrong = [number for number, message in enumerate(messages, 1) if not isinstance(message["content"], str)]
-    if wrong:
-        raise RowError(f"turn {wrong[0]}: its value is no text")
-    return messages
-
-
-def _pair(values: dict) -> tuple[list[Message], str]:
-    """(question and chosen answer, rejected answer) of a row."""
-    texts = {name: values.get(name) for name in ("question", "chosen", "rejected")}
-    for name, text in texts.items():
-        if not isinstance(text, str) or (name != "question" and not text.strip()):
-            raise RowError(f"{name} is {str(text)[:80]!r}; expected the keys question, chosen and rejected, each a text")
-    if texts["chosen"] == texts["rejected"]:
-        raise RowError("chosen and rejected are the same text: there is nothing to prefer")
-    question = {"role": "user", "content": texts["question"]}
-    return [question, {"role": "assistant", "content": texts["chosen"]}], texts["rejected"]
-
-
-def _media(values: dict, files: dict[str, bytes]) -> tuple[list[str], str | None]:
-    """(names of the pictures, name of the video or None) of a row."""
-    images, video = values.get("image"), values.get("video")
-    if not images and not video and "image" not in values and files:
-        images = [name for name in files if not name.lower().endswith(VIDEOS)]
-        videos = [name for name in files if name.lower().endswith(VIDEOS)]
-        if len(videos) > 1 or (videos and images):
-            raise RowError(f"came with {', '.join(files)}; expected pictures or one video, or the key image or video to choose")
-        video = videos[0] if videos else None
-    if images and video:
-        raise RowError("has both image and video; expected one of them")
-    images = [images] if isinstance(images, str) and images else images or []
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise RowError(f"image is {values.get('image')!r}; expected a path or a list of paths")
-    if video and not isinstance(video, str):
-        raise RowError(f"video is {video!r}; expected the path of a file or of a folder of pictures")
-    return images, video or None
 
 
 @dataclasses.dataclass
@@ -148,17 +124,18 @@ class _Place:
     root: str
     files: dict[str, bytes]
     apply_exif: bool
+    limits: Mapping
 
     def picture(self, name: str) -> Image.Image:
         if name in self.files:
-            return open_image(self.files[name], apply_exif=self.apply_exif, name=name)
+            return open_image(self.files[name], apply_exif=self.apply_exif, name=name, **self.limits)
         path = join(self.root, name)
-        return open_image(read_bytes(path) if is_remote(path) else path, apply_exif=self.apply_exif, name=path)
+        return open_image(read_bytes(path) if is_remote(path) else path, apply_exif=self.apply_exif, name=path, **self.limits)
 
     def video(self, name: str, choose: Choose) -> list[Image.Image]:
         if name in self.files:
-            return read_frames(self.files[name], choose, name=name)
-        return read_frames(join(self.root, name), choose)
+            return read_frames(self.files[name], choose, name=name, **self.limits)
+        return read_frames(join(self.root, name), choose, **self.limits)
 
 
 def insert_frames(messages: list[Message], count: int, label: str) -> list[Message]:

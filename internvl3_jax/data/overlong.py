@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from internvl3_jax.data.chat import PICTURE_TAG, Encoded, Message
+from internvl3_jax.data.chat import Encoded, Message, count_places
 
 RULES = ("error", "truncate", "drop")
 
@@ -54,7 +54,7 @@ def _longest(messages, tiles, encode: Encode, fits) -> tuple[Encoded, int] | Non
     while low < high:
         middle = (low + high) // 2
         kept = messages[: ends[middle]]
-        pictures = sum(message["content"].count(PICTURE_TAG) for message in kept if message["role"] == "user")
+        pictures = sum(count_places(kept, len(tiles)))
         encoded = encode(kept, tiles[:pictures])
         if fits(encoded, pictures):
             best, low = (encoded, pictures), middle + 1

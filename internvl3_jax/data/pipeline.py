@@ -7,8 +7,10 @@ A sample that cannot be used becomes a marker {"error": why, "source", "row", "i
 SampleError at a fatal one, in the training process; the others are for the packer to count and log.
 """
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 
@@ -21,6 +23,7 @@ from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.data.batch import Sample, SampleError
 from internvl3_jax.data.doctor_report import check_report
+from internvl3_jax.data.files import ChangedError
 from internvl3_jax.data.meta import MetaError
 from internvl3_jax.data.mixture import Selection, mixture_weights, read_drop_list
 from internvl3_jax.data.overlong import TooLong
@@ -28,7 +31,7 @@ from internvl3_jax.data.prepare import Preparer
 from internvl3_jax.data.sources import open_sources, source_names
 from internvl3_jax.data.tokenizer import Tokenizer
 
-__all__ = ["make_tokenizer", "mix", "sample_dataset", "sample_stream", "source_names"]
+__all__ = ["make_tokenizer", "mix", "open_sources", "sample_dataset", "sample_stream", "source_names"]
 
 # Sources are mixed in a fixed rhythm (A B A B ...), in which a shard that takes every second sample would meet one source only.
 _WINDOW = 1024  # places that are shuffled among themselves against it
@@ -42,8 +45,12 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
     return Tokenizer.from_directory(config.tokenizer) if config.tokenizer else Tokenizer.from_files(tiny_tokenizer.build())
 
 
-def sample_dataset(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer) -> grain.MapDataset:
+def sample_dataset(
+    config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, sources: list | None = None
+) -> grain.MapDataset:
     """Endless mixture of samples and, where one cannot be used, markers. Random access by "index".
+
+    sources: of `open_sources(config)`, where they are open already.
 
     Raises:
       ValueError: a subclass naming the file, entry or field that is wrong, before any sample is made.
@@ -51,7 +58,7 @@ def sample_dataset(config: DataConfig, processor: ProcessorConfig, tokenizer: To
     if config.on_error not in ("stop", "skip"):
         raise ValueError(f"data.on_error is {config.on_error!r}; it must be stop or skip")
     preparer = Preparer(config, processor, tokenizer)
-    sources = open_sources(config)
+    sources = open_sources(config) if sources is None else sources
     check_report(config)
     return _order(config, sources).map_with_index(_Make(preparer, sources))
 
@@ -104,14 +111,17 @@ class _Make:
             return self.preparer.sample(source, row, np.random.default_rng((config.seed, drawn))) | identity
         except (ValueError, OSError) as error:
             chosen = isinstance(error, TooLong) and config.overlong == "drop"
-            fatal = config.on_error == "stop" and not chosen
+            fatal = isinstance(error, ChangedError) or (config.on_error == "stop" and not chosen)
             return {"error": f"{source.locate(row)}: {error}", **identity, "fatal": fatal}
 
 
 def _end_with_parent() -> None:
-    """Makes a worker process end when the training process is killed; it would wait for ever, and hold its output open."""
+    """Makes a worker process end with the training process, also when that is killed; it would wait for ever, and hold its output
+    open."""
     parent = multiprocessing.parent_process()
     if parent is not None:
+        with contextlib.suppress(ValueError):  # Ctrl-C goes to the whole group; the training process decides what becomes of it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
         def watch():
             parent.join()

@@ -4,13 +4,16 @@ A JSONL file: first {"reference": path, "hash": of its parameters, "dtype"}, the
 """
 
 import hashlib
-import json
+import re
 
 import numpy as np
 
 from internvl3_jax.data.batch import Sample
 from internvl3_jax.data.files import read_bytes
+from internvl3_jax.strict_json import Object, loads
+from internvl3_jax.terminal import excerpt
 
+LARGEST = 1e30  # of a log-probability's size: it is kept as a float32
 _KEYED = ("tokens", "targets", "positions", "answers", "tiles")
 
 
@@ -27,17 +30,26 @@ def key_of(sample: Sample) -> str:
 
 
 class ReferenceTable:
-    """The file as two arrays, so that each worker process can hold it."""
+    """The file as two arrays, so that each worker process can hold it.
+
+    identity: a short text that differs if the file's content does.
+    """
 
     def __init__(self, path: str):
         self.path = path
+        data = read_bytes(path)
+        self.identity = f"sha256 {hashlib.sha256(data).hexdigest()[:32]}"
+        lines = data.split(b"\n")
+        while lines and not lines[-1].strip():
+            lines.pop()
         try:
-            header, *rows = map(json.loads, read_bytes(path).decode().splitlines())
-            self.hash, self.made_of = header["hash"], header["reference"]
-            keys = np.array([int(row["key"], 16) for row in rows], np.uint64)
-            values = np.array([(row["chosen"], row["rejected"]) for row in rows], np.float32).reshape(-1, 2)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReferenceError(f"{path}: is no file of internvl3_jax.make_reference, or is damaged: {error!r}") from error
+            header = Object(loads(lines[0] if lines else b"", f"{path} line 1"), f"{path} line 1")
+            self.hash, self.made_of = header.get("hash", str), header.get("reference", str)
+            rows = [_read_row(line, f"{path} line {number}") for number, line in enumerate(lines[1:], 2)]
+        except ValueError as error:
+            raise ReferenceError(f"{error}; expected a file of internvl3_jax.make_reference, whole") from error
+        keys = np.array([row[0] for row in rows], np.uint64)
+        values = np.array([row[1:] for row in rows], np.float32).reshape(-1, 2)
         order = np.argsort(keys)
         self.keys, self.values = keys[order], values[order]
 
@@ -55,3 +67,12 @@ class ReferenceTable:
         for number, value in enumerate(self.values[place], 1):
             reference[np.argmax(answers == number)] = value
         return sample | {"reference": reference}
+
+
+def _read_row(line: bytes, where: str) -> tuple[int, float, float]:
+    """(key, log-probability of the chosen answer, that of the rejected one)."""
+    row = Object(loads(line, where), where)
+    key = row.get("key", str, low=1, high=16)
+    if not re.fullmatch("[0-9a-f]+", key):
+        raise ReferenceError(f"{where}: key is {excerpt(key)}; expected 16 hex digits")
+    return int(key, 16), *(float(row.get(name, float, low=-LARGEST, high=LARGEST)) for name in ("chosen", "rejected"))

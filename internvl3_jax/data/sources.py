@@ -6,7 +6,7 @@ from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data import digits
 from internvl3_jax.data.meta import read_meta
 from internvl3_jax.data.official import Conversation, OfficialSource
-from internvl3_jax.data.tiles import tiles_per_image
+from internvl3_jax.data.tiles import image_limit
 
 
 class DigitsConversations:
@@ -17,15 +17,20 @@ class DigitsConversations:
     def __init__(self, length: int, seed: int):
         self.questions = digits.DigitsSource(length, seed)
 
+    @property
+    def identity(self) -> str:
+        """As that of `OfficialSource`."""
+        return f"{len(self)} digits questions, seed {self.questions.seed}"
+
     def __len__(self) -> int:
         return len(self.questions)
 
     def locate(self, row: int) -> str:
         return f"{self.name} row {row}"
 
-    def conversation(self, row: int, choose, processor: ProcessorConfig) -> Conversation:
+    def conversation(self, row: int, choose, processor: ProcessorConfig, limits=None) -> Conversation:
         question = self.questions[row]
-        limit = tiles_per_image(processor.max_tiles, len(question.pictures))
+        limit = image_limit(processor, len(question.pictures))
         return Conversation(question.messages, question.pictures, limit)
 
 
