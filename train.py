@@ -3,28 +3,30 @@
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
     python train.py --config configs/tiny_digits.py --workdir runs/other --config.optimizer.learning_rate=1e-3
 
-Started again with the same --workdir it goes on exactly where its last complete checkpoint was. SIGTERM saves and leaves with status
-143, on which schedulers start a job again.
+Started again with the same --workdir it resumes exactly where its last complete checkpoint was. SIGTERM saves and leaves with status
+143, on which schedulers start a job again; Ctrl-C does the same with status 130.
 """
 
+import contextlib
 import json
 import pathlib
+import signal
 import sys
 import time
 import zlib
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
 from convert.source import travelling_files
-from internvl3_jax import distributed, lora, reference, report, sharding
+from internvl3_jax import checks, command_line, distributed, lora, reference, report, settings, sharding
 from internvl3_jax.components import component_table, format_table
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.batches import Batches
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.evaluate import evaluate
 from internvl3_jax.find import find
+from internvl3_jax.fingerprint import fingerprint
 from internvl3_jax.held_out import HeldOut
 from internvl3_jax.host_flags import COORDINATOR, PROCESS, PROCESSES
 from internvl3_jax.meter import Meter
@@ -32,31 +34,56 @@ from internvl3_jax.model import InternVL
 from internvl3_jax.optimizer import Optimizer, make_optimizer
 from internvl3_jax.placement import Placement
 from internvl3_jax.reference import load_reference
-from internvl3_jax.run import Guard, Saver, Skipped, restore_or_init, save_config
+from internvl3_jax.run import UNKNOWN, Guard, Saver, Skipped, agreed_step, farewell, is_finished, restore_or_init
 from internvl3_jax.start import Past
 from internvl3_jax.train_step import TrainState, make_model, make_step
+from internvl3_jax.workdir import held, named, same_run, save_config
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config() -> TrainConfig.", lock_config=False)
+flags.adopt_module_key_flags(settings)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, log, report.", required=True)
 
 
-def main(argv):
+def main(argv) -> None:
+    # What the user can fix is one line; anything else is our fault and keeps its traceback.
+    with distributed.together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
+        run(argv)
+
+
+def run(argv) -> None:
+    """From the command line to the end of the run; what is cheap to check comes first, and nothing is written before it."""
     if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+        raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    chosen, workdir = settings.load(), named(WORKDIR.value)
+    check(chosen.config)
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    config, workdir = lora.resolved(CONFIG.value), pathlib.Path(WORKDIR.value)
-    mesh = make_mesh(config)
-    save_config(config, workdir)
-    params, tokenizer = fit(config, workdir, mesh)
-    if config.evaluate_per_task:
-        scores = evaluate(config, lora.merged(params, config.lora), tokenizer)
-        report.write(workdir, config, scores)
-        print(report.table(scores))
+    mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
+    with held(workdir) if is_first else contextlib.nullcontext():
+        newest = agreed_step(workdir)
+        config = same_run(lora.resolved(chosen.config), workdir, newest)
+        if not is_finished(config, workdir, newest):
+            if is_first:
+                print(chosen.overview(config), flush=True)
+            params, tokenizer = fit(config, workdir, mesh, newest)
+            if config.evaluate_per_task:
+                scores = evaluate(config, lora.merged(params, config.lora), tokenizer)
+                report.write(workdir, config, scores)
+                print(report.table(scores))
+        if is_first:
+            print(farewell(config, workdir), flush=True)
+
+
+def check(config: TrainConfig) -> None:
+    """ValueError or ImportError naming what no run can be made of; nothing is read, and no device touched."""
+    checks.validate(config)
+    report.check_extras(config)
+    if not config.data.source:
+        raise ValueError("data.source is empty; name the meta JSON of your data: --config.data.source=meta.json")
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh of all devices. ValueError if the model, the batch or an evaluation does not fit it."""
+    """The mesh of all devices. ValueError if a setting makes no sense, or the model, the batch or an evaluation does not fit the mesh."""
+    checks.validate(config)
     mesh, data = sharding.make_mesh(config.mesh), config.data
     reference.check(config)
     sharding.check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
@@ -67,20 +94,29 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None):
-    """Starts or goes on with a run on all devices, or those of `mesh`, and brings it to its end: (parameters, tokenizer)."""
+def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None, newest: int | None = UNKNOWN):
+    """Starts or resumes a run on all devices, or those of `mesh`, and brings it to its end: (parameters, tokenizer).
+
+    newest: the run's newest complete step, where `same_run` has been asked already; None: there is none.
+    """
+    checks.validate(config)
     config, mesh = lora.resolved(config), mesh or make_mesh(config)
+    if newest == UNKNOWN:
+        newest = agreed_step(workdir)
+        config = same_run(config, workdir, newest)
     tokenizer = make_tokenizer(config.data)
+    fingerprint(config.model, config.processor, tokenizer, config.param_dtype)  # what it refuses, the first save would refuse
     model = make_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
     placement = Placement(mesh, config.data)
     with jax.set_mesh(mesh), Batches(config.data, config.processor, tokenizer, placement.shards) as batches:
-        state, past = restore_or_init(config, workdir, model, optimizer, batches, mesh)
+        state, past = restore_or_init(config, workdir, model, optimizer, batches, mesh, newest)
         if jax.process_index() == 0:
-            print(format_table(component_table(state.params, config.optimizer)))
+            print(format_table(component_table(state.params, config.optimizer)), flush=True)
         compared = load_reference(config, mesh, state)
         held_out = HeldOut(config, model, tokenizer) if config.held_out else None
-        saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files())
+        saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files(), batches.identity)
+        save_config(config, workdir)
         state = train(config, workdir, model, optimizer, state, compared, past, batches, placement, saver, held_out)
     return state.params, tokenizer
 
@@ -107,10 +143,11 @@ def train(
     sources = source_names(config.data)
     trained = optimizer.split(state.params)[0]
     meter = Meter(config, placement, sources, "vision" in trained or "vision" in trained.get(lora.SUBTREE, {}))
-    guard, skipped = Guard(state.params, optimizer, sources), Skipped(workdir)
+    guard = Guard(state.params, optimizer, sources)
     key = jax.device_put(jax.random.key(config.seed), state.step.sharding)
     before, began = past.seconds, time.perf_counter()
     first = int(state.step) + 1
+    skipped = Skipped(workdir, first - 1)
     with report.Log(workdir, config, first - 1, jax.process_index() == 0) as log, distributed.termination() as stops:
         try:
             for step in range(first, config.steps + 1):
@@ -119,9 +156,12 @@ def train(
                 batch = placement.arrays(prepared.batch)
                 if step == first:
                     step_fn = compile_step(config, model, optimizer, len(sources), state, batch, key, compared)
-                if (step - first) % config.agree_every == 0:
+                agrees = (step - first) % config.agree_every == 0
+                if agrees:
                     # Compiling takes a host with a filled cache no time, and another one minutes.
-                    distributed.check_agreement(step, identity(config, prepared.batch), seconds=3600 if step == first else 300)
+                    distributed.check_agreement(
+                        step, identity(config, prepared.batch, batches.identity), seconds=3600 if step == first else 300
+                    )
                 distributed.at(step)
                 state, metrics = step_fn(state, batch, key, compared)
                 if step == 1:
@@ -135,17 +175,19 @@ def train(
                 if logs or saves or evaluates:
                     guard.check()
                 if logs:
-                    left_out = {"skipped": count} if (count := skipped.note(prepared)) else {}
+                    left_out = {"skipped": count} if (count := skipped.note(step, prepared)) else {}
                     seen = {"seconds": past.seconds, "batch": placement.digest(prepared.batch)}
                     log.write(step, meter.row(step) | left_out | seen)
                 if evaluates:
                     evaluate_held_out(step, config, workdir, state, compared, past, held_out, log)
                 if saves:
                     saver.start(step, state, prepared, past)
+                saver.poll(together=agrees or logs)
                 if stop and not last:
                     saver.wait()
-                    print(f"stopped by SIGTERM; step {step} is saved in {workdir}", flush=True)
-                    sys.exit(distributed.TERMINATED)
+                    by = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
+                    print(f"stopped by {by}; step {step} is saved in {workdir}", flush=True)
+                    sys.exit(128 + stop)
         finally:
             saver.wait()
     return state
@@ -159,12 +201,13 @@ def compile_step(
     return make_step(config, model, optimizer, sources, places).lower(state, batch, key, compared).compile()
 
 
-def identity(config: TrainConfig, batch) -> dict[str, str | int]:
-    """What must be the same in every process."""
+def identity(config: TrainConfig, batch, data: dict[str, str]) -> dict[str, str | int]:
+    """What must be the same in every process. data: see data/identity.py."""
     shapes = ", ".join(f"{name} {array.dtype}{list(array.shape[1:])}" for name, array in sorted(batch.items()))
     return {
         "configuration": zlib.crc32(json.dumps(to_dict(config)).encode()),
         "a row of the batch": shapes,
+        "the data": zlib.crc32(json.dumps(data).encode()),
         "jax": jax.__version__,
     }
 
@@ -178,19 +221,10 @@ def evaluate_held_out(
     if values["held_out"] < past.best:
         past.best, past.best_step = values["held_out"], step
     if config.evaluate_answers:
-        with (workdir / "answers.jsonl").open("a", encoding="utf-8") as file:
-            for row in held_out.answers(state.params, config.evaluate_answers):
-                file.write(json.dumps({"step": step} | row, ensure_ascii=False) + "\n")
-
-
-def run(argv):
-    with distributed.together():
-        try:
-            main(argv)
-        # What the user can mend is one line; anything else is our fault and keeps its traceback.
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
-            sys.exit(f"error: {error}")
+        answers = held_out.answers(state.params, config.evaluate_answers)
+        report.append(workdir / report.ANSWERS, [{"step": step} | row for row in answers])
 
 
 if __name__ == "__main__":
-    app.run(run)
+    settings.take_overrides(sys.argv)
+    command_line.run(main)

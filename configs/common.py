@@ -27,7 +27,7 @@ def recipe(
         model=model,
         processor=processor,
         data=DataConfig(source="", tokenizer=start, rows=rows, **({"tokens_per_row": TOKENS, "tiles_per_row": TILES} | data)),
-        optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=round(0.03 * steps), **optimizer),
+        optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_fraction=0.03, **optimizer),
         steps=steps,
         init_from=start,
         compute_dtype="bfloat16",

@@ -18,12 +18,13 @@ from internvl3_jax.config import LoraConfig, TrainConfig
 
 
 def get_config(name: str = "1b") -> TrainConfig:
-    small = size_of(name) in ("1b", "2b")
+    size = size_of(name)
+    small, large = size in ("1b", "2b"), size in ("38b", "78b")
     config = recipe(
         name,
         rows=4,
         steps=1_000,
-        learning_rate=4e-5,  # [S25]
+        learning_rate=2e-5 if large else 4e-5,  # [S25]
         drop_path=0.0,  # [S25]
         data={"loss_average": "token"},  # as in finetune.py
         optimizer={"weight_decay": 0.01 if small else 0.05},  # [S25]

@@ -4,7 +4,7 @@
     with together(): ...            around all the rest: an error here ends the other processes, with a line that says where it was
     at(step)                        just before a step is given to the devices: who holds up the others can then be named
     check_agreement(step, what)     now and then: an error that names the process that differs, instead of a hang
-    with termination() as stops:    stops(step) says whether SIGTERM has come to any process, the same to all at the same step
+    with termination() as stops:    stops(step) says whether SIGTERM or Ctrl-C has come to any process, the same to all at the same step
 
 None of this computes on the devices, so it works while they wait for a process that never comes.
 """
@@ -27,6 +27,7 @@ from internvl3_jax.environment import Environment, find_environment
 from internvl3_jax.peers import LOST, NEEDED, ROOT, LostError, Peers
 
 TERMINATED = 128 + signal.SIGTERM  # the status that schedulers take for "stopped from outside": start it again
+INTERRUPTED = 128 + signal.SIGINT  # by Ctrl-C
 
 _peers: Peers | None = None  # None: a single process
 
@@ -126,7 +127,7 @@ def together():
     """Around all that the process does after `initialize`. An error in it is told to the other processes, which end with its status.
 
     Without this they would wait, in a computation that needs this process, for as long as their scheduler lets them. Leaving with
-    status 0 or TERMINATED is no error: then all processes leave, and wait for each other.
+    status 0, TERMINATED or, where it is alone, INTERRUPTED is no error: then all processes leave, and wait for each other.
     """
     try:
         yield
@@ -148,21 +149,38 @@ def _status(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def termination():
-    """Yields a function from a step to whether to stop after it because SIGTERM has come, which no longer ends the process.
+    """Yields a function from a step to the signal, SIGTERM or SIGINT (Ctrl-C), after which to stop, or 0. Neither ends the process any
+    more at once, but for a second Ctrl-C, which does.
 
     One process of several tells the others, and all get the same answer at the same step, within about a second. For that each
     must ask at every step.
     """
-    if jax.process_count() > 1:
-        # jax has caught SIGTERM since `initialize`; a handler of Python's would take it away from there.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    several, came = jax.process_count() > 1, []
+
+    def interrupt(number, frame):
+        if signal.SIGINT in came:
+            os.write(2, b"\nstopped at once; the last complete step is kept\n")
+            os._exit(INTERRUPTED)
+        os.write(2, b"\nstopping when this step is done and saved; press Ctrl-C again to stop at once\n")
+        came.append(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {signal.SIGINT: interrupt}
+    if not several:
+        # Of several jax has caught SIGTERM since `initialize`; a handler of Python's would take it away from there.
+        handlers[signal.SIGTERM] = lambda number, frame: came.append(number)
+    # Only the main thread may set handlers; in a notebook's or test's thread the signals stay as they are.
+    mine = handlers if threading.current_thread() is threading.main_thread() else {}
+    before = {number: signal.signal(number, handler) for number, handler in mine.items()}
     try:
-        yield lambda step: bool(came)
+        if several:
+            yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        else:
+            yield lambda step: came[0] if came else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags, logging
 
-from internvl3_jax import checkpoint, sharding
+from internvl3_jax import checkpoint, checks, command_line, jsonl, safe_files, settings, sharding
+from internvl3_jax.answer_file import beside, check_place
 from internvl3_jax.checksum import tree_hash
 from internvl3_jax.config import DataConfig, TrainConfig
 from internvl3_jax.data.batch import Batch, Sample
@@ -35,7 +35,6 @@ from internvl3_jax.held_out import held_out_data
 from internvl3_jax.model import InternVL
 from internvl3_jax.objective import Head
 from internvl3_jax.preference import reference_dtype
-from internvl3_jax.questions import whole_lines
 from internvl3_jax.storage import by_path
 from internvl3_jax.train_step import make_model, reference_log_probabilities
 
@@ -47,21 +46,26 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     mesh = sharding.make_mesh(config.mesh)
     source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
     header = {"reference": str(source.directory), "hash": tree_hash(by_path(source.params)), "dtype": config.compute_dtype}
-    start_file(output, header)
-    known = read_known(output, header)
+    known, kept = read_known(output, header)
     params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
     tokenizer = make_tokenizer(config.data)
-    with output.open("a", encoding="utf-8") as file, jax.set_mesh(mesh):
+    with jsonl.Appender(output, kept) as file, jax.set_mesh(mesh):
+        if not kept:
+            file.write([json.dumps(header)])
         for data in (config.data, *([held_out_data(config)] if config.held_out else [])):
             data = dataclasses.replace(data, rows=data.rows // config.micro_batches)  # as many as training computes at a time
             compute = jax.jit(functools.partial(log_probabilities, make_model(config), config, data))
             preparer = Preparer(dataclasses.replace(data, reference=""), config.processor, tokenizer)
             for rows, batch in batches(data, new_samples(data, preparer, known)):
                 batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
-                for samples, values in zip(rows, np.asarray(compute(params, batch)), strict=True):
-                    for sample, (chosen, rejected) in zip(samples, values.tolist(), strict=False):
-                        file.write(json.dumps({"key": key_of(sample), "chosen": chosen, "rejected": rejected}) + "\n")
-                file.flush()
+                found = zip(rows, np.asarray(compute(params, batch)).tolist(), strict=True)
+                pairs = [pair for samples, values in found for pair in zip(samples, values, strict=False)]
+                file.write(
+                    [
+                        jsonl.dumps({"key": key_of(sample), "chosen": chosen, "rejected": rejected})
+                        for sample, (chosen, rejected) in pairs
+                    ]
+                )
     return len(known)
 
 
@@ -71,19 +75,24 @@ def check(config: TrainConfig) -> None:
         raise ValueError("the configuration trains on no pairs (loss.kind mpo, data.pairs, init_from)")
 
 
-def start_file(output: pathlib.Path, header: dict) -> None:
-    """With its first line, if there is none yet."""
-    if not output.exists() or "\n" not in output.read_text(encoding="utf-8"):
-        output.write_text(json.dumps(header) + "\n", encoding="utf-8")
+def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
+    """(keys that the file has, its bytes without a last line that was cut off). Nothing is changed.
 
-
-def read_known(output: pathlib.Path, header: dict) -> set[str]:
-    """Keys that the file has; a last line that was cut off is removed. ValueError if it is of another reference."""
-    lines = whole_lines(output)
-    if json.loads(lines[0]) != header:
+    ValueError if it is not ours or is of other parameters or another dtype; where the parameters are may have changed.
+    """
+    if not output.exists():
+        return set(), 0
+    lines, torn = jsonl.whole_lines(output), jsonl.torn(output)
+    rows = [row.values for row in jsonl.parse(lines, output)]
+    start = b'{"key": "' if rows else json.dumps(header).encode()
+    ours = not rows or (
+        header.keys() == rows[0].keys() and all(row.keys() == {"key", "chosen", "rejected"} for row in rows[1:])
+    )
+    if not ours or not (torn.startswith(start) or start.startswith(torn)):
+        raise ValueError(f"{output} is no file of make_reference; name another --output")
+    if rows and any(rows[0][name] != header[name] for name in ("hash", "dtype")):
         raise ValueError(f"{output} is not of {header['reference']} with these parameters and dtype; name another --output")
-    output.write_text("".join(lines), encoding="utf-8")
-    return {json.loads(line)["key"] for line in lines[1:]}
+    return {row["key"] for row in rows[1:]}, sum(map(len, lines))
 
 
 def new_samples(config: DataConfig, preparer: Preparer, known: set[str]) -> Iterator[Sample]:
@@ -140,20 +149,22 @@ def log_probabilities(model: InternVL, config: TrainConfig, data: DataConfig, pa
     return reference_log_probabilities(model, head, params, params, batch, data.pairs_per_row, scaling).astype(jnp.float32)
 
 
-def main(argv) -> int:
+def main(argv) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
-    try:
-        count = make_reference(flags.FLAGS.config, pathlib.Path(flags.FLAGS.output))
-    # What the user can mend is one line; anything else is our fault and keeps its traceback.
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{flags.FLAGS.output} has the log-probabilities of {count:,} pairs")
-    return 0
+        raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    config, output = settings.load().config, pathlib.Path(flags.FLAGS.output).expanduser()
+    checks.validate(config)
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {output}: there is no folder {output.parent}; make it")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every load
+    check_place(output, [config.data.source], "--output")
+    with safe_files.Lock(beside(output, "lock"), str(output)):
+        count = make_reference(config, output)
+    print(f"{output} has the log-probabilities of {count:,} pairs")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "File with get_config() -> TrainConfig.", lock_config=False)
     flags.DEFINE_string("output", None, "JSONL file to write.", required=True)
-    app.run(main)
+    flags.adopt_module_key_flags(settings)
+    settings.take_overrides(sys.argv)
+    command_line.run(main)

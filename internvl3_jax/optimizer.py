@@ -64,27 +64,33 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
 
     "cosine" falls all the way; "wsd" (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at the peak and falls on a line in the end.
     """
-    if not 0 <= config.warmup_steps < steps:
-        raise ValueError(f"optimizer.warmup_steps is {config.warmup_steps}; it must lie between 0 and steps ({steps})")
+    warmup = warmup_steps(config, steps)
+    if not 0 <= warmup < steps:
+        raise ValueError(f"optimizer.warmup_steps is {warmup}; it must lie between 0 and steps ({steps})")
     final = peak * config.final_fraction
     if config.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, final)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
     if config.schedule != "wsd":
         raise ValueError(f"optimizer.schedule is {config.schedule!r}; it must be {' or '.join(SCHEDULES)}")
     falling = round(config.decay_fraction * steps)
-    if not 0 <= falling <= steps - config.warmup_steps:
+    if not 0 <= falling <= steps - warmup:
         raise ValueError(
             f"optimizer.decay_fraction is {config.decay_fraction}: {falling} of {steps} steps, "
-            f"but {config.warmup_steps} of them are the warm-up"
+            f"but {warmup} of them are the warm-up"
         )
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, peak, config.warmup_steps),
+            optax.linear_schedule(0.0, peak, warmup),
             optax.constant_schedule(peak),
             optax.linear_schedule(peak, final, falling),
         ],
-        [config.warmup_steps, steps - falling],
+        [warmup, steps - falling],
     )
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """How many of a run's steps the learning rate rises: `warmup_fraction` of them if that is set, else `warmup_steps`."""
+    return round(config.warmup_fraction * steps) if config.warmup_fraction else config.warmup_steps
 
 
 def _finish(direction, config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

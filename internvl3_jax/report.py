@@ -1,15 +1,26 @@
-"""What a run leaves for people: log.jsonl, the loss curve, and the report of its held-out scores."""
+"""What a run leaves for people: log.jsonl, answers.jsonl, the loss curve, and the report of its held-out scores."""
 
 import dataclasses
+import importlib
+import io
 import json
+import math
 import pathlib
 import platform
 import sys
+import tempfile
+import time
 import uuid
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from internvl3_jax import jsonl, remote_files, safe_files
 from internvl3_jax.config import TrainConfig, to_dict
+from internvl3_jax.remote_files import is_remote
+from internvl3_jax.safe_files import FileError
+from internvl3_jax.terminal import one_line
+
+LOG, ANSWERS, CURVE, REPORT = "log.jsonl", "answers.jsonl", "loss.png", "report.json"
 
 
 class Log:
@@ -23,14 +34,23 @@ class Log:
         self.writes = writes
         if not writes:
             config = dataclasses.replace(config, tensorboard=False, wandb="")
-        self.path, self.config = workdir / "log.jsonl", config
-        rows = self.rows() if self.path.exists() else []
+        self.path, self.config = workdir / LOG, config
         if writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+            for name in (LOG, ANSWERS):
+                cut_back(workdir / name, step)
         self.progress = _progress()
         self.task = self.progress.add_task("training", total=config.steps, completed=step, loss=float("nan"))
-        self.sinks = [*_tensorboard(workdir, config), *_wandb(workdir, config)]
+        self.mirrors: list[Mirror] = []
+        local = self._mirrored(workdir / "tensorboard") if config.tensorboard else None
+        self.sinks = [*_tensorboard(local, config, step), *_wandb(workdir, config)]
         self.profiling = False
+
+    def _mirrored(self, folder) -> pathlib.Path:
+        """The folder itself or, of one in object storage, a local one that is copied there."""
+        if not is_remote(folder):
+            return folder
+        self.mirrors.append(Mirror(folder))
+        return self.mirrors[-1].local
 
     def __enter__(self):
         self.progress.start()
@@ -44,12 +64,16 @@ class Log:
             close(exception[0] is not None)
         if exception[0] is None and self.writes and self.rows():
             self.draw()
+        remote_files.flush()
+        for mirror in self.mirrors:
+            mirror.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self.writes:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append(self.path, [{"step": step, **values}])
+        for mirror in self.mirrors:
+            mirror.copy_sometimes()
         for write, _ in self.sinks:
             write(step, values)
         if "loss" in values:
@@ -65,7 +89,7 @@ class Log:
 
         first, last = self.config.profile_steps or (0, 0)
         if step == first:
-            jax.profiler.start_trace(str(self.path.parent / "profile"))
+            jax.profiler.start_trace(str(self._mirrored(self.path.parent / "profile")))
             self.profiling = True
         elif self.profiling and step == last + 1:
             self._stop_profile()
@@ -77,12 +101,15 @@ class Log:
         self.profiling = False
 
     def rows(self) -> list[dict]:
-        return _rows(self.path)
+        return read_rows(self.path)
 
     def draw(self) -> None:
-        """WORKDIR/loss.png"""
-        from matplotlib.figure import Figure  # only here: the numbers are in log.jsonl without it
-
+        """WORKDIR/loss.png, if matplotlib is there: the numbers are in log.jsonl without it."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            print(f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)", flush=True)
+            return
         rows = [row for row in self.rows() if "loss" in row]
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
@@ -92,12 +119,84 @@ class Log:
             axes.legend()
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
-        figure.savefig(self.path.parent / "loss.png", dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=120)
+        safe_files.replace(self.path.parent / CURVE, drawn.getvalue())
 
 
-def _rows(path: pathlib.Path) -> list[dict]:
-    # A line that a killed run left unfinished does not end with a brace.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+class Mirror:
+    """A local folder whose files are copied to object storage, where nothing can be added to a file."""
+
+    def __init__(self, remote, seconds: float = 60.0):
+        self.remote, self.seconds, self.copied, self.sizes = remote, seconds, time.monotonic(), {}
+        self._folder = tempfile.TemporaryDirectory(prefix="internvl3_jax_")
+        self.local = pathlib.Path(self._folder.name)
+
+    def copy_sometimes(self) -> None:
+        if time.monotonic() - self.copied > self.seconds:
+            self.copy()
+
+    def copy(self) -> None:
+        sizes = {p.relative_to(self.local).as_posix(): p.stat().st_size for p in sorted(self.local.rglob("*")) if p.is_file()}
+        remote_files.upload(self.local, self.remote, [name for name, size in sizes.items() if self.sizes.get(name) != size])
+        self.sizes, self.copied = sizes, time.monotonic()
+
+    def close(self) -> None:
+        self.copy()
+        self._folder.cleanup()
+
+
+def append(path: pathlib.Path, rows: list[dict]) -> None:
+    """Adds rows to a JSONL file. A number that is not finite is written as null. OSError names the file."""
+    jsonl.append(path, [jsonl.dumps(_finite(row)) for row in rows])
+
+
+def _finite(row: dict) -> dict:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The rows of a file of `append`, each with its "step"; a last line that a kill has torn is no row, and no file has no rows.
+
+    Raises:
+      FileError: naming a line that a run did not write.
+    """
+    rows = []
+    for number, line in enumerate(jsonl.whole_lines(path) if path.exists() else [], 1):
+        try:
+            row = json.loads(line)  # not strictly: older logs hold NaN
+            if type(row["step"]) is not int:
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            advice = "move the file away, or name another --workdir"
+            raise FileError(f"{one_line(str(path))} line {number}: is no row of a run; {advice}") from error
+        rows.append(row)
+    return rows
+
+
+def cut_back(path: pathlib.Path, step: int) -> None:
+    """Drops the rows after a step from a file of `append`, which are about to be written anew, and what a kill has torn."""
+    if path.exists():
+        jsonl.rewrite(path, [jsonl.dumps(_finite(row)) for row in read_rows(path) if row["step"] <= step])
+
+
+def check_extras(config: TrainConfig) -> None:
+    """ImportError if a package is missing that the run would need later on; before anything is loaded."""
+    for wanted, setting, package, remedy in (
+        (
+            config.tensorboard,
+            "tensorboard=True",
+            "tensorboardX",
+            "pip install -e '.[logging]', or set --config.tensorboard=false",
+        ),
+        (config.wandb, "wandb=PROJECT", "wandb", "pip install wandb"),
+        (config.evaluate_per_task, "evaluate_per_task", "sklearn", "pip install -e '.[demo]', or set it to 0"),
+    ):
+        if wanted:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise ImportError(f"{setting} needs {package}: {remedy}") from error
 
 
 def _progress() -> Progress:
@@ -105,15 +204,13 @@ def _progress() -> Progress:
     return Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), disable=not sys.stdout.isatty())
 
 
-def _tensorboard(workdir: pathlib.Path, config: TrainConfig) -> list:
-    """[(write, close)] or nothing; close takes whether the run broke off."""
+def _tensorboard(folder: pathlib.Path | None, config: TrainConfig, step: int) -> list:
+    """[(write, close)] or nothing; close takes whether the run broke off. What TensorBoard has of steps after `step` is hidden."""
     if not config.tensorboard:
         return []
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("tensorboard=True needs tensorboardX: pip install 'internvl3-jax[logging]'") from error
-    writer = SummaryWriter(str(workdir / "tensorboard"))
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(step, values):
         for name, value in values.items():
@@ -125,17 +222,16 @@ def _tensorboard(workdir: pathlib.Path, config: TrainConfig) -> list:
 def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
     if not config.wandb:
         return []
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("wandb=PROJECT needs wandb: pip install wandb") from error
+    import wandb
+
     # Kept beside the run, so that it goes on there too: runs are told apart by their directory, not by the last part of its name.
     path = workdir / "wandb" / "id"
-    if not path.is_file():
+    if not path.is_file() or not path.read_text().strip():  # a kill may have left it empty
         path.parent.mkdir(exist_ok=True)
-        path.write_text(uuid.uuid4().hex)
+        safe_files.replace(path, uuid.uuid4().hex)
+    folder = tempfile.gettempdir() if is_remote(workdir) else workdir  # W&B uploads what it writes there
     run = wandb.init(
-        project=config.wandb, dir=workdir, id=path.read_text(), name=str(workdir), resume="allow", config=to_dict(config)
+        project=config.wandb, dir=folder, id=path.read_text(), name=str(workdir), resume="allow", config=to_dict(config)
     )
     return [(lambda step, values: run.log(values, step=step), lambda broke_off: run.finish(exit_code=int(broke_off)))]
 
@@ -144,7 +240,7 @@ def write(workdir: pathlib.Path, config: TrainConfig, scores: dict[str, float]) 
     """WORKDIR/report.json: scores on held-out handwriting, steps, seconds, machine and versions."""
     import jax
 
-    last = [row for row in _rows(workdir / "log.jsonl") if "loss" in row][-1]
+    last = [row for row in read_rows(workdir / LOG) if "loss" in row][-1]
     report = {
         "held_out": {name: round(value, 4) for name, value in scores.items()},
         "questions_per_task": config.evaluate_per_task,
@@ -154,7 +250,7 @@ def write(workdir: pathlib.Path, config: TrainConfig, scores: dict[str, float]) 
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
-    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    safe_files.replace(workdir / REPORT, json.dumps(report, indent=1) + "\n")
 
 
 def table(scores: dict[str, float]) -> str:

@@ -1,81 +1,53 @@
-"""A training run's life in its directory: where it goes on, when it is saved, why it stops.
+"""A training run's life in its directory: where it is resumed, when it is saved, why it stops.
 
-WORKDIR/config.json        the resolved configuration; a run with another one is not continued
+WORKDIR/config.json        the resolved configuration; see workdir.py
 WORKDIR/checkpoints/STEP   parameters, optimizer, data streams; see checkpoint.py
 WORKDIR/log.jsonl          a row every `log_every` steps; see meter.py
-WORKDIR/skipped.txt        reasons of samples that were left out
+WORKDIR/answers.jsonl      answers to held-out questions; see held_out.py
+WORKDIR/skipped.txt        reasons of samples that were left out: step, tab, reason
 """
 
-import dataclasses
-import json
+import contextlib
 import logging
 import pathlib
-from collections.abc import Callable
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl3_jax import checkpoint, distributed, preference, sharding
+from internvl3_jax import checkpoint, distributed, jsonl, preference, remote_files, sharding, strict_json
+from internvl3_jax.command_line import message
 from internvl3_jax.components import frozen_hash
-from internvl3_jax.config import TrainConfig, to_dict
-from internvl3_jax.data.batches import Prepared
+from internvl3_jax.config import TrainConfig
+from internvl3_jax.data.batches import Batches, Prepared
+from internvl3_jax.data.identity import check_identity
 from internvl3_jax.find import latest_step
 from internvl3_jax.optimizer import Optimizer
 from internvl3_jax.placement import Placement, total
-from internvl3_jax.start import Past, base_of, beside_base, check_adapters_learn, check_frozen, differing, kept, warm_start
+from internvl3_jax.report import REPORT
+from internvl3_jax.start import Past, base_of, beside_base, check_adapters_learn, check_frozen, kept, warm_start
+from internvl3_jax.terminal import one_line
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
 
-_ATTENTION = ("attention_vision", "attention_language")
-_MEMORY = ("mesh", "micro_batches", "remat_vision", "remat_language", "offload_optimizer", "loss_chunk")
-_LOGGING = ("log_every", "agree_every", "tensorboard", "wandb", "profile_steps")
-FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_LOGGING)  # of TrainConfig, when a run goes on
+UNKNOWN = -1  # a newest step that has not been looked for
+_DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied", "Input/output error")
 
 log = logging.getLogger(__name__)
 
 
-def save_config(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Prints the resolved configuration and keeps it with the run. ValueError if the run there has another one."""
-    if jax.process_index():
-        return  # that the processes agree is checked elsewhere; here they would read what the first one is writing
-    text = json.dumps(to_dict(config), indent=1)
-    path = workdir / "config.json"
-    theirs = _completed(TrainConfig, json.loads(path.read_text())) if path.exists() else None
-    if theirs and (found := differing(_deciding(theirs), _deciding(json.loads(text)), "")):
-        raise ValueError(
-            f"{workdir} is a run with another configuration ({path}): {'; '.join(found)}. Name another --workdir, or delete it"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(text)
-
-
-def _completed(cls, values: dict) -> dict:
-    """A configuration that was saved before some of the fields were there: these have their defaults, which change nothing."""
-    found = dict(values)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            found[field.name] = _completed(field.type, values.get(field.name, {}))
-        elif field.name not in values and field.default is not dataclasses.MISSING:
-            found[field.name] = json.loads(json.dumps(field.default))  # as it would have been saved
-    return found
-
-
-def _deciding(config: dict) -> dict:
-    """What decides about the numbers; the rest may change while a run stands still: other devices, another cut of the same update."""
-    data = {name: value for name, value in config["data"].items() if name != "workers"}
-    free = set(FREE_TO_CHANGE)
-    if config.get("loss", {}).get("kind") == "mpo":
-        free.discard("micro_batches")  # each adds to the rewards' mean before the next is computed
-    if config.get("lora", {}).get("rank"):
-        free.add("init_from")  # the base may have moved; that it is the same is seen by its hash
-    return {name: value for name, value in config.items() if name not in free} | {"data": data}
-
-
 def restore_or_init(
-    config: TrainConfig, workdir: pathlib.Path, model, optimizer: Optimizer, batches, mesh: jax.sharding.Mesh
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    model,
+    optimizer: Optimizer,
+    batches: Batches,
+    mesh: jax.sharding.Mesh,
+    step: int | None,
 ) -> tuple[TrainState, Past]:
-    """From the newest undamaged checkpoint, which also sets `batches` to where they were; else from `config.init_from`, or random.
+    """From a step of the run, which also sets `batches` to where they were; else from `config.init_from`, or random.
+
+    step: of `agreed_step`.
 
     Each array is made or read where it belongs on the mesh, which may be another one than the checkpoint was saved from.
     """
@@ -88,7 +60,6 @@ def restore_or_init(
 
     if config.lora.rank and not config.init_from:
         raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
-    step = agreed_step(workdir)
     shapes = jax.eval_shape(init)
     check_adapters_learn(config, shapes.params)
     places = shardings_of(shapes, mesh, config.offload_optimizer)
@@ -100,18 +71,31 @@ def restore_or_init(
             state = jax.jit(init, out_shardings=places)()
         past.frozen = frozen_hash(state.params, config.optimizer.freeze)
         return state, past
+    check_data(config, workdir, batches, step)
     wanted = sharding.abstract(shapes, places)
     stored = kept(config, wanted.params)
     params, opt_state, extra = checkpoint.restore_training(workdir, step, stored, wanted.opt_state)
-    past = Past(**extra["past"])
+    past = Past.of_saved(extra["past"])
     if config.lora.rank:
         params = beside_base(config, workdir, step, params, places, past)
     batches.restore(extra["data"])
     if jax.process_index() == 0:
-        print(f"going on from step {step} of {workdir}")
+        print(f"going on from step {step} of {workdir}", flush=True)
     check_frozen(config, params, past, step)
     shift = shapes.shift and preference.Shift(*(_everywhere(np.float32(value), mesh) for value in extra["shift"]))
     return TrainState(_everywhere(np.int32(step), mesh), params, opt_state, shift), past
+
+
+def check_data(config: TrainConfig, workdir: pathlib.Path, batches: Batches, step: int) -> None:
+    """Before any array is read: that the samples are still made of the same. Steps of earlier versions do not say of what."""
+    if saved := _training(workdir, step).get("identity", dict, {}):
+        check_identity(saved, batches.identity, step, config.accept_changed_data)
+
+
+def _training(workdir: pathlib.Path, step: int) -> strict_json.Object:
+    return strict_json.Object(
+        checkpoint.read_training(workdir, step), str(workdir / "checkpoints" / str(step) / checkpoint.TRAINING)
+    )
 
 
 def agreed_step(workdir: pathlib.Path) -> int | None:
@@ -126,41 +110,110 @@ def _everywhere(value, mesh):
     return jax.device_put(value, jax.NamedSharding(mesh, jax.P()))
 
 
-class Saver:
-    """Saves steps in the background, one at a time."""
+def is_finished(config: TrainConfig, workdir: pathlib.Path, step: int | None) -> bool:
+    """Whether nothing is left to do: the last step is saved and, where a report was asked for, it is there."""
+    return step == config.steps and (not config.evaluate_per_task or (workdir / REPORT).exists())
 
-    def __init__(self, config: TrainConfig, workdir: pathlib.Path, placement: Placement, files: dict[str, bytes]):
-        self.config, self.workdir, self.placement, self.files = config, workdir, placement, files
-        self.finish: Callable[[], None] = lambda: None
+
+def farewell(config: TrainConfig, workdir: pathlib.Path) -> str:
+    """What to do with a run that has reached its end, and which step is best."""
+    past = Past.of_saved(_training(workdir, config.steps).get("past", dict, {}))
+    step = past.best_step
+    held_out = f"; the lowest held-out loss, {past.best:.4g}, is that of step {step}" if config.held_out and step else ""
+    is_other = bool(held_out) and step != config.steps
+    there = is_other and (workdir / "checkpoints" / str(step)).is_dir()
+    chosen = workdir / "checkpoints" / str(step) if there else workdir
+    gone = " (not kept: keep_best is off)" if is_other and not there else ""
+    return (
+        f"{workdir} is finished: step {config.steps} of {config.steps}{held_out}{gone}\n"
+        f"ask it:    python infer.py --checkpoint {chosen}\n"
+        f"export it: python -m convert {chosen} DIRECTORY --to hf"
+    )
+
+
+class Saver:
+    """Saves steps in the background, one at a time. A step is complete when `poll` finds its writes done, or at the latest with `wait`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: pathlib.Path,
+        placement: Placement,
+        files: dict[str, bytes],
+        identity: dict[str, str],
+    ):
+        """identity: of the data; see data/identity.py."""
+        self.config, self.workdir, self.placement, self.files, self.identity = config, workdir, placement, files, identity
+        self.saving: checkpoint.Saving | None = None
+        self.step = 0
 
     def start(self, step: int, state: TrainState, prepared: Prepared, past: Past) -> None:
         """Training may go on, and donate the state, when this returns."""
         self.wait()
         check_frozen(self.config, state.params, past, step)
         best = past.best_step if self.config.keep_best else 0
+        extra = {"past": past.saved(), "shift": [float(value) for value in state.shift], "identity": self.identity}
 
         def keep_also(step: int) -> bool:
             return step == best or bool(self.config.keep_every and step % self.config.keep_every == 0)
 
-        self.finish = checkpoint.start_saving_training(
-            self.workdir,
-            step,
-            kept(self.config, state.params),
-            state.opt_state,
-            model=self.config.model,
-            processor=self.config.processor,
-            files=self.files,
-            extra={"past": dataclasses.asdict(past), "shift": [float(value) for value in state.shift]},
-            base=base_of(self.config, past),
-            data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
-            keep=self.config.keep,
-            keep_also=keep_also,
-        )
+        self.step = step
+        with self._named():
+            remote_files.flush()  # a complete step has its rows in the log
+            self.saving = checkpoint.start_saving_training(
+                self.workdir,
+                step,
+                kept(self.config, state.params),
+                state.opt_state,
+                model=self.config.model,
+                processor=self.config.processor,
+                files=self.files,
+                extra=extra,
+                base=base_of(self.config, past),
+                data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
+                keep=self.config.keep,
+                keep_also=keep_also,
+            )
+
+    def poll(self, together: bool) -> None:
+        """Completes the step if all processes have written their parts of it; never waits for a disk.
+
+        together: whether all processes are here. Where there are several, they ask each other only then.
+        """
+        if self.saving is None or (jax.process_count() > 1 and not together):
+            return
+        with self._named():
+            done = self.saving.done()
+        if int(total(np.array([done], np.int64))[0]) == jax.process_count():
+            self.wait()
 
     def wait(self) -> None:
-        """Until what was started is complete."""
-        self.finish()
-        self.finish = lambda: None
+        """Until what was started is complete. OSError naming the step if it cannot be saved."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            with self._named():
+                saving()
+
+    @contextlib.contextmanager
+    def _named(self):
+        """A failed save in one line that names the step, whatever raised it; the steps before it stay."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:
+            self.saving = None
+            number = error.errno if isinstance(error, OSError) else None
+            place = self.workdir / "checkpoints" / str(self.step)
+            text = f"step {self.step} cannot be saved ({_cause(error)}); the complete steps before it are kept"
+            raise OSError(number or 0, text, str(place)) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What is behind an error of the libraries that write, in a few words: the system's own if it is there."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    text = message(error)
+    known = next((words for words in _DISK if words.lower() in text.lower()), None)
+    return known or text[:300]
 
 
 class Guard:
@@ -192,18 +245,32 @@ class Guard:
 
 
 class Skipped:
-    """Writes down each new reason for which a sample was left out."""
+    """Writes down each new reason for which a sample was left out, with the step at which it was noted."""
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, step: int):
+        """step: at which the run is resumed; what was noted after it is dropped."""
         process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         self.path, self.known = workdir / f"skipped{process}.txt", set()
+        if jax.process_index() == 0:
+            for path in sorted(workdir.iterdir()):
+                if re.fullmatch(r"skipped(\.\d+)?\.txt", path.name):
+                    self._cut_back(path, step)
 
-    def note(self, prepared: Prepared) -> int:
+    def _cut_back(self, path: pathlib.Path, step: int) -> None:
+        kept = []
+        for line in (line.decode("utf-8", "replace").rstrip("\n") for line in jsonl.whole_lines(path)):
+            number, tab, reason = line.partition("\t")
+            if not (tab and number.isdigit() and int(number) > step):
+                kept.append(line)
+                if path == self.path:
+                    self.known.add(reason if tab and number.isdigit() else line)
+        jsonl.rewrite(path, kept)
+
+    def note(self, step: int, prepared: Prepared) -> int:
         """Samples that all processes have left out since the run began; they wait for each other."""
-        new = [reason for reason in prepared.skipped if reason not in self.known]
+        new = [reason for reason in dict.fromkeys(map(one_line, prepared.skipped)) if reason not in self.known]
         if new:
             self.known.update(new)
-            with self.path.open("a") as file:
-                file.writelines(f"{reason}\n" for reason in new)
+            jsonl.append(self.path, [f"{step}\t{reason}" for reason in new])
             log.warning("left out: %s", "; ".join(new))
         return int(total(np.array([prepared.skipped_count], np.int64))[0])

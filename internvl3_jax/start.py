@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 
@@ -13,10 +14,11 @@ from internvl3_jax import checkpoint, lora
 from internvl3_jax.adapters import Adapter, base_hash
 from internvl3_jax.checksum import described
 from internvl3_jax.components import frozen_hash
-from internvl3_jax.config import TrainConfig, to_dict
+from internvl3_jax.config import TrainConfig, from_dict, to_dict
 from internvl3_jax.manifest import Base
 from internvl3_jax.model import abstract_params
 from internvl3_jax.optimizer import Optimizer, split_params
+from internvl3_jax.remote_files import as_path, is_remote
 from internvl3_jax.storage import by_path, nest
 from internvl3_jax.train_step import TrainState, first_shift
 
@@ -31,6 +33,20 @@ class Past:
     frozen: str = ""  # hash of what is not trained
     base: str = ""  # of a LoRA run: `adapters.base_hash`
     base_path: str = ""  # where that is
+
+    def saved(self) -> dict:
+        """As it is kept in a step: JSON has no infinity."""
+        return dataclasses.asdict(self) | {"best": self.best if math.isfinite(self.best) else None}
+
+    @classmethod
+    def of_saved(cls, values: dict) -> "Past":
+        """From `saved`, or from what an earlier version kept. ConfigError names what is of a wrong type."""
+        known = {name: value for name, value in values.items() if name != "best" or _is_finite(value)}
+        return from_dict(cls, known, "past")
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def kept(config: TrainConfig, params: dict) -> dict:
@@ -52,7 +68,7 @@ def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState, pa
             adapter = checkpoint.load_adapter(config.lora.init_from, source, accept_fingerprint=True)
             params = continued(adapter, params, config, places)
         past.base = base_hash(source.described, by_path(lora.without(kept(config, params))))
-        local = pathlib.Path(config.init_from).expanduser().exists()
+        local = is_remote(config.init_from) or pathlib.Path(config.init_from).expanduser().exists()
         past.base_path = str(source.directory) if local else config.init_from  # a hub id
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
     shift = jax.device_put(first_shift(config.loss), places.shift)
@@ -87,8 +103,8 @@ def beside_base(config: TrainConfig, workdir: pathlib.Path, step: int, own: dict
     where it is.
 
     Where config.init_from names a training run, which may have gone on, that is the step of it that was taken then."""
-    step_of_run = pathlib.Path(past.base_path).is_relative_to(pathlib.Path(config.init_from).expanduser().absolute())
-    name = past.base_path if step_of_run and pathlib.Path(past.base_path).exists() else config.init_from
+    before = as_path(past.base_path)
+    name = past.base_path if before.is_relative_to(as_path(config.init_from)) and before.exists() else config.init_from
     source = open_base(config, places, name)
     if past.base != base_hash(source.described, by_path(lora.without(own))):
         raise ValueError(

@@ -10,7 +10,7 @@ import tiny_checkpoint
 from configs.common import RELEASED
 from internvl3_jax import lora
 from internvl3_jax.model import abstract_params
-from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params
+from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params, warmup_steps
 from internvl3_jax.sizes import SIZES
 
 STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
@@ -60,3 +60,16 @@ def test_mpo_is_the_scripts():
         assert (loss.kind, loss.preference_weight, loss.quality_weight, loss.generation_weight) == ("mpo", 0.8, 0.2, 1.0)
         assert config.optimizer.learning_rate == 2e-7 and config.data.pairs and loss.beta == 0.1
         assert config.steps * pairs == pytest.approx(300_000, rel=1e-2)
+
+
+def test_adapters_learn_at_the_scripts_rates():
+    rates = {size: recipe("lora", size).optimizer.learning_rate for size in RELEASED}
+    assert rates == {size: 2e-5 if size in ("38b", "78b") else 4e-5 for size in RELEASED}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_warm_up_is_three_percent_of_any_number_of_steps(stage):
+    config = recipe(stage, "1b")
+    for steps, expected in ((6, 0), (1_000, 30), (12_000, 360)):
+        assert warmup_steps(config.optimizer, steps) == expected
+        make_schedule(config.optimizer, steps, 1.0)

@@ -151,7 +151,7 @@ def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
     assert answers(prompt="Hello", use="") == [plain]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/adapter\nHello\n/adapter peft\nHello\n/adapter none\n/quit\n"))
     assert answers() == [adapted, plain, adapted]
-    with pytest.raises(SystemExit, match="error: there is no adapter 'other'; loaded are: mine, peft"):
+    with pytest.raises(SystemExit, match="error: --use is 'other'; there is no such --adapter: mine, peft"):
         answers(prompt="Hello", use="other")
     with pytest.raises(SystemExit, match="error: two adapters are called 'peft'; name them: --adapter NAME=DIR"):
         answers(prompt="Hello", adapter=["a/peft", "b/peft"])

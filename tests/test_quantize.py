@@ -87,6 +87,6 @@ def test_what_8b_takes():
 def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     config = dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, quantize="int8"))
-    with pytest.raises(ImportError, match=r"lora.quantize needs qwix: pip install 'internvl3-jax\[quant\]'"):
+    with pytest.raises(ImportError, match=r"lora.quantize needs qwix: pip install -e '\.\[quant\]'"):
         lora.resolved(config)
     lora.resolved(dataclasses.replace(config, lora=SETTINGS))

@@ -19,10 +19,11 @@ from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 import train
 from convert.run import convert
 from convert.source import open_model
-from internvl3_jax import load, sharding, storage
+from internvl3_jax import checkpoint, load, sharding, storage
 from internvl3_jax.config import MeshConfig, to_dict
 from internvl3_jax.data.digits import TASKS
 from internvl3_jax.distributed import TERMINATED
+from internvl3_jax.find import latest_step
 from internvl3_jax.optimizer import make_optimizer
 from internvl3_jax.sizes import SIZES
 
@@ -43,13 +44,7 @@ def command(tmp_path_factory):
     environment = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
     def start(workdir, *flags, config=path):
-        warnings = [
-            "-W",
-            "error",
-            "-W",
-            "ignore:the load_module():DeprecationWarning",
-        ]  # of ml_collections, which reads the file so
-        line = [sys.executable, *warnings, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *flags]
+        line = [sys.executable, "-W", "error", str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *flags]
         return subprocess.Popen(
             line, cwd="/", env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
         )
@@ -81,14 +76,15 @@ def test_a_run_leaves_what_it_should(whole_run):
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     resolved = to_dict(dataclasses.replace(train_config(), evaluate_per_task=1))
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(resolved))
-    assert f"step {STEPS}/{STEPS} loss {losses[-1]:.4g}" in out and '"evaluate_per_task": 1' in out
+    assert f"step {STEPS}/{STEPS} loss {losses[-1]:.4g}" in out and "evaluate_per_task = 1 (recipe: 0)" in out
     assert re.search(r"vision +([\d,]+) +\1 +0.003 to 0.02", out), "all of it is trained"
     report = json.loads((workdir / "report.json").read_text())
     assert set(report["held_out"]) == {*TASKS, "digit"} and report["steps"] == STEPS
     assert all(f"  {task}" in out for task in TASKS)
-    checkpoint = load(workdir)
-    assert (checkpoint.config, checkpoint.processor) == (CONFIG, PROCESSOR)
-    assert checkpoint.directory == workdir / "checkpoints" / str(STEPS)
+    opened = load(workdir)
+    assert (opened.config, opened.processor) == (CONFIG, PROCESSOR)
+    assert opened.directory == workdir / "checkpoints" / str(STEPS)
+    assert out.splitlines()[-3] == f"{workdir} is finished: step {STEPS} of {STEPS}"
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole_run, command, tmp_path):
@@ -125,8 +121,14 @@ def leaves(path):
 
 
 def test_a_finished_run_stays_as_it_is(whole_run, command):
-    """Another configuration in the same workdir is refused and changes nothing."""
+    """Started again it says that it is finished; another configuration in the same workdir is refused. Both change nothing."""
     workdir, _ = whole_run
+    before = {name: (workdir / name).stat().st_mtime_ns for name in ("log.jsonl", "report.json", "config.json")}
+    process = command(workdir, "--config.evaluate_per_task=1")
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0 and err == ""
+    assert out.splitlines()[0] == f"{workdir} is finished: step {STEPS} of {STEPS}" and len(out.splitlines()) == 3
+    assert {name: (workdir / name).stat().st_mtime_ns for name in before} == before
     before = (workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()
     process = command(workdir, "--config.optimizer.learning_rate=1e-4")
     out, err = process.communicate(timeout=500)
@@ -138,17 +140,70 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     assert ((workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()) == before
 
 
-def test_a_configuration_saved_before_a_field_was_there(tmp_path, capsys):
-    """The field has had its default all the time; another value is another configuration."""
-    config, path = train_config(), tmp_path / "config.json"
-    train.save_config(config, tmp_path)
-    saved = json.loads(path.read_text())
-    del saved["loss"], saved["data"]["pairs"], saved["offload_optimizer"]
-    path.write_text(json.dumps(saved))
-    train.save_config(config, tmp_path)
-    path.write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=r"data.pairs is False there and True here"):
-        train.save_config(dataclasses.replace(config, data=dataclasses.replace(config.data, pairs=True)), tmp_path)
+def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
+    """A step is complete when its save ends, not when the next begins: killed right then, it is there."""
+    path = tmp_path / "killed.py"
+    path.write_text(
+        "import os, signal, time\n"
+        "from internvl3_jax.run import Saver\n"
+        "from tiny_checkpoint import train_config as get_config\n"
+        "poll = Saver.poll\n"
+        "def poll_and_die(self, together):\n"
+        "    while self.saving is not None and not self.saving.done():\n"
+        "        time.sleep(0.01)\n"
+        "    poll(self, together)\n"
+        "    if self.step:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Saver.poll = poll_and_die\n"
+    )
+    process = command(tmp_path / "run", config=path)
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == -signal.SIGKILL, err
+    assert os.listdir(tmp_path / "run" / "checkpoints") == [str(SAVE_EVERY)]
+    assert latest_step(tmp_path / "run") == SAVE_EVERY
+
+
+def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
+    """In one line with the step and the reason, before the next save is due; the steps before it stay."""
+    config = official_config(write_official(tmp_path))
+    config = dataclasses.replace(config, steps=8, save_every=4, held_out="", evaluate_every=0, log_every=1)
+    start, seen, started = checkpoint.start_saving_training, [], []
+
+    def fails(run, step, *arguments, **options):
+        saving = start(run, step, *arguments, **options)
+        seen.append(step)
+        started.append(saving)
+
+        def done():
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(saving, "done", done)
+        return saving
+
+    monkeypatch.setattr(checkpoint, "start_saving_training", fails)
+    with pytest.raises(OSError, match=r"step 4 cannot be saved \(No space left on device\); the complete steps") as raised:
+        start_here(config, tmp_path / "run")
+    assert seen == [4] and raised.value.filename.endswith("run/checkpoints/4")
+    assert [step for step, *_ in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+    started[0]()  # which did not fail in truth, and holds a file open
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda config: dataclasses.replace(config.processor, stop_tokens=("<none>",)), "has no token <none>"),
+        (lambda config: dataclasses.replace(config.data, tokenizer="nosuchplace"), "nosuchplace"),
+        (lambda config: dataclasses.replace(config.data, source="nosuch.json"), "nosuch.json"),
+    ],
+)
+def test_what_a_save_would_refuse_is_refused_at_the_start(tmp_path, change, message):
+    """Nothing of it stays that could refuse the corrected command."""
+    config = train_config()
+    part = change(config)
+    name = "processor" if part.__class__ is type(PROCESSOR) else "data"
+    with pytest.raises(ValueError, match=message):
+        train.fit(dataclasses.replace(config, **{name: part}), tmp_path / "run", ONE_DEVICE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(whole_run, command, tmp_path):

@@ -20,10 +20,9 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from internvl3_jax import lora
+from internvl3_jax import checks, command_line, lora, safe_files, settings
 from internvl3_jax.fit import advice, generation, report, search
 from internvl3_jax.fit.build import build
 from internvl3_jax.fit.memory import estimate
@@ -33,7 +32,7 @@ from internvl3_jax.fit.topology import parse
 from internvl3_jax.fit.work import times, train_work
 from internvl3_jax.sharding import make_mesh
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config() -> TrainConfig.", lock_config=False)
+flags.adopt_module_key_flags(settings)
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices, such as v5e:16x16, v5p:4x4x8, tpu7x:4x4x4 or h100:1x16x8.", required=True
 )
@@ -51,8 +50,10 @@ TEXT = flags.DEFINE_string("text", "", "Also write the compiled program to this 
 
 def main(argv) -> int:
     if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
-    topology, config = parse(TOPOLOGY.value), lora.resolved(CONFIG.value)
+        raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    topology, config = parse(TOPOLOGY.value), settings.load().config
+    checks.validate(config)
+    config = lora.resolved(config)
     if topology.chip is None and (SEARCH.value or ANALYTIC.value):
         raise ValueError(f"--topology is {topology.name}; floors and memory are known of accelerators only")
     if INFER.value:
@@ -63,7 +64,7 @@ def main(argv) -> int:
     else:
         fits, row = train(config, topology)
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+        safe_files.replace(pathlib.Path(JSON.value).expanduser(), json.dumps(row, indent=1) + "\n")
     return 0 if fits else 1
 
 
@@ -109,15 +110,7 @@ def find(config, topology) -> tuple[bool, dict]:
     return False, row
 
 
-def run(argv):
-    try:
-        return main(argv)
-    # What the user can mend is one line; anything else is our fault and keeps its traceback.
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    app.run(run)
+    settings.take_overrides(sys.argv)
+    command_line.run(main, ImportError, failed=command_line.USAGE)
