@@ -5,7 +5,8 @@ choice = best_of_n(chat, critic, "How many cubes are there? Think step by step."
 choice.text, choice.candidates[choice.best].scores
 
 The first candidate is the greedy answer, so that with one candidate this is ordinary answering; the others are drawn at temperature 0.7
-and top_p 0.95, as the authors of InternVL do in VLMEvalKit. The question is run once for all candidates.
+and top_p 0.95, as the authors of InternVL did in VLMEvalKit in March 2025 (today's VLMEvalKit has temperature 0.6). The question is run
+once for all candidates.
 """
 
 import dataclasses

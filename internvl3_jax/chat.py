@@ -9,6 +9,7 @@ for piece in chat.stream("Tell me more."): print(piece, end="")
 
 import dataclasses
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 
@@ -17,11 +18,12 @@ import numpy as np
 from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
 from internvl3_jax.data.chat import ChatError, insert_missing_tags
-from internvl3_jax.data.images import open_image
 from internvl3_jax.generate import Generator, Run, State
-from internvl3_jax.positions import parse_delta
+from internvl3_jax.given_images import open_images
+from internvl3_jax.options import Options, units
 from internvl3_jax.reader import Reader
 from internvl3_jax.sampling import Sampling
+from internvl3_jax.terminal import excerpt
 
 
 @dataclasses.dataclass
@@ -35,38 +37,13 @@ class Answer:
     seconds: float  # from the question to the last token
     first_token_seconds: float
     reused_tokens: int = 0  # of the prompt, already in the cache from earlier turns
+    finish: str = "stop"  # "stop": by a stop token or text; "length": cut off by max_new_tokens
 
     @property
     def seconds_per_token(self) -> float:
         """Of the tokens after the first; 0.0 if there is only one."""
         following = len(self.token_ids) - 1
         return (self.seconds - self.first_token_seconds) / following if following > 0 else 0.0
-
-
-@dataclasses.dataclass
-class Options:
-    """How to answer. `delta` is the V2PE step: one value or one per picture, such as "1/4"; None is the checkpoint's own."""
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: Sequence[str] = ()  # texts that end an answer and are not part of it
-    delta: str | float | Sequence | None = None
-    max_tiles: int | None = None
-    system: str | None = None  # in place of the checkpoint's system message
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.max_tiles is not None and self.max_tiles < 1:
-            raise ValueError(f"max_tiles is {self.max_tiles}; it must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**32")
-
-    def run(self, rows: int, scaling: str) -> Run:
-        return Run(self.max_new_tokens, Sampling(self.temperature, self.top_k, self.top_p), (self.seed,) * rows, scaling)
 
 
 @dataclasses.dataclass
@@ -87,14 +64,19 @@ class Chat:
     """
 
     def __init__(self, checkpoint, adapter: str | None = None, **options):
-        self.options = Options(**options)
+        if not hasattr(checkpoint, "params"):
+            given = excerpt(checkpoint) if isinstance(checkpoint, str | os.PathLike) else type(checkpoint).__name__
+            raise TypeError(f"Chat needs what internvl3_jax.load returns, not {given}; write Chat(load(...))")
+        self.options = Options().with_changes(options)
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         stop_ids = [self.tokenizer.token_id(token) for token in self.processor.stop_tokens]
         self.generator = Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype, stop_ids, checkpoint.adapters)
         self.use(adapter)
 
     def use(self, adapter: str | None) -> None:
-        """Goes on with another adapter, in a new conversation."""
+        """Resumes with another adapter, in a new conversation. ValueError if none has this name."""
+        if adapter is not None and not isinstance(adapter, str):
+            raise ValueError(f"adapter is {excerpt(adapter)}; give the name of one, as `load` was given it")
         self.generator.use(adapter)
         self.reset()
 
@@ -106,19 +88,25 @@ class Chat:
         self.last: Answer | None = None
         self._cached: _Cached | None = None
 
-    def __call__(self, question: str, images: Sequence = (), **options) -> str:
-        """The answer as text. `images` are paths, bytes, arrays or PIL images; `<image>` in the question marks their places."""
+    def __call__(self, question: str, images=(), **options) -> str:
+        """The answer as text.
+
+        Args:
+          question: a text; `<image>` in it marks the images' places.
+          images: one image or a list of them, each a path (a text is one path), bytes, an array u8[H,W,3] or a PIL image.
+          options: as of `Options`, for this answer alone.
+        """
         for _ in self.stream(question, images, **options):
             pass
         return self.last.text
 
-    def stream(self, question: str, images: Sequence = (), **options) -> Iterator[str]:
+    def stream(self, question: str, images=(), **options) -> Iterator[str]:
         """Yields the answer piece by piece; `self.last` is the whole `Answer` afterwards.
 
         A turn that fails, or that the caller leaves before its end, does not enter the conversation.
         """
         began = time.perf_counter()
-        options = dataclasses.replace(self.options, **options)
+        options = self.options.with_changes(options)
         tiles, deltas = _pictures(images, self.processor, options)
         messages = (self.messages or _opening(options)) + insert_missing_tags([_user(question)], len(tiles))
         tiles, deltas = self.tiles + tiles, self.deltas + deltas
@@ -138,13 +126,33 @@ class Chat:
         yield reader.finish()
         seconds = time.perf_counter() - began
         counts = [len(part) for part in tiles]
-        self.last = Answer(reader.text.strip(), reader.ids, len(prompt.tokens), counts, seconds, first_token, keep)
+        finish = self._finish(reader, options)
+        self.last = Answer(reader.text.strip(), reader.ids, len(prompt.tokens), counts, seconds, first_token, keep, finish)
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         self.tiles, self.deltas = tiles, deltas
         self._cached = _remember(state, prompt, reader.ids, run.scaling)
 
-    def answer_many(self, requests: Sequence[tuple[str, Sequence]], first: int = 1, **options) -> list[Answer]:
-        """Answers (question, images) pairs in one batch, each as a conversation of its own; this one is left as it is.
+    def prepare(self, question: str, images=(), *, where: str = "", begun: str = "", **options) -> Prompt:
+        """The prompt of a question as a conversation of its own, for `answer_many` and `candidates`.
+
+        Args:
+          where: what errors call the question.
+          begun: text that its answer starts with.
+
+        Raises:
+          ChatError, ImageError, ContextError, OSError: it cannot be asked: its text or tags, an image, or its length.
+        """
+        options = self.options.with_changes(options)
+        tiles, deltas = _pictures(images, self.processor, options)
+        messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles), where)
+        prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where)
+        if begun:
+            prompt = _continued(prompt, self.tokenizer.encode(begun, special=False))
+        self.generator.check_room(prompt, options.run(1, self._scaling(options, [])), where)
+        return prompt
+
+    def answer_many(self, requests: Sequence[tuple[str, Sequence] | Prompt], first: int = 1, **options) -> list[Answer]:
+        """Answers (question, images) pairs, or prompts of `prepare`, in one batch, each as a conversation of its own; this one stays.
 
         Every answer is the one that its question alone would get. Seconds are those of the whole batch. Errors number the requests
         from `first`.
@@ -153,7 +161,7 @@ class Chat:
 
     def candidates(
         self,
-        requests: Sequence[tuple[str, Sequence]],
+        requests: Sequence[tuple[str, Sequence] | Prompt],
         n: int,
         *,
         greedy_first: bool = False,
@@ -161,11 +169,12 @@ class Chat:
         first: int = 1,
         **options,
     ) -> list[list[Answer]]:
-        """n answers to each of the (question, images) pairs, in one batch; a question is run once for all of its answers.
+        """n answers to each of the (question, images) pairs, or prompts of `prepare`, in one batch; a question is run once for all of its
+        answers.
 
         Args:
           greedy_first: the first answer takes the likeliest tokens, only the others are drawn. Answer k is drawn with seed + k.
-          begun: text that each request's answers start with; they are what follows it.
+          begun: text that each request's answers start with; they are what follows it, with the space or line break they begin with.
           first: number of the first request in errors.
         """
         if n < 1:
@@ -173,19 +182,16 @@ class Chat:
         if not requests:
             return []
         began = time.perf_counter()
-        options = dataclasses.replace(self.options, **options)
+        given, options = options, self.options.with_changes(options)
         sampling = Sampling(options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0)
         seeds = tuple((options.seed + number) % 2**32 for number in range(n)) * len(requests)
         run = Run(options.max_new_tokens, sampling, seeds, self._scaling(options, []))
         prompts = []
-        for number, (question, images) in enumerate(requests, first):
-            tiles, deltas = _pictures(images, self.processor, options)
-            where = f"request {number}"
-            messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles), where)
-            prompts.append(make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where))
-            if begun:
-                prompts[-1] = _continued(prompts[-1], self.tokenizer.encode(begun[number - first], special=False))
-            self.generator.check_room(prompts[-1], run, where)
+        for number, request in enumerate(requests, first):
+            if not isinstance(request, Prompt):
+                start = begun[number - first] if begun else ""
+                request = self.prepare(*request, where=f"request {number}", begun=start, **given)
+            prompts.append(request)
         readers, first_token = [Reader(self.tokenizer, options.stop) for _ in seeds], 0.0
         for pieces in self.generator.stream(self.generator.start(prompts, run), run):
             first_token = first_token or time.perf_counter() - began
@@ -198,14 +204,26 @@ class Chat:
         seconds = time.perf_counter() - began
         rows = [prompt for prompt in prompts for _ in range(n)]
         answers = [
-            Answer(reader.text.strip(), reader.ids, len(row.tokens), [len(part) for part in row.tiles], seconds, first_token)
+            Answer(
+                reader.text.rstrip() if begun else reader.text.strip(),
+                reader.ids,
+                len(row.tokens),
+                [len(part) for part in row.tiles],
+                seconds,
+                first_token,
+                finish=self._finish(reader, options),
+            )
             for reader, row in zip(readers, rows, strict=True)
         ]
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
+    def _finish(self, reader: Reader, options: Options) -> str:
+        stopped = reader.ended or (reader.ids and reader.ids[-1] in self.generator.stop_ids)
+        return "stop" if stopped or len(reader.ids) < options.max_new_tokens else "length"
+
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:
         """The rope scaling of this run: none under V2PE, as in the V2PE code."""
-        v2pe = self.processor.delta != UNITS if options.delta is None else any(d != UNITS for d in _units(options.delta))
+        v2pe = self.processor.delta != UNITS if options.delta is None else any(d != UNITS for d in units(options.delta))
         return "none" if v2pe or any(delta != UNITS for delta in deltas) else self.generator.config.language.rope_scaling
 
     def _reusable(self, prompt: Prompt, scaling: str) -> int:
@@ -229,21 +247,16 @@ class Chat:
         return keep
 
 
-def _pictures(images: Sequence, processor: ProcessorConfig, options: Options) -> tuple[list[np.ndarray], list[int]]:
-    """Tiles and V2PE units of the pictures of one turn."""
-    if isinstance(images, (str, bytes)):
-        raise ChatError(f"images must be a list, such as images=[{images!r}]")
-    opened = [open_image(image, apply_exif=processor.apply_exif) for image in images]
-    units = [processor.delta] if options.delta is None else _units(options.delta)
-    if len(units) == 1:
-        units = units * len(opened)
-    if len(units) != len(opened):
-        raise ChatError(f"{len(units)} deltas for {len(opened)} pictures; give one, or one per picture")
-    return cut_pictures(opened, processor, options.max_tiles), units
-
-
-def _units(delta) -> list[int]:
-    return [parse_delta(value) for value in (delta if isinstance(delta, (list, tuple)) else [delta])]
+def _pictures(images, processor: ProcessorConfig, options: Options) -> tuple[list[np.ndarray], list[int]]:
+    """Tiles and V2PE units of the images of one turn."""
+    opened = open_images(images, processor, options)
+    deltas = [processor.delta] if options.delta is None else units(options.delta)
+    if len(deltas) == 1:
+        deltas = deltas * len(opened)
+    if len(deltas) != len(opened):
+        raise ChatError(f"{len(deltas)} deltas for {len(opened)} pictures; give one, or one per picture")
+    limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
+    return cut_pictures(opened, processor, options.max_tiles, **limits), deltas
 
 
 def _user(text: str) -> dict:

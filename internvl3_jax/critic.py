@@ -22,9 +22,9 @@ from internvl3_jax import lora
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt, cut_pictures
 from internvl3_jax.data.chat import ChatError, encode_chat, insert_missing_tags
-from internvl3_jax.data.images import open_image
 from internvl3_jax.data.steps import BAD, GOOD, critic_messages, split_steps
-from internvl3_jax.generate import Generator, Run, bucket
+from internvl3_jax.generate import Generator, NotFiniteError, Run, bucket
+from internvl3_jax.given_images import open_images
 from internvl3_jax.model import InternVL
 from internvl3_jax.positions import build_positions
 from internvl3_jax.sampling import Sampling
@@ -58,7 +58,11 @@ class CriticOptions:
     system: str | None = (
         None  # in place of the checkpoint's system message; data/steps.py has SYSTEM, that of VisualPRM's training
     )
-    max_tiles: int | None = None
+    max_tiles: int | None = None  # this and the next four as of `Chat`
+    tiles: str | None = None
+    max_total_tiles: int | None = None
+    max_image_pixels: int | None = None
+    allow_truncated: bool = False
     batch_size: int = 8  # solutions run together
 
     def __post_init__(self):
@@ -86,17 +90,18 @@ class Critic:
         self.labels = tuple(map(self.tokenizer.token_id, (GOOD, BAD)))
         self.generator = generator or Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype)
 
-    def score(self, question: str, images: Sequence, solutions: Sequence[str], where: str = "") -> list[StepScores]:
+    def score(self, question: str, images, solutions: Sequence[str], where: str = "") -> list[StepScores]:
         """Judges solutions of one question. `images` as for `Chat`; where the question has no <image> they come before it.
 
         Raises:
           ChatError, ContextError: the question, or a solution, cannot be read by this model; `where` names it.
         """
-        for name, given in (("images", images), ("solutions", solutions)):
-            if isinstance(given, (str, bytes)):
-                raise ChatError(f"{name} must be a list, such as [{given[:40]!r}]")
-        pictures = [open_image(image, apply_exif=self.processor.apply_exif) for image in images]
-        tiles = cut_pictures(pictures, self.processor, self.options.max_tiles)
+        if isinstance(solutions, (str, bytes)):
+            raise ChatError(f"solutions must be a list, such as [{solutions[:40]!r}]")
+        options = self.options
+        pictures = open_images(images, self.processor, options)
+        limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
+        tiles = cut_pictures(pictures, self.processor, options.max_tiles, **limits)
         (turn,) = insert_missing_tags([{"role": "user", "content": question}], len(tiles), where)
         distinct = list(dict.fromkeys(solutions))  # sampled solutions repeat
         steps = {solution: split_steps(solution, self.options.max_steps) for solution in distinct}
@@ -130,6 +135,10 @@ class Critic:
         """Scores of the steps of a batch of solutions of one question."""
         prompts, places = zip(*batch, strict=True)
         logs = label_log_probabilities(self.generator, prompts, places, self.labels, self._scaling())
+        if not all(np.isfinite(row).all() for row in logs):
+            raise NotFiniteError(
+                "the critic gives NaN or infinite logits; its weights are damaged, or its dtype is too narrow: try float32"
+            )
         if self.options.among == "labels":
             return [np.exp(row[:, 0] - np.logaddexp(*row.T)).tolist() for row in logs]
         return [np.exp(row[:, 0]).tolist() for row in logs]

@@ -21,7 +21,7 @@ from internvl3_jax.config import UNITS, ModelConfig
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.model import InternVL
 from internvl3_jax.positions import next_position
-from internvl3_jax.sampling import Sampling, sample
+from internvl3_jax.sampling import NOT_FINITE, Sampling, sample
 from internvl3_jax.sharding import BATCH_AXES, constrain, param_shardings
 
 TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded
@@ -36,6 +36,10 @@ def bucket(length: int) -> int:
 
 class ContextError(ValueError):
     """A prompt that is too long for the model."""
+
+
+class NotFiniteError(ValueError):
+    """The model gives NaN or infinite logits, from which no token can be drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +126,8 @@ class Generator:
         if last > known:
             raise ContextError(
                 f"{where + ': ' if where else ''}the prompt of {len(prompt.tokens):,} tokens and {run.limit:,} new ones reach position "
-                f"{last:,}; the model knows {int(known):,}. Use fewer pictures, a lower max_tiles, a delta below 1 or a lower "
-                f"max_new_tokens"
+                f"{last:,}; the model knows {int(known):,}. Use fewer pictures, a lower max_tiles or max_total_tiles, a delta below 1 or "
+                f"a lower max_new_tokens"
             )
 
     def start(self, prompts: Sequence[Prompt], run: "Run", cache: kv_cache.Cache | None = None, keep: int = 0) -> State:
@@ -174,11 +178,13 @@ class Generator:
 
     def stream(self, state: State, run: "Run") -> Iterator[list[list[int]]]:
         """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a time, until all rows have stopped or
-        hold `run.limit` ids. A stop id ends its row and is yielded. `state` is updated in place.
+        hold `run.limit` ids. A stop id ends its row and is yielded. `state` is updated in place. NotFiniteError if no token can be drawn.
         """
         with self.on_mesh():
             keys = _keys(np.asarray(run.seeds, np.uint32))
-        yield [[int(token)] for token in np.asarray(state.token)]
+        token = np.asarray(state.token)
+        _check_finite(token[:, None], 1)
+        yield [[int(one)] for one in token]
         drawn = 1
         while drawn < run.limit and not (stopped := np.asarray(state.done)).all():
             count = min(TOKENS_PER_CALL, run.limit - drawn)
@@ -188,6 +194,7 @@ class Generator:
             state.token, state.position, state.slot, state.drawn, state.done, state.cache = carry
             drawn += count
             tokens = np.asarray(tokens)[:, :count]
+            _check_finite(np.where(stopped[:, None], 0, tokens), drawn - count + 1)
             yield [[] if done else _until_stop(row, self.stop_ids) for row, done in zip(tokens, stopped, strict=True)]
 
     def generate(self, prompts: Sequence[Prompt], run: "Run") -> list[list[int]]:
@@ -321,11 +328,21 @@ def tile_pieces(count: int) -> list[int]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _is_stop(tokens, stop_ids: tuple[int, ...]):
-    return (tokens[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
+    return (tokens[:, None] == jnp.asarray((*stop_ids, NOT_FINITE), jnp.int32)[None]).any(axis=1)
 
 
 def _fold(keys, numbers):
     return jax.vmap(jax.random.fold_in)(keys, numbers)
+
+
+def _check_finite(tokens: np.ndarray, first: int) -> None:
+    """tokens i32[B,n] drawn as the answers' tokens from number `first`."""
+    rows, places = np.nonzero(tokens == NOT_FINITE)
+    if len(rows):
+        raise NotFiniteError(
+            f"the model gives NaN or infinite logits for token {first + places.min()} of an answer; its weights are damaged, or the "
+            f"dtype of the computation (float16?) is too narrow for it: try float32"
+        )
 
 
 def _until_stop(tokens, stop_ids) -> list[int]:

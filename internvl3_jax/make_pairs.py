@@ -5,13 +5,15 @@
 A line of --questions is {"question": TEXT, "image": PATH or [PATHS], "answer": TEXT, "id": ANY}; image and id may be missing.
 
 With an answer: several answers are drawn and compared with it (verify.py); each right one with each wrong one is a pair, at most
---most_pairs of them, drawn at random. Of no use are questions answered always right or always wrong, equal pairs, and pairs whose
-rejected answer holds the chosen one. Answers that state nothing are wrong only with --format_negatives.
+--most_pairs of them, drawn at random. Of no use are questions answered always right or always wrong, and pairs whose rejected stated
+answer contains the chosen one (3 and 30, red and dark red), as in InternVL's scripts. Answers that state nothing are rejected ones only
+with --format_negatives, and then in --most_pairs pairs of their own.
 
-Without one, but with a picture (Dropout NTP): the drawn answer is chosen; rejected is its first half, continued without the pictures.
+Without one, but with an image (Dropout NTP): the drawn answer is chosen; rejected is its first half, continued without the images.
 
 Each line of --output is a row for train.py (list it in a meta JSON whose root is the questions' folder). OUTPUT.done has a line for each
-finished question, what was drawn and how many pairs it gave; started again with the same model and settings, it goes on behind the last.
+finished question, what was drawn and how many pairs it gave; started again with the same model and settings, it resumes behind the last.
+The status is 1 if no answer could be read.
 """
 
 import argparse
@@ -24,10 +26,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from internvl3_jax import command_line, jsonl, safe_files
+from internvl3_jax.answer_file import beside, check_place
 from internvl3_jax.chat import Chat
 from internvl3_jax.checkpoint import load
+from internvl3_jax.checksum import tree_hash
 from internvl3_jax.data.chat import PICTURE_TAG
-from internvl3_jax.questions import Question, marked, read_questions, states, whole_lines
+from internvl3_jax.options import Options
+from internvl3_jax.questions import WANTED, Question, marked, may_be_torn, read_questions, states
+from internvl3_jax.storage import by_path
 from internvl3_jax.verify import extract_answer
 
 
@@ -93,15 +100,23 @@ def _checked(chat: Chat, questions: Sequence[Question], settings: Settings, firs
         silent = [text for text in texts if extract_answer(text) is None]
         right = [text for text in texts if states(text, question.answer)]
         wrong = [text for text in texts if text not in {*silent, *right}]
-        negatives = wrong + (silent if settings.format_negatives else [])
-        pairs = choose(right, negatives, settings.most_pairs, (settings.seed, *json.dumps(question.id).encode()))
+        seed = (settings.seed, *json.dumps(question.id).encode())
+        pairs = choose(right, wrong, settings.most_pairs, seed)
+        if settings.format_negatives:
+            pairs += choose(right, silent, settings.most_pairs, seed)
         found.append(Found(question, pairs, len(right), len(wrong), len(silent)))
     return found
 
 
 def choose(right: Sequence[str], wrong: Sequence[str], most: int, seed) -> list[tuple[str, str]]:
-    """At most so many of the pairs of a right and a wrong answer, at random, in the order of the answers."""
-    pairs = [(chosen, rejected) for chosen, rejected in itertools.product(right, wrong) if chosen not in rejected]
+    """At most so many of the pairs of a right and a wrong answer, at random, in the order of the answers; without those whose wrong
+    stated answer contains the right one, whatever its case."""
+    stated = {text: (extract_answer(text) or "").lower() for text in (*right, *wrong)}
+    pairs = [
+        (chosen, rejected)
+        for chosen, rejected in itertools.product(right, wrong)
+        if not stated[chosen] or stated[chosen] not in stated[rejected]
+    ]
     if len(pairs) > most:
         kept = np.random.default_rng(seed).choice(len(pairs), most, replace=False)
         pairs = [pairs[index] for index in sorted(kept)]
@@ -123,31 +138,35 @@ def _dropped(chat: Chat, questions: Sequence[Question], settings: Settings, firs
 
 
 def first_half(text: str) -> str:
-    """The first half of its words, with what stands between them and behind the last."""
-    words = [index for index in range(1, len(text)) if text[index - 1].isspace() and not text[index].isspace()]
-    return text[: words[(len(words) - 1) // 2]] if words else ""
+    """The first half of what spaces separate, without a space at its end, behind which no model has learned to resume."""
+    words = text.split(" ")
+    return " ".join(words[: len(words) // 2]).strip()
 
 
-def go_on(output: pathlib.Path, questions: Sequence[Question]) -> int:
-    """How many questions are finished; rows behind theirs are removed. ValueError if the files are of others."""
+def go_on(output: pathlib.Path, questions: Sequence[Question]) -> tuple[int, int, int]:
+    """(finished questions, bytes of their rows, bytes of their lines in OUTPUT.done). Nothing is changed. ValueError if the files are
+    not ours or of others."""
     done = done_path(output)
     if not output.exists() and not done.exists():
-        return 0
+        return 0, 0, 0
     try:
-        finished = [json.loads(line) for line in whole_lines(done)]
-        pairs = sum(row["pairs"] for row in finished)
-        rows = whole_lines(output)[:pairs]
+        ends, lines = jsonl.whole_lines(done), jsonl.whole_lines(output)
+        finished = [row.values for row in jsonl.parse(ends, done)]
         known = [(row["id"], row["mark"]) for row in finished]
+        pairs = sum(row["pairs"] for row in finished)
+        ours = all({"id", "question", "chosen", "rejected"} <= row.values.keys() for row in jsonl.parse(lines, output))
+        following = questions[len(known)] if len(known) < len(questions) else None
+        ours &= may_be_torn(jsonl.torn(done), following) and may_be_torn(jsonl.torn(output), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{output} and {done} are not both of this program: {error!r}; name another --output") from error
-    if known != [(question.id, question.mark) for question in questions[: len(known)]] or len(rows) < pairs:
+        raise ValueError(f"{output} and {done} are not both of this program ({error}); name another --output") from error
+    if not ours:
+        raise ValueError(f"{output} and {done} are not both of this program; name another --output")
+    if known != [(question.id, question.mark) for question in questions[: len(known)]] or len(lines) < pairs:
         raise ValueError(
             f"{output} holds pairs of other questions, or of another --checkpoint or other settings; move it and {done} away or name "
             f"another --output"
         )
-    output.write_text("".join(rows), encoding="utf-8")
-    done.write_text("".join(json.dumps(row) + "\n" for row in finished), encoding="utf-8")
-    return len(known)
+    return len(known), sum(map(len, lines[:pairs])), sum(map(len, ends))
 
 
 def done_path(output: pathlib.Path) -> pathlib.Path:
@@ -159,18 +178,16 @@ def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, setting
     from rich.progress import track
 
     questions = marked(questions, settings, checkpoint)
-    start = go_on(output, questions)
+    start, kept, ended = go_on(output, questions)
     if start:
-        print(f"{output}: {start} of {len(questions)} questions are finished; going on with the rest", file=sys.stderr)
+        print(f"{output}: {start} of {len(questions)} questions are finished; resuming with the rest", file=sys.stderr)
     batches = _batches(questions[start:], settings)
-    with output.open("a", encoding="utf-8") as rows, done_path(output).open("a", encoding="utf-8") as done:
+    with jsonl.Appender(output, kept) as rows, jsonl.Appender(done_path(output), ended) as done:
         for batch in track(batches, description="drawing", disable=not sys.stderr.isatty()):
             found = find_pairs(chat, batch, settings, start + 1)
             start += len(batch)
-            rows.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for one in found for row in one.rows()))
-            rows.flush()
-            done.write("".join(json.dumps(one.done(), ensure_ascii=False) + "\n" for one in found))
-            done.flush()
+            rows.write([jsonl.dumps(row) for one in found for row in one.rows()])
+            done.write([jsonl.dumps(one.done()) for one in found])
 
 
 def _batches(questions: Sequence[Question], settings: Settings) -> list[list[Question]]:
@@ -184,43 +201,64 @@ def _batches(questions: Sequence[Question], settings: Settings) -> list[list[Que
 
 
 def summary(output: pathlib.Path) -> str:
-    finished = [json.loads(line) for line in whole_lines(done_path(output))]
+    """What was found. ValueError if no answer could be used because none stated anything."""
+    finished = [row.values for row in jsonl.parse(jsonl.whole_lines(done_path(output)), done_path(output))]
     usable = sum(row["pairs"] > 0 for row in finished)
     blind = sum(row["pairs"] > 0 and not row["right"] for row in finished)
     never = sum(row["right"] == 0 and row["wrong"] + row["silent"] > 0 for row in finished)
     always = sum(row["right"] > 0 and row["wrong"] + row["silent"] == 0 for row in finished)
+    silent, stated = sum(row["silent"] for row in finished), sum(row["right"] + row["wrong"] for row in finished)
+    if silent and not stated and not usable:
+        raise ValueError(f"{output}: no pairs: none of the {silent:,} different answers could be read; wanted is {WANTED}")
     return (
         f"{sum(row['pairs'] for row in finished):,} pairs of {usable:,} of {len(finished):,} questions; {always:,} were always answered "
-        f"right, {never:,} never" + (f"; {blind:,} had no known answer (Dropout NTP)" if blind else "")
+        f"right, {never:,} never"
+        + (f"; {blind:,} had no known answer (Dropout NTP)" if blind else "")
+        + (f"; {silent:,} of {silent + stated:,} different answers could not be read; wanted is {WANTED}" if silent else "")
     )
 
 
+HELP = {
+    "samples": "answers drawn to each question that has a known answer",
+    "temperature": "of the draws",
+    "top_k": "draw from this many likeliest tokens; 0 is all",
+    "max_new_tokens": "longest answer",
+    "most_pairs": "of a question",
+    "format_negatives": "answers that state nothing are rejected ones, too",
+    "batch_size": "answers drawn together",
+    "seed": "of the draws",
+}
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser("make_pairs", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="of the model that answers: the one that will be trained")
-    parser.add_argument("--questions", type=pathlib.Path, required=True)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--questions", type=pathlib.Path, required=True, help="JSONL file")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSONL file; it is resumed if it is there")
     for field in dataclasses.fields(Settings):
         if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
+            parser.add_argument(f"--{field.name}", action="store_true", help=HELP[field.name])
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    parser.add_argument("--dtype", default=None, help="of parameters and computation")
+            text = f"{HELP[field.name]} (default: {field.default})"
+            parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
+    parser.add_argument("--dtype", default=None, help="of parameters and computation (default: as stored)")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-        questions = read_questions(options.questions, checked=False)
+def make(options: argparse.Namespace) -> None:
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    Options(temperature=settings.temperature, top_k=settings.top_k, max_new_tokens=settings.max_new_tokens, seed=settings.seed)
+    questions = read_questions(options.questions, checked=False)
+    for path in (options.output, done_path(options.output)):
+        check_place(path, [options.questions, *(file for question in questions for file in question.images)], "--output")
+    with safe_files.Lock(beside(options.output, "lock"), str(options.output)):
         checkpoint = load(options.checkpoint, dtype=options.dtype)
-        run(Chat(checkpoint), questions, options.output, settings, str(checkpoint.directory))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        run(Chat(checkpoint), questions, options.output, settings, tree_hash(by_path(checkpoint.params)))
     print(summary(options.output))
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command_line.call(lambda: make(parse(arguments)), ImportError)
 
 
 if __name__ == "__main__":

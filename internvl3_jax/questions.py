@@ -6,7 +6,10 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from internvl3_jax import jsonl
 from internvl3_jax.data.chat import PICTURE_TAG, insert_missing_tags
+from internvl3_jax.requests import KEPT, refuse_unknown
+from internvl3_jax.terminal import excerpt, one_line
 from internvl3_jax.verify import extract_answer, same_answer
 
 
@@ -20,9 +23,12 @@ class Question:
     mark: str = ""  # hash of the question and of how it is asked; see `marked`
 
 
+WANTED = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the questions'
+
+
 def marked(questions: Sequence[Question], settings, checkpoint: str) -> list[Question]:
     """Each with its mark, by which a program that goes on knows its own earlier work: of the same question, model and settings but for
-    settings.batch_size, which changes no answer."""
+    settings.batch_size, which changes no answer. checkpoint: what tells the model's parameters from others."""
     how = {name: value for name, value in dataclasses.asdict(settings).items() if name != "batch_size"}
 
     def mark(question: Question) -> str:
@@ -32,48 +38,42 @@ def marked(questions: Sequence[Question], settings, checkpoint: str) -> list[Que
     return [dataclasses.replace(question, mark=mark(question)) for question in questions]
 
 
-def whole_lines(path: pathlib.Path) -> list[str]:
-    """With their ends; without a last one that was cut off. Lines end where json ends them, not at U+2028 and the like."""
-    text = path.read_text(encoding="utf-8")
-    return [line + "\n" for line in text.split("\n")[:-1]]
-
-
 def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
-    """The lines of a JSONL file; with `checked` each has an answer, otherwise an answer or a picture.
+    """The lines of a JSONL file; with `checked` each has an answer, otherwise an answer or an image.
 
-    ValueError naming the line that is none, whose pictures are missing or not as many as its tags, or whose id stands there twice."""
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            image, text, answer = row.get("image"), row["question"], row.get("answer")
-            images = [image] if isinstance(image, str) else list(image or [])
-            files = [path.parent / name for name in images]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{path} line {number} is no {{"question": ..., "image": ..., "answer": ..., "id": ...}}: {error!r}'
-            ) from error
+    Raises:
+      ValueError: naming file and line of one that is no question, has keys of another meaning, whose images are missing or more than its
+        tags, or whose id occurs twice.
+    """
+    path, questions, ids = pathlib.Path(path), [], {}
+    for row in jsonl.read_objects(path):
+        where, number = row.where, int(row.where.rpartition(" ")[2])
+        text = row.get("question", str)
+        image, answer = row.get("image", (str, list), None), row.get("answer", (str, int, float), None)
+        names = [image] if isinstance(image, str) else image or []
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"{where}: image is {excerpt(image)}; expected a path or a list of paths")
+        refuse_unknown(row, ("question", "id", "image", *KEPT))
+        files = [path.parent / name for name in names]
         missing = [file for file in files if not file.is_file()]
         if missing:
-            raise ValueError(f"{path} line {number}: {missing[0]} does not exist")
-        if answer is None and (checked or not files):
             raise ValueError(
-                f"{path} line {number} has no answer{'' if checked else ' and no picture'}: what is right is not known"
+                f"{where}: {one_line(str(missing[0]))} does not exist; relative paths start at the folder of the questions"
             )
-        (turn,) = insert_missing_tags([{"role": "user", "content": text}], len(files), f"{path} line {number}")
-        if (tags := turn["content"].count(PICTURE_TAG)) != len(files):
-            raise ValueError(f"{path} line {number}: {len(files)} pictures, but {tags} {PICTURE_TAG} tags")
-        questions.append(
-            Question(
-                row.get("id", number), turn["content"], list(map(str, files)), None if answer is None else str(answer), image
+        if answer is None and (checked or not files):
+            raise ValueError(f"{where} has no answer{'' if checked else ' and no image'}: what is right is not known")
+        (turn,) = insert_missing_tags([{"role": "user", "content": text}], len(files), where)
+        if (tags := turn["content"].count(PICTURE_TAG)) < len(files):
+            raise ValueError(f"{where}: {len(files)} pictures, but {tags} {PICTURE_TAG} tags")
+        known = row.values.get("id", number)
+        if (first := ids.setdefault(json.dumps(known, sort_keys=True), where)) != where:
+            raise ValueError(
+                f"{where}: the id {excerpt(known)} is also that of {first}; a run that was stopped is resumed by ids"
             )
-        )
-    ids = [json.dumps(question.id) for question in questions]
-    if len(set(ids)) < len(ids):
-        twice = next(id for id in ids if ids.count(id) > 1)
-        raise ValueError(f"{path}: the id {twice} stands there twice; a run that was stopped goes on by ids")
+        answer = None if answer is None else str(answer)
+        questions.append(Question(known, turn["content"], list(map(str, files)), answer, image))
+    if not questions:
+        raise ValueError(f"{one_line(str(path))}: has no questions")
     return questions
 
 
@@ -81,3 +81,9 @@ def states(solution: str, answer: str) -> bool:
     """Whether a solution states the answer. What it does not state it does not answer."""
     stated = extract_answer(solution)
     return stated is not None and same_answer(stated, answer)
+
+
+def may_be_torn(torn: bytes, question: Question | None) -> bool:
+    """Whether what follows the last line break of an output may be the beginning of a row about this question."""
+    start = b'{"id": ' + (b"" if question is None else json.dumps(question.id, ensure_ascii=False).encode("utf-8", "replace"))
+    return torn.startswith(start) or start.startswith(torn)

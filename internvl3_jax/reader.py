@@ -8,12 +8,12 @@ from internvl3_jax.data.tokenizer import Tokenizer
 class Reader:
     """Turns ids into text as they come, and watches for stop texts: what may be the beginning of one is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
         self.ids: list[int] = []
         self.text = ""
         self.ended = False
         self._held = ""
-        self._stop = [text for text in stop if text]
+        self._stop = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
         self._decoder = tokenizer.stream()
 
     def read(self, ids: Sequence[int]) -> str:

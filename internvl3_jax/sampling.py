@@ -1,16 +1,20 @@
 """Choosing the next token from logits. B rows, V vocabulary."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from internvl3_jax.ops.attention import MASKED
 
+SMALLEST_TEMPERATURE = 1e-6  # below it the likeliest token is taken: float32 logits divided by less overflow
+NOT_FINITE = -1  # what `sample` gives for a row whose logits are NaN or infinite
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy, the default of the reference."""
+    """How tokens are drawn. Temperature 0, or below `SMALLEST_TEMPERATURE`, is greedy, the default of the reference."""
 
     temperature: float = 0.0
     top_k: int = 0  # only the k likeliest tokens; 0 is all
@@ -19,7 +23,7 @@ class Sampling:
 
     def __post_init__(self):
         checks = [
-            (self.temperature >= 0, "temperature", "0 (greedy) or above"),
+            (0 <= self.temperature < math.inf, "temperature", "0 (greedy) or above, and finite"),
             (self.top_k >= 0, "top_k", "0 (all tokens) or above"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (self.greedy_every >= 0, "greedy_every", "0 (no row) or above"),
@@ -32,10 +36,16 @@ class Sampling:
 def sample(logits, keys, sampling: Sampling):
     """i32[B] from logits f32[B,V] and one key per row, so that a row's draw does not depend on its neighbours.
 
-    Temperature, then top_k, then top_p, in the order of transformers' generate.
+    Temperature, then top_k, then top_p, in the order of transformers' generate. NOT_FINITE for a row with a NaN or an infinity above:
+    nothing can be drawn from it.
     """
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.where(finite, _drawn(logits, keys, sampling), NOT_FINITE)
+
+
+def _drawn(logits, keys, sampling: Sampling):
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if sampling.temperature == 0:
+    if sampling.temperature < SMALLEST_TEMPERATURE:
         return greedy
     logits = logits / sampling.temperature
     if sampling.top_k:

@@ -5,16 +5,24 @@ r"""Final answers: what a solution answers, and whether two answers are the same
     same_answer("(B)", "B. twelve")                    # True
 
 Rules alone, no model: what they cannot read counts as different unless it is spelt the same. Two numbers are the same within one part in
-a million. A percent sign on one side alone may be a unit or a hundredth, so 50% is the same as 50 and as 0.5.
+a million, also as products, quotients, powers and roots (expressions.py). A percent sign on one side alone may be a unit or a hundredth, so
+50% is the same as 50 and as 0.5.
 """
 
 import re
 from fractions import Fraction
 
+from internvl3_jax import expressions
+
 TOLERANCE = Fraction(1, 10**6)  # relative
 _LONGEST_NUMBER = 60  # characters; longer strings of digits are compared as text
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# With braces, or without: then the box goes to the end of the formula or word.
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))")
+_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
+_ASSIGNED = re.compile(r"\\?[A-Za-z][A-Za-z0-9_]{0,7}=(?=[^=])")
+_DEGREES = re.compile(r"(?<=\d)\s*(?:degrees?|deg)\b\.?", re.IGNORECASE)
+_SCALE = re.compile(r"(?<=\d)\s*(?:C(?:elsius)?|F(?:ahrenheit)?)\Z", re.IGNORECASE)
 _STATED = re.compile(r"\banswer\s*\**\s*(?P<how>is\b\s*:?|:|=)\s*(?=\S)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bProf)\.(?:\s|$)")
 _OPTION = re.compile(
@@ -33,12 +41,12 @@ _NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\\(|\\\)|\\\[|\\\]|\*\*|\^
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer that a solution states: the last \boxed{...}, or else what follows the last "answer:" or "answer is".
+    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else what follows the last "answer:" or "answer is".
 
     None if it states none, also if its only box was cut off before it closed.
     """
     for found in reversed(list(_BOXED.finditer(text))):
-        content = _until_closed(text, found.end())
+        content = found["bare"].rstrip(".,;:") if found["bare"] else _until_closed(text, found.end())
         if content is not None:
             return content.strip()
     stated = list(_STATED.finditer(text))
@@ -70,6 +78,11 @@ def same_answer(a: str, b: str) -> bool:
     a, b = _normal(a), _normal(b)
     if _same(a, b):
         return True
+    assigned = [_ASSIGNED.match(side) for side in (a, b)]
+    if any(assigned) and not all(assigned):  # x = 5 answers what 5 answers; y = 5 does not answer x = 5
+        a, b = (side[found.end() :] if found else side for found, side in zip(assigned, (a, b), strict=True))
+        if _same(a, b):
+            return True
     if any(_SEVERAL_OPTIONS.fullmatch(side) for side in (a, b)):
         letters = [set(re.findall(r"\b[A-J]\b", side)) for side in (a, b) if _SEVERAL_OPTIONS.fullmatch(side)]
         return len(letters) == 2 and letters[0] == letters[1]
@@ -105,10 +118,13 @@ def _until_closed(text: str, start: int) -> str | None:
 def _normal(answer: str) -> str:
     """Without the marks that change how an answer looks and not what it says."""
     answer = answer.replace("\u2212", "-").replace(r"\%", "%").replace("{,}", ",")
+    answer = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", " ", answer)
     answer = _NOISE.sub("", answer)
     for _ in range(3):  # nested
         answer = _WRAPPERS.sub(r"\1", answer)
-    answer = _FRACTION.sub(_fraction, answer)
+    answer = expressions.plain(_FRACTION.sub(_fraction, expressions.plain(answer)))
+    answer = _DEGREES.sub("", answer)
+    answer = _SCALE.sub(lambda found: f" {found[0].strip()[0].upper()}", answer)
     answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").strip()
     # A space behind a comma stays: 3, 100 is no number.
     return _CALLED_OPTION.sub("", re.sub(r"\s*([-+*/=<>^])\s*|\s+(?=,)", r"\1", answer))
@@ -123,9 +139,11 @@ def _fraction(found: re.Match) -> str:
 
 def _number(text: str) -> tuple[Fraction, bool] | None:
     """(value without its percent sign, whether it has one)"""
+    text = _GROUPS.sub(lambda group: group[0].replace(" ", ""), text)
     found = _NUMBER.fullmatch(text.lower()) if len(text) <= _LONGEST_NUMBER else None
     if not found:
-        return None
+        value = expressions.value(text.removesuffix("%"))
+        return None if value is None else (value, text.endswith("%"))
     if found["decimal"] is not None:
         value = Fraction(found["decimal"].replace(",", ""))
     elif int(found["bottom"]) == 0:

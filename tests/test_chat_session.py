@@ -1,7 +1,9 @@
 """`Chat`: what is streamed, what a conversation keeps, how answers end, and batches of questions."""
 
 import functools
+import io
 
+import jax
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -12,7 +14,7 @@ from internvl3_jax.config import UNITS
 from internvl3_jax.data.chat import ChatError
 from internvl3_jax.data.images import ImageError
 from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.generate import ContextError
+from internvl3_jax.generate import ContextError, NotFiniteError
 from internvl3_jax.reader import Reader
 
 LIMIT = 12  # short answers keep prompt and answer in the smallest buckets
@@ -56,8 +58,7 @@ def test_pieces_join_to_the_text(chat, images):
     assert "".join(pieces).strip() == last.text
     assert last.text == chat.tokenizer.decode(last.token_ids).strip()
     assert len(last.token_ids) <= LIMIT and last.reused_tokens == 0
-    # Several pictures share the limit of four tiles: two each, which for the wide one are two and a thumbnail.
-    assert last.tiles == {0: [], 1: [4 if len(images) == 1 else 3], 2: [1, 3]}[len(images)]
+    assert last.tiles == {0: [], 1: [4], 2: [1, 4]}[len(images)]  # each has the limit of four tiles for itself
     assert 0 < last.first_token_seconds <= last.seconds
     assert last.seconds_per_token == pytest.approx((last.seconds - last.first_token_seconds) / (len(last.token_ids) - 1))
 
@@ -72,6 +73,47 @@ def test_a_call_is_the_joined_stream(chat, tmp_path):
         chat.reset()
         assert chat("<image>\nRead the number.", images=[image]) == text
         assert (chat.last.token_ids, chat.last.prompt_tokens) == (ids, prompt_tokens)
+
+
+def test_the_rule_and_the_limits_of_tiles(chat):
+    """Shared, the limit of four is two for each, which for the wide one are two and a thumbnail."""
+
+    def tiles(**options):
+        return [len(part) for part in chat.prepare("hi", [SMALL, WIDE], **options).tiles]
+
+    assert tiles() == tiles(tiles="per image") == [1, 4]
+    assert tiles(tiles="shared") == tiles(max_total_tiles=4) == [1, 3]
+    assert tiles(max_tiles=1) == tiles(max_total_tiles=1) == [1, 1]
+    for options, message in [
+        ({"tiles": "mine"}, "tiles is 'mine'; it must be one of 'per image', 'shared'"),
+        ({"max_image_pixels": 100}, "pixels"),
+        ({"max_total_tiles": -1}, "max_total_tiles is -1; it must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            chat.prepare("hi", [SMALL, WIDE] if "max_image_pixels" not in options else encoded(WIDE), **options)
+
+
+def encoded(image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_one_image_need_not_be_in_a_list(chat, tmp_path):
+    """A path is one image and not its letters; an array is one image and not its rows."""
+    WIDE.save(tmp_path / "wide.png")
+    chat("Read the number.", images=[WIDE])
+    expected = chat.last.token_ids, chat.last.tiles
+    path = tmp_path / "wide.png"
+    for image in (path, str(path), path.read_bytes(), np.asarray(WIDE), WIDE, (WIDE,), np.asarray(WIDE)[None]):
+        chat.reset()
+        chat("Read the number.", images=image)
+        assert (chat.last.token_ids, chat.last.tiles) == expected
+    (together,) = chat.answer_many([("Read the number.", path)])
+    assert (together.token_ids, together.tiles) == expected
+    chat.reset()
+    chat("Read the number.", images=None)
+    assert chat.last.tiles == []
 
 
 def test_the_prompt_is_as_long_as_its_parts(chat):
@@ -100,6 +142,56 @@ def test_seeds_and_temperature(chat):
 
     assert ask(temperature=2.0, seed=3) == ask(temperature=2.0, seed=3) != ask(temperature=2.0, seed=4)
     assert ask(temperature=2.0, seed=3) != ask()
+
+
+def test_a_tiny_temperature_is_greedy(chat):
+    greedy = [answer.token_ids for answer in chat.answer_many([("Read the number.", [SMALL])])]
+    for temperature in (1e-7, 1e-30, 1e-38, 5e-324):
+        drawn = chat.answer_many([("Read the number.", [SMALL])], temperature=temperature)
+        assert [answer.token_ids for answer in drawn] == greedy
+
+
+def test_why_an_answer_ended(chat):
+    chat("hi", images=[SMALL])
+    assert chat.last.finish == "length" and len(chat.last.token_ids) == LIMIT
+    (answer,) = chat.answer_many([("hi", [SMALL])], stop=chat.last.text[3])
+    assert answer.finish == "stop" and answer.text == chat.last.text.split(chat.last.text[3])[0].strip()
+    generator, free = chat.generator, chat.last.token_ids
+    kept, generator.stop_ids = generator.stop_ids, (free[LIMIT - 1],)
+    try:
+        (answer,) = chat.answer_many([("hi", [SMALL])])  # the last token that there is room for is a stop token
+        assert answer.finish == "stop"
+    finally:
+        generator.stop_ids = kept
+
+
+def test_a_stop_text_is_one_text_and_not_its_letters(chat):
+    chat("Read the number.", images=[WIDE])
+    text = chat.last.text
+    chat.reset()
+    assert chat("Read the number.", images=[WIDE], stop=text[4:6]) == text[: text.index(text[4:6])].strip()
+    assert Reader(chat.tokenizer, "x6")._stop == ["x6"]
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
+    """In the prompt, and later: from some position on."""
+    generator = chat.generator
+    kept = generator.params
+    chat("hi")
+    messages = list(chat.messages)
+    try:
+        for value in (np.nan, np.inf):
+            broken = dict(kept["language"])
+            broken["head"] = jax.tree.map(lambda leaf, value=value: leaf * value, broken["head"])
+            generator.params = kept | {"language": broken}
+            for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.5}):
+                with pytest.raises(NotFiniteError, match="NaN or infinite logits for token 1"):
+                    chat("And?", **options)
+                with pytest.raises(NotFiniteError, match="token 1 of an answer"):
+                    chat.answer_many([("a", []), ("b", [])], **options)
+    finally:
+        generator.params = kept
+    assert chat.messages == messages
 
 
 def test_a_stop_token_ends_an_answer_and_is_among_its_ids(chat):
@@ -329,8 +421,8 @@ def test_many_are_answered_as_one_by_one(chat, options):
 
 
 def test_errors_of_a_batch_name_the_request(chat):
-    with pytest.raises(ChatError, match="^request 8: 1 pictures, but 2 <image> tags"):
-        chat.answer_many([("hi", []), ("<image> <image>", [SMALL])], first=7)
+    with pytest.raises(ChatError, match="^request 8: 2 pictures, but 1 <image> tags"):
+        chat.answer_many([("hi", []), ("<image>", [SMALL, SMALL])], first=7)
     with pytest.raises(ContextError, match="^request 2: the prompt of"):
         chat.answer_many([("hi", []), ("number " * 2100, [])])
 
@@ -338,15 +430,26 @@ def test_errors_of_a_batch_name_the_request(chat):
 # --- errors ----------------------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "more tags than pictures": (("<image> and <image>", [SMALL]), {}, ChatError, "2 pictures, but 3 <image> tags"),
-    "a tag and no picture": (("<image>", []), {}, ChatError, "1 pictures, but 2 <image> tags"),
     "fewer tags than pictures": (("<image>", [SMALL, WIDE]), {}, ChatError, "3 pictures, but 2 <image> tags"),
-    "images is a path": (("hi", "cat.png"), {}, ChatError, r"images must be a list, such as images=\['cat.png'\]"),
+    "images is a path": (("hi", "nowhere/cat.png"), {}, ImageError, "nowhere/cat.png: no such file"),
+    "images is an object": (("hi", {"a.png": 1}), {}, ChatError, "give one image or a list of them"),
+    "images is a number": (("hi", 5), {}, ChatError, "images is 5; give one image"),
     "no such picture": (("hi", ["nowhere/cat.png"]), {}, ImageError, "nowhere/cat.png: no such file"),
     "deltas": (("hi", [SMALL]), {"delta": ["1", "1/2"]}, ChatError, "2 deltas for 1 pictures"),
     "delta": (("hi", [SMALL]), {"delta": "1/3"}, ValueError, "'1/3' is not a multiple of 1/256"),
     "context": (("number " * 2100, []), {}, ContextError, "the model knows 2,048"),
     "temperature": (("hi", []), {"temperature": -1.0}, ValueError, "temperature is -1.0; it must be 0"),
+    "temperature is a text": (("hi", []), {"temperature": "hot"}, ValueError, "temperature is 'hot'; it must be a number"),
+    "temperature without end": (("hi", []), {"temperature": float("inf")}, ValueError, "temperature is inf; it must be 0"),
+    "temperature is no number": (("hi", []), {"temperature": float("nan")}, ValueError, "temperature is nan; it must be 0"),
+    "stop": (("hi", []), {"stop": [5]}, ValueError, r"stop is \[5\]; it must be a text or a list of texts"),
+    "system": (("hi", []), {"system": 5}, ValueError, "system is 5; it must be a text or None"),
+    "limit is no whole number": (
+        ("hi", []),
+        {"max_new_tokens": 2.5},
+        ValueError,
+        "max_new_tokens is 2.5; it must be a whole number",
+    ),
     "top_p": (("hi", []), {"top_p": 0.0}, ValueError, "top_p is 0.0"),
     "limit": (("hi", []), {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0; it must be at least 1"),
     "tiles": (("hi", [SMALL]), {"max_tiles": 0}, ValueError, "max_tiles is 0; it must be at least 1"),
@@ -373,5 +476,19 @@ def test_a_failed_turn_does_not_enter_the_conversation(chat):
 
 
 def test_an_unknown_option_is_an_error(chat):
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match="Chat has no option 'temprature'; did you mean 'temperature'?"):
         chat("hi", temprature=1.0)
+    with pytest.raises(TypeError, match="Chat has no option 'temprature'"):
+        Chat(load(tiny_checkpoint.directory()), temprature=1.0)
+
+
+def test_wrong_arguments_fail_when_they_are_given():
+    checkpoint = load(tiny_checkpoint.directory())
+    with pytest.raises(ValueError, match="temperature is -1.0; it must be 0"):
+        Chat(checkpoint, temperature=-1)
+    with pytest.raises(ValueError, match="'1/3' is not a multiple"):
+        Chat(checkpoint, delta="1/3")
+    with pytest.raises(TypeError, match="not 'somewhere'; write Chat"):
+        Chat("somewhere")
+    with pytest.raises(ValueError, match=r"adapter is \['a'\]; give the name of one"):
+        Chat(checkpoint, ["a"])

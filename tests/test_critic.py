@@ -61,10 +61,15 @@ def test_conversation():
         {"role": "system", "content": "judge"},
         {"role": "user", "content": "### Question:\nQ?\n\n### Solution Process:\nfirst"},
         {"role": "assistant", "content": "+"},
-        {"role": "user", "content": "then image"},
+        {"role": "user", "content": "then <image>", "images": 0},
         {"role": "assistant", "content": "-"},
     ]
     assert [m["content"] for m in steps.critic_messages("Q?", ["a", "b"]) if m["role"] == "assistant"] == ["+", "+"]
+    assert steps.critic_messages("<image>\nQ?", ["an <image>"])[0]["images"] == 1
+
+
+def test_the_system_message_as_the_public_trainer_made_it():
+    assert steps.SYSTEMS["visualprm_trained"] == "<image>\n" + steps.SYSTEM and steps.SYSTEMS["visualprm"] == steps.SYSTEM
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------------------
@@ -211,8 +216,8 @@ def test_errors():
     for options in ({"aggregate": "median"}, {"among": "all"}, {"max_steps": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
             Critic(checkpoint(), **options)
-    with pytest.raises(ChatError, match="question 7: 1 pictures, but 2 <image> tags"):
-        tiny_critic().score("<image> and <image>", [picture(20, 20)], ["1"], "question 7")
+    with pytest.raises(ChatError, match="question 7: 2 pictures, but 1 <image> tags"):
+        tiny_critic().score("<image>", [picture(20, 20)] * 2, ["1"], "question 7")
     with pytest.raises(ContextError, match="question 8, read by the critic: .* the model knows 2,048"):
         tiny_critic().score(QUESTION, [], ["1 + 1\n\n" * 400], "question 8")
     with pytest.raises(ChatError, match="solutions must be a list"):

@@ -13,13 +13,13 @@ import sys
 
 import pytest
 import tiny_checkpoint
-from absl import app
 from absl.testing import flagsaver
 
 import infer
+from internvl3_jax.terminal import printable
 
 ROOT = pathlib.Path(infer.__file__).parent
-FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds"}
+FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish"}
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,17 @@ def test_the_program_answers_what_its_json_says(ask, pictures):
     flags = [f"--image={image}" for image in images] + ["--prompt", prompt, "--max_new_tokens=12", "--stats"]
     run = start("--checkpoint", tiny_checkpoint.directory(), *flags)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.startswith("first token ") and run.stderr.count("\n") == 1
-    assert "(0 reused), tiles [3, 1]" in run.stderr
+    assert run.stderr.startswith("first token ") and run.stderr.count("\n") == 2
+    assert "finish: length\nthe answer was cut off after 12 tokens; --max_new_tokens allows more\n" in run.stderr
+    assert "(0 reused), tiles [4, 1]" in run.stderr
     answer = json.loads(ask(image=images, prompt=prompt, json=True).out.splitlines()[-1])
     assert set(answer) == FIELDS
-    assert run.stdout.strip() == answer["text"]
-    assert answer["tiles"] == [3, 1] and len(answer["token_ids"]) <= 12 and answer["seconds"] > 0
+    assert run.stdout.strip() == printable(answer["text"])
+    assert answer["tiles"] == [4, 1] and len(answer["token_ids"]) <= 12 and answer["seconds"] > 0
+    assert answer["finish"] == "length"
+    # A typed \\n is a line break.
+    typed = json.loads(ask(image=images, prompt=prompt.replace("\n", "\\n"), json=True).out)
+    assert (typed["token_ids"], typed["prompt_tokens"]) == (answer["token_ids"], answer["prompt_tokens"])
     # <image> is put in front where the prompt has none, so this is the same question.
     again = json.loads(ask(image=images, prompt="Which number is larger?", json=True).out)
     assert (again["token_ids"], again["prompt_tokens"]) == (answer["token_ids"], answer["prompt_tokens"])
@@ -89,7 +94,7 @@ def test_the_flags_reach_the_model(ask, pictures):
     question = {"prompt": "Read the number.", "image": [str(pictures / "wide.png")], "json": True}
     plain = json.loads(ask(**question).out)
     assert plain["tiles"] == [4] and len(plain["token_ids"]) == 12
-    assert ask(**question | {"json": False}).out.strip() == plain["text"]
+    assert ask(**question | {"json": False}).out.strip() == printable(plain["text"])
 
     def differs(field, **values):
         answer = json.loads(ask(**question | values).out)
@@ -99,6 +104,9 @@ def test_the_flags_reach_the_model(ask, pictures):
     assert differs("token_ids", delta=["1/16"]) and not differs("prompt_tokens", delta=["1/16"])
     assert differs("prompt_tokens", system="Answer.")
     assert json.loads(ask(**question, max_tiles=1).out)["tiles"] == [1]
+    two = question | {"image": [str(pictures / "wide.png"), str(pictures / "small.png")]}
+    assert json.loads(ask(**two, tiles="shared").out)["tiles"] == [3, 1]
+    assert json.loads(ask(**two, max_total_tiles=2).out)["tiles"] == [1, 1]
     assert json.loads(ask(**question | {"max_new_tokens": 5}).out)["token_ids"] == plain["token_ids"][:5]
     assert json.loads(ask(**question, stop=[plain["text"][3]]).out)["text"] == plain["text"].split(plain["text"][3])[0].strip()
     assert differs("token_ids", temperature=3.0, seed=1)
@@ -121,17 +129,29 @@ def test_several_devices_answer_alike(ask, pictures):
 
 
 def test_a_conversation(ask, monkeypatch, pictures):
-    """Two turns, a wrong picture, a reset; the first answer comes back after it."""
-    lines = [f"/image {pictures / 'wide.png'}", "Read the number.", "And now?", "/image nowhere.png", "hi", "", "/reset"]
-    lines += [f"/image {pictures / 'wide.png'}", "Read the number.", "/quit", "not asked"]
+    """Two turns, a wrong image, wrong commands, a question that fails and keeps its image, a reset."""
+    lines = [f"/image {pictures / 'wide.png'}", "Read the number.", "And now?", "/image nowhere.png", "", "/imge x", "quit"]
+    lines += [
+        "/help",
+        "/adapter x",
+        "/reset",
+        f"/image '{pictures / 'wide.png'}'",
+        "number " * 2100,
+        "Read the number.",
+        "/quit",
+    ]
+    lines += ["not asked"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     out, err = ask(json=True, stats=True)
     answers = [json.loads(line.removeprefix("> ").lstrip("> ")) for line in out.splitlines() if "{" in line]
     assert len(answers) == 3
     assert answers[0]["token_ids"] == answers[2]["token_ids"] and answers[1]["prompt_tokens"] > answers[0]["prompt_tokens"]
-    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
-        f"error: nowhere.png: no such file in {os.getcwd()}; check the path"
-    ]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors[0] == f"error: nowhere.png: no such file in {os.getcwd()}; check the path"
+    assert errors[1].startswith("error: there is no command /imge; did you mean '/image'?; there are /image, /images, /forget")
+    assert errors[2].startswith("error: /quit leaves") and errors[3].startswith("error: there is no adapter 'x'")
+    assert errors[4].startswith("error: the prompt of") and len(errors) == 5
+    assert "/image PATH" in err
     assert "(0 reused)" in err.splitlines()[0] and "(0 reused)" not in err.splitlines()[1]
 
 
@@ -164,7 +184,7 @@ def answers_in(path):
     """The lines of an output file without what differs from run to run."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     for row in rows:
-        assert set(row) == FIELDS | {"id", "prompt"} and row.pop("seconds") > 0
+        assert set(row) - {"image"} == FIELDS | {"id", "prompt", "run"} and row.pop("seconds") > 0
     return rows
 
 
@@ -173,9 +193,10 @@ def test_a_file_of_questions_is_resumed(ask, requests):
     settings = {"requests": str(requests), "output": str(output), "batch_size": 2}
     out, err = ask(**settings, stats=True)
     assert out == "" and err.splitlines()[-1] == f"5 answers written to {output}"
+    assert "5 answers, 60 new tokens in" in err and "5 were cut off by --max_new_tokens" in err
     whole = answers_in(output)
     assert [row["id"] for row in whole] == ["first", 2, 4, {"any": 1}, 6]  # line numbers where there is no id
-    assert [row["tiles"] for row in whole] == [[4], [], [1, 3], [1], []]
+    assert [row["tiles"] for row in whole] == [[4], [], [1, 4], [1], []]
     alone = json.loads(ask(prompt="Read the number.", image=[str(requests.with_name("wide.png"))], json=True).out)
     assert (alone["text"], alone["token_ids"]) == (whole[0]["text"], whole[0]["token_ids"])
     # Cut in the middle of the fourth line, as a killed run leaves it.
@@ -184,7 +205,7 @@ def test_a_file_of_questions_is_resumed(ask, requests):
     whole[1]["text"] = "\u2028" + whole[1]["text"]
     output.write_text("".join(lines[:3]) + lines[3][:20])
     err = ask(**settings).err
-    assert f"{output} holds 3 of 5 answers; going on with the rest" in err and f"2 answers written to {output}" in err
+    assert f"{output} holds 3 of 5 answers; resuming with the rest" in err and f"2 answers written to {output}" in err
     assert answers_in(output) == whole
     assert output.read_text().startswith("".join(lines[:3]))
     assert ask(**settings).err.splitlines()[-1] == f"0 answers written to {output}"
@@ -201,21 +222,64 @@ def test_a_file_of_questions_is_resumed(ask, requests):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "hi"', "requests.jsonl line 2 is no"),
-        ('{"question": "hi"}', "requests.jsonl line 2 is no"),
-        ('["hi"]', "requests.jsonl line 2 is no"),
-        ('{"prompt": "hi", "image": 5}', "requests.jsonl line 2 is no"),
+        ('{"prompt": "hi"', "requests.jsonl line 2: is not JSON"),
+        ('{"question": "hi"}', "requests.jsonl line 2: prompt is missing"),
+        ('["hi"]', "requests.jsonl line 2: is the list ['hi']; expected an object"),
+        ('{"prompt": "hi", "image": 5}', "requests.jsonl line 2: image is the number 5"),
+        (
+            '{"prompt": "hi", "image": ["wide.png", 5]}',
+            "requests.jsonl line 2: image is ['wide.png', 5]; expected a path or a list",
+        ),
         ('{"prompt": "hi", "image": "nowhere.png"}', "nowhere.png does not exist"),
-        ('{"prompt": "<image> <image>", "image": "wide.png"}', "request 2: 1 pictures, but 2 <image> tags"),
-        ('{"prompt": 5}', "request 2"),
+        ('{"prompt": "hi", "images": ["wide.png"]}', "requests.jsonl line 2: unknown key 'images'; did you mean 'image'?"),
+        ('{"prompt": "hi", "promt": "x"}', "requests.jsonl line 2: unknown key 'promt'; did you mean 'prompt'?"),
+        ('{"prompt": "hi", "messages": []}', "requests.jsonl line 2: unknown key 'messages'; did you mean 'one prompt'?"),
+        ('{"prompt": "hi", "zzz": []}', "unknown key 'zzz'; what is to be kept beside the answer goes into extra"),
+        ('{"prompt": "<image>", "image": ["wide.png", "wide.png"]}', "line 2 (id 2): 2 pictures, but 1 <image> tags"),
+        ('{"prompt": 5}', "requests.jsonl line 2: prompt is the number 5; expected a text"),
     ],
 )
 def test_wrong_questions_are_named(ask, requests, line, message):
     requests.write_text(f'{{"prompt": "hi"}}\n{line}\n')
     output = requests.with_name("answers.jsonl")
-    error = fail(ask, requests=str(requests), output=str(output))
+    error = fail(ask, requests=str(requests), output=str(output), on_error="stop")
     assert message in error and error.count("\n") == 0
     assert not output.exists() or output.read_text() == ""
+
+
+def test_a_poisoned_request_fails_alone(ask, requests):
+    """Its error stands in its place, the status says so, and when it is fixed it can be asked again."""
+    broken = requests.with_name("broken.png")
+    broken.write_bytes(requests.with_name("wide.png").read_bytes()[:80])
+    lines = [{"prompt": "one", "id": "a"}, {"prompt": "What?", "image": "broken.png", "id": "b"}, {"prompt": "three"}]
+    lines.append({"prompt": "What?", "image": "wide.png"})
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = requests.with_name("answers.jsonl")
+    settings = {"requests": str(requests), "output": str(output), "batch_size": 2}
+    error = fail(ask, **settings)
+    assert "answers.jsonl: 1 of 4 requests could not be answered" in error and "line 2 (id 'b')" in error
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "broken.png" in rows[1].pop("error") and rows[1].keys() == {"id", "prompt", "image", "run"}
+    assert [row["id"] for row in rows] == ["a", "b", 3, 4] and rows[0]["text"]
+    assert fail(ask, **settings) == error
+    assert "line 2 (id 'b'): " in fail(ask, **settings | {"output": str(requests.with_name("other.jsonl")), "on_error": "stop"})
+    shutil.copy(requests.with_name("wide.png"), broken)
+    assert "1 requests with an error were asked again" in ask(**settings, retry_errors=True).err
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert (again[0], again[2]) == (rows[0], rows[2])
+    assert (again[1]["tiles"], again[1]["token_ids"]) == ([4], again[3]["token_ids"])
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 1.0}, {"system": "Hm."}, {"max_tiles": 1}, {"dtype": "bfloat16"}])
+def test_answers_of_other_settings_are_refused(ask, requests, changed):
+    output = requests.with_name("answers.jsonl")
+    settings = {"requests": str(requests), "output": str(output), "max_new_tokens": 2}
+    ask(**settings)
+    output.write_text(output.read_text().split("\n")[0] + "\n")
+    before = output.read_bytes()
+    error = fail(ask, **settings | changed)
+    assert "answers of another model or other settings: " in error and f"{next(iter(changed))} " in error
+    assert output.read_bytes() == before
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------------------
@@ -235,14 +299,16 @@ def test_the_program_fails_with_one_line(pictures):
         ({"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all does not exist; give a checkpoint directory"),
         ({"checkpoint": str(ROOT / "tests")}, "tests is no checkpoint. Expected one of: internvl3_jax.json and params/"),
         ({"checkpoint": __file__}, "test_infer.py is no checkpoint"),
-        ({"prompt": "<image> <image>", "image": ["small.png"]}, "1 pictures, but 2 <image> tags"),
-        ({"prompt": "hi", "image": ["infer.py"]}, "infer.py: is not a picture that Pillow can read"),
+        ({"prompt": "<image>", "image": ["small.png", "small.png"]}, "2 pictures, but 1 <image> tags"),
+        ({"prompt": "hi", "image": ["infer.py"]}, "infer.py: is not an image of pixels that Pillow can read"),
         ({"prompt": "number " * 2100}, "the model knows 2,048"),
         ({"prompt": "hi", "delta": ["1/3"]}, "delta '1/3' is not a multiple of 1/256"),
         ({"prompt": "hi", "delta": ["1", "1/2"]}, "2 deltas for 0 pictures"),
         ({"prompt": "hi", "top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
         ({"prompt": "hi", "seed": 2**32}, "seed is 4294967296"),
-        ({"requests": "/nowhere.jsonl", "output": "/dev/null"}, "/nowhere.jsonl"),
+        ({"requests": "/nowhere.jsonl", "output": "answers.jsonl"}, "/nowhere.jsonl: cannot be read (No such file"),
+        ({"prompt": "hi", "use": "other"}, "--use is 'other'; there is no such --adapter: none is given"),
+        ({"prompt": "@nowhere.txt"}, "nowhere.txt: cannot be read (No such file"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
@@ -276,9 +342,13 @@ def test_a_checkpoint_that_contradicts_itself_is_named(ask, tmp_path):
         ({"requests": "a.jsonl", "output": "b.jsonl", "prompt": "hi"}, "takes prompts and images from the file alone"),
         ({"image": ["a.png"]}, "--image needs --prompt"),
         ({"arguments": ["hi"]}, "what is 'hi'"),
+        ({"output": "b.jsonl"}, "--output is for the answers to --requests"),
+        ({"hosts": True}, "--hosts needs --prompt or --requests"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
-def test_flags_that_do_not_go_together(ask, values, message):
-    with pytest.raises(app.UsageError, match=message):
+def test_flags_that_do_not_go_together(ask, capsys, values, message):
+    with pytest.raises(SystemExit) as stopped:
         ask(**values)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in err and err.count("\n") == 1

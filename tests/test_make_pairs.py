@@ -11,6 +11,7 @@ from internvl3_jax.chat import Answer
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
 from internvl3_jax.make_pairs import Settings, choose, done_path, find_pairs, first_half, main, run, summary
+from internvl3_jax.make_reference import read_known
 from internvl3_jax.questions import Question, read_questions
 
 
@@ -24,7 +25,7 @@ class Model:
         self.asked.append((requests, n, begun, options))
         texts = [self.answers[question.split()[-1]] for question, _ in requests]
         if begun:
-            return [[Answer("and so on", [1], 5, [], 0.0, 0.0)] for _ in begun]
+            return [[Answer(" and so on", [1], 5, [], 0.0, 0.0)] for _ in begun]
         return [[Answer(text[k % len(text)], [1], 5, [], 0.0, 0.0) for k in range(n)] for text in texts]
 
 
@@ -60,8 +61,23 @@ def test_what_states_nothing_is_wrong_only_if_asked_for():
     assert pairs_of(*answers, settings=Settings(samples=8, format_negatives=True)).pairs == [("Answer: 6", "I wonder")]
 
 
-def test_a_rejected_answer_does_not_hold_the_chosen_one():
-    assert pairs_of("Answer: 6", "Answer: 6\nNo: Answer: 7").pairs == []
+@pytest.mark.parametrize(
+    ("right", "wrong", "pairs"),
+    [
+        ("so Answer: 6", "so Answer: 60", 0),
+        ("Answer: 6", "Answer: 6\nNo: Answer: 7", 1),  # the texts are not compared
+        ("Answer: 6", "Answer: 7", 1),
+        ("ANSWER: 6", r"about \boxed{16}", 0),
+    ],
+)
+def test_a_rejected_stated_answer_does_not_contain_the_chosen_one(right, wrong, pairs):
+    """As in InternVL's build_pairs_based_on_pos_neg."""
+    assert len(pairs_of(right, wrong).pairs) == pairs
+
+
+def test_case_does_not_matter_there():
+    (found,) = find_pairs(Model(q=["Answer: Red", "Answer: dark red"]), [question("q", "red")], Settings(samples=2))
+    assert (found.right, found.wrong, found.pairs) == (1, 1, [])
 
 
 def test_the_most_pairs_are_drawn_once_and_for_all():
@@ -74,9 +90,11 @@ def test_the_most_pairs_are_drawn_once_and_for_all():
 @pytest.mark.parametrize(
     ("text", "half"),
     [
-        ("one two three four", "one two "),
-        ("one two three", "one "),
-        ("one\n\ntwo three four five", "one\n\ntwo "),
+        ("one two three four", "one two"),
+        ("one two three", "one"),
+        ("one\n\ntwo three four five", "one\n\ntwo three"),
+        ("The cat sat on the mat today ok", "The cat sat on"),
+        ("one\n two", "one"),
         ("one", ""),
         ("", ""),
     ],
@@ -90,7 +108,7 @@ def test_without_an_answer_the_second_half_is_made_blind():
     (found,) = find_pairs(model, [question("q", None)], Settings())
     assert found.pairs == [("one two three four", "one two and so on")]
     assert model.asked[0][0] == [("<image>\nadd q", ["a.png"])] and model.asked[1][0] == [("add q", [])]
-    assert model.asked[1][2] == ["one two "]
+    assert model.asked[1][2] == ["one two"]
 
 
 def test_it_goes_on_behind_the_last_finished_question(tmp_path):
@@ -115,9 +133,26 @@ def test_it_goes_on_behind_the_last_finished_question(tmp_path):
     for other in others:
         with pytest.raises(ValueError, match="holds pairs of other questions"):
             run(model, other[0], output, *other[1:])
-    output.unlink()
+    for content in (None, b"notes", b'{"scores": 1}\n'):
+        output.write_bytes(content) if content else output.unlink()
+        with pytest.raises(ValueError, match="are not both of this program"):
+            run(model, questions, output, settings)
+        assert content is None or output.read_bytes() == content
+    output.write_bytes(whole)
+    done_path(output).write_bytes(b"mine")
     with pytest.raises(ValueError, match="are not both of this program"):
         run(model, questions, output, settings)
+    assert (output.read_bytes(), done_path(output).read_bytes()) == (whole, b"mine")
+
+
+def test_answers_that_cannot_be_read_are_counted(tmp_path):
+    output, questions = tmp_path / "pairs.jsonl", [question("q1"), question("q2")]
+    run(Model(q1=["39", "40"], q2=["6"]), questions, output, Settings(samples=2))
+    with pytest.raises(ValueError, match=r'none of the 3 different answers could be read; wanted is a stated answer \("Answer'):
+        summary(output)
+    other = tmp_path / "other.jsonl"
+    run(Model(q1=["39", "Answer: 6"], q2=["Answer: 7"]), questions, other, Settings(samples=2))
+    assert "1 of 3 different answers could not be read" in summary(other)
 
 
 def test_what_looks_like_the_end_of_a_line_is_none(tmp_path):
@@ -148,3 +183,22 @@ def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsy
     assert all(sample["answers"].max() == 2 and len(sample["tiles"]) for sample in (samples[0], samples[1]))
     assert main([*arguments, "--samples", "0"]) == 1
     assert "samples is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_log_probabilities_of_the_reference_never_replace_another_file(tmp_path):
+    path, header = tmp_path / "reference.jsonl", {"reference": "a", "hash": "0a", "dtype": "float32"}
+    assert read_known(path, header) == (set(), 0)
+    row = b'{"key": "k1", "chosen": -1.0, "rejected": -2.0}\n'
+    whole = json.dumps(header).encode() + b"\n" + row
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        kept = whole[:cut].rfind(b"\n") + 1
+        assert read_known(path, header) == ({"k1"} if cut == len(whole) else set(), kept)
+    assert read_known(path, header | {"reference": "moved"})[0] == {"k1"}
+    with pytest.raises(ValueError, match="is not of a with these parameters and dtype"):
+        read_known(path, header | {"hash": "0b"})
+    for foreign in (b"notes", b'{"scores": 1}', b'{"scores": 1}\n', whole + b"mine", whole + b'{"a": 1}\n'):
+        path.write_bytes(foreign)
+        with pytest.raises(ValueError, match="name another --output"):
+            read_known(path, header)
+        assert path.read_bytes() == foreign

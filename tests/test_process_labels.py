@@ -34,9 +34,11 @@ class Solver:
         return [[Answer(text, [1], 5, [], 0.0, 0.0) for text in row] for row in texts]
 
     def rest(self, text: str, number: int) -> str:
-        assert text.endswith("\n\n")
+        assert not text.endswith("\n")
+        if "Answer" in text or "boxed" in text:
+            return ""  # it is at its end
         right = "wrong" not in text and ("?" not in text or number % 4 == 3)
-        return "and so on\n\nAnswer: 6" if right else "and so on\n\nAnswer: 7"
+        return " and so on\n\nAnswer: 6" if right else " and so on\n\nAnswer: 7"
 
 
 QUESTION = Question("q", "<image>\nadd 1 2 3", ["a.png"], "6", "a.png")
@@ -63,9 +65,9 @@ def test_labels():
     }
     assert [(row["id"], row["image"], row["solutions"]) for row in rows] == [("q", "a.png", 3)] * 3
     options = {"temperature": 1.0, "top_k": 50, "max_new_tokens": 4096}
-    assert solver.asked == [(1, 3, options | {"first": 1})] + [(2, 8, options)] * 2 + [
-        (1, 8, options)
-    ]  # 2 + 3 + 1 places, one of them twice
+    # 3 + 4 + 2 places, one of them twice
+    assert solver.asked == [(1, 3, options | {"first": 1})] + [(2, 8, options)] * 4
+    assert [row["silent"] for row in rows] == [0, 0, 0]
     stricter = label(solver, [QUESTION], Settings(**SMALL, threshold=0.25))
     assert [turn["value"] for turn in stricter[2]["conversations"] if turn["from"] == "gpt"] == ["-", "+"]
 
@@ -78,10 +80,18 @@ def test_steps_are_merged_and_equal_solutions_count_once():
     assert rows[0]["conversations"][3]["value"] == "c\n\nAnswer: 7"
 
 
-def test_an_unstated_answer_is_wrong():
+def test_an_unstated_answer_is_counted(tmp_path):
     solver = Solver({QUESTION.question: ["it is 6", ""]})
     rows = label(solver, [QUESTION], Settings(**SMALL))
-    assert [row["scores"] for row in rows] == [[0], [0]]
+    assert [row["scores"] for row in rows] == [[1], [1]]  # continued, they state it
+    mute = Solver({QUESTION.question: ["it is 6", ""]})
+    mute.rest = lambda text, number: " and so on"
+    rows = label(mute, [QUESTION], Settings(**SMALL))
+    assert [(row["scores"], row["silent"]) for row in rows] == [([0], 9), ([0], 9)]
+    output = tmp_path / "labels.jsonl"
+    run(mute, [QUESTION], output, Settings(**SMALL))
+    with pytest.raises(ValueError, match="18 answers could not be read: wanted is a stated answer"):
+        make_process_labels.summary(output)
 
 
 def questions_file(folder, count: int = 3):
@@ -112,9 +122,11 @@ def test_goes_on_behind_the_last_whole_question(tmp_path):
     for other in (Settings(**SMALL, threshold=0.5), settings):
         with pytest.raises(ValueError, match="or of another --checkpoint or other settings"):
             keep_whole(output, marked(questions, other, "another"))
-    output.write_text("{}\n")
-    with pytest.raises(ValueError, match="name another --output"):
-        keep_whole(output, questions)
+    for foreign in ("{}\n", "notes", '{"id": 5, "x": 1}', '{"id": 0}\n'):
+        output.write_text(foreign)
+        with pytest.raises(ValueError, match="name another --output"):
+            run(solver, questions, output, settings)
+        assert output.read_text() == foreign
 
 
 def test_rows_are_training_data(tmp_path, capsys):
@@ -122,7 +134,8 @@ def test_rows_are_training_data(tmp_path, capsys):
     path, output = questions_file(tmp_path, 2), tmp_path / "labels.jsonl"
     arguments = ["--checkpoint", str(tiny_checkpoint.directory()), "--questions", str(path), "--output", str(output)]
     arguments += ["--solutions", "2", "--continuations", "2", "--max_new_tokens", "8", "--batch_size", "4", "--system", "none"]
-    assert main(arguments) == 0
+    assert main(arguments) == 1  # a model with random weights states nothing
+    assert "answers could not be read: wanted is" in capsys.readouterr().err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert {row["id"] for row in rows} == {0, 1}
     meta = tmp_path / "meta.json"
@@ -146,10 +159,13 @@ def test_errors(tmp_path, capsys):
     for text, message in [
         ('{"question": "a"}', "line 1 has no answer"),
         ('{"question": "a", "answer": null}', "line 1 has no answer"),
-        ('{"prompt": "a"}', "line 1 is no"),
-        ('{"question": "<image> <image>", "answer": 1, "image": "a.png"}', "line 1: 1 pictures, but 2 <image> tags"),
+        ('{"prompt": "a"}', "line 1: question is missing"),
+        ('{"question": "a", "answer": 1, "images": ["a.png"]}', "line 1: unknown key 'images'; did you mean 'image'"),
+        ('{"question": "a", "answer": [1]}', "line 1: answer is the list"),
+        ("", "has no questions"),
+        ('{"question": "<image>", "answer": 1, "image": ["a.png", "a.png"]}', "line 1: 2 pictures, but 1 <image> tags"),
         ('{"question": "a", "answer": "1", "image": "b.png"}', "b.png does not exist"),
-        ('{"question": "a", "answer": 1, "id": 2}\n{"question": "a", "answer": 1}', "the id 2 stands there twice"),
+        ('{"question": "a", "answer": 1, "id": 2}\n{"question": "a", "answer": 1}', "line 2: the id 2 is also that of"),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -159,5 +175,5 @@ def test_errors(tmp_path, capsys):
     with pytest.raises(ValueError, match="max_steps is 0"):
         Settings(max_steps=0)
     arguments = ["--checkpoint", "x", "--questions", str(path), "--output", str(tmp_path / "labels.jsonl")]
-    assert main(arguments) == 1 and "the id 2" in capsys.readouterr().err
+    assert main(arguments) == 1 and "the id 2 is also" in capsys.readouterr().err
     assert make_process_labels.parse(arguments).system == "visualprm"

@@ -57,5 +57,5 @@ def library():
     try:
         import qwix  # an optional extra, which takes long to import
     except ImportError as error:
-        raise ImportError("lora.quantize needs qwix: pip install 'internvl3-jax[quant]'") from error
+        raise ImportError("lora.quantize needs qwix: pip install -e '.[quant]'") from error
     return qwix

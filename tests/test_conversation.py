@@ -1,0 +1,128 @@
+"""A conversation in a terminal without a model: commands, images, Ctrl-C, and text that cannot drive the terminal."""
+
+import io
+import sys
+
+import pytest
+from absl.testing import flagsaver
+from tiny_checkpoint import PROCESSOR, picture
+
+import infer
+from internvl3_jax.conversation import Conversation, image_paths
+from internvl3_jax.options import Options
+
+
+class Model:
+    """What a conversation uses of a `Chat`."""
+
+    def __init__(self):
+        self.processor, self.options, self.resets, self.used = PROCESSOR, Options(), 0, []
+
+    def reset(self):
+        self.resets += 1
+
+    def use(self, name):
+        self.used.append(name)
+
+
+def talk(monkeypatch, lines, ask, terminal=True):
+    """A conversation of these lines; a BaseException among them is raised by `input`."""
+    given = iter(lines)
+
+    def read(prompt):
+        line = next(given, None)
+        if line is None:
+            raise EOFError
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: terminal})())
+    model = Model()
+    conversation = Conversation(model, ask)
+    conversation.run()
+    return conversation
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys, tmp_path):
+    picture(8, 8).save(tmp_path / "a.png")
+    asked = []
+
+    def ask(chat, question, images):
+        asked.append((question, list(images)))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    talk(monkeypatch, [f"/image {tmp_path}/a.png", "first", "again", KeyboardInterrupt(), "third", "/quit"], ask)
+    path = str(tmp_path / "a.png")
+    assert asked == [("first", [path]), ("again", [path]), ("third", [])]
+    assert capsys.readouterr().err.count("stopped; /quit or Ctrl-D leaves") == 2
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        talk(monkeypatch, [KeyboardInterrupt(), KeyboardInterrupt()], None)
+    with pytest.raises(KeyboardInterrupt):
+        talk(monkeypatch, [KeyboardInterrupt()], None, terminal=False)
+
+
+def test_commands(monkeypatch, capsys):
+    asked = []
+
+    def ask(chat, question, images):
+        asked.append(question)
+
+    lines = [
+        "/imge x",
+        "/help",
+        "/reset",
+        "/adapter a",
+        "/adapter",
+        "/image",
+        "/images",
+        "exit",
+        " /etc is what?",
+        r"a\nb",
+        "",
+        "/exit",
+    ]
+    conversation = talk(monkeypatch, [*lines, "not asked"], ask)
+    assert asked == ["/etc is what?", "a\nb"]
+    assert conversation.chat.resets == 1 and conversation.chat.used == ["a", None]
+    err = capsys.readouterr().err
+    assert "there is no command /imge; did you mean '/image'?; there are /image, /images" in err
+    assert "/image needs a path" in err and "no images" in err and "/quit leaves" in err
+
+
+def test_an_image_is_looked_at_at_once(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    conversation = talk(monkeypatch, [f"/image {tmp_path}/a.png", f"/image {tmp_path}/none.png"], None)
+    assert conversation.images == []
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_paths_as_terminals_write_them(tmp_path, monkeypatch):
+    path = tmp_path / "my cat's [1].png"
+    path.touch()
+    (tmp_path / "b.png").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in (str(path), "~/my cat's [1].png", str(path).replace(" ", "\\ ").replace("'", "\\'"), f'"{path}"'):
+        assert image_paths(text) == [str(path)]
+    assert image_paths(f'"{path}" ~/b.png') == [str(path), str(tmp_path / "b.png")]
+    assert image_paths("no such file.png") == ["no such file.png"]
+
+
+def test_an_answer_cannot_drive_the_terminal(capsys):
+    class Fake:
+        class last:
+            text, token_ids, prompt_tokens, tiles, seconds, finish = "\x1b[2J", [1], 1, [], 1.0, "stop"
+
+        def stream(self, question, images):
+            yield "\x1b]52;c;cHduZWQ=\x07\x9b2J\u202epw"
+            yield "ned\n\u4e66\t"
+
+    infer.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver():
+        infer.ask(Fake(), "q", [])
+        assert capsys.readouterr().out == "\\x1b]52;c;cHduZWQ=\\x07\\x9b2J\\u202epwned\n\u4e66\t\n"
