@@ -27,16 +27,18 @@ export PYTHONDONTWRITEBYTECODE =
 # $(call make_venv,FOLDER,VERSION)
 make_venv = echo "Setting up $(1) with Python $(2) ..." && "$$(tools/find_python.sh $(2))" -m venv --clear $(1)
 
-.PHONY: help setup demo notebook test test-full test-processor test-trl smoke lint format lock clean
+.PHONY: help setup demo notebook test test-full test-docs test-install test-processor test-trl smoke lint format lock clean
 
 help:
 	@echo "make demo      install, convert the shipped tiny model and ask it about pictures"
 	@echo "make test      install, lint, smoke tests on every Python found, then the whole test suite"
 	@echo "make test-processor   an exported model in transformers' AutoProcessor; installs torchvision, several GB"
+	@echo "make test-docs  every command of the longer pages, on the tiny model; part of make test"
+	@echo "make test-install   what the pages install, in an empty environment; part of make test"
 	@echo "make test-trl  MPO's losses against trl 0.24; installs pandas and datasets as well"
 	@echo "make smoke     only the smoke tests, on every Python but the one that runs the whole suite"
 	@echo "make setup     only install, into .venv"
-	@echo "make lint      ruff check and ruff format --check; make format mends what it can"
+	@echo "make lint      ruff check and ruff format --check; make format fixes what it can"
 	@echo "make notebook  run notebooks/quickstart.ipynb and keep its outputs"
 	@echo "make lock      resolve requirements/constraints-*.txt anew, for every Python found"
 	@echo "make clean     remove the virtual environments, caches and build folders"
@@ -53,10 +55,18 @@ notebook: .venv/.installed
 # The whole suite comes last, so that its summary is the last thing printed.
 test: lint
 	@$(MAKE) --no-print-directory smoke
+	@$(MAKE) --no-print-directory test-install
+	@$(MAKE) --no-print-directory test-docs
 	@$(MAKE) --no-print-directory test-full
 
 test-full: .venv-test/.installed
 	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 10
+
+test-docs: .venv-test/.installed
+	.venv-test/bin/python -m pytest -m docs tests/test_documented_commands.py
+
+test-install: .venv-test/.installed
+	.venv-test/bin/python -m pytest -m install tests/test_install.py
 
 test-processor: .venv-processor/.installed
 	.venv-processor/bin/python -m pytest -m torchvision tests/test_auto_processor.py
@@ -109,7 +119,7 @@ format: .venv-test/.installed
 
 # Everything in [dev] but PyTorch, which PyPI does not have as a CPU build for every Python; the three packages it needs stand for it.
 # peft asks for PyTorch: it is added by its name and version alone.
-LOCKED = '.[internlm,logging,notebook,quant,smoke,video]' transformers ruff jinja2 networkx sympy
+LOCKED = '.[internlm,logging,notebook,quant,smoke,storage,video]' transformers ruff jinja2 networkx sympy gcp-storage-emulator 'moto[s3]' flask flask-cors
 PEFT = accelerate==1.15.0 peft==0.21.2
 # Python 3.11 can have no jax after 0.10 and 3.13 takes the newest; 3.12 is held between them, so that each jax is tested somewhere.
 LOCKED_3.12 = 'jax==0.11.*'

@@ -5,6 +5,15 @@
 # no account is needed. CRD: jobset.x-k8s.io_jobsets.yaml from JobSet's repository (config/components/crd/bases), for the fields of a
 # JobSet beside its Jobs. tests/test_launch.py has what can be checked without any of this.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+fi
+if (($# > 1)) || [[ -n ${1:-} && ! -f $1 ]]; then
+  echo "error: $*: no such file; the only argument is JobSet's CRD, as $0 --help shows" >&2
+  exit 2
+fi
+(($# == 0)) || set -- "$(realpath "$1")"
 cd "$(dirname "$0")/.."
 if [[ ! -e .venv-launch/.installed ]]; then
   "${PYTHON:-python3}" -m venv --clear .venv-launch

@@ -6,6 +6,20 @@
 # seconds, but at most RESTARTS times in a row: a command that ran for an hour begins the count anew.
 # SIGTERM to this script goes on to the command, and is the end.
 set -uo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+fi
+if (($# == 0)); then
+  echo "error: there is no command to run; $0 --help shows one" >&2
+  exit 2
+fi
+for number in RESTARTS PAUSE; do
+  if [[ -n ${!number:-} && ! ${!number} =~ ^[0-9]+$ ]]; then
+    echo "error: $number is '${!number}'; it must be a whole number" >&2
+    exit 2
+  fi
+done
 limit=${RESTARTS:-10} pause=${PAUSE:-15} failures=0 stopped="" child=""
 
 stop() {

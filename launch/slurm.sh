@@ -19,7 +19,15 @@
 # 300 s before the time is up SLURM sends SIGTERM; train.py saves and leaves with 143. The job is then put back into the queue, as it is
 # after a failure (a lost node: 134), up to RESTARTS times, and goes on from its last checkpoint.
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:?start me with sbatch}" || exit
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '/^# /,/^[^#]/s/^#\( \|$\)//p' "$0"
+  exit
+fi
+if [[ -z ${SLURM_SUBMIT_DIR:-} ]]; then
+  echo "error: this is a job of SLURM: sbatch $0 $*" >&2
+  exit 2
+fi
+cd "$SLURM_SUBMIT_DIR" || exit
 
 srun --kill-on-bad-exit=1 --label "${PYTHON:-.venv/bin/python}" -u train.py "$@"
 status=$?

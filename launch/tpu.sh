@@ -15,15 +15,45 @@
 # setup, and run with the same --workdir.
 # Needs gcloud, logged in and with a project, and its key in ssh's agent (ssh-add ~/.ssh/google_compute_engine). See docs/launch.md.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-: "${NAME:?name of the queued resource}" "${ZONE:?}" "${TYPE:?accelerator type, such as v5litepod-64, v5p-128, v6e-256}"
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+fi
+# need NAME MEANING ...: each of these variables is set
+need() {
+  while (($# > 0)); do
+    if [[ -z ${!1:-} ]]; then
+      echo "error: $1 is not set: $2; export it first, as $0 --help shows" >&2
+      exit 2
+    fi
+    shift 2
+  done
+}
+
+case ${1:-} in
+create | setup | run | logs | stop | delete) ;;
+*)
+  echo "error: '${1:-}' is no command; there are create, setup, run, logs, stop and delete, as $0 --help shows" >&2
+  exit 2
+  ;;
+esac
+need NAME "the name of the queued resource" ZONE "its zone, such as europe-west4-b" TYPE "the accelerator, such as v5litepod-64, v5p-128, v6e-256"
 SLICES=${SLICES:-1}
+if [[ ! $SLICES =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: SLICES is '$SLICES'; it must be a whole number" >&2
+  exit 2
+fi
+if ! command -v gcloud >/dev/null; then
+  echo "error: gcloud is not installed; https://cloud.google.com/sdk/docs/install" >&2
+  exit 1
+fi
+cd "$(dirname "$0")/.."
 
 case $TYPE in
 v5litepod-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
 v5p-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv5} ;;
 v6e-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;
-*) : "${RUNTIME:?runtime version for $TYPE}" ;;
+*) need RUNTIME "the runtime version of $TYPE" ;;
 esac
 
 queue() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
@@ -61,7 +91,7 @@ setup() {
     mkdir -p internvl3_jax && tar -xzf internvl3_jax.tar.gz -C internvl3_jax
     python3 -m pip install --quiet --user uv
     ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 venv
-    ~/.local/bin/uv pip install --quiet --python venv --constraint internvl3_jax/requirements/constraints-3.12.txt './internvl3_jax[tpu]'
+    ~/.local/bin/uv pip install --quiet --python venv --constraint internvl3_jax/requirements/constraints-3.12.txt './internvl3_jax[tpu,video,logging]'
     if [[ -n '${SHARE:-}' ]] && ! mountpoint --quiet /share; then
       sudo apt-get install --quiet --yes nfs-common
       sudo mkdir -p /share && sudo mount '${SHARE:-}' /share
@@ -81,8 +111,4 @@ run) run "${@:2}" ;;
 logs) everywhere "tail -n 50 -F train.log | sed -u \"s/^/\$(hostname): /\"" ;;
 stop) everywhere 'pkill -TERM -f "launch/[r]estart.sh"' ;; # the brackets: not this shell itself
 delete) queue delete --force --quiet ;;
-*)
-  sed -n '2,18p' "$0"
-  exit 2
-  ;;
 esac

@@ -35,6 +35,7 @@ def stubs(tmp_path):
             path.chmod(0o755)
         return os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
+    make.notes = tmp_path / "calls"
     make.calls = lambda: [call.split("\x1f")[:-1] for call in (tmp_path / "calls").read_text().split("\x1e")[:-1]]
     return make
 
@@ -54,6 +55,48 @@ def test_scripts_are_bash(path):
     assert os.access(path, os.X_OK)
 
 
+@pytest.mark.parametrize("path", [*SCRIPTS, *sorted((ROOT / "tools").glob("*.sh"))], ids=lambda path: path.name)
+def test_help_prints_the_usage_and_does_nothing(stubs, path):
+    """No program of a cloud or of pip is called, and no variable has to be set."""
+    env = stubs(gcloud="", xpk="", srun="", scontrol="", git="", python3="exit 1", pip="")
+    for flag in ("--help", "-h"):
+        done = subprocess.run([path, flag], env=env, text=True, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) >= 2 and "#" not in done.stdout.split("\n")[0]
+    assert not stubs.notes.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, missing, named",
+    [
+        (["tpu.sh", "run", "--config", "c"], ["NAME"], "error: NAME is not set"),
+        (["tpu.sh", "create"], ["ZONE"], "error: ZONE is not set"),
+        (["tpu.sh", "create"], ["TYPE"], "error: TYPE is not set"),
+        (["tpu.sh"], [], "error: '' is no command"),
+        (["tpu.sh", "start"], [], "error: 'start' is no command"),
+        (["xpk.sh", "--config=c"], ["NAME"], "error: NAME is not set"),
+        (["xpk.sh", "--config=c"], ["STORAGE"], "error: STORAGE is not set"),
+        (["xpk.sh"], [], "error: the arguments of train.py are missing"),
+        (["restart.sh"], [], "error: there is no command"),
+        (["slurm.sh", "--config", "c"], [], "error: this is a job of SLURM"),
+        (["check.sh", "nosuch.yaml"], [], "error: nosuch.yaml: no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_is_missing_is_one_line(stubs, arguments, missing, named):
+    given = dict.fromkeys(("NAME", "ZONE", "TYPE", "CLUSTER", "PROJECT", "IMAGE", "STORAGE"), "v5p-8")
+    env = {name: value for name, value in (stubs(gcloud="", xpk="") | given).items() if name not in missing}
+    done = run(*arguments, env=env, status=2)
+    assert done.stdout == "" and done.stderr.startswith(named) and done.stderr.count("\n") == 1
+    assert not stubs.notes.exists()
+
+
+@pytest.mark.parametrize("name, values", [("tpu.sh", {"SLICES": "two"}), ("restart.sh", {"RESTARTS": "a[$(id)]"})])
+def test_numbers_are_numbers(stubs, name, values):
+    env = stubs(gcloud="") | {"NAME": "pod", "ZONE": "z", "TYPE": "v6e-16"} | values
+    assert "must be a whole number" in run(name, "create", env=env, status=2).stderr
+
+
 @pytest.mark.parametrize("path", STARTING, ids=lambda path: path.name)
 def test_flags_exist(path):
     """Every flag of train.py that a file names is one, and so is the configuration's field behind it."""
@@ -64,6 +107,14 @@ def test_flags_exist(path):
     own = set(re.findall(r"--(config|workdir|coordinator|processes|process)\b(?!\.)", text))
     assert {"config", "workdir"} <= own or path.name == "Dockerfile"
     assert own <= set(flags.FLAGS)
+
+
+def test_what_is_installed_is_what_training_md_says():
+    """A host that a file sets up has the packages of docs/training.md's line."""
+    (line,) = re.findall(r"^pip install -e '\.\[gpu,([a-z,]+)\]'", (ROOT / "docs" / "training.md").read_text(), re.M)
+    for name in ("tpu.sh", "sky_gpu.yaml", "sky_tpu.yaml", "Dockerfile"):
+        (extras,) = re.findall(r"\[(?:gpu|tpu|\$\{EXTRA\}),?([a-z,]*)\]", (LAUNCH / name).read_text())
+        assert extras == line, name
 
 
 def test_the_page_names_every_file():
