@@ -11,44 +11,70 @@ PACKAGE = "internvl3_jax"
 
 # A folder is one unit: its files may import each other.
 ROWS = [
-    ["terminal"],
+    ["expressions", "file_errors", "terminal"],
+    ["orbax_s3", "remote_files"],
     ["safe_files"],
-    ["strict_json"],
-    ["config", "find", "hf_fields", "host_flags", "patterns", "requests", "verify"],
-    ["hf_config", "positions", "sizes"],
+    ["model_files", "strict_json"],
+    ["typed"],
+    ["limits"],
+    ["command_line"],
+    ["jsonl"],
+    ["integrity"],
+    ["unfinished"],
+    ["config", "find", "hf_fields", "host_flags", "patterns", "prompts", "requests", "verify"],
+    ["answer_file", "hf_language", "positions", "settings", "sizes"],
+    ["hf_config"],
     ["data", "environment", "hardware", "peers", "sharding", "storage"],
-    ["cache", "checksum", "distributed", "fingerprint", "flops", "ops", "placement", "reader", "report"],
-    ["manifest", "projector", "vision", "language"],
+    ["cache", "checksum", "distributed", "fingerprint", "flops", "given_images", "ops", "placement", "reader", "report"],
+    ["manifest", "projector", "verification", "vision", "language"],
+    ["steps"],
     ["lora", "model"],
     ["adapters"],
     ["checkpoint", "losses", "optimizer", "preference", "sampling"],
-    ["components", "generate", "meter"],
-    ["objective"],
+    ["checks", "components", "generate", "meter"],
+    ["objective", "options"],
     ["train_step"],
     ["start"],
-    ["chat", "critic", "evaluate", "fit", "held_out", "questions", "reference", "run", "tokens"],
-    ["best_of_n", "make_pairs", "make_process_labels", "make_reference"],
+    ["workdir"],
+    ["chat", "critic", "evaluate", "loading", "fit", "held_out", "questions", "reference", "run", "tokens"],
+    ["best_of_n", "conversation", "make_pairs", "make_process_labels", "make_reference"],
+    ["answer_flags", "answering"],
 ]
 ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
 # Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
 WITHOUT_JAX = {
+    "answer_file",
     "config",
     "data",
     "find",
     "fingerprint",
     "hf_config",
     "hf_fields",
+    "hf_language",
     "host_flags",
     "positions",
+    "prompts",
     "requests",
     "sizes",
 }
-WITHOUT_JAX |= {"safe_files", "strict_json", "terminal", "tokens", "verify"}
+WITHOUT_JAX |= {"file_errors", "remote_files"}
+WITHOUT_JAX |= {
+    "command_line",
+    "expressions",
+    "jsonl",
+    "model_files",
+    "safe_files",
+    "strict_json",
+    "terminal",
+    "tokens",
+    "verify",
+}
+WITHOUT_JAX |= {"integrity", "limits", "settings", "typed", "unfinished"}
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Narrower than the rows.
-FOUNDATION = {"safe_files", "strict_json", "terminal"}
-ONLY = {"data": {"config", "positions"} | FOUNDATION, "tokens": {"config", "data", "positions", "sizes"} | FOUNDATION}
+FOUNDATION = {"command_line", "file_errors", "remote_files", "jsonl", "model_files", "safe_files", "strict_json", "terminal"}
+ONLY = {"data": {"config", "find", "positions"} | FOUNDATION, "tokens": {"config", "data", "positions", "sizes"} | FOUNDATION}
 CONVERT_MAY = FOUNDATION | {
     "adapters",
     "checkpoint",
@@ -57,15 +83,23 @@ CONVERT_MAY = FOUNDATION | {
     "find",
     "fingerprint",
     "hf_config",
+    "hf_language",
     "lora",
     "manifest",
     "model",
     "storage",
+    "verification",
 }
 # Modules of ops/ that the models call; any other is a kernel, which ops/attention.py picks.
 OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.quantize", "ops.remat", "ops.rope"}
 # Libraries that one unit hides from the rest.
-HIDDEN_IN = {"orbax": "storage", "grain": "data", "jax.experimental.pallas": "ops", "qwix": "ops"}
+HIDDEN_IN = {
+    "orbax": "storage",
+    "orbax.checkpoint._src": "orbax_s3",
+    "grain": "data",
+    "jax.experimental.pallas": "ops",
+    "qwix": "ops",
+}
 # In tests/ and benchmarks/ only.
 PEERS = {"torch", "torchvision", "transformers", "accelerate", "peft"}
 

@@ -15,6 +15,13 @@ PROBE
     return 1
 }
 
+case $1 in
+-*)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || [ "$1" = -h ]
+    exit
+    ;;
+esac
 if [ -n "$1" ]; then
     find_python "$1" || { echo "No usable Python $1 found." >&2; exit 1; }
 else

@@ -3,6 +3,12 @@
 # PyPI's build for Linux on x86-64 needs several GB of CUDA libraries, so it is the last resort. First come the sources that pip is
 # set up with, if they have a build marked "+cpu" (a mirror or a folder of wheels), then INDEX.
 
+if [ $# -ne 4 ]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || [ "$1" = -h ]
+    exit
+fi
+
 pip_install() {
     "$python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile "$@"
 }
