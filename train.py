@@ -53,9 +53,9 @@ def run(argv) -> None:
     """From the command line to the end of the run; what is cheap to check comes first, and nothing is written before it."""
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     check(chosen.config)
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
     with held(workdir) if is_first else contextlib.nullcontext():

@@ -34,7 +34,7 @@ SUBSTITUTED = (
     (r"(infer.py --checkpoint DIR --devices 4)", r"\1 --prompt Hello"),  # no conversation
 )
 # Flags behind those of the page, by program. A later one wins.
-SMALL_DATA = "--config.data.rows=1 --config.data.tokens_per_row=1024 --config.data.tiles_per_row=12 --config.data.workers=0"
+SMALL_DATA = "--config.data.rows=1 --config.data.tokens_per_row=1024 --config.data.tiles_per_row=16 --config.data.workers=0"
 ADDED = {
     "train.py --config configs/tiny_digits.py": "--config.steps=2 --config.optimizer.warmup_steps=0 --config.evaluate_per_task=1",
     "train.py --config configs/pretrain.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA} "
