@@ -200,7 +200,8 @@ def _match(names, model: ModelConfig, layout: str) -> _Named:
     for name in names:
         factor = _FACTOR.fullmatch(name)
         key = canonical_key((f"{factor[1]}.weight" if factor else name).removeprefix(PREFIX), layout)
-        if key not in rows or (factor and not lora.LINEAR.fullmatch(rows[key].target.removesuffix("/kernel"))):
+        ours = name.startswith(PREFIX) and key in rows  # PEFT itself loads no other name, without a word
+        if not ours or (factor and not lora.LINEAR.fullmatch(rows[key].target.removesuffix("/kernel"))):
             named.unknown.append(name)
         elif factor:
             named.factors[key][factor[2]] = name

@@ -125,9 +125,9 @@ def read_index(directory: pathlib.Path) -> dict[str, str]:
     placed = Object(loads(read_file(path), where), where).get("weight_map", dict, low=1)
     for name, file in placed.items():
         check(file, str, f"{where}: weight_map: {one_line(name)}", low=1, high=255)
-        if pathlib.PurePath(file).name != file or "\0" in file:
+        if pathlib.PurePath(file).name != file or "\0" in file or not file.endswith(".safetensors"):
             raise ConversionError(
-                f"{where}: weight_map: {one_line(name)} is in {excerpt(file)}; expected a file of this directory"
+                f"{where}: weight_map: {one_line(name)} is in {excerpt(file)}; expected a file of this directory, NAME.safetensors"
             )
     return placed
 

@@ -40,6 +40,7 @@ from convert.values import nonfinite, refuse_nonfinite
 from internvl3_jax import storage
 from internvl3_jax.checkpoint import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
+from internvl3_jax.data.chat import TEMPLATES
 from internvl3_jax.data.tokenizer import Tokenizer
 from internvl3_jax.data.tokenizer_files import FILES
 from internvl3_jax.find import MANIFEST, is_checkpoint
@@ -47,7 +48,7 @@ from internvl3_jax.fingerprint import compare, fingerprint
 from internvl3_jax.hf_config import from_hf, layout_of, processor_from_hf
 from internvl3_jax.model_files import exists, read_file
 from internvl3_jax.strict_json import Object, loads
-from internvl3_jax.terminal import one_line
+from internvl3_jax.terminal import excerpt, one_line
 from internvl3_jax.verification import undamaged
 
 # Beside the tokenizer's files. The python files are the original layout's model code, which its config.json points to.
@@ -209,7 +210,14 @@ def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
         for name in sorted(entry.name for entry in directory.iterdir())
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     ]
-    return {name: read_file(directory / name) for name in names if exists(directory / name)}
+    return {
+        name: read_file(directory / name) for name in names if exists(directory / name) and not _passed_over(directory / name)
+    }
+
+
+def _passed_over(path: pathlib.Path) -> bool:
+    """A folder whose name only a pattern matches, such as LICENSES; one in the place of a file is an error."""
+    return path.is_dir() and path.name not in (*FILES, *TRAVELLING)
 
 
 def read_json(files: dict[str, bytes], name: str, directory: str | pathlib.Path = "") -> dict | None:
@@ -248,6 +256,10 @@ def open_released(
     token = tokenizer.token_id("<IMG_CONTEXT>")
     config = from_hf(values, image_token_id=token, has_head=head, preprocessor_config=pictures, place=place)
     processor = processor_from_hf(values, pictures, place)
+    if processor.template not in TEMPLATES:
+        raise ConversionError(
+            f"{place}config.json: template {excerpt(processor.template)} is unknown; supported: {', '.join(TEMPLATES)}"
+        )
     check_vocabulary(config, tokenizer, directory)
     tensors = table_source(tensors, config.language, layout)
     hashes = {}

@@ -6,6 +6,8 @@ used, known to change nothing, or an error that names it, and a field the comput
 default where those defaults differ between releases (layers of the tower, rope base, tying).
 """
 
+import difflib
+
 from internvl3_jax.config import UNITS, ModelConfig, ProcessorConfig, VisionConfig
 from internvl3_jax.hf_fields import TOP_IGNORED, VISION_IGNORED, Fields
 from internvl3_jax.hf_language import CHANNELS, EPSILON, HEADS, LAYERS, VOCABULARY, read_language
@@ -123,7 +125,27 @@ def _pixels(values: dict | None, vision: VisionConfig, place: str) -> tuple[tupl
     scale = pictures.get("rescale_factor", float, 1 / 255)
     if abs(255 * scale - 1) > 1e-3:
         pictures.refuse("rescale_factor", "this implementation divides by 255")
+    _refuse_misspelt(pictures)
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _refuse_misspelt(pictures: Fields) -> None:
+    """Unknown settings of an image processor are many, and ignored; one that is nearly the name of one that decides is an error."""
+    deciding = (
+        "image_mean",
+        "image_std",
+        "do_normalize",
+        "do_rescale",
+        "resample",
+        "rescale_factor",
+        "size",
+        "min_patches",
+        "max_patches",
+    )
+    for name in pictures.values:
+        near = difflib.get_close_matches(name, deciding, n=1, cutoff=0.85)
+        if near and name not in deciding and near[0] not in pictures.values:
+            pictures.refuse(name, f"there is no such setting; did you mean {near[0]!r}?")
 
 
 def _original_fields(top: Fields, vision: VisionConfig) -> None:

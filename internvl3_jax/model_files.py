@@ -19,10 +19,10 @@ _PAGE = (b"<!doctype html", b"<html")
 
 
 def exists(path: pathlib.Path) -> bool:
-    """Whether the directory has an entry of this name that is no directory, be it a pipe or a link to nothing."""
+    """Whether the directory has an entry of this name, be it a pipe, a directory or a link to nothing; reading it says so."""
     if is_remote(path):
         return path.is_file()
-    return os.path.lexists(path) and not path.is_dir()
+    return os.path.lexists(path)
 
 
 def open_file(path: pathlib.Path) -> BinaryIO:
