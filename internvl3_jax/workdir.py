@@ -122,7 +122,7 @@ def same_run(config: TrainConfig, workdir: pathlib.Path, newest: int | None) -> 
     ours = json.loads(json.dumps(to_dict(config)))
     if not (found := differing(_deciding(theirs), _deciding(ours), "")):
         return config
-    if [name for name in theirs if theirs[name] != ours[name] and name not in FREE_TO_CHANGE] == ["steps"]:
+    if [name for name in theirs if theirs[name] != ours.get(name) and name not in FREE_TO_CHANGE] == ["steps"]:
         return _lengthened(config, theirs["steps"], workdir, newest)
     raise ConfigError(
         f"{workdir} is a run with another configuration ({path}): {'; '.join(found)}. Name another --workdir, or delete it"

@@ -116,6 +116,15 @@ def test_what_is_no_configuration_is_named_and_stays(tmp_path, content, message)
     assert path.read_bytes() == content
 
 
+def test_a_setting_that_does_not_exist_is_named(tmp_path):
+    """As a flipped bit in the file's names makes one."""
+    saved = json.loads(json.dumps(to_dict(workdir.resolved(train_config()))))
+    saved["ioit_from"] = saved.pop("init_from")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="ioit_from is '' there and None here"):
+        workdir.same_run(train_config(), tmp_path, 4)
+
+
 def test_files_of_something_else_are_not_written_over(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"mine": 1}\n')
     with pytest.raises(FileError, match=r"log.jsonl exists, but .* holds no run .config.json.; name another --workdir"):
