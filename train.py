@@ -116,7 +116,6 @@ def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | No
         compared = load_reference(config, mesh, state)
         held_out = HeldOut(config, model, tokenizer) if config.held_out else None
         saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files(), batches.identity)
-        save_config(config, workdir)
         state = train(config, workdir, model, optimizer, state, compared, past, batches, placement, saver, held_out)
     return state.params, tokenizer
 
@@ -156,6 +155,7 @@ def train(
                 batch = placement.arrays(prepared.batch)
                 if step == first:
                     step_fn = compile_step(config, model, optimizer, len(sources), state, batch, key, compared)
+                    save_config(config, workdir)  # nothing is left that may refuse it
                 agrees = (step - first) % config.agree_every == 0
                 if agrees:
                     # Compiling takes a host with a filled cache no time, and another one minutes.

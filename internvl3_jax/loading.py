@@ -38,12 +38,12 @@ def make_mesh(devices: int | None, fsdp: int, hosts: bool) -> jax.sharding.Mesh 
     """Of the first `devices` devices, or of all of all hosts; None for one. devices: None is one, or all with `hosts`."""
     here = len(jax.devices())
     count = devices or (here if hosts else 1)
+    if count % fsdp:
+        raise ValueError(f"--fsdp is {fsdp}; it must divide the {count} devices")
     if count == 1:
         return None
     if count > here or (hosts and count < here):
         raise ValueError(
             f"--devices is {count}; there are {here}{', and all hosts take part' if hosts else ''}: {jax.devices()}"
         )
-    if count % fsdp:
-        raise ValueError(f"--fsdp is {fsdp}; it must divide the {count} devices")
     return sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=count // fsdp), jax.devices()[:count])

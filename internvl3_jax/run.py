@@ -25,7 +25,7 @@ from internvl3_jax.data.identity import check_identity
 from internvl3_jax.find import latest_step
 from internvl3_jax.optimizer import Optimizer
 from internvl3_jax.placement import Placement, total
-from internvl3_jax.report import REPORT
+from internvl3_jax.report import LOG, REPORT, read_rows
 from internvl3_jax.start import Past, base_of, beside_base, check_adapters_learn, check_frozen, kept, warm_start
 from internvl3_jax.terminal import one_line
 from internvl3_jax.train_step import TrainState, init_state, shardings_of, trained_paths
@@ -127,8 +127,21 @@ def farewell(config: TrainConfig, workdir: pathlib.Path) -> str:
     return (
         f"{workdir} is finished: step {config.steps} of {config.steps}{held_out}{gone}\n"
         f"ask it:    python infer.py --checkpoint {chosen}\n"
-        f"export it: python -m convert {chosen} DIRECTORY --to hf"
+        f"export it: python -m convert {chosen} DIRECTORY --to hf{_wrong_log(config, workdir)}"
     )
+
+
+def _wrong_log(config: TrainConfig, workdir: pathlib.Path) -> str:
+    """A line about a log that does not tell of the whole run; a finished run does not write it again."""
+    path = workdir / LOG
+    try:
+        reached = max((row["step"] for row in read_rows(path)), default=0)
+        if reached >= config.steps and not jsonl.torn(path):
+            return ""
+        why = f"is damaged or incomplete: its last row is of step {reached} of {config.steps}"
+    except (ValueError, OSError) as error:
+        why = f"cannot be read ({message(error)})"
+    return f"\nwarning: {path} {why}; the checkpoints are whole"
 
 
 class Saver:
