@@ -54,8 +54,8 @@ def _together(config: TrainConfig) -> Iterator[str]:
             parse_delta(delta)
         except ValueError as error:
             yield f"data.deltas: {error}"
-    if list(vars(config.mesh).values()).count(-1) > 1:
-        yield "mesh: two axes are -1; only one can take what the others leave"
+    if len(open_axes := [f"mesh.{axis}" for axis, size in vars(config.mesh).items() if size == -1]) > 1:
+        yield f"{' and '.join(open_axes)} are -1; only one axis can take the devices that the others leave"
 
 
 def _model(config: TrainConfig) -> None:

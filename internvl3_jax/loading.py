@@ -28,6 +28,9 @@ def open_checkpoint(path: str, *, dtype: str | None, mesh, adapters: Sequence[st
 def named_adapters(given: Sequence[str]) -> dict[str, str]:
     """Name -> directory of "NAME=DIR" or of "DIR", whose last part is its name. ValueError for a name that occurs twice."""
     pairs = [text.split("=", 1) if "=" in text else (pathlib.Path(text).name, text) for text in given]
+    for text, (name, directory) in zip(given, pairs, strict=True):
+        if not name.strip() or not directory.strip():
+            raise ValueError(f"--adapter is {text!r}; it must be a directory, or NAME=DIR with both")
     names = [name for name, _ in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two adapters are called {twice[0]!r}; name them: --adapter NAME=DIR")
@@ -38,8 +41,8 @@ def make_mesh(devices: int | None, fsdp: int, hosts: bool) -> jax.sharding.Mesh 
     """Of the first `devices` devices, or of all of all hosts; None for one. devices: None is one, or all with `hosts`."""
     here = len(jax.devices())
     count = devices or (here if hosts else 1)
-    if count % fsdp:
-        raise ValueError(f"--fsdp is {fsdp}; it must divide the {count} devices")
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(f"--fsdp is {fsdp}; it must be a positive number that divides the number of devices, {count}")
     if count == 1:
         return None
     if count > here or (hosts and count < here):

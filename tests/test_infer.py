@@ -125,7 +125,10 @@ def test_several_devices_answer_alike(ask, pictures):
     wide = json.loads(ask(**question, devices=4, fsdp=2).out)
     assert wide["token_ids"] == alone["token_ids"]
     assert fail(ask, **question, devices=9).startswith("error: --devices is 9; there are 8: [CpuDevice(id=0)")
-    assert fail(ask, **question, devices=4, fsdp=3) == "error: --fsdp is 3; it must divide the 4 devices"
+    for fsdp in (3, 0, -2):
+        assert fail(ask, **question, devices=4, fsdp=fsdp).startswith(f"error: --fsdp is {fsdp}; it must be a positive number")
+    for adapter in ("=", "a=", "=x"):
+        assert fail(ask, **question, adapter=[adapter]).startswith(f"error: --adapter is {adapter!r}; it must be a directory")
 
 
 def test_a_conversation(ask, monkeypatch, pictures):

@@ -110,7 +110,7 @@ def test_all_wrong_settings_are_named_at_once():
     ({"processor.tokens_per_tile": 8}, "processor.image_size and tokens_per_tile are 16 and 8; the model's are 16 and 4"),
     ({"data.deltas": ("1", "1/3")}, "data.deltas: delta '1/3' is not a multiple"),
     ({"optimizer.schedule": "wsd", "optimizer.decay_fraction": 1.0}, "optimizer.decay_fraction is 1.0: 30 of 30 steps"),
-    ({"mesh.data": -1}, "mesh: two axes are -1"),
+    ({"mesh.data": -1}, "mesh.data and mesh.fsdp are -1"),
     ({"data.rows": 2**20, "data.tiles_per_row": 2**20}, "data.rows, tokens_per_row and tiles_per_row make batches of [0-9,]+ GiB"),
 ])  # fmt: skip
 def test_contradictions_are_named(changes, message):

@@ -63,7 +63,7 @@ def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
     """(line number, source, row, reason) of each line of a drop list. ValueError names a line that is none."""
     text = decode(read_bytes(path, max_bytes=MAX_DROP_LIST), one_line(path))
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip() or line.startswith("#"):
+        if not line.strip(" \r") or line.startswith("#"):
             continue
         name, row, reason = [*line.rstrip("\r").split("\t", 2), "", ""][:3]
         if not re.fullmatch("[0-9]{1,18}", row.strip()):

@@ -95,7 +95,11 @@ def trained(folder: pathlib.Path) -> str:
 
     rows = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
     steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    last = folder / "run/checkpoints" / str(max(int(path.name) for path in (folder / "run/checkpoints").glob("[0-9]")))
+    last = (
+        folder
+        / "run/checkpoints"
+        / str(max(int(path.parent.name) for path in (folder / "run/checkpoints").glob("[0-9]/params")))
+    )
     arrays = [
         _hash_of(storage.load_tree(last / part, storage.ocp.metadata(last / part).metadata)) for part in ("params", "opt_state")
     ]
