@@ -20,15 +20,18 @@ the status at the end is 1; --on_error stop ends the run there.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
 
 from absl import flags, logging
 
-from internvl3_jax import answer_flags, command_line, host_flags
-from internvl3_jax.command_line import UsageError
-from internvl3_jax.terminal import printable
+from internvl3_jax.inference import answer_flags
+from internvl3_jax.io import command_line
+from internvl3_jax.io.command_line import UsageError
+from internvl3_jax.io.terminal import printable
+from internvl3_jax.parallel import host_flags
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(answer_flags)
@@ -62,11 +65,11 @@ def main(argv):
 
 def check_inputs() -> tuple[list[dict] | None, str | None]:
     """(the requests, the prompt). ValueError for whatever can be seen to be wrong without a model."""
-    from internvl3_jax import prompts
-    from internvl3_jax.chat import Options
-    from internvl3_jax.data.images import open_image
-    from internvl3_jax.loading import named_adapters
-    from internvl3_jax.requests import check_images, read_requests
+    from internvl3_jax.data.media.images import open_image
+    from internvl3_jax.inference import prompts
+    from internvl3_jax.inference.chat import Options
+    from internvl3_jax.inference.loading import named_adapters
+    from internvl3_jax.inference.requests import check_images, read_requests
 
     Options(**answer_flags.chat_options())
     names = named_adapters(FLAGS.adapter)
@@ -84,7 +87,7 @@ def check_inputs() -> tuple[list[dict] | None, str | None]:
 
 def open_output(requests: list[dict], stack: contextlib.ExitStack):
     """The output, locked, its answers checked as far as that goes without a model; None on all hosts but the first."""
-    from internvl3_jax.answer_file import AnswerFile
+    from internvl3_jax.inference.answer_file import AnswerFile
 
     if not is_first_host():
         return None
@@ -100,16 +103,16 @@ def join_hosts() -> None:
     """All hosts compute; the first alone says and writes anything."""
     import jax
 
-    from internvl3_jax import distributed
+    from internvl3_jax.parallel import multihost
 
     with contextlib.redirect_stdout(sys.stderr):
-        distributed.initialize(*(flag.value for flag in (host_flags.COORDINATOR, host_flags.PROCESSES, host_flags.PROCESS)))
+        multihost.initialize(*(flag.value for flag in (host_flags.COORDINATOR, host_flags.PROCESSES, host_flags.PROCESS)))
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
 
 
 def open_checkpoint(path: str, adapters: list[str] = ()):
-    from internvl3_jax import loading
+    from internvl3_jax.inference import loading
 
     loading.use_compilation_cache(FLAGS.compilation_cache)
     devices = None if FLAGS["devices"].using_default_value else FLAGS.devices
@@ -130,7 +133,8 @@ def open_chat(checkpoint):
 
 def open_critic(checkpoint, chat):
     """(the critic, what its scores depend on)"""
-    from internvl3_jax import Critic, answering
+    from internvl3_jax import Critic
+    from internvl3_jax.inference import answering
 
     if FLAGS.critic == FLAGS.checkpoint:
         return Critic(checkpoint, chat.generator, **answer_flags.critic_options()), {}
@@ -145,7 +149,8 @@ def open_critic(checkpoint, chat):
 
 def ask(chat, question: str, images: list[str]) -> None:
     """Prints the answer as it comes, or its JSON at the end."""
-    from internvl3_jax import answering, jsonl
+    from internvl3_jax.inference import answering
+    from internvl3_jax.io import jsonl
 
     for piece in chat.stream(question, images):
         if not FLAGS.json:
@@ -159,8 +164,8 @@ def ask(chat, question: str, images: list[str]) -> None:
 
 def ask_best(chat, critic, question: str, images: list[str]) -> None:
     """Prints the chosen answer, or JSON with all candidates."""
-    from internvl3_jax import jsonl
-    from internvl3_jax.best_of_n import best_of_many
+    from internvl3_jax.io import jsonl
+    from internvl3_jax.reward.best_of_n import best_of_many
 
     (choice,) = best_of_many(chat, critic, [(question, images)], **answer_flags.best_of_options())
     print(jsonl.dumps(choice.as_json()) if FLAGS.json else printable(choice.text))
@@ -184,7 +189,7 @@ def note(text: str) -> None:
 
 
 def converse(chat) -> None:
-    from internvl3_jax.conversation import Conversation
+    from internvl3_jax.inference.conversation import Conversation
 
     Conversation(chat, ask).run()
 
@@ -194,7 +199,8 @@ def converse(chat) -> None:
 
 def answer_requests(checkpoint, chat, critic, of_critic: dict, requests: list[dict], output) -> None:
     """Answers --requests in batches; each is appended to --output as a whole, so that a stopped run is resumed where it was."""
-    from internvl3_jax import answering
+    from internvl3_jax.inference import answering
+    from internvl3_jax.reward.best_of_n import best_of_many
 
     settings = answer_flags.asked_settings() | answering.model_settings(checkpoint, chosen_adapter(checkpoint)) | of_critic
     if output is not None:
@@ -204,8 +210,8 @@ def answer_requests(checkpoint, chat, critic, of_critic: dict, requests: list[di
         note(f"{FLAGS.output} holds {answered} of {len(requests)} answers; resuming with the rest")
         if output is not None and any("run" not in row for row in output.answers):
             note(f"warning: {FLAGS.output} does not say how some of them were made; they are taken as made with these settings")
-    choose = answer_flags.best_of_options() if FLAGS.best_of else None
-    asking = answering.Asking(chat, critic, choose, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts)
+    choose = functools.partial(best_of_many, chat, critic, **answer_flags.best_of_options()) if FLAGS.best_of else None
+    asking = answering.Asking(chat, choose, FLAGS.best_of or 1, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts)
     began = time.perf_counter()
     if FLAGS.retry_errors:
         note(f"{answering.ask_again(asking, requests, output)} requests with an error were asked again")
@@ -234,9 +240,9 @@ def of_first_host(count: int) -> int:
 
 
 def run(argv):
-    from internvl3_jax import distributed
+    from internvl3_jax.parallel import multihost
 
-    with distributed.together(), command_line.errors_in_one_line(ImportError):
+    with multihost.together(), command_line.errors_in_one_line(ImportError):
         main(argv)
 
 

@@ -18,26 +18,28 @@ import zlib
 import jax
 from absl import flags, logging
 
-from convert.source import travelling_files
-from internvl3_jax import checks, command_line, distributed, lora, reference, report, settings, sharding
-from internvl3_jax.components import component_table, format_table
+from internvl3_jax.checkpoints.fingerprint import fingerprint
+from internvl3_jax.checkpoints.hf.released import travelling_files
 from internvl3_jax.config import TrainConfig, to_dict
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
-from internvl3_jax.evaluate import evaluate
-from internvl3_jax.find import find
-from internvl3_jax.fingerprint import fingerprint
-from internvl3_jax.held_out import HeldOut
-from internvl3_jax.host_flags import COORDINATOR, PROCESS, PROCESSES
-from internvl3_jax.meter import Meter
-from internvl3_jax.model import InternVL
-from internvl3_jax.optimizer import Optimizer, make_optimizer
-from internvl3_jax.placement import Placement
-from internvl3_jax.reference import load_reference
-from internvl3_jax.run import UNKNOWN, Guard, Saver, Skipped, agreed_step, farewell, is_finished, restore_or_init
-from internvl3_jax.start import Past
-from internvl3_jax.train_step import TrainState, make_model, make_step
-from internvl3_jax.workdir import held, named, same_run, save_config
+from internvl3_jax.io import command_line
+from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.model import lora
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.parallel import multihost, sharding
+from internvl3_jax.parallel.data_shards import Placement
+from internvl3_jax.parallel.host_flags import COORDINATOR, PROCESS, PROCESSES
+from internvl3_jax.training import checks, reference_model, run_log, settings
+from internvl3_jax.training.evaluation import HeldOut
+from internvl3_jax.training.metrics import Meter
+from internvl3_jax.training.optimizer import Optimizer, make_optimizer
+from internvl3_jax.training.param_table import component_table, format_table
+from internvl3_jax.training.reference_model import load_reference
+from internvl3_jax.training.run import UNKNOWN, Guard, Saver, Skipped, agreed_step, farewell, is_finished, restore_or_init
+from internvl3_jax.training.start import Past
+from internvl3_jax.training.step import TrainState, make_model, make_step
+from internvl3_jax.training.workdir import held, named, same_run, save_config
 
 flags.adopt_module_key_flags(settings)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, log, report.", required=True)
@@ -45,7 +47,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint
 
 def main(argv) -> None:
     # What the user can fix is one line; anything else is our fault and keeps its traceback.
-    with distributed.together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
+    with multihost.together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
         run(argv)
 
 
@@ -56,7 +58,7 @@ def run(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     check(chosen.config)
-    distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    multihost.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
     with held(workdir) if is_first else contextlib.nullcontext():
         newest = agreed_step(workdir)
@@ -64,11 +66,7 @@ def run(argv) -> None:
         if not is_finished(config, workdir, newest):
             if is_first:
                 print(chosen.overview(config), flush=True)
-            params, tokenizer = fit(config, workdir, mesh, newest)
-            if config.evaluate_per_task:
-                scores = evaluate(config, lora.merged(params, config.lora), tokenizer)
-                report.write(workdir, config, scores)
-                print(report.table(scores))
+            fit(config, workdir, mesh, newest)
         if is_first:
             print(farewell(config, workdir), flush=True)
 
@@ -76,7 +74,7 @@ def run(argv) -> None:
 def check(config: TrainConfig) -> None:
     """ValueError or ImportError naming what no run can be made of; nothing is read, and no device touched."""
     checks.validate(config)
-    report.check_extras(config)
+    run_log.check_extras(config)
     if not config.data.source:
         raise ValueError("data.source is empty; name the meta JSON of your data: --config.data.source=meta.json")
 
@@ -85,12 +83,10 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     """The mesh of all devices. ValueError if a setting makes no sense, or the model, the batch or an evaluation does not fit the mesh."""
     checks.validate(config)
     mesh, data = sharding.make_mesh(config.mesh), config.data
-    reference.check(config)
+    reference_model.check(config)
     sharding.check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
-    if jax.process_count() > 1 and (config.evaluate_answers or config.evaluate_per_task):
-        raise ValueError(
-            "evaluate_answers and evaluate_per_task are for one process: generation is not spread over several here"
-        )
+    if jax.process_count() > 1 and config.evaluate_answers:
+        raise ValueError("evaluate_answers is for one process: generation is not spread over several here")
     return mesh
 
 
@@ -147,7 +143,7 @@ def train(
     before, began = past.seconds, time.perf_counter()
     first = int(state.step) + 1
     skipped = Skipped(workdir, first - 1)
-    with report.Log(workdir, config, first - 1, jax.process_index() == 0) as log, distributed.termination() as stops:
+    with run_log.Log(workdir, config, first - 1, jax.process_index() == 0) as log, multihost.termination() as stops:
         try:
             for step in range(first, config.steps + 1):
                 log.profile(step)
@@ -159,13 +155,13 @@ def train(
                 agrees = (step - first) % config.agree_every == 0
                 if agrees:
                     # Compiling takes a host with a filled cache no time, and another one minutes.
-                    distributed.check_agreement(
+                    multihost.check_agreement(
                         step, identity(config, prepared.batch, batches.identity), seconds=3600 if step == first else 300
                     )
-                distributed.at(step)
+                multihost.at(step)
                 state, metrics = step_fn(state, batch, key, compared)
                 if step == 1:
-                    reference.check_start(config, metrics)
+                    reference_model.check_start(config, metrics)
                 meter.add(prepared, metrics)
                 guard.add(step, metrics, prepared)
                 past.seconds = before + time.perf_counter() - began
@@ -222,7 +218,7 @@ def evaluate_held_out(
         past.best, past.best_step = values["held_out"], step
     if config.evaluate_answers:
         answers = held_out.answers(state.params, config.evaluate_answers)
-        report.append(workdir / report.ANSWERS, [{"step": step} | row for row in answers])
+        run_log.append(workdir / run_log.ANSWERS, [{"step": step} | row for row in answers])
 
 
 if __name__ == "__main__":

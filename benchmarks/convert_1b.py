@@ -26,9 +26,11 @@ import numpy as np
 
 from convert.hf_files import to_hf
 from convert.run import planned
-from convert.safetensors_io import SafetensorsWriter
+from internvl3_jax.checkpoints.hf.safetensors import SafetensorsWriter
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data import tiny_tokenizer
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.sizes import SIZES
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -44,7 +44,9 @@ def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
 
     from convert.hf_files import to_hf
     from internvl3_jax.config import ModelConfig
-    from internvl3_jax.data import tiny_tokenizer
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
     from internvl3_jax.sizes import SIZES
 
     files = tiny_tokenizer.build()
@@ -90,8 +92,8 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     from internvl3_jax import load
     from internvl3_jax.config import UNITS
     from internvl3_jax.data.batch import Prompt
-    from internvl3_jax.generate import Generator, Run, _encode
-    from internvl3_jax.sampling import Sampling
+    from internvl3_jax.inference.generator import Generator, Run, _encode
+    from internvl3_jax.inference.sampling import Sampling
 
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -5,7 +5,7 @@
 Photographs of scikit-learn and noise on them, saved as 1920 x 1440 JPEG, one a conversation, cut into 12 tiles and a thumbnail of
 448 pixels with recompression on, packed into rows of 16,384 tokens and 48 tiles: the whole way from a meta JSON to batches. The tokenizer
 is the digits model's, which is no slower than the released one. "needed" are the tiles a second that one H100 takes at 40 % MFU
-when all of a model is trained on such samples; FLOPs by internvl3_jax/flops.py.
+when all of a model is trained on such samples; FLOPs by internvl3_jax/training/flops.py.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
-from internvl3_jax.flops import batch_counts, train_flops
-from internvl3_jax.hardware import CHIPS
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.flops import batch_counts, train_flops
+from internvl3_jax.training.hardware import CHIPS
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "input_pipeline.json"
 MFU = 0.4

@@ -19,11 +19,11 @@ from collections.abc import Callable
 
 from fit_table import GIB, ROOT, ask
 
-from internvl3_jax import lora
 from internvl3_jax.fit.advice import with_flags
 from internvl3_jax.fit.memory import estimate
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
+from internvl3_jax.model import lora
 
 RESULTS = ROOT / "benchmarks" / "results" / "lora_table.json"
 SIZES = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from cpu_peer import machine
 
-from internvl3_jax.losses import chunked_cross_entropy, cross_entropy
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.losses import chunked_cross_entropy, cross_entropy
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "loss_memory.json"
 TOKENS = 16_384

@@ -17,8 +17,8 @@ import platform
 import numpy as np
 
 from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.media.tiles import count_tiles, image_limit
 from internvl3_jax.data.packing import RULES, choose
-from internvl3_jax.data.tiles import count_tiles, image_limit
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "packing.json"
 TOKENS, TILES = 16_384, 48

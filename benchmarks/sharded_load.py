@@ -82,11 +82,12 @@ def load_part(options, path: str, number: str, coordinator: str) -> dict:
     import jax
     from cpu_peer_sides import peak_bytes, reset_peak
 
-    from internvl3_jax import distributed, load, sharding
+    from internvl3_jax import load
     from internvl3_jax.config import MeshConfig
+    from internvl3_jax.parallel import multihost, sharding
 
     if options.processes > 1:
-        distributed.initialize(coordinator, options.processes, int(number))
+        multihost.initialize(coordinator, options.processes, int(number))
     mesh = sharding.make_mesh(MeshConfig())
     if options.limit_gib:
         # Of what is written to, not of what is mapped: jax reserves far more addresses than it uses.

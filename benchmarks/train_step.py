@@ -114,10 +114,10 @@ def measure_jax(options) -> dict:
     import jax
 
     from internvl3_jax.config import OptimizerConfig
-    from internvl3_jax.flops import batch_counts, train_flops
-    from internvl3_jax.model import InternVL
-    from internvl3_jax.optimizer import make_optimizer
-    from internvl3_jax.train_step import init_state, train_step
+    from internvl3_jax.model.internvl import InternVL
+    from internvl3_jax.training.flops import batch_counts, train_flops
+    from internvl3_jax.training.optimizer import make_optimizer
+    from internvl3_jax.training.step import init_state, train_step
 
     config = model_config(options)
     layers = max(config.vision.num_layers, config.language.num_layers)
@@ -164,7 +164,7 @@ def time_parts(model, optimizer, state, batch, options) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from internvl3_jax.losses import chunked_cross_entropy
+    from internvl3_jax.training.losses import chunked_cross_entropy
 
     params, config, chunk = state.params, model.config.language, options.chunk
     tiles = batch["tiles"].reshape(-1, *batch["tiles"].shape[2:])

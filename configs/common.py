@@ -71,8 +71,8 @@ def _model(name: str, drop_path: float) -> tuple[ModelConfig, ProcessorConfig, s
     if name in RELEASED:
         model, processor, start = SIZES[name], ProcessorConfig(), ""
     else:
-        from convert.source import open_model
-        from internvl3_jax.find import find
+        from convert.open import open_model
+        from internvl3_jax.io.checkpoint_paths import find
 
         found = find(name)
         opened = open_model(found)

@@ -1,6 +1,6 @@
 """Mixed Preference Optimization after supervised fine-tuning: all parameters, pairs of answers (MMPR-v1.2 or your own: make_pairs).
 
-    python -m internvl3_jax.make_pairs --checkpoint runs/sft-8b --questions questions.jsonl --output pairs.jsonl
+    python -m internvl3_jax.reward.make_pairs --checkpoint runs/sft-8b --questions questions.jsonl --output pairs.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b --workdir runs/mpo-8b --config.data.source=pairs.json
 
 [M3] InternVL's shell/internvl3.0/mpo scripts: 0.8 DPO + 0.2 BCO + 1.0 cross-entropy of the chosen answer, beta 0.1, learning rate 2e-7, 3 %

@@ -2,14 +2,19 @@
 
     pip install -e '.[demo]'
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
+    python examples/tiny_digits/recipe/evaluate.py runs/tiny_digits
 
 Everything that the big sizes use, at a small size: tiles by dynamic resolution, V2PE with a delta drawn for each picture, packed
 rows, one loss. delta stays near 1, because a tile has 4 tokens here: at 1/256 a whole picture would lie within a tenth of a position.
 Muon, because a tower like this one learns to read single digits from about half as many pictures as with AdamW.
 """
 
+import pathlib
+
 from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
 from internvl3_jax.sizes import SIZES
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def get_config() -> TrainConfig:
@@ -20,7 +25,8 @@ def get_config() -> TrainConfig:
             image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, max_tiles=6, system_message=None
         ),
         data=DataConfig(
-            source="digits",
+            source="examples.tiny_digits.recipe.data:sources",
+            tokenizer=str(ROOT / "examples" / "tiny_digits"),
             rows=11,
             tokens_per_row=144,
             tiles_per_row=11,
@@ -31,6 +37,5 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=50, beta2=0.99),
         steps=1700,
         save_every=250,
-        evaluate_per_task=500,
         scan_unroll=4,
     )

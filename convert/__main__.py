@@ -18,15 +18,14 @@ import time
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from convert.adapted import Adapted, export_adapter, open_run, open_with_peft
-from convert.assemble import DTYPES, ConversionError
 from convert.compose import open_parts
+from convert.open import Adapted, export_adapter, open_model, open_run, open_with_peft
 from convert.run import convert
-from convert.source import open_model
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.data.tokenizer_files import MERGES, with_merges
-from internvl3_jax.find import find, find_released
-from internvl3_jax.terminal import excerpt, printable
+from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.data.text.tokenizer_files import MERGES, with_merges
+from internvl3_jax.io.checkpoint_paths import find, find_released
+from internvl3_jax.io.terminal import excerpt, printable
 
 
 def main(arguments: list[str] | None = None) -> int:

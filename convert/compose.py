@@ -14,18 +14,18 @@ import zlib
 
 import numpy as np
 
-from convert.assemble import HEADS, Plan, Source, fill_leaf, has_head, padded_shape, plan
 from convert.hf_files import has_token
-from convert.internlm2 import table_source
-from convert.mapping import Row, bits
-from convert.safetensors_io import SafetensorsSource
-from convert.source import Hashes, allocate, read_json, travelling_files
-from convert.values import refuse_nonfinite
+from internvl3_jax.checkpoints.hf.assemble import HEADS, Plan, Source, fill_leaf, has_head, padded_shape, plan
+from internvl3_jax.checkpoints.hf.config import layout_of, read_vision
+from internvl3_jax.checkpoints.hf.internlm2 import table_source
+from internvl3_jax.checkpoints.hf.language import read_language
+from internvl3_jax.checkpoints.hf.mapping import Row, bits
+from internvl3_jax.checkpoints.hf.released import Hashes, allocate, read_json, travelling_files
+from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
+from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
 from internvl3_jax.config import ModelConfig, ProcessorConfig, VisionConfig
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.hf_config import layout_of, read_vision
-from internvl3_jax.hf_language import read_language
-from internvl3_jax.strict_json import Object
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.io.strict_json import Object
 
 NEW_TOKENS = (
     "<img>",

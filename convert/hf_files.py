@@ -2,12 +2,12 @@
 
 import json
 
-from convert.source import read_json
+from internvl3_jax.checkpoints.hf.released import read_json
 from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
-from internvl3_jax.data.chat import TEMPLATES
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.data.tokenizer_files import named_token
-from internvl3_jax.strict_json import Object
+from internvl3_jax.data.text.chat_template import TEMPLATES
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.data.text.tokenizer_files import named_token
+from internvl3_jax.io.strict_json import Object
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
 # The names that transformers' InternVLProcessor asks its tokenizer for.

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from convert.adapted import Adapted
-from convert.assemble import DTYPES, ConversionError, layer_numbers, layer_tensors, padded_shape
 from convert.compose import Composed
 from convert.hf_files import export_files
-from convert.internlm2 import FileWriter, file_tensors
-from convert.mapping import Row, active_rows, layers_of, source_shape
-from convert.safetensors_io import SafetensorsWriter
-from convert.source import Converted, Hashes, Released, open_model
-from internvl3_jax import checkpoint, storage
+from convert.open import Adapted, open_model
+from internvl3_jax.checkpoints import manifest, storage
+from internvl3_jax.checkpoints.fingerprint import fingerprint
+from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, layer_numbers, layer_tensors, padded_shape
+from internvl3_jax.checkpoints.hf.internlm2 import FileWriter, file_tensors
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, layers_of, source_shape
+from internvl3_jax.checkpoints.hf.released import Converted, Hashes, Released
+from internvl3_jax.checkpoints.hf.safetensors import SafetensorsWriter
+from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig
-from internvl3_jax.find import MANIFEST, hub_source
-from internvl3_jax.fingerprint import fingerprint
-from internvl3_jax.manifest import Manifest
+from internvl3_jax.io.checkpoint_paths import MANIFEST, hub_source
 
 Model = Released | Converted | Composed | Adapted
 HEAD, EMBEDDING = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
@@ -44,7 +44,7 @@ class OrbaxSink:
     def close(self, hashes: Hashes) -> None:
         self.writer.close()
         model = self.model
-        checkpoint.write_files(
+        manifest.write_files(
             self.directory, model.config, model.processor, model.files, model.dtype, hashes, source=source_of(model)
         )
 

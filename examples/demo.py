@@ -51,8 +51,8 @@ def main() -> int:
 
 def convert_model(source: pathlib.Path, target: pathlib.Path, console: Console) -> pathlib.Path:
     """Safetensors -> checkpoint, as `python -m convert SOURCE TARGET --verify --overwrite`."""
+    from convert.open import open_model
     from convert.run import convert
-    from convert.source import open_model
 
     began = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,9 @@ def read_questions(path: pathlib.Path) -> list[dict]:
 def ask_all(checkpoint: pathlib.Path, questions: list[dict], directory: pathlib.Path, console: Console) -> list[dict]:
     """Asks each question in a conversation of its own and prints the answers as they come; returns the table's rows."""
     from internvl3_jax import Chat, load
-    from internvl3_jax.data.digits import is_right
+
+    sys.path.insert(0, str(ROOT))
+    from examples.tiny_digits.recipe.data import is_right
 
     chat = Chat(load(checkpoint, dtype="float32"), max_new_tokens=LONGEST_ANSWER)
     rows = []

@@ -12,8 +12,11 @@ infer.py answers the same file: --requests examples/tiny_digits/questions.jsonl.
 import argparse
 import json
 import pathlib
+import sys
 
-from internvl3_jax.data.digits import Question, held_out
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the clone
+
+from examples.tiny_digits.recipe.data import Question, held_out
 
 DIRECTORY = pathlib.Path(__file__).resolve().parent / "tiny_digits"
 PER_TASK = 4

@@ -2,7 +2,13 @@
 
 import importlib
 
-_PUBLIC = {"Answer": "chat", "Chat": "chat", "Checkpoint": "checkpoint", "Critic": "critic", "load": "checkpoint"}
+_PUBLIC = {
+    "Answer": "inference.chat",
+    "Chat": "inference.chat",
+    "Checkpoint": "checkpoints.checkpoint",
+    "Critic": "reward.critic",
+    "load": "checkpoints.checkpoint",
+}
 __all__ = ["Answer", "Chat", "Checkpoint", "Critic", "load"]
 
 

@@ -8,8 +8,8 @@ can carry them; treat them as values once a module has been built.
 
 import dataclasses
 
-from internvl3_jax import limits
-from internvl3_jax.typed import ConfigError, from_dict, to_dict
+from internvl3_jax.io import limits
+from internvl3_jax.io.typed import ConfigError, from_dict, to_dict
 
 __all__ = [
     "UNITS",
@@ -174,9 +174,12 @@ def validate(config: ModelConfig) -> None:
 class DataConfig:
     """What is read, and the size of a batch: `rows` rows with a budget of tokens and of tiles each."""
 
-    source: str = "digits"  # or the path of a meta JSON
-    tokenizer: str = ""  # directory with its files; empty: made for the digits
-    samples: int = 1_000_000  # distinct items of a generated source
+    # The path of a meta JSON, or MODULE:FUNCTION of Python code that makes the sources.
+    source: str = ""
+    # A directory with the tokenizer's files.
+    tokenizer: str = ""
+    # The number of rows of a source that generates them.
+    samples: int = 1_000_000
     weights: str = "length"  # of a meta JSON's sources in the mixture: "length", "sqrt", or "given" (key "weight" of each)
     language_share: float = (
         -1.0
@@ -317,7 +320,6 @@ class TrainConfig:
     evaluate_every: int = 0  # steps between held-out losses; also at the last step; 0: never
     evaluate_batches: int = 8  # of a held-out loss, always the same
     evaluate_answers: int = 0  # conversations whose last turn is answered along with it, into WORKDIR/answers.jsonl
-    evaluate_per_task: int = 0  # held-out questions of each task of the digits asked after training
     tensorboard: bool = False  # also writes WORKDIR/tensorboard
     wandb: str = ""  # project of Weights & Biases; empty: none
     profile_steps: tuple[int, ...] = ()  # first and last step of a profile in WORKDIR/profile

@@ -26,12 +26,12 @@ IMPORTED = (
     "rich.progress",
     "tokenizers",
     "convert.run",
-    "internvl3_jax.best_of_n",
-    "internvl3_jax.critic",
-    "internvl3_jax.data.batches",
-    "internvl3_jax.held_out",
-    "internvl3_jax.report",
-    "internvl3_jax.train_step",
+    "internvl3_jax.reward.best_of_n",
+    "internvl3_jax.reward.critic",
+    "internvl3_jax.data.loader",
+    "internvl3_jax.training.evaluation",
+    "internvl3_jax.training.run_log",
+    "internvl3_jax.training.step",
 )
 
 

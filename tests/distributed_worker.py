@@ -11,12 +11,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax import distributed, peers
+from internvl3_jax.parallel import multihost, watchdog
 
 SCENARIO = sys.argv[1]
-peers.BEAT, peers.SILENT = 0.5, 2.0
+watchdog.BEAT, watchdog.SILENT = 0.5, 2.0
 if SCENARIO == "stuck":
-    peers.BEHIND = 1.0
+    watchdog.BEHIND = 1.0
 
 
 def total() -> int:
@@ -30,26 +30,26 @@ def total() -> int:
 def main():
     process, last = jax.process_index(), jax.process_index() == jax.process_count() - 1
     print("sum", total(), flush=True)
-    distributed.check_agreement(1, {"batch": "4x64", "config": "abc"})
+    multihost.check_agreement(1, {"batch": "4x64", "config": "abc"})
     if SCENARIO == "sigterm":
-        with distributed.termination() as stops:
+        with multihost.termination() as stops:
             for step in range(2, 10**6):
-                distributed.at(step)
+                multihost.at(step)
                 if step % 10 == 0:
-                    distributed.check_agreement(step, {"batch": "4x64"})
+                    multihost.check_agreement(step, {"batch": "4x64"})
                 if step == 20 and last:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if stops(step):
                     print("stops at", step, flush=True)
-                    sys.exit(distributed.TERMINATED)
+                    sys.exit(multihost.TERMINATED)
     elif SCENARIO == "differs":
-        distributed.check_agreement(3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"})
+        multihost.check_agreement(3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"})
     elif SCENARIO == "late":
         if last:
             time.sleep(60)
-        distributed.check_agreement(1200, {}, seconds=1)
+        multihost.check_agreement(1200, {}, seconds=1)
     elif SCENARIO == "stuck":
-        distributed.at(4 if last else 5)
+        multihost.at(4 if last else 5)
         time.sleep(60)
     elif last and SCENARIO == "raises":
         sys.exit("error: data.jsonl row 7: the picture is damaged")
@@ -61,8 +61,8 @@ def main():
 if __name__ == "__main__":
     coordinator, count, number = os.environ.get("PLACE", " -1 -1").split(" ")
     start, give_up = 2 if SCENARIO == "missing" else 100, 2 if SCENARIO == "stuck" else 100
-    distributed.initialize(
+    multihost.initialize(
         coordinator, int(count), int(number), start_seconds=start, heartbeat_seconds=10, give_up_seconds=give_up
     )
-    with distributed.together():
+    with multihost.together():
         main()

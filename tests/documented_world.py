@@ -24,8 +24,8 @@ def model(path: pathlib.Path) -> None:
 
 def run(path: pathlib.Path) -> None:
     """A training run, of which there is no more than the newest step's weights."""
+    from convert.open import open_model
     from convert.run import convert
-    from convert.source import open_model
 
     convert(open_model(MODEL), path / "checkpoints" / "2")
 

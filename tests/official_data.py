@@ -9,9 +9,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data import tiny_tokenizer
-from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.text.tokenizer import Tokenizer
 
 PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, tiles="shared", system_message=None)
 

@@ -8,16 +8,16 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from convert.assemble import padded_shape, tensors_from_params, vocabulary_slice
 from convert.hf_files import to_hf
-from convert.mapping import active_rows
+from convert.open import open_model
 from convert.run import convert as convert_model
-from convert.source import open_model
-from internvl3_jax.checkpoint import load
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints.checkpoint import load
+from internvl3_jax.checkpoints.hf.assemble import padded_shape, tensors_from_params, vocabulary_slice
+from internvl3_jax.checkpoints.hf.mapping import active_rows
+from internvl3_jax.checkpoints.storage import by_path, nest
 from internvl3_jax.config import ModelConfig, ProcessorConfig
-from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.storage import by_path, nest
 
 RELEASED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
 VOCABULARY = 463  # three rows more than the tokenizer has tokens: 448 + 12

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from tiny_checkpoint import CONFIG, random_params, train_config
 
-from internvl3_jax import sharding
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.model import InternVL
-from internvl3_jax.ops import context, cudnn, masks
-from internvl3_jax.ops.attention import attention, causal, choose, platform, visibility
-from internvl3_jax.ops.blockwise import blockwise
-from internvl3_jax.ops.remat import _POLICIES
-from internvl3_jax.train_step import make_model
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.model.ops import context_parallel, cudnn_attention, masks
+from internvl3_jax.model.ops.attention import attention, causal, choose, platform, visibility
+from internvl3_jax.model.ops.flash_attention import blockwise
+from internvl3_jax.model.ops.remat import _POLICIES
+from internvl3_jax.parallel import sharding
+from internvl3_jax.training.step import make_model
 
 SEGMENTS = np.asarray([[1] * 100 + [2] * 90 + [3] * 50 + [0] * 16, [1] * 250 + [0] * 6], np.int32)
 LENGTH = SEGMENTS.shape[1]
@@ -220,7 +220,7 @@ def test_what_cudnn_is_asked_for(case, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     inputs, wanted = expected(case)
-    assert_same(with_gradients(lambda *inputs: cudnn.cudnn(*inputs), *inputs, CASES[case][-1]()), wanted)
+    assert_same(with_gradients(lambda *inputs: cudnn_attention.cudnn(*inputs), *inputs, CASES[case][-1]()), wanted)
 
 
 def test_what_cannot_be_is_refused():
@@ -295,10 +295,12 @@ def on_mesh(function, mesh, q, k, v, gradient, segments):
     """As `with_gradients`, of rows in their order, with what a mesh with a context axis does to it."""
 
     def run(q, k, v, gradient, segments):
-        parts = context.row_parts(q.shape[1])
-        q, k, v, segments = (context.to_zigzag(x, parts) for x in (q, k, v, segments))
+        parts = context_parallel.row_parts(q.shape[1])
+        q, k, v, segments = (context_parallel.to_zigzag(x, parts) for x in (q, k, v, segments))
         mixed, pull = jax.vjp(lambda *inputs: function(*inputs, causal(q.shape[:2], segments, parts)), q, k, v)
-        return tuple(context.from_zigzag(x, parts) for x in (mixed, *pull(context.to_zigzag(gradient, parts))))
+        return tuple(
+            context_parallel.from_zigzag(x, parts) for x in (mixed, *pull(context_parallel.to_zigzag(gradient, parts)))
+        )
 
     with jax.set_mesh(sharding.make_mesh(mesh)):
         return jax.jit(run)(q, k, v, gradient, segments)
@@ -318,7 +320,7 @@ def test_every_mesh_is_one_device(function, mesh):
     inputs, wanted = rows(14, 2, 8)
     if function == 24:
         ring = functools.partial(blockwise, ring=True, block=24)
-        function = functools.partial(context.over_mesh, ring)
+        function = functools.partial(context_parallel.over_mesh, ring)
     else:
         function = named(function)
     assert_same(on_mesh(function, MESHES[mesh], *inputs), wanted)
@@ -372,7 +374,7 @@ def test_heads_of_each_device(heads, kv_heads, tensor, local_heads, local_kv_hea
 
     q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(8, 8, 8, heads, kv_heads, 4))
     with jax.set_mesh(sharding.make_mesh(MeshConfig(tensor=tensor))):
-        mixed = jax.eval_shape(lambda q, k, v: context.over_mesh(spy, q, k, v, causal((8, 8))), q, k, v)
+        mixed = jax.eval_shape(lambda q, k, v: context_parallel.over_mesh(spy, q, k, v, causal((8, 8))), q, k, v)
     assert mixed.shape == q.shape
     rows = tensor  # of 8, over the other devices
     assert seen == [((rows, 8, local_heads, 4), (rows, 8, local_kv_heads, 4), None)]
@@ -382,10 +384,10 @@ def test_heads_of_each_device(heads, kv_heads, tensor, local_heads, local_kv_hea
 def test_tokens_change_places(parts):
     x = np.random.default_rng(0).normal(size=(2, 48, 3)).astype(np.float32)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(context=parts))):
-        assert context.row_parts(48) == parts and context.row_parts(50) == 1
-        moved = jax.jit(lambda x: context.to_zigzag(x, parts))(x)
+        assert context_parallel.row_parts(48) == parts and context_parallel.row_parts(50) == 1
+        moved = jax.jit(lambda x: context_parallel.to_zigzag(x, parts))(x)
         np.testing.assert_array_equal(moved, x[:, masks.zigzag(48, parts)])
-        np.testing.assert_array_equal(jax.jit(lambda x: context.from_zigzag(x, parts))(moved), x)
+        np.testing.assert_array_equal(jax.jit(lambda x: context_parallel.from_zigzag(x, parts))(moved), x)
 
 
 @pytest.mark.parametrize("function", ["blockwise", "ring"])

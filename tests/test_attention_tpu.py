@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import pytest
 
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.ops.attention import attention, causal, platform
-from internvl3_jax.ops.remat import _POLICIES
-from internvl3_jax.sharding import BATCH_AXES, TILE_AXES, make_mesh
+from internvl3_jax.model.ops.attention import attention, causal, platform
+from internvl3_jax.model.ops.remat import _POLICIES
+from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, make_mesh
 
 pytestmark = pytest.mark.tpu_compiler
 

@@ -10,12 +10,12 @@ import pathlib
 import numpy as np
 import pytest
 
+from convert.open import open_model
 from convert.run import convert
-from convert.source import open_model
 from internvl3_jax import Chat, load
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import cut_pictures, make_prompt
-from internvl3_jax.data.images import open_image
+from internvl3_jax.data.media.images import open_image
 
 pytestmark = pytest.mark.torchvision
 MODEL = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"

@@ -11,10 +11,11 @@ import tiny_checkpoint
 from test_infer import ask, fail  # noqa: F401  (fixture)
 from tiny_checkpoint import picture
 
-from internvl3_jax import Chat, Critic, generate, load
-from internvl3_jax.best_of_n import best_of_many, best_of_n, count_votes
-from internvl3_jax.generate import Generator
-from internvl3_jax.sampling import Sampling, sample
+from internvl3_jax import Chat, Critic, load
+from internvl3_jax.inference import generator
+from internvl3_jax.inference.generator import Generator
+from internvl3_jax.inference.sampling import Sampling, sample
+from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
 
 LIMIT = 12
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)
@@ -52,9 +53,9 @@ def test_more_candidates_begin_with_the_fewer():
 
 def test_a_question_is_run_once_for_all_its_candidates(monkeypatch):
     tiles, prompts = [], []
-    encode, prefill = generate._encode, generate._prefill
-    monkeypatch.setattr(generate, "_encode", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t))
-    monkeypatch.setattr(generate, "_prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a))
+    encode, prefill = generator._encode, generator._prefill
+    monkeypatch.setattr(generator, "_encode", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t))
+    monkeypatch.setattr(generator, "_prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a))
     chat().candidates(REQUESTS[:2], 4, temperature=1.0)
     assert sum(tiles) == 4 + 1 and prompts == [2]
 
@@ -87,7 +88,7 @@ def test_errors_of_candidates():
     with pytest.raises(ValueError, match="n is 0"):
         chat().candidates(REQUESTS, 0)
     with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
-        chat().generator.start([None, None], generate.Run(1, Sampling(), (0, 0, 0), "none"))
+        chat().generator.start([None, None], generator.Run(1, Sampling(), (0, 0, 0), "none"))
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------------------------
@@ -102,13 +103,13 @@ class FakeCritic:
     """Scores by a table from text to step scores."""
 
     def score(self, question, images, solutions, where):
-        from internvl3_jax.critic import StepScores
+        from internvl3_jax.reward.critic import StepScores
 
         return [StepScores([text], [len(text) / 100], len(text) / 100) for text in solutions]
 
 
 def test_the_critic_decides_and_the_majority_without_one(monkeypatch):
-    from internvl3_jax.chat import Answer
+    from internvl3_jax.inference.chat import Answer
 
     texts = ["\\boxed{1}", "longest: \\boxed{2}", "x \\boxed{3}", "y \\boxed{3.0}"]
     answers = [Answer(text, [1, 2], 9, [1], 1.0, 0.5) for text in texts]

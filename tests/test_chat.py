@@ -8,9 +8,9 @@ import pytest
 from qwen_tokenizer import ADDED_IDS, CONTROL, random_texts, write_qwen_tokenizer
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.chat import TEMPLATES, ChatError, encode_chat, from_official, insert_missing_tags
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.data.tokenizer_files import TokenizerError
+from internvl3_jax.data.text.chat_template import TEMPLATES, ChatError, encode_chat, from_official, insert_missing_tags
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.data.text.tokenizer_files import TokenizerError
 from internvl3_jax.positions import build_positions
 
 PROCESSOR = ProcessorConfig(tokens_per_tile=3)

@@ -11,11 +11,11 @@ from tiny_checkpoint import PROCESSOR, picture
 
 from internvl3_jax import Chat, load
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.chat import ChatError
-from internvl3_jax.data.images import ImageError
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.generate import ContextError, NotFiniteError
-from internvl3_jax.reader import Reader
+from internvl3_jax.data.media.images import ImageError
+from internvl3_jax.data.text.chat_template import ChatError
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.inference.generator import ContextError, NotFiniteError
+from internvl3_jax.inference.text_stream import Reader
 
 LIMIT = 12  # short answers keep prompt and answer in the smallest buckets
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)  # 3 tiles and a thumbnail; 1 tile

@@ -16,13 +16,15 @@ import optax
 import pytest
 from released import convert, random_params, reduce, reduce_processor, same_tensors, write_released
 
-from internvl3_jax import checkpoint, find, sharding, storage
-from internvl3_jax.checkpoint import load, save_checkpoint
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints import steps, storage
+from internvl3_jax.checkpoints.checkpoint import load, save_checkpoint
+from internvl3_jax.checkpoints.fingerprint import FingerprintError
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.data import tiny_tokenizer
-from internvl3_jax.fingerprint import FingerprintError
-from internvl3_jax.integrity import Damaged
-from internvl3_jax.model import InternVL
+from internvl3_jax.io import checkpoint_paths
+from internvl3_jax.io.integrity import Damaged
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.parallel import sharding
 
 pytestmark = pytest.mark.smoke
 MODEL = reduce("1b")
@@ -111,7 +113,7 @@ def test_a_hub_id_is_downloaded_and_opened(tmp_path, monkeypatch):
 
 
 def test_damaged_description_is_named(saved):
-    path = saved / find.MANIFEST
+    path = saved / checkpoint_paths.MANIFEST
     text = path.read_text()
     for damaged, named in (
         (text[:-20], "damaged"),
@@ -145,7 +147,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_fingerprint_names_what_differs(name, saved):
-    path = saved / find.MANIFEST
+    path = saved / checkpoint_paths.MANIFEST
     values = json.loads(path.read_text())
     CHANGES[name](values)
     path.write_text(json.dumps(values))
@@ -156,7 +158,7 @@ def test_fingerprint_names_what_differs(name, saved):
 
 
 def test_a_checkpoint_from_before_the_tile_rule_has_the_released_models_rule(saved):
-    path = saved / find.MANIFEST
+    path = saved / checkpoint_paths.MANIFEST
     values = json.loads(path.read_text())
     for part, name in itertools.product(("processor", "fingerprint"), ("tiles", "max_total_tiles")):
         del values[part][name]
@@ -202,10 +204,10 @@ def test_training_state_comes_back_and_opens_as_a_model(tmp_path):
     params, opt_state = training_state(3)
     extra = {"batches": {"epoch": 1, "cursor": [4, 5]}, "seconds": 1.5}
     data = {"0": {"cursor": 7, "waiting": "3 5"}, "1": {"cursor": 9, "waiting": ""}}
-    checkpoint.save_training(tmp_path, 20, params, opt_state, extra=extra, data=data, **OPTIONS)
+    steps.save_training(tmp_path, 20, params, opt_state, extra=extra, data=data, **OPTIONS)
     abstract = jax.eval_shape(lambda: training_state(0))
-    assert checkpoint.latest_step(tmp_path) == 20
-    restored, restored_state, restored_extra = checkpoint.restore_training(tmp_path, 20, *abstract)
+    assert checkpoint_paths.latest_step(tmp_path) == 20
+    restored, restored_state, restored_extra = steps.restore_training(tmp_path, 20, *abstract)
     same_tensors(leaves(restored), leaves(params))
     assert jax.tree.structure(restored_state) == jax.tree.structure(opt_state)
     for one, other in zip(jax.tree.leaves(restored_state), jax.tree.leaves(opt_state), strict=True):
@@ -213,30 +215,30 @@ def test_training_state_comes_back_and_opens_as_a_model(tmp_path):
     assert restored_extra == {"step": 20, **extra, "data": data}
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "20"):
         same_tensors(leaves(load(path).params), leaves(params))
-    convert(find.find(tmp_path), tmp_path / "hf", to="hf", verify=True)
+    convert(checkpoint_paths.find(tmp_path), tmp_path / "hf", to="hf", verify=True)
     same_tensors(leaves(load(tmp_path / "hf").params), leaves(params))
 
 
 def test_newest_complete_step_counts_and_old_ones_go(tmp_path, caplog):
     for step in (9, 10, 100):
-        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, keep=2, **OPTIONS)
-    steps = tmp_path / "checkpoints"
-    assert sorted(entry.name for entry in steps.iterdir()) == ["10", "100"]
-    (steps / "200.partial" / "params").mkdir(parents=True)
-    (steps / "300").mkdir()
+        steps.save_training(tmp_path, step, *training_state(step), extra={}, keep=2, **OPTIONS)
+    folder = tmp_path / "checkpoints"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["10", "100"]
+    (folder / "200.partial" / "params").mkdir(parents=True)
+    (folder / "300").mkdir()
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.latest_step(tmp_path) == 100
+        assert checkpoint_paths.latest_step(tmp_path) == 100
     assert "200.partial" in caplog.text
     assert "300: not a complete checkpoint" in caplog.text
     with pytest.raises(FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"):
-        checkpoint.restore_training(tmp_path, 300, None, None)
-    assert checkpoint.latest_step(tmp_path / "elsewhere") is None
+        steps.restore_training(tmp_path, 300, None, None)
+    assert checkpoint_paths.latest_step(tmp_path / "elsewhere") is None
 
 
 def test_damage_to_a_step_is_named(tmp_path, caplog):
     """A file that is gone, shorter or longer, or a list of files that is: each is seen without reading the arrays."""
     for step in (1, 2):
-        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
+        steps.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
     directory = tmp_path / "checkpoints" / "2"
     largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     for name, damaged in (("training.json", None), (largest.relative_to(directory), b"x"), ("files.json", b"{")):
@@ -244,10 +246,10 @@ def test_damage_to_a_step_is_named(tmp_path, caplog):
         whole = path.read_bytes()
         path.unlink() if damaged is None else path.write_bytes(damaged)
         caplog.clear()
-        assert checkpoint.latest_step(tmp_path) == 1
+        assert checkpoint_paths.latest_step(tmp_path) == 1
         assert f"ignoring {directory}: {name} " in caplog.text
         path.write_bytes(whole)
-    assert checkpoint.latest_step(tmp_path) == 2
+    assert checkpoint_paths.latest_step(tmp_path) == 2
 
 
 def flip(path) -> bytes:
@@ -265,13 +267,16 @@ def largest(directory):
 
 def test_one_flipped_bit_anywhere_in_a_step_is_found_before_it_is_used(tmp_path, caplog):
     for step in (1, 2):
-        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, data={"0": {"row": 3}}, **OPTIONS)
+        steps.save_training(tmp_path, step, *training_state(step), extra={}, data={"0": {"row": 3}}, **OPTIONS)
     directory = tmp_path / "checkpoints" / "2"
     arrays = largest(directory / "params"), largest(directory / "opt_state"), directory / "params" / "state" / "_METADATA"
-    for path in (*arrays, *(directory / name for name in ("training.json", "data/0.json", "merges.txt", find.MANIFEST))):
+    for path in (
+        *arrays,
+        *(directory / name for name in ("training.json", "data/0.json", "merges.txt", checkpoint_paths.MANIFEST)),
+    ):
         whole = flip(path)
         caplog.clear()
-        assert checkpoint.latest_step(tmp_path) == 1
+        assert checkpoint_paths.latest_step(tmp_path) == 1
         assert f"ignoring {directory}: {path.relative_to(directory).as_posix()} " in caplog.text
         assert f"{load(tmp_path).directory}".endswith("/1")
         with pytest.raises(ValueError, match=re.escape(path.name)):
@@ -280,13 +285,13 @@ def test_one_flipped_bit_anywhere_in_a_step_is_found_before_it_is_used(tmp_path,
     (directory / "files.json").unlink()
     with pytest.raises(Damaged, match="files.json is missing"):
         load(directory)
-    assert checkpoint.latest_step(tmp_path, "none") == 2
+    assert checkpoint_paths.latest_step(tmp_path, "none") == 2
     flip(largest(tmp_path / "checkpoints" / "1"))
     with pytest.raises(Damaged, match="every step is damaged"):
-        checkpoint.latest_step(tmp_path)
+        checkpoint_paths.latest_step(tmp_path)
     # What is saved in a damaged step's place does not delete it.
-    checkpoint.save_training(tmp_path, 2, *training_state(5), extra={}, **OPTIONS)
-    assert checkpoint.latest_step(tmp_path) == 2
+    steps.save_training(tmp_path, 2, *training_state(5), extra={}, **OPTIONS)
+    assert checkpoint_paths.latest_step(tmp_path) == 2
     assert sorted(entry.name.split(".")[-1] for entry in directory.parent.iterdir()) == ["1", "2", "damaged"]
 
 
@@ -307,9 +312,9 @@ def test_verification_has_levels(saved):
     listed = json.loads((saved / "files.json").read_text())["files"]
     (saved / "files.json").write_text(json.dumps({name: entry["bytes"] for name, entry in listed.items()}))
     load(saved)
-    values = json.loads((saved / find.MANIFEST).read_text())
+    values = json.loads((saved / checkpoint_paths.MANIFEST).read_text())
     del values["listed"]
-    (saved / find.MANIFEST).write_text(json.dumps(values))
+    (saved / checkpoint_paths.MANIFEST).write_text(json.dumps(values))
     (saved / "files.json").unlink()
     load(saved)
     os.mkfifo(saved / "params" / "pipe")
@@ -334,24 +339,24 @@ WRONG_DESCRIPTIONS = {
 
 @pytest.mark.parametrize("name", WRONG_DESCRIPTIONS)
 def test_wrong_types_in_a_description_are_named(name, saved):
-    path, wrong = saved / find.MANIFEST, WRONG_DESCRIPTIONS[name]
+    path, wrong = saved / checkpoint_paths.MANIFEST, WRONG_DESCRIPTIONS[name]
     content = wrong if isinstance(wrong, bytes) else json.dumps(json.loads(path.read_text()) | wrong).encode()
     path.write_bytes(content)
     for accept in (False, True):
-        with pytest.raises(ValueError, match=re.escape(find.MANIFEST)):
+        with pytest.raises(ValueError, match=re.escape(checkpoint_paths.MANIFEST)):
             load(saved, accept_fingerprint=accept)
 
 
 def test_numbers_that_are_not_finite_come_back_from_a_step(tmp_path):
     extra = {"best": float("inf"), "list": [float("-inf"), 1.5]}
-    checkpoint.save_training(tmp_path, 1, *training_state(1), extra=extra, **OPTIONS)
+    steps.save_training(tmp_path, 1, *training_state(1), extra=extra, **OPTIONS)
     abstract = jax.eval_shape(lambda: training_state(0))
-    assert checkpoint.restore_training(tmp_path, 1, *abstract)[2] == {"step": 1, **extra, "data": {}}
+    assert steps.restore_training(tmp_path, 1, *abstract)[2] == {"step": 1, **extra, "data": {}}
     path = tmp_path / "checkpoints" / "1" / "training.json"
     path.write_text(
         json.dumps({"step": 1, "best": float("inf"), "name": "an Infinity, no"}, indent=1)
     )  # as earlier versions wrote it
-    restored = checkpoint.restore_training(tmp_path, 1, *abstract, verify="none")[2]
+    restored = steps.restore_training(tmp_path, 1, *abstract, verify="none")[2]
     assert (restored["best"], restored["name"]) == (float("inf"), "an Infinity, no")
 
 
@@ -382,21 +387,21 @@ def test_a_backslash_is_refused_before_anything_is_done(tmp_path):
     with pytest.raises(ValueError, match="backslash"):
         save_checkpoint(tmp_path / "a\\b", {}, MODEL, reduce_processor(MODEL), {})
     with pytest.raises(ValueError, match="backslash"):
-        checkpoint.latest_step(tmp_path / "a\\b")
+        checkpoint_paths.latest_step(tmp_path / "a\\b")
     assert not any(tmp_path.iterdir())
 
 
 def test_old_steps_are_deleted_but_never_the_newest_nor_what_others_put_there(tmp_path, caplog):
     for step in (1, 2, 3, 4):
-        checkpoint.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
-    steps = tmp_path / "checkpoints"
-    (steps / "1" / "notes.txt").write_text("mine")
-    (steps / "5").mkdir()
-    (steps / "5" / "notes.txt").write_text("mine")
-    largest(steps / "2" / "params").write_bytes(b"")
-    checkpoint.delete_old_steps(tmp_path, 0)
-    assert sorted(entry.name for entry in steps.iterdir()) == ["1", "2", "4", "5"]
-    assert (steps / "1" / "notes.txt").exists()
+        steps.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
+    folder = tmp_path / "checkpoints"
+    (folder / "1" / "notes.txt").write_text("mine")
+    (folder / "5").mkdir()
+    (folder / "5" / "notes.txt").write_text("mine")
+    largest(folder / "2" / "params").write_bytes(b"")
+    steps.delete_old_steps(tmp_path, 0)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["1", "2", "4", "5"]
+    assert (folder / "1" / "notes.txt").exists()
     assert "1 is not deleted: it holds notes.txt" in caplog.text
     assert "2 is damaged" in caplog.text
 
@@ -404,8 +409,8 @@ def test_old_steps_are_deleted_but_never_the_newest_nor_what_others_put_there(tm
 def test_training_goes_on_while_a_step_is_saved(tmp_path):
     params, opt_state = training_state(1)
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
-    finish = checkpoint.start_saving_training(tmp_path, 1, params, opt_state, extra={}, **OPTIONS)
-    assert checkpoint.latest_step(tmp_path) is None
+    finish = steps.start_saving_training(tmp_path, 1, params, opt_state, extra={}, **OPTIONS)
+    assert checkpoint_paths.latest_step(tmp_path) is None
     update = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
     params, opt_state = update(params), update(opt_state)
     jax.block_until_ready((params, opt_state))
@@ -422,15 +427,15 @@ def test_a_save_says_when_its_writes_are_done(tmp_path, monkeypatch):
         return lambda: (written.wait(60), wait())
 
     monkeypatch.setattr(storage, "start_saving", slow)
-    saving = checkpoint.start_saving_training(tmp_path, 1, *training_state(1), extra={}, **OPTIONS)
+    saving = steps.start_saving_training(tmp_path, 1, *training_state(1), extra={}, **OPTIONS)
     assert not saving.done()
     written.set()
     until(saving.done)
-    assert checkpoint.latest_step(tmp_path) is None
+    assert checkpoint_paths.latest_step(tmp_path) is None
     saving()
     saving()
     assert saving.done()
-    assert checkpoint.latest_step(tmp_path) == 1
+    assert checkpoint_paths.latest_step(tmp_path) == 1
 
     def fails(path, tree):
         def wait():
@@ -439,12 +444,12 @@ def test_a_save_says_when_its_writes_are_done(tmp_path, monkeypatch):
         return wait
 
     monkeypatch.setattr(storage, "start_saving", fails)
-    saving = checkpoint.start_saving_training(tmp_path, 2, *training_state(1), extra={}, **OPTIONS)
+    saving = steps.start_saving_training(tmp_path, 2, *training_state(1), extra={}, **OPTIONS)
     with pytest.raises(OSError, match="No space left"):
         until(saving.done)
     with pytest.raises(OSError, match="No space left"):
         saving()
-    assert checkpoint.latest_step(tmp_path) == 1
+    assert checkpoint_paths.latest_step(tmp_path) == 1
 
 
 def until(condition) -> None:

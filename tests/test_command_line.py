@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from internvl3_jax import command_line
-from internvl3_jax.command_line import Parser, UsageError, call, message, naming
+from internvl3_jax.io import command_line
+from internvl3_jax.io.command_line import Parser, UsageError, call, message, naming
 
 pytestmark = pytest.mark.smoke
 ROOT = pathlib.Path(__file__).resolve().parent.parent

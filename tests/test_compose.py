@@ -10,13 +10,13 @@ from released import convert, random_params, reduce, reduce_processor, same_tens
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from convert.assemble import tensors_from_params
 from convert.compose import NEW_TOKENS, open_parts
 from convert.hf_files import to_hf
 from convert.run import convert as convert_model
-from internvl3_jax import storage
-from internvl3_jax.checkpoint import load
-from internvl3_jax.data import tiny_tokenizer
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.checkpoint import load
+from internvl3_jax.checkpoints.hf.assemble import tensors_from_params
 
 KNOWN = 451  # entries of the tokenizer without the nine tokens
 ROWS = 480  # of the language model: padded, as Qwen's are

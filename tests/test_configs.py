@@ -8,10 +8,10 @@ import pytest
 import tiny_checkpoint
 
 from configs.common import RELEASED
-from internvl3_jax import lora
-from internvl3_jax.model import abstract_params
-from internvl3_jax.optimizer import make_optimizer, make_schedule, split_params, warmup_steps
+from internvl3_jax.model import lora
+from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.optimizer import make_optimizer, make_schedule, split_params, warmup_steps
 
 STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
 

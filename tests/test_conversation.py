@@ -8,8 +8,8 @@ from absl.testing import flagsaver
 from tiny_checkpoint import PROCESSOR, picture
 
 import infer
-from internvl3_jax.conversation import Conversation, image_paths
-from internvl3_jax.options import Options
+from internvl3_jax.inference.conversation import Conversation, image_paths
+from internvl3_jax.inference.options import Options
 
 
 class Model:

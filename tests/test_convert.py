@@ -25,18 +25,19 @@ from released import (
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from convert.__main__ import main, parse_size
-from convert.assemble import ConversionError, padded_shape, params_from_tensors, tensors_from_params
 from convert.hf_files import export_files
-from convert.mapping import TABLE, active_rows
-from convert.safetensors_io import INDEX
-from convert.source import travelling_files
-from internvl3_jax import storage
-from internvl3_jax.checkpoint import Manifest, load, save_checkpoint
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.checkpoint import load, save_checkpoint
+from internvl3_jax.checkpoints.hf.assemble import ConversionError, padded_shape, params_from_tensors, tensors_from_params
+from internvl3_jax.checkpoints.hf.mapping import TABLE, active_rows
+from internvl3_jax.checkpoints.hf.released import travelling_files
+from internvl3_jax.checkpoints.hf.safetensors import INDEX
+from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ProcessorConfig, from_dict, to_dict
-from internvl3_jax.data import tiny_tokenizer
-from internvl3_jax.data.chat import encode_chat
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.model import abstract_params
+from internvl3_jax.data.text.chat_template import encode_chat
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
 
 
@@ -97,7 +98,7 @@ def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
 
 def test_large_leaves_are_assembled_in_a_file(tmp_path, monkeypatch):
     released = write_released(tmp_path / "released", reduce("1b"), "hf")
-    monkeypatch.setattr("convert.source._LARGE", 0)
+    monkeypatch.setattr("internvl3_jax.checkpoints.hf.released._LARGE", 0)
     convert(released, tmp_path / "ours", verify=True)
     assert not (tmp_path / "ours" / "leaf.tmp").exists()
     same_tensors(params_of(tmp_path / "ours"), storage.by_path(random_params(reduce("1b"))))

@@ -11,15 +11,16 @@ from safetensors.numpy import load_file, save_file
 
 from convert import run
 from convert.__main__ import check_target, main
-from convert.assemble import ConversionError
-from convert.safetensors_io import INDEX, SINGLE, SafetensorsSource
-from convert.source import open_model
-from internvl3_jax import storage, unfinished
-from internvl3_jax.checkpoint import load
-from internvl3_jax.data.tokenizer_files import OPTIONS
-from internvl3_jax.find import find, find_released
-from internvl3_jax.integrity import Damaged
-from internvl3_jax.manifest import Manifest
+from convert.open import open_model
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.checkpoint import load
+from internvl3_jax.checkpoints.hf.assemble import ConversionError
+from internvl3_jax.checkpoints.hf.safetensors import INDEX, SINGLE, SafetensorsSource
+from internvl3_jax.checkpoints.manifest import Manifest
+from internvl3_jax.data.text.tokenizer_files import OPTIONS
+from internvl3_jax.io import unfinished
+from internvl3_jax.io.checkpoint_paths import find, find_released
+from internvl3_jax.io.integrity import Damaged
 
 KEY = "language_model.model.layers.1.mlp.up_proj.weight"
 TENSOR_DAMAGE = {

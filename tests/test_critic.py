@@ -13,17 +13,18 @@ from test_internlm2 import ours
 from test_parity import pixels
 from tiny_checkpoint import CONFIG, PROCESSOR, directory, picture
 
-from internvl3_jax import critic as critic_module
-from internvl3_jax.checkpoint import Checkpoint, load
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints.checkpoint import Checkpoint, load
 from internvl3_jax.config import UNITS, ProcessorConfig
-from internvl3_jax.critic import Critic, label_log_probabilities
-from internvl3_jax.data import steps, tiny_tokenizer
+from internvl3_jax.data import critic_format
 from internvl3_jax.data.batch import Prompt, cut_pictures, join_tiles
-from internvl3_jax.data.chat import ChatError, encode_chat
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.generate import ContextError, Generator
-from internvl3_jax.model import InternVL
+from internvl3_jax.data.text.chat_template import ChatError, encode_chat
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.inference.generator import ContextError, Generator
+from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.positions import build_positions
+from internvl3_jax.reward import critic as critic_module
+from internvl3_jax.reward.critic import Critic, label_log_probabilities
 
 checkpoint = functools.cache(lambda: load(directory()))
 QUESTION = "What is the sum?"
@@ -34,8 +35,8 @@ SOLUTIONS = ["1, 2\n\n1 + 2 = 3\n\nAnswer: 3", "7", "1, 3\n\n1 + 3 = 5\n\n5 + 0 
 
 
 def test_system_message_is_the_published_one():
-    digest = hashlib.sha256(steps.SYSTEM.encode()).hexdigest()
-    assert digest == "18279fe8e6c5f76aebb619b266e665b89b2d0b1cb181b6aa3fded44d24b8fa1e" and len(steps.SYSTEM) == 945
+    digest = hashlib.sha256(critic_format.SYSTEM.encode()).hexdigest()
+    assert digest == "18279fe8e6c5f76aebb619b266e665b89b2d0b1cb181b6aa3fded44d24b8fa1e" and len(critic_format.SYSTEM) == 945
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,11 @@ def test_system_message_is_the_published_one():
     ],
 )
 def test_steps(solution, max_steps, expected):
-    assert steps.split_steps(solution, max_steps) == expected
+    assert critic_format.split_steps(solution, max_steps) == expected
 
 
 def test_conversation():
-    messages = steps.critic_messages("Q?", ["first", "then <image>"], ["+", "-"], system="judge")
+    messages = critic_format.critic_messages("Q?", ["first", "then <image>"], ["+", "-"], system="judge")
     assert messages == [
         {"role": "system", "content": "judge"},
         {"role": "user", "content": "### Question:\nQ?\n\n### Solution Process:\nfirst"},
@@ -64,12 +65,15 @@ def test_conversation():
         {"role": "user", "content": "then <image>", "images": 0},
         {"role": "assistant", "content": "-"},
     ]
-    assert [m["content"] for m in steps.critic_messages("Q?", ["a", "b"]) if m["role"] == "assistant"] == ["+", "+"]
-    assert steps.critic_messages("<image>\nQ?", ["an <image>"])[0]["images"] == 1
+    assert [m["content"] for m in critic_format.critic_messages("Q?", ["a", "b"]) if m["role"] == "assistant"] == ["+", "+"]
+    assert critic_format.critic_messages("<image>\nQ?", ["an <image>"])[0]["images"] == 1
 
 
 def test_the_system_message_as_the_public_trainer_made_it():
-    assert steps.SYSTEMS["visualprm_trained"] == "<image>\n" + steps.SYSTEM and steps.SYSTEMS["visualprm"] == steps.SYSTEM
+    assert (
+        critic_format.SYSTEMS["visualprm_trained"] == "<image>\n" + critic_format.SYSTEM
+        and critic_format.SYSTEMS["visualprm"] == critic_format.SYSTEM
+    )
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +82,7 @@ def test_the_system_message_as_the_public_trainer_made_it():
 def plain_scores(opened: Checkpoint, question: str, images: list, solution_steps: list[str], system=None) -> np.ndarray:
     """Log-probabilities over the vocabulary of + and - [S,2] from one forward pass in the training layout, found by decoding."""
     tiles = cut_pictures(images, opened.processor)
-    messages = steps.critic_messages(question, solution_steps, system=system)
+    messages = critic_format.critic_messages(question, solution_steps, system=system)
     encoded = encode_chat(messages, [len(t) for t in tiles], opened.tokenizer, opened.processor, add_generation_prompt=False)
     positions = build_positions(len(encoded.tokens), encoded.runs, [opened.processor.delta] * len(tiles))
     row = {"tokens": encoded.tokens, "positions": positions, "segments": np.ones_like(positions)}
@@ -107,9 +111,9 @@ def tiny_critic(**options) -> Critic:
 def test_scores_are_those_of_a_forward_pass_for_each_solution(images):
     tags = {0: "", 1: "<image>\n", 2: "Image-1: <image>\nImage-2: <image>\n"}[len(images)]
     found = tiny_critic().score(QUESTION, images, SOLUTIONS)
-    assert [scores.steps for scores in found] == [steps.split_steps(solution) for solution in SOLUTIONS]
+    assert [scores.steps for scores in found] == [critic_format.split_steps(solution) for solution in SOLUTIONS]
     for solution, scores in zip(SOLUTIONS, found, strict=True):
-        logs = plain_scores(checkpoint(), tags + QUESTION, images, steps.split_steps(solution))
+        logs = plain_scores(checkpoint(), tags + QUESTION, images, critic_format.split_steps(solution))
         expected = np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1)
         np.testing.assert_allclose(scores.scores, expected, rtol=1e-4)
         assert scores.score == pytest.approx(np.mean(scores.scores))
@@ -182,7 +186,7 @@ def test_beyond_the_trained_length_nothing_is_shared():
     config = dataclasses.replace(CONFIG, language=language)
     opened = dataclasses.replace(checkpoint(), config=config, model=InternVL(config))
     for solution, scores in zip(SOLUTIONS, Critic(opened).score(QUESTION, [picture(40, 20)], SOLUTIONS), strict=True):
-        logs = plain_scores(opened, "<image>\n" + QUESTION, [picture(40, 20)], steps.split_steps(solution))
+        logs = plain_scores(opened, "<image>\n" + QUESTION, [picture(40, 20)], critic_format.split_steps(solution))
         np.testing.assert_allclose(scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4)
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from configs.tiny_digits import get_config
+from examples.tiny_digits.recipe import data as digits
+from examples.tiny_digits.recipe.data import DigitsSource, Question, is_right
+from examples.tiny_digits.recipe.evaluate import score
 from internvl3_jax.config import UNITS
-from internvl3_jax.data import digits
 from internvl3_jax.data.batch import make_sample
-from internvl3_jax.data.digits import DigitsSource, Question, is_right
+from internvl3_jax.data.media.tiles import count_tiles, image_limit
 from internvl3_jax.data.pipeline import make_tokenizer
-from internvl3_jax.data.tiles import count_tiles, image_limit
-from internvl3_jax.evaluate import score
 
 CONFIG = get_config()
 LATE = 20_000  # items from here on are as hard as they get

@@ -8,9 +8,9 @@ import jax
 import pytest
 from local_processes import ROOT, Processes, free_address
 
-from internvl3_jax import distributed
-from internvl3_jax.environment import find_environment, slurm_devices
-from internvl3_jax.peers import LOST
+from internvl3_jax.parallel import multihost
+from internvl3_jax.parallel.cluster import find_environment, slurm_devices
+from internvl3_jax.parallel.watchdog import LOST
 
 WORKER = str(ROOT / "tests/distributed_worker.py")
 HOST = socket.gethostname()
@@ -44,7 +44,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step():
     common = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     processes = launched("sigterm", common, ("SLURM_PROCID", "SLURM_LOCALID"))
     check_found(processes, "SLURM")
-    assert [process.status for process in processes] == [distributed.TERMINATED] * 2, processes
+    assert [process.status for process in processes] == [multihost.TERMINATED] * 2, processes
     (first,), (second,) = (re.findall(r"stops at (\d+)", process.out) for process in processes)
     assert first == second and int(first) > 20
 
@@ -192,13 +192,13 @@ def test_gpus_of_a_slurm_task(tasks, on_node, visible, local, devices):
 
 
 def test_a_single_process_has_nothing_to_do(capsys):
-    distributed.initialize(processes=1)
-    with distributed.together():
-        distributed.at(1)
-        distributed.check_agreement(1, {"batch": "4x64"})
-    with pytest.raises(KeyError), distributed.together():
+    multihost.initialize(processes=1)
+    with multihost.together():
+        multihost.at(1)
+        multihost.check_agreement(1, {"batch": "4x64"})
+    with pytest.raises(KeyError), multihost.together():
         raise KeyError("stays what it was")
-    with distributed.termination() as stops:
+    with multihost.termination() as stops:
         assert not stops(1)
         signal.raise_signal(signal.SIGTERM)
         assert stops(2)
@@ -207,10 +207,10 @@ def test_a_single_process_has_nothing_to_do(capsys):
 
 def test_who_did_not_come(monkeypatch, capsys):
     """Also where only jax knows the others, or their address."""
-    monkeypatch.setattr(distributed.os, "_exit", lambda status: print(status))
+    monkeypatch.setattr(multihost.os, "_exit", lambda status: print(status))
     by_environment = {"SLURM": (SLURM, f"process 9 on {HOST}: the 32 "), "Cloud TPU": (TPU, f"{HOST}: the ")}
     for how, (environ, who) in by_environment.items():
-        distributed._not_all_came(find_environment("", -1, -1, environ), 300)
+        multihost._not_all_came(find_environment("", -1, -1, environ), 300)
         out, err = capsys.readouterr()
         assert out == f"{LOST}\n" and err.startswith(
             f"error: {who}processes found by {how} did not all come within 300 s. Look"
@@ -219,7 +219,7 @@ def test_who_did_not_come(monkeypatch, capsys):
 
 def test_a_jax_that_hides_its_store_is_no_reason_to_stop(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "_coordination", lambda: ("unknown", object()))
-    distributed._meet(find_environment("n1:8476", 2, 0, {}), 1, 1)
+    monkeypatch.setattr(multihost, "_coordination", lambda: ("unknown", object()))
+    multihost._meet(find_environment("n1:8476", 2, 0, {}), 1, 1)
     assert "hides its key-value store: hosts are not compared" in capsys.readouterr().out
-    distributed.check_agreement(1, {})
+    multihost.check_agreement(1, {})

@@ -11,9 +11,9 @@ import tiny_checkpoint
 from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_rows, write_video
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.doctor import examine, find_tokenizer, main, read_processor
-from internvl3_jax.data.doctor_report import UnresolvedErrors, check_report, report_folder
-from internvl3_jax.data.doctor_table import rows_of
+from internvl3_jax.data.doctor.__main__ import examine, find_tokenizer, main, read_processor
+from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
+from internvl3_jax.data.doctor.table import rows_of
 from internvl3_jax.data.pipeline import sample_dataset
 
 TEXT = {"conversations": turns("hi", "ho")}
@@ -235,7 +235,7 @@ def test_a_row_that_trips_a_decoder_is_an_error_of_that_row(tmp_path, tokens, ca
     def trip(self, source, row, rng):
         raise {0: ZeroDivisionError, 1: MemoryError, 2: KeyError}[row]("oh\x1b")
 
-    monkeypatch.setattr("internvl3_jax.data.prepare.Preparer.read", trip)
+    monkeypatch.setattr("internvl3_jax.data.example.Preparer.read", trip)
     assert doctor(write_meta(tmp_path, a={"rows": [TEXT] * 3}), tokens) == 1
     shown = capsys.readouterr().out
     assert all(f"a row {row}: {name}: " in shown for row, name in enumerate(("ZeroDivisionError", "MemoryError", "KeyError")))

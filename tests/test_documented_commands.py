@@ -36,14 +36,14 @@ SUBSTITUTED = (
 # Flags behind those of the page, by program. A later one wins.
 SMALL_DATA = "--config.data.rows=1 --config.data.tokens_per_row=1024 --config.data.tiles_per_row=16 --config.data.workers=0"
 ADDED = {
-    "train.py --config configs/tiny_digits.py": "--config.steps=2 --config.optimizer.warmup_steps=0 --config.evaluate_per_task=1",
+    "train.py --config configs/tiny_digits.py": "--config.steps=2 --config.optimizer.warmup_steps=0",
     "train.py --config configs/pretrain.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA} "
     "--config.data.language_share=-1",
     "train.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
-    "internvl3_jax.make_reference": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
+    "internvl3_jax.training.make_reference": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "infer.py": "--max_new_tokens=4",
-    "internvl3_jax.make_pairs": "--max_new_tokens=8 --samples=2",
-    "internvl3_jax.make_process_labels": "--max_new_tokens=8 --solutions=1 --continuations=2",
+    "internvl3_jax.reward.make_pairs": "--max_new_tokens=8 --samples=2",
+    "internvl3_jax.reward.make_process_labels": "--max_new_tokens=8 --solutions=1 --continuations=2",
 }
 # What is not run, and why.
 NOT_RUN = (
@@ -202,7 +202,7 @@ def check_program(command: Command, arguments: list[str]) -> None:
     assert path, f"{command}: there is no {name}"
     source = path.read_text(encoding="utf-8")
     if name == "infer.py":
-        source += (ROOT / "internvl3_jax/answer_flags.py").read_text(encoding="utf-8")
+        source += (ROOT / "internvl3_jax/inference/answer_flags.py").read_text(encoding="utf-8")
     for flag in {word.split("=")[0] for word in rest if re.match(r"--?\w", word)} - ANYWHERE:
         if not flag.startswith("--config."):
             assert re.search(rf"\"{flag}\"|\"{flag[2:]}\"|^ +{flag[2:]}:", source, re.M), f"{command}: {name} has no {flag}"

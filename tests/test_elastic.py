@@ -11,10 +11,10 @@ import pytest
 from official_run import official_config, write_official
 
 import train
-from internvl3_jax import distributed, sharding
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.meter import Meter
-from internvl3_jax.run import Saver
+from internvl3_jax.parallel import multihost, sharding
+from internvl3_jax.training.metrics import Meter
+from internvl3_jax.training.run import Saver
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the optimizer's state lies meanwhile.
@@ -49,7 +49,7 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
             patch.setattr(Meter, "add", add_and_stop)
             with pytest.raises(SystemExit) as ended:
                 train.fit(config, workdir, mesh)
-            assert ended.value.code == distributed.TERMINATED
+            assert ended.value.code == multihost.TERMINATED
         else:
             train.fit(config, workdir, mesh)
 

@@ -23,10 +23,10 @@ from internvl3_jax.fit.search import MARGIN, search
 from internvl3_jax.fit.share import share_of, tiled
 from internvl3_jax.fit.topology import Topology, parse
 from internvl3_jax.fit.work import full_batch, times, train_work
-from internvl3_jax.hardware import CHIPS, chip_of
-from internvl3_jax.ops.remat import POLICIES
-from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.train_step import make_model, train_step
+from internvl3_jax.model.ops.remat import POLICIES
+from internvl3_jax.training.hardware import CHIPS, chip_of
+from internvl3_jax.training.optimizer import make_optimizer
+from internvl3_jax.training.step import make_model, train_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GIB = 2**30

@@ -13,8 +13,8 @@ from internvl3_jax.fit.program import Requests, generation_params, lower_generat
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
 from internvl3_jax.fit.work import train_work
-from internvl3_jax.hardware import CHIPS
-from internvl3_jax.sharding import make_mesh
+from internvl3_jax.parallel.sharding import make_mesh
+from internvl3_jax.training.hardware import CHIPS
 
 GIB = 2**30
 

@@ -12,7 +12,6 @@ from tiny_checkpoint import CONFIG, train_config
 
 from configs.finetune import get_config as finetune
 from configs.lora import get_config as adapters
-from internvl3_jax import lora
 from internvl3_jax.config import LoraConfig, MeshConfig
 from internvl3_jax.fit import advice
 from internvl3_jax.fit.memory import estimate
@@ -20,8 +19,9 @@ from internvl3_jax.fit.program import lower_train_step
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
 from internvl3_jax.fit.work import train_work
-from internvl3_jax.model import abstract_params
-from internvl3_jax.sharding import make_mesh
+from internvl3_jax.model import lora
+from internvl3_jax.model.internvl import abstract_params
+from internvl3_jax.parallel.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GB = 1e9

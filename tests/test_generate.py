@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, picture, random_params
 
-from internvl3_jax import cache as kv_cache
-from internvl3_jax import generate, sharding
 from internvl3_jax.config import UNITS, MeshConfig
 from internvl3_jax.data.batch import Prompt, join_tiles
-from internvl3_jax.data.tiles import cut_tiles
-from internvl3_jax.generate import ContextError, Generator, Run, bucket, tile_pieces
-from internvl3_jax.language import unroll
-from internvl3_jax.model import InternVL
+from internvl3_jax.data.media.tiles import cut_tiles
+from internvl3_jax.inference import generator as generator_module
+from internvl3_jax.inference.generator import ContextError, Generator, Run, bucket, tile_pieces
+from internvl3_jax.inference.sampling import Sampling, sample
+from internvl3_jax.model import kv_cache
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.model.language import unroll
+from internvl3_jax.parallel import sharding
 from internvl3_jax.positions import build_positions, next_position
-from internvl3_jax.sampling import Sampling, sample
 
 PARAMS = random_params(CONFIG)
 IMAGE, PER_TILE = CONFIG.image_token_id, CONFIG.tokens_per_tile
@@ -193,7 +194,7 @@ def test_pieces_come_as_they_are_drawn():
     expected = generator().generate(RAGGED, run)
     state = generator().start(RAGGED, run)
     pieces = list(generator().stream(state, run))
-    assert [len(piece) for piece, *_ in pieces] == [1, generate.TOKENS_PER_CALL, 3]
+    assert [len(piece) for piece, *_ in pieces] == [1, generator_module.TOKENS_PER_CALL, 3]
     assert [[token for piece in pieces for token in piece[row]] for row in range(len(RAGGED))] == expected
 
 
@@ -228,7 +229,7 @@ def test_dynamic_scaling_makes_room():
 def test_buckets():
     assert [bucket(length) for length in (1, 64, 65, 96, 97, 129, 193, 256, 257)] == [64, 64, 80, 96, 112, 160, 224, 256, 320]
     for count in range(1, 60):
-        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(generate.TILE_BUCKETS)
+        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(generator_module.TILE_BUCKETS)
 
 
 def test_compiled_programs_are_no_more_than_buckets():
@@ -237,7 +238,7 @@ def test_compiled_programs_are_no_more_than_buckets():
     config = dataclasses.replace(CONFIG, language=dataclasses.replace(LANGUAGE, intermediate_size=52, num_layers=1))
     own = Generator(config, random_params(config), stop_ids=(456,))
     rng, run = np.random.default_rng(0), make_run(limit=2)
-    programs = {name: getattr(generate, name) for name in ("_encode", "_place", "_prefill", "_decode")}
+    programs = {name: getattr(generator_module, name) for name in ("_encode", "_place", "_prefill", "_decode")}
     before = {name: program._cache_size() for name, program in programs.items()}
     hit = {name: set() for name in programs}
     prompts = []
@@ -249,7 +250,7 @@ def test_compiled_programs_are_no_more_than_buckets():
         runs = [(4, len(tiles) * PER_TILE)]
         prompts.append(Prompt(tokens, build_positions(len(tokens), runs, [UNITS]), runs, [tiles]))
         length = bucket(len(tokens))
-        slots = bucket(length + run.limit + generate.TOKENS_PER_CALL)
+        slots = bucket(length + run.limit + generator_module.TOKENS_PER_CALL)
         hit["_encode"] |= set(tile_pieces(len(tiles)))
         hit["_place"] |= {(length, size) for size in tile_pieces(len(tiles))}
         hit["_prefill"].add((length, slots))

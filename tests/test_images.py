@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from internvl3_jax.data.images import ImageError, open_image
+from internvl3_jax.data.media.images import ImageError, open_image
 
 
 def noise(width=40, height=30, channels=3, seed=0):

@@ -16,7 +16,7 @@ import tiny_checkpoint
 from absl.testing import flagsaver
 
 import infer
-from internvl3_jax.terminal import printable
+from internvl3_jax.io.terminal import printable
 
 ROOT = pathlib.Path(infer.__file__).parent
 FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish"}

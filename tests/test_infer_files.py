@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from internvl3_jax import answer_file, prompts
-from internvl3_jax.answer_file import AnswerFile
-from internvl3_jax.requests import check_images, count_answers, read_requests
-from internvl3_jax.safe_files import FileError
+from internvl3_jax.inference import answer_file, prompts
+from internvl3_jax.inference.answer_file import AnswerFile
+from internvl3_jax.inference.requests import check_images, count_answers, read_requests
+from internvl3_jax.io.safe_files import FileError
 
 pytestmark = pytest.mark.smoke
 SETTINGS = {"weights": "abc", "temperature": 0.0, "system": None, "stop": ()}
@@ -193,7 +193,7 @@ def test_one_process_at_a_time(asked, output, tmp_path):
         other.symlink_to(output)
         output.touch()
         for name in (output, other):
-            code = f"from internvl3_jax.answer_file import AnswerFile\nwith AnswerFile({str(name)!r}): pass"
+            code = f"from internvl3_jax.inference.answer_file import AnswerFile\nwith AnswerFile({str(name)!r}): pass"
             run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
             assert "is in use by another process (process" in run.stderr and str(os.getpid()) in run.stderr
     fill(output, asked)

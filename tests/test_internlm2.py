@@ -13,17 +13,18 @@ from test_hf_config import changed
 from test_parity import TOLERANCE, as_prompt, greedy, make_row
 from transformers import AutoModelForImageTextToText
 
-from convert.assemble import ArraySource, ConversionError, params_from_tensors
 from convert.hf_files import to_hf
-from convert.internlm2 import table_source
-from convert.source import open_model
-from internvl3_jax import storage
-from internvl3_jax.checkpoint import Manifest, load, save_checkpoint
+from convert.open import open_model
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.checkpoint import load, save_checkpoint
+from internvl3_jax.checkpoints.hf.assemble import ArraySource, ConversionError, params_from_tensors
+from internvl3_jax.checkpoints.hf.config import from_hf
+from internvl3_jax.checkpoints.hf.internlm2 import table_source
+from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data import tiny_tokenizer
-from internvl3_jax.generate import Generator
-from internvl3_jax.hf_config import from_hf
-from internvl3_jax.model import InternVL, count_params
+from internvl3_jax.inference.generator import Generator
+from internvl3_jax.model.internvl import InternVL, count_params
 
 
 def ours(reference: Reference, image_token_id: int = 120):

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from internvl3_jax import jsonl
-from internvl3_jax.safe_files import FileError
+from internvl3_jax.io import jsonl
+from internvl3_jax.io.safe_files import FileError
 
 pytestmark = pytest.mark.smoke
 

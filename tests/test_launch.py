@@ -14,7 +14,7 @@ from absl import flags
 
 import train
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.distributed import LOST, TERMINATED
+from internvl3_jax.parallel.multihost import LOST, TERMINATED
 
 ROOT = pathlib.Path(train.__file__).parent
 LAUNCH = ROOT / "launch"

@@ -1,104 +1,53 @@
-"""Who may import whom. A new module of the package takes its row in ROWS; a module imports only from the rows above its own."""
+"""Which folder may import which: dependencies point one way, from each room to those above it."""
 
 import ast
 import pathlib
 import re
 
+import networkx
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "internvl3_jax"
 
-# A folder is one unit: its files may import each other.
-ROWS = [
-    ["expressions", "file_errors", "terminal"],
-    ["orbax_s3", "remote_files"],
-    ["safe_files"],
-    ["model_files", "strict_json"],
-    ["typed"],
-    ["limits"],
-    ["command_line"],
-    ["jsonl"],
-    ["integrity"],
-    ["unfinished"],
-    ["config", "find", "hf_fields", "host_flags", "patterns", "prompts", "requests", "verify"],
-    ["answer_file", "hf_language", "positions", "settings", "sizes"],
-    ["hf_config"],
-    ["data", "environment", "hardware", "peers", "sharding", "storage"],
-    ["cache", "checksum", "distributed", "fingerprint", "flops", "given_images", "ops", "placement", "reader", "report"],
-    ["manifest", "projector", "verification", "vision", "language"],
-    ["steps"],
-    ["lora", "model"],
-    ["adapters"],
-    ["checkpoint", "losses", "optimizer", "preference", "sampling"],
-    ["checks", "components", "generate", "meter"],
-    ["objective", "options"],
-    ["train_step"],
-    ["start"],
-    ["workdir"],
-    ["chat", "critic", "evaluate", "loading", "fit", "held_out", "questions", "reference", "run", "tokens"],
-    ["best_of_n", "conversation", "make_pairs", "make_process_labels", "make_reference"],
-    ["answer_flags", "answering"],
-]
-ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
-
-# Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
-WITHOUT_JAX = {
-    "answer_file",
+# Each room (a module or folder of the package) imports only from itself and from rooms above it. `convert`, the configurations and the
+# programs come last.
+ROOMS = [
+    "io",
     "config",
-    "data",
-    "find",
-    "fingerprint",
-    "hf_config",
-    "hf_fields",
-    "hf_language",
-    "host_flags",
-    "positions",
-    "prompts",
-    "requests",
     "sizes",
-}
-WITHOUT_JAX |= {"file_errors", "remote_files"}
-WITHOUT_JAX |= {
-    "command_line",
-    "expressions",
-    "jsonl",
-    "model_files",
-    "safe_files",
-    "strict_json",
-    "terminal",
-    "tokens",
-    "verify",
-}
-WITHOUT_JAX |= {"integrity", "limits", "settings", "typed", "unfinished"}
-JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
-# Narrower than the rows.
-FOUNDATION = {"command_line", "file_errors", "remote_files", "jsonl", "model_files", "safe_files", "strict_json", "terminal"}
-ONLY = {"data": {"config", "find", "positions"} | FOUNDATION, "tokens": {"config", "data", "positions", "sizes"} | FOUNDATION}
-CONVERT_MAY = FOUNDATION | {
-    "adapters",
-    "checkpoint",
-    "config",
+    "param_tree",
+    "positions",
+    "parallel",
     "data",
-    "find",
-    "fingerprint",
-    "hf_config",
-    "hf_language",
-    "lora",
-    "manifest",
     "model",
-    "storage",
-    "verification",
+    "checkpoints",
+    "inference",
+    "training",
+    "reward",
+    "fit",
+]
+# Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
+WITHOUT_JAX = {"io", "config", "sizes", "positions", "data", "parallel.host_flags"}
+WITHOUT_JAX |= {"checkpoints.fingerprint", "checkpoints.hf.config", "checkpoints.hf.fields", "checkpoints.hf.language"}
+WITHOUT_JAX |= {
+    "inference.answer_file",
+    "inference.prompts",
+    "inference.requests",
+    "reward.answer_matching",
+    "reward.expressions",
+    "training.settings",
 }
-# Modules of ops/ that the models call; any other is a kernel, which ops/attention.py picks.
-OPERATIONS = {"ops", "ops.attention", "ops.context", "ops.dense", "ops.norms", "ops.quantize", "ops.remat", "ops.rope"}
-# Libraries that one unit hides from the rest.
+JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
+# Modules of model/ops/ that the models call; any other is a kernel, which ops/attention.py picks.
+OPERATIONS = {"attention", "context_parallel", "linear", "norms", "quantize", "remat", "rope"}
+# Libraries that one room hides from the rest.
 HIDDEN_IN = {
-    "orbax": "storage",
-    "orbax.checkpoint._src": "orbax_s3",
+    "orbax": "checkpoints.storage",
+    "orbax.checkpoint._src": "checkpoints.orbax_s3",
     "grain": "data",
-    "jax.experimental.pallas": "ops",
-    "qwix": "ops",
+    "jax.experimental.pallas": "model.ops",
+    "qwix": "model.ops",
 }
 # In tests/ and benchmarks/ only.
 PEERS = {"torch", "torchvision", "transformers", "accelerate", "peft"}
@@ -108,7 +57,7 @@ PROGRAMS = [path for place in ("*.py", "configs/*.py", "examples/*.py") for path
 
 
 def dotted_name(path: pathlib.Path) -> str:
-    """internvl3_jax/data/tiles.py -> internvl3_jax.data.tiles; a package's __init__.py has the package's name."""
+    """internvl3_jax/data/media/tiles.py -> internvl3_jax.data.media.tiles; a package's __init__.py has the package's name."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -144,8 +93,8 @@ def absolute(node: ast.ImportFrom, path: pathlib.Path) -> str:
     return ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
 
 
-def unit_of(name: str) -> str:
-    """internvl3_jax.data.tiles -> data; the package itself -> ""."""
+def room_of(name: str) -> str:
+    """internvl3_jax.data.media.tiles -> data; the package itself -> ""."""
     return name.split(".")[1] if "." in name else ""
 
 
@@ -164,89 +113,97 @@ def complaints(path: pathlib.Path, allowed) -> list[str]:
     return [f"{path.relative_to(ROOT)}:{line}: imports {name}: {reason}" for line, name, reason in found if reason]
 
 
+def is_without_jax(name: str) -> bool:
+    return any(inside(name, f"{PACKAGE}.{part}") for part in WITHOUT_JAX)
+
+
 def package_rule(path: pathlib.Path):
     """What a module of the package may import, as a function from a name to the reason against it or None."""
-    unit = unit_of(dotted_name(path))
+    own = dotted_name(path)
 
     def allowed(name: str, lazy: bool) -> str | None:
-        if inside(name, "convert"):
-            return None if unit == "checkpoint" and lazy else "only checkpoint.py may use convert/, and only inside a function"
-        if unit in WITHOUT_JAX and name.split(".")[0] in JAX:
-            return f"{unit} does without jax"
+        if inside(name, "convert") or inside(name, "configs") or inside(name, "examples"):
+            return "the package does without the programs that are built on it"
+        if is_without_jax(own) and name.split(".")[0] in JAX:
+            return f"{own} does without jax"
         if not inside(name, PACKAGE):
             return None
         module = package_module(name)
-        other = unit_of(module)
-        if other not in ROW:
-            return "not a module in ROWS"
-        if inside(module, f"{PACKAGE}.ops") and module.removeprefix(f"{PACKAGE}.") not in OPERATIONS and unit != "ops":
-            return "kernels are reached through ops/attention.py"
-        if other == unit:
-            return None
-        if unit in ONLY and other not in ONLY[unit]:
-            return f"{unit} may import only {', '.join(sorted(ONLY[unit]))}"
-        if unit in WITHOUT_JAX and other not in WITHOUT_JAX:
-            return f"{unit} does without jax, and {other} imports it"
-        return None if ROW[other] < ROW[unit] else f"{other} is not in a row above {unit}"
+        room, other = room_of(own), room_of(module)
+        if other not in ROOMS:
+            return "not in ROOMS"
+        kernels = f"{PACKAGE}.model.ops."
+        if module.startswith(kernels) and module.removeprefix(kernels) not in OPERATIONS and not own.startswith(kernels):
+            return "kernels are reached through model/ops/attention.py"
+        if is_without_jax(own) and module != f"{PACKAGE}.{other}" and not is_without_jax(module):
+            return f"{own} does without jax, and {module} imports it"
+        return None if ROOMS.index(other) <= ROOMS.index(room) else f"{other} is not above {room} in ROOMS"
 
     return allowed
 
 
-def convert_rule(name: str, lazy: bool) -> str | None:
-    if not inside(name, PACKAGE):
-        return None
-    unit = unit_of(package_module(name))
-    return None if unit in CONVERT_MAY else f"convert/ may import only {', '.join(sorted(CONVERT_MAY))}"
+def test_every_module_is_in_a_room():
+    assert {room_of(module) for module in MODULES if inside(module, PACKAGE)} - {""} == set(ROOMS)
 
 
-def test_every_module_has_one_row():
-    units = {unit_of(module) for module in MODULES if inside(module, PACKAGE)} - {""}
-    assert sorted(units - set(ROW)) == [], "new modules: give them a row in ROWS"
-    assert len(ROW) == sum(map(len, ROWS)), "a module is in two rows"
+@pytest.mark.parametrize(
+    "room", [room for room in ROOMS if (ROOT / PACKAGE / f"{room}.py").exists() or (ROOT / PACKAGE / room).is_dir()]
+)
+def test_rooms_import_only_from_rooms_above(room):
+    paths = [path for path in SHIPPED if inside(dotted_name(path), f"{PACKAGE}.{room}")]
+    assert [complaint for path in paths for complaint in complaints(path, package_rule(path))] == []
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=dotted_name)
-def test_modules_import_only_from_rows_above(path):
-    name = dotted_name(path)
-    if inside(name, "convert"):
-        assert complaints(path, convert_rule) == []
-    elif name != PACKAGE:  # its __init__.py offers the rest to users
-        assert complaints(path, package_rule(path)) == []
+def test_no_circle():
+    """No module imports itself through others, function-level imports included."""
+    graph = networkx.DiGraph()
+    for path in SHIPPED:
+        if dotted_name(path) != PACKAGE:  # its __init__.py offers the rest to users
+            targets = {package_module(name) for name, *_ in imports(path)} & MODULES
+            graph.add_edges_from((dotted_name(path), target) for target in targets)
+    assert [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1] == []
 
 
-@pytest.mark.parametrize("path", [*SHIPPED, *PROGRAMS], ids=dotted_name)
-def test_no_peer_is_imported(path):
-    assert complaints(path, lambda name, lazy: "only in tests/ and benchmarks/" if name.split(".")[0] in PEERS else None) == []
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=dotted_name)
-def test_libraries_stay_behind_their_module(path):
+def test_no_peer_is_imported():
     def allowed(name: str, lazy: bool) -> str | None:
-        owners = [owner for library, owner in HIDDEN_IN.items() if inside(name, library)]
-        return None if unit_of(dotted_name(path)) in owners or not owners else f"only in {owners[0]}"
+        return "only in tests/ and benchmarks/" if name.split(".")[0] in PEERS else None
 
-    assert complaints(path, allowed) == []
+    assert [complaint for path in [*SHIPPED, *PROGRAMS] for complaint in complaints(path, allowed)] == []
+
+
+def test_libraries_stay_in_their_room():
+    def rule(path: pathlib.Path):
+        def allowed(name: str, lazy: bool) -> str | None:
+            owners = [owner for library, owner in HIDDEN_IN.items() if inside(name, library)]
+            own = dotted_name(path)
+            return None if not owners or any(inside(own, f"{PACKAGE}.{owner}") for owner in owners) else f"only in {owners[0]}"
+
+        return allowed
+
+    assert [complaint for path in SHIPPED for complaint in complaints(path, rule(path))] == []
 
 
 def test_the_rules_see_what_they_should(tmp_path, monkeypatch):
     """Each kind of forbidden import is noticed, however it is written."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    monkeypatch.setitem(globals(), "MODULES", {f"{PACKAGE}.{unit}" for unit in ROW} | {f"{PACKAGE}.ops.splash", PACKAGE})
     forbidden = {
-        "model.py": [
-            "from internvl3_jax.checkpoint import load",
-            "from . import generate",
+        "model/internvl.py": [
+            "from internvl3_jax.checkpoints.checkpoint import load",
+            "from ..inference import generator",
+            "def f():\n    import internvl3_jax.training.step",
             "import internvl3_jax",
             "import convert",
+            "from internvl3_jax.model.ops.splash_attention import kernel",
+            "from internvl3_jax.model.ops import splash_attention",
+            "from .ops import splash_attention",
         ],
-        "positions.py": ["import jax.numpy as jnp", "from internvl3_jax import model"],
-        "vision.py": [
-            "from internvl3_jax.ops.splash import kernel",
-            "from internvl3_jax.ops import splash",
-            "from .model import InternVL",
+        "positions.py": ["import jax.numpy as jnp", "from internvl3_jax.model import internvl"],
+        "data/media/tiles.py": [
+            "def f():\n    from internvl3_jax.checkpoints.hf.config import from_hf",
+            "from ...model.vision import VisionTower",
+            "import jax",
         ],
-        "data/tiles.py": ["def f():\n    from internvl3_jax.hf_config import from_hf", "from ..vision import VisionTower"],
-        "checkpoint.py": ["from convert.source import open_released"],
+        "checkpoints/checkpoint.py": ["from convert.open import open_model", "import examples.demo"],
     }
     for name, lines in forbidden.items():
         path = tmp_path / PACKAGE / name

@@ -12,17 +12,19 @@ from test_sharding import MESHES, PLANNED, STYLES, mesh_of, widened
 from test_step import GRADIENT, assert_close, batch, by_path, compiled_step
 from tiny_checkpoint import CONFIG, random_params, train_config
 
-from internvl3_jax import adapters, language, lora, sharding, storage, vision
-from internvl3_jax.adapters import Adapter
-from internvl3_jax.components import component_table
+from internvl3_jax.checkpoints import adapters, storage
+from internvl3_jax.checkpoints.adapters import Adapter
 from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.generate import Generator, Run
-from internvl3_jax.model import InternVL, abstract_params
-from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.sampling import Sampling
+from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.model import language, lora, vision
+from internvl3_jax.model.internvl import InternVL, abstract_params
+from internvl3_jax.parallel import sharding
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.train_step import TrainState, trained_paths
+from internvl3_jax.training.optimizer import make_optimizer
+from internvl3_jax.training.param_table import component_table
+from internvl3_jax.training.step import TrainState, trained_paths
 
 EVERYWHERE = ("vision/layers/(qkv|proj|fc1|fc2)", "projector/fc[12]", "language/layers/(q|k|v|o|gate|up|down)")
 SETTINGS = LoraConfig(rank=3, alpha=6.0, targets=EVERYWHERE)

@@ -10,11 +10,12 @@ import pytest
 from test_lora_run import LORA, base, config_of, run, start  # noqa: F401  (fixtures)
 
 from configs.finetune import get_config as finetune
-from internvl3_jax import load, lora
-from internvl3_jax.checkpoint import save_checkpoint
+from internvl3_jax import load
+from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.config import OptimizerConfig
-from internvl3_jax.find import find
-from internvl3_jax.start import alive
+from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.model import lora
+from internvl3_jax.training.start import alive
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)

@@ -19,10 +19,14 @@ from tiny_checkpoint import CONFIG, train_config
 import infer
 import train
 from convert.__main__ import main as convert
-from internvl3_jax import Chat, load, lora, sharding, storage
-from internvl3_jax.checkpoint import Manifest, save_checkpoint
+from internvl3_jax import Chat, load
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.checkpoint import save_checkpoint
+from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
-from internvl3_jax.find import find
+from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.model import lora
+from internvl3_jax.parallel import sharding
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 LORA = LoraConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from internvl3_jax.losses import chunked_cross_entropy, cross_entropy
+from internvl3_jax.training.losses import chunked_cross_entropy, cross_entropy
 
 ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 24, 12, 37, 48
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -98,7 +98,7 @@ def test_bfloat16_hidden_states():
 
 def test_only_chunks_with_trained_tokens_are_computed(monkeypatch):
     """As many as the group with most of them needs."""
-    from internvl3_jax import losses
+    from internvl3_jax.training import losses
 
     seen, compute = [], losses._chunk
 

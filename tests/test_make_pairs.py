@@ -6,13 +6,13 @@ import pytest
 import tiny_checkpoint
 from tiny_checkpoint import PROCESSOR, picture
 
-from internvl3_jax import make_pairs
-from internvl3_jax.chat import Answer
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
-from internvl3_jax.make_pairs import Settings, choose, done_path, find_pairs, first_half, main, run, summary
-from internvl3_jax.make_reference import read_known
-from internvl3_jax.questions import Question, read_questions
+from internvl3_jax.inference.chat import Answer
+from internvl3_jax.reward import make_pairs
+from internvl3_jax.reward.make_pairs import Settings, choose, done_path, find_pairs, first_half, main, run, summary
+from internvl3_jax.reward.questions import Question, read_questions
+from internvl3_jax.training.make_reference import read_known
 
 
 class Model:

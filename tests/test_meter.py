@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tiny_checkpoint import CONFIG, train_config
 
-from internvl3_jax.flops import batch_counts, forward_flops, train_flops
-from internvl3_jax.meter import Meter
-from internvl3_jax.model import abstract_params
-from internvl3_jax.report import Log
+from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.flops import batch_counts, forward_flops, train_flops
+from internvl3_jax.training.metrics import Meter
+from internvl3_jax.training.run_log import Log
 
 
 def matrices(tree) -> int:

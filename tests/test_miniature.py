@@ -13,8 +13,8 @@ from PIL import Image
 from tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 from configs.miniature import get_config
-from internvl3_jax.data.batches import Batches
-from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.text.tokenizer import Tokenizer
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
 QUESTIONS = 4

@@ -10,11 +10,11 @@ import pytest
 from tiny_checkpoint import CONFIG, LANGUAGE, VISION, random_params
 
 from internvl3_jax.config import UNITS
-from internvl3_jax.model import InternVL, abstract_params, count_params, merge
+from internvl3_jax.inference.sampling import Sampling, sample
+from internvl3_jax.model.internvl import InternVL, abstract_params, count_params, merge
+from internvl3_jax.model.vision import VisionBlock, VisionTower
 from internvl3_jax.positions import build_positions
-from internvl3_jax.sampling import Sampling, sample
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.vision import VisionBlock, VisionTower
 
 MODEL = InternVL(CONFIG)
 PARAMS = random_params(CONFIG)

@@ -18,11 +18,13 @@ from tiny_checkpoint import CONFIG, PROCESSOR, directory, random_params, tokeniz
 
 import infer
 from convert.__main__ import main as convert
-from internvl3_jax import checkpoint, load, remote_files
-from internvl3_jax.find import latest_step
-from internvl3_jax.remote_files import Lease, as_path
-from internvl3_jax.safe_files import FileError, InUse
-from internvl3_jax.storage import by_path
+from internvl3_jax import load
+from internvl3_jax.checkpoints import checkpoint, steps
+from internvl3_jax.checkpoints.storage import by_path
+from internvl3_jax.io import remote_files
+from internvl3_jax.io.checkpoint_paths import latest_step
+from internvl3_jax.io.remote_files import Lease, as_path
+from internvl3_jax.io.safe_files import FileError, InUse
 
 ROOT = pathlib.Path(infer.__file__).parent
 STEPS, SAVE_EVERY = 12, 3
@@ -142,7 +144,7 @@ def test_steps_are_complete_with_their_last_object_and_old_ones_are_deleted(root
     state = {"moment": jax.numpy.arange(6.0)}
 
     def save(step: int, **more):
-        checkpoint.save_training(run, step, params, state, data={"0": {"next": step}}, **given, **more)
+        steps.save_training(run, step, params, state, data={"0": {"next": step}}, **given, **more)
 
     save(1)
     save(2)
@@ -150,9 +152,7 @@ def test_steps_are_complete_with_their_last_object_and_old_ones_are_deleted(root
     for name in (".internvl3_jax_unfinished", "internvl3_jax.json", "params/state/manifest.ocdbt"):
         remote_files.write_bytes(unfinished / name, b"{}")
     assert latest_step(run) == 2
-    restored, moments, extra = checkpoint.restore_training(
-        run, 2, jax.eval_shape(lambda: params), jax.eval_shape(lambda: state)
-    )
+    restored, moments, extra = steps.restore_training(run, 2, jax.eval_shape(lambda: params), jax.eval_shape(lambda: state))
     assert same(restored, params) and np.array_equal(moments["moment"], state["moment"]) and extra["data"] == {"0": {"next": 2}}
     save(3, keep=1)
     assert latest_step(run) == 3

@@ -10,13 +10,13 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from official_data import PROCESSOR, data_config, encoded, picture, turns, write_meta, write_rows, write_tar
 
-from internvl3_jax.data import files, row_index
-from internvl3_jax.data.files import FileError
-from internvl3_jax.data.meta import MetaError, read_meta
-from internvl3_jax.data.official import OfficialSource, insert_frames
-from internvl3_jax.data.rows import RowError, Rows
-from internvl3_jax.data.sources import open_sources
-from internvl3_jax.data.video import middle_frames
+from internvl3_jax.data.media.video import middle_frames
+from internvl3_jax.data.sources import files, row_index
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.sources.files import FileError
+from internvl3_jax.data.sources.internvl_jsonl import OfficialSource, insert_frames
+from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.rows import RowError, Rows
 
 TEXT = {"conversations": turns("hi", "ho")}
 
@@ -254,7 +254,7 @@ def test_bad_meta_files(tmp_path):
         path.write_text(content)
         with pytest.raises(MetaError, match=reason):
             read_meta(str(path))
-    with pytest.raises(MetaError, match=r"data.source: letters: .*meta JSON, or digits"):
+    with pytest.raises(MetaError, match=r"data.source: letters: .*meta JSON, or MODULE:FUNCTION"):
         read_meta("letters")
 
 

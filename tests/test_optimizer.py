@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_checkpoint import CONFIG, random_params
 
-from internvl3_jax.components import component_table, format_table, frozen_hash
 from internvl3_jax.config import OptimizerConfig
-from internvl3_jax.model import abstract_params
-from internvl3_jax.optimizer import join, make_optimizer, make_schedule, path_name, relative_rates
+from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.optimizer import join, make_optimizer, make_schedule, path_name, relative_rates
+from internvl3_jax.training.param_table import component_table, format_table, frozen_hash
 
 PARAMS = random_params(CONFIG)
 CONSTANT = OptimizerConfig(warmup_steps=0, final_fraction=1.0, learning_rate=1e-2)  # no schedule to reckon with

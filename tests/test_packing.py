@@ -13,7 +13,7 @@ from grain.experimental import assert_equal_output_after_checkpoint
 from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.packing import RULES, Packer, choose
 from internvl3_jax.data.pipeline import make_tokenizer
 

@@ -11,16 +11,16 @@ from official_data import picture, write_meta, write_video
 from test_optimizer import by_path
 from tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
 
-from internvl3_jax import preference
 from internvl3_jax.config import LossConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
-from internvl3_jax.held_out import HeldOut
-from internvl3_jax.losses import cross_entropy
-from internvl3_jax.model import InternVL
-from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.train_step import TrainState, train_step
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.training import mpo
+from internvl3_jax.training.evaluation import HeldOut
+from internvl3_jax.training.losses import cross_entropy
+from internvl3_jax.training.optimizer import make_optimizer
+from internvl3_jax.training.step import TrainState, train_step
 
 MODEL, PARAMS, OTHER = InternVL(CONFIG), random_params(CONFIG), random_params(CONFIG, seed=1)
 GRADIENT = make_optimizer(OptimizerConfig(warmup_steps=0), 100)._replace(
@@ -113,7 +113,7 @@ def test_a_videos_frames_are_encoded_once(tmp_path):
 def test_only_the_chosen_answer_has_weight(both):
     for batch in both:
         assert ((batch["loss_weights"] > 0) == (batch["answers"] % 2 == 1)).all()
-        sums = preference.answer_sums(batch["loss_weights"], batch["answers"], PAIRS)
+        sums = mpo.answer_sums(batch["loss_weights"], batch["answers"], PAIRS)
         present = batch["answers"].max(axis=1)[:, None] > 2 * np.arange(PAIRS)
         np.testing.assert_allclose(sums[..., 0], present, rtol=1e-6)  # data.loss_average "sample"
 
@@ -155,17 +155,17 @@ def directly(params, batch, config: LossConfig, shift=None):
     def log_probabilities(params):
         logits = MODEL.apply({"params": params}, batch)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
-        return preference.answer_sums(picked, batch["answers"], PAIRS), logits
+        return mpo.answer_sums(picked, batch["answers"], PAIRS), logits
 
     policy, logits = log_probabilities(params)
     of_reference, _ = log_probabilities(OTHER)
-    lengths = jnp.maximum(preference.answer_sums((batch["answers"] > 0) * 1.0, batch["answers"], PAIRS), 1)
+    lengths = jnp.maximum(mpo.answer_sums((batch["answers"] > 0) * 1.0, batch["answers"], PAIRS), 1)
     present = batch["answers"].max(axis=1)[:, None] > 2 * np.arange(PAIRS)
     if shift is None:
         rewards = config.beta * (policy - of_reference)
         shift = jnp.where(present[..., None], rewards, 0).sum() / (2 * present.sum())
-    each = config.preference_weight * preference.preference_loss(policy, of_reference, lengths, config)
-    each += config.quality_weight * preference.quality_loss(policy, of_reference, shift, config.beta)
+    each = config.preference_weight * mpo.preference_loss(policy, of_reference, lengths, config)
+    each += config.quality_weight * mpo.quality_loss(policy, of_reference, shift, config.beta)
     total, weight = cross_entropy(logits, batch["targets"], batch["loss_weights"])
     return jnp.where(present, each, 0).sum() / present.sum() + config.generation_weight * total / weight
 
@@ -178,7 +178,7 @@ def compiled(loss, micro_batches=1, chunk=7):
 
 def descent(batch, loss=LOSS, reference=OTHER, **settings):
     """(gradients, metrics) of one update."""
-    state = TrainState(jnp.zeros((), jnp.int32), PARAMS, (), preference.first_shift())
+    state = TrainState(jnp.zeros((), jnp.int32), PARAMS, (), mpo.first_shift())
     batch = {name: value for name, value in batch.items() if name != "sources"}
     state, metrics = compiled(loss, **settings)(state, batch, jax.random.key(0), reference)
     return jax.tree.map(lambda new, old: new - old, state.params, PARAMS), metrics
@@ -238,10 +238,10 @@ def test_against_itself_the_preference_part_is_known(both):
     for loss in (LOSS, dataclasses.replace(LOSS, preference="ipo")):
         _, metrics = descent(both[0], loss, PARAMS)
         paired = 0.8 * metrics["loss_preference"] + 0.2 * metrics["loss_quality"]
-        assert float(paired) == pytest.approx(preference.at_start(loss), abs=1e-6)
+        assert float(paired) == pytest.approx(mpo.at_start(loss), abs=1e-6)
         # Zero, but for where the two passes' sums are rounded.
         assert abs(float(metrics["reward_margin"])) < 1e-5 and abs(float(metrics["reward_shift"])) < 1e-5
-    assert preference.at_start(LOSS) == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2))
+    assert mpo.at_start(LOSS) == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2))
 
 
 def test_a_reference_computed_beforehand_is_the_same(both):
@@ -249,9 +249,9 @@ def test_a_reference_computed_beforehand_is_the_same(both):
     expected, metrics = descent(batch)
     logits = MODEL.apply({"params": OTHER}, batch)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
-    sums = preference.answer_sums(picked, batch["answers"], PAIRS)
+    sums = mpo.answer_sums(picked, batch["answers"], PAIRS)
     first = (batch["answers"] > 0) & (batch["answers"] != np.pad(batch["answers"], ((0, 0), (1, 0)))[:, :-1])
-    given = np.where(first, preference.at_answers(sums, batch["answers"]), 0)
+    given = np.where(first, mpo.at_answers(sums, batch["answers"]), 0)
     found, others = descent(batch | {"reference": given.astype(np.float32)}, reference=None)
     assert_close(found, expected, 2e-5)
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
@@ -261,7 +261,7 @@ def test_held_out_pairs_have_the_numbers_of_the_train_step(folder):
     config = pairs_config(folder, deltas=("1",))
     config = dataclasses.replace(config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7)
     held_out = HeldOut(config, MODEL, make_tokenizer(config.data))
-    found = held_out.losses(PARAMS, preference.first_shift(), OTHER)
+    found = held_out.losses(PARAMS, mpo.first_shift(), OTHER)
     each = [descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches]
     counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in held_out.batches]
     names = {"held_out": "loss", "held_out_reward_accuracy": "reward_accuracy", "held_out_loss_quality": "loss_quality"}

@@ -14,13 +14,15 @@ from test_pairs import LOSS, pairs_config
 from tiny_checkpoint import PROCESSOR
 
 import train
-from internvl3_jax import lora, preference, sharding
 from internvl3_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
-from internvl3_jax.data.reference import ReferenceTable
-from internvl3_jax.make_reference import make_reference
+from internvl3_jax.data.reference_table import ReferenceTable
+from internvl3_jax.model import lora
+from internvl3_jax.parallel import sharding
+from internvl3_jax.training import mpo
+from internvl3_jax.training.make_reference import make_reference
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -76,7 +78,7 @@ def test_adapters_are_compared_with_their_base(tmp_path):
     adapters = LoraConfig(rank=2, alpha=8.0, targets=("language/layers/(q|v|down)",))
     config = lora.resolved(run_config(tmp_path, lora=adapters, steps=4, save_every=2, keep=5))
     named = dataclasses.replace(config, loss=dataclasses.replace(LOSS, reference=config.init_from))
-    assert not preference.needs_model(config) and preference.needs_model(named)
+    assert not mpo.needs_model(config) and mpo.needs_model(named)
     whole, _ = train.fit(config, make(tmp_path / "base", config), ONE_DEVICE)
     train.fit(named, make(tmp_path / "named", named), ONE_DEVICE)
     np.testing.assert_allclose(losses_of(tmp_path / "base"), losses_of(tmp_path / "named"), rtol=1e-4)
@@ -120,7 +122,7 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
     named = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, reference=config.init_from))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReferenceTable, "added_to", lambda self, sample: sample)
-        patch.setattr(preference, "needs_model", lambda config: True)
+        patch.setattr(mpo, "needs_model", lambda config: True)
         train.fit(named, make(tmp_path / "with", named), ONE_DEVICE)
     np.testing.assert_allclose(losses_of(tmp_path / "without"), losses_of(tmp_path / "with"), rtol=1e-4)
     ends = [log_of(tmp_path / name)[-1] for name in ("with", "without")]

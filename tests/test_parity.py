@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch_reference import build_reference
 
-from convert.assemble import params_from_tensors
+from internvl3_jax.checkpoints.hf.assemble import params_from_tensors
+from internvl3_jax.checkpoints.hf.config import from_hf
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.generate import Generator, Run
-from internvl3_jax.hf_config import from_hf
-from internvl3_jax.model import InternVL
+from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.model.projector import pixel_shuffle
+from internvl3_jax.model.vision import VisionTower, interpolate_positions
 from internvl3_jax.positions import build_positions
-from internvl3_jax.projector import pixel_shuffle
-from internvl3_jax.sampling import Sampling
-from internvl3_jax.vision import VisionTower, interpolate_positions
 
 FAMILIES = [
     ("300m", "qwen2", False),

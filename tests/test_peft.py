@@ -14,15 +14,15 @@ import torch_reference
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
-from convert.assemble import ConversionError, params_from_tensors, tensors_from_params
-from convert.peft import read_peft, write_peft
-from convert.peft_settings import WEIGHTS
-from internvl3_jax import lora
+from internvl3_jax.checkpoints.hf.assemble import ConversionError, params_from_tensors, tensors_from_params
+from internvl3_jax.checkpoints.hf.config import from_hf
+from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
+from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS
+from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import LoraConfig
-from internvl3_jax.find import PEFT
-from internvl3_jax.hf_config import from_hf
-from internvl3_jax.model import InternVL
-from internvl3_jax.storage import by_path
+from internvl3_jax.io.checkpoint_paths import PEFT
+from internvl3_jax.model import lora
+from internvl3_jax.model.internvl import InternVL
 
 EVERYWHERE = ("vision/layers/(qkv|proj|fc1|fc2)", "projector/fc[12]", "language/layers/(q|k|v|o|gate|up|down)")
 SETTINGS = LoraConfig(rank=3, alpha=5.0, targets=EVERYWHERE)

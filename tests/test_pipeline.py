@@ -10,14 +10,14 @@ import pytest
 from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_video
 
 from internvl3_jax.config import UNITS, DataConfig
-from internvl3_jax.data.augment import recompress
 from internvl3_jax.data.batch import SampleError, average_weights, make_sample
-from internvl3_jax.data.chat import encode_chat
-from internvl3_jax.data.meta import MetaError
-from internvl3_jax.data.mixture import Selection, mixture_weights, read_drop_list
-from internvl3_jax.data.overlong import NothingTrained, TooLong, encode_within
+from internvl3_jax.data.media.augment import recompress
 from internvl3_jax.data.pipeline import mix, sample_dataset, sample_stream, source_names
-from internvl3_jax.data.sources import open_sources
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.sources.meta import MetaError
+from internvl3_jax.data.sources.mixture import Selection, mixture_weights, read_drop_list
+from internvl3_jax.data.text.chat_template import encode_chat
+from internvl3_jax.data.truncation import NothingTrained, TooLong, encode_within
 
 SCALARS = ("source", "row", "index")
 TEXT = {"conversations": turns("hi", "ho")}
@@ -279,7 +279,7 @@ def test_loss_averages():
 
 
 def test_the_digits_come_through_the_same_functions():
-    config = DataConfig(samples=50, tokens_per_row=256, tiles_per_row=16)
+    config = DataConfig(source="examples.tiny_digits.recipe.data:sources", samples=50, tokens_per_row=256, tiles_per_row=16)
     dataset = sample_dataset(config, PROCESSOR, tokenizer())
     samples = take(dataset, 60)
     assert source_names(config) == ["digits"]

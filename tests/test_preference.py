@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from test_parity import conversation, pair, pixels, torch_logits
 
-from internvl3_jax import preference
 from internvl3_jax.config import UNITS, LossConfig, ProcessorConfig
-from internvl3_jax.data.chat import Encoded
 from internvl3_jax.data.packing import join
 from internvl3_jax.data.pairs import finish_pair
-from internvl3_jax.model import InternVL
-from internvl3_jax.objective import Head
-from internvl3_jax.train_step import reference_log_probabilities
+from internvl3_jax.data.text.chat_template import Encoded
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.training import mpo
+from internvl3_jax.training.objective import Head
+from internvl3_jax.training.step import reference_log_probabilities
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = (RNG.normal(-40, 12, (3, 5, 2)).astype(np.float32) for _ in range(2))
@@ -47,8 +47,8 @@ def of_torch(name: str, policy, reference):
 
 def of_ours(name: str, policy):
     if name == "quality":
-        return preference.quality_loss(policy, REFERENCE, SHIFT, 0.1)
-    return preference.preference_loss(policy, REFERENCE, LENGTHS, LOSSES[name])
+        return mpo.quality_loss(policy, REFERENCE, SHIFT, 0.1)
+    return mpo.preference_loss(policy, REFERENCE, LENGTHS, LOSSES[name])
 
 
 @pytest.mark.parametrize("name", [*LOSSES, "quality"])
@@ -100,9 +100,9 @@ def test_losses_and_gradients_are_those_of_trl(name):
         def ours(policy):
             present = jnp.ones((3, 5), bool)
             rewards = config.beta * (policy - REFERENCE)
-            shift = preference.running_shift(preference.first_shift(), rewards, present)
+            shift = mpo.running_shift(mpo.first_shift(), rewards, present)
             np.testing.assert_allclose(shift.mean, own.running.mean, rtol=1e-5)
-            return preference.quality_loss(policy, REFERENCE, shift.mean, config.beta)
+            return mpo.quality_loss(policy, REFERENCE, shift.mean, config.beta)
     else:
 
         def ours(policy):
@@ -116,7 +116,7 @@ def test_losses_and_gradients_are_those_of_trl(name):
 
 
 def of_shift(policy, shift, config):
-    return preference.quality_loss(policy, REFERENCE, shift, config.beta)
+    return mpo.quality_loss(policy, REFERENCE, shift, config.beta)
 
 
 def rewards_of(mean: float):
@@ -125,38 +125,38 @@ def rewards_of(mean: float):
 
 
 def test_the_running_shift_is_the_mean_of_all_rewards_with_the_present_ones():
-    shift, used = preference.first_shift(), []
+    shift, used = mpo.first_shift(), []
     for mean in (1.0, 2.0, 6.0):
-        shift = preference.running_shift(shift, *rewards_of(mean))
+        shift = mpo.running_shift(shift, *rewards_of(mean))
         used.append(float(shift.mean))
     np.testing.assert_allclose(used, [1.0, 1.5, 3.0], rtol=1e-6)
     assert float(shift.count) == 3
 
 
 def test_the_moving_shift_is_of_earlier_rewards():
-    shift, used = preference.first_shift(), []
+    shift, used = mpo.first_shift(), []
     for mean in (1.0, 2.0, 6.0):
         used.append(float(shift.mean))
-        shift = preference.moving_shift(shift, mean, 0.75)
+        shift = mpo.moving_shift(shift, mean, 0.75)
     np.testing.assert_allclose(used, [0.0, 1.0, 1.25], rtol=1e-6)
 
 
 def test_a_batch_without_pairs_leaves_no_trace_of_numbers():
-    shift = preference.running_shift(preference.first_shift(), rewards_of(1.0)[0], jnp.zeros((1, 3), bool))
+    shift = mpo.running_shift(mpo.first_shift(), rewards_of(1.0)[0], jnp.zeros((1, 3), bool))
     assert float(shift.mean) == 0
 
 
 def test_no_gradient_goes_through_the_shift():
-    slope = jax.grad(lambda shift: preference.quality_loss(POLICY, REFERENCE, shift, 0.1).sum())(0.5)
+    slope = jax.grad(lambda shift: mpo.quality_loss(POLICY, REFERENCE, shift, 0.1).sum())(0.5)
     assert float(slope) == 0
 
 
 def test_sums_over_answers_and_back():
     answers = np.array([[0, 1, 1, 0, 2, 2, 3, 0, 4], [0, 0, 1, 2, 0, 0, 0, 0, 0]])
     values = np.arange(18, dtype=np.float32).reshape(2, 9)
-    sums = preference.answer_sums(values, answers, 3)
+    sums = mpo.answer_sums(values, answers, 3)
     np.testing.assert_array_equal(sums, [[[3, 9], [6, 8], [0, 0]], [[11, 12], [0, 0], [0, 0]]])
-    back = preference.at_answers(sums, answers)
+    back = mpo.at_answers(sums, answers)
     np.testing.assert_array_equal(back, [[0, 3, 3, 0, 9, 9, 6, 0, 8], [0, 0, 11, 12, 0, 0, 0, 0, 0]])
 
 
@@ -174,7 +174,7 @@ def test_sums_over_answers_and_back():
 )
 def test_what_makes_no_sense_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        preference.check(LossConfig(**changes))
+        mpo.check(LossConfig(**changes))
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------------------

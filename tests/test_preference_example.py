@@ -9,7 +9,7 @@ import pytest
 
 from configs.preference import LOSSES, get_config
 from internvl3_jax.config import DataConfig
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

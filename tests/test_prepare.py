@@ -5,8 +5,8 @@ import pytest
 from official_data import PROCESSOR, data_config, encoded, picture, tokenizer, turns, write_meta
 from PIL import Image
 
-from internvl3_jax.data.prepare import Preparer
-from internvl3_jax.data.sources import open_sources
+from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.sources.catalog import open_sources
 
 pytestmark = pytest.mark.smoke
 

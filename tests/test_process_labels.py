@@ -7,12 +7,12 @@ import pytest
 import tiny_checkpoint
 from tiny_checkpoint import PROCESSOR, picture
 
-from internvl3_jax import make_process_labels
-from internvl3_jax.chat import Answer
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
-from internvl3_jax.make_process_labels import Settings, keep_whole, label, main, run
-from internvl3_jax.questions import Question, marked, read_questions
+from internvl3_jax.inference.chat import Answer
+from internvl3_jax.reward import make_process_labels
+from internvl3_jax.reward.make_process_labels import Settings, keep_whole, label, main, run
+from internvl3_jax.reward.questions import Question, marked, read_questions
 
 
 class Solver:

@@ -11,9 +11,9 @@ import pytest
 
 from configs.process_reward import STAGES, get_config
 from internvl3_jax.config import DataConfig
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.critic_format import critic_messages, split_steps
+from internvl3_jax.data.loader import Batches
 from internvl3_jax.data.pipeline import make_tokenizer
-from internvl3_jax.data.steps import critic_messages, split_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "process_reward"

@@ -12,10 +12,11 @@ from test_sharding import MESHES
 from test_step import assert_close, batch, by_path
 from tiny_checkpoint import CONFIG, random_params, train_config
 
-from internvl3_jax import lora, sharding
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.model import abstract_params
-from internvl3_jax.ops.quantize import KINDS, dequantize, quantize
+from internvl3_jax.model import lora
+from internvl3_jax.model.internvl import abstract_params
+from internvl3_jax.model.ops.quantize import KINDS, dequantize, quantize
+from internvl3_jax.parallel import sharding
 from internvl3_jax.sizes import SIZES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,14 +14,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from official_data import data_config, encoded, picture, turns, write_meta, write_rows, write_tar
 
-from internvl3_jax.data import files, row_index, rows, tars
-from internvl3_jax.data.files import ChangedError, FileError
-from internvl3_jax.data.meta import MetaError, read_meta
-from internvl3_jax.data.mixture import read_drop_list
-from internvl3_jax.data.official import OfficialSource
-from internvl3_jax.data.reference import ReferenceError, ReferenceTable
-from internvl3_jax.data.rows import RowError, Rows, decode_tar
-from internvl3_jax.data.sources import open_sources
+from internvl3_jax.data.reference_table import ReferenceError, ReferenceTable
+from internvl3_jax.data.sources import files, row_index, rows, tars
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.sources.files import ChangedError, FileError
+from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
+from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.mixture import read_drop_list
+from internvl3_jax.data.sources.rows import RowError, Rows, decode_tar
 
 pytestmark = pytest.mark.smoke
 TEXT = {"conversations": turns("hi", "ho")}
@@ -108,7 +108,8 @@ def test_identity_of_sources(tmp_path):
     assert plain == identity(length=4) == identity(data_augment=False)
     changed = [identity(data_augment=True), identity(repeat_time=2), identity(max_dynamic_patch=3), identity(root="")]
     assert len({plain, *changed}) == 5
-    digits = [open_sources(data_config("digits", samples=n, seed=seed))[0].identity for n, seed in ((4, 0), (5, 0), (4, 1))]
+    source = "examples.tiny_digits.recipe.data:sources"
+    digits = [open_sources(data_config(source, samples=n, seed=seed))[0].identity for n, seed in ((4, 0), (5, 0), (4, 1))]
     assert len(set(digits)) == 3
 
 

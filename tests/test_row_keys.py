@@ -8,11 +8,11 @@ import fsspec
 import pytest
 from official_data import PROCESSOR, encoded, picture, turns, write_meta, write_rows, write_tar
 
-from internvl3_jax.data.meta import read_meta
-from internvl3_jax.data.official import OfficialSource
-from internvl3_jax.data.row_fields import check_keys, is_empty_answer, read_messages
-from internvl3_jax.data.rows import RowError
-from internvl3_jax.data.video import middle_frames
+from internvl3_jax.data.media.video import middle_frames
+from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
+from internvl3_jax.data.sources.meta import read_meta
+from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer, read_messages
+from internvl3_jax.data.sources.rows import RowError
 
 pytestmark = pytest.mark.smoke
 TEXT = {"conversations": turns("hi", "ho")}

@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from internvl3_jax import safe_files
-from internvl3_jax.safe_files import InUse, Lock
-from internvl3_jax.terminal import excerpt, one_line, printable
+from internvl3_jax.io import safe_files
+from internvl3_jax.io.safe_files import InUse, Lock
+from internvl3_jax.io.terminal import excerpt, one_line, printable
 
 pytestmark = pytest.mark.smoke
 

@@ -9,9 +9,9 @@ import pytest
 from qwen_tokenizer import INTERNVL, random_texts
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.chat import encode_chat
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.data.tokenizer_files import TokenizerError
+from internvl3_jax.data.text.chat_template import encode_chat
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.data.text.tokenizer_files import TokenizerError
 
 PIECES = 350  # entries of the models; added tokens follow
 

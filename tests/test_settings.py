@@ -8,10 +8,11 @@ from absl import flags
 from tiny_checkpoint import CONFIG, train_config
 
 from configs.common import RELEASED
-from internvl3_jax import checks, limits, settings, typed
 from internvl3_jax import config as config_module
-from internvl3_jax.command_line import UsageError
 from internvl3_jax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from internvl3_jax.io import limits, typed
+from internvl3_jax.io.command_line import UsageError
+from internvl3_jax.training import checks, settings
 
 pytestmark = pytest.mark.smoke
 
@@ -265,7 +266,7 @@ def test_warm_up_follows_the_steps(load, tmp_path):
         "    optimizer = dataclasses.replace(config.optimizer, warmup_fraction=0.1)\n"
         "    return dataclasses.replace(config, optimizer=optimizer)\n"
     )
-    from internvl3_jax.optimizer import make_schedule, warmup_steps
+    from internvl3_jax.training.optimizer import make_schedule, warmup_steps
 
     config = load("--config.steps=200", file=path).config
     assert warmup_steps(config.optimizer, config.steps) == 20

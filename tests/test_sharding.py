@@ -13,12 +13,12 @@ from jax.sharding import AbstractMesh
 from test_step import GRADIENT, assert_close, batch, compiled_step, first_state
 from tiny_checkpoint import CONFIG, random_params
 
-from internvl3_jax import sharding
 from internvl3_jax.config import MeshConfig, OptimizerConfig
 from internvl3_jax.fit.compiled import collectives
-from internvl3_jax.model import InternVL, abstract_params
-from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.model.internvl import InternVL, abstract_params
+from internvl3_jax.parallel import sharding
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.optimizer import make_optimizer
 
 # 300M style with 4 query and 2 key heads; 6B style with 3 vision heads, and 14 query heads that no even tensor axis above 2 divides.
 VISION_6B = dataclasses.replace(CONFIG.vision, norm="rms_norm", qkv_bias=False, qk_norm=True)

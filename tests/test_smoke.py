@@ -26,7 +26,7 @@ MODULES = sorted(
 )
 PROGRAMS = {
     "convert": ["-m", "convert"],
-    "tokens": ["-m", "internvl3_jax.tokens"],
+    "tokens": ["-m", "internvl3_jax.data.tokens"],
     "infer.py": ["infer.py"],
     "train.py": ["train.py"],
 }

@@ -12,14 +12,14 @@ from test_model import make_row, pack, pad
 from test_optimizer import by_path
 from tiny_checkpoint import CONFIG, random_params
 
-from internvl3_jax.components import frozen_hash
 from internvl3_jax.config import UNITS, OptimizerConfig
 from internvl3_jax.data.batch import average_weights
-from internvl3_jax.losses import chunked_cross_entropy
-from internvl3_jax.model import InternVL
-from internvl3_jax.ops.remat import POLICIES
-from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.train_step import TrainState, init_state, train_step, trained_paths
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.model.ops.remat import POLICIES
+from internvl3_jax.training.losses import chunked_cross_entropy
+from internvl3_jax.training.optimizer import make_optimizer
+from internvl3_jax.training.param_table import frozen_hash
+from internvl3_jax.training.step import TrainState, init_state, train_step, trained_paths
 
 MODEL, PARAMS = InternVL(CONFIG), random_params(CONFIG)
 SETTINGS = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)

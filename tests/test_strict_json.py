@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from internvl3_jax.strict_json import JsonError, Object, loads, read
+from internvl3_jax.io.strict_json import JsonError, Object, loads, read
 
 pytestmark = pytest.mark.smoke
 

@@ -10,7 +10,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.batch import cut_pictures
-from internvl3_jax.data.tiles import choose_grid, count_tiles, cut_tiles, image_limit
+from internvl3_jax.data.media.tiles import choose_grid, count_tiles, cut_tiles, image_limit
 
 PROCESSOR = ProcessorConfig()
 TINY = ProcessorConfig(image_size=32, tokens_per_tile=16)

@@ -8,8 +8,8 @@ import pytest
 from qwen_tokenizer import ADDED_IDS, CONTROL, INTERNVL, MARKUP, random_texts, write_qwen_tokenizer
 from tokenizers.decoders import DecodeStream
 
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.data.tokenizer_files import TokenizerError, with_merges
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.data.text.tokenizer_files import TokenizerError, with_merges
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from internvl3_jax.config import UNITS, ProcessorConfig
-from internvl3_jax.data.tiles import count_tiles
+from internvl3_jax.data.media.tiles import count_tiles
+from internvl3_jax.data.tokens import RELEASED_SIZES, PictureCost, cache_bytes_per_token, main, picture_cost, prompt_report
 from internvl3_jax.positions import build_positions
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.tokens import RELEASED_SIZES, PictureCost, cache_bytes_per_token, main, picture_cost, prompt_report
 
 PROCESSOR = ProcessorConfig()
 TINY = ProcessorConfig(image_size=32, tokens_per_tile=16)
@@ -168,7 +168,7 @@ def test_command_never_imports_jax():
     code = (
         "import sys, runpy\n"
         "sys.argv = ['tokens', '640x480', '--json']\n"
-        "try:\n    runpy.run_module('internvl3_jax.tokens', run_name='__main__')\n"
+        "try:\n    runpy.run_module('internvl3_jax.data.tokens', run_name='__main__')\n"
         "except SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
         "heavy = [name for name in ('jax', 'jaxlib', 'flax', 'torch', 'transformers') if name in sys.modules]\n"
         "assert not heavy, heavy\n"

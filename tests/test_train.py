@@ -17,15 +17,16 @@ from official_run import official_config, write_official
 from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 import train
+from convert.open import open_model
 from convert.run import convert
-from convert.source import open_model
-from internvl3_jax import checkpoint, load, sharding, storage
+from internvl3_jax import load
+from internvl3_jax.checkpoints import checkpoint, steps, storage
 from internvl3_jax.config import MeshConfig, to_dict
-from internvl3_jax.data.digits import TASKS
-from internvl3_jax.distributed import TERMINATED
-from internvl3_jax.find import latest_step
-from internvl3_jax.optimizer import make_optimizer
+from internvl3_jax.io.checkpoint_paths import latest_step
+from internvl3_jax.parallel import sharding
+from internvl3_jax.parallel.multihost import TERMINATED
 from internvl3_jax.sizes import SIZES
+from internvl3_jax.training.optimizer import make_optimizer
 
 ROOT = pathlib.Path(train.__file__).parent
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -54,9 +55,9 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_run(command, tmp_path_factory):
-    """(workdir, stdout) of a run from beginning to end, with an evaluation."""
+    """(workdir, stdout) of a run from beginning to end."""
     workdir = tmp_path_factory.mktemp("whole")
-    process = command(workdir, "--config.evaluate_per_task=1")
+    process = command(workdir, "--config.log_every=1")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0 and err == "", err
     return workdir, out
@@ -74,13 +75,10 @@ def test_a_run_leaves_what_it_should(whole_run):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert sorted(os.listdir(workdir / "checkpoints")) == [str(STEPS - STEPS % SAVE_EVERY), str(STEPS)]
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    resolved = to_dict(dataclasses.replace(train_config(), evaluate_per_task=1))
+    resolved = to_dict(train_config())
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(resolved))
-    assert f"step {STEPS}/{STEPS} loss {losses[-1]:.4g}" in out and "evaluate_per_task = 1 (recipe: 0)" in out
+    assert f"step {STEPS}/{STEPS} loss {losses[-1]:.4g}" in out
     assert re.search(r"vision +([\d,]+) +\1 +0.003 to 0.02", out), "all of it is trained"
-    report = json.loads((workdir / "report.json").read_text())
-    assert set(report["held_out"]) == {*TASKS, "digit"} and report["steps"] == STEPS
-    assert all(f"  {task}" in out for task in TASKS)
     opened = load(workdir)
     assert (opened.config, opened.processor) == (CONFIG, PROCESSOR)
     assert opened.directory == workdir / "checkpoints" / str(STEPS)
@@ -123,8 +121,8 @@ def leaves(path):
 def test_a_finished_run_stays_as_it_is(whole_run, command):
     """Started again it says that it is finished; another configuration in the same workdir is refused. Both change nothing."""
     workdir, _ = whole_run
-    before = {name: (workdir / name).stat().st_mtime_ns for name in ("log.jsonl", "report.json", "config.json")}
-    process = command(workdir, "--config.evaluate_per_task=1")
+    before = {name: (workdir / name).stat().st_mtime_ns for name in ("log.jsonl", "config.json")}
+    process = command(workdir, "--config.keep=2")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0 and err == ""
     assert out.splitlines()[0] == f"{workdir} is finished: step {STEPS} of {STEPS}" and len(out.splitlines()) == 3
@@ -135,7 +133,7 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     assert process.returncode == 1 and out == ""
     assert err == (
         f"error: {workdir} is a run with another configuration ({workdir}/config.json): optimizer.learning_rate is 0.003 there and"
-        " 0.0001 here; evaluate_per_task is 1 there and 0 here. Name another --workdir, or delete it\n"
+        " 0.0001 here. Name another --workdir, or delete it\n"
     )
     assert ((workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()) == before
 
@@ -145,7 +143,7 @@ def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
     path = tmp_path / "killed.py"
     path.write_text(
         "import os, signal, time\n"
-        "from internvl3_jax.run import Saver\n"
+        "from internvl3_jax.training.run import Saver\n"
         "from tiny_checkpoint import train_config as get_config\n"
         "poll = Saver.poll\n"
         "def poll_and_die(self, together):\n"
@@ -167,7 +165,7 @@ def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
     """In one line with the step and the reason, before the next save is due; the steps before it stay."""
     config = official_config(write_official(tmp_path))
     config = dataclasses.replace(config, steps=8, save_every=4, held_out="", evaluate_every=0, log_every=1)
-    start, seen, started = checkpoint.start_saving_training, [], []
+    start, seen, started = steps.start_saving_training, [], []
 
     def fails(run, step, *arguments, **options):
         saving = start(run, step, *arguments, **options)
@@ -228,9 +226,6 @@ def test_a_damaged_checkpoint_is_passed_over(whole_run, command, tmp_path):
     for name in ("config.json", "log.jsonl"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_bytes((whole_run[0] / name).read_bytes())
-    (run / "config.json").write_text(
-        json.dumps(json.loads((run / "config.json").read_text()) | {"evaluate_per_task": 0}, indent=1)
-    )
     subprocess.run(["cp", "-r", whole_run[0] / "checkpoints", run], check=True)
     newest = run / "checkpoints" / str(STEPS)
     victim = max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)

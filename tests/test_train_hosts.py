@@ -16,9 +16,9 @@ from tiny_checkpoint import train_config
 
 from internvl3_jax import load
 from internvl3_jax.config import LossConfig, MeshConfig
-from internvl3_jax.find import latest_step
-from internvl3_jax.peers import LOST
-from internvl3_jax.sharding import make_mesh
+from internvl3_jax.io.checkpoint_paths import latest_step
+from internvl3_jax.parallel.sharding import make_mesh
+from internvl3_jax.parallel.watchdog import LOST
 
 STEPS, SAVE_EVERY = 12, 3
 

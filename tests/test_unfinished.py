@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from internvl3_jax import storage, unfinished
-from internvl3_jax.safe_files import InUse
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.io import unfinished
+from internvl3_jax.io.safe_files import InUse
 
 pytestmark = pytest.mark.smoke
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from internvl3_jax.verify import extract_answer, final_answer, same_answer
+from internvl3_jax.reward.answer_matching import extract_answer, final_answer, same_answer
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from official_data import encoded, frame, write_video
 from PIL import Image
 
-from internvl3_jax.data.images import ImageError
-from internvl3_jax.data.video import Footage, VideoError, draw_frames, middle_frames, read_frames, training_frames
+from internvl3_jax.data.media.images import ImageError
+from internvl3_jax.data.media.video import Footage, VideoError, draw_frames, middle_frames, read_frames, training_frames
 
 FILE = Footage(30, 10.0, True)
 

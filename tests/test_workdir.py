@@ -14,14 +14,15 @@ import pytest
 from official_data import turns, write_meta
 from tiny_checkpoint import tokenizer_files, train_config
 
-from internvl3_jax import distributed, report, run, workdir
 from internvl3_jax.config import ConfigError, to_dict
 from internvl3_jax.data.identity import DataChanged, check_identity, data_identity
-from internvl3_jax.data.sources import open_sources
-from internvl3_jax.data.tokenizer import Tokenizer
-from internvl3_jax.run import Skipped, farewell, is_finished
-from internvl3_jax.safe_files import FileError, InUse
-from internvl3_jax.start import Past
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.io.safe_files import FileError, InUse
+from internvl3_jax.parallel import multihost
+from internvl3_jax.training import run, run_log, workdir
+from internvl3_jax.training.run import Skipped, farewell, is_finished
+from internvl3_jax.training.start import Past
 
 pytestmark = pytest.mark.smoke
 
@@ -60,7 +61,7 @@ def test_a_home_directory_is_found(tmp_path, monkeypatch):
 def test_one_process_has_it_at_a_time(tmp_path):
     """The second is told who has it; a holder that is killed leaves nothing behind."""
     place = tmp_path / "a [1] run"
-    code = "import sys, time, pathlib; from internvl3_jax.workdir import held\nwith held(pathlib.Path(sys.argv[1])):\n"
+    code = "import sys, time, pathlib; from internvl3_jax.training.workdir import held\nwith held(pathlib.Path(sys.argv[1])):\n"
     code += "    print('held', flush=True); time.sleep(600)"
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(workdir.__file__).parent.parent)}
     with subprocess.Popen([sys.executable, "-c", code, place], stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -130,7 +131,7 @@ def test_files_of_something_else_are_not_written_over(tmp_path):
     with pytest.raises(FileError, match=r"log.jsonl exists, but .* holds no run .config.json.; name another --workdir"):
         workdir.same_run(train_config(), tmp_path, None)
     with pytest.raises(FileError, match=r"log.jsonl line 1: is no row of a run"):
-        report.Log(tmp_path, train_config(), 0)
+        run_log.Log(tmp_path, train_config(), 0)
     assert (tmp_path / "log.jsonl").read_text() == '{"mine": 1}\n'
 
 
@@ -176,7 +177,6 @@ def test_a_finished_run_says_so(tmp_path):
     past = {"best": 1.23456, "best_step": 4}
     (tmp_path / "checkpoints" / "30" / "training.json").write_text(json.dumps({"step": 30, "past": past}))
     assert is_finished(config, tmp_path, 30) and not is_finished(config, tmp_path, 29)
-    assert not is_finished(changed(config, evaluate_per_task=1), tmp_path, 30), "its report is yet to be made"
     lines = farewell(config, tmp_path).splitlines()
     assert lines[0] == f"{tmp_path} is finished: step 30 of 30; the lowest held-out loss, 1.235, is that of step 4"
     assert lines[1] == f"ask it:    python infer.py --checkpoint {tmp_path}/checkpoints/4"
@@ -187,25 +187,25 @@ def test_a_finished_run_says_so(tmp_path):
 # --- what is cut back ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [report.LOG, report.ANSWERS])
+@pytest.mark.parametrize("name", [run_log.LOG, run_log.ANSWERS])
 def test_rows_of_steps_that_are_repeated_are_dropped(tmp_path, name):
     """With what a kill has torn, within a character too."""
     path = tmp_path / name
-    report.append(path, [{"step": step, "answer": "größer\u2028"} for step in (2, 4, 4, 6)])
+    run_log.append(path, [{"step": step, "answer": "größer\u2028"} for step in (2, 4, 4, 6)])
     whole = path.read_bytes()
     path.write_bytes(whole + '{"step": 6, "answer": "gr\u00f6'.encode()[:-1])
-    with report.Log(tmp_path, train_config(), 4):
+    with run_log.Log(tmp_path, train_config(), 4):
         pass
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
-    assert [row["step"] for row in report.read_rows(path)] == [2, 4, 4]
+    assert [row["step"] for row in run_log.read_rows(path)] == [2, 4, 4]
 
 
 def test_a_number_that_is_not_finite_leaves_the_log_readable(tmp_path):
-    report.append(tmp_path / "log.jsonl", [{"step": 1, "loss": float("nan")}])
-    assert report.read_rows(tmp_path / "log.jsonl") == [{"step": 1, "loss": None}]
+    run_log.append(tmp_path / "log.jsonl", [{"step": 1, "loss": float("nan")}])
+    assert run_log.read_rows(tmp_path / "log.jsonl") == [{"step": 1, "loss": None}]
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": NaN}\n')  # as earlier versions wrote it
-    report.cut_back(tmp_path / "log.jsonl", 1)
-    assert report.read_rows(tmp_path / "log.jsonl") == [{"step": 1, "loss": None}]
+    run_log.cut_back(tmp_path / "log.jsonl", 1)
+    assert run_log.read_rows(tmp_path / "log.jsonl") == [{"step": 1, "loss": None}]
 
 
 def test_reasons_are_noted_once(tmp_path):
@@ -223,7 +223,7 @@ def test_reasons_are_noted_once(tmp_path):
 
 def test_no_curve_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with report.Log(tmp_path, train_config(), 0) as log:
+    with run_log.Log(tmp_path, train_config(), 0) as log:
         log.write(1, {"loss": 1.0, "seconds": 1.0})
     assert "loss.png is left out, since matplotlib is not installed" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["log.jsonl"]
@@ -232,8 +232,8 @@ def test_no_curve_without_matplotlib(tmp_path, monkeypatch, capsys):
 def test_a_package_for_the_log_is_missed_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set"):
-        report.check_extras(changed(train_config(), tensorboard=True))
-    report.check_extras(train_config())
+        run_log.check_extras(changed(train_config(), tensorboard=True))
+    run_log.check_extras(train_config())
 
 
 # --- what the samples are made of ------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
     vocab = json.loads(files["vocab.json"])
     vocab["I"], vocab["n"] = vocab["n"], vocab["I"]
     now = data_identity(data, open_sources(data), Tokenizer.from_files(files | {"vocab.json": json.dumps(vocab).encode()}))
-    with pytest.raises(DataChanged, match=r"tokenizer of the digits has changed .*; data.drop_list .*drop.tsv has changed"):
+    with pytest.raises(DataChanged, match=r"tokenizer .*tiny_digits has changed .*; data.drop_list .*drop.tsv has changed"):
         check_identity(saved, now, 4, accept=False)
     check_identity(saved, now, 4, accept=True)
     assert "resuming from step 4 with other data: tokenizer" in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step(number, capfd):
-    with distributed.termination() as stops:
+    with multihost.termination() as stops:
         assert not stops(1)
         os.kill(os.getpid(), number)
         assert stops(2) == number
@@ -306,12 +306,12 @@ def test_a_signal_ends_the_run_after_its_step(number, capfd):
 
 def test_a_second_interrupt_ends_it_at_once():
     code = (
-        "import os, signal, time\nfrom internvl3_jax.distributed import termination\n"
+        "import os, signal, time\nfrom internvl3_jax.parallel.multihost import termination\n"
         "with termination():\n    [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n    time.sleep(60)"
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(workdir.__file__).parent.parent)}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert ended.returncode == distributed.INTERRUPTED == 130
+    assert ended.returncode == multihost.INTERRUPTED == 130
     assert (
         ended.stderr.splitlines()[-1] == "stopped at once; the last complete step is kept" and "Traceback" not in ended.stderr
     )

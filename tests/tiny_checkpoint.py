@@ -9,7 +9,8 @@ import tempfile
 import jax
 import numpy as np
 
-from internvl3_jax.checkpoint import save_checkpoint
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.config import (
     DataConfig,
     LanguageConfig,
@@ -19,8 +20,9 @@ from internvl3_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from internvl3_jax.data import tiny_tokenizer
-from internvl3_jax.model import abstract_params
+from internvl3_jax.model.internvl import abstract_params
+
+TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"
 
 VISION = VisionConfig(image_size=16, patch_size=4, hidden_size=24, num_layers=2, num_heads=3, intermediate_size=40)
 LANGUAGE = LanguageConfig(
@@ -79,7 +81,15 @@ def train_config() -> TrainConfig:
     return TrainConfig(
         model=CONFIG,
         processor=PROCESSOR,
-        data=DataConfig(rows=2, tokens_per_row=256, tiles_per_row=12, packing_buffer=4, deltas=("1", "1/2", "1/4")),
+        data=DataConfig(
+            source="examples.tiny_digits.recipe.data:sources",
+            tokenizer=str(TOKENIZER),
+            rows=2,
+            tokens_per_row=256,
+            tiles_per_row=12,
+            packing_buffer=4,
+            deltas=("1", "1/2", "1/4"),
+        ),
         optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=2),
         steps=30,
         log_every=1,

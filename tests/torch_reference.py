@@ -2,8 +2,8 @@
 
 `build_reference` randomises every parameter: transformers starts class and position embeddings at zero, biases at zero, norms
 and layer scales at constants, and a mapping error in any of them would go unseen. `save_reference(layout="internvl")` writes
-the original layout from its own list of names, independent of the table in convert/mapping.py, so that the two check one
-another.
+the original layout from its own list of names, independent of the table in internvl3_jax/checkpoints/hf/mapping.py, so that the
+two check one another.
 """
 
 import copy

@@ -33,7 +33,7 @@ def print_arrays(step: str) -> None:
     import jax
     import numpy as np
 
-    from internvl3_jax import storage
+    from internvl3_jax.checkpoints import storage
 
     found = {}
     for part in ("params", "opt_state"):

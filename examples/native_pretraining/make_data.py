@@ -25,8 +25,11 @@ import packages
 from scenes import PROMPTS, Scene, number, things, turn
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from internvl3_jax.data import digits, tiny_tokenizer
-from internvl3_jax.data.tokenizer_files import QWEN2_SPLIT
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
+
+from examples.tiny_digits.recipe import data as digits
+from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
+from internvl3_jax.data.text.tokenizer_files import QWEN2_SPLIT
 
 VOCABULARY = 1024  # entries, added tokens included
 WORDS = 15  # of a passage to read, and of its continuation

@@ -105,7 +105,7 @@ def train(folder: pathlib.Path, stage: str, changes: dict) -> None:
 
 def is_finished(workdir: pathlib.Path, steps: int) -> bool:
     """Whether a run of so many steps is there and its last one is saved undamaged."""
-    from internvl3_jax.find import latest_step
+    from internvl3_jax.io.checkpoint_paths import latest_step
 
     path = workdir / "config.json"
     return path.is_file() and latest_step(workdir) == json.loads(path.read_text())["steps"] == steps

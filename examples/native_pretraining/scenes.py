@@ -5,11 +5,15 @@ resolution makes one or several tiles of them. Drawings for training are turned,
 """
 
 import dataclasses
+import pathlib
+import sys
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from internvl3_jax.data import digits
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
+
+from examples.tiny_digits.recipe import data as digits
 
 PROMPTS = {
     "describe": "Describe the picture.",

@@ -3,21 +3,26 @@
 Used by run.py. Every row has a key "task"; the last turn of its conversation is the expected answer. Greedy.
 """
 
+import pathlib
 import re
+import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from internvl3_jax.checkpoint import Checkpoint
+from internvl3_jax.checkpoints.checkpoint import Checkpoint
 from internvl3_jax.config import UNITS, DataConfig
 from internvl3_jax.data.batch import Prompt, make_prompt
-from internvl3_jax.data.digits import iou
-from internvl3_jax.data.prepare import Preparer
-from internvl3_jax.data.sources import open_sources
-from internvl3_jax.generate import Generator, Run
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
+
+from examples.tiny_digits.recipe.data import iou
+from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.positions import parse_delta
-from internvl3_jax.sampling import Sampling
 
 LONGEST = 64  # tokens of an answer
 BATCHES = (50, 25, 10, 5, 1)  # prompts at a time; the largest that keeps within TOKENS

@@ -6,7 +6,7 @@
 For each seed:
 
     policy       a run of train.py on solutions of a teacher who makes mistakes, as in examples/process_reward
-    pairs        the policy's right and wrong answers to other pictures (internvl3_jax.make_pairs)
+    pairs        the policy's right and wrong answers to other pictures (internvl3_jax.reward.make_pairs)
     mpo          from the policy, on the pairs
     generation   the same, on the chosen answers alone: fine-tuning on its own right answers
     test         how many pictures of unseen handwriting each of the three answers rightly, greedily
@@ -79,7 +79,7 @@ def train(folder: pathlib.Path, recipe: str, name: str, start: pathlib.Path, see
 def make_pairs(folder: pathlib.Path, seed: int) -> None:
     settings = {"checkpoint": folder / "policy", "questions": folder / "asked.jsonl", "output": folder / "pairs.jsonl"}
     settings |= {"samples": SAMPLES, "max_new_tokens": LIMIT, "seed": 100_000 * seed, "batch_size": 320}
-    call(["-m", "internvl3_jax.make_pairs", *(f"--{name}={value}" for name, value in settings.items())])
+    call(["-m", "internvl3_jax.reward.make_pairs", *(f"--{name}={value}" for name, value in settings.items())])
 
 
 def call(command: list) -> None:
@@ -108,8 +108,8 @@ def ask(folder: pathlib.Path, model: str) -> None:
 
 def summarise(folder: pathlib.Path) -> str:
     """Writes results.json, results.md and curves.png; returns the text of results.md."""
-    from internvl3_jax.make_pairs import summary
-    from internvl3_jax.questions import states
+    from internvl3_jax.reward.make_pairs import summary
+    from internvl3_jax.reward.questions import states
 
     seeds = sorted(path for path in folder.glob("seed_*") if (path / "answers_mpo.jsonl").exists())
     right = {model: [] for model in MODELS}

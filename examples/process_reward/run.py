@@ -4,7 +4,8 @@
     python examples/process_reward/run.py runs/process_reward
 
     taught      pictures with solutions, and solutions without pictures; `policy`, a run of train.py, learns from them
-    labels      the policy's own solutions to other pictures, each step + or - by 16 continuations (internvl3_jax.make_process_labels)
+    labels      the policy's own solutions to other pictures, each step + or - by 16 continuations
+                (internvl3_jax.reward.make_process_labels)
     critic      a run of train.py that starts from the policy and learns the labels
     test        pictures of handwriting that is in no training picture. Eight answers to each, one greedy; the table says how often the
                 greedy answer is right, the majority's, and the critic's choice
@@ -71,7 +72,7 @@ def train(folder: pathlib.Path, stage: str, steps: int | None) -> None:
 
 def label(folder: pathlib.Path) -> None:
     names = {"checkpoint": "policy", "questions": "labelled.jsonl", "output": "labels.jsonl"}
-    command = ["-m", "internvl3_jax.make_process_labels", *(f"--{name}={folder / file}" for name, file in names.items())]
+    command = ["-m", "internvl3_jax.reward.make_process_labels", *(f"--{name}={folder / file}" for name, file in names.items())]
     # 945 characters of instructions would be most of what so small a model reads.
     call([*command, f"--max_new_tokens={LIMIT}", "--system=none"])
 
@@ -86,7 +87,7 @@ def call(command: list) -> None:
 def ask(folder: pathlib.Path, seed: int) -> None:
     """answers_SEED.jsonl: of each test question the right answer and the eight candidates with their step scores."""
     from internvl3_jax import Chat, Critic, load
-    from internvl3_jax.best_of_n import best_of_many
+    from internvl3_jax.reward.best_of_n import best_of_many
 
     path = folder / f"answers_{seed}.jsonl"
     if path.exists():
@@ -104,7 +105,7 @@ def ask(folder: pathlib.Path, seed: int) -> None:
 
 def summarise(folder: pathlib.Path) -> str:
     """Writes results.json and results.md of all answers_*.jsonl; returns the text of results.md."""
-    from internvl3_jax.critic import AGGREGATES
+    from internvl3_jax.reward.critic import AGGREGATES
 
     files = sorted(folder.glob("answers_*.jsonl"))
     runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
@@ -138,7 +139,7 @@ def summarise(folder: pathlib.Path) -> str:
 
 
 def right(row: dict, number: int) -> bool:
-    from internvl3_jax.verify import same_answer
+    from internvl3_jax.reward.answer_matching import same_answer
 
     final = row["candidates"][number]["final"]
     return final is not None and same_answer(final, row["answer"])
@@ -153,7 +154,7 @@ def at(number: int):
 
 
 def majority(row: dict, n: int) -> bool:
-    from internvl3_jax.best_of_n import count_votes
+    from internvl3_jax.reward.best_of_n import count_votes
 
     votes = count_votes([candidate["final"] for candidate in row["candidates"][:n]])
     return right(row, votes.index(max(votes)))

@@ -13,10 +13,13 @@ teaches is a model that mostly makes the same mistakes, and sometimes does not; 
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 
-from internvl3_jax.data import digits
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
+
+from examples.tiny_digits.recipe import data as digits
 
 QUESTION = "Which digits are even, which odd?"
 FEWEST, MOST = 4, 5  # digits of a picture

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.chat import Encoded, encode_chat
-from internvl3_jax.data.tiles import cut_tiles, image_limit
+from internvl3_jax.data.media.tiles import cut_tiles, image_limit
+from internvl3_jax.data.text.chat_template import Encoded, encode_chat
 from internvl3_jax.positions import build_positions
 
 AVERAGES = {

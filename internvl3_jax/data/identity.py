@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Sequence
 
 from internvl3_jax.config import DataConfig
-from internvl3_jax.data.files import read_bytes
-from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.sources.files import read_bytes
+from internvl3_jax.data.text.tokenizer import Tokenizer
 
 
 class DataChanged(ValueError):
@@ -24,7 +24,7 @@ def data_identity(config: DataConfig, sources: Sequence, tokenizer: Tokenizer) -
     for source in sources:
         weight = f", weight {source.weight}" if config.weights == "given" else ""
         found[f"source {source.name!r} of {config.source}"] = f"{source.identity}{weight}"
-    found[f"tokenizer {config.tokenizer or 'of the digits'}"] = _tokenizer(tokenizer)
+    found[f"tokenizer {config.tokenizer}"] = _tokenizer(tokenizer)
     for name in ("drop_list", "reference"):
         if path := getattr(config, name):
             found[f"data.{name} {path}"] = _digest(read_bytes(path))

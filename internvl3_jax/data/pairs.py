@@ -15,7 +15,7 @@ In the second form the question's last token, whose target is the answer's first
 import numpy as np
 
 from internvl3_jax.data.batch import Sample, average_weights, join_tiles
-from internvl3_jax.data.chat import Encoded
+from internvl3_jax.data.text.chat_template import Encoded
 from internvl3_jax.positions import build_positions
 
 NO_END = np.iinfo(np.int32).max  # of `until`: every later token sees this one

@@ -20,16 +20,15 @@ from absl import flags
 from grain.experimental import WindowShuffleMapDataset
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data import tiny_tokenizer
 from internvl3_jax.data.batch import Sample, SampleError
-from internvl3_jax.data.doctor_report import check_report
-from internvl3_jax.data.files import ChangedError
-from internvl3_jax.data.meta import MetaError
-from internvl3_jax.data.mixture import Selection, mixture_weights, read_drop_list
-from internvl3_jax.data.overlong import TooLong
-from internvl3_jax.data.prepare import Preparer
-from internvl3_jax.data.sources import open_sources, source_names
-from internvl3_jax.data.tokenizer import Tokenizer
+from internvl3_jax.data.doctor.report import check_report
+from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.sources.catalog import open_sources, source_names
+from internvl3_jax.data.sources.files import ChangedError
+from internvl3_jax.data.sources.meta import MetaError
+from internvl3_jax.data.sources.mixture import Selection, mixture_weights, read_drop_list
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.data.truncation import TooLong
 
 __all__ = ["make_tokenizer", "mix", "open_sources", "sample_dataset", "sample_stream", "source_names"]
 
@@ -41,8 +40,10 @@ _AHEAD = 4  # samples that wait in each worker process
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer of `config.tokenizer`, a directory; without one, that of the digits."""
-    return Tokenizer.from_directory(config.tokenizer) if config.tokenizer else Tokenizer.from_files(tiny_tokenizer.build())
+    """Loads the tokenizer of `config.tokenizer`, a directory. ValueError if the setting is empty."""
+    if not config.tokenizer:
+        raise ValueError("data.tokenizer is empty; name a directory with a tokenizer: --config.data.tokenizer=CHECKPOINT")
+    return Tokenizer.from_directory(config.tokenizer)
 
 
 def sample_dataset(
@@ -72,7 +73,7 @@ def _order(config: DataConfig, sources: list) -> grain.MapDataset:
     for source, selection in zip(sources, selections, strict=True):
         if not len(selection):
             raise MetaError(f"source {source.name!r}: repeat_time {source.repeat} and the drop list leave none of its rows")
-    if config.source == "digits":  # they come in an order to learn in
+    if len(sources) == 1 and sources[0].ordered:
         return grain.MapDataset.source(selections[0]).repeat()
     weights = mixture_weights(config, sources, [len(selection) for selection in selections])
     return mix(selections, weights, config.seed)

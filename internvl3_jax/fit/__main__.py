@@ -22,7 +22,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from absl import flags
 
-from internvl3_jax import checks, command_line, lora, safe_files, settings
 from internvl3_jax.fit import advice, generation, report, search
 from internvl3_jax.fit.build import build
 from internvl3_jax.fit.memory import estimate
@@ -30,7 +29,10 @@ from internvl3_jax.fit.program import Requests, lower_train_step
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
 from internvl3_jax.fit.work import times, train_work
-from internvl3_jax.sharding import make_mesh
+from internvl3_jax.io import command_line, safe_files
+from internvl3_jax.model import lora
+from internvl3_jax.parallel.sharding import make_mesh
+from internvl3_jax.training import checks, settings
 
 flags.adopt_module_key_flags(settings)
 TOPOLOGY = flags.DEFINE_string(

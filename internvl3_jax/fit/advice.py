@@ -7,7 +7,7 @@ from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.memory import Memory, estimate
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.sharding import BATCH_AXES, mesh_shape
+from internvl3_jax.parallel.sharding import BATCH_AXES, mesh_shape
 
 _LEAST = 0.01  # of the peak; less is not worth a line
 

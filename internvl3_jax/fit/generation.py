@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import jax
 
-from internvl3_jax import flops, generate
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit import report
 from internvl3_jax.fit.build import Built, build
 from internvl3_jax.fit.program import Requests, cache_shapes, generation_params, lower_generation
 from internvl3_jax.fit.share import stored
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.sharding import AXES, BATCH_AXES, make_mesh, mesh_shape
+from internvl3_jax.inference import generator
+from internvl3_jax.parallel.sharding import AXES, BATCH_AXES, make_mesh, mesh_shape
+from internvl3_jax.training import flops
 
 GIB = 2**30
 PROGRAMS = ("encode", "prefill", "decode")
@@ -104,7 +105,7 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
             "encode": tower,
             "prefill": decoder,
             # The context of an answer half way.
-            "decode": generate.TOKENS_PER_CALL
+            "decode": generator.TOKENS_PER_CALL
             * (decoder + size_of(cache) * (requests.prompt + requests.new / 2) / requests.slots),
         },
     )
@@ -126,7 +127,7 @@ def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[
     return {
         "encode": requests.tiles * (forward.vision_tile + forward.projector_tile) / devices,
         "prefill": requests.rows * prefill / devices,
-        "decode": generate.TOKENS_PER_CALL * requests.rows * token / devices,
+        "decode": generator.TOKENS_PER_CALL * requests.rows * token / devices,
     }
 
 
@@ -167,7 +168,7 @@ def _line(program: str, need: Need, topology: Topology, requests: Requests, buil
     verdict = "fits" if _fits(program, need, topology, built) else "DOES NOT FIT"
     compiled = built is not None and not built.refused
     seconds = max(need.seconds(program, topology.chip), _network(built, topology) if compiled else 0.0)
-    token = seconds / generate.TOKENS_PER_CALL
+    token = seconds / generator.TOKENS_PER_CALL
     what = {
         "encode": f"{requests.tiles / seconds:,.0f} tiles/s",
         "prefill": f"{requests.rows * requests.prompt / seconds:,.0f} tokens/s",
@@ -183,5 +184,5 @@ def _line(program: str, need: Need, topology: Topology, requests: Requests, buil
 def _network(built: Built, topology: Topology) -> float:
     """Seconds of a call's collectives. The one loop whose rounds the text may not tell is that over tokens."""
     return sum(
-        topology.seconds(row.bytes * (generate.TOKENS_PER_CALL if row.unknown else 1), row.group) for row in built.collectives
+        topology.seconds(row.bytes * (generator.TOKENS_PER_CALL if row.unknown else 1), row.group) for row in built.collectives
     )

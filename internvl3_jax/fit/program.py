@@ -6,14 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax import cache as kv_cache
-from internvl3_jax import generate, language, preference
 from internvl3_jax.config import TrainConfig
-from internvl3_jax.model import InternVL, abstract_params
-from internvl3_jax.optimizer import make_optimizer
-from internvl3_jax.sampling import Sampling
-from internvl3_jax.sharding import BATCH_AXES, TILE_AXES, abstract, batch_sharding, check_batch, param_shardings
-from internvl3_jax.train_step import TrainState, init_state, make_model, make_step, shardings_of
+from internvl3_jax.inference import generator
+from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.model import kv_cache, language
+from internvl3_jax.model.internvl import InternVL, abstract_params
+from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, abstract, batch_sharding, check_batch, param_shardings
+from internvl3_jax.training import mpo
+from internvl3_jax.training.optimizer import make_optimizer
+from internvl3_jax.training.step import TrainState, init_state, make_model, make_step, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Requests:
     @property
     def length(self) -> int:
         """Of the prompts as they are padded."""
-        return generate.bucket(self.prompt)
+        return generator.bucket(self.prompt)
 
     @property
     def slots(self) -> int:
         """Of the cache, for each row."""
-        return generate.bucket(self.length + self.new + generate.TOKENS_PER_CALL)
+        return generator.bucket(self.length + self.new + generator.TOKENS_PER_CALL)
 
 
 # --- training --------------------------------------------------------------------------------------------------------------------
@@ -63,9 +64,9 @@ def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> Train
 
 def reference_shapes(config: TrainConfig, mesh):
     """Parameters of MPO's reference model as the step takes them, or None."""
-    if not preference.needs_model(config):
+    if not mpo.needs_model(config):
         return None
-    params = abstract_params(config.model, jnp.dtype(preference.reference_dtype(config)))
+    params = abstract_params(config.model, jnp.dtype(mpo.reference_dtype(config)))
     return abstract(params, param_shardings(params, mesh))
 
 
@@ -129,10 +130,10 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
     tower = {name: params[name] for name in ("vision", "projector")}
     with jax.set_mesh(mesh):
         return {
-            "encode": generate._encode.lower(model, tower, tiles),
-            "prefill": generate._prefill.lower(model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling),
-            "decode": generate._decode.lower(
-                model, params, (one, one, one, one, done, cache), keys, generate.TOKENS_PER_CALL, (0,), Sampling(), scaling
+            "encode": generator._encode.lower(model, tower, tiles),
+            "prefill": generator._prefill.lower(model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling),
+            "decode": generator._decode.lower(
+                model, params, (one, one, one, one, done, cache), keys, generator.TOKENS_PER_CALL, (0,), Sampling(), scaling
             ),
         }
 

@@ -10,7 +10,7 @@ from internvl3_jax.fit.memory import Memory, estimate
 from internvl3_jax.fit.share import Share, share_of
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.fit.work import Times, times, train_work
-from internvl3_jax.ops.remat import ON_DEVICE
+from internvl3_jax.model.ops.remat import ON_DEVICE
 
 MARGIN = 0.95  # of the memory; the analysis is that good
 _TENSOR, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8, 16)

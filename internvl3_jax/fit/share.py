@@ -9,9 +9,9 @@ import jax
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.program import batch_shapes, reference_shapes, train_state_shapes
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.optimizer import make_optimizer, split_params
-from internvl3_jax.sharding import AXES, BATCH_AXES, ROW_AXES, batch_sharding, check_batch, mesh_shape
-from internvl3_jax.train_step import make_model, shardings_of
+from internvl3_jax.parallel.sharding import AXES, BATCH_AXES, ROW_AXES, batch_sharding, check_batch, mesh_shape
+from internvl3_jax.training.optimizer import make_optimizer, split_params
+from internvl3_jax.training.step import make_model, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)

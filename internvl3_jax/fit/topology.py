@@ -14,7 +14,7 @@ import pathlib
 
 import jax
 
-from internvl3_jax.hardware import CHIPS, Chip
+from internvl3_jax.training.hardware import CHIPS, Chip
 
 TPUS = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}  # devices of a chip
 GPUS = {"h100": "h100.txtpb"}

@@ -11,12 +11,12 @@ add what remat recomputes and what attention's kernel computes twice.
 import dataclasses
 import math
 
-from internvl3_jax import flops
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.compiled import Collectives
 from internvl3_jax.fit.memory import Memory
 from internvl3_jax.fit.share import Share
 from internvl3_jax.fit.topology import Topology
+from internvl3_jax.training import flops
 
 # Products in attention's backward pass for two in the forward pass: the TPU kernel makes the scores anew for queries and for keys.
 _BACKWARD = {True: 7, False: 5}

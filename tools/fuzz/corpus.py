@@ -53,7 +53,7 @@ def _models(corpus: pathlib.Path) -> None:
     import tiny_checkpoint
 
     from convert.__main__ import main as convert
-    from internvl3_jax.data.tokenizer import Tokenizer
+    from internvl3_jax.data.text.tokenizer import Tokenizer
 
     for name, flags in {"released": (), "sharded": ("--shard_size", "60000")}.items():
         _checked(convert([str(tiny_checkpoint.directory()), str(corpus / name), "--to", "internvl", *flags]))
@@ -75,8 +75,8 @@ def _checked(status: int) -> None:
 def _adapter(corpus: pathlib.Path) -> None:
     import numpy as np
 
-    from convert.peft import write_peft
-    from convert.source import open_model
+    from convert.open import open_model
+    from internvl3_jax.checkpoints.hf.peft import write_peft
     from internvl3_jax.config import LoraConfig
 
     model, rng = open_model(corpus / "conv").config, np.random.default_rng(0)

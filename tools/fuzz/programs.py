@@ -91,7 +91,7 @@ def train(arguments: tuple[str, ...]) -> None:
 
 def trained(folder: pathlib.Path) -> str:
     """Log without times, and the arrays of the last step."""
-    from internvl3_jax import storage
+    from internvl3_jax.checkpoints import storage
 
     rows = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
     steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -127,7 +127,7 @@ def answered(folder: pathlib.Path) -> str:
 
 
 def doctor(arguments: tuple[str, ...]) -> int:
-    from internvl3_jax.data.doctor import main
+    from internvl3_jax.data.doctor.__main__ import main
 
     limits = ("--tokens_per_row", "256", "--tiles_per_row", "16", "--max_frames", "8")
     return main(["data/meta.json", "--tokenizer", "conv", *limits, "--report", "report", *arguments])
@@ -142,8 +142,8 @@ def open_pictures(arguments: tuple[str, ...]) -> int:
     """Cuts pictures into tiles as inference does, and prints what of each."""
     from tiny_checkpoint import PROCESSOR
 
-    from internvl3_jax.data.images import open_image
-    from internvl3_jax.data.tiles import cut_tiles
+    from internvl3_jax.data.media.images import open_image
+    from internvl3_jax.data.media.tiles import cut_tiles
 
     good = pathlib.Path(_cache).parent / "pictures"
     for name in sorted(f"pictures/{path.name}" for path in good.iterdir()):
@@ -162,7 +162,7 @@ def printed(folder: pathlib.Path) -> str:
 def make_pairs(arguments: tuple[str, ...]) -> None:
     few = ("--samples=2", "--max_new_tokens=8", "--batch_size=2")
     _module(
-        "internvl3_jax.make_pairs",
+        "internvl3_jax.reward.make_pairs",
         "--checkpoint=conv",
         "--questions=questions/questions.jsonl",
         "--output=made.jsonl",
@@ -173,7 +173,7 @@ def make_pairs(arguments: tuple[str, ...]) -> None:
 
 def make_reference(arguments: tuple[str, ...]) -> None:
     _module(
-        "internvl3_jax.make_reference",
+        "internvl3_jax.training.make_reference",
         "--config=pairs.py",
         "--config.data.reference=",
         "--output=pairs/reference.jsonl",

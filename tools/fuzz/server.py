@@ -57,13 +57,13 @@ def preload() -> None:
     import rich.progress
     import rich.table  # noqa: F401
 
-    import internvl3_jax.best_of_n
     import internvl3_jax.data.doctor
     import internvl3_jax.evaluate
-    import internvl3_jax.held_out
-    import internvl3_jax.make_pairs
-    import internvl3_jax.meter
-    import internvl3_jax.run  # noqa: F401
+    import internvl3_jax.reward.best_of_n
+    import internvl3_jax.reward.make_pairs
+    import internvl3_jax.training.evaluation
+    import internvl3_jax.training.metrics
+    import internvl3_jax.training.run  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import av  # noqa: F401

@@ -1,0 +1,165 @@
+"""Opens what can be converted: a checkpoint or released directory, a LoRA run with its base, a model with a PEFT adapter."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.adapters import Adapter, adapter, check_base, describe, read_own
+from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
+from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
+from internvl3_jax.checkpoints.hf.peft_settings import settings_of
+from internvl3_jax.checkpoints.hf.released import Converted, Hashes, Released, open_converted, open_released
+from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
+from internvl3_jax.checkpoints.manifest import Base, Manifest
+from internvl3_jax.checkpoints.verification import undamaged
+from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.io.checkpoint_paths import PEFT, find, find_released, is_checkpoint, is_peft
+from internvl3_jax.model import lora
+
+
+@dataclasses.dataclass
+class Adapted:
+    """A base with an adapter merged into it, leaf by leaf. Each leaf is W + a @ b, summed in float32 and rounded once."""
+
+    under: Released | Converted
+    adapter: Adapter
+    base: Base | None  # of a LoRA run
+    processor: ProcessorConfig
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+    target: np.dtype
+    allow_nonfinite: bool = False
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        pairs, self.whole = storage.by_path(self.adapter.lora), storage.by_path(self.adapter.whole)
+        layers = {path.rpartition("/")[0] for path in pairs}
+        self.pairs = {layer: {"a": pairs[f"{layer}/a"], "b": pairs[f"{layer}/b"]} for layer in layers}
+
+    @property
+    def directory(self) -> pathlib.Path:
+        return self.under.directory
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.under.config
+
+    @property
+    def dtype(self) -> str:
+        return self.target.name
+
+    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+        leaf = self._merged(row, scratch)
+        if not self.allow_nonfinite:
+            refuse_nonfinite([(f"{row.target} with its adapter", leaf)])
+        leaf = leaf if leaf.dtype == self.target else cast(leaf, self.target, row.target)
+        if hashes is not None:
+            hashes.add_leaf(self.config, row, leaf)
+        return leaf
+
+    def hash_leaf(self, row: Row, hashes: Hashes) -> None:
+        self.leaf(row, hashes)
+
+    def _merged(self, row: Row, scratch) -> np.ndarray:
+        if row.target in self.whole:
+            return np.asarray(self.whole[row.target])
+        leaf, pair = self.under.leaf(row, None, scratch), self.pairs.get(row.target.removesuffix("/kernel"))
+        if self.base is not None and self.base.lora.quantize != "none":
+            leaf = lora.prepared_leaf(row.target, jnp.asarray(leaf), self.base.lora)  # as it was trained beside
+        if pair is None and not isinstance(leaf, dict):
+            return leaf
+        return np.asarray(lora.merged_leaf(leaf, pair, self.target))
+
+
+def open_model(
+    directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False, allow_nonfinite: bool = False
+) -> Released | Converted:
+    """Opens a directory found by `find`, and checks it completely before any array is read; a LoRA run with its adapters merged.
+
+    Args:
+      dtype: to cast to; None keeps.
+      allow_nonfinite: read weights that are NaN or infinite; otherwise the first of them that is read is an error that names them all.
+
+    Raises:
+      ConversionError, ValueError: naming the tensor or field that is wrong.
+    """
+    if is_checkpoint(directory):
+        if Manifest.read(directory).base is not None:
+            return open_run(directory, dtype, accept_fingerprint, allow_nonfinite=allow_nonfinite)
+        with undamaged(directory, "full", accept_fingerprint, None):
+            return open_converted(directory, dtype, accept_fingerprint, allow_nonfinite)
+    with undamaged(directory, "full", accept_fingerprint, None):
+        return open_released(directory, dtype, accept_fingerprint, allow_nonfinite)
+
+
+def open_run(
+    directory: pathlib.Path,
+    dtype: str | None,
+    accept_fingerprint: bool,
+    base: str | None = None,
+    allow_nonfinite: bool = False,
+) -> Adapted:
+    """A step of a LoRA run. ValueError if its base is no longer what it was."""
+    manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+    if manifest is None or manifest.base is None:
+        raise ConversionError(f"{directory} is no LoRA run, so it has no base; leave --base out")
+    under = open_model(find(base or manifest.base.path), manifest.base.dtype, accept_fingerprint, allow_nonfinite)
+    with undamaged(directory, "full", accept_fingerprint, None):
+        own = read_own(directory)
+    leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
+    check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
+    tokenizer, files = Tokenizer.from_directory(directory), under.files
+    target = DTYPES[dtype or manifest.base.dtype]
+    put_on = adapter(own, manifest.base.lora)
+    return Adapted(under, put_on, manifest.base, manifest.processor, tokenizer, files, target, allow_nonfinite)
+
+
+def open_with_peft(
+    under: Released | Converted, directory: pathlib.Path, dtype: str | None, allow_nonfinite: bool = False
+) -> Adapted:
+    """A model with the adapter of a PEFT directory or hub id."""
+    directory = directory.expanduser()
+    if not is_peft(directory):
+        directory = find_released(str(directory))
+    if not is_peft(directory):
+        raise ConversionError(
+            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
+        )
+    target, read = DTYPES[dtype or under.dtype], read_peft(directory, under.config, allow_nonfinite)
+    return Adapted(under, read, None, under.processor, under.tokenizer, under.files, target, allow_nonfinite)
+
+
+def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | None, overwrite: bool = False) -> int:
+    """Writes the adapter of a LoRA run or of a PEFT directory as PEFT's for a layout; returns how many tensors it has.
+
+    base: what adapter_config.json is to name as its model; of a PEFT directory it also says what that model is. None takes what the
+    source names.
+    """
+    local = pathlib.Path(source).expanduser()
+    if is_peft(local):
+        named = base or _base_of_peft(local)
+        model = open_model(find(named)).config
+        read = read_peft(local, model)
+        rank = next((leaf.shape[-1] for leaf in storage.by_path(read.lora).values()), 1)  # 1: of no layer
+        own, config = {lora.SUBTREE: read.lora} | read.whole, LoraConfig(rank=rank, alpha=rank)
+    else:
+        directory = find(source)
+        manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+        if manifest is None or manifest.base is None:
+            raise ConversionError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory")
+        with undamaged(directory, "full", False, None):
+            own, config, model, named = read_own(directory), manifest.base.lora, manifest.model, base or manifest.base.path
+    with storage.new_directory(target, overwrite, [source]) as partial:
+        return len(write_peft(partial, own, config, model, layout, named))
+
+
+def _base_of_peft(directory: pathlib.Path) -> str:
+    named = settings_of(directory).base
+    if not named:
+        raise ConversionError(f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for")
+    return named

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: what they hold, how they are found, written, verified and loaded."""

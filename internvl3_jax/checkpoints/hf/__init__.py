@@ -1,0 +1,1 @@
+"""Readers of released formats: safetensors, config.json, PEFT adapters."""

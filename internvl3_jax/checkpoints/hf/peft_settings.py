@@ -1,0 +1,181 @@
+"""adapter_config.json of PEFT: which settings are read, which change nothing, and all others refused.
+
+The file says more than the tensors do: a setting may change the base's weights or what the tensors mean. So each field is on a list here
+with the values that are known to be plain LoRA, and a field that is on none is an error unless it is off.
+"""
+
+import functools
+import math
+import pathlib
+import re
+import time
+from typing import NamedTuple
+
+from internvl3_jax.checkpoints.hf.values import ConversionError
+from internvl3_jax.io.checkpoint_paths import PEFT
+from internvl3_jax.io.model_files import exists, read_file
+from internvl3_jax.io.strict_json import Object, check, loads, suggestion
+from internvl3_jax.io.terminal import excerpt, one_line
+
+WEIGHTS = "adapter_model.safetensors"
+# Read by nobody here: they say how it was trained, on what, or where the base comes from.
+_INFORMATIVE = frozenset(
+    """task_type auto_mapping peft_version revision inference_mode lora_dropout runtime_config megatron_core qalora_group_size eva_config
+    layers_to_transform layers_pattern exclude_modules""".split()
+)
+# Fields that make another adapter of it than x @ a @ b * scale, or another base, and the values with which they do not.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "ensure_weight_tying": (False,),
+    "alora_invocation_tokens": ([],),
+    "layer_replication": ([],),
+    "trainable_token_indices": ([], {}),
+    "target_parameters": ([],),
+    "megatron_config": ({},),
+    "loftq_config": ({},),
+    "corda_config": ({},),
+    "lora_ga_config": ({},),
+    "arrow_config": ({},),
+    "kasa_config": ({},),
+    "velora_config": ({},),
+    "monteclora_config": ({},),
+    "use_bdlora": (False, {}),
+}
+# How the factors began; with other beginnings PEFT takes something out of the base's matrices.
+_INITS = (True, False, "gaussian", "eva", "orthogonal", "kaiming", "xavier")
+_OFF = (None, False, [], {}, "")
+# What a pattern may consist of: no group with a quantifier, no reference, no counted repetition. Its matching time then has a bound.
+_HARMLESS = re.compile(
+    r"(?:[\w.\-/]|\\[.dwDWsS\-]|\[\^?[\w.\-]+\]|\((?:\?:)?|\)(?![*+?{])|[|^$]|(?<=[\w.\-\]])[*+?](?![*+?]))*"
+)
+_MOST_PATHS, _NAME = 2e7, 80  # of a matcher through one name; letters of a name
+_LONGEST_PATTERN, _MOST_PATTERNS = 300, 1000
+_SECONDS = 20  # for all patterns of an adapter together
+
+
+class Settings(NamedTuple):
+    """What of adapter_config.json counts."""
+
+    path: pathlib.Path
+    base: str | None
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: dict[str, int]  # by pattern, of modules with another rank
+    alphas: dict[str, float]
+    targets: tuple[
+        str, ...
+    ]  # the ends of names of the modules with adapters; () where the file has a pattern or restricts them further
+    whole: tuple[str, ...]  # the ends of names of modules trained whole
+    spent: list[float]  # one number: seconds that matching patterns took so far
+
+    def scale(self, module: str, rank: int) -> float:
+        """What an adapter's product is multiplied with. ConversionError if the settings give the module another rank than `rank`."""
+        expected = self._by_pattern(self.ranks, module, self.rank)
+        if rank != expected:
+            raise ConversionError(
+                f"{self.path}: gives {one_line(module)} the rank {expected}, but its tensors have the rank {rank}"
+            )
+        return self._by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def _by_pattern(self, patterns: dict[str, float], module: str, default: float) -> float:
+        """The value of the first pattern that is the module's name or the end of it after a dot, as PEFT matches them."""
+        for pattern, value in patterns.items():
+            started = time.monotonic()
+            found = _compiled(pattern).match(module)
+            self.spent[0] += time.monotonic() - started
+            if self.spent[0] > _SECONDS:
+                raise ConversionError(f"{self.path}: its patterns take more than {_SECONDS} s to match; write names of modules")
+            if found:
+                return value
+        return default
+
+
+def settings_of(directory: pathlib.Path) -> Settings:
+    """adapter_config.json, after checking that it is plain LoRA and that the weights are there.
+
+    Raises:
+      ConversionError, FileError: naming the field that is wrong, unknown or not supported, with its value.
+    """
+    path = directory / PEFT
+    where = one_line(str(path))
+    fields = Object(loads(read_file(path), where), where)
+    for name, plain in _PLAIN.items():
+        fields.asked.add(name)
+        value = fields.values.get(name)
+        if value is not None and not any(value == one and type(value) is type(one) for one in plain):
+            raise ConversionError(f"{where}: {name} is {excerpt(value)}; only {plain[0]!r} can be read")
+    _check_start(fields, where)
+    restricted = any(
+        fields.values.get(name) not in _OFF for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+    )
+    targets = _names(fields, "target_modules", (str, list))
+    settings = Settings(
+        path,
+        fields.get("base_model_name_or_path", str, None, high=4096),
+        fields.get("r", int, low=1, high=1 << 16),
+        fields.get("lora_alpha", float, low=1e-6, high=1e6),
+        fields.get("use_rslora", bool, False),
+        _patterns(fields, "rank_pattern", int, low=1, high=1 << 16),
+        _patterns(fields, "alpha_pattern", float, low=1e-6, high=1e6),
+        () if restricted or isinstance(targets, str) else tuple(targets),
+        tuple(_names(fields, "modules_to_save", (list,))),
+        [0.0],
+    )
+    fields.get("lora_dropout", float, None, low=0, high=1)
+    for name, value in fields.values.items():
+        if name not in fields.asked | _INFORMATIVE and value not in _OFF:
+            near = suggestion(name, fields.asked | _INFORMATIVE)
+            raise ConversionError(
+                f"{where}: {excerpt(name)} is {excerpt(value)}; this setting is not known here, and may change what the adapter means{near}"
+            )
+    if not exists(directory / WEIGHTS):
+        raise ConversionError(f"{directory} has no {WEIGHTS}; let PEFT save it with safe_serialization=True")
+    return settings
+
+
+def _check_start(fields: Object, where: str) -> None:
+    start = fields.get("init_lora_weights", (bool, str), None)
+    start = start.lower() if isinstance(start, str) else start
+    if start is not None and start not in _INITS:
+        raise ConversionError(
+            f"{where}: init_lora_weights is {excerpt(start)}, so it belongs to a base that PEFT changes; save it with "
+            f"path_initial_model_for_weight_conversion, which makes a plain one of it"
+        )
+
+
+def _names(fields: Object, name: str, kinds: tuple) -> str | list[str]:
+    value = fields.get(name, kinds, [], high=_MOST_PATTERNS)
+    return value if isinstance(value, str) else fields.list_of(name, str, [], low=1, high=_LONGEST_PATTERN)
+
+
+def _patterns(fields: Object, name: str, kind: type, **bounds) -> dict[str, float]:
+    patterns = fields.get(name, dict, {}, high=_MOST_PATTERNS)
+    for pattern, value in patterns.items():
+        check(value, kind, f"{fields.where}: {name}: {excerpt(pattern)}", **bounds)
+        paths = float(_NAME) ** sum(map(pattern.count, "*+")) * 2.0 ** sum(map(pattern.count, "?|"))
+        if len(pattern) > _LONGEST_PATTERN or paths > _MOST_PATHS or not _HARMLESS.fullmatch(pattern):
+            raise ConversionError(
+                f"{fields.where}: {name}: {excerpt(pattern)} is a regular expression that could take forever; write names of modules, or a "
+                f"short pattern without repeated groups"
+            )
+        _compiled(pattern)
+    return patterns
+
+
+@functools.lru_cache(maxsize=_MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConversionError(f"{PEFT}: {excerpt(pattern)} is no regular expression ({error})") from error
+
+
+def ends_with(module: str, end: str) -> bool:
+    """Whether PEFT takes a module for one of target_modules: by its whole name, or the end of it after a dot."""
+    return module == end or module.endswith(f".{end}")

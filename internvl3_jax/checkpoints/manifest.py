@@ -1,0 +1,106 @@
+"""What a checkpoint says of itself: model, processor, how it was made and, of a LoRA run, what it was trained beside."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from internvl3_jax.checkpoints.fingerprint import fingerprint
+from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig, from_dict, to_dict
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.io import strict_json
+from internvl3_jax.io.checkpoint_paths import MANIFEST
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class Base:
+    """What a LoRA run trains beside."""
+
+    path: str  # directory or hub id
+    dtype: str  # of its parameters in the run
+    frozen: str  # `adapters.base_hash`
+    lora: LoraConfig
+
+
+@dataclasses.dataclass
+class Manifest:
+    """internvl3_jax.json"""
+
+    model: ModelConfig
+    processor: ProcessorConfig
+    fingerprint: dict
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    base: Base | None = None  # of a LoRA run
+    source: str | None = None  # what it was converted from, where that was a download of the hub: owner/name@commit
+
+    def write(self, directory: pathlib.Path) -> None:
+        values = {"format": FORMAT, "listed": True, **{name: to_dict(getattr(self, name)) for name in ("model", "processor")}}
+        values |= {"fingerprint": self.fingerprint, "hashes": self.hashes}
+        values |= {"base": to_dict(self.base)} if self.base else {}
+        values |= {"source": self.source} if self.source else {}
+        (directory / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: pathlib.Path) -> "Manifest":
+        """ValueError, naming the file and what in it is wrong."""
+        path = directory / MANIFEST
+        try:
+            values = strict_json.read_object(path)
+        except strict_json.JsonError as error:
+            raise strict_json.JsonError(f"{error}; {MANIFEST} is damaged") from error
+        found = values.get("format", int)
+        if found != FORMAT:
+            raise strict_json.JsonError(f"{values.where} has format {found}; this version reads {FORMAT}")
+        values.get("listed", bool, False)  # whether files.json belongs to it; see find.damage
+        model, processor = (
+            _part(values, name, part) for name, part in (("model", ModelConfig), ("processor", ProcessorConfig))
+        )
+        base = _part(values, "base", Base) if "base" in values.values else None
+        hashes = values.get("hashes", dict)
+        for name, text in hashes.items():
+            strict_json.check(text, str, f"{values.where}: hashes: {name}", high=128)
+        source = values.get("source", str, None, high=1000)
+        made = cls(model, processor, values.get("fingerprint", dict), hashes, base, source)
+        values.finish()
+        return made
+
+
+def _part(values: strict_json.Object, name: str, kind: type):
+    where = f"{values.where}: {name}"
+    try:
+        return from_dict(kind, values.get(name, dict), where)
+    except (
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # a field of a wrong type that what checks the fields stumbles over
+        raise strict_json.JsonError(f"{where} is damaged ({error})") from error
+
+
+def write_files(
+    directory: pathlib.Path,
+    model: ModelConfig,
+    processor: ProcessorConfig,
+    files: Mapping[str, bytes],
+    dtype: str,
+    hashes: dict[str, str] | None = None,
+    base: Base | None = None,
+    source: str | None = None,
+) -> None:
+    """Writes everything of a checkpoint directory but its arrays; the tokenizer among `files` must fit the configuration."""
+    tokenizer = Tokenizer.from_files(dict(files), str(directory))
+    made = fingerprint(model, processor, tokenizer, dtype)
+    if jax.process_index() == 0:
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        Manifest(model, processor, made, hashes or {}, base, source).write(directory)
+
+
+def dtype_name(params) -> str:
+    """The dtype of a tree's leaves, or all of them: "bfloat16+float32"."""
+    return "+".join(sorted({np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}))

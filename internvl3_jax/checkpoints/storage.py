@@ -1,0 +1,286 @@
+"""Directories that appear whole or not at all, and parameter trees in them. The only file that imports Orbax.
+
+Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a time keep one parameter in
+memory.
+"""
+
+import contextlib
+import fnmatch
+import gc
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from internvl3_jax.checkpoints import orbax_s3
+from internvl3_jax.io import remote_files
+from internvl3_jax.io.checkpoint_paths import damage
+from internvl3_jax.io.integrity import FILES, publish, seal
+from internvl3_jax.io.remote_files import is_remote
+from internvl3_jax.io.safe_files import mark_own
+from internvl3_jax.io.unfinished import InPlace, Unfinished, absolute, check_replaceable, clean, set_aside
+
+try:
+    import orbax.checkpoint.experimental.v1 as ocp
+except ImportError:  # where it has left experimental
+    import orbax.checkpoint.v1 as ocp
+
+LARGEST_CHUNK = 512 << 20  # bytes of one stored block, the least that a reader of a shard has to touch
+SMALL = 64 << 20  # bytes of leaves that are written together
+
+
+# --- directories ----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()):
+    """Yields an empty directory to fill; it becomes `directory` when the block ends well and is removed when it does not.
+
+    With several processes every one enters the block; the first creates and moves.
+
+    Args:
+      overwrite: replace what is there, if it was made here, holds nothing else, and is none of `sources`.
+
+    Raises:
+      FileExistsError: something is there, and it is not to be replaced or must not be.
+      InUse: another process is filling the same directory.
+    """
+    final = absolute(directory)
+    if is_remote(final):
+        with _new_remote(final, overwrite, sources) as filled:
+            yield filled
+        return
+    unfinished = start_directory(final, overwrite, sources)
+    try:
+        yield unfinished.path
+        seal_directory(unfinished)
+        commit_directory(unfinished, overwrite)
+    except BaseException:
+        unfinished.abandon()
+        raise
+
+
+@contextlib.contextmanager
+def _new_remote(final, overwrite: bool, sources: Iterable[str | os.PathLike]):
+    """The same in object storage, by one process: filled on a local disk, which needs room for it, then copied."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{final}: one process alone writes a checkpoint to object storage")
+    clean(final.parent, final.name)
+    before = remote_files.objects(final)
+    if before and not overwrite:
+        raise FileExistsError(f"{final} exists; choose another place or allow overwriting (--overwrite)")
+    if before:
+        check_replaceable(final, sources)
+    with tempfile.TemporaryDirectory(prefix="internvl3_jax_") as local:
+        filled = pathlib.Path(local) / "filled"
+        filled.mkdir()
+        mark_own(filled)
+        yield filled
+        seal(filled)
+        unfinished = InPlace(final, True)
+        try:
+            remote_files.remove(final, [FILES, *(name for name in before if name != FILES)])
+            publish(filled, final)
+        except BaseException:
+            unfinished.abandon()
+            raise
+
+
+def start_directory(final: pathlib.Path, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()) -> Unfinished:
+    """Creates the empty directory to fill; what killed processes left of it is removed."""
+    if jax.process_index() == 0:
+        clean(final.parent, final.name)
+    if os.path.lexists(final):
+        if not overwrite:
+            raise FileExistsError(f"{final} exists; choose another place or allow overwriting (--overwrite)")
+        check_replaceable(final, sources)
+    return _create(final)
+
+
+def start_step(final: pathlib.Path) -> Unfinished | InPlace:
+    """The same for a step of a training run. A damaged one that is there makes room; FileExistsError if it is whole."""
+    if jax.process_index() == 0:
+        clean(final.parent)
+    # Every process asks before the first one moves it.
+    there = bool(remote_files.objects(final)) if is_remote(final) else os.path.lexists(final)
+    whole = there and damage(final) is None
+    _barrier(f"look at {final}")
+    if whole:
+        raise FileExistsError(f"{final} exists, and is whole; nothing is saved in its place")
+    if there and jax.process_index() == 0:
+        set_aside(final)
+    return _create(final)
+
+
+def _create(final: pathlib.Path) -> Unfinished | InPlace:
+    token = np.frombuffer(os.urandom(4), np.uint8)
+    if jax.process_count() > 1:
+        token = np.asarray(multihost_utils.broadcast_one_to_all(token))
+    if is_remote(final):
+        unfinished = InPlace(final, jax.process_index() == 0)
+        _barrier(f"start {final}")
+        return unfinished
+    unfinished = Unfinished(final, token.tobytes().hex(), jax.process_index() == 0)
+    _barrier(f"start {final}")
+    return unfinished
+
+
+def seal_directory(unfinished: Unfinished) -> None:
+    """Waits until all processes have filled it, and lists the files with their hashes."""
+    _barrier(f"filled {unfinished.final}")
+    if unfinished.creates:
+        seal(unfinished.path)
+
+
+def commit_directory(unfinished: Unfinished, overwrite: bool = False) -> None:
+    """Moves the filled directory to its place; all processes wait for it."""
+    _barrier(f"sealed {unfinished.final}")
+    unfinished.commit(overwrite)
+    _barrier(f"committed {unfinished.final}")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------------------
+
+
+class _LiteralPath(type(epath.Path("/"))):
+    """A path whose `glob` takes [ ] * ? in the directory's own name as they are; Orbax looks for its parts with it."""
+
+    def glob(self, pattern: str):
+        entries = self.iterdir() if self.is_dir() else ()
+        return (entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern))
+
+
+def _storage_options(path, leaf):
+    if math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize <= LARGEST_CHUNK:
+        return None
+    # Of layers on the first axis each gets blocks of its own, so that a block is contiguous in the array.
+    layers = (0,) if np.ndim(leaf) == 3 else ()
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=LARGEST_CHUNK, shard_axes=layers)
+
+
+def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
+    if str(path).startswith("s3://"):
+        orbax_s3.install()
+    context = ocp.Context()
+    context.file.path_class = _LiteralPath
+    saving = context.array.saving
+    saving.use_compression = False  # weights hardly shrink, and it takes most of the writing time
+    saving.scoped_storage_options_creator = _storage_options
+    context.memory.deepcopy_host_arrays = copy
+    context.memory.read_concurrent_bytes = LARGEST_CHUNK  # of 2 GiB otherwise
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def nest(leaves: Mapping[str, object]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}"""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def by_path(tree: Mapping) -> dict[str, object]:
+    """{"a": {"b": x}} -> {"a/b": x}"""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class TreeWriter:
+    """Writes a tree leaf by leaf; small leaves wait for one another, as each write has a cost of its own."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.waiting = {}
+
+    def add(self, path: str, leaf: np.ndarray) -> None:
+        self.waiting[path] = leaf
+        if sum(leaf.nbytes for leaf in self.waiting.values()) > SMALL:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        with _context(self.path):
+            ocp.partial.finalize(self.path)
+
+    def _flush(self) -> None:
+        if self.waiting:
+            with _context(self.path):
+                ocp.partial.save(self.path, nest(self.waiting))
+            self.waiting = {}
+            gc.collect()  # Orbax leaves the arrays in reference cycles
+
+
+def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
+    """Copies a tree of arrays to the host and writes it in the background; the returned function waits for the end.
+
+    The caller may donate jax arrays when this returns, and change numpy arrays.
+    """
+    with _context(path, copy=True):
+        response = ocp.save_async(path, tree)
+    return response.result
+
+
+def leaf_infos(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every leaf of a stored tree of dicts, without reading arrays."""
+    with _context(path):
+        stored = by_path(ocp.metadata(path).metadata)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+
+
+class TreeReader:
+    """Reads a stored tree leaf by leaf as numpy arrays, in the order of `names`; small neighbours are read together."""
+
+    def __init__(self, path: pathlib.Path, names: list[str]):
+        self.path, self.names = path, names
+        self.infos = leaf_infos(path)
+        self.ready = {}
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self.ready:
+            batch, size = {}, 0
+            for following in self.names[self.names.index(name) :]:
+                info = self.infos[following]
+                size += math.prod(info.shape) * info.dtype.itemsize
+                if batch and size > SMALL:
+                    break
+                batch[following] = np.empty(info.shape, info.dtype)
+            with _context(self.path):
+                self.ready = by_path(ocp.load(self.path, nest(batch)))
+            gc.collect()  # Orbax leaves arrays in reference cycles
+        return self.ready.pop(name)
+
+
+def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
+    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it goes to the default device.
+
+    prepare: makes of each leaf's path and value what takes its place; the leaves are then read one by one.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(leaf):
+        sharding = getattr(leaf, "sharding", None) or device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def read(tree):
+        with _context(path):
+            return ocp.load(path, jax.tree.map(target, tree))
+
+    if prepare is None:
+        return read(abstract)
+    names = by_path(abstract)
+    return nest({name: prepare(name, by_path(read(nest({name: leaf})))[name]) for name, leaf in names.items()})

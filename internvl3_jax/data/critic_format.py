@@ -1,0 +1,69 @@
+r"""Solutions as steps, and the conversation in which a process reward model (critic) judges them one after the other.
+
+    user       ### Question:\n{question}\n\n### Solution Process:\n{first step}
+    assistant  + or -
+    user       {second step}
+    assistant  + or -
+
+as VisualPRM was trained; see InternVL's tools/reasoning_data_pipeline (visualprm_data_pipeline*.py, utils/constants.py).
+"""
+
+from collections.abc import Sequence
+
+from internvl3_jax.data.text.chat_template import PICTURE_TAG, Message
+
+SEPARATOR = "\n\n"
+GOOD, BAD = "+", "-"
+# The system message of VisualPRM's training data, byte for byte.
+SYSTEM = """You are an advanced AI assistant, designed to serve as a process supervision model. In this task, I will provide a problem \
+statement followed by the first step of the solution process. For each subsequent turn, I will give you a new step in the solution. Your \
+role is to assess whether the solution process is correct up to the current step.
+
+- In the **first round**, I will input the problem and the first step of the solution process.
+- In **each subsequent round**, I will provide the next step in the solution.
+
+For each step, you should:
+
+- Respond with **"+"** if you believe the solution process is correct up to this step.
+- Respond with **"-"** if you detect any issues or errors in the process up to this step.
+
+Please note:
+- Only respond with **"+"** or **"-"**. Do not provide any additional explanations, comments, or justifications.
+
+Your task is to verify the accuracy and correctness of each step in the given solution process."""
+
+# The same as the public trainer made it of a row with one image: it looks for <image> in the first turn, which is the system's, and puts
+# one in front of it. There it is text, and so is it here.
+SYSTEM_AS_TRAINED = f"{PICTURE_TAG}\n{SYSTEM}"
+SYSTEMS = {"visualprm": SYSTEM, "visualprm_trained": SYSTEM_AS_TRAINED}  # by the names that programs take
+
+
+def split_steps(solution: str, max_steps: int | None = None) -> list[str]:
+    """The steps of a solution: what stands between blank lines; at least one.
+
+    max_steps: neighbours are merged, as many into each as it takes to leave at most that many. Steps without text are left out: the
+    reference would give them a turn without content.
+    """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}; it must be at least 1, or None for all steps")
+    steps = [step for step in solution.split(SEPARATOR) if step.strip()] or [""]
+    size = -(-len(steps) // max_steps) if max_steps else 1
+    return [SEPARATOR.join(steps[start : start + size]) for start in range(0, len(steps), size)]
+
+
+def critic_messages(
+    question: str, steps: Sequence[str], labels: Sequence[str] | None = None, system: str | None = None
+) -> list[Message]:
+    """The conversation about a solution. The question holds the pictures' tags.
+
+    labels: GOOD or BAD for each step; without them GOOD stands everywhere, as a placeholder: what a critic thinks of a step is read where
+    its answer would begin, and whatever came before is taken as right.
+    """
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for number, (step, label) in enumerate(zip(steps, labels or [GOOD] * len(steps), strict=True)):
+        text = f"### Question:\n{question}\n\n### Solution Process:\n{step}" if number == 0 else step
+        turn = {"role": "user", "content": text}
+        if PICTURE_TAG in step:  # written by a model: it is no place of an image
+            turn["images"] = question.count(PICTURE_TAG) if number == 0 else 0
+        messages += [turn, {"role": "assistant", "content": label}]
+    return messages

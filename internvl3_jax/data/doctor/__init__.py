@@ -1,0 +1,1 @@
+"""Reads every row of a data set as training will, and names what is wrong."""

@@ -1,0 +1,133 @@
+"""What the doctor found, on disk: report.json, errors.tsv, histogram.png; and training's refusal to start on unresolved errors.
+
+errors.tsv has the format of data.drop_list: source, row and reason with tabs between.
+"""
+
+import io
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+
+from internvl3_jax.config import DataConfig
+from internvl3_jax.data.sources.files import FileError, exists, is_remote
+from internvl3_jax.data.sources.meta import expand_user
+from internvl3_jax.data.sources.mixture import drop_lines
+from internvl3_jax.io import safe_files
+from internvl3_jax.io.safe_files import open_regular, replace
+from internvl3_jax.io.terminal import one_line
+
+REPORT, ERRORS, HISTOGRAM = "report.json", "errors.tsv", "histogram.png"
+_HEADER = "# source\trow\treason"  # of errors.tsv
+
+
+class UnresolvedErrors(ValueError):
+    """The doctor found samples that cannot be used, and nothing says what shall become of them."""
+
+
+def report_folder(meta: str) -> str:
+    """Where the doctor writes and training looks: beside the meta JSON, or in the working directory for one that is remote."""
+    return f"{os.path.basename(meta) if is_remote(meta) else expand_user(meta)}.doctor"
+
+
+def check_report(config: DataConfig) -> None:
+    """Raises UnresolvedErrors if a doctor's report beside the meta JSON has errors that `config.drop_list` does not name.
+
+    Does nothing where there is no report, or where data.on_error is skip: then training counts such samples and goes on.
+    """
+    folder = report_folder(config.source)
+    if config.on_error == "skip" or not exists(f"{folder}/{REPORT}"):
+        return
+    dropped = {(source, row) for _, source, row, _ in drop_lines(config.drop_list)} if config.drop_list else set()
+    count, first = 0, None
+    for _, source, row, reason in drop_lines(f"{folder}/{ERRORS}"):
+        if (source, row) not in dropped:
+            count, first = count + 1, first or (source, row, reason)
+    if first:
+        source, row, reason = first
+        raise UnresolvedErrors(
+            f"{folder}/{ERRORS} names {count:,} samples that cannot be used, the first: {source} row {row}: {reason}. "
+            f"Fix them and run the doctor again, or leave them out with data.drop_list={folder}/{ERRORS}"
+        )
+
+
+def claim_folder(folder: pathlib.Path) -> None:
+    """Makes the folder and looks whether a report can be written to it, before hours of work.
+
+    Raises:
+      OSError: it cannot be written.
+      FileError: it holds files with a report's names that are none of a doctor's.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the report cannot be written there ({safe_files.reason(error)}); name another folder with --report",
+            str(folder),
+        ) from error
+    for name in (REPORT, ERRORS, HISTOGRAM):
+        path = folder / name
+        if os.path.lexists(path) and not _is_ours(folder, name):
+            raise FileError(f"{one_line(str(path))}: is no file of the doctor's; name another folder with --report")
+
+
+def _is_ours(folder: pathlib.Path, name: str) -> bool:
+    """Whether a file of the folder is part of a report. The image, which cannot say it, is if another file is."""
+    if name == HISTOGRAM:
+        return any((folder / other).is_file() and _is_ours(folder, other) for other in (REPORT, ERRORS))
+    try:
+        with open_regular(folder / name) as file:
+            start = file.read(len(_HEADER) + 2)
+    except FileError:
+        return False
+    return start.startswith((_HEADER if name == ERRORS else '{\n "meta":').encode()) or not start
+
+
+def write_report(folder: pathlib.Path, report: dict, errors: list[tuple[str, int, str]], tokens, tiles) -> None:
+    """Writes the three files; the report's warnings say so if one of them is left out.
+
+    errors: source, row, reason, each of one line; tokens, tiles: numbers of each readable sample.
+    """
+    lines = [_HEADER, *(f"{source}\t{row}\t{reason}" for source, row, reason in errors)]
+    replace(folder / ERRORS, "\n".join(lines) + "\n")
+    picture = _draw(tokens, tiles)
+    if picture is None:
+        report["warnings"].append(f"{HISTOGRAM} is left out: matplotlib is not installed (pip install matplotlib)")
+    else:
+        replace(folder / HISTOGRAM, picture)
+    # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as JSON escapes them.
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    replace(folder / REPORT, text.encode("utf-8", "backslashreplace"))
+
+
+def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | None:
+    """The histograms as PNG; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # only here: nothing else of the data needs it
+    except ImportError:
+        return None
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, values, name in zip(figure.subplots(1, 2), (tokens, tiles), ("tokens", "tiles"), strict=True):
+        axes.hist(values, bins=min(60, max(1, len(np.unique(values)))))
+        axes.set(xlabel=f"{name} of a sample", ylabel="samples")
+        axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    return file.getvalue()
+
+
+def summary(tokens: np.ndarray) -> dict[str, float]:
+    """Sum, mean, median, 99th percentile and largest of some numbers; all 0 if there are none."""
+    values = tokens if len(tokens) else np.zeros(1, np.int64)
+    return {
+        "sum": int(values.sum()),
+        "mean": round(float(values.mean()), 1),
+        "median": float(np.median(values)),
+        "p99": float(np.percentile(values, 99)),
+        "max": int(values.max()),
+    }

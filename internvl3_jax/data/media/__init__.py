@@ -1,0 +1,1 @@
+"""Images and videos: opening, tiling, frames, augmentation."""

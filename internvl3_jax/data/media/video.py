@@ -1,0 +1,188 @@
+"""Frames of a video: a file that FFmpeg reads (video_file.py), a GIF, or a folder with one picture a frame.
+
+Training draws them as InternVL does (internvl/train/dataset.py): a number of frames n, drawn uniformly; the video in n equal
+intervals; one frame of each, drawn from all but the interval's last. Evaluation takes the middle of n segments, as its MVBench
+program does. A clip [start, end] is in seconds. Deviations, each where the original fails or ignores the request:
+
+  clip of a GIF       honoured, by its frame durations (the original reads the whole GIF)
+  clip of a folder    refused: its pictures carry no times (the original reads the whole folder)
+  clip past the end   ends with the video (the original fails if it happens to draw a frame there)
+  order in a folder   by name, numbers by value (the original needs names ending in _NUMBER.jpg and leaves others unsorted)
+"""
+
+import dataclasses
+import io
+import itertools
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from internvl3_jax.data.media import pillow
+from internvl3_jax.data.media.images import MAX_PIXELS, ImageError, check_pixels, open_image
+from internvl3_jax.data.media.video_file import MOST_FRAMES, VideoError, read_file
+from internvl3_jax.data.sources.files import is_folder, is_remote, join, list_folder, read_bytes
+from internvl3_jax.io.safe_files import reason
+from internvl3_jax.io.terminal import excerpt, short_name
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+    """What a choice of frames depends on."""
+
+    total: int  # frames
+    fps: float | None  # frames a second, on average; None: unknown
+    repeats: bool  # whether a video too short for the number drawn repeats its last frame: the original does so for files only
+
+
+Choose = Callable[[Footage], Sequence[int]]  # indices of the frames wanted, in any order, some maybe twice
+
+
+def training_frames(footage: Footage, rng: np.random.Generator, fewest: int, most: int, clip=None) -> list[int]:
+    """Indices of a number of frames drawn from fewest..most, by the rule of training."""
+    start, total = _clip_frames(footage, clip)
+    count = int(rng.integers(fewest, most + 1))
+    if not footage.repeats:
+        count = min(count, total)
+    return [start + index for index in draw_frames(total, count, rng)]
+
+
+def draw_frames(total: int, count: int, rng: np.random.Generator) -> list[int]:
+    """`count` ascending indices below `total`, one of each interval; a short video's last one is repeated."""
+    parts = min(count, total)
+    edges = np.linspace(0, total, parts + 1).astype(int)
+    first, last = edges[:-1], edges[1:] - 1
+    if (first < last).all():
+        drawn = rng.integers(first, last).tolist()
+    else:  # some interval has a single frame, of which the rule would draw nothing
+        drawn = np.sort(rng.permutation(total)[:parts]).tolist()
+    return drawn + drawn[-1:] * (count - parts)
+
+
+def middle_frames(footage: Footage, count: int, clip=None) -> list[int]:
+    """Indices of the middle of each of `count` equal segments of the video or clip: the rule of evaluation."""
+    first, last = 0, footage.total - 1
+    if clip is not None:
+        start, end, fps = _clip_seconds(footage, clip)
+        first, last = round(start * fps), min(round(end * fps), last)
+        if first > last:
+            raise VideoError(f"clip {list(clip)} begins after the end of the video, at {footage.total / fps:.1f} s")
+    segment = (last - first) / count
+    return [int(first + segment / 2 + np.round(segment * k)) for k in range(count)]
+
+
+def _clip_seconds(footage: Footage, clip) -> tuple[float, float, float]:
+    numbers = isinstance(clip, (list, tuple)) and all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in clip)
+    if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1]:
+        raise VideoError(f"clip is {excerpt(clip)}; expected [start, end] in seconds with 0 <= start < end")
+    if not footage.fps:
+        raise VideoError("clip: the frame rate is unknown, as always of a folder of pictures; leave the clip out")
+    return clip[0], clip[1], footage.fps
+
+
+def _clip_frames(footage: Footage, clip) -> tuple[int, int]:
+    """(index of the first frame, number of frames) of a clip in seconds, or of all."""
+    if clip is None:
+        return 0, footage.total
+    start, end, fps = _clip_seconds(footage, clip)
+    first = int(start * fps)
+    count = min(int((end - start) * fps), footage.total - first)
+    if count < 1:
+        raise VideoError(
+            f"clip {list(clip)} holds no frame of a video of {footage.total / fps:.1f} s at {fps:.4g} frames a second"
+        )
+    return first, count
+
+
+def read_frames(
+    video: str | bytes, choose: Choose, name: str = "", max_pixels: int | None = MAX_PIXELS, allow_truncated: bool = False
+) -> list[Image.Image]:
+    """RGB pictures of the frames that `choose` picks, in its order.
+
+    Args:
+      video: path or address of a file or folder, or the bytes of a file.
+      name: what errors call it; its ending tells a GIF from other files. By default the path.
+      max_pixels: frames with more are refused; 0 or None: no limit.
+      allow_truncated: a file whose end is missing gives the frames that are there.
+
+    Raises:
+      VideoError, ImageError, FileError
+    """
+    name = name or (video if isinstance(video, str) else f"video of {len(video)} bytes")
+    is_gif, name = name.lower().endswith(".gif"), short_name(name)
+    limits = max_pixels, allow_truncated
+    try:
+        if isinstance(video, str) and _is_folder(video):
+            return _read_folder(video, choose, *limits)
+        if isinstance(video, str) and is_remote(video):
+            video = read_bytes(video)
+        elif isinstance(video, str):
+            _check_path(video)
+        if is_gif:
+            return _read_gif(video, choose, name, *limits)
+        return read_file(video, lambda total, fps: _checked(choose, Footage(total, fps, True)), name, *limits)
+    except VideoError as error:
+        raise VideoError(f"{name}: {error}") from error
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return is_folder(path)
+    except ValueError as error:  # a null character
+        raise VideoError(f"is not a usable path ({error})") from error
+
+
+def _check_path(path: str) -> None:
+    if path.startswith("data:"):
+        raise VideoError("is a video written as text; store it in a file")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise VideoError("no such file or folder") from error
+    except OSError as error:
+        raise VideoError(f"cannot be read ({reason(error)})") from error
+    if not stat.S_ISREG(mode):
+        raise VideoError("is not a regular file (a pipe, socket or device)")
+
+
+def _read_folder(folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool) -> list[Image.Image]:
+    names = [name for name in list_folder(folder) if name.lower().endswith(PICTURES)]
+    if not names:
+        raise VideoError(f"the folder holds no pictures ({', '.join(PICTURES)})")
+    paths = [join(folder, names[index]) for index in _checked(choose, Footage(len(names), None, False))]
+    limits = {"max_pixels": max_pixels or 0, "allow_truncated": allow_truncated}
+    return [open_image(read_bytes(path) if is_remote(path) else path, name=path, **limits) for path in paths]
+
+
+def _read_gif(video: str | bytes, choose: Choose, name: str, max_pixels: int | None, truncated: bool) -> list[Image.Image]:
+    source = io.BytesIO(video) if isinstance(video, bytes) else video
+    try:
+        with pillow.allows(True, truncated), Image.open(source, formats=("GIF",)) as gif:
+            check_pixels(gif.width, gif.height, max_pixels, name)
+            frames = itertools.islice(ImageSequence.Iterator(gif), MOST_FRAMES + 1)
+            seconds = [frame.info.get("duration", 0) / 1000 for frame in frames]
+            if len(seconds) > MOST_FRAMES:
+                raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
+            total = len(seconds)
+            wanted = _checked(choose, Footage(total, total / sum(seconds) if sum(seconds) > 0 else None, False))
+            found = {}
+            for index in sorted(set(wanted)):
+                gif.seek(index)
+                found[index] = gif.convert("RGB")
+    except (VideoError, ImageError):
+        raise
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        raise VideoError(f"is not a GIF that can be read ({short_name(reason(error))})") from error
+    return [found[index] for index in wanted]
+
+
+def _checked(choose: Choose, footage: Footage) -> list[int]:
+    wanted = [int(index) for index in choose(footage)]
+    wrong = [index for index in wanted if not 0 <= index < footage.total]
+    if wrong or not wanted:
+        raise VideoError(f"frames {wrong or wanted} were asked of {footage.total}")
+    return wanted

@@ -1,0 +1,163 @@
+"""The official meta JSON, which lists the sources of a training mixture:
+
+    {"docvqa": {"root": "images/docvqa",              folder or address that the picture paths are relative to
+                "annotation": "docvqa_train.jsonl",   or .tar shards, .array_record; a list, {000..127} and * name several files
+                "data_augment": true,                 JPEG recompression of the tiles (false)
+                "repeat_time": 2,                     below 1: only that share of the rows, from the head; above: repeated (1)
+                "max_dynamic_patch": 24,              tiles of a sample's pictures together (processor.max_tiles)
+                "length": 39463,                      number of rows; only compared
+                "weight": 3.0,                        its part of the mixture where data.weights is "given"; not in the original
+                "allow_outside_root": false}}         whether rows may name files outside of the root; not in the original
+
+A fractional repeat_time above 1 takes whole repeats and a head slice for the rest. InternVL's fine-tuning refuses such a number,
+its pre-training and MPO code drop the fraction, and MPO takes a random subset in place of the head slice. The original would sample
+repeats one after the other as listed; here every epoch over them is shuffled as a whole.
+
+Relative paths are relative to the meta file, also a root of "." or "" and what it stands for. docs/data.md has the whole format.
+"""
+
+import dataclasses
+import os
+
+from internvl3_jax.data.sources.files import FileError, exists, expand, folder_of, is_folder, is_remote, read_bytes, resolve
+from internvl3_jax.data.sources.rows import KINDS
+from internvl3_jax.io import strict_json
+from internvl3_jax.io.strict_json import JsonError, Object
+from internvl3_jax.io.terminal import excerpt, one_line
+
+MAX_BYTES = 64 << 20  # of a meta JSON
+MAX_NAME = 200  # characters of a source's name
+# Far above any use; beyond them counts of samples and tiles leave the range of their types, or of the machine.
+MOST_REPEATS, MOST_WEIGHT, MOST_TILES, MOST_ROWS = 10**6, 10**12, 1024, 2**53
+
+
+class MetaError(ValueError):
+    """A meta JSON that cannot be used. The message names the file, the entry and the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """One entry of the meta JSON with its paths resolved."""
+
+    name: str
+    root: str  # folder or address that the paths of rows are relative to
+    root_error: str  # why the root cannot be used; only sources with pictures need one
+    annotation: tuple[str, ...]  # files
+    augment: bool = False
+    repeat: float = 1.0
+    max_tiles: int | None = None
+    length: int | None = None
+    weight: float | None = None
+    written_root: str = ""  # as the meta JSON has it
+    outside: str = "no"  # what rows may name outside of the root: no, whole (paths and addresses), addresses, yes (everything)
+
+
+def read_meta(path: str) -> list[SourceSpec]:
+    """The sources of a meta JSON in its order. Raises MetaError or FileError."""
+    path = expand_user(path)
+    if path.endswith(KINDS):
+        name = one_line(os.path.basename(path))
+        raise MetaError(
+            f"data.source: {one_line(path)}: holds rows, not a meta JSON; write a file with "
+            f'{{"mine": {{"root": ".", "annotation": "{name}"}}}} beside it and give that'
+        )
+    try:
+        data = read_bytes(path, max_bytes=MAX_BYTES)
+    except FileError as error:
+        raise MetaError(f"data.source: {error}; it is the path of a meta JSON, or MODULE:FUNCTION") from error
+    try:
+        entries = strict_json.loads(data, one_line(path))
+    except JsonError as error:
+        hint = (
+            " A file with a row on each line is named .jsonl, and a meta JSON names it." if "Extra data" in str(error) else ""
+        )
+        raise MetaError(f"{error}{hint}") from error
+    if not isinstance(entries, dict) or not entries:
+        what = (
+            "a list; a meta JSON names the files of rows, which are .jsonl" if isinstance(entries, list) else excerpt(entries)
+        )
+        raise MetaError(f"{one_line(path)}: expected an object with a name and settings for each source; it is {what}")
+    if {"root", "annotation"} <= entries.keys() and not any(isinstance(value, dict) for value in entries.values()):
+        raise MetaError(f'{one_line(path)}: has one entry without a name; write {{"mine": {{"root": ..., "annotation": ...}}}}')
+    return [_read_entry(path, name, entry) for name, entry in entries.items()]
+
+
+def expand_user(path: str) -> str:
+    """The path with ~ as the home directory."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def _read_entry(path: str, name: str, entry) -> SourceSpec:
+    where = f"{one_line(path)}, entry {excerpt(name)}"
+    if one_line(name) != name or not name.strip() or name.startswith("#") or len(name) > MAX_NAME:
+        raise MetaError(
+            f"{where}: a name must have 1 to {MAX_NAME} characters that can be printed, no tabs or line breaks, and not begin with #"
+        )
+    base = folder_of(path)
+    try:
+        values = Object(entry, where)
+        root = values.get("root", str)
+        folder, root_error = _root(where, root, base)
+        annotation = _annotation(where, values, base)
+        outside = values.get("allow_outside_root", bool, False)
+        spec = SourceSpec(
+            name=name,
+            root=folder,
+            root_error=root_error,
+            annotation=annotation,
+            augment=values.get("data_augment", bool, False),
+            repeat=float(_above_0(where, values, "repeat_time", float, 1, MOST_REPEATS)),
+            max_tiles=values.get("max_dynamic_patch", int, None, low=1, high=MOST_TILES),
+            length=values.get("length", int, None, low=0, high=MOST_ROWS),
+            weight=values.get("weight", float, None, low=0, high=MOST_WEIGHT),
+            written_root=root,
+            outside="yes" if outside else _outside(root, path, annotation),
+        )
+        values.finish()
+    except JsonError as error:
+        raise MetaError(str(error)) from error
+    return spec
+
+
+def _above_0(where: str, values: Object, key: str, kind: type, default, high: float):
+    value = values.get(key, kind, default, high=high)
+    if value <= 0:
+        raise MetaError(f"{where}: {key} is {excerpt(value)}; expected a number above 0")
+    return value
+
+
+def _outside(root: str, path: str, annotation: tuple[str, ...]) -> str:
+    """Which files outside of the root rows may name: see row_paths.py."""
+    if root:
+        return "no"
+    return "addresses" if is_remote(path) or any(map(is_remote, annotation)) else "whole"
+
+
+def _root(where: str, root: str, base: str) -> tuple[str, str]:
+    """(folder or address, why it cannot be used)."""
+    if not root:
+        return base, ""
+    try:
+        folder = resolve(root, base, _is_there)
+    except FileError as error:
+        return root, f"{where}: root: {error}"
+    if not is_remote(folder) and not is_folder(folder):
+        return folder, f"{where}: root: {one_line(folder)} is no folder"
+    return folder, ""
+
+
+def _is_there(path: str) -> list[str]:
+    return [path] if exists(path) else []
+
+
+def _annotation(where: str, values: Object, base: str) -> tuple[str, ...]:
+    names = values.get("annotation", (str, list))
+    names = [names] if isinstance(names, str) else names
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise MetaError(f"{where}: annotation is {excerpt(values.values['annotation'])}; expected a path or a list of paths")
+    try:
+        return tuple(path for name in names for path in expand(resolve(name, base)))
+    except JsonError:
+        raise
+    except FileError as error:
+        raise MetaError(f"{where}: annotation: {error}") from error

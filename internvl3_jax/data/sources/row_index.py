@@ -1,0 +1,276 @@
+"""Where each row of an annotation file begins: an .npy file of int64 that every process maps and none holds in memory.
+
+    HEADER numbers (`_HEADER_NAMES`), start of row 0, start of row 1, ... end of the last row
+
+It is written once, beside the file or, where that folder cannot be written or is remote, in $INTERNVL3_JAX_CACHE (by default
+~/.cache/internvl3_jax), and again when the file was written since. Writing is atomic: several processes may build it
+at once, each for itself, and the last one wins.
+
+That a file was written is seen from its size, its time stamp, and the time of its last change, which no program can set back. An index
+that was built within a moment of that change is built again: the clock of a file system is coarse.
+
+A JSONL row is a line. Lines without content count as rows (and are errors when read), except at the end of the file. A row of a
+tar shard is a run of files with the same name up to the first dot, as WebDataset writes them. Of an ArrayRecord file, which finds its
+records itself, the index holds the numbers in front alone.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from internvl3_jax.data.sources.files import INDEX, ChangedError, FileError, fingerprint, is_remote, open_binary
+from internvl3_jax.data.sources.tars import members
+from internvl3_jax.io import strict_json
+from internvl3_jax.io.safe_files import open_regular
+from internvl3_jax.io.terminal import one_line
+
+VERSION = 2
+_HEADER_NAMES = ("version", "size", "written", "changed", "built", "rows", "pictures", "hash0", "hash1", "hash2", "hash3")
+HEADER = len(_HEADER_NAMES)  # int64 before the offsets
+SETTLED = 2 * 10**9  # nanoseconds between a file's change and its index, from which on the change shows in the time stamps
+CHUNK = 1 << 24  # bytes read at a time
+MAX_ROW = 256 << 20  # bytes of a JSON row
+MENTIONS = (b'"image"', b'"video"', b'"images"', b'"videos"')
+
+
+@dataclasses.dataclass
+class RowIndex:
+    """What is known of an annotation file."""
+
+    offsets: np.ndarray  # i64[rows + 1], mapped; empty for ArrayRecord
+    rows: int
+    has_pictures: bool  # whether any row has a picture or video
+    digest: (
+        str  # hex; of the rows' bytes in their order, of a tar shard of its rows' JSON and its members' names, sizes and places
+    )
+    stamp: tuple[int, int, int]  # `fingerprint` of the file
+
+
+def has_pictures(row) -> bool:
+    """Whether a row of the annotations has a picture or a video."""
+    return isinstance(row, dict) and any(row.get(name) for name in ("image", "video", "images", "videos"))
+
+
+def open_index(path: str, digest: str | None = None, scan: Callable | None = None) -> RowIndex:
+    """The index of an annotation file, built if there is none or the file was written since.
+
+    Args:
+      digest: of an index that this path had before; then the file must be the same as it was.
+      scan: of (file, writer, path), appends the rows to the writer; by default that of the path's ending.
+
+    Raises:
+      ChangedError: the file is not the one of `digest`, or was written during the scan.
+      FileError: it cannot be read, or there is no place for an index.
+    """
+    stamp = fingerprint(path)
+    places = index_places(path)
+    for place in places:
+        index = _load(place, stamp, digest)
+        if index is not None:
+            return index
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            index = _write(path, place, stamp, scan or (_scan_tar if path.endswith(".tar") else _scan_lines))
+        except PermissionError:
+            continue
+        except OSError as error:
+            if error.errno != 30:  # a read-only file system
+                raise
+            continue
+        if digest is not None and index.digest != digest:
+            raise ChangedError(f"{one_line(path)}: was changed while in use; start again, so that its rows are counted anew")
+        return index
+    raise FileError(f"{path}: no place for its index can be written: {', '.join(map(str, places))}; set INTERNVL3_JAX_CACHE")
+
+
+def index_places(path: str) -> list[pathlib.Path]:
+    """Where the index of a file may be, the preferred place first."""
+    name = f"{os.path.basename(path)}{INDEX}"
+    where = path if is_remote(path) else os.path.abspath(path)
+    cache = pathlib.Path(os.environ.get("INTERNVL3_JAX_CACHE") or "~/.cache/internvl3_jax").expanduser()
+    cached = cache / f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:16]}-{name}"
+    return [cached] if is_remote(path) else [pathlib.Path(where).parent / name, cached]
+
+
+def _load(place: pathlib.Path, stamp: tuple[int, int, int], digest: str | None) -> RowIndex | None:
+    """An index that is there, whole and of this state of the file; else None."""
+    values = _map(place)
+    if values is None:
+        return None
+    header = dict(zip(_HEADER_NAMES, values[:HEADER].tolist(), strict=True))
+    found = header["size"], header["written"], header["changed"]
+    index = RowIndex(
+        values[HEADER:], header["rows"], bool(header["pictures"]), values[HEADER - 4 : HEADER].tobytes().hex(), found
+    )
+    if header["version"] != VERSION or len(index.offsets) not in (0, index.rows + 1):
+        return None
+    if len(index.offsets) and (index.offsets[0] < 0 or index.offsets[-1] > stamp[0]):
+        return None
+    if digest is not None:  # the change alone would also tell of a new name or new permissions
+        return index if found[:2] == stamp[:2] and index.digest == digest else None
+    return index if found == stamp and header["built"] - header["changed"] > SETTLED else None
+
+
+def _map(place: pathlib.Path) -> np.ndarray | None:
+    """The int64 of an .npy file, mapped; None unless it is a whole one."""
+    try:
+        with open_regular(place) as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return None
+            shape, _, kind = np.lib.format.read_array_header_1_0(file)
+            whole = len(shape) == 1 and kind == np.int64 and file.tell() + 8 * shape[0] == os.fstat(file.fileno()).st_size
+            return np.memmap(file, np.int64, "r", file.tell(), shape) if whole and shape[0] >= HEADER else None
+    except (OSError, ValueError, TypeError, OverflowError):  # FileError is a ValueError
+        return None
+
+
+def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Callable) -> RowIndex:
+    """Builds the index in a file beside `place` and moves it there."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{place.name[:100]}.", dir=place.parent)
+    try:
+        with os.fdopen(handle, "wb") as out, open_binary(path) as file:
+            os.fchmod(out.fileno(), 0o644)
+            writer = _Writer(out)
+            built = time.time_ns()
+            scan(file, writer, path)
+            writer.finish(stamp, built)
+        if fingerprint(path) != stamp:
+            raise ChangedError(f"{one_line(path)}: was changed while its rows were counted; start again")
+        os.replace(temporary, place)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return RowIndex(_map(place)[HEADER:], writer.rows, writer.pictures, writer.digest.hexdigest(), stamp)
+
+
+class _Writer:
+    """An .npy file of int64 that grows: numpy leaves room in its header for the final length."""
+
+    def __init__(self, out):
+        self.out, self.count, self.rows = out, 0, 0
+        self.digest, self.pictures = hashlib.sha256(), False
+        self._header()
+        self._append([0] * HEADER)
+
+    def starts(self, values) -> None:
+        """Where rows begin."""
+        self._append(values)
+        self.rows += len(values)
+
+    def end(self, value: int) -> None:
+        """Where the last row ends."""
+        self._append([value])
+
+    def _append(self, values) -> None:
+        self.out.write(np.asarray(values, np.int64).tobytes())
+        self.count += len(values)
+
+    def finish(self, stamp: tuple[int, int, int], built: int) -> None:
+        self.out.seek(0)
+        self._header()
+        hashes = np.frombuffer(self.digest.digest(), np.int64).tolist()
+        self.out.write(np.asarray([VERSION, *stamp, built, self.rows, self.pictures, *hashes], np.int64).tobytes())
+
+    def _header(self) -> None:
+        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self.out, described)
+
+
+def _scan_lines(file, writer: _Writer, path: str) -> None:
+    end = _content_end(file)
+    _check_lines(file, end, path)
+    file.seek(0)
+    writer.starts([0] if end else [])
+    position, rest = 0, b""
+    while chunk := file.read(CHUNK):
+        writer.digest.update(chunk)
+        starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (position + 1)
+        writer.starts(starts[starts < end])
+        position += len(chunk)
+        if not writer.pictures:
+            lines, newline, rest = (rest + chunk).rpartition(b"\n")
+            writer.pictures = _lines_have_pictures(lines + newline)
+            if len(rest) > MAX_ROW:  # an error when it is read
+                rest = b""
+    writer.pictures = writer.pictures or _lines_have_pictures(rest)
+    writer.end(end)
+
+
+def _check_lines(file, end: int, path: str) -> None:
+    """FileError for what is no file of lines of JSON at all."""
+    file.seek(0)
+    start = file.read(4096)
+    file.seek(max(0, end - 1))
+    last = file.read(1)
+    name = one_line(path)
+    if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
+        raise FileError(f"{name}: is compressed; unpack it")
+    if b"\0" in start[:4] or start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FileError(f"{name}: is UTF-16 or UTF-32 text, or binary; save it as UTF-8")
+    if start.startswith(b"version https://git-lfs"):
+        raise FileError(f"{name}: is a Git LFS pointer; fetch the file itself with git lfs pull")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and last == b"]":
+        raise FileError(f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl")
+
+
+def _content_end(file) -> int:
+    """Bytes of a file without the white space at its end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        tail = file.read(end - start).rstrip()
+        if tail:
+            return start + len(tail)
+        end = start
+    return 0
+
+
+def _lines_have_pictures(lines: bytes) -> bool:
+    """Whether any of these whole lines has a picture. Only those that mention one are parsed."""
+    for mention in MENTIONS:
+        place = lines.find(mention)
+        while place >= 0:
+            start, stop = lines.rfind(b"\n", 0, place) + 1, lines.find(b"\n", place)
+            stop = len(lines) if stop < 0 else stop
+            if parsed_has_pictures(lines[start:stop]):
+                return True
+            place = lines.find(mention, stop)
+    return False
+
+
+def parsed_has_pictures(line: bytes) -> bool:
+    """`has_pictures` of a row's bytes; False if they are no JSON."""
+    try:
+        return has_pictures(strict_json.loads(line, ""))
+    except ValueError:  # whoever reads this row gets the error with its place
+        return False
+
+
+def _scan_tar(file, writer: _Writer, path: str) -> None:
+    key, end = None, 0
+    for member in members(file, os.fspath(path), MAX_ROW):
+        if key != (key := tar_key(member.name)):
+            writer.starts([member.start])
+        end = member.end
+        writer.digest.update(f"{len(member.name)} {member.size} {member.start} ".encode() + os.fsencode(member.name))
+        if member.name.endswith(".json"):
+            content = member.read()
+            writer.digest.update(content)
+            writer.pictures = writer.pictures or parsed_has_pictures(content)
+        else:
+            writer.pictures = True
+    writer.end(end)
+
+
+def tar_key(name: str) -> str:
+    """Name of a member up to the first dot after its last slash: what the files of one sample share."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]

@@ -1,0 +1,219 @@
+"""Random access to the rows of annotation files: JSONL, tar shards, ArrayRecord.
+
+    JSONL         one JSON object a line, in UTF-8
+    tar           of each sample KEY.json and, if they travel with it, its pictures KEY.jpg, KEY.1.png, ... or video KEY.mp4
+    ArrayRecord   a record is a JSON object, or a small tar archive of one sample as above
+
+The files hold any number of rows and no process holds more than the one it reads.
+"""
+
+import bisect
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+
+from internvl3_jax.data.sources.files import ChangedError, FileError, exists, fingerprint, is_remote, open_binary, read_range
+from internvl3_jax.data.sources.row_index import MAX_ROW, RowIndex, index_places, open_index, parsed_has_pictures
+from internvl3_jax.data.sources.tars import TarError, members
+from internvl3_jax.io import strict_json
+from internvl3_jax.io.terminal import excerpt, one_line
+
+KINDS = (".jsonl", ".tar", ".array_record", ".arrayrecord")
+MAX_SAMPLE = 2 << 30  # bytes of a sample with its pictures in a tar shard
+MAX_MEMBERS = 10_000  # files of a sample
+
+
+class RowError(ValueError):
+    """A row that is not what the format asks for. The message says what is wrong, not where: the caller knows."""
+
+
+class Rows:
+    """The rows of one or several files, one after the other. Threads may share it; a pickled copy opens its index anew."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.files = [_open(path) for path in paths]
+        self.ends = []
+        for file in self.files:
+            self.ends.append(len(file) + (self.ends[-1] if self.ends else 0))
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(file.has_pictures for file in self.files)
+
+    @property
+    def identity(self) -> str:
+        """A short text that differs if the rows or their order do; names, places and time stamps of the files do not matter."""
+        digest = hashlib.sha256(" ".join(f"{len(file)} {file.digest}" for file in self.files).encode())
+        return f"{len(self)} rows, sha256 {digest.hexdigest()[:32]}"
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, row: int) -> tuple[dict, dict[str, bytes] | None]:
+        """The JSON object of a row, and the files that came with it by name; None if it came in no archive."""
+        file, number = self._find(row)
+        data = file[number]
+        return decode_tar(data) if file.is_tar(data) else (decode_json(data), None)
+
+    def locate(self, row: int) -> str:
+        """Where a person finds a row: "train.jsonl line 7"."""
+        file, number = self._find(row)
+        name = one_line(os.path.basename(file.path))
+        return f"{name} {'line' if file.path.endswith('.jsonl') else 'sample'} {number + 1}"
+
+    def _find(self, row: int):
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = bisect.bisect_right(self.ends, row)
+        return self.files[number], row - (self.ends[number - 1] if number else 0)
+
+
+def _open(path: str):
+    if not path.endswith(KINDS):
+        raise FileError(f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{_remedy(path)}")
+    return _IndexedFile(path) if path.endswith((".jsonl", ".tar")) else _ArrayRecordFile(path)
+
+
+def _remedy(path: str) -> str:
+    """What to do with a file of another kind."""
+    if path.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")):
+        return "; unpack it"
+    if not path.endswith(".json") or is_remote(path) or not os.path.isfile(path):
+        return ""
+    with open_binary(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    name = one_line(os.path.basename(path))
+    if start.startswith(b"["):
+        return f"; it is a list, as LLaVA writes it: make a row a line of it with jq -c '.[]' {name} > {name}l"
+    return f"; if it has a row on each line, name it {name}l"
+
+
+class _IndexedFile:
+    """Bytes of each row of a .jsonl or .tar file, by its index."""
+
+    def __init__(self, path: str):
+        self.path = path
+        index = open_index(path)
+        self.has_pictures, self.length, self.digest, self.stamp = index.has_pictures, index.rows, index.digest, index.stamp
+        self._index: RowIndex | None = index
+
+    def __len__(self) -> int:
+        return self.length
+
+    def is_tar(self, data: bytes) -> bool:
+        return self.path.endswith(".tar")
+
+    def __getitem__(self, row: int) -> bytes:
+        if self._index is None:  # in a worker process
+            self._index = open_index(self.path, self.digest)
+        start, stop = map(int, self._index.offsets[row : row + 2])
+        is_tar = self.path.endswith(".tar")
+        if not 0 <= start <= stop <= self.stamp[0]:
+            raise self._misplaced(row)
+        longest = MAX_SAMPLE if is_tar else MAX_ROW
+        if stop - start > longest:
+            raise RowError(f"has {stop - start:,} bytes; at most {longest:,} are read")
+        self._check_unchanged()
+        if is_tar:
+            return read_range(self.path, start, stop)
+        # The line break before a row says that the index is of this file.
+        data = read_range(self.path, max(0, start - 1), stop)
+        line = data if start == 0 else data[1:]
+        if (start and data[:1] != b"\n") or b"\n" in line.rstrip():
+            raise self._misplaced(row)
+        return line
+
+    def _misplaced(self, row: int) -> ChangedError:
+        return ChangedError(
+            f"{one_line(self.path)}: row {row} is not where its index says: the file was changed while in use, or the index is "
+            f"damaged; delete {one_line(str(index_places(self.path)[0]))} and start again"
+        )
+
+    def _check_unchanged(self) -> None:
+        if not is_remote(self.path) and fingerprint(self.path)[:2] != self.stamp[:2]:
+            raise ChangedError(
+                f"{one_line(self.path)}: was changed while in use; start again, so that its rows are counted anew"
+            )
+
+    def __getstate__(self):
+        return self.__dict__ | {"_index": None}
+
+
+class _ArrayRecordFile:
+    """Records of an ArrayRecord file."""
+
+    def __init__(self, path: str):
+        if is_remote(path):
+            raise FileError(f"{path}: ArrayRecord files are read from local disks; copy it, or use .jsonl or .tar")
+        try:
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+        except ImportError as error:
+            raise FileError(f"{path}: needs the array_record package: pip install array_record") from error
+        if not exists(path):
+            raise FileError(f"{one_line(path)}: no such file")
+        with open_binary(path):
+            pass  # else a pipe would be waited for
+        try:
+            self.path, self.records = path, ArrayRecordDataSource([path])
+            index = open_index(path, scan=self._scan)
+        except FileError:
+            raise
+        except Exception as error:  # the library's own, of any kind
+            raise FileError(f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})") from error
+        self.has_pictures, self.digest = index.has_pictures, index.digest
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def is_tar(self, data: bytes) -> bool:
+        return not data.lstrip().startswith((b"{", b"\xef\xbb\xbf"))
+
+    def _scan(self, file, writer, path: str) -> None:
+        for row in range(len(self)):
+            data = self[row]
+            writer.rows += 1
+            writer.digest.update(f"{len(data)} ".encode() + data)
+            writer.pictures = writer.pictures or self.is_tar(data) or parsed_has_pictures(data)
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.records[row]
+
+
+def decode_json(data: bytes) -> dict:
+    """The JSON object of a row's bytes. RowError if there is none."""
+    if not data.strip():
+        raise RowError("the line is empty")
+    try:
+        row = strict_json.loads(_text(data), "row")
+    except ValueError as error:
+        raise RowError(str(error).removeprefix("row: ")) from error
+    if not isinstance(row, dict):
+        raise RowError(f"is {strict_json.describe(row)}; expected an object with the key conversations")
+    return row
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
+    """The JSON object of a sample's part of a tar archive, and its other files by name. RowError if they cannot be read."""
+    files: dict[str, bytes] = {}
+    try:
+        for member in members(io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, whole=False):
+            if member.name in files:
+                raise RowError(f"has two files {excerpt(member.name)}; a name must occur once in a sample")
+            if len(files) == MAX_MEMBERS:
+                raise RowError(f"has more than {MAX_MEMBERS:,} files")
+            files[member.name] = member.read()
+    except TarError as error:
+        raise RowError(str(error)) from error
+    rows = [name for name in files if name.endswith(".json")]
+    if len(rows) != 1:
+        names = one_line(", ".join(list(files)[:10]))
+        raise RowError(f"the files {names} hold {len(rows)} .json files; expected one, next to its pictures")
+    return decode_json(files.pop(rows[0])), files

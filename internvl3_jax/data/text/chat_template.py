@@ -1,0 +1,241 @@
+r"""Chat messages to token ids: template, picture tokens, and which tokens are trained.
+
+Template internvl2_5, used by all InternVL3 sizes:
+
+    <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n
+
+Each message is one block and is tokenised by itself, so a newline that ends one block never merges with what starts the next.
+The content is not stripped. Of n images the first n <image> in user messages become
+
+    <img> <IMG_CONTEXT> x tokens_per_tile * tiles </img>
+
+as in the reference; further ones, and all of a conversation without images, are text, as of a question about SVG. Nothing else in
+any message becomes a control token, however it is spelled (see tokenizer.py).
+
+Trained tokens: of each assistant block all but its header `<|im_start|>assistant\n` and the newline after <|im_end|>. As in the
+reference the header is as many tokens as it has alone, also where an answer that starts with a newline merges with it.
+
+Follows `preprocess_internvl2_5` of the InternVL repository (internvl/train/dataset.py) and its conversation.py.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.io.terminal import excerpt
+
+# Template name -> system text that the models were trained with and that "default" stands for.
+TEMPLATES = {
+    "internvl2_5": (
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+    )
+}
+PICTURE_TAG = "<image>"
+ROLES = ("system", "user", "assistant")
+OFFICIAL_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+# {"role": one of ROLES, "content": text}. A user message may say with "images" how many of its <image> are places of images at most;
+# `insert_missing_tags` does so where it has more, so that an image of a later turn does not come to stand there.
+Message = dict[str, str | int]
+
+
+class ChatError(ValueError):
+    """A conversation that cannot be encoded. The message says where it is, what is wrong and how to fix it."""
+
+
+@dataclasses.dataclass
+class Encoded:
+    """A conversation of T tokens."""
+
+    tokens: np.ndarray  # i32[T]
+    loss_mask: np.ndarray  # bool[T], True where the token is a trained target
+    runs: list[tuple[int, int]]  # of each picture: index of its first <IMG_CONTEXT>, number of them
+
+
+def encode_chat(
+    messages: Sequence[Message],
+    tiles_per_picture: Sequence[int],
+    tokenizer: Tokenizer,
+    processor: ProcessorConfig,
+    *,
+    add_generation_prompt: bool,
+    where: str = "",
+) -> Encoded:
+    r"""Encodes a conversation.
+
+    Args:
+      messages: user and assistant in turn, user first; a system message may come before them and replaces the processor's.
+      tiles_per_picture: number of tiles, thumbnail included, of each image, in the order of their <image> in the user messages.
+      add_generation_prompt: ends with `<|im_start|>assistant\n`, for the model to answer; the last message must be the user's.
+      where: names the conversation in errors, e.g. "train.jsonl line 7".
+
+    Raises:
+      ChatError: if messages, roles or <image> tags do not fit.
+      TokenizerError: if the tokenizer lacks a token of the template.
+    """
+    if processor.template not in TEMPLATES:
+        raise ChatError(f"{_at(where)}template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}")
+    _check_form(messages, where)
+    _check_turns(messages, add_generation_prompt, where)
+    _check_pictures(messages, tiles_per_picture, where)
+    writer = _Writer(tokenizer, processor.tokens_per_tile)
+    system = TEMPLATES[processor.template] if processor.system_message == "default" else processor.system_message
+    if messages[0]["role"] != "system" and system is not None:
+        writer.block("system", [system])
+    pictures = iter(tiles_per_picture)
+    for message, places in zip(messages, count_places(messages, len(tiles_per_picture)), strict=True):
+        if message["role"] == "user":
+            first, *rest = message["content"].split(PICTURE_TAG, places)
+            writer.block("user", [first] + [part for text in rest for part in (next(pictures), text)])
+        else:
+            writer.block(message["role"], [message["content"]])
+    if add_generation_prompt:
+        writer.header("assistant")
+    return Encoded(np.array(writer.tokens, np.int32), np.array(writer.trained, bool), writer.runs)
+
+
+class _Writer:
+    """Appends blocks to the lists that become an Encoded."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int):
+        names = ("<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>")
+        tokenizer.require(*names)
+        self.im_start, self.im_end, self.img, self.context, self.img_end = map(tokenizer.token_id, names)
+        self.tokenizer = tokenizer
+        self.tokens_per_tile = tokens_per_tile
+        self.tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self.trained = [False] * len(self.tokens)
+        self.runs = []
+
+    def append(self, tokens: list[int], trained: bool = False) -> None:
+        self.tokens += tokens
+        self.trained += [trained] * len(tokens)
+
+    def text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, special=False) if text else []
+
+    def header(self, role: str) -> None:
+        self.append([self.im_start, *self.text(f"{role}\n")])
+
+    def block(self, role: str, parts: list[str | int]) -> None:
+        """One message. Its parts are text, a picture's number of tiles, text, ... and again text.
+
+        The header's newline and the text after it are encoded as one piece: they stand between the same two special tokens.
+        """
+        trained = role == "assistant"
+        first, *rest = parts
+        opening = [self.im_start, *self.text(f"{role}\n{first}")]
+        header = 1 + len(self.text(f"{role}\n"))
+        self.append(opening[:header])
+        self.append(opening[header:], trained)
+        for part in rest:
+            if isinstance(part, str):
+                self.append(self.text(part))
+            else:
+                self.picture(part)
+        self.append([self.im_end], trained)
+        self.append(self.text("\n"))
+
+    def picture(self, tiles: int) -> None:
+        count = int(tiles) * self.tokens_per_tile
+        self.runs.append((len(self.tokens) + 1, count))
+        self.append([self.img, *[self.context] * count, self.img_end])
+
+
+def insert_missing_tags(messages: Sequence[Message], n_pictures: int, where: str = "") -> list[Message]:
+    r"""Puts <image> tags in front of the first user message if no user message has any.
+
+    One picture: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A conversation that has tags, or has no
+    pictures, keeps its texts; `encode_chat` checks their number. Messages with more tags than pictures get the key "images".
+    """
+    _check_form(messages, where)
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if not n_pictures or not users or _count_tags(messages):
+        places = zip(messages, count_places(messages, n_pictures), strict=True)
+        return [
+            {**message, "images": count} if message["role"] == "user" and count < _count_tags([message]) else message
+            for message, count in places
+        ]
+    if n_pictures == 1:
+        tags = f"{PICTURE_TAG}\n"
+    else:
+        tags = "".join(f"Image-{number}: {PICTURE_TAG}\n" for number in range(1, n_pictures + 1))
+    first = messages[users[0]]
+    return [*messages[: users[0]], {**first, "content": tags + first["content"]}, *messages[users[0] + 1 :]]
+
+
+def from_official(conversations: Iterable[dict], where: str = "") -> list[Message]:
+    """Messages of the official JSONL's `conversations`: [{"from": "human" | "gpt" | "system", "value": text}, ...]."""
+    messages = []
+    for number, turn in enumerate(conversations, 1):
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ChatError(f'{_at(where)}turn {number} is {excerpt(turn)}; expected {{"from": ..., "value": ...}}')
+        if turn["from"] not in OFFICIAL_ROLES:
+            raise ChatError(f"{_at(where)}turn {number} is from {excerpt(turn['from'])}; expected {', '.join(OFFICIAL_ROLES)}")
+        messages.append({"role": OFFICIAL_ROLES[turn["from"]], "content": turn["value"]})
+    return messages
+
+
+def count_places(messages: Sequence[Message], n_images: int) -> list[int]:
+    """How many <image> of each message are places of images: those of user messages, the first ones, n_images in all at most."""
+    places = []
+    for message in messages:
+        tags = _count_tags([message])
+        places.append(min(tags, n_images, message.get("images", tags)))
+        n_images -= places[-1]
+    return places
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _count_tags(messages: Sequence[Message]) -> int:
+    return sum(message["content"].count(PICTURE_TAG) for message in messages if message["role"] == "user")
+
+
+def _check_form(messages: Sequence[Message], where: str) -> None:
+    """Raises ChatError unless each message has a known role and text."""
+    at = _at(where)
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ChatError(f'{at}message {number} is {excerpt(message)}; expected {{"role": ..., "content": ...}}')
+        if message["role"] not in ROLES:
+            raise ChatError(f"{at}message {number} has role {excerpt(message['role'])}; expected {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise ChatError(f"{at}message {number} has content of type {kind}; expected text, with {PICTURE_TAG} for a picture")
+
+
+def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, where: str) -> None:
+    """Raises ChatError unless the roles are [system,] user, assistant, user, ..."""
+    at = _at(where)
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    if len(messages) == start:
+        raise ChatError(f"{at}the conversation has no user message; give at least one")
+    for number, message in enumerate(messages[start:], start + 1):
+        expected = ("user", "assistant")[(number - start - 1) % 2]
+        if message["role"] == "system":
+            raise ChatError(f"{at}message {number} is a system message; only the first may be one")
+        if message["role"] != expected:
+            raise ChatError(
+                f"{at}message {number} is the {message['role']}'s where the {expected}'s was expected; user and assistant must "
+                f"take turns, user first: join neighbours of one role, or add the missing message"
+            )
+    if add_generation_prompt and messages[-1]["role"] != "user":
+        raise ChatError(f"{at}the last message is the assistant's, so there is nothing to answer; end with a user message")
+
+
+def _check_pictures(messages: Sequence[Message], tiles_per_picture: Sequence[int], where: str) -> None:
+    tags = sum(count_places(messages, len(tiles_per_picture)))
+    if tags < len(tiles_per_picture):
+        raise ChatError(
+            f"{_at(where)}{len(tiles_per_picture)} pictures, but {tags} {PICTURE_TAG} tags in the user messages; each picture "
+            f"needs one tag where it belongs"
+        )
+    for number, tiles in enumerate(tiles_per_picture, 1):
+        if tiles < 1:
+            raise ChatError(f"{_at(where)}picture {number} has {tiles} tiles; every picture needs at least one")

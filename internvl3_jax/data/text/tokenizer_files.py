@@ -1,0 +1,217 @@
+"""Reads the files that describe a checkpoint's tokenizer; tokenizer.py makes a tokenizer of them."""
+
+import json
+
+from internvl3_jax.io.strict_json import JsonError, Object, check, loads
+from internvl3_jax.io.terminal import excerpt, one_line
+
+# What steers the model. No text that a user types becomes one of these.
+ALWAYS_CONTROL = frozenset(
+    """<img> </img> <IMG_CONTEXT> <|im_start|> <|im_end|> <|endoftext|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <s> </s> <unk> <pad>
+    <|action_start|> <|action_end|> <|interpreter|> <|plugin|>""".split()
+)
+# Settings that name one token each, which is then control as well.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# All files that describe a tokenizer, whether this module reads them or only lets them travel with a checkpoint.
+FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "tokenization_internlm2.py",
+    "tokenization_internlm2_fast.py",
+    "tokenization_internlm3.py",
+)
+OPTIONS = "internvl3_jax_tokenizer.json"  # ours: how the others are read
+FILES += (OPTIONS,)
+# Which rules of merges.txt count. The slow tokenizer of transformers before 4.40, with which InternVL 2.5 and 3 were trained (4.37.2), took
+# the lines that begin with # for comments.
+MERGES = ("all", "slow")
+QWEN2_SPLIT = (  # the one part of Qwen2's tokenizer that its vocab.json and merges.txt do not hold
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LARGEST_ID = 1 << 24
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_MISFIT = "one of the two files is cut short or from another tokenizer"
+
+
+class TokenizerError(ValueError):
+    """Tokenizer files that are missing, damaged, contradictory or of an unknown kind, or a token or text they do not cover."""
+
+
+def read_json(files: dict[str, bytes], name: str, where: str) -> Object:
+    """Contents of a JSON file, an empty object if it is not there."""
+    place = one_line(f"{where}/{name}")
+    try:
+        return Object(loads(files.get(name, b"{}"), place), place)
+    except JsonError as error:
+        raise TokenizerError(f"{error}; the file is damaged") from error
+
+
+def read_merges(files: dict[str, bytes], where: str) -> str:
+    """Which rules of merges.txt count: one of MERGES."""
+    options = read_json(files, OPTIONS, where)
+    choice = options.get("merges", str, MERGES[0], choices=MERGES)
+    options.finish()
+    return choice
+
+
+def with_merges(files: dict[str, bytes], merges: str) -> dict[str, bytes]:
+    """Tokenizer files of which those rules count."""
+    others = {name: content for name, content in files.items() if name != OPTIONS}
+    if merges not in MERGES:
+        raise TokenizerError(f"merges is {excerpt(merges)}; expected one of {', '.join(MERGES)}")
+    return others if merges == MERGES[0] else others | {OPTIONS: json.dumps({"merges": merges}).encode()}
+
+
+def named_token(settings: dict, name: str, where: str) -> str | None:
+    """A token that tokenizer_config.json names, as a text or an added token."""
+    value = Object(settings, where).get(name, (str, dict), None)
+    return Object(value, f"{where}: {name}").get("content", str) if isinstance(value, dict) else value
+
+
+def added_tokens(data: Object, config: Object, added_ids: Object, special_map: Object, where: str) -> dict[str, dict]:
+    """All added tokens as tokenizer.json writes them, by content; "special" is true of control tokens and of no other.
+
+    The arguments are the contents of tokenizer.json, tokenizer_config.json, added_tokens.json and special_tokens_map.json. Control are the
+    tokens of `ALWAYS_CONTROL` and those that the files name as bos, eos, pad and so on. What else they mark as special was added by
+    the checkpoint's owner, and is one id in any text.
+    """
+    added, ids = {}, {}
+    decoder = check(config.values.get("added_tokens_decoder", {}), dict, f"{config.where}: added_tokens_decoder")
+    entries = [
+        (entry, f"{data.where}: added_tokens[{index}]") for index, entry in enumerate(data.get("added_tokens", list, []))
+    ]
+    for id, entry in decoder.items():
+        place = f"{config.where}: added_tokens_decoder: {excerpt(id)}"
+        if not (id.isascii() and id.isdigit() and len(id) < 9):
+            raise JsonError(f"{place} is no id of a token; expected a whole number")
+        entries.append(({**check(entry, dict, place), "id": int(id)}, place))
+    for values, place in entries:
+        _add(added, ids, _entry(values, place), where)
+    for token, id in added_ids.values.items():
+        check(id, int, f"{added_ids.where}: {excerpt(token)}", low=0, high=_LARGEST_ID)
+        _add(added, ids, {"id": id, "content": token, **dict.fromkeys(_FLAGS, False)}, where)
+    control = ALWAYS_CONTROL | {named_token(one.values, name, one.where) for one in (config, special_map) for name in NAMED}
+    for token, entry in added.items():
+        entry["special"] = token in control
+    return added
+
+
+def _entry(values, where: str) -> dict:
+    """One added token, checked."""
+    fields = Object(values, where)
+    fields.get("special", bool, None)
+    flags = {name: fields.get(name, bool, False) for name in _FLAGS}
+    return {
+        "id": fields.get("id", int, low=0, high=_LARGEST_ID),
+        "content": fields.get("content", str, low=1, high=1000),
+        **flags,
+    }
+
+
+def _add(added: dict[str, dict], ids: dict[int, str], entry: dict, where: str) -> None:
+    token, id = entry["content"], entry["id"]
+    known = added.setdefault(token, entry)
+    if known["id"] != id:
+        raise TokenizerError(
+            f"{where}: one file gives token {one_line(token)} the id {known['id']}, another {id}; tokenizer.json, "
+            f"tokenizer_config.json and added_tokens.json must come from the same checkpoint"
+        )
+    if ids.setdefault(id, token) != token:
+        raise TokenizerError(
+            f"{where}: the added tokens {one_line(ids[id])} and {one_line(token)} both have the id {id} in tokenizer.json, "
+            f"tokenizer_config.json or added_tokens.json; give each an id of its own"
+        )
+
+
+def qwen2_layout(files: dict[str, bytes], config: Object, added: dict[str, dict], where: str) -> dict:
+    """tokenizer.json's contents for Qwen2's vocab.json and merges.txt: NFC, the split rule, byte-level BPE."""
+    for name in ("vocab.json", "merges.txt"):
+        if name not in files:
+            raise TokenizerError(f"{where}: {name} is missing; vocab.json and merges.txt belong together")
+    family = config.get("tokenizer_class", str, "Qwen2Tokenizer")
+    if family not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        raise TokenizerError(
+            f"{where}: vocab.json and merges.txt of a {one_line(family)}, whose rule for splitting text is not known here; add the "
+            f"tokenizer.json that transformers saves for it"
+        )
+    vocab = check_vocabulary(read_json(files, "vocab.json", where))
+    merges = _merges(files["merges.txt"], where)
+    _check_fit(vocab, merges, added, where)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges},
+    }
+
+
+def check_tokenizer_json(data: Object) -> None:
+    """What is taken from tokenizer.json here, before the `tokenizers` library reads all of it."""
+    model = data.object("model")
+    if isinstance(model.get("vocab", (dict, list), {}), dict):
+        check_vocabulary(model.object("vocab", {}))
+    for index, rule in enumerate(model.get("merges", list, [])):
+        if type(rule) is not str:
+            place = f"{model.where}: merges[{index}]"
+            for part in check(rule, list, place, low=2, high=2):
+                check(part, str, place)
+    pre_tokenizer = data.object("pre_tokenizer", {})
+    pre_tokenizer.list_of("pretokenizers", dict, [])
+
+
+def without_comments(merges: list) -> list:
+    """Rules of tokenizer.json or merges.txt but for those that begin with #."""
+    return [rule for rule in merges if not (rule if isinstance(rule, str) else rule[0]).startswith("#")]
+
+
+def check_vocabulary(vocab: Object) -> dict[str, int]:
+    """Entry -> id, where no two have the same."""
+    entries, ids = vocab.values, vocab.values.values()
+    if not all(type(id) is int and 0 <= id <= _LARGEST_ID for id in ids):
+        for entry, id in entries.items():
+            check(id, int, f"{vocab.where}: {excerpt(entry)}", low=0, high=_LARGEST_ID)
+    if len(set(ids)) < len(entries):
+        by_id = {}
+        for entry, id in entries.items():
+            if by_id.setdefault(id, entry) != entry:
+                raise TokenizerError(
+                    f"{vocab.where}: {excerpt(by_id[id])} and {excerpt(entry)} both have the id {id}; the file is damaged"
+                )
+    return entries
+
+
+def _merges(content: bytes, where: str) -> list[str]:
+    """Lines of merges.txt, each two entries and a space, without the version line that may come first."""
+    try:
+        lines = content.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{where}/merges.txt is damaged: {error}") from error
+    if lines[0].startswith("#version:"):
+        lines = lines[1:]
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _check_fit(vocab: dict[str, int], merges: list[str], added: dict[str, dict], where: str) -> None:
+    """Raises TokenizerError unless the merges make, from entries, just the entries of more than one symbol."""
+    made = {line.replace(" ", "") for line in merges}
+    for line in merges:
+        if line.count(" ") != 1 or not {*line.split(" "), line.replace(" ", "")} <= vocab.keys():
+            raise TokenizerError(
+                f"{where}: line {excerpt(line)} of merges.txt names or makes no entry of vocab.json; {_MISFIT}"
+            )
+    orphans = [entry for entry in vocab if len(entry) > 1 and entry not in made and entry not in added]
+    if orphans:
+        raise TokenizerError(
+            f"{where}: {len(orphans):,} entries of vocab.json, such as {excerpt(orphans[0])}, have no line in merges.txt; {_MISFIT}"
+        )

@@ -1,0 +1,218 @@
+"""What pictures cost before any model is loaded: tiles, tokens, positions and key/value cache.
+
+    python -m internvl3_jax.data.tokens IMAGE_OR_SIZE... [--max_tiles 12] [--delta 1/4] [--size 1b,8b] [--text_tokens 64] [--json]
+
+Each argument is an image file or a size such as 1920x1080. All of them together make one prompt. Each image may have --max_tiles
+tiles, as at inference; with --tiles shared all images together, as in training.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from internvl3_jax.config import TILE_RULES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
+from internvl3_jax.data.media.images import MAX_PIXELS, ImageError, open_image
+from internvl3_jax.data.media.tiles import grid_tiles, image_limit, picture_grid
+from internvl3_jax.io.terminal import one_line
+from internvl3_jax.positions import parse_delta
+from internvl3_jax.sizes import SIZES
+
+RULE_IN_WORDS = {"per image": "for each image", "shared": "shared by all images"}
+RELEASED_SIZES = tuple(name for name in SIZES if name != "tiny")
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureCost:
+    """One picture in a prompt. `tokens` and `positions` include its <img> and </img>."""
+
+    width: int
+    height: int
+    columns: int
+    rows: int
+    tiles: int  # with the thumbnail
+    visual_tokens: int
+    tokens: int
+    positions: int  # how far the picture moves the text after it
+
+
+def picture_cost(
+    width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None, delta: int | None = None
+) -> PictureCost:
+    """Cost of a picture of width x height pixels.
+
+    Args:
+      processor: tile rule and tokens per tile.
+      max_tiles: limit of this picture without its thumbnail; processor.max_tiles when None.
+      delta: step of a visual token in units of 1/256 (see `positions.parse_delta`); processor.delta when None.
+
+    Raises:
+      ValueError: for a picture without pixels or a limit below one tile.
+    """
+    columns, rows = picture_grid(width, height, processor, max_tiles)
+    tiles = grid_tiles(columns, rows, processor)
+    visual_tokens = tiles * processor.tokens_per_tile
+    travelled = visual_tokens * (processor.delta if delta is None else delta)
+    positions = -(-travelled // UNITS) + 2  # the end of the run is rounded up to a whole position
+    return PictureCost(width, height, columns, rows, tiles, visual_tokens, visual_tokens + 2, positions)
+
+
+def cache_bytes_per_token(language: LanguageConfig, bytes_per_value: int = 2) -> int:
+    """Keys and values of one token in all layers; bytes_per_value is 2 for bfloat16."""
+    return 2 * language.num_layers * language.num_kv_heads * language.head_dim * bytes_per_value
+
+
+def prompt_report(
+    named_sizes: Sequence[tuple[str, int, int]],
+    model_sizes: Sequence[str],
+    max_tiles: int,
+    delta: int,
+    text_tokens: int,
+    tiles: str = "per image",
+    max_total_tiles: int = 0,
+) -> dict:
+    """Costs of one prompt with all pictures (name, width, height): what --json prints.
+
+    tiles, max_total_tiles: as in `ProcessorConfig`.
+
+    Raises:
+      ValueError: for an unknown model size, or sizes that cut pictures differently (tiny and the released ones).
+    """
+    models = [_model(size) for size in model_sizes]
+    processor = _common_processor(models, model_sizes)
+    processor = dataclasses.replace(processor, max_tiles=max_tiles, tiles=tiles, max_total_tiles=max_total_tiles)
+    limit = image_limit(processor, len(named_sizes))
+    costs = [picture_cost(width, height, processor, limit, delta) for _, width, height in named_sizes]
+    prompt_tokens = text_tokens + sum(cost.tokens for cost in costs)
+    positions = text_tokens + sum(cost.positions for cost in costs)
+    caches = {
+        size: {
+            "bytes_per_token": cache_bytes_per_token(model.language),
+            "bytes": prompt_tokens * cache_bytes_per_token(model.language),
+            "max_position": model.language.max_position,
+        }
+        for size, model in zip(model_sizes, models, strict=True)
+    }
+    return {
+        "delta": str(Fraction(delta, UNITS)),
+        "tile_rule": tiles,
+        "max_tiles": max_tiles,
+        "max_total_tiles": max_total_tiles,
+        "max_tiles_per_picture": limit,
+        "pictures": [{"name": name} | dataclasses.asdict(cost) for (name, _, _), cost in zip(named_sizes, costs, strict=True)],
+        "text_tokens": text_tokens,
+        "prompt_tokens": prompt_tokens,
+        "positions": positions,
+        "kv_cache": caches,
+    }
+
+
+def _model(size: str) -> ModelConfig:
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; choose from {', '.join(SIZES)} or all")
+    return SIZES[size]
+
+
+def _common_processor(models: Sequence[ModelConfig], model_sizes: Sequence[str]) -> ProcessorConfig:
+    shapes = {(model.vision.image_size, model.tokens_per_tile) for model in models}
+    if len(shapes) > 1:
+        raise ValueError(f"sizes {', '.join(model_sizes)} cut pictures into different tiles; ask for them one at a time")
+    image_size, tokens_per_tile = shapes.pop()
+    return ProcessorConfig(image_size=image_size, tokens_per_tile=tokens_per_tile)
+
+
+def print_report(report: dict) -> None:
+    """The report as two tables; without lines and colours where the output is not a terminal."""
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, markup=False, emoji=False, width=None if terminal else 160)
+    style = box.SIMPLE if terminal else None
+    pictures = Table("picture", box=style, pad_edge=False)
+    for heading in ("pixels", "grid", "tiles", "visual tokens", "tokens", "positions"):
+        pictures.add_column(heading, justify="right")
+    for cost in report["pictures"]:
+        pixels, grid = f"{cost['width']} x {cost['height']}", f"{cost['columns']} x {cost['rows']}"
+        counts = (cost["tiles"], cost["visual_tokens"], cost["tokens"], cost["positions"])
+        pictures.add_row(one_line(cost["name"]), pixels, grid, *(f"{count:,}" for count in counts))
+    text = f"{report['text_tokens']:,}"
+    pictures.add_row("text", "", "", "", "", text, text)
+    tiles, visual = (sum(cost[key] for cost in report["pictures"]) for key in ("tiles", "visual_tokens"))
+    totals = (tiles, visual, report["prompt_tokens"], report["positions"])
+    pictures.add_row("prompt", "", "", *(f"{total:,}" for total in totals))
+    console.print(pictures)
+    console.print(f"grid: columns x rows, at most {report['max_tiles_per_picture']} tiles; tiles: with the thumbnail")
+    total = f", at most {report['max_total_tiles']} in all" if report["max_total_tiles"] else ""
+    console.print(f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, thumbnails apart")
+    console.print(f"positions: at delta {report['delta']}\n")
+
+    caches = Table("model", box=style, pad_edge=False)
+    for heading in ("KV cache (bf16)", "per token", "of its context"):
+        caches.add_column(heading, justify="right")
+    for size, cache in report["kv_cache"].items():
+        share = f"{report['positions'] / cache['max_position']:.1%}"
+        caches.add_row(size, f"{cache['bytes'] / 2**20:,.1f} MiB", f"{cache['bytes_per_token'] / 2**10:,.0f} KiB", share)
+    console.print(caches)
+
+
+def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
+    """(name, width, height) of an image file, or of an argument like 1920x1080 that names no file. limits: of `open_image`."""
+    size = re.fullmatch(r"(\d+)x(\d+)", argument)
+    if size and not Path(argument).exists():
+        return argument, int(size[1]), int(size[2])
+    image = open_image(argument, **limits)
+    return argument, image.width, image.height
+
+
+def _define_flags() -> flags.FlagValues:
+    # Flags of this module's own: importing it must not claim names that other programs define.
+    values = flags.FlagValues()
+    flags.DEFINE_integer("max_tiles", 12, "Tiles, thumbnails apart; of what, --tiles says.", 1, flag_values=values)
+    rule = "What --max_tiles limits: each image (inference) or all images together (training)."
+    flags.DEFINE_enum("tiles", "per image", [*TILE_RULES, "per_image"], rule, flag_values=values)
+    flags.DEFINE_integer(
+        "max_total_tiles", 0, "Tiles of all images together, thumbnails apart; 0: no limit.", 0, flag_values=values
+    )
+    flags.DEFINE_integer("max_image_pixels", MAX_PIXELS, "Larger images are refused; 0: no limit.", 0, flag_values=values)
+    flags.DEFINE_bool("allow_truncated", False, "Read images whose end is missing.", flag_values=values)
+    flags.DEFINE_string("delta", "1", "Position step of a visual token, such as 1/4.", flag_values=values)
+    flags.DEFINE_string("size", "all", f"Model sizes, such as 1b,8b, from {', '.join(SIZES)}; or all.", flag_values=values)
+    flags.DEFINE_integer("text_tokens", 64, "Tokens of the text around the pictures.", 0, flag_values=values)
+    flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)
+    return values
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    values = _define_flags()
+    try:
+        arguments = values(argv)[1:]
+        if values.help or not arguments:
+            print(f"{__doc__}\n{values.module_help(sys.modules[__name__])}", file=sys.stdout if values.help else sys.stderr)
+            return 0 if values.help else 2
+        model_sizes = RELEASED_SIZES if values.size == "all" else values.size.split(",")
+        delta = parse_delta(values.delta)
+        limits = {"max_pixels": values.max_image_pixels, "allow_truncated": values.allow_truncated}
+        named_sizes = [_picture_size(name, limits) for name in arguments]
+        rule = values.tiles.replace("_", " ")
+        limits = values.max_tiles, delta, values.text_tokens, rule, values.max_total_tiles
+        report = prompt_report(named_sizes, model_sizes, *limits)
+    except (flags.Error, ImageError, ValueError) as error:
+        print(f"tokens: {error}", file=sys.stderr)
+        return 2
+    if values.json:
+        print(json.dumps(report))
+    else:
+        print_report(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

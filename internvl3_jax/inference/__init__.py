@@ -1,0 +1,1 @@
+"""Generation: the generator, chat, requests and answers."""

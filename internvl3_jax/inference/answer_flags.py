@@ -1,0 +1,149 @@
+"""The flags of infer.py, which of them go together, and what they say to `Chat`, `Critic` and `best_of_many`."""
+
+from absl import flags
+
+from internvl3_jax.io.command_line import UsageError
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string(
+    "checkpoint", None, "Checkpoint directory, training run, released safetensors directory or hub id.", required=True
+)
+flags.DEFINE_multi_string(
+    "adapter", [], "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first is used."
+)
+flags.DEFINE_string("use", None, "Name of the adapter to use in place of the first; empty: none.")
+flags.DEFINE_multi_string("image", [], "Picture file; may be repeated. <image> in the prompt marks the places.")
+flags.DEFINE_string(
+    "prompt", None, r"The question; \n is a line break, @FILE a file, - stdin. Without it and --requests a conversation starts."
+)
+flags.DEFINE_string("requests", None, "JSONL file of questions.")
+flags.DEFINE_string("output", None, "Where the answers to --requests go (JSONL).")
+flags.DEFINE_enum(
+    "on_error",
+    "note",
+    ["note", "stop"],
+    "A request that cannot be answered: note its error in its place and go on, or stop there.",
+)
+flags.DEFINE_bool("retry_errors", False, "Ask the requests again that have an error in --output.")
+flags.DEFINE_integer("batch_size", 8, "Answers written together with --requests.", lower_bound=1)
+flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token (greedy).", lower_bound=0.0)
+flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that together reach this probability.")
+flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0 is all.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
+flags.DEFINE_multi_string("delta", [], "V2PE step of the pictures' tokens, such as 1/4; once, or once per picture.")
+flags.DEFINE_integer(
+    "max_tiles", None, "Most tiles of an image, or of all with --tiles shared; thumbnails not counted.", lower_bound=1
+)
+flags.DEFINE_enum("tiles", None, ["per image", "shared"], "Whether each image has --max_tiles of its own, or all share it.")
+flags.DEFINE_integer("max_total_tiles", None, "Most tiles of all images of a prompt; 0: no limit.", lower_bound=0)
+flags.DEFINE_integer("max_image_pixels", None, "Larger images are refused; 0: no limit. Default: 89 million.", lower_bound=0)
+flags.DEFINE_bool("allow_truncated", False, "Use images whose end is missing; the missing part is gray.")
+IMAGE_FLAGS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
+flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Of parameters and computation. Default: float32 on a CPU, as stored elsewhere.",
+)
+flags.DEFINE_integer(
+    "devices",
+    1,
+    "Devices to split the model over, by heads and columns (tensor parallelism): for one too large for one.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "fsdp", 1, "Of --devices, parts that the matrices are split into by their width besides: for more devices than key heads."
+)
+flags.DEFINE_bool(
+    "hosts",
+    False,
+    "Over all devices of all hosts, each of which runs this command; --coordinator, --processes, --process as of train.py.",
+)
+flags.DEFINE_integer(
+    "best_of", None, "Answers to choose from, the first greedy, the others drawn; see docs/best_of_n.md.", lower_bound=1
+)
+flags.DEFINE_string("critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own.")
+flags.DEFINE_bool("majority", False, "Choose the commonest final answer, without a critic.")
+flags.DEFINE_enum("aggregate", "mean", ["mean", "min", "max", "product"], "What a critic's scores of the steps become.")
+flags.DEFINE_integer("max_steps", None, "Steps are merged to at most so many before they are scored.", lower_bound=1)
+flags.DEFINE_string(
+    "critic_system",
+    None,
+    "System message for the critic in place of its checkpoint's; visualprm: its data's; visualprm_trained: as its trainer showed it.",
+)
+flags.DEFINE_bool("json", False, "Print one JSON object per answer, on a line of its own, in place of the text.")
+flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
+flags.DEFINE_bool("accept_fingerprint", False, "Use a checkpoint whose files no longer agree with how it was made.")
+flags.DEFINE_enum(
+    "verify",
+    "full",
+    ["full", "sizes", "none"],
+    "How a checkpoint's files are compared with what was written, before they are used.",
+)
+flags.DEFINE_bool("allow_nonfinite", False, "Open a checkpoint that has NaN or infinite parameters.")
+flags.DEFINE_string("compilation_cache", "~/.cache/internvl3_jax/xla", "Directory that keeps compiled programs; empty: none.")
+
+
+def check_flags() -> None:
+    """UsageError for flags that do not go together."""
+    if FLAGS.requests and (FLAGS.prompt is not None or FLAGS.image or not FLAGS.output):
+        raise UsageError("--requests needs --output, and takes prompts and images from the file alone")
+    if FLAGS.output and not FLAGS.requests:
+        raise UsageError("--output is for the answers to --requests; give that, too")
+    if FLAGS.requests and FLAGS.json:
+        raise UsageError("--json is about what is printed; the answers to --requests are JSON already")
+    if FLAGS.image and FLAGS.prompt is None:
+        raise UsageError("--image needs --prompt; in a conversation write /image PATH")
+    if FLAGS.retry_errors and (FLAGS.hosts or not FLAGS.requests):
+        raise UsageError("--retry_errors is about --requests, on a single host")
+    check_best_of()
+    if FLAGS.hosts and FLAGS.prompt is None and not FLAGS.requests:
+        raise UsageError("--hosts needs --prompt or --requests: a conversation is with one host")
+
+
+def check_best_of() -> None:
+    if not FLAGS.best_of:
+        if FLAGS.critic or FLAGS.majority:
+            raise UsageError("--critic and --majority choose among --best_of N answers; give N")
+    elif bool(FLAGS.critic) == FLAGS.majority:
+        raise UsageError("--best_of needs --critic DIR or --majority, one of them, to choose by")
+    of_critic = [name for name in ("aggregate", "max_steps", "critic_system") if not FLAGS[name].using_default_value]
+    if of_critic and not FLAGS.critic:
+        raise UsageError(f"--{of_critic[0]} is about a critic's scores; give --critic DIR")
+    if FLAGS.best_of and not FLAGS.requests and FLAGS.prompt is None:
+        raise UsageError("--best_of needs --prompt or --requests; a conversation takes one answer at a time")
+
+
+def chat_options() -> dict:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "system", *IMAGE_FLAGS)
+    return {name: FLAGS[name].value for name in names} | {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
+
+
+def critic_options() -> dict:
+    from internvl3_jax.data import critic_format
+
+    system = critic_format.SYSTEMS.get(FLAGS.critic_system, FLAGS.critic_system)
+    images = {name: FLAGS[name].value for name in IMAGE_FLAGS}
+    return {"aggregate": FLAGS.aggregate, "max_steps": FLAGS.max_steps, "system": system} | images
+
+
+def best_of_options() -> dict:
+    """Of `best_of_many`."""
+    from internvl3_jax.inference.options import CANDIDATE_SAMPLING
+
+    return {"n": FLAGS.best_of} | {
+        name: FLAGS[name].value for name in CANDIDATE_SAMPLING if not FLAGS[name].using_default_value
+    }
+
+
+def asked_settings() -> dict:
+    """What the answers depend on, as far as the flags say it."""
+    settings = chat_options()
+    if FLAGS.best_of:
+        settings |= {"best_of": best_of_options(), "majority": FLAGS.majority}
+        settings |= {f"critic.{name}": value for name, value in critic_options().items()} if FLAGS.critic else {}
+    return settings

@@ -1,0 +1,1 @@
+"""Reading and writing outside of the process: files, buckets, JSON, command lines and text for a terminal."""

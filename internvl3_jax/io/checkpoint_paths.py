@@ -1,0 +1,180 @@
+"""From what a user names to a directory: a checkpoint, the newest step of a run, a released model, a hub id."""
+
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+from internvl3_jax.io import integrity, strict_json
+from internvl3_jax.io.remote_files import as_path, is_remote
+from internvl3_jax.io.safe_files import OWN, is_own
+from internvl3_jax.io.terminal import one_line
+from internvl3_jax.io.unfinished import MANIFEST, check_name
+
+PEFT = "adapter_config.json"  # of an adapter as PEFT saves it
+# What is downloaded of a hub repository: no weights of other formats, no pictures.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
+
+# owner/name, or with a branch, a tag or a commit: owner/name@revision
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_SNAPSHOT = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
+
+log = logging.getLogger(__name__)
+
+
+def is_checkpoint(directory: pathlib.Path) -> bool:
+    return (directory / MANIFEST).is_file() and (directory / "params").is_dir()
+
+
+def is_safetensors(directory: pathlib.Path) -> bool:
+    # A link to nothing counts, so that reading it says what is missing.
+    return os.path.lexists(directory / "config.json") and any(directory.glob("*.safetensors*"))
+
+
+def is_peft(directory: pathlib.Path) -> bool:
+    return (directory / PEFT).is_file()
+
+
+def find(path: str | os.PathLike, verify: str = "sizes") -> pathlib.Path:
+    """The directory that a user's path means: itself, the newest undamaged step of a training run, or a download of a hub id.
+
+    Args:
+      verify: how the steps of a training run are looked at, as in `integrity.damage`.
+
+    Raises:
+      FileNotFoundError: saying what was looked for.
+      Damaged: a training run of which every step is damaged.
+    """
+    directory = as_path(path)
+    if is_remote(directory):
+        return _find_remote(directory, verify)
+    if not directory.exists():
+        if HUB_ID.fullmatch(str(path)):
+            return _download(str(path))
+        raise FileNotFoundError(
+            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training run or a hub id (owner/name, or "
+            f"owner/name@revision)"
+        )
+    if is_checkpoint(directory) or is_safetensors(directory):
+        return directory
+    runs = directory if directory.name == "checkpoints" else directory / "checkpoints"
+    step = latest_step(runs.parent, verify) if runs.is_dir() else None
+    if step is not None:
+        return runs / str(step)
+    held = ", ".join(sorted(entry.name for entry in directory.iterdir())[:10]) if directory.is_dir() else "a file"
+    raise FileNotFoundError(
+        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or saved here); checkpoints/STEP with these "
+        f"(a training run); config.json and *.safetensors (a released model). It holds: {held or 'nothing'}"
+    )
+
+
+def _find_remote(directory, verify: str):
+    """As `find`, of an address. Released models are read from local disks alone."""
+    if is_checkpoint(directory):
+        return directory
+    run = directory.parent if directory.name == "checkpoints" else directory
+    step = latest_step(run, verify)
+    if step is not None:
+        return run / "checkpoints" / str(step)
+    if (directory / "config.json").exists() and not (directory / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{directory} is a released model; copy it to a local disk, or convert it and use the checkpoint"
+        )
+    raise FileNotFoundError(
+        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and params/, or checkpoints/STEP"
+    )
+
+
+def find_released(path: str | os.PathLike) -> pathlib.Path:
+    """A local directory as it is, or the download of a hub id: for models that are no InternVL."""
+    directory = pathlib.Path(path).expanduser().absolute()
+    if directory.exists():
+        return directory
+    if not HUB_ID.fullmatch(str(path)):
+        raise FileNotFoundError(f"{one_line(str(directory))} does not exist; give a directory or a hub id (owner/name)")
+    return _download(str(path))
+
+
+def _download(hub_id: str) -> pathlib.Path:
+    """The snapshot of owner/name, or of owner/name@revision: a branch, a tag or a commit."""
+    import huggingface_hub  # takes long to import, and little needs it
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
+    except Exception as error:  # the hub's own errors, network errors, bad ids: all end here
+        offline = getattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        why = (
+            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download it where there is a network"
+            if offline
+            else f"it could not be downloaded from the hub: {_short(error)}"
+        )
+        raise FileNotFoundError(f"{hub_id} is no local directory, and {why}") from error
+    return pathlib.Path(found)
+
+
+def _short(error: BaseException) -> str:
+    """The beginning of a message, on one line: the hub's run over many."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return one_line(text if len(text) <= 300 else f"{text[:297]}...")
+
+
+def hub_source(directory: pathlib.Path) -> str | None:
+    """owner/name@commit of a directory in the hub's cache, None for any other."""
+    match = _SNAPSHOT.search(str(directory))
+    return f"{match['owner']}/{match['name']}@{match['commit']}" if match else None
+
+
+def damage(directory: pathlib.Path, verify: str = "full", **options) -> str | None:
+    """What is wrong with a checkpoint or a step of a training run: not one at all, or files that are not as they were written. None if
+    nothing. verify and options: of `integrity.damage`."""
+    if not is_checkpoint(directory):
+        return f"not a complete checkpoint ({MANIFEST} or params/ is missing)"
+    if verify != "none" and not (directory / integrity.FILES).is_file() and not is_own(directory):  # or it is being written
+        try:
+            values = strict_json.read_object(directory / MANIFEST)
+            if values.get("listed", bool, False):
+                return f"{integrity.FILES} is missing"
+        except strict_json.JsonError as error:
+            return f"{MANIFEST} is damaged ({error})"
+    return integrity.damage(directory, verify, **options)
+
+
+def latest_step(
+    run: str | os.PathLike, verify: str = "full", damage: Callable[[pathlib.Path, str], str | None] = damage
+) -> int | None:
+    """The newest undamaged step under RUN/checkpoints, None if none was ever completed. What is passed over is named in the log.
+
+    Args:
+      verify: as in `integrity.damage`; older steps than the one that is returned are not looked at.
+      damage: looks at a step.
+
+    Raises:
+      Damaged: there are steps, and every one is damaged.
+    """
+    directory = as_path(run) / "checkpoints"
+    check_name(directory)
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    for entry in entries:
+        if not is_step(entry):
+            log.warning("ignoring %s: no complete checkpoint (a write was interrupted, or is under way)", one_line(str(entry)))
+    steps = sorted((int(entry.name) for entry in entries if is_step(entry)), reverse=True)
+    wrong = None
+    for step in steps:
+        wrong = damage(directory / str(step), verify)
+        if wrong is None:
+            return step
+        log.warning("ignoring %s: %s", one_line(str(directory / str(step))), wrong)
+    if steps:
+        raise integrity.Damaged(
+            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: {wrong}); bring one back "
+            f"from a copy, or move the directory away to begin again"
+        )
+    return None
+
+
+def is_step(entry: pathlib.Path) -> bool:
+    """Whether a directory below RUN/checkpoints is a step that was completed: by its name, or in object storage by its files.json."""
+    named = re.fullmatch(r"0|[1-9][0-9]{0,17}", entry.name) is not None
+    return named and (not is_remote(entry) or (entry / integrity.FILES).exists() or not (entry / OWN).exists())

@@ -1,0 +1,166 @@
+"""How every program of this repository meets its user: usage errors and refusals in one line, help with status 0, no tracebacks for what
+the user can fix.
+
+    if __name__ == "__main__":
+        command_line.run(main)                      # a program with absl's flags: infer.py, train.py, fit, make_reference
+        sys.exit(command_line.call(lambda: ...))    # a program with `Parser`: convert, doctor, make_pairs, make_process_labels
+
+Status 0: done; 1: refused, with a line "error: ..."; 2: the command line is wrong; 130: interrupted by Ctrl-C; 141: the reader of the
+output is gone (`| head`). Anything that is no ValueError and no OSError is our fault and keeps its traceback.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+
+from internvl3_jax.io.strict_json import suggestion
+from internvl3_jax.io.terminal import one_line, printable
+
+USAGE = 2
+INTERRUPTED = 128 + signal.SIGINT
+NO_READER = 128 + signal.SIGPIPE
+_HELP = "run it with --help for all options"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be used: `error: ...` in one line and status 2."""
+
+
+# --- what an error becomes ----------------------------------------------------------------------------------------------------
+
+
+def message(error: BaseException) -> str:
+    """An error as one line that is fit for a terminal. An OSError begins with its file's name."""
+    if isinstance(error, OSError) and error.filename is not None:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+        text = f"{' -> '.join(map(one_line, names)) or error.filename}: {error.strerror or error}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(line.strip() for line in printable(text).splitlines() if line.strip())
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Gives an OSError that names no file, such as "No space left on device" from a write, this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None and not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def errors_in_one_line(*also: type[Exception], failed: int = 1) -> Iterator[None]:
+    """Turns ValueError, OSError, the errors in `also` and Ctrl-C into SystemExit, as the top of this file says.
+
+    failed: status of a refusal, if not 1. With 1 the exit's code is the text "error: ...", which Python prints, and which
+        `distributed.together` tells the other processes.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise SystemExit(f"error: {message(error)}") from error
+        _forget_output()
+        raise SystemExit(NO_READER) from error
+    except KeyboardInterrupt as error:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error
+    except (UsageError, app.UsageError) as error:
+        print(f"error: {message(error)}; {_HELP}", file=sys.stderr)
+        raise SystemExit(USAGE) from error
+    except (ValueError, OSError, *also) as error:
+        text = f"error: {message(error)}"
+        if failed == 1:
+            raise SystemExit(text) from error
+        print(text, file=sys.stderr)
+        raise SystemExit(failed) from error
+
+
+def _forget_output() -> None:
+    """Nothing more is written to a pipe whose reader is gone, also not when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if stream is sys.stdout or os.fstat(stream.fileno()).st_ino == os.fstat(sys.stdout.fileno()).st_ino:
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+# --- programs with argparse ---------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the file's docstring as it is, defaults in the help, and usage errors in one line."""
+
+    def __init__(self, *arguments, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("allow_abbrev", False)  # a new option must not change what an old command means
+        super().__init__(*arguments, **options)
+
+    def error(self, text: str):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", text)
+        near = suggestion(unknown[1], self._option_string_actions) if unknown else ""
+        text = " ".join(printable(text).split())
+        print(f"error: {text}{near}; {_HELP}", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def call(body: Callable[[], int | None], *also: type[Exception], failed: int = 1) -> int:
+    """The status of a program: what `body` returns (None is 0), or that of the error, which is printed."""
+    try:
+        with errors_in_one_line(*also, failed=failed):
+            return body() or 0
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
+
+
+# --- programs with absl's flags -----------------------------------------------------------------------------------------------
+
+
+def run(main: Callable[[Sequence[str]], int | None], *also: type[Exception], failed: int = 1) -> None:
+    """Parses the flags, calls `main` with what is left of the command line, and ends the process."""
+
+    def guarded(arguments: Sequence[str]) -> int | None:
+        with errors_in_one_line(*also, failed=failed):
+            return main(arguments)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    """The arguments that are no flags. Ends the process after help, or after one line about what is wrong."""
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            return flags.FLAGS(list(arguments))
+    except SystemExit as ended:  # --help and its relatives of absl have been printed
+        if not isinstance(ended.code, str):
+            with errors_in_one_line():
+                pass
+            raise SystemExit(0) from ended
+        raise
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname == "h":
+            with errors_in_one_line():
+                app.usage(shorthelp=True, writeto_stdout=True)
+            raise SystemExit(0) from error
+        known = [name for name in flags.FLAGS if not name.startswith("no")]
+        text = f"--{one_line(error.flagname)}: there is no such option{suggestion(error.flagname, known)}"
+    except flags.Error as error:
+        missing = re.match(r"flag --(\S+)=None: Flag --\S+ must have a value other than None", str(error))
+        text = f"--{missing[1]} is missing" if missing else message(error).removeprefix("flag ")
+    print(f"error: {text}; {_HELP}", file=sys.stderr)
+    raise SystemExit(USAGE)

@@ -1,0 +1,238 @@
+"""files.json: sizes and sha256 of every file of a directory, written last, so that any damage is found before it is used.
+
+    {"format": 2, "made_by": "internvl3_jax", "files": {"params/...": {"bytes": 123, "sha256": "..."}}}
+
+In object storage (remote_files.py) the list has the storage's own checksums, which listings give: "full" and "sizes" read no array there.
+
+Older directories have {"params/...": 123}, sizes alone, or no list.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import stat
+import time
+from collections.abc import Callable, Iterator
+
+from internvl3_jax.io import remote_files, strict_json
+from internvl3_jax.io.remote_files import is_remote
+from internvl3_jax.io.safe_files import OWN, FileError, open_regular, sync_directory
+from internvl3_jax.io.terminal import one_line
+
+FILES = "files.json"
+FORMAT = 2
+MADE_BY = "internvl3_jax"
+LEVELS = ("full", "sizes", "none")  # of verification: all bytes, names and sizes, nothing
+_MAX_DEPTH = 16  # of folders; a symbolic link to its own parent has no end
+_THREADS = min(16, os.cpu_count() or 1)
+_SETTLED = 2.0  # seconds; a file that changed later may change again within the resolution of its time stamp
+_Entry = collections.namedtuple("_Entry", "bytes sha256 checksum", defaults=("", ""))  # "" where it is not known
+
+_seen: dict[str, tuple] = {}  # file -> what of it was hashed and found right
+
+
+class Damaged(FileError):
+    """A checkpoint or step whose files are not those that were written. The message names the first one."""
+
+
+def check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"verify is {level!r}; expected one of {', '.join(LEVELS)}")
+
+
+def files_of(directory: pathlib.Path, depth: int = _MAX_DEPTH) -> Iterator[tuple[str, os.stat_result]]:
+    """(path with "/" below the directory, status) of all that is not a folder, through symbolic links; FileError where they do not end."""
+    for entry in sorted(directory.iterdir()):
+        try:
+            status = entry.stat()
+        except OSError as error:
+            raise FileError(f"{one_line(str(entry))}: cannot be read ({error.strerror})") from error
+        if not stat.S_ISDIR(status.st_mode):
+            yield entry.name, status
+        elif depth == 0:
+            raise FileError(f"{one_line(str(entry))}: folders are nested too deep")
+        else:
+            for name, below in files_of(entry, depth - 1):
+                yield f"{entry.name}/{name}", below
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------------
+
+
+def seal(directory: pathlib.Path) -> None:
+    """Writes files.json, after every other file has reached the disk."""
+    if is_remote(directory):
+        found = remote_files.objects(directory)
+        listed = {name: _Entry(*known[:1], checksum=known[1]) for name, known in found.items() if name not in (FILES, OWN)}
+        remote_files.write_bytes(directory / FILES, json.dumps(_values(listed), indent=1).encode())
+        return
+    names = [name for name, _ in files_of(directory) if name not in (FILES, OWN)]
+    listed = dict(zip(names, _spread(lambda name: _sealed(directory / name), names), strict=True))
+    for folder, _, _ in os.walk(directory):
+        sync_directory(folder)
+    with (directory / FILES).open("w", encoding="utf-8") as file:
+        json.dump(_values(listed), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(directory)
+
+
+def _values(listed: dict[str, _Entry]) -> dict:
+    files = {name: {key: value for key, value in entry._asdict().items() if value != ""} for name, entry in listed.items()}
+    return {"format": FORMAT, "made_by": MADE_BY, "files": files}
+
+
+def publish(directory: pathlib.Path, remote) -> None:
+    """Puts a sealed local directory below an address; it is complete there when its files.json is, which is written last."""
+    listed = listed_files(directory)
+    remote_files.upload(directory, remote, list(listed))
+    there = remote_files.objects(remote)
+    known = {name: entry._replace(checksum=there[name][1]) for name, entry in listed.items()}
+    remote_files.write_bytes(remote / FILES, json.dumps(_values(known), indent=1).encode())
+    remote_files.remove(remote, [OWN])
+
+
+def _sealed(path: pathlib.Path) -> _Entry:
+    with open_regular(path) as file:
+        found = _Entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        os.fsync(file.fileno())
+    return found
+
+
+def _spread(function: Callable, items: list) -> list:
+    # hashlib leaves the interpreter to other threads while it hashes.
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(function, items))
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------
+
+
+def listed_files(directory: pathlib.Path) -> dict[str, _Entry] | None:
+    """What files.json lists (sha256 is "" where it is not known); None if there is none. JsonError if it is damaged."""
+    path = directory / FILES
+    if not (remote_files.exists(path) if is_remote(path) else os.path.lexists(path)):
+        return None
+    values = strict_json.read_object(path)
+    if "format" not in values.values:
+        return {name: _Entry(strict_json.check(size, int, f"{path}: {name}", low=0)) for name, size in values.values.items()}
+    values.get("format", int, low=FORMAT, high=FORMAT)
+    values.get("made_by", str)
+    files = values.object("files")
+    found = {}
+    for name in files.values:
+        entry = files.object(name)
+        sha256, checksum = entry.get("sha256", str, "", low=64, high=64), entry.get("checksum", str, "")
+        if not sha256 and not checksum:
+            raise strict_json.JsonError(f"{entry.where} has neither sha256 nor checksum")
+        found[name] = _Entry(entry.get("bytes", int, low=0), sha256, checksum)
+    return found
+
+
+def damage(
+    directory: pathlib.Path,
+    level: str = "full",
+    *,
+    only: Callable[[str], bool] = lambda name: True,
+    share: tuple[int, int] = (0, 1),
+) -> str | None:
+    """How a directory's files differ from its files.json: the first that is missing, of another size or content, no regular file, or, in
+    a folder, not listed. None if nothing differs or nothing is listed.
+
+    Args:
+      level: "full" reads all bytes, unless this process has done so before; "sizes" names and sizes; "none" nothing.
+      only: which files, by name, to look at.
+      share: (index, count): hashes only every count-th file, from the index on.
+    """
+    check_level(level)
+    if level == "none":
+        return None
+    if is_remote(directory):
+        return _remote_damage(directory, level, only)
+    try:
+        listed, present = listed_files(directory), dict(files_of(directory))
+    except strict_json.JsonError as error:
+        return f"{FILES} is damaged ({error})"
+    except (FileError, OSError) as error:
+        return str(error)
+    for name, status in present.items():
+        if not stat.S_ISREG(status.st_mode) and only(name):
+            return f"{name} is no regular file"
+    if listed is None:
+        return None
+    names = [name for name in listed if only(name)]
+    for name in names:
+        if name not in present:
+            return f"{name} is missing"
+        if present[name].st_size != listed[name].bytes:
+            return f"{name} has {present[name].st_size} bytes, {listed[name].bytes} were written"
+    hidden = (name for name in present if not any(part.startswith(".") for part in name.split("/")))
+    folders = {name.split("/")[0] for name in listed if "/" in name}
+    for name in hidden:
+        if "/" in name and name.split("/")[0] in folders and name not in listed and only(name):
+            return f"{name} was not written with it"
+    return (
+        _differing(directory, {name: listed[name] for name in names if listed[name].sha256}, present, share)
+        if level == "full"
+        else None
+    )
+
+
+def _remote_damage(directory, level: str, only: Callable[[str], bool]) -> str | None:
+    try:
+        listed = listed_files(directory)
+    except strict_json.JsonError as error:
+        return f"{FILES} is damaged ({error})"
+    present = remote_files.objects(directory)
+    for name, entry in (listed or {}).items():
+        size, checksum = present.get(name, (None, ""))
+        if size is None and only(name):
+            return f"{name} is missing"
+        if size != entry.bytes and only(name):
+            return f"{name} has {size} bytes, {entry.bytes} were written"
+        same_kind = entry.checksum.partition(":")[0] == checksum.partition(":")[0]
+        if level == "full" and only(name) and entry.checksum and same_kind and entry.checksum != checksum:
+            return f"{name} has other content than was written (its checksum differs)"
+    return None
+
+
+def _differing(directory: pathlib.Path, listed: dict[str, _Entry], present: dict, share: tuple[int, int]) -> str | None:
+    index, count = share
+    mine = sorted(listed, key=lambda name: (-listed[name].bytes, name))[index::count]
+    wrong = _spread(lambda name: _wrong(directory / name, listed[name].sha256, present[name]), mine)
+    return next((f"{name} {text}" for name, text in zip(mine, wrong, strict=True) if text), None)
+
+
+def _wrong(path: pathlib.Path, sha256: str, status: os.stat_result) -> str | None:
+    stamp = (sha256, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    if _seen.get(str(path)) == stamp:
+        return None
+    try:
+        with open_regular(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileError, OSError) as error:
+        return f"cannot be read ({error})"
+    if found != sha256:
+        return "has other content than was written (its sha256 differs)"
+    if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED:
+        _seen[str(path)] = stamp
+    return None
+
+
+def stamp(directory: pathlib.Path) -> str:
+    """The same in two processes if they see the same files, and not copies of them. Of local directories."""
+    found = [f"{name} {status.st_size} {status.st_ino} {status.st_mtime_ns}" for name, status in files_of(directory)]
+    return "\n".join(found)
+
+
+def unlisted(directory: pathlib.Path) -> list[str] | None:
+    """Files in a directory of ours that were not written with it; None if it has no list that says so."""
+    try:
+        listed = listed_files(directory)
+    except FileError:
+        return None
+    present = remote_files.objects(directory) if is_remote(directory) else [name for name, _ in files_of(directory)]
+    return None if listed is None else [name for name in present if name not in {*listed, FILES, OWN}]

@@ -1,0 +1,152 @@
+"""Files of one JSON value per line (JSONL): read strictly, added to durably, resumed after a kill.
+
+A line is complete when its line break is there. `read` is for files that people wrote: a last line without a break counts. `whole_lines`
+is for files that a program of ours was writing when it may have been killed: what follows the last line break is torn, even within a
+character, and is no line. `Appender` adds whole lines and makes them durable.
+"""
+
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Iterator, Sequence
+
+from internvl3_jax.io import remote_files, safe_files, strict_json
+from internvl3_jax.io.command_line import naming
+from internvl3_jax.io.remote_files import is_remote
+from internvl3_jax.io.safe_files import FileError
+from internvl3_jax.io.terminal import UNSAFE, one_line
+
+MAX_BYTES = 4 << 30  # of one file
+MAX_LINE = 64 << 20  # bytes of one line
+
+
+def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[int, str]]:
+    """(number from 1, text) of each line that is not blank, without its end, which is LF or CRLF; a byte order mark is left out.
+
+    Only LF ends a line: U+2028 and the like may stand inside a JSON string.
+
+    Raises:
+      FileError: the file is missing, no regular file, too large, or not UTF-8; the message names the line.
+    """
+    name = one_line(os.fspath(path))
+    text = strict_json.decode(safe_files.read_bytes(path, max_bytes=max_bytes), name)
+    if len(text) > MAX_LINE and any(len(line) > MAX_LINE for line in text.split("\n")):
+        raise FileError(f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per line?")
+    return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, object]]:
+    """(where, value) of each line that is not blank; `where` is "FILE line N", as errors name it.
+
+    Raises:
+      FileError: as of `lines`, or a line is not strict JSON (strict_json.JsonError).
+    """
+    name = one_line(os.fspath(path))
+    for number, line in lines(path, max_bytes=max_bytes):
+        where = f"{name} line {number}"
+        yield where, strict_json.loads(line, where)
+
+
+def read_objects(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[strict_json.Object]:
+    """Each line as an object; its `where` names file and line."""
+    for where, value in read(path, max_bytes=max_bytes):
+        yield strict_json.Object(value, where)
+
+
+def whole_lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[bytes]:
+    """The lines of a file that a kill may have torn, with their ends; without what follows the last line break."""
+    data = safe_files.read_bytes(path, max_bytes=max_bytes)
+    return [line + b"\n" for line in data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]]
+
+
+def torn(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """What follows the last line break of a file."""
+    data = safe_files.read_bytes(path, max_bytes=max_bytes)
+    return data[data.rfind(b"\n") + 1 :]
+
+
+def parse(parts: Sequence[bytes], path: str | os.PathLike) -> list[strict_json.Object]:
+    """The objects of lines from `whole_lines`; JsonError names file and line."""
+    name = one_line(os.fspath(path))
+    found = []
+    for number, line in enumerate(parts, 1):
+        where = f"{name} line {number}"
+        found.append(strict_json.Object(strict_json.loads(line, where), where))
+    return found
+
+
+def dumps(value) -> str:
+    r"""The value in one line, letters of all languages as they are; what could drive a terminal, end a line of text or not be UTF-8 is
+    written as \uXXXX, which is the same JSON. ValueError for NaN and infinities, which are no JSON."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class Appender:
+    """Adds whole lines to a file; a context manager. OSError names the file, also when the disk is full.
+
+    Args:
+      path: the file; made if it is missing, its folder must exist.
+      keep: bytes to keep of an existing file, counted with `whole_lines` after checking that they are ours; the rest, which is torn,
+        is cut off when the file is opened. None refuses a file that exists.
+    """
+
+    def __init__(self, path: str | os.PathLike, keep: int | None):
+        self.path = path if is_remote(path) else pathlib.Path(path)
+        self.keep, self._file = keep, None
+
+    def __enter__(self) -> "Appender":
+        if is_remote(self.path):
+            if self.keep is None and remote_files.exists(self.path):
+                raise FileExistsError(f"{self.path} exists; name another one")
+            whole = safe_files.read_bytes(self.path, max_bytes=MAX_BYTES)[: self.keep] if self.keep else b""
+            safe_files.replace(self.path, whole)
+            return self
+        with naming(self.path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_EXCL if self.keep is None else 0)
+            self._file = os.open(self.path, flags, 0o644)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                os.close(self._file)
+                raise FileError(
+                    f"{one_line(str(self.path))}: is not a regular file (a pipe, socket or device); name a regular file"
+                )
+            if os.fstat(self._file).st_size > (self.keep or 0):
+                os.ftruncate(self._file, self.keep or 0)
+            os.lseek(self._file, 0, os.SEEK_END)
+        return self
+
+    def write(self, texts: Sequence[str]) -> None:
+        """Adds lines given without their ends. They are on the disk, or an OSError was raised, when this returns; in object storage
+        a few seconds later (remote_files.append)."""
+        data = memoryview("".join(f"{text}\n" for text in texts).encode("utf-8"))
+        if is_remote(self.path):
+            remote_files.append(self.path, bytes(data))
+            return
+        with naming(self.path):
+            while data:  # a nearly full disk takes a part
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+
+    def __exit__(self, *exception) -> None:
+        if is_remote(self.path):
+            remote_files.flush()
+        if self._file is not None:
+            with naming(self.path):
+                os.close(self._file)
+            self._file = None
+
+
+def append(path: pathlib.Path, texts: Sequence[str]) -> None:
+    """Adds lines, given without their ends, to a file that is made if it is missing. OSError names the file."""
+    data = "".join(f"{text}\n" for text in texts)
+    if is_remote(path):
+        remote_files.append(path, data.encode("utf-8"))
+        return
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(data)
+
+
+def rewrite(path: str | os.PathLike, texts: Sequence[str]) -> None:
+    """The file with exactly these lines, given without their ends: a kill leaves the old or the new one."""
+    safe_files.replace(path, "".join(f"{text}\n" for text in texts))

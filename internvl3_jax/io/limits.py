@@ -1,0 +1,203 @@
+"""What each setting may be, in one table: the class and field, and the values allowed.
+
+`problems` checks a whole configuration by it, and by the annotations. What two settings say together is checked where they meet:
+config.validate for the model, checks.validate for a run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from internvl3_jax.io.terminal import excerpt
+from internvl3_jax.io.typed import ConfigError, typed
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Rule(NamedTuple):
+    holds: Callable[[object], bool]
+    expected: str  # as in "it must be ..."
+
+
+def _from(low, high=None) -> Rule:
+    """Both inclusive."""
+    if high is None:
+        return Rule(lambda value: value >= low, f"at least {low}")
+    return Rule(
+        lambda value: low <= value <= high, f"from {low} to {high:,}" if isinstance(high, int) else f"from {low} to {high}"
+    )
+
+
+def _above(low, high) -> Rule:
+    return Rule(lambda value: low < value <= high, f"above {low}, and at most {high}")
+
+
+def _below(low, high) -> Rule:
+    return Rule(lambda value: low <= value < high, f"at least {low} and below {high}")
+
+
+def one_of(*known: str) -> Rule:
+    listed = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), repr(known[-1])]))
+    return Rule(lambda value: value in known, listed)
+
+
+def _channels(holds: Callable[[float], bool], expected: str) -> Rule:
+    return Rule(lambda value: len(value) == 3 and all(map(holds, value)), expected)
+
+
+_COUNT = _from(1, 2**31 - 1)
+_COUNT_OR_NONE = _from(0, 2**31 - 1)
+_WIDTH = _from(1, 2**24)
+_LAYERS = _from(1, 10_000)
+_HEADS = _from(1, 65_536)
+_EPSILON = _from(0.0, 1.0)
+_SEED = _from(0, 2**32 - 1)
+_RATE = _from(0.0, 1e4)
+_SHARE = _from(0.0, 1.0)
+_AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "at least 1, or -1 for what the other axes leave")
+
+LIMITS: dict[str, dict[str, Rule]] = {
+    "VisionConfig": {
+        "image_size": _from(1, 16_384),
+        "patch_size": _from(1, 16_384),
+        "hidden_size": _WIDTH,
+        "num_layers": _LAYERS,
+        "num_heads": _HEADS,
+        "intermediate_size": _WIDTH,
+        "norm": one_of("layer_norm", "rms_norm"),
+        "norm_eps": _EPSILON,
+        "drop_path": _below(0.0, 1.0),
+        "mean": _channels(lambda value: True, "three numbers, of red, green and blue"),
+        "std": _channels(lambda value: value > 0, "three numbers above 0, of red, green and blue"),
+    },
+    "LanguageConfig": {
+        "vocab_size": _from(1, 2**26),
+        "hidden_size": _WIDTH,
+        "num_layers": _LAYERS,
+        "num_heads": _HEADS,
+        "num_kv_heads": _HEADS,
+        "head_dim": _from(1, 65_536),
+        "intermediate_size": _WIDTH,
+        "norm_eps": _EPSILON,
+        "rope_theta": _above(0.0, 1e15),
+        "rope_scaling": one_of("none", "dynamic"),
+        "rope_factor": _above(0.0, 1e6),
+        "max_position": _COUNT,
+        "family": one_of("qwen2", "internlm2", "internlm3"),
+        "vocab_multiple": _from(1, 2**20),
+    },
+    "ModelConfig": {
+        "image_token_id": _COUNT_OR_NONE,
+        "downsample": _from(1, 1_024),
+        "ps_version": one_of("v1", "v2"),
+        "projector_norm_eps": _EPSILON,
+    },
+    "ProcessorConfig": {
+        "image_size": _from(1, 16_384),
+        "tokens_per_tile": _from(1, 2**20),
+        "min_tiles": _from(1, 10_000),
+        "max_tiles": _from(1, 10_000),
+        "tiles": one_of("per image", "shared"),
+        "max_total_tiles": _from(0, 2**20),
+        "delta": _from(1, 256),
+    },
+    "DataConfig": {
+        "samples": _from(1, 2**40),
+        "weights": one_of("length", "sqrt", "given"),
+        "language_share": Rule(lambda value: value <= 1, "a share from 0 to 1, or negative for the mixture as it comes"),
+        "on_error": one_of("stop", "skip"),
+        "pairs_per_row": _from(1, 4_096),
+        "overlong": one_of("error", "truncate", "drop"),
+        "tiles": one_of("per image", "shared"),
+        "max_image_pixels": _from(0, 2**40),
+        "min_frames": _from(1, 100_000),
+        "max_frames": _from(1, 100_000),
+        "loss_average": one_of("square", "sample", "token"),
+        "rows": _from(1, 2**20),
+        "tokens_per_row": _from(1, 2**24),
+        "tiles_per_row": _from(0, 2**20),
+        "packing": one_of("balanced", "first_fit"),
+        "packing_buffer": _from(1, 65_536),
+        "shards": _from(1, 2**20),
+        "workers": _from(0, 1_024),
+        "deltas": Rule(bool, "at least one V2PE step, such as '1' or '1/4'"),
+        "seed": _SEED,
+    },
+    "OptimizerConfig": {
+        "name": one_of("adafactor", "adamw", "muon"),
+        "learning_rate": _RATE,
+        "muon_learning_rate": _RATE,
+        "schedule": one_of("cosine", "wsd"),
+        "warmup_steps": _COUNT_OR_NONE,
+        "warmup_fraction": _below(0.0, 1.0),
+        "decay_fraction": _SHARE,
+        "final_fraction": _SHARE,
+        "weight_decay": _RATE,
+        "beta1": _below(0.0, 1.0),
+        "beta2": _below(0.0, 1.0),
+        "clip_norm": _above(0.0, 1e12),
+        "moment_dtype": one_of(*DTYPES),
+        "vision_rate": _RATE,
+        "projector_rate": _RATE,
+        "language_rate": _RATE,
+        "vision_layer_decay": _above(0.0, 1.0),
+    },
+    "LossConfig": {
+        "kind": one_of("sft", "mpo"),
+        "preference": one_of("sigmoid", "ipo"),
+        "preference_weight": _RATE,
+        "quality_weight": _RATE,
+        "generation_weight": _RATE,
+        "beta": _above(0.0, 1e4),
+        "label_smoothing": _below(0.0, 0.5),
+        "shift": one_of("running", "moving"),
+        "shift_decay": _below(0.0, 1.0),
+        "reference_dtype": one_of("", *DTYPES),
+    },
+    "LoraConfig": {
+        "rank": _from(0, 65_536),
+        "alpha": _above(0.0, 1e9),
+        "dropout": _below(0.0, 1.0),
+        "quantize": one_of("none", "int8", "nf4"),
+    },
+    "MeshConfig": dict.fromkeys(("slice", "data", "fsdp", "tensor", "context"), _AXIS),
+    "TrainConfig": {
+        "steps": _COUNT,
+        "seed": _SEED,
+        "param_dtype": one_of(*DTYPES),
+        "compute_dtype": one_of(*DTYPES),
+        "micro_batches": _from(1, 2**20),
+        "loss_chunk": _from(1, 2**24),
+        "scan_unroll": _LAYERS,
+        "log_every": _COUNT,
+        "agree_every": _COUNT,
+        "save_every": _COUNT,
+        "keep": _COUNT,
+        "keep_every": _COUNT_OR_NONE,
+        "evaluate_every": _COUNT_OR_NONE,
+        "evaluate_batches": _from(1, 1_000_000),
+        "evaluate_answers": _from(0, 1_000_000),
+        "profile_steps": Rule(
+            lambda value: not value or (len(value) == 2 and 1 <= value[0] <= value[1]), "empty, or the first and the last step"
+        ),
+    },
+}
+
+
+def problems(config, where: str = "") -> list[str]:
+    """One line for each setting of a dataclass, and of those in it, whose type or value is not allowed. where: "data." before a name."""
+    found, rules = [], LIMITS.get(type(config).__name__, {})
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{where}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found += problems(value, f"{path}.")
+            continue
+        try:
+            typed(value, field.type, path)
+        except ConfigError as error:
+            found.append(str(error))
+            continue
+        rule = rules.get(field.name)
+        if rule and not rule.holds(value):
+            found.append(f"{path} is {excerpt(value)}; it must be {rule.expected}")
+    return found

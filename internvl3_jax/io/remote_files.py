@@ -1,0 +1,313 @@
+"""Object storage as directories: gs:// (Google Cloud Storage) and s3:// (Amazon S3 and what speaks its protocol).
+
+`as_path` makes of what a user names a `pathlib.Path` or, of an address, an `etils.epath.Path`, which has the same methods. An object
+appears whole or not at all, so writing one is atomic. A directory cannot be renamed: what belongs together is complete when its last
+object, files.json, is there. Nothing can be added to an object: `append` collects what is added and writes the object anew from time to
+time, and `flush` at once.
+
+Credentials and endpoints are those of gcsfs and s3fs, and of TensorStore for arrays: the machine's own on Google Cloud and AWS;
+STORAGE_EMULATOR_HOST with TENSORSTORE_GCS_HTTP_URL, or AWS_ENDPOINT_URL, name any other server.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from internvl3_jax.io.file_errors import FileError, InUse
+from internvl3_jax.io.terminal import excerpt, one_line
+
+SCHEMES = ("gs://", "s3://")
+_DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
+LEASE = 45.0  # seconds
+_TRIES = 4  # at an object, with a growing pause between them
+_FLUSH_SECONDS = 5.0  # between two writes of an object that is added to
+
+
+def is_remote(path) -> bool:
+    return str(path).startswith(SCHEMES)
+
+
+def as_path(path: str | os.PathLike):
+    """A local path, absolute and with ~ expanded, or the epath.Path of a gs:// or s3:// address. file:// is local.
+
+    Raises:
+      FileError: another scheme, an address without a bucket, or a driver that is not installed.
+    """
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        return pathlib.Path(text).expanduser().absolute()
+    if not text.startswith(SCHEMES):
+        raise FileError(f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path")
+    bucket = text.partition("://")[2].partition("/")[0]
+    if not bucket or "@" in bucket:  # credentials belong into the environment, not into logs
+        raise FileError(f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or s3://BUCKET/PATH")
+    check_driver(text)
+    from etils import epath  # takes long to import, and local paths do not need it
+
+    return epath.Path(text.rstrip("/"))
+
+
+def check_driver(path) -> None:
+    """FileError if the packages that an address needs are not installed."""
+    driver = _DRIVERS[str(path).partition("://")[0]]
+    if missing := [name for name in ("fsspec", driver) if importlib.util.find_spec(name) is None]:
+        raise FileError(f"{one_line(str(path))}: needs {' and '.join(missing)}: pip install -e '.[storage]'")
+
+
+def filesystem(path):
+    """fsspec's file system of an address; its methods take the whole address."""
+    return _filesystem(str(path).partition("://")[0])
+
+
+@functools.cache
+def _filesystem(scheme: str):
+    # gcsfs asks by gRPC what kind of bucket it is, which servers other than Google's do not answer.
+    if "STORAGE_EMULATOR_HOST" in os.environ:
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import fsspec
+
+    # Other processes write to the same directories.
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    if scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ:
+        fsspec.config.conf[scheme].setdefault("token", "anon")
+    return fsspec.filesystem(scheme)
+
+
+@contextlib.contextmanager
+def named(path) -> Iterator[None]:
+    """Turns whatever a driver raises into an OSError, or a FileNotFoundError, that names the address."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: there is no such object") from error
+    except FileError:
+        raise
+    except Exception as error:  # every driver has exceptions of its own
+        raise OSError(f"{path}: {type(error).__name__}: {excerpt(str(error), 200)[1:-1]}") from error
+
+
+def _tried(path, call: Callable):
+    """The result of a call, tried again where the network or the server failed. What is missing or forbidden is not tried again."""
+    for left in reversed(range(_TRIES)):
+        try:
+            with named(path):
+                return call()
+        except OSError as error:
+            final = isinstance(error.__cause__, FileNotFoundError | PermissionError)
+            if final or not left:
+                raise
+            time.sleep(0.5 * 2 ** (_TRIES - 1 - left))
+    raise AssertionError
+
+
+def exists(path) -> bool:
+    return _tried(path, lambda: filesystem(path).exists(str(path)))
+
+
+def read_bytes(path, *, max_bytes: int) -> bytes:
+    """All bytes of an object. FileError if it has more than `max_bytes`, or if there is none."""
+
+    def read() -> bytes:
+        size = filesystem(path).info(str(path))["size"]
+        if size > max_bytes:
+            raise FileError(f"{path}: has {size:,} bytes; at most {max_bytes:,} are read")
+        return filesystem(path).cat_file(str(path))
+
+    try:
+        return _tried(path, read)
+    except FileNotFoundError as error:
+        raise FileError(str(error)) from error
+
+
+def write_bytes(path, data: bytes) -> None:
+    """Puts an object, whole or not at all. OSError names the address."""
+    _tried(path, lambda: filesystem(path).pipe_file(str(path), data))
+
+
+def objects(directory) -> dict[str, tuple[int, str]]:
+    """Path below a directory -> (bytes, checksum as the storage knows it) of every object, from listings alone.
+
+    The checksum is "crc32c:..." of gs:// and "etag:..." of s3://. It changes with the content.
+    """
+    root = filesystem(directory)._strip_protocol(str(directory)).rstrip("/") + "/"
+    found = _tried(directory, lambda: filesystem(directory).find(str(directory), detail=True))
+    return {
+        name.removeprefix(root): (int(info["size"]), _checksum(info))
+        for name, info in sorted(found.items())
+        if info["type"] == "file" and not name.endswith("/")
+    }
+
+
+def _checksum(info: dict) -> str:
+    for name in ("crc32c", "md5Hash", "ETag", "etag"):
+        if info.get(name):
+            return f"{name.lower()}:{str(info[name]).strip(chr(34))}"
+    return ""
+
+
+def upload(local: pathlib.Path, remote, names: list[str]) -> None:
+    """Puts files of a local directory below an address, in this order."""
+    for name in names:
+        _tried(remote / name, lambda name=name: filesystem(remote).put_file(str(local / name), str(remote / name)))
+
+
+def remove(directory, names: list[str]) -> None:
+    """Deletes objects below a directory, in this order; those that are gone already do not matter."""
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            _tried(directory / name, lambda name=name: filesystem(directory).rm_file(str(directory / name)))
+
+
+# --- adding to an object --------------------------------------------------------------------------------------------------------
+
+
+class _Growing:
+    """An object that is added to by this process alone."""
+
+    def __init__(self, path, content: bytes):
+        self.path, self.content, self.written = path, bytearray(content), len(content)
+        self.lock, self.flushed = threading.Lock(), 0.0
+
+    def add(self, data: bytes) -> None:
+        with self.lock:
+            self.content += data
+        if time.monotonic() - self.flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        with self.lock:
+            if self.written < len(self.content):
+                write_bytes(self.path, bytes(self.content))
+                self.written, self.flushed = len(self.content), time.monotonic()
+
+
+_growing: dict[str, _Growing] = {}
+
+
+def append(path, data: bytes) -> None:
+    """Adds to an object, which is made if it is missing. A kill may lose what was added since the last `flush`."""
+    known = _growing.get(str(path))
+    if known is None:
+        try:
+            content = read_bytes(path, max_bytes=1 << 30)
+        except FileError:
+            content = b""
+        known = _growing[str(path)] = _Growing(path, content)
+    known.add(data)
+
+
+def forget(path) -> None:
+    """Lets go of what is known of an object that is about to be written whole."""
+    _growing.pop(str(path), None)
+
+
+def flush() -> None:
+    """Writes all that was added."""
+    for growing in list(_growing.values()):
+        growing.flush()
+
+
+@atexit.register
+def _flush_at_exit() -> None:
+    with contextlib.suppress(OSError):  # the program has said what it had to say
+        flush()
+
+
+# --- one process at a time ------------------------------------------------------------------------------------------------------
+
+
+class Lease:
+    """Held by one process at a time, for as long as it gives signs of life; a context manager like safe_files.Lock.
+
+    The holder writes an object anew several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE of the environment, the same for all).
+    Whoever finds the object watches it that long and takes it over if it does not change meanwhile. So a holder that was killed blocks
+    nobody for longer, and no clocks are compared.
+
+    Args:
+      path: address of the lease's object.
+      what: what errors say is in use.
+      note: called with a text when there is something to wait for.
+
+    Raises:
+      InUse: from `acquire` and `with`: the holder is alive.
+    """
+
+    def __init__(self, path, what: str, note: Callable[[str], None] = lambda text: None):
+        self.path, self.what, self.note = path, what, note
+        self.patience = float(os.environ.get("INTERNVL3_JAX_LEASE", LEASE))
+        self.token, self.stopped, self.thread = secrets.token_hex(8), threading.Event(), None
+
+    def acquire(self) -> None:
+        if (found := self._read()) is not None:
+            self.note(f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for a sign of life")
+            self._watch(found)
+        self._write(0)
+        time.sleep(min(1.0, self.patience / 10))  # of two that begin at once the one that wrote last stays
+        if self.token not in (self._read() or b"").decode(errors="replace"):
+            raise InUse(f"{self.what} is in use by another process that began at the same time; use another place")
+        self.stopped.clear()
+        self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self.thread.start()
+
+    def release(self) -> None:
+        if self.thread is not None:
+            self.stopped.set()
+            self.thread.join()
+            self.thread = None
+            with contextlib.suppress(OSError):
+                remove(self.path.parent, [self.path.name])
+
+    def __enter__(self) -> "Lease":
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
+
+    def _watch(self, found: bytes | None) -> None:
+        until = time.monotonic() + self.patience
+        while found is not None and time.monotonic() < until:
+            time.sleep(min(1.0, self.patience / 10))
+            now = self._read()
+            if now is not None and now != found:
+                raise InUse(
+                    f"{self.what} is in use by another process{holder(now)}; wait for it or end it, or use another place"
+                )
+            found = now
+
+    def _beat(self) -> None:
+        count = 0
+        while not self.stopped.wait(self.patience / 5):
+            count += 1
+            with contextlib.suppress(OSError):  # the next one may get through
+                self._write(count)
+
+    def _read(self) -> bytes | None:
+        try:
+            return read_bytes(self.path, max_bytes=4096)
+        except FileError:
+            return None
+
+    def _write(self, count: int) -> None:
+        values = {"host": socket.gethostname(), "process": os.getpid(), "token": self.token, "beat": count}
+        write_bytes(self.path, json.dumps(values).encode())
+
+
+def holder(content: bytes) -> str:
+    """ " (process 12 on host)" of what a lock's holder wrote into it; nothing if that cannot be read."""
+    try:
+        values = json.loads(content)
+        return f" (process {int(values['process'])} on {one_line(str(values['host']))})"
+    except (ValueError, TypeError, KeyError):
+        return ""

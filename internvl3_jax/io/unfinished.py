@@ -1,0 +1,308 @@
+"""Directories that appear whole or not at all, and never in the place of something that was not made here.
+
+A directory is filled as .NAME.RANDOM.partial beside its place, with the marker of safe_files.py in it, which its process keeps locked, and
+is then renamed. What killed processes left is recognized by marker and lock, and by nothing else.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import pathlib
+import re
+import secrets
+from collections.abc import Iterable
+
+from internvl3_jax.io import integrity, remote_files, strict_json
+from internvl3_jax.io.remote_files import as_path, is_remote
+from internvl3_jax.io.safe_files import OWN, FileError, InUse, Lock, is_own, mark_own, reason, remove_own, sync_directory
+from internvl3_jax.io.terminal import one_line
+
+MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
+TRAINING = "training.json"  # of a step of a training run
+_NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+# What checkpoints and exports consisted of before there was a list of their files.
+_KNOWN = re.compile(
+    r"params/.*|.*\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.(json|model)|vocab\.json|merges\.txt|[\w-]*tokens[\w-]*\.json"
+    rf"|chat_template\.\w+|[\w-]+\.py|LICENSE[\w.-]*|adapter_model\.bin|{re.escape(MANIFEST)}"
+)
+
+
+def absolute(path: str | os.PathLike) -> pathlib.Path:
+    """Where a user's path or address is; ~ is the home directory. ValueError for names that cannot hold arrays."""
+    final = as_path(path)
+    check_name(final)
+    return final
+
+
+def check_name(path: pathlib.Path) -> None:
+    """ValueError for a path with a backslash, which TensorStore takes for a slash, or a null character."""
+    if "\\" in str(path) or "\0" in str(path):
+        raise ValueError(
+            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; choose another name"
+        )
+
+
+class Unfinished:
+    """A directory that is being filled at `path`, to become `final`.
+
+    Args:
+      name: the random part of its name; the same in all processes.
+      creates: whether this process creates, moves and removes it.
+    """
+
+    def __init__(self, final: pathlib.Path, name: str, creates: bool):
+        self.final, self.creates, self.lock = final, creates, None
+        self.path = final.with_name(f".{final.name}.{name}.partial")
+        if creates:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+            # Locked before it has the name by which others may delete it.
+            new = self.path / f"{OWN}.new"
+            mark_own(self.path) if (lock := _locked(new)) is None else os.rename(new, self.path / OWN)
+            self.lock = lock
+
+    def abandon(self) -> None:
+        """Removes it."""
+        if self.creates:
+            try:
+                with contextlib.suppress(OSError):
+                    remove_own(self.path)
+            finally:
+                self._release()
+
+    def commit(self, overwrite: bool) -> None:
+        """Moves it to its place, in one step where the system can; FileExistsError, and nothing happens, if something is there and it is
+        not to be overwritten."""
+        if not self.creates:
+            return
+        if not overwrite or not os.path.lexists(self.final):
+            _move(self.path, self.final)
+        elif not _renameat2(self.path, self.final, _EXCHANGE, mark_own):
+            self._replace_in_two_steps()
+        sync_directory(self.final.parent)
+        (self.final / OWN).unlink(missing_ok=True)
+        self._release()
+        remove_own(self.path)  # after an exchange: what was there before
+
+    def _replace_in_two_steps(self) -> None:
+        old = self.final.with_name(f".{self.final.name}.{secrets.token_hex(4)}.replaced")
+        mark_own(self.final)
+        os.rename(self.final, old)
+        os.rename(self.path, self.final)
+        remove_own(old)
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
+
+class InPlace:
+    """A directory in object storage that is being filled where it will be: it is complete when `integrity.seal` or `publish` has written
+    its files.json. Until then it has the marker. The attributes are those of `Unfinished`."""
+
+    def __init__(self, final, creates: bool):
+        self.final, self.path, self.creates = final, final, creates
+        if creates:
+            remote_files.write_bytes(final / OWN, b"")
+
+    def abandon(self) -> None:
+        """Removes it, unless it is complete."""
+        if self.creates:
+            with contextlib.suppress(OSError):
+                remove_incomplete(self.final)
+
+    def commit(self, overwrite: bool) -> None:
+        if self.creates:
+            remote_files.remove(self.final, [OWN])
+
+
+def remove_incomplete(directory) -> bool:
+    """Deletes a directory in object storage that has the marker and no files.json. False, and nothing happens, for any other."""
+    present = remote_files.objects(directory)
+    if OWN not in present or integrity.FILES in present:
+        return False
+    remote_files.remove(directory, [*(name for name in present if name != OWN), OWN])
+    return True
+
+
+def _locked(path: pathlib.Path) -> Lock | None:
+    """The lock in a marker; None on a file system without locks. InUse if another process has it."""
+    lock = Lock(path, f"{one_line(str(path.parent))}")
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return lock
+
+
+def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+    if _renameat2(source, target, _NOREPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "something else appeared there meanwhile; choose another place", str(target))
+    os.rename(source, target)
+
+
+def _renameat2(source: pathlib.Path, target: pathlib.Path, flags: int, before=lambda target: None) -> bool:
+    """False where the system or the file system has no such call; `before` is called once it is known to have it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    before(target)
+    at = -100  # AT_FDCWD
+    if call(at, os.fsencode(source), at, os.fsencode(target), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, f"cannot be moved to its place ({os.strerror(code)}); what was there is unchanged", str(target))
+
+
+# --- what others left behind -----------------------------------------------------------------------------------------------------
+
+
+def clean(parent: pathlib.Path, name: str | None = None) -> None:
+    """Removes what killed processes of ours left of the directory `name`, or of any, in `parent`. InUse if one of them is alive.
+
+    An old directory whose replacement was interrupted comes back, where its place is free. In object storage the caller's lease says that
+    nobody else writes there.
+    """
+    if is_remote(parent):
+        for entry in [parent / name] if name else remote_folders(parent):
+            remove_incomplete(entry)
+        return
+    start = re.escape(name) if name else r"\d+"
+    found = re.compile(rf"\.(?P<name>{start})\.[0-9a-f]{{8}}\.(?P<kind>partial|replaced)")
+    for entry in sorted(parent.iterdir()) if parent.is_dir() else []:
+        match = found.fullmatch(entry.name)
+        if match is None:
+            continue
+        if not is_own(entry):
+            with contextlib.suppress(OSError):
+                os.rmdir(
+                    entry
+                )  # killed before its marker was there or after it was gone, it is empty; nothing else can be removed so
+            continue
+        if match["kind"] == "replaced" and not os.path.lexists(parent / match["name"]):
+            (entry / OWN).unlink(missing_ok=True)
+            os.rename(entry, parent / match["name"])
+            continue
+        _remove_dead(entry, parent / match["name"])
+
+
+def remote_folders(parent) -> list:
+    """What lies directly below an address and has something below it."""
+    return [parent / name for name in sorted({name.split("/")[0] for name in remote_files.objects(parent) if "/" in name})]
+
+
+def _remove_dead(directory: pathlib.Path, final: pathlib.Path) -> None:
+    marker = directory / OWN
+    try:
+        lock = _locked(marker)
+    except InUse as error:
+        raise InUse(str(error).replace(one_line(str(directory)), one_line(str(final)))) from error
+    except OSError:  # another process removes it, too
+        return
+    if lock is None:
+        return
+    try:
+        # The lock counts only if the marker is still the file that was locked.
+        if os.path.samestat(os.fstat(lock.file.fileno()), os.stat(marker)):
+            remove_own(directory)
+    except FileNotFoundError:
+        pass
+    finally:
+        lock.release()
+
+
+# --- finished ones -----------------------------------------------------------------------------------------------------------------
+
+
+def remove_finished(directory: pathlib.Path) -> str | None:
+    """Deletes a directory that was made here. If it holds a file that was not written with it, nothing happens, and that is returned."""
+    foreign = integrity.unlisted(directory) if is_remote(directory) else _foreign(directory)
+    if foreign is None or foreign:
+        return foreign[0] if foreign else "no list of its files"
+    if is_remote(directory):
+        # Marked and without files.json it is incomplete, and no longer a step.
+        remote_files.write_bytes(directory / OWN, b"")
+        remote_files.remove(directory, [integrity.FILES])
+        remove_incomplete(directory)
+        return None
+    mark_own(directory)
+    # Out of sight first: half deleted it would look like a damaged one.
+    aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+    os.rename(directory, aside)
+    remove_own(aside)
+    return None
+
+
+def set_aside(directory: pathlib.Path) -> None:
+    """Gives a damaged directory another name, .NAME.RANDOM.damaged. Nothing in it is deleted: it may be all that is left."""
+    if is_remote(directory):
+        raise FileExistsError(f"{directory} is damaged, and in object storage it cannot be given another name; move it away")
+    os.rename(directory, directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.damaged"))
+
+
+# --- what may be replaced --------------------------------------------------------------------------------------------------------
+
+
+def check_replaceable(final: pathlib.Path, sources: Iterable[str | os.PathLike] = (), program: str = "--overwrite") -> None:
+    """FileExistsError unless a directory was made here and holds nothing else, and is, holds and lies in none of `sources`."""
+
+    def refuse(why: str):
+        return FileExistsError(
+            f"{one_line(str(final))}: {why}; {program} does not replace it. Choose another place, or move it away"
+        )
+
+    if is_remote(final):
+        foreign = integrity.unlisted(final)
+        if foreign is None:
+            raise refuse("was not made by this program")
+        if foreign:
+            raise refuse(f"holds {one_line(foreign[0])}, not written by this program")
+        if any(str(final) == str(source) for source in sources):
+            raise refuse("is what is read")
+        return
+    if final.is_symlink():
+        raise refuse("is a symbolic link")
+    if not final.is_dir():
+        raise refuse("is no directory")
+    here = final.resolve()
+    for source in sources:
+        there = pathlib.Path(source).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise refuse(f"is, holds or lies in {one_line(str(source))}, which is read")
+    if (final / TRAINING).exists():
+        raise refuse("is a step of a training run")
+    try:
+        foreign = _foreign(final)
+    except OSError as error:
+        raise refuse(f"cannot be read ({reason(error)})") from error
+    except FileError as error:
+        raise refuse(str(error)) from error
+    if foreign is None:
+        raise refuse("was not made by this program")
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise refuse(f"holds {one_line(foreign[0])}{more}, not written by this program")
+
+
+def _foreign(directory: pathlib.Path) -> list[str] | None:
+    """Files of a directory that were not written by this program; None if it is no directory of ours."""
+    names = [name for name, _ in integrity.files_of(directory)]
+    if not names and not any(directory.iterdir()):
+        return []
+    unlisted = integrity.unlisted(directory)
+    if unlisted is not None:
+        return unlisted
+    try:
+        strict_json.read_object(directory / MANIFEST).get("format", int)
+    except FileError:
+        return None
+    return [name for name in names if not _KNOWN.fullmatch(name) and name not in (OWN, integrity.FILES)]

@@ -1,0 +1,1 @@
+"""The model: vision tower, projector, decoder, key-value cache and LoRA adapters."""

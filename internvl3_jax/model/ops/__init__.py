@@ -1,0 +1,1 @@
+"""Operations of the model: attention and its implementations, rotary embedding, norms, linear layers."""

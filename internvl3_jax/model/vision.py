@@ -1,0 +1,165 @@
+"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm, QK-norm over all channels).
+
+Follows InternViT-448px-V2_5 as released with InternVL3: no final norm, CLS dropped after the tower, layer scale inside the residual.
+M tiles, P = 1 + grid * grid tokens, C width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from internvl3_jax.config import VisionConfig
+from internvl3_jax.model.ops.attention import attention
+from internvl3_jax.model.ops.linear import Dense
+from internvl3_jax.model.ops.norms import make_norm
+from internvl3_jax.model.ops.remat import keep, remat
+from internvl3_jax.parallel.sharding import TILE_AXES, constrain
+
+
+class VisionBlock(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+    attention: str = "auto"
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        width = config.hidden_size
+        self.norm1 = make_norm(config.norm, config.norm_eps, dtype)
+        self.qkv = Dense(3 * width, use_bias=config.qkv_bias, dtype=dtype)
+        if config.qk_norm:
+            self.q_norm = make_norm("rms_norm", config.norm_eps, dtype)
+            self.k_norm = make_norm("rms_norm", config.norm_eps, dtype)
+        self.proj = Dense(width, dtype=dtype)
+        self.norm2 = make_norm(config.norm, config.norm_eps, dtype)
+        self.fc1 = Dense(config.intermediate_size, dtype=dtype)
+        self.fc2 = Dense(width, dtype=dtype)
+        init = nn.initializers.constant(config.layer_scale_init)
+        self.layer_scale1 = self.param("layer_scale1", init, (width,))
+        self.layer_scale2 = self.param("layer_scale2", init, (width,))
+
+    def __call__(self, x, drop_rate, deterministic: bool):
+        """x [M,P,C] -> [M,P,C]; drop_rate is a scalar, used only when not deterministic."""
+        x = keep(constrain(x, TILE_AXES, None, None), "stream")
+        branch = self.layer_scale1.astype(self.dtype)[None, None] * self.attend(self.norm1(x))
+        x = x + self.drop_path(branch, drop_rate, deterministic)
+        mlp = self.fc2(nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+        branch = self.layer_scale2.astype(self.dtype)[None, None] * mlp
+        x = x + self.drop_path(branch, drop_rate, deterministic)
+        self.sow("intermediates", "block", x)
+        return x, None
+
+    def attend(self, x):
+        tiles, length, width = x.shape
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.reshape(tiles, length, self.config.num_heads, self.config.head_dim) for part in (q, k, v))
+        q, k, v = (keep(part, "attention_input") for part in (q, k, v))
+        mixed = attention(q, k, v, implementation=self.attention)
+        return self.proj(mixed.reshape(tiles, length, width))
+
+    def drop_path(self, branch, rate, deterministic: bool):
+        """Stochastic depth (Huang et al. 2016): drops the branch for a whole tile, and scales what is kept."""
+        if deterministic or self.config.drop_path == 0.0:
+            return branch
+        keep = 1.0 - rate
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (branch.shape[0], 1, 1))
+        return jnp.where(kept, branch / keep, 0.0).astype(branch.dtype)
+
+
+class VisionTower(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+    scan_unroll: int = 1  # layers per step of the scan
+    remat: str = "none"  # see ops/remat.py
+    unrolled: bool = (
+        False  # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked ones at every use
+    )
+    attention: str = "auto"  # implementation; see ops/attention.py
+
+    def setup(self):
+        config = self.config
+        self.patch_embedding = Dense(config.hidden_size, dtype=self.dtype)
+        # From scratch, places must be as visible as content: with a deviation of 0.02 a small tower learns several times more slowly.
+        init = nn.initializers.normal(0.5)
+        self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
+        self.position_embedding = self.param("position_embedding", init, (1 + config.grid**2, config.hidden_size))
+        if self.unrolled:
+            self.layer = [VisionBlock(config, self.dtype, self.attention) for _ in range(config.num_layers)]
+            return
+        self.layers = nn.scan(
+            remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
+            variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+            split_rngs={"params": True, "drop_path": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_layers,
+            unroll=self.scan_unroll,
+        )(config, self.dtype, self.attention)
+
+    def __call__(self, tiles, deterministic: bool = True):
+        """tiles u8[M,H,W,3], or float already normalised -> [M,P,C]. H and W are multiples of the patch size."""
+        x = self.patch_embedding(patches(normalize(tiles, self.config), self.config.patch_size).astype(self.dtype))
+        grid = (tiles.shape[1] // self.config.patch_size, tiles.shape[2] // self.config.patch_size)
+        cls = jnp.broadcast_to(self.class_embedding.astype(self.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
+        table = interpolate_positions(self.position_embedding, grid)
+        x = constrain(jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None], TILE_AXES, None, None)
+        self.sow("intermediates", "embedded", x)
+        rates = jnp.linspace(0.0, self.config.drop_path, self.config.num_layers)
+        if not self.unrolled:
+            return self.layers(x, rates, deterministic)[0]
+        for layer, rate in zip(self.layer, rates, strict=True):
+            x, _ = layer(x, rate, deterministic)
+        return x
+
+
+def unroll(params: dict, config: VisionConfig) -> dict:
+    """Stacked parameters of the tower -> the unrolled layout. The layers' leaves are copied."""
+    layers = {
+        f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"]) for index in range(config.num_layers)
+    }
+    return {name: value for name, value in params.items() if name != "layers"} | layers
+
+
+def normalize(tiles, config: VisionConfig):
+    """u8 -> (x / 255 - mean) / std in float32; float input passes, as already normalised."""
+    if jnp.issubdtype(tiles.dtype, jnp.floating):
+        return tiles
+    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (config.mean, config.std))
+    return (tiles.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def patches(tiles, size: int):
+    """[M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major; the convolution of the reference as one product."""
+    count, height, width, channels = tiles.shape
+    x = tiles.reshape(count, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(count, (height // size) * (width // size), size * size * channels)
+
+
+def interpolate_positions(table, grid: tuple[int, int]):
+    """Position table f32[1 + G*G, C] resampled to `grid` (rows, columns): f32[1 + rows*columns, C].
+
+    Bicubic in float32 with half-pixel centres and the kernel of torch's `interpolate(mode="bicubic", align_corners=False)` (a = -0.75,
+    edges clamped, no antialias); `jax.image.resize` has another kernel. The CLS row is not touched.
+    """
+    side = int((table.shape[0] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    cls, body = table[:1], table[1:].reshape(side, side, -1).astype(jnp.float32)
+    rows, columns = _bicubic_matrix(side, grid[0]), _bicubic_matrix(side, grid[1])
+    body = jnp.einsum("rs,sxc->rxc", rows, body)
+    body = jnp.einsum("kx,rxc->rkc", columns, body)
+    return jnp.concatenate([cls, body.reshape(grid[0] * grid[1], -1).astype(table.dtype)])
+
+
+def _bicubic_matrix(source: int, target: int, a: float = -0.75):
+    """f32[target, source] with which a line of `source` samples is resampled."""
+    centres = (jnp.arange(target) + 0.5) * (source / target) - 0.5
+    first = jnp.floor(centres)
+    matrix = jnp.zeros((target, source))
+    for tap in range(-1, 3):
+        distance = jnp.abs(centres - (first + tap))
+        near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+        far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        index = jnp.clip(first + tap, 0, source - 1).astype(jnp.int32)
+        matrix = matrix.at[jnp.arange(target), index].add(jnp.where(distance <= 1, near, far))
+    return matrix

@@ -1,1 +1,0 @@
-"""Building blocks without parameters of their own: attention, rotary embedding, norms."""

@@ -1,0 +1,1 @@
+"""Judging answers: critic, best of N, answer matching, preference pairs, process labels."""

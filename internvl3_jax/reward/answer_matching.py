@@ -1,0 +1,166 @@
+r"""Final answers: what a solution answers, and whether two answers are the same.
+
+    extract_answer(r"... so \boxed{\frac{1}{2}}.")     # '\frac{1}{2}'
+    same_answer(r"\frac{1}{2}", "50%")                 # True
+    same_answer("(B)", "B. twelve")                    # True
+
+Rules alone, no model: what they cannot read counts as different unless it is spelt the same. Two numbers are the same within one part in
+a million, also as products, quotients, powers and roots (expressions.py). A percent sign on one side alone may be a unit or a hundredth, so
+50% is the same as 50 and as 0.5.
+"""
+
+import re
+from fractions import Fraction
+
+from internvl3_jax.reward import expressions
+
+TOLERANCE = Fraction(1, 10**6)  # relative
+_LONGEST_NUMBER = 60  # characters; longer strings of digits are compared as text
+
+# With braces, or without: then the box goes to the end of the formula or word.
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))")
+_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
+_ASSIGNED = re.compile(r"\\?[A-Za-z][A-Za-z0-9_]{0,7}=(?=[^=])")
+_DEGREES = re.compile(r"(?<=\d)\s*(?:degrees?|deg)\b\.?", re.IGNORECASE)
+_SCALE = re.compile(r"(?<=\d)\s*(?:C(?:elsius)?|F(?:ahrenheit)?)\Z", re.IGNORECASE)
+_STATED = re.compile(r"\banswer\s*\**\s*(?P<how>is\b\s*:?|:|=)\s*(?=\S)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bProf)\.(?:\s|$)")
+_OPTION = re.compile(
+    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\((?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)", re.DOTALL
+)
+_SEVERAL_OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:\s*(?:,|and|&|or|/)\s*|\s+|(?<=\)))\(?[A-J]\)?)+")
+_CALLED_OPTION = re.compile(r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice)\s+)(?=\(?[A-J]\b)")
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3})?|\.\d+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)(?:(?:(?P<whole>\d+)\s+)?(?:(?P<top>\d+)/(?P<bottom>\d+))|(?P<decimal>{_DECIMAL}))\s?(?P<percent>%?)"
+)
+_LAST_NUMBER = re.compile(rf"(?<![\w.])[-+]?(?:\d+/\d+|{_DECIMAL})(?:\s?\\?%)?", re.IGNORECASE)
+_WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
+_NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\\(|\\\)|\\\[|\\\]|\*\*|\^\s*\{?\s*\\circ\s*\}?|°")
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else what follows the last "answer:" or "answer is".
+
+    None if it states none, also if its only box was cut off before it closed.
+    """
+    for found in reversed(list(_BOXED.finditer(text))):
+        content = found["bare"].rstrip(".,;:") if found["bare"] else _until_closed(text, found.end())
+        if content is not None:
+            return content.strip()
+    stated = list(_STATED.finditer(text))
+    if not stated:
+        return None
+    # Of a formula that is set apart, the first line that says something.
+    lines = text[stated[-1].end() :].split("\n")
+    answer = next((line for line in lines if _normal(line.replace("*", ""))), "")
+    if stated[-1]["how"].lower().startswith("is"):  # a sentence; what follows it is no part of the answer
+        answer = _SENTENCE_END.split(answer)[0]
+    return answer.strip().strip("*").strip().removesuffix(".") or None
+
+
+def final_answer(text: str) -> str | None:
+    """`extract_answer`, or else the option that the text is, its last number, or its last line. None for an empty text."""
+    stated = extract_answer(text)
+    if stated is not None:
+        return stated
+    option = _OPTION.fullmatch(text.strip())
+    if option:
+        return _letter(option)
+    numbers = _LAST_NUMBER.findall(text)
+    lines = text.split("\n") if not numbers else numbers
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Whether two final answers (not whole solutions) say the same; symmetric."""
+    a, b = _normal(a), _normal(b)
+    if _same(a, b):
+        return True
+    assigned = [_ASSIGNED.match(side) for side in (a, b)]
+    if any(assigned) and not all(assigned):  # x = 5 answers what 5 answers; y = 5 does not answer x = 5
+        a, b = (side[found.end() :] if found else side for found, side in zip(assigned, (a, b), strict=True))
+        if _same(a, b):
+            return True
+    if any(_SEVERAL_OPTIONS.fullmatch(side) for side in (a, b)):
+        letters = [set(re.findall(r"\b[A-J]\b", side)) for side in (a, b) if _SEVERAL_OPTIONS.fullmatch(side)]
+        return len(letters) == 2 and letters[0] == letters[1]
+    options = [_OPTION.fullmatch(side) for side in (a, b)]
+    texts = [option["text"].strip() if option else side for option, side in zip(options, (a, b), strict=True)]
+    if all(options):
+        # One may say of an option more than the other, but nothing else.
+        small, large = sorted((text.lower() for text in texts), key=len)
+        return _letter(options[0]) == _letter(options[1]) and (small in large or _same(*texts))
+    # "(B) 12" also answers a question whose answer is written out as 12.
+    return any(options) and all(texts) and _same(*texts)
+
+
+def _letter(option: re.Match) -> str:
+    return (option["letter"] or option["small"] or option["alone"]).upper()
+
+
+def _same(a: str, b: str) -> bool:
+    """As text, or as numbers."""
+    return a.lower().replace(", ", ",") == b.lower().replace(", ", ",") or _same_number(_number(a), _number(b))
+
+
+def _until_closed(text: str, start: int) -> str | None:
+    """The text from `start`, inside a brace, to the brace that closes it; None if none does."""
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return text[start : start + found.start()]
+    return None
+
+
+def _normal(answer: str) -> str:
+    """Without the marks that change how an answer looks and not what it says."""
+    answer = answer.replace("\u2212", "-").replace(r"\%", "%").replace("{,}", ",")
+    answer = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", " ", answer)
+    answer = _NOISE.sub("", answer)
+    for _ in range(3):  # nested
+        answer = _WRAPPERS.sub(r"\1", answer)
+    answer = expressions.plain(_FRACTION.sub(_fraction, expressions.plain(answer)))
+    answer = _DEGREES.sub("", answer)
+    answer = _SCALE.sub(lambda found: f" {found[0].strip()[0].upper()}", answer)
+    answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").strip()
+    # A space behind a comma stays: 3, 100 is no number.
+    return _CALLED_OPTION.sub("", re.sub(r"\s*([-+*/=<>^])\s*|\s+(?=,)", r"\1", answer))
+
+
+def _fraction(found: re.Match) -> str:
+    parts = (found[1] or found[3], found[2] or found[4])
+    top, bottom = (part if re.fullmatch(r"\s*[-+]?[\w.]+\s*", part) else f"({part})" for part in parts)
+    mixed = found.start() and found.string[found.start() - 1].isdigit()
+    return f"{' ' if mixed else ''}{top}/{bottom}"
+
+
+def _number(text: str) -> tuple[Fraction, bool] | None:
+    """(value without its percent sign, whether it has one)"""
+    text = _GROUPS.sub(lambda group: group[0].replace(" ", ""), text)
+    found = _NUMBER.fullmatch(text.lower()) if len(text) <= _LONGEST_NUMBER else None
+    if not found:
+        value = expressions.value(text.removesuffix("%"))
+        return None if value is None else (value, text.endswith("%"))
+    if found["decimal"] is not None:
+        value = Fraction(found["decimal"].replace(",", ""))
+    elif int(found["bottom"]) == 0:
+        return None
+    else:
+        value = int(found["whole"] or 0) + Fraction(int(found["top"]), int(found["bottom"]))
+    return (-value if found["sign"] == "-" else value), bool(found["percent"])
+
+
+def _same_number(a: tuple[Fraction, bool] | None, b: tuple[Fraction, bool] | None) -> bool:
+    if a is None or b is None:
+        return False
+    (x, x_percent), (y, y_percent) = a, b
+    if _close(x, y):
+        return True
+    return x_percent != y_percent and (_close(x / 100, y) if x_percent else _close(x, y / 100))
+
+
+def _close(x: Fraction, y: Fraction) -> bool:
+    return abs(x - y) <= TOLERANCE * max(abs(x), abs(y))

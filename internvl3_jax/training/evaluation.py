@@ -1,0 +1,94 @@
+"""What is never trained on: its loss, and answers to look at."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl3_jax.config import UNITS, DataConfig, TrainConfig
+from internvl3_jax.data.batch import make_prompt
+from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.pipeline import open_sources, source_names
+from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.model import lora
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.parallel.sharding import constrain
+from internvl3_jax.training import objective
+from internvl3_jax.training.step import outputs, reference_log_probabilities
+
+_LONGEST = 256  # tokens of an answer
+
+
+class HeldOut:
+    """Reads `config.held_out` once; the same batches and questions serve every time."""
+
+    def __init__(self, config: TrainConfig, model: InternVL, tokenizer):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.data = held_out_data(config)
+        self.names = source_names(self.data)
+        with Batches(self.data, config.processor, tokenizer) as batches:
+            self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
+        self.step = jax.jit(functools.partial(_losses, model, config, sources=len(self.names)))
+
+    def losses(self, params, shift=(), reference=None) -> dict[str, float]:
+        """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE" that of each source.
+
+        Of pairs "held_out" is MPO's whole loss, "held_out/SOURCE" the chosen answers' cross-entropy, and beside them are the means over
+        pairs that the train step has, such as "held_out_reward_accuracy". shift, reference: as the train step's.
+        """
+        found = [jax.device_get(self.step(params, shift, reference, batch)) for batch in self.batches]
+        sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *found)
+        values = {"held_out": float(sums[0].sum() / sums[1].sum())}
+        values |= {name: float(total / metrics["pairs"]) for name, total in metrics.items() if name != "pairs"}
+        if len(self.names) > 1:
+            values |= {f"held_out/{self.names[i]}": float(sums[0, i] / sums[1, i]) for i in np.flatnonzero(sums[1])}
+        return values
+
+    def answers(self, params, count: int) -> list[dict]:
+        """Greedy answers to the last turn of the first `count` conversations, taken from the sources in turn."""
+        sources = open_sources(self.data)
+        places = [(source, row) for row in range(count) for source in sources if row < len(source)][:count]
+        preparer = Preparer(self.data, self.config.processor, self.tokenizer)
+        stop_ids = [self.tokenizer.token_id(token) for token in self.config.processor.stop_tokens]
+        generator = Generator(self.config.model, jax.device_get(lora.merged(params, self.config.lora)), stop_ids=stop_ids)
+        rows = []
+        for source, row in places:
+            read = preparer.read(source, row, np.random.default_rng(0))
+            tiles = [preparer.cut(picture, read) for picture in read.pictures]
+            prompt = make_prompt(read.messages[:-1], tiles, self.tokenizer, self.config.processor, [UNITS] * len(tiles))
+            run = Run(_LONGEST, Sampling(), (0,), self.config.model.language.rope_scaling)
+            (ids,) = generator.generate([prompt], run)
+            question, expected = read.messages[-2]["content"], read.messages[-1]["content"]
+            answer = self.tokenizer.decode(ids).strip()
+            rows.append({"source": source.name, "row": row, "question": question, "expected": expected, "answer": answer})
+        return rows
+
+
+def held_out_data(config: TrainConfig) -> DataConfig:
+    """How the held-out sources are read."""
+    settings = {"drop_list": "", "shards": 1, "workers": 0, "deltas": ("1",), "language_share": -1.0}
+    return dataclasses.replace(config.data, source=config.held_out, **settings)
+
+
+def _losses(model: InternVL, config: TrainConfig, params, shift, reference, batch, *, sources: int):
+    """(f32[2,sources], sums of weighted losses and of weights; of pairs f32[] sums over them, and how many)"""
+    pairs, whole = config.data.pairs_per_row, objective.whole(batch)
+    head = objective.Head(model.config.language.vocab_size, config.loss_chunk)
+    hidden, kernel = outputs(model, lora.variables(params, config.lora), batch)
+    metrics = {}
+    if config.loss.kind == "mpo":
+        compared = functools.partial(reference_log_probabilities, model, head, params, reference, batch, pairs)
+        still = dataclasses.replace(config.loss, shift="moving")  # which these rewards do not move
+        total, losses, found, _ = objective.preferred(head, hidden, kernel, batch, whole, shift, compared, still, pairs)
+        metrics = {f"held_out_{name}": value * whole.pairs for name, value in found.items()}
+        metrics |= {"held_out": total * whole.pairs, "pairs": whole.pairs}
+    else:
+        _, losses = objective.supervised(head, hidden, kernel, batch, whole)
+    weights = batch["loss_weights"]
+    member = jax.nn.one_hot(batch["sources"], sources)
+    sums = jnp.einsum("nbt,bts->ns", jnp.stack([losses * weights, weights]), member)
+    return constrain(sums, None, None), jax.tree.map(constrain, metrics)

@@ -1,0 +1,175 @@
+r"""Log-probabilities of all pairs of a configuration, held-out ones too, under its reference model: training need not hold that model.
+
+    python -m internvl3_jax.training.make_reference --config configs/mpo.py:runs/sft-8b \
+        --config.data.source=pairs.json --output reference.jsonl
+    python train.py --config configs/mpo.py:runs/sft-8b \
+        --config.data.source=pairs.json --config.data.reference=reference.jsonl ...
+
+A pair is known by its tokens, positions and pictures. So what training otherwise draws anew in every epoch (V2PE deltas, frames of a video,
+recompression) is drawn once for each row here, and in a run with data.reference. Started again, it goes on where it stopped.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+
+from internvl3_jax.checkpoints import checkpoint
+from internvl3_jax.checkpoints.param_hash import tree_hash
+from internvl3_jax.checkpoints.storage import by_path
+from internvl3_jax.config import DataConfig, TrainConfig
+from internvl3_jax.data.batch import Batch, Sample
+from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.packing import join
+from internvl3_jax.data.pipeline import make_tokenizer
+from internvl3_jax.data.reference_table import key_of
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.sources.mixture import read_drop_list
+from internvl3_jax.data.truncation import TooLong
+from internvl3_jax.inference.answer_file import beside, check_place
+from internvl3_jax.io import command_line, jsonl, safe_files
+from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.parallel import sharding
+from internvl3_jax.training import checks, settings
+from internvl3_jax.training.evaluation import held_out_data
+from internvl3_jax.training.mpo import reference_dtype
+from internvl3_jax.training.objective import Head
+from internvl3_jax.training.step import make_model, reference_log_probabilities
+
+
+def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
+    """Writes what the file lacks; returns how many pairs it has."""
+    check(config)
+    name = config.loss.reference or config.init_from
+    mesh = sharding.make_mesh(config.mesh)
+    source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
+    header = {"reference": str(source.directory), "hash": tree_hash(by_path(source.params)), "dtype": config.compute_dtype}
+    known, kept = read_known(output, header)
+    params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
+    tokenizer = make_tokenizer(config.data)
+    with jsonl.Appender(output, kept) as file, jax.set_mesh(mesh):
+        if not kept:
+            file.write([json.dumps(header)])
+        for data in (config.data, *([held_out_data(config)] if config.held_out else [])):
+            data = dataclasses.replace(data, rows=data.rows // config.micro_batches)  # as many as training computes at a time
+            compute = jax.jit(functools.partial(log_probabilities, make_model(config), config, data))
+            preparer = Preparer(dataclasses.replace(data, reference=""), config.processor, tokenizer)
+            for rows, batch in batches(data, new_samples(data, preparer, known)):
+                batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
+                found = zip(rows, np.asarray(compute(params, batch)).tolist(), strict=True)
+                pairs = [pair for samples, values in found for pair in zip(samples, values, strict=False)]
+                file.write(
+                    [
+                        jsonl.dumps({"key": key_of(sample), "chosen": chosen, "rejected": rejected})
+                        for sample, (chosen, rejected) in pairs
+                    ]
+                )
+    return len(known)
+
+
+def check(config: TrainConfig) -> None:
+    data = config.data
+    if config.loss.kind != "mpo" or not data.pairs or not (config.loss.reference or config.init_from):
+        raise ValueError("the configuration trains on no pairs (loss.kind mpo, data.pairs, init_from)")
+
+
+def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
+    """(keys that the file has, its bytes without a last line that was cut off). Nothing is changed.
+
+    ValueError if it is not ours or is of other parameters or another dtype; where the parameters are may have changed.
+    """
+    if not output.exists():
+        return set(), 0
+    lines, torn = jsonl.whole_lines(output), jsonl.torn(output)
+    rows = [row.values for row in jsonl.parse(lines, output)]
+    start = b'{"key": "' if rows else json.dumps(header).encode()
+    ours = not rows or (
+        header.keys() == rows[0].keys() and all(row.keys() == {"key", "chosen", "rejected"} for row in rows[1:])
+    )
+    if not ours or not (torn.startswith(start) or start.startswith(torn)):
+        raise ValueError(f"{output} is no file of make_reference; name another --output")
+    if rows and any(rows[0][name] != header[name] for name in ("hash", "dtype")):
+        raise ValueError(f"{output} is not of {header['reference']} with these parameters and dtype; name another --output")
+    return {row["key"] for row in rows[1:]}, sum(map(len, lines))
+
+
+def new_samples(config: DataConfig, preparer: Preparer, known: set[str]) -> Iterator[Sample]:
+    """Every pair of every source that is not known yet, in order; it is known afterwards."""
+    from rich.progress import track
+
+    sources = open_sources(config)
+    dropped = read_drop_list(config.drop_list, [source.name for source in sources], [len(source) for source in sources])
+    for number, source in enumerate(sources):
+        rows = [row for row in range(len(source)) if row not in dropped.get(number, ())]
+        for row in track(rows, description=source.name, disable=not sys.stderr.isatty()):
+            try:
+                sample = preparer.sample(source, row, np.random.default_rng((config.seed, row)))
+            except (ValueError, OSError) as error:
+                chosen = isinstance(error, TooLong) and config.overlong == "drop"
+                if config.on_error == "stop" and not chosen:
+                    raise ValueError(f"{source.locate(row)}: {error}") from error
+                print(f"left out: {source.locate(row)}: {error}", file=sys.stderr)
+                continue
+            if (key := key_of(sample)) not in known:
+                known.add(key)
+                yield sample
+
+
+def batches(config: DataConfig, samples: Iterator[Sample]) -> Iterator[tuple[list[list[Sample]], Batch]]:
+    """(the samples of each row, batch), rows filled in order; the last batch is filled up with empty rows."""
+    limits = (config.tokens_per_row, config.tiles_per_row, config.pairs_per_row)
+    rows, used = [[]], np.zeros(3, int)
+    for sample in samples:
+        size = np.array([len(sample["tokens"]), len(sample["tiles"]), 1])
+        if (used + size > limits).any():
+            if len(rows) == config.rows:
+                yield rows, _stack(rows, config)
+                rows = []
+            rows.append([])
+            used = np.zeros(3, int)
+        rows[-1].append(sample)
+        used += size
+    if rows[0]:
+        yield rows + [[]] * (config.rows - len(rows)), _stack(rows, config)
+
+
+def _stack(rows: list[list[Sample]], config: DataConfig) -> Batch:
+    filled = [join(row, config.tokens_per_row, config.tiles_per_row) for row in rows]
+    batch = {name: np.stack([row[name] for row in filled]) for name in filled[0] if name != "sources"}
+    missing = config.rows - len(filled)
+    return {name: np.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1))) for name, value in batch.items()}
+
+
+def log_probabilities(model: InternVL, config: TrainConfig, data: DataConfig, params, batch):
+    """f32[B,K,2]"""
+    scaling = "none" if data.deltas != ("1",) else None
+    head = Head(model.config.language.vocab_size, config.loss_chunk)
+    return reference_log_probabilities(model, head, params, params, batch, data.pairs_per_row, scaling).astype(jnp.float32)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    config, output = settings.load().config, pathlib.Path(flags.FLAGS.output).expanduser()
+    checks.validate(config)
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {output}: there is no folder {output.parent}; make it")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every load
+    check_place(output, [config.data.source], "--output")
+    with safe_files.Lock(beside(output, "lock"), str(output)):
+        count = make_reference(config, output)
+    print(f"{output} has the log-probabilities of {count:,} pairs")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", None, "JSONL file to write.", required=True)
+    flags.adopt_module_key_flags(settings)
+    settings.take_overrides(sys.argv)
+    command_line.run(main)
