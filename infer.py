@@ -247,4 +247,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    command_line.run(run, ImportError)
+    command_line.run(run, ImportError, sections=answer_flags.SECTIONS)

@@ -3,17 +3,19 @@
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
     python train.py --config configs/tiny_digits.py --workdir runs/other --config.optimizer.learning_rate=1e-3
 
-Started again with the same --workdir it resumes exactly where its last complete checkpoint was. SIGTERM saves and leaves with status
+Running it again with the same --workdir resumes from the last complete checkpoint, bit for bit. SIGTERM saves and exits with status
 143, on which schedulers start a job again; Ctrl-C does the same with status 130.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
 import sys
 import time
 import zlib
+from typing import NamedTuple
 
 import jax
 from absl import flags, logging
@@ -21,44 +23,46 @@ from absl import flags, logging
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.released import travelling_files
 from internvl3_jax.config import TrainConfig, to_dict
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import Batches, Prepared
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.io import command_line
 from internvl3_jax.io.checkpoint_paths import find
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel import multihost, sharding
+from internvl3_jax.parallel import host_flags, multihost, sharding
 from internvl3_jax.parallel.data_shards import Placement
-from internvl3_jax.parallel.host_flags import COORDINATOR, PROCESS, PROCESSES
 from internvl3_jax.training import checks, reference_model, run_log, settings
 from internvl3_jax.training.evaluation import HeldOut
 from internvl3_jax.training.metrics import Meter
 from internvl3_jax.training.optimizer import Optimizer, make_optimizer
 from internvl3_jax.training.param_table import component_table, format_table
-from internvl3_jax.training.reference_model import load_reference
 from internvl3_jax.training.run import UNKNOWN, Guard, Saver, Skipped, agreed_step, farewell, is_finished, restore_or_init
 from internvl3_jax.training.start import Past
 from internvl3_jax.training.step import TrainState, make_model, make_step
 from internvl3_jax.training.workdir import held, named, same_run, save_config
 
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(host_flags)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, log, report.", required=True)
 
 
+# --- the command line -------------------------------------------------------------------------------------------------------------
+
+
 def main(argv) -> None:
-    # What the user can fix is one line; anything else is our fault and keeps its traceback.
+    # User errors print one line; bugs keep their traceback.
     with multihost.together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
         run(argv)
 
 
 def run(argv) -> None:
-    """From the command line to the end of the run; what is cheap to check comes first, and nothing is written before it."""
+    """Runs from the command line to the end of the training. Cheap checks come first, and nothing is written before them."""
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save and load
+    logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     check(chosen.config)
-    multihost.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    multihost.initialize(host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value)
     mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
     with held(workdir) if is_first else contextlib.nullcontext():
         newest = agreed_step(workdir)
@@ -72,7 +76,7 @@ def run(argv) -> None:
 
 
 def check(config: TrainConfig) -> None:
-    """ValueError or ImportError naming what no run can be made of; nothing is read, and no device touched."""
+    """Raises ValueError or ImportError for a configuration that cannot be trained. Reads nothing and touches no device."""
     checks.validate(config)
     run_log.check_extras(config)
     if not config.data.source:
@@ -80,7 +84,7 @@ def check(config: TrainConfig) -> None:
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh of all devices. ValueError if a setting makes no sense, or the model, the batch or an evaluation does not fit the mesh."""
+    """Returns the mesh of all devices. ValueError if the configuration, the model or the batch does not fit it."""
     checks.validate(config)
     mesh, data = sharding.make_mesh(config.mesh), config.data
     reference_model.check(config)
@@ -90,135 +94,198 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def fit(config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None, newest: int | None = UNKNOWN):
-    """Starts or resumes a run on all devices, or those of `mesh`, and brings it to its end: (parameters, tokenizer).
+def fit(
+    config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None, newest: int | None = UNKNOWN
+) -> dict:
+    """Starts or resumes a run and trains to its last step. Returns the parameters.
 
-    newest: the run's newest complete step, where `same_run` has been asked already; None: there is none.
+    Args:
+      mesh: None takes all devices.
+      newest: The newest complete step of the run, None if there is none; only where `same_run` was asked already.
     """
     checks.validate(config)
     config, mesh = lora.resolved(config), mesh or make_mesh(config)
     if newest == UNKNOWN:
         newest = agreed_step(workdir)
         config = same_run(config, workdir, newest)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        return train(setup(config, workdir, mesh, newest, stack)).params
+
+
+# --- setup ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """What the loop needs."""
+
+    config: TrainConfig
+    workdir: pathlib.Path
+    model: InternVL
+    optimizer: Optimizer
+    loader: Batches
+    placement: Placement
+    state: TrainState
+    history: Past
+    ref_params: dict | None  # of MPO's reference model
+    evaluator: HeldOut | None
+    saver: Saver
+    meter: Meter
+    guard: Guard
+    skipped: Skipped
+    key: jax.Array
+
+
+def setup(
+    config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh, newest: int | None, stack: contextlib.ExitStack
+) -> TrainingRun:
+    """Opens the data, builds the model, and restores step `newest` or initializes the parameters. `stack` closes the data."""
+    # Data and model
     tokenizer = make_tokenizer(config.data)
     fingerprint(config.model, config.processor, tokenizer, config.param_dtype)  # what it refuses, the first save would refuse
-    model = make_model(config)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
     placement = Placement(mesh, config.data)
-    with jax.set_mesh(mesh), Batches(config.data, config.processor, tokenizer, placement.shards) as batches:
-        state, past = restore_or_init(config, workdir, model, optimizer, batches, mesh, newest)
-        if jax.process_index() == 0:
-            print(format_table(component_table(state.params, config.optimizer)), flush=True)
-        compared = load_reference(config, mesh, state)
-        held_out = HeldOut(config, model, tokenizer) if config.held_out else None
-        saver = Saver(config, workdir, placement, travelling(config) | tokenizer.files(), batches.identity)
-        state = train(config, workdir, model, optimizer, state, compared, past, batches, placement, saver, held_out)
-    return state.params, tokenizer
+    loader = stack.enter_context(Batches(config.data, config.processor, tokenizer, placement.shards))
+
+    # Parameters and optimizer state
+    state, history = restore_or_init(config, workdir, model, optimizer, loader, mesh, newest)
+    if jax.process_index() == 0:
+        print(format_table(component_table(state.params, config.optimizer)), flush=True)
+    ref_params = reference_model.load_reference(config, mesh, state)
+
+    # Logging, evaluation, saving
+    sources, trainable = source_names(config.data), optimizer.split(state.params)[0]
+    trains_vision = "vision" in trainable or "vision" in trainable.get(lora.SUBTREE, {})
+    # Tokenizer and config files of the initial checkpoint go into every saved step, so that it can be exported.
+    files = (travelling_files(find(config.init_from)) if config.init_from else {}) | tokenizer.files()
+    return TrainingRun(
+        config,
+        workdir,
+        model,
+        optimizer,
+        loader,
+        placement,
+        state,
+        history,
+        ref_params,
+        evaluator=HeldOut(config, model, tokenizer) if config.held_out else None,
+        saver=Saver(config, workdir, placement, files, loader.identity),
+        meter=Meter(config, placement, sources, trains_vision),
+        guard=Guard(state.params, optimizer, sources),
+        skipped=Skipped(workdir, int(state.step)),
+        key=jax.device_put(jax.random.key(config.seed), state.step.sharding),
+    )
 
 
-def travelling(config: TrainConfig) -> dict[str, bytes]:
-    """What lies beside the weights that the run starts from, so that every step of it can be exported to serve in their place."""
-    return travelling_files(find(config.init_from)) if config.init_from else {}
+# --- the loop ---------------------------------------------------------------------------------------------------------------------
 
 
-def train(
-    config: TrainConfig,
-    workdir: pathlib.Path,
-    model: InternVL,
-    optimizer: Optimizer,
-    state: TrainState,
-    compared: dict | None,
-    past: Past,
-    batches: Batches,
-    placement: Placement,
-    saver: Saver,
-    held_out: HeldOut | None,
-) -> TrainState:
-    """Runs the remaining steps; logs, evaluates and saves as the configuration says. compared: parameters of MPO's reference."""
-    sources = source_names(config.data)
-    trained = optimizer.split(state.params)[0]
-    meter = Meter(config, placement, sources, "vision" in trained or "vision" in trained.get(lora.SUBTREE, {}))
-    guard = Guard(state.params, optimizer, sources)
-    key = jax.device_put(jax.random.key(config.seed), state.step.sharding)
-    before, began = past.seconds, time.perf_counter()
-    first = int(state.step) + 1
-    skipped = Skipped(workdir, first - 1)
-    with run_log.Log(workdir, config, first - 1, jax.process_index() == 0) as log, multihost.termination() as stops:
-        try:
-            for step in range(first, config.steps + 1):
-                log.profile(step)
-                prepared = next(batches)
-                batch = placement.arrays(prepared.batch)
-                if step == first:
-                    step_fn = compile_step(config, model, optimizer, len(sources), state, batch, key, compared)
-                    save_config(config, workdir)  # nothing is left that may refuse it
-                agrees = (step - first) % config.agree_every == 0
-                if agrees:
-                    # Compiling takes a host with a filled cache no time, and another one minutes.
-                    multihost.check_agreement(
-                        step, identity(config, prepared.batch, batches.identity), seconds=3600 if step == first else 300
-                    )
-                multihost.at(step)
-                state, metrics = step_fn(state, batch, key, compared)
-                if step == 1:
-                    reference_model.check_start(config, metrics)
-                meter.add(prepared, metrics)
-                guard.add(step, metrics, prepared)
-                past.seconds = before + time.perf_counter() - began
-                last, stop = step == config.steps, stops(step)
-                logs, saves = step % config.log_every == 0 or last, step % config.save_every == 0 or last or stop
-                evaluates = held_out and config.evaluate_every and (step % config.evaluate_every == 0 or last)
-                if logs or saves or evaluates:
-                    guard.check()
-                if logs:
-                    left_out = {"skipped": count} if (count := skipped.note(step, prepared)) else {}
-                    seen = {"seconds": past.seconds, "batch": placement.digest(prepared.batch)}
-                    log.write(step, meter.row(step) | left_out | seen)
-                if evaluates:
-                    evaluate_held_out(step, config, workdir, state, compared, past, held_out, log)
-                if saves:
-                    saver.start(step, state, prepared, past)
-                saver.poll(together=agrees or logs)
-                if stop and not last:
-                    saver.wait()
-                    by = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
-                    print(f"stopped by {by}; step {step} is saved in {workdir}", flush=True)
-                    sys.exit(128 + stop)
-        finally:
-            saver.wait()
-    return state
+def train(run: TrainingRun) -> TrainState:
+    """Runs the remaining steps; logs, evaluates and saves when they are due."""
+    config, first, step_fn = run.config, int(run.state.step) + 1, None
+    before, began = run.history.seconds, time.perf_counter()
+    log = run_log.Log(run.workdir, config, first - 1, jax.process_index() == 0)
+    with log, multihost.termination() as preemption_signal, run.saver:
+        for step in range(first, config.steps + 1):
+            log.profile(step)
+            prepared = next(run.loader)
+            batch = run.placement.arrays(prepared.batch)
+            if step == first:
+                step_fn = compile_step(run, batch)
+                save_config(config, run.workdir)  # nothing is left that may refuse it
+            due = cadence(config, step, first)
+            if due.compare:
+                compare_hosts(run, step, first, prepared)
+            multihost.at(step)
+
+            run.state, metrics = step_fn(run.state, batch, run.key, run.ref_params)
+            if step == 1:
+                reference_model.check_start(config, metrics)
+            run.meter.add(prepared, metrics)
+            run.guard.add(step, metrics, prepared)
+            run.history.seconds = before + time.perf_counter() - began
+
+            stop = preemption_signal(step)
+            if due.log or due.evaluate or due.save or stop:
+                run.guard.check()
+            if due.log:
+                log_step(run, log, step, prepared)
+            if due.evaluate:
+                evaluate(run, log, step)
+            if due.save or stop:
+                run.saver.start(step, run.state, prepared, run.history)
+            run.saver.poll(together=due.compare or due.log)
+            if stop and step < config.steps:
+                leave(run, step, stop)
+    return run.state
 
 
-def compile_step(
-    config: TrainConfig, model: InternVL, optimizer: Optimizer, sources: int, state: TrainState, batch, key, compared
-):
-    """The compiled step; all processes do this beside each other, and only then wait for each other."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return make_step(config, model, optimizer, sources, places).lower(state, batch, key, compared).compile()
+class Due(NamedTuple):
+    """What is done at a step."""
+
+    compare: bool  # whether all hosts train the same
+    log: bool
+    evaluate: bool
+    save: bool
 
 
-def identity(config: TrainConfig, batch, data: dict[str, str]) -> dict[str, str | int]:
-    """What must be the same in every process. data: see data/identity.py."""
-    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape[1:])}" for name, array in sorted(batch.items()))
-    return {
-        "configuration": zlib.crc32(json.dumps(to_dict(config)).encode()),
+def cadence(config: TrainConfig, step: int, first: int) -> Due:
+    """The one place that says when a run logs, evaluates and saves. first: The first step of this process."""
+    last = step == config.steps
+    return Due(
+        compare=(step - first) % config.agree_every == 0,
+        log=last or step % config.log_every == 0,
+        evaluate=bool(config.held_out and config.evaluate_every) and (last or step % config.evaluate_every == 0),
+        save=last or step % config.save_every == 0,
+    )
+
+
+def compile_step(run: TrainingRun, batch):
+    """Compiles the step. Processes compile side by side, and wait for each other only afterwards."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+    step = make_step(run.config, run.model, run.optimizer, len(source_names(run.config.data)), shardings)
+    return step.lower(run.state, batch, run.key, run.ref_params).compile()
+
+
+def compare_hosts(run: TrainingRun, step: int, first: int, prepared: Prepared) -> None:
+    """Raises on every host unless all have the same configuration, data, shapes and version of JAX."""
+    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape[1:])}" for name, array in sorted(prepared.batch.items()))
+    identity = {
+        "configuration": zlib.crc32(json.dumps(to_dict(run.config)).encode()),
         "a row of the batch": shapes,
-        "the data": zlib.crc32(json.dumps(data).encode()),
+        "the data": zlib.crc32(json.dumps(run.loader.identity).encode()),
         "jax": jax.__version__,
     }
+    # A host with a filled cache compiles in no time, another one takes minutes.
+    multihost.check_agreement(step, identity, seconds=3600 if step == first else 300)
 
 
-def evaluate_held_out(
-    step: int, config: TrainConfig, workdir, state: TrainState, compared: dict | None, past: Past, held_out: HeldOut, log
-) -> None:
-    """Held-out loss into the log and, if asked for, answers into answers.jsonl."""
-    values = held_out.losses(state.params, state.shift, compared)
+def log_step(run: TrainingRun, log: run_log.Log, step: int, prepared: Prepared) -> None:
+    count = run.skipped.note(step, prepared)
+    skipped = {"skipped": count} if count else {}
+    log.write(
+        step,
+        run.meter.row(step) | skipped | {"seconds": run.history.seconds, "batch": run.placement.digest(prepared.batch)},
+    )
+
+
+def evaluate(run: TrainingRun, log: run_log.Log, step: int) -> None:
+    """Logs the loss on the evaluation data and, if asked for, appends answers to answers.jsonl."""
+    values = run.evaluator.losses(run.state.params, run.state.loss_state, run.ref_params)
     log.write(step, values)
-    if values["held_out"] < past.best:
-        past.best, past.best_step = values["held_out"], step
-    if config.evaluate_answers:
-        answers = held_out.answers(state.params, config.evaluate_answers)
-        run_log.append(workdir / run_log.ANSWERS, [{"step": step} | row for row in answers])
+    if values["held_out"] < run.history.best:
+        run.history.best, run.history.best_step = values["held_out"], step
+    if run.config.evaluate_answers:
+        answers = run.evaluator.answers(run.state.params, run.config.evaluate_answers)
+        run_log.append(run.workdir / run_log.ANSWERS, [{"step": step} | row for row in answers])
+
+
+def leave(run: TrainingRun, step: int, stop: int) -> None:
+    """Ends the process after a signal, with the step saved."""
+    run.saver.wait()
+    name = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
+    print(f"stopped by {name}; step {step} is saved in {run.workdir}", flush=True)
+    sys.exit(128 + stop)
 
 
 if __name__ == "__main__":

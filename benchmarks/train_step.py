@@ -116,6 +116,7 @@ def measure_jax(options) -> dict:
     from internvl3_jax.config import OptimizerConfig
     from internvl3_jax.model.internvl import InternVL
     from internvl3_jax.training.flops import batch_counts, train_flops
+    from internvl3_jax.training.objective import SftLoss
     from internvl3_jax.training.optimizer import make_optimizer
     from internvl3_jax.training.step import init_state, train_step
 
@@ -127,7 +128,7 @@ def measure_jax(options) -> dict:
     state = jax.jit(functools.partial(init_state, model, optimizer, batch, 0))()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     began = time.perf_counter()
-    step = jax.jit(functools.partial(train_step, model, optimizer, loss_chunk=options.chunk), donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, SftLoss(model, options.chunk), optimizer), donate_argnums=0)
     step = step.lower(state, batch, jax.random.key(0)).compile()
     compile_seconds = time.perf_counter() - began
     reset_peak()

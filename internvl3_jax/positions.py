@@ -15,12 +15,12 @@ Integers keep every position exact up to 8,388,607; float32 merges neighbours at
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from internvl3_jax.config import UNITS
+from internvl3_jax.config import UNITS, LanguageConfig
 
 DELTAS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # in units: 1/256, 1/128 ... 1, the set that training draws from
 LARGEST = np.iinfo(np.int32).max
@@ -40,6 +40,15 @@ def parse_delta(value: str | float | Fraction) -> int:
             f"delta {value!r} is not a multiple of 1/{UNITS} from 1/{UNITS} to 1; use for example 1, 1/4 or 1/{UNITS}"
         )
     return int(units)
+
+
+def rope_scaling(language: LanguageConfig, deltas: Iterable[int | str]) -> str:
+    """Returns the rope scaling to use: V2PE, any delta below 1, switches the model's dynamic NTK scaling off (V2PE code).
+
+    deltas: Units, or texts such as "1/4".
+    """
+    units = [delta if isinstance(delta, int) else parse_delta(delta) for delta in deltas]
+    return language.rope_scaling if all(value == UNITS for value in units) else "none"
 
 
 def draw_deltas(n: int, rng: np.random.Generator, among: Sequence[int] = DELTAS) -> list[int]:

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ PROGRAM = '''"""Does a thing.
 """
 import sys, time
 from absl import flags
-from internvl3_jax import command_line
+from internvl3_jax.io import command_line
 
 flags.DEFINE_string("name", None, "Of the thing.", required=True)
 flags.DEFINE_integer("count", 1, "Times.", lower_bound=1)
@@ -144,3 +145,19 @@ def test_a_full_disk_has_the_files_name():
     assert message(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
     assert message(FileNotFoundError(errno.ENOENT, "No such file", "a\x1bb")) == r"a\x1bb: No such file"
     assert message(ValueError()) == "ValueError"
+
+
+def test_help_is_grouped_and_complete(capsys):
+    """-h shows every flag of infer.py once, under its heading, within the terminal's width."""
+    environment = os.environ | {"COLUMNS": "80"}
+    shown = subprocess.run(
+        [sys.executable, ROOT / "infer.py", "-h"], capture_output=True, text=True, env=environment, check=True
+    )
+    from internvl3_jax.inference import answer_flags
+
+    names = [name for section in answer_flags.SECTIONS.values() for name in section]
+    assert sorted(re.findall(r"^  --(\w+)", shown.stdout, flags=re.M)) == sorted(names)
+    assert set(names) >= {flag.name for flag in answer_flags.FLAGS.get_key_flags_for_module(answer_flags)}
+    assert [heading for heading in answer_flags.SECTIONS if f"\n{heading}:\n" not in shown.stdout] == []
+    options = shown.stdout.split("\nModel:\n")[1]
+    assert max(map(len, options.splitlines())) <= 80 and "repeat this option" not in options

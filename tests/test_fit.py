@@ -25,6 +25,7 @@ from internvl3_jax.fit.topology import Topology, parse
 from internvl3_jax.fit.work import full_batch, times, train_work
 from internvl3_jax.model.ops.remat import POLICIES
 from internvl3_jax.training.hardware import CHIPS, chip_of
+from internvl3_jax.training.objective import make_loss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import make_model, train_step
 
@@ -210,7 +211,7 @@ def test_operations_are_those_of_the_traced_step(policy, frozen):
     """Products with matrices, counted in the step's own trace; the loss' chunks run as often as there are tokens to train."""
     config = tiny(remat_vision=policy, remat_language=policy, **{"optimizer.freeze": frozen})
     model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
-    step = functools.partial(train_step, model, optimizer)
+    step = functools.partial(train_step, make_loss(config, model), optimizer)
     traced = jax.make_jaxpr(step)(train_state_shapes(config, model, optimizer), batch_shapes(config), jax.random.key(0))
     counted = collections.Counter()
     _count(traced.jaxpr, 1, counted)

@@ -49,7 +49,7 @@ def config_of(base, **changes):
 def start(config, workdir):
     config = lora.resolved(config)
     train.save_config(config, workdir)
-    return train.fit(config, workdir, ONE_DEVICE)[0]
+    return train.fit(config, workdir, ONE_DEVICE)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.training import mpo
 from internvl3_jax.training.evaluation import HeldOut
 from internvl3_jax.training.losses import cross_entropy
+from internvl3_jax.training.objective import MpoLoss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import TrainState, train_step
 
@@ -172,13 +173,13 @@ def directly(params, batch, config: LossConfig, shift=None):
 
 @functools.cache
 def compiled(loss, micro_batches=1, chunk=7):
-    step = functools.partial(train_step, MODEL, GRADIENT, loss=loss, pairs=PAIRS, micro_batches=micro_batches, loss_chunk=chunk)
-    return jax.jit(step)
+    loss_fn = MpoLoss(MODEL, chunk, config=loss, pairs=PAIRS, drop_path=False)
+    return jax.jit(functools.partial(train_step, loss_fn, GRADIENT, micro_batches=micro_batches))
 
 
 def descent(batch, loss=LOSS, reference=OTHER, **settings):
     """(gradients, metrics) of one update."""
-    state = TrainState(jnp.zeros((), jnp.int32), PARAMS, (), mpo.first_shift())
+    state = TrainState(jnp.zeros((), jnp.int32), PARAMS, (), mpo.init_reward_shift())
     batch = {name: value for name, value in batch.items() if name != "sources"}
     state, metrics = compiled(loss, **settings)(state, batch, jax.random.key(0), reference)
     return jax.tree.map(lambda new, old: new - old, state.params, PARAMS), metrics
@@ -261,7 +262,7 @@ def test_held_out_pairs_have_the_numbers_of_the_train_step(folder):
     config = pairs_config(folder, deltas=("1",))
     config = dataclasses.replace(config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7)
     held_out = HeldOut(config, MODEL, make_tokenizer(config.data))
-    found = held_out.losses(PARAMS, mpo.first_shift(), OTHER)
+    found = held_out.losses(PARAMS, mpo.init_reward_shift(), OTHER)
     each = [descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches]
     counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in held_out.batches]
     names = {"held_out": "loss", "held_out_reward_accuracy": "reward_accuracy", "held_out_loss_quality": "loss_quality"}

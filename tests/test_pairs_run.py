@@ -46,7 +46,7 @@ def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     config = run_config(tmp_path, evaluate_every=6, evaluate_batches=2, evaluate_answers=2)
     config = dataclasses.replace(config, held_out=config.data.source)
-    whole, _ = train.fit(config, make(tmp_path / "whole", config), mesh)
+    whole = train.fit(config, make(tmp_path / "whole", config), mesh)
     rows = log_of(tmp_path / "whole")
     held_out = [row for row in rows if "held_out" in row]
     assert [row["step"] for row in held_out] == [6, 12]
@@ -60,7 +60,7 @@ def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
     assert np.mean([row["reward_margin"] for row in rows[-4:]]) > 0.1
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
-    again, _ = train.fit(config, tmp_path / "again", mesh)
+    again = train.fit(config, tmp_path / "again", mesh)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
@@ -79,12 +79,12 @@ def test_adapters_are_compared_with_their_base(tmp_path):
     config = lora.resolved(run_config(tmp_path, lora=adapters, steps=4, save_every=2, keep=5))
     named = dataclasses.replace(config, loss=dataclasses.replace(LOSS, reference=config.init_from))
     assert not mpo.needs_model(config) and mpo.needs_model(named)
-    whole, _ = train.fit(config, make(tmp_path / "base", config), ONE_DEVICE)
+    whole = train.fit(config, make(tmp_path / "base", config), ONE_DEVICE)
     train.fit(named, make(tmp_path / "named", named), ONE_DEVICE)
     np.testing.assert_allclose(losses_of(tmp_path / "base"), losses_of(tmp_path / "named"), rtol=1e-4)
     assert losses_of(tmp_path / "base")[-1][1] < np.log(2)
     shutil.rmtree(tmp_path / "base" / "checkpoints" / "4")
-    again, _ = train.fit(config, tmp_path / "base", ONE_DEVICE)
+    again = train.fit(config, tmp_path / "base", ONE_DEVICE)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 

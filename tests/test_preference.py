@@ -17,8 +17,7 @@ from internvl3_jax.data.pairs import finish_pair
 from internvl3_jax.data.text.chat_template import Encoded
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.training import mpo
-from internvl3_jax.training.objective import Head
-from internvl3_jax.training.step import reference_log_probabilities
+from internvl3_jax.training.objective import MpoLoss
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = (RNG.normal(-40, 12, (3, 5, 2)).astype(np.float32) for _ in range(2))
@@ -100,7 +99,7 @@ def test_losses_and_gradients_are_those_of_trl(name):
         def ours(policy):
             present = jnp.ones((3, 5), bool)
             rewards = config.beta * (policy - REFERENCE)
-            shift = mpo.running_shift(mpo.first_shift(), rewards, present)
+            shift = mpo.running_shift(mpo.init_reward_shift(), rewards, present)
             np.testing.assert_allclose(shift.mean, own.running.mean, rtol=1e-5)
             return mpo.quality_loss(policy, REFERENCE, shift.mean, config.beta)
     else:
@@ -125,7 +124,7 @@ def rewards_of(mean: float):
 
 
 def test_the_running_shift_is_the_mean_of_all_rewards_with_the_present_ones():
-    shift, used = mpo.first_shift(), []
+    shift, used = mpo.init_reward_shift(), []
     for mean in (1.0, 2.0, 6.0):
         shift = mpo.running_shift(shift, *rewards_of(mean))
         used.append(float(shift.mean))
@@ -134,7 +133,7 @@ def test_the_running_shift_is_the_mean_of_all_rewards_with_the_present_ones():
 
 
 def test_the_moving_shift_is_of_earlier_rewards():
-    shift, used = mpo.first_shift(), []
+    shift, used = mpo.init_reward_shift(), []
     for mean in (1.0, 2.0, 6.0):
         used.append(float(shift.mean))
         shift = mpo.moving_shift(shift, mean, 0.75)
@@ -142,7 +141,7 @@ def test_the_moving_shift_is_of_earlier_rewards():
 
 
 def test_a_batch_without_pairs_leaves_no_trace_of_numbers():
-    shift = mpo.running_shift(mpo.first_shift(), rewards_of(1.0)[0], jnp.zeros((1, 3), bool))
+    shift = mpo.running_shift(mpo.init_reward_shift(), rewards_of(1.0)[0], jnp.zeros((1, 3), bool))
     assert float(shift.mean) == 0
 
 
@@ -203,5 +202,5 @@ def test_log_probabilities_are_those_of_transformers(family, shared):
         samples.append(finish_pair(sides[1], sides[0], [picture], [UNITS], processor, "sample", shared))
     row = join(samples, 96, 3)
     batch = {name: value[None] for name, value in row.items() if name != "sources"}
-    found = reference_log_probabilities(InternVL(config), Head(config.language.vocab_size, 16), params, params, batch, 2)
+    found = MpoLoss(InternVL(config), 16, pairs=2).ref_logps(params, params, batch)
     np.testing.assert_allclose(found.ravel(), expected, rtol=1e-4, atol=1e-4)

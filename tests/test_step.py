@@ -17,9 +17,10 @@ from internvl3_jax.data.batch import average_weights
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.ops.remat import POLICIES
 from internvl3_jax.training.losses import chunked_cross_entropy
+from internvl3_jax.training.objective import SftLoss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.param_table import frozen_hash
-from internvl3_jax.training.step import TrainState, init_state, train_step, trained_paths
+from internvl3_jax.training.step import TrainState, init_state, train_step, trained_paths, trains_tower
 
 MODEL, PARAMS = InternVL(CONFIG), random_params(CONFIG)
 SETTINGS = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
@@ -61,7 +62,9 @@ def first_state(optimizer, params=PARAMS) -> TrainState:
 
 
 def compiled_step(optimizer, state, values, model=MODEL, **settings):
-    step = jax.jit(functools.partial(train_step, model, optimizer, **settings))
+    micro_batches = settings.pop("micro_batches", 1)
+    loss_fn = SftLoss(model, drop_path=trains_tower(optimizer, state.params), **settings)
+    step = jax.jit(functools.partial(train_step, loss_fn, optimizer, micro_batches=micro_batches))
     # These programs run once or twice: the compiler's optimisations would take longer.
     return step.lower(state, values, jax.random.key(0)).compile({"xla_backend_optimization_level": 0})
 
@@ -105,7 +108,7 @@ def expected(count=4):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_are_the_batch(count):
-    assert_close(descent(batch(), micro_batches=count, num_sources=3, loss_chunk=10), expected())
+    assert_close(descent(batch(), micro_batches=count, num_sources=3, chunk=10), expected())
 
 
 def test_micro_batches_must_divide_the_rows():
@@ -259,7 +262,7 @@ def test_bfloat16_parameters_keep_their_type():
     optimizer = make_optimizer(SETTINGS, 100)
     state = jax.eval_shape(lambda: init_state(MODEL, optimizer, batch(), 0, jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
-    after, _ = jax.eval_shape(functools.partial(train_step, MODEL, optimizer), state, batch(), jax.random.key(0))
+    after, _ = jax.eval_shape(functools.partial(train_step, SftLoss(MODEL), optimizer), state, batch(), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 

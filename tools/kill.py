@@ -29,7 +29,7 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 28, 4, 6
 # The batches come slowly, so that there are moments to hit.
 CONFIG = f"""\
 import dataclasses, os, time
-from internvl3_jax.data.batches import Batches
+from internvl3_jax.data.loader import Batches
 from official_run import official_config
 
 following = Batches.__next__
@@ -47,7 +47,7 @@ def get_config():
 # infer.py with a pause before each batch.
 SLOW_INFER = """\
 import runpy, sys, time
-from internvl3_jax.chat import Chat
+from internvl3_jax.inference.chat import Chat
 answer_many = Chat.answer_many
 def slowly(*arguments, **options):
     time.sleep(0.2)

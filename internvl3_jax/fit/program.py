@@ -14,7 +14,7 @@ from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, abstract, batch_sharding, check_batch, param_shardings
 from internvl3_jax.training import mpo
 from internvl3_jax.training.optimizer import make_optimizer
-from internvl3_jax.training.step import TrainState, init_state, make_model, make_step, shardings_of
+from internvl3_jax.training.step import TrainState, init_loss_state, init_state, make_model, make_step, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> TrainState:
-    settings = {"param_dtype": jnp.dtype(config.param_dtype), "adapters": config.lora, "loss": config.loss}
+    settings = {"param_dtype": jnp.dtype(config.param_dtype), "adapters": config.lora, "loss_state": init_loss_state(config)}
     init = functools.partial(init_state, model, optimizer, seed=0, **settings)
     return jax.eval_shape(init, batch_shapes(config))
 

@@ -13,7 +13,7 @@ flags.DEFINE_multi_string(
     "adapter", [], "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first is used."
 )
 flags.DEFINE_string("use", None, "Name of the adapter to use in place of the first; empty: none.")
-flags.DEFINE_multi_string("image", [], "Picture file; may be repeated. <image> in the prompt marks the places.")
+flags.DEFINE_multi_string("image", [], "Image file; may be repeated. <image> in the prompt marks the places.")
 flags.DEFINE_string(
     "prompt", None, r"The question; \n is a line break, @FILE a file, - stdin. Without it and --requests a conversation starts."
 )
@@ -23,53 +23,59 @@ flags.DEFINE_enum(
     "on_error",
     "note",
     ["note", "stop"],
-    "A request that cannot be answered: note its error in its place and go on, or stop there.",
+    "A request that cannot be answered: write the error in its place and continue, or stop.",
 )
 flags.DEFINE_bool("retry_errors", False, "Ask the requests again that have an error in --output.")
 flags.DEFINE_integer("batch_size", 8, "Answers written together with --requests.", lower_bound=1)
-flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer.", lower_bound=1)
-flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token (greedy).", lower_bound=0.0)
-flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that together reach this probability.")
-flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0 is all.", lower_bound=0)
-flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer, in tokens.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0 is greedy decoding.", lower_bound=0.0)
+flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together reach this probability.")
+flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 is all.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
-flags.DEFINE_multi_string("delta", [], "V2PE step of the pictures' tokens, such as 1/4; once, or once per picture.")
+flags.DEFINE_multi_string("delta", [], "V2PE step of the images' tokens, such as 1/4; once, or once per image.")
 flags.DEFINE_integer(
-    "max_tiles", None, "Most tiles of an image, or of all with --tiles shared; thumbnails not counted.", lower_bound=1
+    "max_tiles", None, "Largest number of tiles of an image, or of all with --tiles shared, without thumbnails.", lower_bound=1
 )
-flags.DEFINE_enum("tiles", None, ["per image", "shared"], "Whether each image has --max_tiles of its own, or all share it.")
-flags.DEFINE_integer("max_total_tiles", None, "Most tiles of all images of a prompt; 0: no limit.", lower_bound=0)
+flags.DEFINE_enum("tiles", None, ["per image", "shared"], "Whether --max_tiles is for each image or shared by all.")
+flags.DEFINE_integer("max_total_tiles", None, "Largest number of tiles of all images of a prompt; 0: no limit.", lower_bound=0)
 flags.DEFINE_integer("max_image_pixels", None, "Larger images are refused; 0: no limit. Default: 89 million.", lower_bound=0)
-flags.DEFINE_bool("allow_truncated", False, "Use images whose end is missing; the missing part is gray.")
+flags.DEFINE_bool("allow_truncated", False, "Accept truncated images; the missing part is gray.")
+
 IMAGE_FLAGS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
 flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
 flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "Of parameters and computation. Default: float32 on a CPU, as stored elsewhere.",
+    "Dtype of parameters and computation. Default: float32 on a CPU, elsewhere as stored.",
 )
 flags.DEFINE_integer(
     "devices",
     1,
-    "Devices to split the model over, by heads and columns (tensor parallelism): for one too large for one.",
+    "Number of devices to shard the model over (tensor parallelism).",
     lower_bound=1,
 )
 flags.DEFINE_integer(
-    "fsdp", 1, "Of --devices, parts that the matrices are split into by their width besides: for more devices than key heads."
+    "fsdp",
+    1,
+    "Of --devices, the number to shard the weights over by their width as well (FSDP); for more devices than key heads.",
 )
 flags.DEFINE_bool(
     "hosts",
     False,
-    "Over all devices of all hosts, each of which runs this command; --coordinator, --processes, --process as of train.py.",
+    "Use all devices of all hosts. Each host runs this command.",
 )
 flags.DEFINE_integer(
-    "best_of", None, "Answers to choose from, the first greedy, the others drawn; see docs/best_of_n.md.", lower_bound=1
+    "best_of",
+    None,
+    "Number of answers to choose from, the first greedy, the others sampled; see docs/best_of_n.md.",
+    lower_bound=1,
 )
 flags.DEFINE_string("critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own.")
-flags.DEFINE_bool("majority", False, "Choose the commonest final answer, without a critic.")
-flags.DEFINE_enum("aggregate", "mean", ["mean", "min", "max", "product"], "What a critic's scores of the steps become.")
-flags.DEFINE_integer("max_steps", None, "Steps are merged to at most so many before they are scored.", lower_bound=1)
+flags.DEFINE_bool("majority", False, "Choose the most frequent final answer, without a critic.")
+flags.DEFINE_enum("aggregate", "mean", ["mean", "min", "max", "product"], "How the critic's scores of the steps are combined.")
+flags.DEFINE_integer("max_steps", None, "Largest number of steps to score; more are merged.", lower_bound=1)
 flags.DEFINE_string(
     "critic_system",
     None,
@@ -86,6 +92,19 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("allow_nonfinite", False, "Open a checkpoint that has NaN or infinite parameters.")
 flags.DEFINE_string("compilation_cache", "~/.cache/internvl3_jax/xla", "Directory that keeps compiled programs; empty: none.")
+
+
+# As -h shows them.
+SECTIONS = {
+    "Model": ["checkpoint", "adapter", "use", "dtype", "system"],
+    "Question": ["prompt", "image", "json", "stats"],
+    "Answer": ["max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop"],
+    "Images": ["max_tiles", "tiles", "max_total_tiles", "delta", "max_image_pixels", "allow_truncated"],
+    "Many questions": ["requests", "output", "batch_size", "on_error", "retry_errors"],
+    "Best of N": ["best_of", "critic", "majority", "aggregate", "max_steps", "critic_system"],
+    "Devices": ["devices", "fsdp", "hosts", "coordinator", "processes", "process", "compilation_cache"],
+    "Checks": ["verify", "accept_fingerprint", "allow_nonfinite"],
+}
 
 
 def check_flags() -> None:

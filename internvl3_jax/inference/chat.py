@@ -24,6 +24,7 @@ from internvl3_jax.inference.options import Options, units
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.inference.text_stream import Reader
 from internvl3_jax.io.terminal import excerpt
+from internvl3_jax.positions import rope_scaling
 
 
 @dataclasses.dataclass
@@ -222,9 +223,9 @@ class Chat:
         return "stop" if stopped or len(reader.ids) < options.max_new_tokens else "length"
 
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:
-        """The rope scaling of this run: none under V2PE, as in the V2PE code."""
-        v2pe = self.processor.delta != UNITS if options.delta is None else any(d != UNITS for d in units(options.delta))
-        return "none" if v2pe or any(delta != UNITS for delta in deltas) else self.generator.config.language.rope_scaling
+        """Returns the rope scaling of a run. deltas: Units of earlier images of the conversation."""
+        own = [self.processor.delta] if options.delta is None else units(options.delta)
+        return rope_scaling(self.generator.config.language, [*own, *deltas])
 
     def _reusable(self, prompt: Prompt, scaling: str) -> int:
         """How many leading tokens of the prompt have their keys and values in the cache.

@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
 
@@ -131,14 +133,56 @@ def call(body: Callable[[], int | None], *also: type[Exception], failed: int = 1
 # --- programs with absl's flags -----------------------------------------------------------------------------------------------
 
 
-def run(main: Callable[[Sequence[str]], int | None], *also: type[Exception], failed: int = 1) -> None:
-    """Parses the flags, calls `main` with what is left of the command line, and ends the process."""
+def run(
+    main: Callable[[Sequence[str]], int | None],
+    *also: type[Exception],
+    failed: int = 1,
+    sections: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Parses the flags, calls `main` with what is left of the command line, and ends the process.
+
+    sections: Heading -> names of flags, in the order in which -h shows them; None shows all flags under one heading.
+    """
+    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+        with errors_in_one_line():
+            print(help_text(sys.modules["__main__"].__doc__ or "", sections))
+        raise SystemExit(0)
 
     def guarded(arguments: Sequence[str]) -> int | None:
         with errors_in_one_line(*also, failed=failed):
             return main(arguments)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def help_text(description: str, sections: Mapping[str, Sequence[str]] | None = None, width: int | None = None) -> str:
+    """Returns the help of a program with absl's flags. sections: As of `run`. width: None takes that of the terminal."""
+    width = width or min(shutil.get_terminal_size().columns, 110)
+    if sections is None:
+        sections = {"Options": [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]}
+    lines = [description.strip()]
+    for heading, names in sections.items():
+        lines += ["", f"{heading}:"]
+        for name in names:
+            lines += _flag_help(flags.FLAGS[name], width)
+    return "\n".join([*lines, "", "  -h, --help  Show this help."])
+
+
+def _flag_help(flag, width: int) -> list[str]:
+    """One flag: its name and value, its meaning, its default."""
+    kind = flag.flag_type()
+    value = {"bool": "", "int": " N", "float": " X"}.get(kind.removeprefix("multi "), " TEXT")
+    if "enum" in kind:
+        value = f" {{{','.join(flag.parser.enum_values)}}}"
+    # absl's own additions, which are about enums and flags that may be repeated
+    meaning = re.sub(r"^<[^>]*>: |; repeat this option to specify a list of values$", "", " ".join(flag.help.split()))
+    if flag.default not in (None, "") and flag.default is not False and flag.default != [] and "efault" not in meaning:
+        meaning += f" Default: {flag.default}."
+    left = f"  --{flag.name}{value}"
+    text = textwrap.wrap(meaning, width - 26)
+    if len(left) <= 24:
+        return [f"{left:<26}{text[0]}"] + [f"{'':26}{line}" for line in text[1:]]
+    return [left] + [f"{'':26}{line}" for line in text]
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
@@ -153,10 +197,6 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             raise SystemExit(0) from ended
         raise
     except flags.UnrecognizedFlagError as error:
-        if error.flagname == "h":
-            with errors_in_one_line():
-                app.usage(shorthelp=True, writeto_stdout=True)
-            raise SystemExit(0) from error
         known = [name for name in flags.FLAGS if not name.startswith("no")]
         text = f"--{one_line(error.flagname)}: there is no such option{suggestion(error.flagname, known)}"
     except flags.Error as error:

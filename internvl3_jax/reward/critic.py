@@ -28,7 +28,7 @@ from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.sharding import constrain
-from internvl3_jax.positions import build_positions
+from internvl3_jax.positions import build_positions, rope_scaling
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda scores: sum(scores) / len(scores),
@@ -129,7 +129,7 @@ class Critic:
         return prompt, (starts - 1).tolist()
 
     def _scaling(self) -> str:
-        return self.generator.config.language.rope_scaling if self.processor.delta == UNITS else "none"
+        return rope_scaling(self.generator.config.language, [self.processor.delta])
 
     def _judge(self, batch: list[tuple[Prompt, list[int]]]) -> list[list[float]]:
         """Scores of the steps of a batch of solutions of one question."""

@@ -17,8 +17,7 @@ from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.sharding import constrain
-from internvl3_jax.training import objective
-from internvl3_jax.training.step import outputs, reference_log_probabilities
+from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
 
 _LONGEST = 256  # tokens of an answer
 
@@ -32,15 +31,16 @@ class HeldOut:
         self.names = source_names(self.data)
         with Batches(self.data, config.processor, tokenizer) as batches:
             self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
-        self.step = jax.jit(functools.partial(_losses, model, config, sources=len(self.names)))
+        loss_fn = make_loss(dataclasses.replace(config, data=self.data), model, len(self.names))
+        self.step = jax.jit(functools.partial(_losses, loss_fn))
 
-    def losses(self, params, shift=(), reference=None) -> dict[str, float]:
+    def losses(self, params, loss_state=(), ref_params=None) -> dict[str, float]:
         """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE" that of each source.
 
         Of pairs "held_out" is MPO's whole loss, "held_out/SOURCE" the chosen answers' cross-entropy, and beside them are the means over
-        pairs that the train step has, such as "held_out_reward_accuracy". shift, reference: as the train step's.
+        pairs that the train step has, such as "held_out_reward_accuracy". loss_state, ref_params: as the train step's.
         """
-        found = [jax.device_get(self.step(params, shift, reference, batch)) for batch in self.batches]
+        found = [jax.device_get(self.step(params, loss_state, ref_params, batch)) for batch in self.batches]
         sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *found)
         values = {"held_out": float(sums[0].sum() / sums[1].sum())}
         values |= {name: float(total / metrics["pairs"]) for name, total in metrics.items() if name != "pairs"}
@@ -74,21 +74,12 @@ def held_out_data(config: TrainConfig) -> DataConfig:
     return dataclasses.replace(config.data, source=config.held_out, **settings)
 
 
-def _losses(model: InternVL, config: TrainConfig, params, shift, reference, batch, *, sources: int):
-    """(f32[2,sources], sums of weighted losses and of weights; of pairs f32[] sums over them, and how many)"""
-    pairs, whole = config.data.pairs_per_row, objective.whole(batch)
-    head = objective.Head(model.config.language.vocab_size, config.loss_chunk)
-    hidden, kernel = outputs(model, lora.variables(params, config.lora), batch)
-    metrics = {}
-    if config.loss.kind == "mpo":
-        compared = functools.partial(reference_log_probabilities, model, head, params, reference, batch, pairs)
-        still = dataclasses.replace(config.loss, shift="moving")  # which these rewards do not move
-        total, losses, found, _ = objective.preferred(head, hidden, kernel, batch, whole, shift, compared, still, pairs)
-        metrics = {f"held_out_{name}": value * whole.pairs for name, value in found.items()}
-        metrics |= {"held_out": total * whole.pairs, "pairs": whole.pairs}
-    else:
-        _, losses = objective.supervised(head, hidden, kernel, batch, whole)
-    weights = batch["loss_weights"]
-    member = jax.nn.one_hot(batch["sources"], sources)
-    sums = jnp.einsum("nbt,bts->ns", jnp.stack([losses * weights, weights]), member)
+def _losses(loss_fn: SftLoss, params, loss_state, ref_params, batch):
+    """Returns f32[2,sources], sums of weighted losses and of weights; of pairs also f32[] sums over them, and their number."""
+    totals = batch_totals(batch)
+    loss, (metrics, _) = loss_fn(params, batch, None, loss_state, totals, ref_params)
+    sums = jnp.stack([metrics.pop("source_loss"), metrics.pop("source_weight")])
+    if metrics:
+        metrics = {f"held_out_{name}": value * totals.pairs for name, value in metrics.items()}
+        metrics |= {"held_out": loss * totals.pairs, "pairs": totals.pairs}
     return constrain(sums, None, None), jax.tree.map(constrain, metrics)

@@ -24,7 +24,7 @@ from absl import flags, logging
 from internvl3_jax.checkpoints import checkpoint
 from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
-from internvl3_jax.config import DataConfig, TrainConfig
+from internvl3_jax.config import DataConfig, LoraConfig, TrainConfig
 from internvl3_jax.data.batch import Batch, Sample
 from internvl3_jax.data.example import Preparer
 from internvl3_jax.data.packing import join
@@ -35,13 +35,12 @@ from internvl3_jax.data.sources.mixture import read_drop_list
 from internvl3_jax.data.truncation import TooLong
 from internvl3_jax.inference.answer_file import beside, check_place
 from internvl3_jax.io import command_line, jsonl, safe_files
-from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training import checks, settings
 from internvl3_jax.training.evaluation import held_out_data
 from internvl3_jax.training.mpo import reference_dtype
-from internvl3_jax.training.objective import Head
-from internvl3_jax.training.step import make_model, reference_log_probabilities
+from internvl3_jax.training.objective import MpoLoss, make_loss
+from internvl3_jax.training.step import make_model
 
 
 def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
@@ -59,7 +58,8 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
             file.write([json.dumps(header)])
         for data in (config.data, *([held_out_data(config)] if config.held_out else [])):
             data = dataclasses.replace(data, rows=data.rows // config.micro_batches)  # as many as training computes at a time
-            compute = jax.jit(functools.partial(log_probabilities, make_model(config), config, data))
+            loss_fn = make_loss(dataclasses.replace(config, data=data, lora=LoraConfig()), make_model(config))
+            compute = jax.jit(functools.partial(log_probabilities, loss_fn))
             preparer = Preparer(dataclasses.replace(data, reference=""), config.processor, tokenizer)
             for rows, batch in batches(data, new_samples(data, preparer, known)):
                 batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
@@ -147,11 +147,9 @@ def _stack(rows: list[list[Sample]], config: DataConfig) -> Batch:
     return {name: np.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1))) for name, value in batch.items()}
 
 
-def log_probabilities(model: InternVL, config: TrainConfig, data: DataConfig, params, batch):
-    """f32[B,K,2]"""
-    scaling = "none" if data.deltas != ("1",) else None
-    head = Head(model.config.language.vocab_size, config.loss_chunk)
-    return reference_log_probabilities(model, head, params, params, batch, data.pairs_per_row, scaling).astype(jnp.float32)
+def log_probabilities(loss_fn: MpoLoss, params, batch):
+    """Returns f32[B,K,2] under `params`."""
+    return loss_fn.ref_logps(params, params, batch).astype(jnp.float32)
 
 
 def main(argv) -> None:

@@ -21,15 +21,15 @@ PREFERENCES = ("sigmoid", "ipo")
 SHIFTS = ("running", "moving")
 
 
-class Shift(NamedTuple):
+class RewardShift(NamedTuple):
     """Mean of the rewards so far, BCO's shift. Kept with the run."""
 
     mean: jax.Array  # f32[]
     count: jax.Array  # f32[], contributions
 
 
-def first_shift() -> Shift:
-    return Shift(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+def init_reward_shift() -> RewardShift:
+    return RewardShift(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
 
 def check(config: LossConfig) -> None:
@@ -89,18 +89,18 @@ def quality_loss(policy, reference, shift, beta: float):
     return -jax.nn.log_sigmoid(rewards[..., 0]) - jax.nn.log_sigmoid(-rewards[..., 1])
 
 
-def running_shift(shift: Shift, rewards, present) -> Shift:
+def running_shift(shift: RewardShift, rewards, present) -> RewardShift:
     """As InternVL's code: the mean of all contributions, of which the rewards f32[B,K,2] of the pairs that are `present` bool[B,K] are the
     next. Each part of a batch is one, and has itself in the shift that `quality_loss` takes."""
     mean = jnp.where(present[..., None], rewards, 0.0).sum() / (2 * jnp.maximum(present.sum(), 1))
     count = shift.count + 1
-    return Shift(shift.mean + (mean - shift.mean) / count, count)
+    return RewardShift(shift.mean + (mean - shift.mean) / count, count)
 
 
-def moving_shift(shift: Shift, mean, decay: float) -> Shift:
+def moving_shift(shift: RewardShift, mean, decay: float) -> RewardShift:
     """As its paper: the exponential mean of the updates before this one, whose rewards have the mean f32[]."""
     rate = jnp.where(shift.count == 0, 1.0, 1 - decay)
-    return Shift(shift.mean + rate * (mean - shift.mean), shift.count + 1)
+    return RewardShift(shift.mean + rate * (mean - shift.mean), shift.count + 1)
 
 
 def at_start(config: LossConfig) -> float:

@@ -31,7 +31,7 @@ from internvl3_jax.training.optimizer import Optimizer
 from internvl3_jax.training.param_table import frozen_hash
 from internvl3_jax.training.run_log import LOG, read_rows
 from internvl3_jax.training.start import Past, base_of, beside_base, check_adapters_learn, check_frozen, kept, warm_start
-from internvl3_jax.training.step import TrainState, init_state, shardings_of, trained_paths
+from internvl3_jax.training.step import TrainState, init_loss_state, init_state, shardings_of, trained_paths
 
 UNKNOWN = -1  # a newest step that has not been looked for
 _DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied", "Input/output error")
@@ -59,7 +59,9 @@ def restore_or_init(
     example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
 
     def init():
-        return init_state(model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora, config.loss)
+        return init_state(
+            model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora, init_loss_state(config)
+        )
 
     if config.lora.rank and not config.init_from:
         raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
@@ -85,8 +87,9 @@ def restore_or_init(
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}", flush=True)
     check_frozen(config, params, past, step)
-    shift = shapes.shift and mpo.Shift(*(_everywhere(np.float32(value), mesh) for value in extra["shift"]))
-    return TrainState(_everywhere(np.int32(step), mesh), params, opt_state, shift), past
+    loss_state = [_everywhere(np.float32(value), mesh) for value in extra["loss_state"]]
+    loss_state = mpo.RewardShift(*loss_state) if loss_state else ()
+    return TrainState(_everywhere(np.int32(step), mesh), params, opt_state, loss_state), past
 
 
 def check_data(config: TrainConfig, workdir: pathlib.Path, batches: Batches, step: int) -> None:
@@ -161,12 +164,18 @@ class Saver:
         self.saving: steps.Saving | None = None
         self.step = 0
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.wait()
+
     def start(self, step: int, state: TrainState, prepared: Prepared, past: Past) -> None:
         """Training may go on, and donate the state, when this returns."""
         self.wait()
         check_frozen(self.config, state.params, past, step)
         best = past.best_step if self.config.keep_best else 0
-        extra = {"past": past.saved(), "shift": [float(value) for value in state.shift], "identity": self.identity}
+        extra = {"past": past.saved(), "loss_state": [float(value) for value in state.loss_state], "identity": self.identity}
 
         def keep_also(step: int) -> bool:
             return step == best or bool(self.config.keep_every and step % self.config.keep_every == 0)

@@ -21,7 +21,7 @@ from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.training.optimizer import Optimizer, split_params
 from internvl3_jax.training.param_table import frozen_hash
-from internvl3_jax.training.step import TrainState, first_shift
+from internvl3_jax.training.step import TrainState, init_loss_state
 
 
 @dataclasses.dataclass
@@ -72,8 +72,8 @@ def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState, pa
         local = is_remote(config.init_from) or pathlib.Path(config.init_from).expanduser().exists()
         past.base_path = str(source.directory) if local else config.init_from  # a hub id
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
-    shift = jax.device_put(first_shift(config.loss), places.shift)
-    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state, shift)
+    loss_state = jax.device_put(init_loss_state(config), places.loss_state)
+    return TrainState(jax.device_put(np.int32(0), places.step), params, opt_state, loss_state)
 
 
 def open_base(config: TrainConfig, places: TrainState, name: str) -> checkpoint.Checkpoint:
