@@ -242,7 +242,7 @@ def of_first_host(count: int) -> int:
 def run(argv):
     from internvl3_jax.parallel import multihost
 
-    with multihost.together(), command_line.errors_in_one_line(ImportError):
+    with multihost.abort_together(), command_line.errors_in_one_line(ImportError):
         main(argv)
 
 

@@ -23,21 +23,30 @@ from absl import flags, logging
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.released import travelling_files
 from internvl3_jax.config import TrainConfig, to_dict
-from internvl3_jax.data.loader import Batches, Prepared
+from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.io import command_line
-from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import host_flags, multihost, sharding
-from internvl3_jax.parallel.data_shards import Placement
+from internvl3_jax.parallel.data_shards import DataShards
 from internvl3_jax.training import checks, reference_model, run_log, settings
-from internvl3_jax.training.evaluation import HeldOut
-from internvl3_jax.training.metrics import Meter
+from internvl3_jax.training.evaluation import Evaluator
+from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.optimizer import Optimizer, make_optimizer
 from internvl3_jax.training.param_table import component_table, format_table
-from internvl3_jax.training.run import UNKNOWN, Guard, Saver, Skipped, agreed_step, farewell, is_finished, restore_or_init
-from internvl3_jax.training.start import Past
+from internvl3_jax.training.run import (
+    UNKNOWN,
+    AsyncSaver,
+    FiniteCheck,
+    SkipLog,
+    agreed_step,
+    farewell,
+    is_finished,
+    restore_or_init,
+)
+from internvl3_jax.training.start import RunHistory
 from internvl3_jax.training.step import TrainState, make_model, make_step
 from internvl3_jax.training.workdir import held, named, same_run, save_config
 
@@ -51,7 +60,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint
 
 def main(argv) -> None:
     # User errors print one line; bugs keep their traceback.
-    with multihost.together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
+    with multihost.abort_together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
         run(argv)
 
 
@@ -66,7 +75,7 @@ def run(argv) -> None:
     mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
     with held(workdir) if is_first else contextlib.nullcontext():
         newest = agreed_step(workdir)
-        config = same_run(lora.resolved(chosen.config), workdir, newest)
+        config = same_run(lora.freeze_base(chosen.config), workdir, newest)
         if not is_finished(config, workdir, newest):
             if is_first:
                 print(chosen.overview(config), flush=True)
@@ -104,7 +113,7 @@ def fit(
       newest: The newest complete step of the run, None if there is none; only where `same_run` was asked already.
     """
     checks.validate(config)
-    config, mesh = lora.resolved(config), mesh or make_mesh(config)
+    config, mesh = lora.freeze_base(config), mesh or make_mesh(config)
     if newest == UNKNOWN:
         newest = agreed_step(workdir)
         config = same_run(config, workdir, newest)
@@ -123,16 +132,16 @@ class TrainingRun:
     workdir: pathlib.Path
     model: InternVL
     optimizer: Optimizer
-    loader: Batches
-    placement: Placement
+    loader: BatchLoader
+    placement: DataShards
     state: TrainState
-    history: Past
+    history: RunHistory
     ref_params: dict | None  # of MPO's reference model
-    evaluator: HeldOut | None
-    saver: Saver
-    meter: Meter
-    guard: Guard
-    skipped: Skipped
+    evaluator: Evaluator | None
+    saver: AsyncSaver
+    meter: MetricsAggregator
+    guard: FiniteCheck
+    skipped: SkipLog
     key: jax.Array
 
 
@@ -144,8 +153,8 @@ def setup(
     tokenizer = make_tokenizer(config.data)
     fingerprint(config.model, config.processor, tokenizer, config.param_dtype)  # what it refuses, the first save would refuse
     model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
-    placement = Placement(mesh, config.data)
-    loader = stack.enter_context(Batches(config.data, config.processor, tokenizer, placement.shards))
+    placement = DataShards(mesh, config.data)
+    loader = stack.enter_context(BatchLoader(config.data, config.processor, tokenizer, placement.shards))
 
     # Parameters and optimizer state
     state, history = restore_or_init(config, workdir, model, optimizer, loader, mesh, newest)
@@ -157,7 +166,7 @@ def setup(
     sources, trainable = source_names(config.data), optimizer.split(state.params)[0]
     trains_vision = "vision" in trainable or "vision" in trainable.get(lora.SUBTREE, {})
     # Tokenizer and config files of the initial checkpoint go into every saved step, so that it can be exported.
-    files = (travelling_files(find(config.init_from)) if config.init_from else {}) | tokenizer.files()
+    files = (travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}) | tokenizer.files()
     return TrainingRun(
         config,
         workdir,
@@ -168,11 +177,11 @@ def setup(
         state,
         history,
         ref_params,
-        evaluator=HeldOut(config, model, tokenizer) if config.held_out else None,
-        saver=Saver(config, workdir, placement, files, loader.identity),
-        meter=Meter(config, placement, sources, trains_vision),
-        guard=Guard(state.params, optimizer, sources),
-        skipped=Skipped(workdir, int(state.step)),
+        evaluator=Evaluator(config, model, tokenizer) if config.held_out else None,
+        saver=AsyncSaver(config, workdir, placement, files, loader.identity),
+        meter=MetricsAggregator(config, placement, sources, trains_vision),
+        guard=FiniteCheck(state.params, optimizer, sources),
+        skipped=SkipLog(workdir, int(state.step)),
         key=jax.device_put(jax.random.key(config.seed), state.step.sharding),
     )
 
@@ -185,7 +194,7 @@ def train(run: TrainingRun) -> TrainState:
     config, first, step_fn = run.config, int(run.state.step) + 1, None
     before, began = run.history.seconds, time.perf_counter()
     log = run_log.Log(run.workdir, config, first - 1, jax.process_index() == 0)
-    with log, multihost.termination() as preemption_signal, run.saver:
+    with log, multihost.preemption_signal() as preemption_signal, run.saver:
         for step in range(first, config.steps + 1):
             log.profile(step)
             prepared = next(run.loader)
@@ -196,7 +205,7 @@ def train(run: TrainingRun) -> TrainState:
             due = cadence(config, step, first)
             if due.compare:
                 compare_hosts(run, step, first, prepared)
-            multihost.at(step)
+            multihost.report_step(step)
 
             run.state, metrics = step_fn(run.state, batch, run.key, run.ref_params)
             if step == 1:
@@ -247,7 +256,7 @@ def compile_step(run: TrainingRun, batch):
     return step.lower(run.state, batch, run.key, run.ref_params).compile()
 
 
-def compare_hosts(run: TrainingRun, step: int, first: int, prepared: Prepared) -> None:
+def compare_hosts(run: TrainingRun, step: int, first: int, prepared: HostBatch) -> None:
     """Raises on every host unless all have the same configuration, data, shapes and version of JAX."""
     shapes = ", ".join(f"{name} {array.dtype}{list(array.shape[1:])}" for name, array in sorted(prepared.batch.items()))
     identity = {
@@ -257,10 +266,10 @@ def compare_hosts(run: TrainingRun, step: int, first: int, prepared: Prepared) -
         "jax": jax.__version__,
     }
     # A host with a filled cache compiles in no time, another one takes minutes.
-    multihost.check_agreement(step, identity, seconds=3600 if step == first else 300)
+    multihost.assert_same_on_all_hosts(step, identity, seconds=3600 if step == first else 300)
 
 
-def log_step(run: TrainingRun, log: run_log.Log, step: int, prepared: Prepared) -> None:
+def log_step(run: TrainingRun, log: run_log.Log, step: int, prepared: HostBatch) -> None:
     count = run.skipped.note(step, prepared)
     skipped = {"skipped": count} if count else {}
     log.write(

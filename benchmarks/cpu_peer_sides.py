@@ -92,7 +92,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     from internvl3_jax import load
     from internvl3_jax.config import UNITS
     from internvl3_jax.data.batch import Prompt
-    from internvl3_jax.inference.generator import Generator, Run, _encode
+    from internvl3_jax.inference.generator import GenerationConfig, Generator, _encode
     from internvl3_jax.inference.sampling import Sampling
 
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
@@ -106,7 +106,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     ids, text, tile = make_inputs(config.image_token_id, config.tokens_per_tile, config.vision.image_size, settings.vocabulary)
     positions = np.arange(len(ids), dtype=np.int32) * UNITS
     picture = Prompt(ids, positions, [(4, config.tokens_per_tile)], [tile])
-    run = Run(1 + settings.tokens, Sampling(), (0,), config.language.rope_scaling)
+    run = GenerationConfig(1 + settings.tokens, Sampling(), (0,), config.language.rope_scaling)
 
     def vision():
         began = time.perf_counter()

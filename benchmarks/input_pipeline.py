@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.flops import batch_counts, train_flops
@@ -51,7 +51,7 @@ def write_data(folder: pathlib.Path, count: int) -> str:
 
 def measure(config: DataConfig, batches: int, model) -> dict:
     """Samples and tiles a second over `batches` batches, after one that is not timed; and the counts of the last."""
-    with Batches(config, ProcessorConfig(), make_tokenizer(config)) as stream:
+    with BatchLoader(config, ProcessorConfig(), make_tokenizer(config)) as stream:
         next(stream)
         began, samples, tiles = time.perf_counter(), 0, 0
         for _ in range(batches):

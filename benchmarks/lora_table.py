@@ -82,7 +82,7 @@ def thinks_it_fits(kind: str, size: str, base: str) -> bool:
     from configs.lora import get_config
 
     topology = parse(CHIPS[kind])
-    config = lora.resolved(with_flags(get_config(size), SETTINGS | {"lora.quantize": base}))
+    config = lora.freeze_base(with_flags(get_config(size), SETTINGS | {"lora.quantize": base}))
     return estimate(share_of(config, topology)).peak <= topology.chip.usable
 
 

@@ -72,9 +72,9 @@ def _model(name: str, drop_path: float) -> tuple[ModelConfig, ProcessorConfig, s
         model, processor, start = SIZES[name], ProcessorConfig(), ""
     else:
         from convert.open import open_model
-        from internvl3_jax.io.checkpoint_paths import find
+        from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 
-        found = find(name)
+        found = resolve_checkpoint(name)
         opened = open_model(found)
         model, processor, start = opened.config, opened.processor, str(found)
     return dataclasses.replace(model, vision=dataclasses.replace(model.vision, drop_path=drop_path)), processor, start

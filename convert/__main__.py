@@ -24,7 +24,7 @@ from convert.run import convert
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import MERGES, with_merges
-from internvl3_jax.io.checkpoint_paths import find, find_released
+from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.io.terminal import excerpt, printable
 
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.to and options.to.startswith("peft-"):
             return export(options)
         if options.llm:
-            parts = find_released(options.llm), find_released(options.vision)
+            parts = resolve_hub_dir(options.llm), resolve_hub_dir(options.vision)
             model = open_parts(*parts, dtype, options.seed, options.allow_nonfinite)
         else:
             model = open_source(options, dtype)
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def open_source(options: argparse.Namespace, dtype: str | None):
     """SRC as a model, with the adapter of --adapter on it."""
-    directory = find(options.source)
+    directory = resolve_checkpoint(options.source)
     if options.base and options.adapter:
         raise ConversionError("--base is of a LoRA run and --adapter is put on a whole model: give one of them")
     if options.base:

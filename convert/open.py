@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl3_jax.checkpoints import storage
-from internvl3_jax.checkpoints.adapters import Adapter, adapter, check_base, describe, read_own
+from internvl3_jax.checkpoints.adapters import Adapter, adapter, check_base, describe, read_adapter
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
 from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
@@ -18,7 +18,7 @@ from internvl3_jax.checkpoints.manifest import Base, Manifest
 from internvl3_jax.checkpoints.verification import undamaged
 from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
-from internvl3_jax.io.checkpoint_paths import PEFT, find, find_released, is_checkpoint, is_peft
+from internvl3_jax.io.checkpoint_paths import PEFT, is_checkpoint, is_peft, resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.model import lora
 
 
@@ -70,7 +70,7 @@ class Adapted:
             return np.asarray(self.whole[row.target])
         leaf, pair = self.under.leaf(row, None, scratch), self.pairs.get(row.target.removesuffix("/kernel"))
         if self.base is not None and self.base.lora.quantize != "none":
-            leaf = lora.prepared_leaf(row.target, jnp.asarray(leaf), self.base.lora)  # as it was trained beside
+            leaf = lora.prepare_base_leaf(row.target, jnp.asarray(leaf), self.base.lora)  # as it was trained beside
         if pair is None and not isinstance(leaf, dict):
             return leaf
         return np.asarray(lora.merged_leaf(leaf, pair, self.target))
@@ -79,7 +79,8 @@ class Adapted:
 def open_model(
     directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False, allow_nonfinite: bool = False
 ) -> Released | Converted:
-    """Opens a directory found by `find`, and checks it completely before any array is read; a LoRA run with its adapters merged.
+    """Opens a directory that `resolve_checkpoint` found, a LoRA run with its adapters merged. It is checked completely before
+    any array is read.
 
     Args:
       dtype: to cast to; None keeps.
@@ -108,9 +109,9 @@ def open_run(
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ConversionError(f"{directory} is no LoRA run, so it has no base; leave --base out")
-    under = open_model(find(base or manifest.base.path), manifest.base.dtype, accept_fingerprint, allow_nonfinite)
+    under = open_model(resolve_checkpoint(base or manifest.base.path), manifest.base.dtype, accept_fingerprint, allow_nonfinite)
     with undamaged(directory, "full", accept_fingerprint, None):
-        own = read_own(directory)
+        own = read_adapter(directory)
     leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
     check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
     tokenizer, files = Tokenizer.from_directory(directory), under.files
@@ -125,7 +126,7 @@ def open_with_peft(
     """A model with the adapter of a PEFT directory or hub id."""
     directory = directory.expanduser()
     if not is_peft(directory):
-        directory = find_released(str(directory))
+        directory = resolve_hub_dir(str(directory))
     if not is_peft(directory):
         raise ConversionError(
             f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
@@ -143,17 +144,17 @@ def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | N
     local = pathlib.Path(source).expanduser()
     if is_peft(local):
         named = base or _base_of_peft(local)
-        model = open_model(find(named)).config
+        model = open_model(resolve_checkpoint(named)).config
         read = read_peft(local, model)
         rank = next((leaf.shape[-1] for leaf in storage.by_path(read.lora).values()), 1)  # 1: of no layer
         own, config = {lora.SUBTREE: read.lora} | read.whole, LoraConfig(rank=rank, alpha=rank)
     else:
-        directory = find(source)
+        directory = resolve_checkpoint(source)
         manifest = Manifest.read(directory) if is_checkpoint(directory) else None
         if manifest is None or manifest.base is None:
             raise ConversionError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory")
         with undamaged(directory, "full", False, None):
-            own, config, model, named = read_own(directory), manifest.base.lora, manifest.model, base or manifest.base.path
+            own, config, model, named = read_adapter(directory), manifest.base.lora, manifest.model, base or manifest.base.path
     with storage.new_directory(target, overwrite, [source]) as partial:
         return len(write_peft(partial, own, config, model, layout, named))
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from internvl3_jax.parallel import multihost, watchdog
 
 SCENARIO = sys.argv[1]
-watchdog.BEAT, watchdog.SILENT = 0.5, 2.0
+watchdog.HEARTBEAT_S, watchdog.DEAD_AFTER_S = 0.5, 2.0
 if SCENARIO == "stuck":
-    watchdog.BEHIND = 1.0
+    watchdog.STALL_WARN_S = 1.0
 
 
 def total() -> int:
@@ -30,26 +30,26 @@ def total() -> int:
 def main():
     process, last = jax.process_index(), jax.process_index() == jax.process_count() - 1
     print("sum", total(), flush=True)
-    multihost.check_agreement(1, {"batch": "4x64", "config": "abc"})
+    multihost.assert_same_on_all_hosts(1, {"batch": "4x64", "config": "abc"})
     if SCENARIO == "sigterm":
-        with multihost.termination() as stops:
+        with multihost.preemption_signal() as stops:
             for step in range(2, 10**6):
-                multihost.at(step)
+                multihost.report_step(step)
                 if step % 10 == 0:
-                    multihost.check_agreement(step, {"batch": "4x64"})
+                    multihost.assert_same_on_all_hosts(step, {"batch": "4x64"})
                 if step == 20 and last:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if stops(step):
                     print("stops at", step, flush=True)
                     sys.exit(multihost.TERMINATED)
     elif SCENARIO == "differs":
-        multihost.check_agreement(3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"})
+        multihost.assert_same_on_all_hosts(3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"})
     elif SCENARIO == "late":
         if last:
             time.sleep(60)
-        multihost.check_agreement(1200, {}, seconds=1)
+        multihost.assert_same_on_all_hosts(1200, {}, seconds=1)
     elif SCENARIO == "stuck":
-        multihost.at(4 if last else 5)
+        multihost.report_step(4 if last else 5)
         time.sleep(60)
     elif last and SCENARIO == "raises":
         sys.exit("error: data.jsonl row 7: the picture is damaged")
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     multihost.initialize(
         coordinator, int(count), int(number), start_seconds=start, heartbeat_seconds=10, give_up_seconds=give_up
     )
-    with multihost.together():
+    with multihost.abort_together():
         main()

@@ -14,8 +14,8 @@ from tiny_checkpoint import CONFIG, random_params, train_config
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.ops import context_parallel, cudnn_attention, masks
-from internvl3_jax.model.ops.attention import attention, causal, choose, platform, visibility
-from internvl3_jax.model.ops.flash_attention import blockwise
+from internvl3_jax.model.ops.attention import attention, cache_mask, causal, choose, platform
+from internvl3_jax.model.ops.flash_attention import flash_attention
 from internvl3_jax.model.ops.remat import _POLICIES
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training.step import make_model
@@ -62,12 +62,12 @@ def assert_same(got, wanted, tolerance=1e-5):
 
 def test_who_sees_whom():
     order = np.arange(3, dtype=np.int32)[None]
-    assert visibility(order, 3).dense().astype(int).tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    assert cache_mask(order, 3).dense().astype(int).tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     packed = np.asarray([[1, 1, 2, 2]])
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
     assert causal((1, 4), packed).dense().astype(int).tolist() == expected
-    assert visibility(np.arange(4, dtype=np.int32)[None], 4, packed, packed).dense().astype(int).tolist() == expected
-    assert visibility(np.asarray([[5]]), 8).dense().astype(int).tolist() == [[[1, 1, 1, 1, 1, 1, 0, 0]]]
+    assert cache_mask(np.arange(4, dtype=np.int32)[None], 4, packed, packed).dense().astype(int).tolist() == expected
+    assert cache_mask(np.asarray([[5]]), 8).dense().astype(int).tolist() == [[[1, 1, 1, 1, 1, 1, 0, 0]]]
 
 
 def test_zigzag():
@@ -86,7 +86,7 @@ def test_zigzag():
 def test_blocks_that_are_left_out_are_empty(parts):
     segments = SEGMENTS[:, masks.zigzag(LENGTH, parts)]
     mask = causal(SEGMENTS.shape, segments, parts)
-    needed = np.asarray(masks.needed_blocks(mask, 16, 32))
+    needed = np.asarray(masks.block_mask(mask, 16, 32))
     seen = np.asarray(mask.dense()).reshape(2, LENGTH // 16, 16, LENGTH // 32, 32).any(axis=(2, 4))
     assert (needed >= seen).all()
     # In the first row those of three samples, of which the causal half: a fifth of all in place of half.
@@ -109,9 +109,9 @@ CASES = {
         4,
         2,
         64,
-        lambda: visibility(np.asarray([[200], [3]], np.int32) + np.arange(70, dtype=np.int32)[None], 300),
+        lambda: cache_mask(np.asarray([[200], [3]], np.int32) + np.arange(70, dtype=np.int32)[None], 300),
     ),
-    "one token": (1, 300, 4, 2, 64, lambda: visibility(np.asarray([[299], [0]], np.int32), 300)),
+    "one token": (1, 300, 4, 2, 64, lambda: cache_mask(np.asarray([[299], [0]], np.int32), 300)),
     "tower": (145, 145, 3, 3, 64, lambda: None),
     "tower, whole blocks": (256, 256, 3, 3, 64, lambda: None),
 }
@@ -140,7 +140,7 @@ def test_xla_is_the_formula(case):
 def test_implementations_agree(function, case):
     """48: blocks of that many, which divide nothing."""
     inputs, wanted = expected(case)
-    function = named(function) if isinstance(function, str) else functools.partial(blockwise, block=function)
+    function = named(function) if isinstance(function, str) else functools.partial(flash_attention, block=function)
     assert_same(with_gradients(function, *inputs, CASES[case][-1]()), wanted)
 
 
@@ -170,7 +170,7 @@ def test_a_sample_depends_on_its_own_past_alone(function):
 @pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
 def test_a_query_without_keys_is_finite(function):
     q, k, v, gradient = arrays(1, 256, 256, 2, 2, 64)
-    nobody = visibility(np.zeros((1, 256), np.int32), 256, np.full((1, 256), 1), np.full((1, 256), 2))
+    nobody = cache_mask(np.zeros((1, 256), np.int32), 256, np.full((1, 256), 1), np.full((1, 256), 2))
     assert not nobody.dense().any()
     some = dataclasses.replace(nobody, q_segments=np.repeat([[1, 2]], 128, axis=1))
     for mask in (nobody, some):
@@ -264,7 +264,7 @@ def test_what_auto_chooses(platform, inputs, kind, wanted):
     make = {
         "packed": lambda q, k: causal(q.shape[:2], jnp.ones(q.shape[:2], jnp.int32)),
         "plain": lambda q, k: causal(q.shape[:2]),
-        "cache": lambda q, k: visibility(jnp.zeros(q.shape[:2], jnp.int32), k.shape[1]),
+        "cache": lambda q, k: cache_mask(jnp.zeros(q.shape[:2], jnp.int32), k.shape[1]),
         "tower": lambda q, k: None,
     }
     assert choose(platform, *inputs, jax.eval_shape(lambda: make[kind](*inputs)), None) == wanted
@@ -319,7 +319,7 @@ def test_every_mesh_is_one_device(function, mesh):
     """Of 14 heads on 2, which no tensor axis above 2 divides. 24: rings of blocks of that many."""
     inputs, wanted = rows(14, 2, 8)
     if function == 24:
-        ring = functools.partial(blockwise, ring=True, block=24)
+        ring = functools.partial(flash_attention, ring=True, block=24)
         function = functools.partial(context_parallel.over_mesh, ring)
     else:
         function = named(function)

@@ -88,7 +88,7 @@ def test_errors_of_candidates():
     with pytest.raises(ValueError, match="n is 0"):
         chat().candidates(REQUESTS, 0)
     with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
-        chat().generator.start([None, None], generator.Run(1, Sampling(), (0, 0, 0), "none"))
+        chat().generator.start([None, None], generator.GenerationConfig(1, Sampling(), (0, 0, 0), "none"))
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------------------------

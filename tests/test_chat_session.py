@@ -15,7 +15,7 @@ from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.inference.generator import ContextError, NotFiniteError
-from internvl3_jax.inference.text_stream import Reader
+from internvl3_jax.inference.text_stream import TextStreamer
 
 LIMIT = 12  # short answers keep prompt and answer in the smallest buckets
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)  # 3 tiles and a thumbnail; 1 tile
@@ -170,7 +170,7 @@ def test_a_stop_text_is_one_text_and_not_its_letters(chat):
     text = chat.last.text
     chat.reset()
     assert chat("Read the number.", images=[WIDE], stop=text[4:6]) == text[: text.index(text[4:6])].strip()
-    assert Reader(chat.tokenizer, "x6")._stop == ["x6"]
+    assert TextStreamer(chat.tokenizer, "x6")._stop == ["x6"]
 
 
 def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
@@ -363,7 +363,7 @@ class Spelled:
 
 def read(text, stop, flushed=""):
     """(pieces, what came at the end, ended, ids) of characters read one by one."""
-    reader = Reader(Spelled(), stop)
+    reader = TextStreamer(Spelled(), stop)
     pieces = [reader.read([token]) for token in [*map(ord, text), *(-ord(letter) for letter in flushed)]]
     last = reader.finish()
     assert reader.text == "".join(pieces) + last
@@ -389,7 +389,7 @@ def test_a_stop_text_in_the_last_unfinished_piece():
 def test_text_of_several_bytes_arrives_whole():
     tokenizer = Tokenizer.from_files(tiny_checkpoint.tokenizer_files())
     text = "Größe 数字 \U0001f600!"
-    reader = Reader(tokenizer, ["\U0001f600"])
+    reader = TextStreamer(tokenizer, ["\U0001f600"])
     pieces = [reader.read([token]) for token in tokenizer.encode(text)]
     assert "".join(pieces) == "Größe 数字 " and not any("\ufffd" in piece for piece in pieces)
     assert reader.ended and reader.finish() == ""

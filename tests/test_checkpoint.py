@@ -215,7 +215,7 @@ def test_training_state_comes_back_and_opens_as_a_model(tmp_path):
     assert restored_extra == {"step": 20, **extra, "data": data}
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "20"):
         same_tensors(leaves(load(path).params), leaves(params))
-    convert(checkpoint_paths.find(tmp_path), tmp_path / "hf", to="hf", verify=True)
+    convert(checkpoint_paths.resolve_checkpoint(tmp_path), tmp_path / "hf", to="hf", verify=True)
     same_tensors(leaves(load(tmp_path / "hf").params), leaves(params))
 
 

@@ -27,7 +27,7 @@ def test_every_size_has_every_stage(stage, size):
     still = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, drop_path=0.0))
     assert still == SIZES[size]
     make_optimizer(config.optimizer, config.steps)
-    config = lora.resolved(config)
+    config = lora.freeze_base(config)
     params = abstract_params(config.model)
     if config.lora.rank:
         params |= {"lora": jax.eval_shape(lambda: lora.init(params, config.lora, jax.random.key(0)))}

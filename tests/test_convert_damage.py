@@ -19,7 +19,7 @@ from internvl3_jax.checkpoints.hf.safetensors import INDEX, SINGLE, SafetensorsS
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.data.text.tokenizer_files import OPTIONS
 from internvl3_jax.io import unfinished
-from internvl3_jax.io.checkpoint_paths import find, find_released
+from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.io.integrity import Damaged
 
 KEY = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -278,7 +278,7 @@ def test_what_stands_for_a_file_is_named(make, message, name, sound, tmp_path):
     (released / name).unlink()
     make(released / name)
     with pytest.raises(ValueError, match=message) as caught:
-        open_model(find(released))
+        open_model(resolve_checkpoint(released))
     assert name in str(caught.value)
 
 
@@ -352,7 +352,7 @@ def test_a_hub_id_may_have_a_revision(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *names, **options: calls.append((*names, options["revision"])) or tmp_path
     )
-    assert find(name) == tmp_path
+    assert resolve_checkpoint(name) == tmp_path
     assert calls == [("owner/name", name.partition("@")[2] or None)]
 
 
@@ -363,12 +363,12 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(FileNotFoundError, match="could not be downloaded from the hub: first line second line"):
-        find("owner/name")
+        resolve_checkpoint("owner/name")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set and it is not in the cache"):
-        find_released("owner/name@main")
+        resolve_hub_dir("owner/name@main")
     with pytest.raises(FileNotFoundError, match="does not exist; give a directory"):
-        find_released("/nowhere/at/all")
+        resolve_hub_dir("/nowhere/at/all")
 
 
 def test_the_merges_of_the_slow_tokenizer_are_part_of_a_checkpoint(sound, tmp_path, capsys):

@@ -10,7 +10,7 @@ from local_processes import ROOT, Processes, free_address
 
 from internvl3_jax.parallel import multihost
 from internvl3_jax.parallel.cluster import find_environment, slurm_devices
-from internvl3_jax.parallel.watchdog import LOST
+from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST
 
 WORKER = str(ROOT / "tests/distributed_worker.py")
 HOST = socket.gethostname()
@@ -75,12 +75,12 @@ def test_differences_are_named_everywhere():
 def test_a_process_that_does_not_report_is_named():
     ours, theirs = run("late", 2)
     text = f"process 1 (host {HOST}) did not report within 1 s at step 1,200"
-    assert ours.status == theirs.status == LOST and text in ours.out and text in theirs.out, (ours, theirs)
+    assert ours.status == theirs.status == EXIT_PEER_LOST and text in ours.out and text in theirs.out, (ours, theirs)
 
 
 def test_a_process_that_holds_up_the_others_is_named():
     for process in run("stuck", 2):
-        assert process.status == LOST, process.out
+        assert process.status == EXIT_PEER_LOST, process.out
         for kind in ("warning", "error"):
             assert re.search(
                 rf"^{kind}: process 1 \(host {HOST}\) is at step 4; others have waited at step 5", process.out, re.M
@@ -89,15 +89,15 @@ def test_a_process_that_holds_up_the_others_is_named():
 
 def test_a_process_that_never_starts_ends_the_other():
     (process,) = run("missing", 2, started=1)
-    assert process.status == LOST
+    assert process.status == EXIT_PEER_LOST
     assert f"error: process 0 on {HOST}: the 2 processes found by arguments did not all come within 2 s" in process.out
 
 
 def test_a_killed_process_is_named():
     """Either the network tells at once, which becomes our error, or jax finds out by the heartbeat and aborts, after our warning."""
     ours, theirs = run("killed", 2)
-    assert theirs.status == -signal.SIGKILL and ours.status in (LOST, -signal.SIGABRT), ours.out
-    silence = "no longer answers" if ours.status == LOST else "gives no sign of life; its last was at step"
+    assert theirs.status == -signal.SIGKILL and ours.status in (EXIT_PEER_LOST, -signal.SIGABRT), ours.out
+    silence = "no longer answers" if ours.status == EXIT_PEER_LOST else "gives no sign of life; its last was at step"
     assert f"process 1 (host {HOST}) {silence}" in ours.out
 
 
@@ -193,12 +193,12 @@ def test_gpus_of_a_slurm_task(tasks, on_node, visible, local, devices):
 
 def test_a_single_process_has_nothing_to_do(capsys):
     multihost.initialize(processes=1)
-    with multihost.together():
-        multihost.at(1)
-        multihost.check_agreement(1, {"batch": "4x64"})
-    with pytest.raises(KeyError), multihost.together():
+    with multihost.abort_together():
+        multihost.report_step(1)
+        multihost.assert_same_on_all_hosts(1, {"batch": "4x64"})
+    with pytest.raises(KeyError), multihost.abort_together():
         raise KeyError("stays what it was")
-    with multihost.termination() as stops:
+    with multihost.preemption_signal() as stops:
         assert not stops(1)
         signal.raise_signal(signal.SIGTERM)
         assert stops(2)
@@ -212,7 +212,7 @@ def test_who_did_not_come(monkeypatch, capsys):
     for how, (environ, who) in by_environment.items():
         multihost._not_all_came(find_environment("", -1, -1, environ), 300)
         out, err = capsys.readouterr()
-        assert out == f"{LOST}\n" and err.startswith(
+        assert out == f"{EXIT_PEER_LOST}\n" and err.startswith(
             f"error: {who}processes found by {how} did not all come within 300 s. Look"
         )
 
@@ -222,4 +222,4 @@ def test_a_jax_that_hides_its_store_is_no_reason_to_stop(monkeypatch, capsys):
     monkeypatch.setattr(multihost, "_coordination", lambda: ("unknown", object()))
     multihost._meet(find_environment("n1:8476", 2, 0, {}), 1, 1)
     assert "hides its key-value store: hosts are not compared" in capsys.readouterr().out
-    multihost.check_agreement(1, {})
+    multihost.assert_same_on_all_hosts(1, {})

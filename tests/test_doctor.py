@@ -235,7 +235,7 @@ def test_a_row_that_trips_a_decoder_is_an_error_of_that_row(tmp_path, tokens, ca
     def trip(self, source, row, rng):
         raise {0: ZeroDivisionError, 1: MemoryError, 2: KeyError}[row]("oh\x1b")
 
-    monkeypatch.setattr("internvl3_jax.data.example.Preparer.read", trip)
+    monkeypatch.setattr("internvl3_jax.data.example.ExampleBuilder.read", trip)
     assert doctor(write_meta(tmp_path, a={"rows": [TEXT] * 3}), tokens) == 1
     shown = capsys.readouterr().out
     assert all(f"a row {row}: {name}: " in shown for row, name in enumerate(("ZeroDivisionError", "MemoryError", "KeyError")))

@@ -13,8 +13,8 @@ from official_run import official_config, write_official
 import train
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.parallel import multihost, sharding
-from internvl3_jax.training.metrics import Meter
-from internvl3_jax.training.run import Saver
+from internvl3_jax.training.metrics import MetricsAggregator
+from internvl3_jax.training.run import AsyncSaver
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the optimizer's state lies meanwhile.
@@ -27,7 +27,7 @@ PLACES = [
 
 def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     """Runs up to the step `stop`, where SIGTERM comes."""
-    add = Meter.add
+    add = MetricsAggregator.add
 
     def add_and_stop(meter, prepared, metrics):
         add(meter, prepared, metrics)
@@ -41,12 +41,12 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
     train.save_config(config, workdir)
     with monkeypatch.context() as patch:
-        start = Saver.start
+        start = AsyncSaver.start
         patch.setattr(
-            Saver, "start", lambda self, step, state, *rest: check_memory(state, memory) or start(self, step, state, *rest)
+            AsyncSaver, "start", lambda self, step, state, *rest: check_memory(state, memory) or start(self, step, state, *rest)
         )
         if stop < config.steps:
-            patch.setattr(Meter, "add", add_and_stop)
+            patch.setattr(MetricsAggregator, "add", add_and_stop)
             with pytest.raises(SystemExit) as ended:
                 train.fit(config, workdir, mesh)
             assert ended.value.code == multihost.TERMINATED

@@ -31,7 +31,7 @@ SHORT = {"data.rows": 1, "data.tokens_per_row": 4096, "data.tiles_per_row": 12}
 
 def shared(size="8b", **flags):
     config = advice.with_flags(adapters(size), SHORT | flags)
-    return share_of(lora.resolved(config), ONE)
+    return share_of(lora.freeze_base(config), ONE)
 
 
 def test_what_is_held_is_the_base_and_the_adapters():
@@ -50,7 +50,7 @@ def test_fewer_bits_take_less():
     peaks = {kind: estimate(shared(**{"lora.quantize": kind})).peak / GB for kind in ("none", "int8", "nf4")}
     whole = estimate(share_of(advice.with_flags(finetune("8b"), SHORT), ONE)).peak / GB
     assert whole > 100 and peaks["none"] > peaks["int8"] + 5 and peaks["int8"] > peaks["nf4"] + 2.5
-    changes = advice.changes(lora.resolved(advice.with_flags(adapters("8b"), SHORT)), ONE, estimate(shared()))
+    changes = advice.changes(lora.freeze_base(advice.with_flags(adapters("8b"), SHORT)), ONE, estimate(shared()))
     assert {"lora.quantize": "nf4"} in [change.flags for change in changes]
 
 
@@ -79,7 +79,7 @@ def test_a_programs_arguments_are_known_exactly(quantize):
     """Compiled for this machine; the step is train.py's."""
     settings = LoraConfig(rank=4, targets=("language/layers/.*", "vision/layers/fc1"), dropout=0.1, quantize=quantize)
     config = dataclasses.replace(train_config(), lora=settings, param_dtype="bfloat16", mesh=MeshConfig(fsdp=1))
-    config = lora.resolved(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw")))
+    config = lora.freeze_base(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw")))
     assert config.model == CONFIG
     lowered = lower_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
     compiled = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
@@ -96,7 +96,7 @@ def test_the_analysis_agrees_with_every_row_of_the_table():
     apart, changed = {}, []
     for name, row in rows.items():
         kind, size, base = name.split(":")
-        config = lora.resolved(advice.with_flags(adapters(size), table.SETTINGS | {"lora.quantize": base}))
+        config = lora.freeze_base(advice.with_flags(adapters(size), table.SETTINGS | {"lora.quantize": base}))
         if estimate(share_of(config, parse(table.CHIPS.get(kind, table.GPU)))).peak != row["analysis"]["peak"]:
             changed.append(name)
         if not row["compiler"]["refused"]:

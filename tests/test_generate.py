@@ -13,7 +13,7 @@ from internvl3_jax.config import UNITS, MeshConfig
 from internvl3_jax.data.batch import Prompt, join_tiles
 from internvl3_jax.data.media.tiles import cut_tiles
 from internvl3_jax.inference import generator as generator_module
-from internvl3_jax.inference.generator import ContextError, Generator, Run, bucket, tile_pieces
+from internvl3_jax.inference.generator import ContextError, GenerationConfig, Generator, bucket, tile_pieces
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.model import kv_cache
 from internvl3_jax.model.internvl import InternVL
@@ -30,8 +30,8 @@ def generator(stop_ids=()) -> Generator:
     return Generator(CONFIG, PARAMS, stop_ids=stop_ids)
 
 
-def make_run(rows=1, limit=20, seeds=None, **sampling) -> Run:
-    return Run(limit, Sampling(**sampling), seeds or (0,) * rows, "none")
+def make_run(rows=1, limit=20, seeds=None, **sampling) -> GenerationConfig:
+    return GenerationConfig(limit, Sampling(**sampling), seeds or (0,) * rows, "none")
 
 
 def make_prompt(pictures=(), seed=0, text=5) -> Prompt:
@@ -214,7 +214,7 @@ def test_prompts_beyond_the_context_are_refused():
 
 def test_dynamic_scaling_makes_room():
     config = dataclasses.replace(CONFIG, language=dataclasses.replace(LANGUAGE, rope_scaling="dynamic", rope_factor=2.0))
-    run = Run(20, Sampling(), (0,), "dynamic")
+    run = GenerationConfig(20, Sampling(), (0,), "dynamic")
     stretched = Generator(config, PARAMS)
     stretched.check_room(make_prompt(text=2 * LANGUAGE.max_position - 20), run)
     with pytest.raises(ContextError, match="the model knows 4,096"):

@@ -16,7 +16,7 @@ from internvl3_jax.checkpoints import adapters, storage
 from internvl3_jax.checkpoints.adapters import Adapter
 from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import language, lora, vision
 from internvl3_jax.model.internvl import InternVL, abstract_params
@@ -58,7 +58,7 @@ def test_new_adapters_change_nothing():
     new = params | {lora.SUBTREE: lora.init(params, SETTINGS, jax.random.key(0))}
     expected = logits(CONFIG, {"params": params}, batch(2))
     np.testing.assert_array_equal(logits(CONFIG, lora.variables(new, SETTINGS), batch(2)), expected)
-    np.testing.assert_array_equal(logits(CONFIG, lora.variables(lora.without(adapted()), SETTINGS), batch(2)), expected)
+    np.testing.assert_array_equal(logits(CONFIG, lora.variables(lora.base_params(adapted()), SETTINGS), batch(2)), expected)
 
 
 def test_a_is_drawn_as_peft_draws_it():
@@ -79,10 +79,10 @@ def test_merged_is_the_same_model(style, rslora):
     settings = dataclasses.replace(SETTINGS, rslora=rslora)
     params = adapted(style)
     merged = lora.merged(params, settings)
-    assert jax.tree.structure(merged) == jax.tree.structure(lora.without(params))
+    assert jax.tree.structure(merged) == jax.tree.structure(lora.base_params(params))
     found = logits(STYLES[style], {"params": merged}, batch(2))
     expected = logits(STYLES[style], lora.variables(params, settings), batch(2))
-    base = logits(STYLES[style], {"params": lora.without(params)}, batch(2))
+    base = logits(STYLES[style], {"params": lora.base_params(params)}, batch(2))
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
     assert np.abs(expected - base).max() > 1
     scale = 6 / 3**0.5 if rslora else 2
@@ -102,7 +102,7 @@ def test_dropout_drops_inputs_of_adapters_in_training_alone():
         return InternVL(CONFIG).apply(variables, tiles, rngs={"dropout": key}, method=InternVL.encode)
 
     plain = encode(lora.variables(params, settings), jax.random.key(0))
-    base = InternVL(CONFIG).apply({"params": lora.without(params)}, tiles, method=InternVL.encode)
+    base = InternVL(CONFIG).apply({"params": lora.base_params(params)}, tiles, method=InternVL.encode)
     training = jax.jit(jax.vmap(functools.partial(encode, lora.variables(params, settings, training=True))))
     draws = np.asarray(training(jax.random.split(jax.random.key(1), 1000))) - np.asarray(base)
     spread = np.std(draws, axis=0)
@@ -118,7 +118,7 @@ def test_dropout_drops_inputs_of_adapters_in_training_alone():
 def step_of(settings, optimizer=None, params=None, mesh=None, **options):
     """(first state, updated state, metrics, optimizer); the optimizer is AdamW if none is given."""
     learning = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
-    config = lora.resolved(dataclasses.replace(train_config(), optimizer=learning, lora=settings))
+    config = lora.freeze_base(dataclasses.replace(train_config(), optimizer=learning, lora=settings))
     made = make_optimizer(config.optimizer, 10)
     optimizer = optimizer._replace(split=made.split) if optimizer else made
     params = params or adapted(settings=settings)
@@ -191,7 +191,7 @@ def test_every_parameter_matches_one_rule(size, quantized):
     base = abstract_params(SIZES[size], jnp.bfloat16)
     settings = dataclasses.replace(SETTINGS, rank=16, quantize=quantized)
     shapes = jax.eval_shape(
-        lambda base: lora.prepared(base, settings) | {"lora": lora.init(base, settings, jax.random.key(0))}, base
+        lambda base: lora.prepare_base(base, settings) | {"lora": lora.init(base, settings, jax.random.key(0))}, base
     )
     for name in storage.by_path(shapes):
         assert sum(bool(re.fullmatch(pattern, name)) for pattern, _ in sharding.RULES) == 1, name
@@ -229,7 +229,7 @@ def test_the_generation_layout_computes_the_same(settings, fused):
     params = adapted(settings=settings)
     scaled = lora.scaled(params["lora"], settings)
     tower, decoder = vision.unroll(params["vision"], CONFIG.vision), language.unroll(params["language"], CONFIG.language, fused)
-    unrolled = lora.without(params) | {"vision": tower, "language": decoder}
+    unrolled = lora.base_params(params) | {"vision": tower, "language": decoder}
     unrolled |= {"lora": adapters.unroll(scaled, CONFIG, fused, True)}
     model = InternVL(CONFIG, unrolled=True, unrolled_vision=True, fused=fused)
     found = jax.jit(model.apply)(lora.variables(unrolled), batch(2))
@@ -251,7 +251,7 @@ def test_one_generator_answers_with_each_adapter():
         "two": Adapter(lora.scaled(adapted(settings=SOME, seed=2)["lora"], SOME)),
     }
     generator = Generator(CONFIG, params, named_adapters=named)
-    run = Run(6, Sampling(), (0,), "none")
+    run = GenerationConfig(6, Sampling(), (0,), "none")
     expected = {None: Generator(CONFIG, params)}
     for name, adapter in named.items():
         expected[name] = Generator(CONFIG, lora.merged(params | adapter.whole | {"lora": adapter.lora}))
@@ -282,7 +282,7 @@ def test_one_generator_answers_with_each_adapter():
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        lora.resolved(dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, **changes)))
+        lora.freeze_base(dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_patterns_that_match_nothing_or_twice(changes, message):
 
 def test_what_is_frozen_follows_from_the_settings():
     config = dataclasses.replace(train_config(), lora=dataclasses.replace(SOME, full=("projector/.*", "language/norm/scale")))
-    assert lora.resolved(train_config()) == train_config()
-    resolved = lora.resolved(config)
-    assert lora.resolved(resolved) == resolved
+    assert lora.freeze_base(train_config()) == train_config()
+    resolved = lora.freeze_base(config)
+    assert lora.freeze_base(resolved) == resolved
     paths = storage.by_path(adapted(settings=SOME))
     trained = {path for path in paths if not re.fullmatch(resolved.optimizer.freeze[0], path)}
     assert trained == {path for path in paths if path.startswith(("lora/", "projector/")) or path == "language/norm/scale"}

@@ -13,9 +13,9 @@ from configs.finetune import get_config as finetune
 from internvl3_jax import load
 from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.config import OptimizerConfig
-from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
-from internvl3_jax.training.start import alive
+from internvl3_jax.training.start import reinit_dead_ranks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)
@@ -44,7 +44,7 @@ def test_a_base_may_move_and_a_run_that_is_one_may_go_on(base, tmp_path):  # noq
     config = short(tmp_path / "sft")
     whole = jax.device_get(start(config, tmp_path / "lora"))
     save_other(base, tmp_path / "sft" / "checkpoints" / "2")
-    assert find(tmp_path / "sft").name == "2"
+    assert resolve_checkpoint(tmp_path / "sft").name == "2"
     shutil.rmtree(tmp_path / "lora" / "checkpoints" / "2")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "lora")), whole)
     assert load(tmp_path / "lora").config == load(base).config
@@ -75,7 +75,7 @@ def test_what_adapters_train_is_not_frozen(base, tmp_path):  # noqa: F811
             start(config, tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match="lora.targets is empty"):
-        lora.resolved(config_of(base, lora=dataclasses.replace(LORA, targets=())))
+        lora.freeze_base(config_of(base, lora=dataclasses.replace(LORA, targets=())))
 
 
 def test_an_adapter_wants_the_processor_that_it_was_trained_with(run, base, tmp_path, caplog):  # noqa: F811
@@ -96,7 +96,7 @@ def test_an_adapter_in_a_dtype_that_cannot_be_compared(base, tmp_path, caplog): 
 
 
 def test_a_recipe_of_a_run_starts_from_its_merged_model(run):  # noqa: F811
-    assert finetune(str(run[0])).init_from == str(find(run[0]))
+    assert finetune(str(run[0])).init_from == str(resolve_checkpoint(run[0]))
 
 
 def test_no_part_of_an_adapter_stands_still_for_ever():
@@ -106,7 +106,7 @@ def test_no_part_of_an_adapter_stands_still_for_ever():
     a[2, :, 1], b[2, 1] = 0, 0  # one of a lower rank
     b[0, 0] = 0  # as it begins: this learns
     leaves = {"lora/q/a": jnp.asarray(a), "lora/q/b": jnp.asarray(b), "projector/fc1/kernel": jnp.zeros((2, 2))}
-    found = alive(leaves, {"lora/q/a": jnp.asarray(drawn)})
+    found = reinit_dead_ranks(leaves, {"lora/q/a": jnp.asarray(drawn)})
     expected = a.copy()
     expected[1], expected[2, :, 1] = drawn[1], drawn[2, :, 1]
     np.testing.assert_allclose(found["lora/q/a"], expected, rtol=1e-6)

@@ -24,7 +24,7 @@ from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
-from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.parallel import sharding
 
@@ -47,7 +47,7 @@ def config_of(base, **changes):
 
 
 def start(config, workdir):
-    config = lora.resolved(config)
+    config = lora.freeze_base(config)
     train.save_config(config, workdir)
     return train.fit(config, workdir, ONE_DEVICE)
 
@@ -66,7 +66,7 @@ def losses(workdir):
 
 def test_a_checkpoint_holds_what_was_trained(run, base):
     workdir, params = run
-    step = find(workdir)
+    step = resolve_checkpoint(workdir)
     stored = storage.leaf_infos(step / "params")
     assert {path.split("/")[0] for path in stored} == {"lora", "projector"}
     state = jax.tree.leaves_with_path(storage.ocp.metadata(step / "opt_state").metadata)

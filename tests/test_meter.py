@@ -14,7 +14,7 @@ from tiny_checkpoint import CONFIG, train_config
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.flops import batch_counts, forward_flops, train_flops
-from internvl3_jax.training.metrics import Meter
+from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.run_log import Log
 
 
@@ -62,7 +62,7 @@ def test_what_a_batch_holds():
 def test_a_row_is_the_mean_since_the_last():
     config = dataclasses.replace(train_config(), steps=10)
     placement = types.SimpleNamespace(counted=lambda batch: batch)
-    meter = Meter(config, placement, ["a", "b", "c"], True)
+    meter = MetricsAggregator(config, placement, ["a", "b", "c"], True)
     prepared = types.SimpleNamespace(batch=example_batch(), waited=0.0)
     for step in (1, 2):
         sums = {"source_loss": np.array([2.0 * step, 0, 3]), "source_weight": np.array([1.0, 0, 2])}

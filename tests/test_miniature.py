@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 from configs.miniature import get_config
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
@@ -86,7 +86,7 @@ def test_the_tokenizer_is_the_recipes(data):
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_the_pipeline_reads_what_is_written(data, stage):
     settings = config(data, stage)
-    with Batches(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")) as batches:
+    with BatchLoader(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")) as batches:
         found = [next(batches) for _ in range(8)]
     assert all(item.skipped_count == 0 and item.batch["tiles"].any() for item in found)
     names = list(json.loads((data / f"{stage}.json").read_text()))
@@ -98,7 +98,7 @@ def test_the_pipeline_reads_what_is_written(data, stage):
 
 def test_every_held_out_and_long_row_can_be_used(example, data):
     settings = config(data, "sft")
-    preparer = example.score.Preparer(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer"))
+    preparer = example.score.ExampleBuilder(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer"))
     for meta in ("held_out", "long"):
         for source in example.score.open_sources(dataclasses.replace(settings.data, source=str(data / f"{meta}.json"))):
             for row in range(len(source)):

@@ -13,7 +13,7 @@ from grain.experimental import assert_equal_output_after_checkpoint
 from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.packing import RULES, Packer, choose
 from internvl3_jax.data.pipeline import make_tokenizer
 
@@ -171,7 +171,7 @@ def test_the_state_of_a_packed_stream_resumes_exactly(rule):
 def batches(own=None, **changes):
     config = train_config()
     data = dataclasses.replace(config.data, **changes)
-    return Batches(data, PROCESSOR, make_tokenizer(data), own)
+    return BatchLoader(data, PROCESSOR, make_tokenizer(data), own)
 
 
 @functools.cache

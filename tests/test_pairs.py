@@ -13,11 +13,11 @@ from tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
 
 from internvl3_jax.config import LossConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.training import mpo
-from internvl3_jax.training.evaluation import HeldOut
+from internvl3_jax.training.evaluation import Evaluator
 from internvl3_jax.training.losses import cross_entropy
 from internvl3_jax.training.objective import MpoLoss
 from internvl3_jax.training.optimizer import make_optimizer
@@ -50,7 +50,7 @@ def pairs_config(folder, **data):
 
 
 def batch_of(config):
-    with Batches(config.data, config.processor, make_tokenizer(config.data)) as batches:
+    with BatchLoader(config.data, config.processor, make_tokenizer(config.data)) as batches:
         prepared = next(batches)
     return prepared.batch
 
@@ -137,13 +137,13 @@ def test_what_is_no_pair_is_named(tmp_path, row, message):
     meta = write_meta(tmp_path, bad={"rows": [row]})
     config = train_config()
     data = dataclasses.replace(config.data, source=meta, pairs=True)
-    with Batches(data, config.processor, make_tokenizer(data)) as batches, pytest.raises(SampleError, match=message):
+    with BatchLoader(data, config.processor, make_tokenizer(data)) as batches, pytest.raises(SampleError, match=message):
         next(batches)
 
 
 def test_a_pair_is_not_for_next_token_training(folder):
     data = dataclasses.replace(pairs_config(folder).data, pairs=False)
-    with Batches(data, PROCESSOR, make_tokenizer(data)) as batches, pytest.raises(SampleError, match="a pair of answers"):
+    with BatchLoader(data, PROCESSOR, make_tokenizer(data)) as batches, pytest.raises(SampleError, match="a pair of answers"):
         next(batches)
 
 
@@ -261,7 +261,7 @@ def test_a_reference_computed_beforehand_is_the_same(both):
 def test_held_out_pairs_have_the_numbers_of_the_train_step(folder):
     config = pairs_config(folder, deltas=("1",))
     config = dataclasses.replace(config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7)
-    held_out = HeldOut(config, MODEL, make_tokenizer(config.data))
+    held_out = Evaluator(config, MODEL, make_tokenizer(config.data))
     found = held_out.losses(PARAMS, mpo.init_reward_shift(), OTHER)
     each = [descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches]
     counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in held_out.batches]

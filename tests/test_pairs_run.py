@@ -16,7 +16,7 @@ from tiny_checkpoint import PROCESSOR
 import train
 from internvl3_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.data.reference_table import ReferenceTable
 from internvl3_jax.model import lora
@@ -76,7 +76,7 @@ def losses_of(workdir):
 def test_adapters_are_compared_with_their_base(tmp_path):
     """Without a second model: as if the base were named as one. The run goes on exactly."""
     adapters = LoraConfig(rank=2, alpha=8.0, targets=("language/layers/(q|v|down)",))
-    config = lora.resolved(run_config(tmp_path, lora=adapters, steps=4, save_every=2, keep=5))
+    config = lora.freeze_base(run_config(tmp_path, lora=adapters, steps=4, save_every=2, keep=5))
     named = dataclasses.replace(config, loss=dataclasses.replace(LOSS, reference=config.init_from))
     assert not mpo.needs_model(config) and mpo.needs_model(named)
     whole = train.fit(config, make(tmp_path / "base", config), ONE_DEVICE)
@@ -145,7 +145,7 @@ def test_a_reference_file_of_something_else_is_refused(tmp_path):
         train.fit(cached, make(tmp_path / "other", cached), ONE_DEVICE)
     data = dataclasses.replace(cached.data, deltas=("1/8",))
     with (
-        Batches(data, PROCESSOR, make_tokenizer(data)) as batches,
+        BatchLoader(data, PROCESSOR, make_tokenizer(data)) as batches,
         pytest.raises(SampleError, match="of this pair as it is now"),
     ):
         next(batches)

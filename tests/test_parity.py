@@ -13,7 +13,7 @@ from internvl3_jax.checkpoints.hf.assemble import params_from_tensors
 from internvl3_jax.checkpoints.hf.config import from_hf
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.projector import pixel_shuffle
@@ -145,7 +145,7 @@ def test_greedy_tokens(family):
 
 
 def greedy(limit, rows, config):
-    return Run(limit, Sampling(), (0,) * rows, config.language.rope_scaling)
+    return GenerationConfig(limit, Sampling(), (0,) * rows, config.language.rope_scaling)
 
 
 def as_prompt(config, batch, tiles_per_picture, deltas=None):

@@ -163,7 +163,7 @@ def test_what_is_written_is_read_again(layout, tmp_path):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapter.lora, lora.scaled(own[lora.SUBTREE], settings)
     )
-    jax.tree.map(np.testing.assert_array_equal, adapter.whole, lora.without(own))
+    jax.tree.map(np.testing.assert_array_equal, adapter.whole, lora.base_params(own))
 
 
 def test_three_adapters_of_the_towers_qkv_become_one_of_three_times_the_rank(tmp_path):

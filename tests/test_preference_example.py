@@ -9,7 +9,7 @@ import pytest
 
 from configs.preference import LOSSES, get_config
 from internvl3_jax.config import DataConfig
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def test_the_longest_pairs_fit_a_row(example, tmp_path, loss, monkeypatch):
     config = get_config(loss)
     values = vars(config.data) | {"source": str(tmp_path / "pairs.json"), "tokenizer": str(ROOT / config.data.tokenizer)}
     data = DataConfig(**values)
-    with Batches(data, config.processor, make_tokenizer(data)) as batches:
+    with BatchLoader(data, config.processor, make_tokenizer(data)) as batches:
         assert next(batches).batch["answers"].max() >= 2
 
 

@@ -5,7 +5,7 @@ import pytest
 from official_data import PROCESSOR, data_config, encoded, picture, tokenizer, turns, write_meta
 from PIL import Image
 
-from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.sources.catalog import open_sources
 
 pytestmark = pytest.mark.smoke
@@ -15,7 +15,7 @@ def sample(folder, row, **settings):
     """The sample of a row, with PROCESSOR, whose own tile rule is the one of inference here."""
     config = data_config(write_meta(folder, a={"rows": [row]}), **settings)
     processor = type(PROCESSOR)(image_size=16, tokens_per_tile=4, max_tiles=4, system_message=None)
-    return Preparer(config, processor, tokenizer()).sample(open_sources(config)[0], 0, np.random.default_rng(0))
+    return ExampleBuilder(config, processor, tokenizer()).sample(open_sources(config)[0], 0, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
 from internvl3_jax.inference.chat import Answer
 from internvl3_jax.reward import make_process_labels
 from internvl3_jax.reward.make_process_labels import Settings, keep_whole, label, main, run
-from internvl3_jax.reward.questions import Question, marked, read_questions
+from internvl3_jax.reward.questions import Question, read_questions, with_fingerprint
 
 
 class Solver:
@@ -104,7 +104,7 @@ def questions_file(folder, count: int = 3):
 
 def test_goes_on_behind_the_last_whole_question(tmp_path):
     settings = Settings(**(SMALL | {"batch_size": 3}))
-    questions = marked(read_questions(questions_file(tmp_path)), settings, "")
+    questions = with_fingerprint(read_questions(questions_file(tmp_path)), settings, "")
     # A line separator of Unicode is none of JSON's.
     solver = Solver({question.question: ["x\u2028\n\nAnswer: 6", "wrong\n\nAnswer: 7"] for question in questions})
     output = tmp_path / "labels.jsonl"
@@ -121,7 +121,7 @@ def test_goes_on_behind_the_last_whole_question(tmp_path):
         keep_whole(output, questions[1:])
     for other in (Settings(**SMALL, threshold=0.5), settings):
         with pytest.raises(ValueError, match="or of another --checkpoint or other settings"):
-            keep_whole(output, marked(questions, other, "another"))
+            keep_whole(output, with_fingerprint(questions, other, "another"))
     for foreign in ("{}\n", "notes", '{"id": 5, "x": 1}', '{"id": 0}\n'):
         output.write_text(foreign)
         with pytest.raises(ValueError, match="name another --output"):

@@ -12,7 +12,7 @@ import pytest
 from configs.process_reward import STAGES, get_config
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.critic_format import critic_messages, split_steps
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def test_the_recipes_take_the_data(stage, data):
     config = get_config(stage)
     values = vars(config.data) | {"source": str(data / f"{stage}.json"), "tokenizer": str(ROOT / "examples" / "tiny_digits")}
     settings = DataConfig(**(values | {"packing_buffer": 4}))
-    with Batches(settings, config.processor, make_tokenizer(settings)) as batches:
+    with BatchLoader(settings, config.processor, make_tokenizer(settings)) as batches:
         batch = next(batches).batch
     assert (batch["segments"] > 0).mean() > 0.5 and (batch["loss_weights"] > 0).any()
 

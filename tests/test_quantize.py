@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def prepared(kind, params=None):
     settings = dataclasses.replace(SETTINGS, quantize=kind)
     params = random_params(CONFIG) if params is None else params
-    return settings, lora.prepared(params, settings) | {lora.SUBTREE: drawn(params)}
+    return settings, lora.prepare_base(params, settings) | {lora.SUBTREE: drawn(params)}
 
 
 @pytest.mark.parametrize(("kind", "error", "bits"), [("int8", 0.01, 8.2), ("nf4", 0.1, 4.6)])
@@ -58,7 +58,7 @@ def test_the_model_computes_with_the_matrices_that_are_kept(kind):
     """As one whose matrices are those, unpacked; and merging unpacks and adds."""
     settings, params = prepared(kind)
     found = logits(CONFIG, lora.variables(params, settings), batch(2))
-    unpacked = lora.merged(lora.without(params))
+    unpacked = lora.merged(lora.base_params(params))
     expected = logits(CONFIG, lora.variables(unpacked | {lora.SUBTREE: params[lora.SUBTREE]}, settings), batch(2))
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
     merged = lora.merged(params, settings)
@@ -70,7 +70,7 @@ def test_training_beside_four_bits():
     """The same update as beside the unpacked matrices, which do not change; on devices that split them, too."""
     settings, params = prepared("nf4")
     before, after, metrics, _ = step_of(settings, params=params, mesh=sharding.make_mesh(MESHES["all"]))
-    unpacked = lora.merged(lora.without(params)) | {lora.SUBTREE: params[lora.SUBTREE]}
+    unpacked = lora.merged(lora.base_params(params)) | {lora.SUBTREE: params[lora.SUBTREE]}
     _, _, expected, _ = step_of(SETTINGS, params=unpacked, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     assert_close(jax.device_get(metrics), jax.device_get(expected))
     changed = [path for path, leaf in by_path(after.params).items() if (leaf != by_path(before.params)[path]).any()]
@@ -80,7 +80,7 @@ def test_training_beside_four_bits():
 def test_what_8b_takes():
     """Half a byte a parameter and a little, but for embedding, head and the small ones, which stay in bfloat16."""
     base = abstract_params(SIZES["8b"], jnp.bfloat16)
-    few = jax.eval_shape(lambda base: lora.prepared(base, dataclasses.replace(SETTINGS, quantize="nf4")), base)
+    few = jax.eval_shape(lambda base: lora.prepare_base(base, dataclasses.replace(SETTINGS, quantize="nf4")), base)
     sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e9 for tree in (base, few)]
     assert sizes == pytest.approx([15.9, 6.1], rel=0.02)
 
@@ -89,5 +89,5 @@ def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     config = dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, quantize="int8"))
     with pytest.raises(ImportError, match=r"lora.quantize needs qwix: pip install -e '\.\[quant\]'"):
-        lora.resolved(config)
-    lora.resolved(dataclasses.replace(config, lora=SETTINGS))
+        lora.freeze_base(config)
+    lora.freeze_base(dataclasses.replace(config, lora=SETTINGS))

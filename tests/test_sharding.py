@@ -113,7 +113,7 @@ def test_a_gradient_lies_where_its_parameter_does(width, axes):
     place = jax.NamedSharding(mesh, sharding.spec(path, kernel.shape, mesh))
     assert place.spec[0] == axes
     with jax.set_mesh(mesh):
-        slope = jax.jit(jax.grad(lambda kernel, x: (x @ sharding.gathered(kernel, path)).sum()))
+        slope = jax.jit(jax.grad(lambda kernel, x: (x @ sharding.all_gather_weight(kernel, path)).sum()))
         found = slope(jax.device_put(kernel, place), jnp.ones((8, width)))
     assert found.sharding.is_equivalent_to(place, 2)
 

@@ -21,8 +21,8 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io.safe_files import FileError, InUse
 from internvl3_jax.parallel import multihost
 from internvl3_jax.training import run, run_log, workdir
-from internvl3_jax.training.run import Skipped, farewell, is_finished
-from internvl3_jax.training.start import Past
+from internvl3_jax.training.run import SkipLog, farewell, is_finished
+from internvl3_jax.training.start import RunHistory
 
 pytestmark = pytest.mark.smoke
 
@@ -213,7 +213,7 @@ def test_reasons_are_noted_once(tmp_path):
     path = tmp_path / "skipped.txt"
     path.write_bytes(b"of an earlier version\n3\tearly\n5\tlate\n5\tto")
     (tmp_path / "skipped.1.txt").write_bytes(b"3\tother\n5\tgone\n")
-    skipped = Skipped(tmp_path, 4)
+    skipped = SkipLog(tmp_path, 4)
     assert path.read_text() == "of an earlier version\n3\tearly\n" and (tmp_path / "skipped.1.txt").read_text() == "3\tother\n"
     prepared = types.SimpleNamespace(skipped=["early", "late", "of an earlier version", "two\nlines"], skipped_count=4)
     assert skipped.note(6, prepared) == 4
@@ -270,11 +270,11 @@ def test_a_step_says_what_its_data_were(tmp_path):
 
 @pytest.mark.parametrize("best", [math.inf, 1.5])
 def test_what_a_run_remembers_comes_back(best):
-    past = Past(seconds=3.0, best=best, best_step=4, frozen="x")
-    assert Past.of_saved(json.loads(json.dumps(past.saved(), allow_nan=False))) == past
-    assert Past.of_saved(json.loads(json.dumps(dataclasses.asdict(past)))) == past, "as earlier versions wrote it"
+    past = RunHistory(seconds=3.0, best=best, best_step=4, frozen="x")
+    assert RunHistory.of_saved(json.loads(json.dumps(past.saved(), allow_nan=False))) == past
+    assert RunHistory.of_saved(json.loads(json.dumps(dataclasses.asdict(past)))) == past, "as earlier versions wrote it"
     with pytest.raises(ConfigError, match="past.best_step is the text '4'; expected a whole number"):
-        Past.of_saved(past.saved() | {"best_step": "4"})
+        RunHistory.of_saved(past.saved() | {"best_step": "4"})
 
 
 def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step(number, capfd):
-    with multihost.termination() as stops:
+    with multihost.preemption_signal() as stops:
         assert not stops(1)
         os.kill(os.getpid(), number)
         assert stops(2) == number

@@ -18,9 +18,9 @@ from internvl3_jax.data.batch import Prompt, make_prompt
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
 
 from examples.tiny_digits.recipe.data import iou
-from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.sources.catalog import open_sources
-from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.positions import parse_delta
 
@@ -41,7 +41,7 @@ def score(checkpoint: Checkpoint, meta: str, deltas: Sequence[str], most: int | 
         stop_ids=[checkpoint.tokenizer.token_id(token) for token in checkpoint.processor.stop_tokens],
     )
     data = DataConfig(source=meta)
-    preparer = Preparer(data, checkpoint.processor, checkpoint.tokenizer)
+    preparer = ExampleBuilder(data, checkpoint.processor, checkpoint.tokenizer)
     scores: dict[str, dict[str, dict]] = {delta: {} for delta in deltas}
     for source in open_sources(data):
         for task, rows in rows_by_task(source, most).items():
@@ -68,7 +68,7 @@ def rows_by_task(source, most: int | None = None) -> dict[str, list[int]]:
     return {task: rows[:most] for task, rows in found.items()}
 
 
-def read(preparer: Preparer, source, row: int) -> tuple[list[dict], list[np.ndarray]]:
+def read(preparer: ExampleBuilder, source, row: int) -> tuple[list[dict], list[np.ndarray]]:
     """(messages, tiles u8[n,S,S,3] of each picture) of a row."""
     conversation = preparer.read(source, row, np.random.default_rng(0))
     return conversation.messages, [preparer.cut(picture, conversation) for picture in conversation.pictures]
@@ -85,7 +85,7 @@ def answer(checkpoint: Checkpoint, generator: Generator, prompts: Sequence[Promp
     answers = []
     for start in range(0, len(prompts), size):
         part = prompts[start : start + size]
-        run = Run(LONGEST, Sampling(), (0,) * len(part), "none")  # V2PE switches dynamic NTK off
+        run = GenerationConfig(LONGEST, Sampling(), (0,) * len(part), "none")  # V2PE switches dynamic NTK off
         answers += [checkpoint.tokenizer.decode(ids).strip() for ids in generator.generate(part, run)]
     return answers
 

@@ -109,14 +109,14 @@ def ask(folder: pathlib.Path, model: str) -> None:
 def summarise(folder: pathlib.Path) -> str:
     """Writes results.json, results.md and curves.png; returns the text of results.md."""
     from internvl3_jax.reward.make_pairs import summary
-    from internvl3_jax.reward.questions import states
+    from internvl3_jax.reward.questions import is_correct
 
     seeds = sorted(path for path in folder.glob("seed_*") if (path / "answers_mpo.jsonl").exists())
     right = {model: [] for model in MODELS}
     for seed in seeds:
         for model in MODELS:
             rows = [json.loads(line) for line in (seed / f"answers_{model}.jsonl").read_text().splitlines()]
-            right[model].append(sum(states(row["text"], row["answer"]) for row in rows) / len(rows))
+            right[model].append(sum(is_correct(row["text"], row["answer"]) for row in rows) / len(rows))
     logs = {
         loss: [[json.loads(line) for line in (seed / loss / "log.jsonl").read_text().splitlines()] for seed in seeds]
         for loss in ("mpo", "generation")

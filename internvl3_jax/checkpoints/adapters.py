@@ -37,7 +37,7 @@ class Adapter:
 # --- of a run --------------------------------------------------------------------------------------------------------------------
 
 
-def read_own(directory: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> dict:
+def read_adapter(directory: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> dict:
     """What a step of a LoRA run holds: the subtree "lora", and parameters that were trained whole."""
     shapes = storage.nest(dict(storage.leaf_infos(directory / "params")))
     if mesh is not None:
@@ -45,14 +45,14 @@ def read_own(directory: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> 
     return storage.load_tree(directory / "params", shapes)
 
 
-def put_on(params: dict, own: dict, base: Base) -> dict:
+def attach(params: dict, own: dict, base: Base) -> dict:
     """The run's whole tree, as it trains, of the base's parameters and what it holds itself."""
-    return storage.nest(storage.by_path(lora.prepared(params, base.lora)) | storage.by_path(own))
+    return storage.nest(storage.by_path(lora.prepare_base(params, base.lora)) | storage.by_path(own))
 
 
 def adapter(own: dict, config: LoraConfig) -> Adapter:
     """The same for use beside a base that stays as it is."""
-    return Adapter(lora.scaled(own[lora.SUBTREE], config), lora.without(own))
+    return Adapter(lora.scaled(own[lora.SUBTREE], config), lora.base_params(own))
 
 
 def check_processor(theirs: ProcessorConfig, ours: ProcessorConfig, where: str) -> None:
@@ -93,7 +93,7 @@ def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, wh
     if descriptions is None:
         log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
         return
-    trained = storage.by_path(lora.without(own)).keys()
+    trained = storage.by_path(lora.base_params(own)).keys()
     if trained - descriptions.keys() or base_hash(descriptions, trained) != base.frozen:
         raise ValueError(
             f"{where} was trained beside {base.path} as it was then; this base has other parameters. Bring that one back, or name it"

@@ -24,12 +24,12 @@ from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.adapters import (
     Adapter,
     adapter,
+    attach,
     check_base,
     check_model,
     check_processor,
     describe,
-    put_on,
-    read_own,
+    read_adapter,
 )
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
 from internvl3_jax.checkpoints.hf.peft import read_peft
@@ -39,7 +39,7 @@ from internvl3_jax.checkpoints.verification import check_finite, undamaged
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io import integrity
-from internvl3_jax.io.checkpoint_paths import MANIFEST, PEFT, find, is_checkpoint, is_peft
+from internvl3_jax.io.checkpoint_paths import MANIFEST, PEFT, is_checkpoint, is_peft, resolve_checkpoint
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.model import lora
@@ -108,7 +108,7 @@ def load(
       ValueError: it is damaged (Damaged), has parameters that are not finite, or contradicts itself (FingerprintError), naming what.
     """
     integrity.check_level(verify)
-    directory = find(path, verify)
+    directory = resolve_checkpoint(path, verify)
     reading = _Reading(dtype, mesh, accept_fingerprint, prepare, verify, allow_nonfinite)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None:
@@ -181,7 +181,7 @@ def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) 
 def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, base) -> Checkpoint:
     """The run's base with its adapters merged into it."""
     with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
-        own = read_own(directory, reading.mesh)
+        own = read_adapter(directory, reading.mesh)
         tokenizer = _tokenizer(directory, manifest, dtype_name(own), reading.accept_fingerprint)
     under = load(
         base or manifest.base.path,
@@ -193,7 +193,7 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, b
     )
     check_model(manifest.model, under.config, str(directory))
     check_base(describe(storage.by_path(under.params).items(), manifest.base.dtype), own, manifest.base, str(directory))
-    tree = put_on(under.params, own, manifest.base)
+    tree = attach(under.params, own, manifest.base)
     del under
     params = lora.merged(tree, manifest.base.lora, reading.dtype or manifest.base.dtype)
     prepare = reading.checked(directory)
@@ -216,7 +216,7 @@ def load_adapter(
         with another processor. Also as of `load`.
     """
     local = as_path(path) if "://" in os.fspath(path) else pathlib.Path(path).expanduser()
-    directory = local if is_peft(local) else find(path, verify)
+    directory = local if is_peft(local) else resolve_checkpoint(path, verify)
     if is_peft(directory):
         return read_peft(directory, opened.config)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
@@ -227,7 +227,7 @@ def load_adapter(
         check_processor(manifest.processor, opened.processor, str(directory))
     mesh = _mesh_of(opened.params)
     with undamaged(directory, verify, accept_fingerprint, mesh):
-        own = read_own(directory, mesh)
+        own = read_adapter(directory, mesh)
     if not allow_nonfinite:
         check_finite(storage.by_path(own), str(directory))
     if opened.described is None:

@@ -61,8 +61,10 @@ def _damaged(directory: pathlib.Path, wrong: str) -> Damaged:
 
 
 def damage_for(directory: pathlib.Path, verify: str, mesh: jax.sharding.Mesh | None, only=lambda name: True) -> str | None:
-    """`find.damage`, or of a released directory `integrity.damage`. Over a mesh of all processes, those that see the same files each read
-    a share of them, and all get an answer if one does."""
+    """Returns `checkpoint_paths.damage`, or of a released directory `integrity.damage`.
+
+    Over a mesh of all processes, those that see the same files each read a share of them, and all get an answer if one does.
+    """
     look = damage if is_checkpoint(directory) else integrity.damage
     processes = 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
     if processes < jax.process_count() or processes == 1 or verify != "full" or is_remote(directory):

@@ -19,7 +19,7 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.positions import draw_deltas, parse_delta
 
 
-class Preparer:
+class ExampleBuilder:
     """Makes samples of conversations. Threads may share it, and it can be sent to other processes."""
 
     def __init__(self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer):

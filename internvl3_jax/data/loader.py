@@ -24,7 +24,7 @@ _AHEAD = 2  # batches ready before they are asked for
 
 
 @dataclasses.dataclass
-class Prepared:
+class HostBatch:
     """A batch of this process and what the log and the checkpoint need to know about it."""
 
     batch: Batch
@@ -35,8 +35,8 @@ class Prepared:
     waited: float = 0.0  # seconds that the caller had to wait for it
 
 
-class Batches:
-    """Endless iterator of `Prepared`. Close it, or use it as a context manager: it owns threads and maybe processes."""
+class BatchLoader:
+    """Endless iterator of `HostBatch`. Close it, or use it as a context manager: it owns threads and maybe processes."""
 
     def __init__(
         self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, shards: Sequence[int] | None = None
@@ -78,7 +78,7 @@ class Batches:
     def __iter__(self):
         return self
 
-    def __next__(self) -> Prepared:
+    def __next__(self) -> HostBatch:
         if not self.thread:
             self.thread = threading.Thread(target=self._work, name="batches", daemon=True)
             self.thread.start()
@@ -105,7 +105,7 @@ class Batches:
             if isinstance(item, BaseException):
                 return
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self) -> HostBatch:
         rows, origins = [], []
         for packer in self.packers.values():
             for _ in range(self.rows):
@@ -115,7 +115,7 @@ class Batches:
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         states = {str(shard): packer.get_state() for shard, packer in self.packers.items()}
         skipped = [str(marker["error"]) for packer in self.packers.values() for marker in packer.skipped]
-        return Prepared(batch, origins, states, skipped, sum(packer.skipped_count for packer in self.packers.values()))
+        return HostBatch(batch, origins, states, skipped, sum(packer.skipped_count for packer in self.packers.values()))
 
     def close(self) -> None:
         self.closing.set()

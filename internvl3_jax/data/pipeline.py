@@ -22,7 +22,7 @@ from grain.experimental import WindowShuffleMapDataset
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.batch import Sample, SampleError
 from internvl3_jax.data.doctor.report import check_report
-from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.sources.catalog import open_sources, source_names
 from internvl3_jax.data.sources.files import ChangedError
 from internvl3_jax.data.sources.meta import MetaError
@@ -58,10 +58,10 @@ def sample_dataset(
     """
     if config.on_error not in ("stop", "skip"):
         raise ValueError(f"data.on_error is {config.on_error!r}; it must be stop or skip")
-    preparer = Preparer(config, processor, tokenizer)
+    preparer = ExampleBuilder(config, processor, tokenizer)
     sources = open_sources(config) if sources is None else sources
     check_report(config)
-    return _order(config, sources).map_with_index(_Make(preparer, sources))
+    return _order(config, sources).map_with_index(_BuildExample(preparer, sources))
 
 
 def _order(config: DataConfig, sources: list) -> grain.MapDataset:
@@ -92,10 +92,10 @@ def mix(selections: Sequence[Selection], weights: Sequence[float], seed: int) ->
     return WindowShuffleMapDataset(mixed, window_size=_WINDOW, seed=seed % 2**31)
 
 
-class _Make:
+class _BuildExample:
     """(index, (source number, row)) to a sample or a marker."""
 
-    def __init__(self, preparer: Preparer, sources: list):
+    def __init__(self, preparer: ExampleBuilder, sources: list):
         self.preparer, self.sources = preparer, sources
 
     def __setstate__(self, state: dict) -> None:

@@ -55,7 +55,7 @@ def main(argv) -> int:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     topology, config = parse(TOPOLOGY.value), settings.load().config
     checks.validate(config)
-    config = lora.resolved(config)
+    config = lora.freeze_base(config)
     if topology.chip is None and (SEARCH.value or ANALYTIC.value):
         raise ValueError(f"--topology is {topology.name}; floors and memory are known of accelerators only")
     if INFER.value:

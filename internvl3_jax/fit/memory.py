@@ -11,7 +11,7 @@ The sizes of the work are those that the compilers' own schedules of this train 
 import dataclasses
 import math
 
-from internvl3_jax.fit.share import Share, stored, tiled
+from internvl3_jax.fit.share import PerDevice, stored, tiled
 
 _LANES = 128  # a TPU's arrays have rows of multiples of it
 
@@ -43,7 +43,7 @@ class Memory:
         return self.arguments + sum(self.held.values()) + self.work[self.phase]
 
 
-def estimate(share: Share) -> Memory:
+def estimate(share: PerDevice) -> Memory:
     """The peak of a train step and what it consists of."""
     saved = {"decoder": _decoder_saved(share), "tower": _tower_saved(share), "projector": _projector_saved(share)}
     head = _head_gradient(share)
@@ -71,7 +71,7 @@ def estimate(share: Share) -> Memory:
 # --- held ------------------------------------------------------------------------------------------------------------------------
 
 
-def _held(share: Share) -> dict[str, int]:
+def _held(share: PerDevice) -> dict[str, int]:
     config = share.config
     held = {"matrices in the compute dtype": 0}
     size = _size(share)
@@ -90,14 +90,14 @@ def _held(share: Share) -> dict[str, int]:
     return held
 
 
-def _cut_tiles(share: Share) -> int:
+def _cut_tiles(share: PerDevice) -> int:
     config = share.config
     pixels = config.model.vision.image_size**2
     channels = 8 if share.tpu else 3
     return round(share.tiles * config.micro_batches) * pixels * channels
 
 
-def _embedding_copies(share: Share) -> int:
+def _embedding_copies(share: PerDevice) -> int:
     """Its gradient is made in rows; where these are no multiple of a TPU's lanes, what is stored lies the other way."""
     leaf = share.leaves["language/embedding"]
     if not share.tpu or leaf.shape[1] % _LANES == 0 or not leaf.trained:
@@ -110,7 +110,7 @@ def _embedding_copies(share: Share) -> int:
 # --- saved -----------------------------------------------------------------------------------------------------------------------
 
 
-def _decoder_saved(share: Share) -> int:
+def _decoder_saved(share: PerDevice) -> int:
     language, policy = share.config.model.language, share.config.remat_language
     tokens, tensor = share.tokens, share.tensor
     heads, key_heads = _heads(share)
@@ -131,7 +131,7 @@ def _decoder_saved(share: Share) -> int:
     return _streams(share, "decoder") + language.num_layers * kept[policy]
 
 
-def _streams(share: Share, part: str, host: bool = False) -> int:
+def _streams(share: PerDevice, part: str, host: bool = False) -> int:
     """The residual streams that are kept, on the device or with its host: of every layer, or of the one that is computed and the next."""
     model, config = share.config.model, share.config
     if part == "tower":
@@ -145,7 +145,7 @@ def _streams(share: Share, part: str, host: bool = False) -> int:
     return 0 if host else stream * layers
 
 
-def _tower_saved(share: Share) -> int:
+def _tower_saved(share: PerDevice) -> int:
     if not share.learns("vision/"):
         return 0
     vision, policy = share.config.model.vision, share.config.remat_vision
@@ -163,7 +163,7 @@ def _tower_saved(share: Share) -> int:
     return _streams(share, "tower") + vision.num_layers * kept[policy]
 
 
-def _projector_saved(share: Share) -> int:
+def _projector_saved(share: PerDevice) -> int:
     if not share.learns("projector/") and not share.learns("vision/"):
         return 0
     config = share.config.model
@@ -172,20 +172,20 @@ def _projector_saved(share: Share) -> int:
     return 2 * _array(share, tokens, folded, 4) + 2 * _array(share, tokens, config.language.hidden_size)
 
 
-def _used(share: Share, start: str) -> int:
+def _used(share: PerDevice, start: str) -> int:
     """One layer's matrices, gathered."""
     split = share.tensor if start.startswith("language") else 1
     return round(share.elements(start) // _layers(share, start) // split * share.kernel_bytes)
 
 
-def _dropped(share: Share, start: str, tokens: float) -> int:
+def _dropped(share: PerDevice, start: str, tokens: float) -> int:
     """One layer's adapters' inputs after dropout, and which of them were kept, a byte for each."""
     inputs = {path: leaf for path, leaf in share.leaves.items() if path.startswith(f"lora/{start}") and path.endswith("/a")}
     widths = sum(leaf.shape[-2] for leaf in inputs.values())
     return round(tokens * widths * (_size(share) + 1)) if share.config.lora.dropout else 0
 
 
-def _layers(share: Share, start: str) -> int:
+def _layers(share: PerDevice, start: str) -> int:
     model = share.config.model
     return (model.language if start.startswith("language") else model.vision).num_layers
 
@@ -193,24 +193,24 @@ def _layers(share: Share, start: str) -> int:
 # --- work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _head_gradient(share: Share) -> int:
+def _head_gradient(share: PerDevice) -> int:
     """Float32, of the whole matrix: each device sums its own tokens', and they are added at the end of the micro-batch."""
     language = share.config.model.language
     head = share.leaves.get("language/head/kernel", share.leaves["language/embedding"])
     return language.hidden_size * language.padded_vocab_size // share.tensor * 4 if head.trained else 0
 
 
-def _head_gathered(share: Share) -> int:
+def _head_gathered(share: PerDevice) -> int:
     language = share.config.model.language
     return language.hidden_size * language.padded_vocab_size // share.tensor * _size(share)
 
 
-def _loss_work(share: Share) -> int:
+def _loss_work(share: PerDevice) -> int:
     language = share.config.model.language
     return min(share.config.loss_chunk, share.tokens) * language.padded_vocab_size // share.tensor * 4
 
 
-def _decoder_work(share: Share) -> int:
+def _decoder_work(share: PerDevice) -> int:
     """Both halves of the MLP, their product and a gradient; attention's arrays, the stream and its gradients; the matrices of a layer,
     which are gathered while the one before is computed, and gradients of them before they are summed."""
     language = share.config.model.language
@@ -228,7 +228,7 @@ def _decoder_work(share: Share) -> int:
     return mlp + attention + stream + matrices
 
 
-def _tower_work(share: Share) -> int:
+def _tower_work(share: PerDevice) -> int:
     vision = share.config.model.vision
     stream, hidden = (_tower_array(share, width) for width in (vision.hidden_size, vision.intermediate_size))
     heads, sums = _tower_heads(share)
@@ -241,17 +241,17 @@ def _tower_work(share: Share) -> int:
 # --- arrays ----------------------------------------------------------------------------------------------------------------------
 
 
-def _size(share: Share) -> int:
+def _size(share: PerDevice) -> int:
     return 2 if share.config.compute_dtype == "bfloat16" else 4
 
 
-def _array(share: Share, rows: int, width: int, size: int | None = None) -> int:
+def _array(share: PerDevice, rows: int, width: int, size: int | None = None) -> int:
     """[rows, width] in the compute dtype."""
     size = _size(share) if size is None else size
     return tiled((rows, width), size) if share.tpu else rows * width * size
 
 
-def _heads(share: Share) -> tuple[int, int]:
+def _heads(share: PerDevice) -> tuple[int, int]:
     """Of the decoder on one device: query heads and key heads, those that are filled up or repeated included."""
     language, tensor = share.config.model.language, share.tensor
     repeats = tensor // math.gcd(language.num_kv_heads, tensor)
@@ -260,19 +260,19 @@ def _heads(share: Share) -> tuple[int, int]:
     return language.num_kv_heads * group // tensor, language.num_kv_heads * repeats // tensor
 
 
-def _row_sums(share: Share, rows: int) -> int:
+def _row_sums(share: PerDevice, rows: int) -> int:
     """Attention's float32 sum of each row, which the TPU kernel writes once for every lane."""
     return rows * 4 * (_LANES if share.tpu else 1)
 
 
-def _tower_array(share: Share, width: int) -> int:
+def _tower_array(share: PerDevice, width: int) -> int:
     vision = share.config.model.vision
     length = 1 + vision.grid**2
     shape = (math.ceil(share.tiles), length, width)
     return tiled(shape, _size(share)) if share.tpu else math.prod(shape) * _size(share)
 
 
-def _tower_heads(share: Share) -> tuple[int, int]:
+def _tower_heads(share: PerDevice) -> tuple[int, int]:
     """Bytes of one array of all heads as attention takes it, and of the rows' sums. The TPU kernel takes whole blocks."""
     vision = share.config.model.vision
     length, width = 1 + vision.grid**2, vision.head_dim

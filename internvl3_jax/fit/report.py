@@ -6,9 +6,9 @@ from internvl3_jax.fit.build import Built
 from internvl3_jax.fit.live import alive_at_peak, grouped
 from internvl3_jax.fit.memory import Memory
 from internvl3_jax.fit.search import Setting
-from internvl3_jax.fit.share import Share
+from internvl3_jax.fit.share import PerDevice
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.fit.work import Times, Work
+from internvl3_jax.fit.work import StepCost, Times
 
 GIB = 2**30
 
@@ -57,7 +57,7 @@ def memory_lines(memory: Memory, available: float | None, built: Built | None) -
     return lines
 
 
-def time_lines(work: Work, times: Times, built: Built | None) -> list[str]:
+def time_lines(work: StepCost, times: Times, built: Built | None) -> list[str]:
     computed = sum(work.computed.values())
     again = sum(size for name, size in work.computed.items() if "recomputed" in name)
     source = "of the compiled program" if built is not None and not built.refused else "by the analysis"
@@ -111,7 +111,7 @@ def search_lines(found: list[Setting], tried: int, smallest: Setting | None, sho
     return lines
 
 
-def row(share: Share, memory: Memory, work: Work, times: Times, built: Built | None) -> dict:
+def row(share: PerDevice, memory: Memory, work: StepCost, times: Times, built: Built | None) -> dict:
     """One row of a table: bytes, seconds and FLOPs of one device."""
     found = {
         "topology": share.topology.name,

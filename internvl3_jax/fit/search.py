@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.advice import flags_text, with_flags
 from internvl3_jax.fit.memory import Memory, estimate
-from internvl3_jax.fit.share import Share, share_of
+from internvl3_jax.fit.share import PerDevice, share_of
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.fit.work import Times, times, train_work
 from internvl3_jax.model.ops.remat import ON_DEVICE
@@ -51,7 +51,9 @@ def search(
     return sorted(fitting, key=lambda setting: (setting.seconds, setting.memory.peak)), tried, smallest
 
 
-def _settings(config: TrainConfig, topology: Topology, policies: tuple[str, ...]) -> Iterator[tuple[dict[str, object], Share]]:
+def _settings(
+    config: TrainConfig, topology: Topology, policies: tuple[str, ...]
+) -> Iterator[tuple[dict[str, object], PerDevice]]:
     for mesh in _meshes(topology.count):
         rows = config.data.rows // (mesh["mesh.data"] * mesh["mesh.fsdp"])
         try:

@@ -15,7 +15,7 @@ from internvl3_jax.training.step import make_model, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class PerDevice:
     """Counts are of one micro-batch. A row that is split over the context axis counts as its part."""
 
     config: TrainConfig
@@ -97,7 +97,7 @@ class Leaf:
     trained: bool
 
 
-def share_of(config: TrainConfig, topology: Topology) -> Share:
+def share_of(config: TrainConfig, topology: Topology) -> PerDevice:
     """ValueError where the model or the batch does not split over the mesh."""
     sizes = mesh_shape(config.mesh, topology.count)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), AXES)
@@ -112,7 +112,7 @@ def share_of(config: TrainConfig, topology: Topology) -> Share:
         )
 
     batch = batch_shapes(config)
-    share = Share(
+    share = PerDevice(
         config,
         topology,
         sizes,
@@ -128,7 +128,7 @@ def share_of(config: TrainConfig, topology: Topology) -> Share:
     return dataclasses.replace(share, batch=bytes_of(batch, {name: batch_sharding(mesh, name) for name in batch}))
 
 
-def check(share: Share) -> None:
+def check(share: PerDevice) -> None:
     """ValueError where the batch does not split over the mesh into micro-batches."""
     mesh, data = jax.sharding.AbstractMesh(tuple(share.mesh.values()), AXES), share.config.data
     check_batch(mesh, data.rows, share.config.micro_batches, data.tokens_per_row, data.tiles_per_row)

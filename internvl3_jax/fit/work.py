@@ -14,7 +14,7 @@ import math
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.compiled import Collectives
 from internvl3_jax.fit.memory import Memory
-from internvl3_jax.fit.share import Share
+from internvl3_jax.fit.share import PerDevice
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.training import flops
 
@@ -24,7 +24,7 @@ _BLOCK = 512  # of the TPU kernel; those on the diagonal are computed whole
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepCost:
     """Of one device in one step."""
 
     needed: float  # FLOPs, by flops.py
@@ -84,11 +84,11 @@ def full_batch(config: TrainConfig) -> dict[str, int]:
     }
 
 
-def train_work(share: Share, memory: Memory) -> Work:
+def train_work(share: PerDevice, memory: Memory) -> StepCost:
     counts, devices = full_batch(share.config), share.topology.count
     needed = flops.train_flops(share.config.model, counts, share.learns("vision/"), bool(share.config.lora.rank)) / devices
     computed = _tower(share, counts) | _decoder(share, counts) | _reference(share, counts)
-    return Work(
+    return StepCost(
         needed,
         {name: value / devices for name, value in computed.items()},
         _memory_traffic(share, memory),
@@ -96,7 +96,7 @@ def train_work(share: Share, memory: Memory) -> Work:
     )
 
 
-def times(work: Work, topology: Topology, collectives: list[Collectives] | None = None) -> Times:
+def times(work: StepCost, topology: Topology, collectives: list[Collectives] | None = None) -> Times:
     """collectives: of the compiled program; they take the place of the analysis' own traffic."""
     if collectives is None:
         traffic = work.network.values()
@@ -118,7 +118,7 @@ def times(work: Work, topology: Topology, collectives: list[Collectives] | None 
 # --- floating-point operations, of all devices -----------------------------------------------------------------------------------
 
 
-def _tower(share: Share, counts: dict[str, int]) -> dict[str, float]:
+def _tower(share: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     vision, policy = share.config.model.vision, share.config.remat_vision
     length, width, ff = 1 + vision.grid**2, vision.hidden_size, vision.intermediate_size
     kernel = -(-length // 384) * 384 if share.tpu and length >= 256 else length
@@ -145,7 +145,7 @@ def _tower(share: Share, counts: dict[str, int]) -> dict[str, float]:
     }
 
 
-def _reference(share: Share, counts: dict[str, int]) -> dict[str, float]:
+def _reference(share: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     """MPO's other model, or the base without adapters: one pass forward; and the head once more for either model."""
     config = share.config
     if config.loss.kind != "mpo":
@@ -157,7 +157,7 @@ def _reference(share: Share, counts: dict[str, int]) -> dict[str, float]:
     return {"reference": passes * body + (1 + passes) * counts["trained_tokens"] * forward.head}
 
 
-def _decoder(share: Share, counts: dict[str, int]) -> dict[str, float]:
+def _decoder(share: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     language, policy = share.config.model.language, share.config.remat_language
     width, ff = language.hidden_size, language.intermediate_size
     heads, keys = language.num_heads * language.head_dim, language.num_kv_heads * language.head_dim
@@ -187,7 +187,7 @@ def _decoder(share: Share, counts: dict[str, int]) -> dict[str, float]:
 # --- bytes -----------------------------------------------------------------------------------------------------------------------
 
 
-def _memory_traffic(share: Share, memory: Memory) -> dict[str, float]:
+def _memory_traffic(share: PerDevice, memory: Memory) -> dict[str, float]:
     """What must be read and written at least: the optimizer's update, and for each micro-batch the matrices as often as they are used
     and what is saved once each way."""
     config = share.config
@@ -200,13 +200,13 @@ def _memory_traffic(share: Share, memory: Memory) -> dict[str, float]:
     }
 
 
-def _used_bytes(share: Share, start: str, each: float | None = None) -> float:
+def _used_bytes(share: PerDevice, start: str, each: float | None = None) -> float:
     """All matrices under a path as one device uses them, or with so many bytes for each element."""
     split = share.tensor if start.startswith("language/") else 1
     return share.elements(start) / split * (_array_bytes(share, 1) if each is None else each)
 
 
-def _gathers(share: Share) -> dict[str, Traffic]:
+def _gathers(share: PerDevice) -> dict[str, Traffic]:
     """Matrices to where they are used, and their gradients back; over the axes that they are split over."""
     config, micro, mesh = share.config, share.config.micro_batches, share.mesh
     language = config.model.language
@@ -236,7 +236,7 @@ def _gathers(share: Share) -> dict[str, Traffic]:
     }
 
 
-def _exchanges(share: Share) -> dict[str, Traffic]:
+def _exchanges(share: PerDevice) -> dict[str, Traffic]:
     """Activations over tensor and context."""
     language, config = share.config.model.language, share.config
     tensor, context, micro = share.tensor, share.mesh["context"], config.micro_batches
@@ -255,6 +255,6 @@ def _exchanges(share: Share) -> dict[str, Traffic]:
     }
 
 
-def _array_bytes(share: Share, count: float) -> float:
+def _array_bytes(share: PerDevice, count: float) -> float:
     """Of so many values in the compute dtype."""
     return count * (2 if share.config.compute_dtype == "bfloat16" else 4)

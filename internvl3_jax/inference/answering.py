@@ -70,7 +70,7 @@ class Asking:
             except (ValueError, OSError) as error:
                 errors[number] = self._noted(request, error)
         if self.hosts:
-            multihost.check_agreement(first, {"requests that cannot be read": str(sorted(errors))}, seconds=3600)
+            multihost.assert_same_on_all_hosts(first, {"requests that cannot be read": str(sorted(errors))}, seconds=3600)
         found = {}
         if prompts:
             try:

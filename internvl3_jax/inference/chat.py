@@ -18,11 +18,11 @@ import numpy as np
 from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
 from internvl3_jax.data.text.chat_template import ChatError, insert_missing_tags
-from internvl3_jax.inference.generator import Generator, Run, State
+from internvl3_jax.inference.generator import GenerationConfig, Generator, State
 from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.options import Options, units
 from internvl3_jax.inference.sampling import Sampling
-from internvl3_jax.inference.text_stream import Reader
+from internvl3_jax.inference.text_stream import TextStreamer
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import rope_scaling
 
@@ -118,7 +118,7 @@ class Chat:
         cache = self._cached.state.cache if keep else None
         self._cached = None  # its buffers are given away
         state = self.generator.start([prompt], run, cache, keep)
-        reader, first_token = Reader(self.tokenizer, options.stop), 0.0
+        reader, first_token = TextStreamer(self.tokenizer, options.stop), 0.0
         for (piece,) in self.generator.stream(state, run):
             first_token = first_token or time.perf_counter() - began
             yield reader.read(piece)
@@ -186,14 +186,14 @@ class Chat:
         given, options = options, self.options.with_changes(options)
         sampling = Sampling(options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0)
         seeds = tuple((options.seed + number) % 2**32 for number in range(n)) * len(requests)
-        run = Run(options.max_new_tokens, sampling, seeds, self._scaling(options, []))
+        run = GenerationConfig(options.max_new_tokens, sampling, seeds, self._scaling(options, []))
         prompts = []
         for number, request in enumerate(requests, first):
             if not isinstance(request, Prompt):
                 start = begun[number - first] if begun else ""
                 request = self.prepare(*request, where=f"request {number}", begun=start, **given)
             prompts.append(request)
-        readers, first_token = [Reader(self.tokenizer, options.stop) for _ in seeds], 0.0
+        readers, first_token = [TextStreamer(self.tokenizer, options.stop) for _ in seeds], 0.0
         for pieces in self.generator.stream(self.generator.start(prompts, run), run):
             first_token = first_token or time.perf_counter() - began
             for reader, piece in zip(readers, pieces, strict=True):
@@ -218,7 +218,7 @@ class Chat:
         ]
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
-    def _finish(self, reader: Reader, options: Options) -> str:
+    def _finish(self, reader: TextStreamer, options: Options) -> str:
         stopped = reader.ended or (reader.ids and reader.ids[-1] in self.generator.stop_ids)
         return "stop" if stopped or len(reader.ids) < options.max_new_tokens else "length"
 

@@ -43,7 +43,7 @@ class NotFiniteError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class GenerationConfig:
     """How a batch is generated. `seeds` has one entry per row; several rows may continue one prompt (see `Generator.start`). `scaling` is
     the rope scaling, "none" under V2PE.
     """
@@ -118,7 +118,7 @@ class Generator:
         """The context in which the model's programs are called."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def check_room(self, prompt: Prompt, run: "Run", where: str = "") -> None:
+    def check_room(self, prompt: Prompt, run: "GenerationConfig", where: str = "") -> None:
         """ContextError if the prompt and `run.limit` new tokens do not fit into the positions that the model knows."""
         settings = self.config.language
         known = settings.max_position * (settings.rope_factor if run.scaling == "dynamic" else 1)
@@ -130,7 +130,9 @@ class Generator:
                 f"a lower max_new_tokens"
             )
 
-    def start(self, prompts: Sequence[Prompt], run: "Run", cache: kv_cache.Cache | None = None, keep: int = 0) -> State:
+    def start(
+        self, prompts: Sequence[Prompt], run: "GenerationConfig", cache: kv_cache.Cache | None = None, keep: int = 0
+    ) -> State:
         """Encodes the pictures, runs the prompts and draws each row's first token.
 
         With n times as many seeds as prompts each prompt is run once, and the state has n rows for it, one after the other: each draws its
@@ -176,7 +178,7 @@ class Generator:
         with self.on_mesh():
             return _repeat(cache, copies)
 
-    def stream(self, state: State, run: "Run") -> Iterator[list[list[int]]]:
+    def stream(self, state: State, run: "GenerationConfig") -> Iterator[list[list[int]]]:
         """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a time, until all rows have stopped or
         hold `run.limit` ids. A stop id ends its row and is yielded. `state` is updated in place. NotFiniteError if no token can be drawn.
         """
@@ -197,7 +199,7 @@ class Generator:
             _check_finite(np.where(stopped[:, None], 0, tokens), drawn - count + 1)
             yield [[] if done else _until_stop(row, self.stop_ids) for row, done in zip(tokens, stopped, strict=True)]
 
-    def generate(self, prompts: Sequence[Prompt], run: "Run") -> list[list[int]]:
+    def generate(self, prompts: Sequence[Prompt], run: "GenerationConfig") -> list[list[int]]:
         """Answer ids of each prompt, its stop id included when one was drawn."""
         answers = [[] for _ in prompts]
         for pieces in self.stream(self.start(prompts, run), run):

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Sequence
 
 from internvl3_jax.config import check_tile_rule
-from internvl3_jax.inference.generator import Run
+from internvl3_jax.inference.generator import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import excerpt
@@ -70,8 +70,10 @@ class Options:
                 raise TypeError(f"{owner} has no option {name!r}{near}")
         return dataclasses.replace(self, **changes)
 
-    def run(self, rows: int, scaling: str) -> Run:
-        return Run(self.max_new_tokens, Sampling(self.temperature, self.top_k, self.top_p), (self.seed,) * rows, scaling)
+    def run(self, rows: int, scaling: str) -> GenerationConfig:
+        return GenerationConfig(
+            self.max_new_tokens, Sampling(self.temperature, self.top_k, self.top_p), (self.seed,) * rows, scaling
+        )
 
 
 def _whole(name: str, value, low: int, below: float = math.inf) -> int:

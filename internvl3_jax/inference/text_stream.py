@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
 
-class Reader:
+class TextStreamer:
     """Turns ids into text as they come, and watches for stop texts: what may be the beginning of one is held back."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):

@@ -36,7 +36,7 @@ def is_peft(directory: pathlib.Path) -> bool:
     return (directory / PEFT).is_file()
 
 
-def find(path: str | os.PathLike, verify: str = "sizes") -> pathlib.Path:
+def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathlib.Path:
     """The directory that a user's path means: itself, the newest undamaged step of a training run, or a download of a hub id.
 
     Args:
@@ -70,7 +70,7 @@ def find(path: str | os.PathLike, verify: str = "sizes") -> pathlib.Path:
 
 
 def _find_remote(directory, verify: str):
-    """As `find`, of an address. Released models are read from local disks alone."""
+    """As `resolve_checkpoint`, of an address. Released models are read from local disks alone."""
     if is_checkpoint(directory):
         return directory
     run = directory.parent if directory.name == "checkpoints" else directory
@@ -86,7 +86,7 @@ def _find_remote(directory, verify: str):
     )
 
 
-def find_released(path: str | os.PathLike) -> pathlib.Path:
+def resolve_hub_dir(path: str | os.PathLike) -> pathlib.Path:
     """A local directory as it is, or the download of a hub id: for models that are no InternVL."""
     directory = pathlib.Path(path).expanduser().absolute()
     if directory.exists():

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
-from internvl3_jax.model.ops.attention import MASKED, attention, causal, visibility
+from internvl3_jax.model.ops.attention import MASKED, attention, cache_mask, causal
 from internvl3_jax.model.ops.context_parallel import from_zigzag, row_parts, to_zigzag
 from internvl3_jax.model.ops.linear import Dense, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
-from internvl3_jax.model.ops.remat import keep, remat
+from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import apply_rope, rope_tables
 from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES, constrain
 
@@ -53,7 +53,7 @@ class DecoderLayer(nn.Module):
         """x [B,T,D] -> (x, cache_layer). With a cache the new keys and values go to `slots` first, and all its slots are keys."""
         # Between the products tokens are split over tensor, too (Korthikanti et al. 2022): what is kept for the backward pass, and the
         # norms, are not repeated on each of its devices.
-        x = keep(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
+        x = checkpoint_name(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
         attended, cache_layer = self.attend(self.input_norm(x), rope, mask, slots, cache_layer)
         x = x + attended
         x = x + self.mlp(self.post_norm(x))
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
         if cache_layer is not None:
             cache_layer = kv_cache.write(cache_layer, k, v, slots)
             k, v = cache_layer["k"].astype(q.dtype), cache_layer["v"].astype(q.dtype)
-        q, k, v = (keep(part, "attention_input") for part in (q, k, v))
+        q, k, v = (checkpoint_name(part, "attention_input") for part in (q, k, v))
         mixed = attention(q, k, v, mask, self.attention)
         return self.o(mixed.reshape(*x.shape[:2], q_width)), cache_layer
 
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
                 "a cache needs the unrolled layout: Decoder(..., unrolled=True) with parameters from language.unroll"
             )
         else:
-            mask = visibility(slots, cache[0]["k"].shape[1])
+            mask = cache_mask(slots, cache[0]["k"].shape[1])
         if not self.unrolled:
             x, _ = self.layers(x, rope, mask)
             return self.norm(from_zigzag(x, parts)), None

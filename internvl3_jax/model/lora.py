@@ -36,7 +36,7 @@ def scale(config: LoraConfig) -> float:
     return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
-def resolved(config: TrainConfig) -> TrainConfig:
+def freeze_base(config: TrainConfig) -> TrainConfig:
     """The configuration with everything frozen but adapters and what `lora.full` names; as it is without LoRA.
 
     Raises ValueError naming the field that makes no sense.
@@ -101,12 +101,12 @@ def _key(key, path: str):
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def prepared(params: Mapping, config: LoraConfig) -> dict:
-    """The base as it is trained beside: each leaf as of `prepared_leaf`."""
-    return _nested({path: prepared_leaf(path, leaf, config) for path, leaf in _flat(params).items()})
+def prepare_base(params: Mapping, config: LoraConfig) -> dict:
+    """The base as it is trained beside: each leaf as of `prepare_base_leaf`."""
+    return _nested({path: prepare_base_leaf(path, leaf, config) for path, leaf in _flat(params).items()})
 
 
-def prepared_leaf(path: str, leaf, config: LoraConfig):
+def prepare_base_leaf(path: str, leaf, config: LoraConfig):
     """A leaf in float32 if it is trained whole, and quantized if it is a matrix of the stacked layers, which are nearly all there is."""
     if any(re.fullmatch(pattern, path) for pattern in config.full):
         return leaf.astype(jnp.float32)
@@ -126,7 +126,7 @@ def variables(params: Mapping, config: LoraConfig | None = None, training: bool 
 
     config: None for adapters that `scaled` has made ready. training: drops the adapters' inputs by `dropout`, with the rng "dropout".
     """
-    base = without(params)
+    base = base_params(params)
     if SUBTREE not in params:
         return {"params": base}
     adapters = params[SUBTREE] if config is None else scaled(params[SUBTREE], config)
@@ -135,7 +135,7 @@ def variables(params: Mapping, config: LoraConfig | None = None, training: bool 
     return {"params": base, SUBTREE: adapters}
 
 
-def without(params: Mapping) -> dict:
+def base_params(params: Mapping) -> dict:
     """The base alone."""
     return {name: part for name, part in params.items() if name != SUBTREE}
 
@@ -156,7 +156,7 @@ def merged(params: Mapping, config: LoraConfig | None = None, dtype=None) -> dic
     dtype: of all of it; None keeps each leaf's, and takes float32 for what was quantized.
     """
     adapters = variables(params, config).get(SUBTREE, {})
-    base = _flat(without(params), keep=_is_kernel)
+    base = _flat(base_params(params), keep=_is_kernel)
 
     def one(path, leaf):
         kind = dtype or (jnp.float32 if isinstance(leaf, Mapping) else leaf.dtype)
@@ -183,7 +183,7 @@ def merged_leaf(kernel, adapter, dtype):
     return jax.lax.map(lambda pair: layer(*pair), (kernel, adapter))
 
 
-def idle(trained: Mapping) -> list:
+def expected_zero_grads(trained: Mapping) -> list:
     """Of each leaf, in order, whether its gradient must be zero: it is an adapter's a, and its b is still zero. bool or bool[]"""
     leaves = _flat(trained)
 

@@ -12,7 +12,7 @@ from internvl3_jax.config import VisionConfig
 from internvl3_jax.model.ops.attention import attention
 from internvl3_jax.model.ops.linear import Dense
 from internvl3_jax.model.ops.norms import make_norm
-from internvl3_jax.model.ops.remat import keep, remat
+from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.parallel.sharding import TILE_AXES, constrain
 
 
@@ -39,7 +39,7 @@ class VisionBlock(nn.Module):
 
     def __call__(self, x, drop_rate, deterministic: bool):
         """x [M,P,C] -> [M,P,C]; drop_rate is a scalar, used only when not deterministic."""
-        x = keep(constrain(x, TILE_AXES, None, None), "stream")
+        x = checkpoint_name(constrain(x, TILE_AXES, None, None), "stream")
         branch = self.layer_scale1.astype(self.dtype)[None, None] * self.attend(self.norm1(x))
         x = x + self.drop_path(branch, drop_rate, deterministic)
         mlp = self.fc2(nn.gelu(self.fc1(self.norm2(x)), approximate=False))
@@ -54,7 +54,7 @@ class VisionBlock(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.reshape(tiles, length, self.config.num_heads, self.config.head_dim) for part in (q, k, v))
-        q, k, v = (keep(part, "attention_input") for part in (q, k, v))
+        q, k, v = (checkpoint_name(part, "attention_input") for part in (q, k, v))
         mixed = attention(q, k, v, implementation=self.attention)
         return self.proj(mixed.reshape(tiles, length, width))
 

@@ -20,7 +20,7 @@ from internvl3_jax.parallel import sharding
 log = logging.getLogger(__name__)
 
 
-class Placement:
+class DataShards:
     """Of one process.
 
     shards: streams that it prepares. rows: their rows' numbers in the global batch. first: of each, whether it is the first process

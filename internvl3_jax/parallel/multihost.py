@@ -3,7 +3,7 @@
     initialize()                    before anything else that uses jax; does nothing for a single process
     with together(): ...            around all the rest: an error here ends the other processes, with a line that says where it was
     at(step)                        just before a step is given to the devices: who holds up the others can then be named
-    check_agreement(step, what)     now and then: an error that names the process that differs, instead of a hang
+    assert_same_on_all_hosts(step, what)     now and then: an error that names the process that differs, instead of a hang
     with termination() as stops:    stops(step) says whether SIGTERM or Ctrl-C has come to any process, the same to all at the same step
 
 None of this computes on the devices, so it works while they wait for a process that never comes.
@@ -24,12 +24,12 @@ import jax
 from jax.experimental import multihost_utils
 
 from internvl3_jax.parallel.cluster import Environment, find_environment
-from internvl3_jax.parallel.watchdog import LOST, NEEDED, ROOT, LostError, Peers
+from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST, NEEDED, ROOT, PeerLostError, Watchdog
 
 TERMINATED = 128 + signal.SIGTERM  # the status that schedulers take for "stopped from outside": start it again
 INTERRUPTED = 128 + signal.SIGINT  # by Ctrl-C
 
-_peers: Peers | None = None  # None: a single process
+_peers: Watchdog | None = None  # None: a single process
 
 
 # --- finding each other ----------------------------------------------------------------------------------------------------------
@@ -47,9 +47,9 @@ def initialize(
 
     coordinator: HOST:PORT of process 0. Without any of the three, Open MPI, SLURM, Cloud TPU (one or several slices) and Kubernetes
         Jobs are recognised, and anything else is a single process; `processes=1` alone is one whatever the environment says.
-    start_seconds: how long to wait for the others; the process then ends with status LOST.
-    heartbeat_seconds: how long a dead process may stay unnoticed; jax then ends all others by SIGABRT, which is status LOST.
-    give_up_seconds: how long a process may be behind the others before all end with status LOST.
+    start_seconds: how long to wait for the others; the process then ends with status EXIT_PEER_LOST.
+    heartbeat_seconds: how long a dead process may stay unnoticed; jax then ends all others by SIGABRT, which is status EXIT_PEER_LOST.
+    give_up_seconds: how long a process may be behind the others before all end with status EXIT_PEER_LOST.
 
     ValueError for arguments that are incomplete or contradict each other or the environment.
     """
@@ -82,7 +82,7 @@ def _not_all_came(found: Environment, seconds: float) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(LOST)
+    os._exit(EXIT_PEER_LOST)
 
 
 def _meet(found: Environment, seconds: float, give_up: float) -> None:
@@ -98,7 +98,7 @@ def _meet(found: Environment, seconds: float, give_up: float) -> None:
     if not all(hasattr(store, name) for name in NEEDED):
         print(f"jax {jax.__version__} hides its key-value store: hosts are not compared", flush=True)
         return
-    peers = Peers(store, process, [], give_up)
+    peers = Watchdog(store, process, [], give_up)
     peers.put(f"host/{process}", socket.gethostname())
     store.wait_at_barrier(f"{ROOT}/met", int(seconds * 1000))
     hosts = peers.read("host")
@@ -123,7 +123,7 @@ def _coordination():
 
 
 @contextlib.contextmanager
-def together():
+def abort_together():
     """Around all that the process does after `initialize`. An error in it is told to the other processes, which end with its status.
 
     Without this they would wait, in a computation that needs this process, for as long as their scheduler lets them. Leaving with
@@ -142,13 +142,13 @@ def _status(error: BaseException) -> int:
     """The status with which Python would end."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if isinstance(error, LostError):
-        return LOST
+    if isinstance(error, PeerLostError):
+        return EXIT_PEER_LOST
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
 @contextlib.contextmanager
-def termination():
+def preemption_signal():
     """Yields a function from a step to the signal, SIGTERM or SIGINT (Ctrl-C), after which to stop, or 0. Neither ends the process any
     more at once, but for a second Ctrl-C, which does.
 
@@ -186,25 +186,25 @@ def termination():
 # --- comparing -------------------------------------------------------------------------------------------------------------------
 
 
-def at(step: int) -> None:
+def report_step(step: int) -> None:
     """Notes that this process is about to give the step to the devices."""
     if _peers is not None:
         _peers.step = step
 
 
-def check_agreement(step: int, what: dict[str, str | int], seconds: float = 300) -> None:
+def assert_same_on_all_hosts(step: int, what: dict[str, str | int], seconds: float = 300) -> None:
     """Compares `what` (and the step) between the processes. Every process must call it equally often; it waits for all of them.
 
     step: the one about to run, so that a difference is found before the devices wait for each other.
     what: name -> value that must be the same everywhere, such as a batch's shapes and a hash of the configuration.
     seconds: how long to wait for the slowest.
 
-    ValueError, the same in every process, naming the processes that differ and in what; LostError naming those that did not come.
+    ValueError, the same in every process, naming the processes that differ and in what; PeerLostError naming those that did not come.
     """
     peers = _peers
     if peers is None:
         return
-    at(step)
+    report_step(step)
     check, peers.checks = peers.checks, peers.checks + 1
     peers.put(f"check/{check}/{peers.process}", json.dumps({"step": step} | what))
     if peers.process == 0:
@@ -218,15 +218,15 @@ def check_agreement(step: int, what: dict[str, str | int], seconds: float = 300)
             # A little longer, so that process 0 can say who is missing.
             verdict = peers.store.blocking_key_value_get(f"{ROOT}/verdict/{check}", int((seconds + 30) * 1000))
         except jax.errors.JaxRuntimeError as error:
-            raise LostError(f"{peers.name(0)} did not report within {seconds + 30:.0f} s at step {step:,}") from error
+            raise PeerLostError(f"{peers.name(0)} did not report within {seconds + 30:.0f} s at step {step:,}") from error
         late, differing = json.loads(verdict)
     if late:
-        raise LostError(late)
+        raise PeerLostError(late)
     if differing:
         raise ValueError(differing)
 
 
-def _judge(peers: Peers, step: int, check: int, seconds: float) -> tuple[str, str]:
+def _judge(peers: Watchdog, step: int, check: int, seconds: float) -> tuple[str, str]:
     """Waits for the reports of all: (who did not come, what differs), empty if all is well."""
     until, pause = time.monotonic() + seconds, 0.001
     while len(reports := peers.read(f"check/{check}")) < len(peers.hosts):
@@ -238,7 +238,7 @@ def _judge(peers: Peers, step: int, check: int, seconds: float) -> tuple[str, st
     return "", _differences(peers, [json.loads(reports[str(number)]) for number in range(len(peers.hosts))])
 
 
-def _differences(peers: Peers, values: list[dict]) -> str:
+def _differences(peers: Watchdog, values: list[dict]) -> str:
     """What differs from what most have, and where."""
     found = []
     for name in dict.fromkeys(name for row in values for name in row):

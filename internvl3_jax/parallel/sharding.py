@@ -225,7 +225,7 @@ def constrain(x, *axes):
     return jax.lax.with_sharding_constraint(x, jax.P(*specs))
 
 
-def gathered(kernel, path: str):
+def all_gather_weight(kernel, path: str):
     """The matrix at `path` as it is used: whole, but for the decoder's split over tensor. Its gradient goes back to where the rule of
     the path stores it, so that it is summed and scattered in one step. The matrix itself where no rule or no mesh is."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -248,7 +248,7 @@ _gather.defvjp(
 )
 
 
-def not_before(x, kernel, path: str):
+def barrier_after(x, kernel, path: str):
     """x [B,T,D] and the matrix at `path`, which nothing is done to before x is there.
 
     Where each layer's matrices are arrays of their own, as in generation, the compiler would otherwise copy all of them into the layout
@@ -262,7 +262,7 @@ def not_before(x, kernel, path: str):
     return jax.lax.optimization_barrier((x, kernel))
 
 
-def product_in_place(x, kernel, path: str):
+def matmul_weight_stationary(x, kernel, path: str):
     """x [B,1,D] @ kernel without moving the matrix at `path`: every device multiplies its part with all rows that share it, and the
     parts, which are small, are exchanged and summed."""
     axes = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), (None, None))

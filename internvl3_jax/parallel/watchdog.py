@@ -6,7 +6,7 @@ They talk through the key-value store of jax's coordination service, which runs 
     alive/P    [beats, step] of process P, every BEAT seconds
     news/KEY   {"status", "text"} for everyone to print; a status other than 0 ends all processes with it. KEY is P where P says it
     left/P     process P has read of an end and is gone
-    check/N/P  what process P has at the N-th check_agreement
+    check/N/P  what process P has at the N-th assert_same_on_all_hosts
     verdict/N  [who was late, what differs], by process 0
 """
 
@@ -23,21 +23,21 @@ import jax
 
 # When another process is gone or stuck: the status with which jax itself ends the rest. Schedulers take what is above 127 for worth a
 # restart.
-LOST = 128 + signal.SIGABRT
-BEAT = 2.0  # seconds between signs of life
-SILENT = 30.0  # seconds without one after which a process is named
-BEHIND = 300.0  # seconds a process may be behind the others before it is named
+EXIT_PEER_LOST = 128 + signal.SIGABRT
+HEARTBEAT_S = 2.0  # seconds between signs of life
+DEAD_AFTER_S = 30.0  # seconds without one after which a process is named
+STALL_WARN_S = 300.0  # seconds a process may be behind the others before it is named
 ROOT = "internvl3_jax"
 # Of the store, which has no public name.
 NEEDED = ("key_value_set", "key_value_dir_get", "key_value_delete", "blocking_key_value_get", "wait_at_barrier")
 
 
-class LostError(RuntimeError):
+class PeerLostError(RuntimeError):
     """Another process did not come."""
 
 
-class Peers:
-    """hosts: names, by process. give_up: seconds a process may be behind the others before all end with status LOST."""
+class Watchdog:
+    """hosts: names, by process. give_up: seconds a process may be behind the others before all end with status EXIT_PEER_LOST."""
 
     def __init__(self, store, process: int, hosts: list[str], give_up: float):
         self.store, self.process, self.hosts, self.give_up = store, process, hosts, give_up
@@ -59,13 +59,13 @@ class Peers:
     def stop_watching(self) -> None:
         """Before Python ends: a thread that is inside jax at that moment would crash it."""
         self.ending.set()
-        self.thread.join(5 * BEAT)
+        self.thread.join(5 * HEARTBEAT_S)
 
     # --- ending ---
 
     def end_all(self, error: BaseException, status: int) -> None:
         """Prints the error as Python would, tells the other processes, and ends this one."""
-        if isinstance(error, SystemExit | LostError):
+        if isinstance(error, SystemExit | PeerLostError):
             text = str(error).removeprefix("error: ")
             _say(f"error: {text}")
         else:
@@ -75,14 +75,14 @@ class Peers:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if isinstance(error, jax.errors.JaxRuntimeError) and (gone := self._not_answering()):
                 # What the network said was that the other end is gone.
-                text, status = f"{gone} no longer answers: it died or cannot be reached", LOST
+                text, status = f"{gone} no longer answers: it died or cannot be reached", EXIT_PEER_LOST
                 _say(f"error: {text}; the last checkpoint is kept")
             self.put(f"news/{self.process}", json.dumps({"status": status, "text": text}))
         self._leave(status)
 
     def _not_answering(self) -> str:
         before = self.read("alive")
-        time.sleep(5 * BEAT)
+        time.sleep(5 * HEARTBEAT_S)
         after = self.read("alive")
         silent = [number for number in range(len(self.hosts)) if after.get(str(number)) == before.get(str(number))]
         return " and ".join(self.name(number) for number in silent if number != self.process)
@@ -92,7 +92,7 @@ class Peers:
         self.ending.set()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.put(f"left/{self.process}", "")
-            until = time.monotonic() + 5 * BEAT
+            until = time.monotonic() + 5 * HEARTBEAT_S
             # What the others have yet to read is in process 0.
             while self.process == 0 and len(self.read("left")) < len(self.hosts) and time.monotonic() < until:
                 time.sleep(0.1)
@@ -106,7 +106,7 @@ class Peers:
         """The thread: gives signs of life and reads the news; in process 0 it also looks for those who give none."""
         beats, told, now = 0, set(), time.monotonic()
         seen = {number: [0, now, 0, now] for number in range(len(self.hosts))}
-        while not self.ending.wait(BEAT):
+        while not self.ending.wait(HEARTBEAT_S):
             beats += 1
             try:
                 self.put(f"alive/{self.process}", json.dumps([beats, self.step]))
@@ -143,15 +143,15 @@ class Peers:
         began = min(since for _, _, step, since in seen.values() if step == furthest)
         for number, (beats, heard, step, _) in seen.items():
             silence, wait = now - heard, now - began if step < furthest else 0
-            if silence > SILENT:
+            if silence > DEAD_AFTER_S:
                 self._warn(
                     f"silent-{number}-{beats}", f"{self.name(number)} gives no sign of life; its last was at step {step:,}"
                 )
-            elif wait > BEHIND:
+            elif wait > STALL_WARN_S:
                 text = f"{self.name(number)} is at step {step:,}; others have waited at step {furthest:,} for {wait:.0f} s"
                 self._warn(f"behind-{number}-{step}", text)
                 if wait > self.give_up:
-                    self._warn(f"stuck-{number}", text, LOST)
+                    self._warn(f"stuck-{number}", text, EXIT_PEER_LOST)
 
     def _warn(self, key: str, text: str, status: int = 0) -> None:
         if key not in self.read("news"):

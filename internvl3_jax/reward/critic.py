@@ -22,7 +22,7 @@ from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt, cut_pictures
 from internvl3_jax.data.critic_format import BAD, GOOD, critic_messages, split_steps
 from internvl3_jax.data.text.chat_template import ChatError, encode_chat, insert_missing_tags
-from internvl3_jax.inference.generator import Generator, NotFiniteError, Run, bucket
+from internvl3_jax.inference.generator import GenerationConfig, Generator, NotFiniteError, bucket
 from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
@@ -122,7 +122,7 @@ class Critic:
         positions = build_positions(len(encoded.tokens), encoded.runs, [self.processor.delta] * len(tiles))
         prompt = Prompt(encoded.tokens, positions, encoded.runs, tiles)
         reader = f"{where}, read by the critic" if where else "the critic"
-        self.generator.check_room(prompt, Run(0, Sampling(), (), self._scaling()), reader)
+        self.generator.check_room(prompt, GenerationConfig(0, Sampling(), (), self._scaling()), reader)
         starts = np.flatnonzero(np.diff(encoded.loss_mask.astype(int), prepend=0) == 1)
         if (encoded.tokens[starts] != self.labels[0]).any():
             raise ValueError(f"the tokenizer joins {GOOD} with what stands before it; this model cannot be a critic")

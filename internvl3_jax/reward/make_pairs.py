@@ -35,7 +35,7 @@ from internvl3_jax.inference.chat import Chat
 from internvl3_jax.inference.options import Options
 from internvl3_jax.io import command_line, jsonl, safe_files
 from internvl3_jax.reward.answer_matching import extract_answer
-from internvl3_jax.reward.questions import WANTED, Question, marked, may_be_torn, read_questions, states
+from internvl3_jax.reward.questions import WANTED, Question, is_correct, may_be_torn, read_questions, with_fingerprint
 
 
 @dataclasses.dataclass
@@ -98,7 +98,7 @@ def _checked(chat: Chat, questions: Sequence[Question], settings: Settings, firs
     for question, answers in zip(questions, drawn, strict=True):
         texts = list(dict.fromkeys(answer.text for answer in answers if answer.text.strip()))
         silent = [text for text in texts if extract_answer(text) is None]
-        right = [text for text in texts if states(text, question.answer)]
+        right = [text for text in texts if is_correct(text, question.answer)]
         wrong = [text for text in texts if text not in {*silent, *right}]
         seed = (settings.seed, *json.dumps(question.id).encode())
         pairs = choose(right, wrong, settings.most_pairs, seed)
@@ -177,7 +177,7 @@ def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, setting
     """Makes the pairs of the questions that are not finished; each batch of them is written at once. checkpoint: name of the chat's."""
     from rich.progress import track
 
-    questions = marked(questions, settings, checkpoint)
+    questions = with_fingerprint(questions, settings, checkpoint)
     start, kept, ended = go_on(output, questions)
     if start:
         print(f"{output}: {start} of {len(questions)} questions are finished; resuming with the rest", file=sys.stderr)

@@ -32,7 +32,7 @@ from internvl3_jax.inference.chat import Chat
 from internvl3_jax.inference.options import Options
 from internvl3_jax.io import command_line, jsonl, safe_files
 from internvl3_jax.reward.answer_matching import extract_answer
-from internvl3_jax.reward.questions import WANTED, Question, marked, may_be_torn, read_questions, states
+from internvl3_jax.reward.questions import WANTED, Question, is_correct, may_be_torn, read_questions, with_fingerprint
 
 OFFICIAL = {role: name for name, role in OFFICIAL_ROLES.items()}
 
@@ -88,7 +88,7 @@ def label(chat: Chat, questions: Sequence[Question], settings: Settings, first: 
         )
         for (asked, text), answers in zip(batch, rest, strict=True):
             whole = [text + answer.text for answer in answers]
-            hits = sum(states(solution, questions[asked].answer) for solution in whole)
+            hits = sum(is_correct(solution, questions[asked].answer) for solution in whole)
             unread = sum(extract_answer(solution) is None for solution in whole)
             for number, step in places[asked, text]:
                 scores[number][step] = hits / settings.continuations
@@ -144,7 +144,7 @@ def run(chat: Chat, questions: Sequence[Question], output: pathlib.Path, setting
     parameters from others."""
     from rich.progress import track
 
-    questions = marked(questions, settings, checkpoint)
+    questions = with_fingerprint(questions, settings, checkpoint)
     done, kept = _whole(output, questions)
     if done:
         print(f"{output} holds {done} of {len(questions)} questions; resuming with the rest", file=sys.stderr)

@@ -26,7 +26,7 @@ class Question:
 WANTED = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the questions'
 
 
-def marked(questions: Sequence[Question], settings, checkpoint: str) -> list[Question]:
+def with_fingerprint(questions: Sequence[Question], settings, checkpoint: str) -> list[Question]:
     """Each with its mark, by which a program that goes on knows its own earlier work: of the same question, model and settings but for
     settings.batch_size, which changes no answer. checkpoint: what tells the model's parameters from others."""
     how = {name: value for name, value in dataclasses.asdict(settings).items() if name != "batch_size"}
@@ -77,7 +77,7 @@ def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
     return questions
 
 
-def states(solution: str, answer: str) -> bool:
+def is_correct(solution: str, answer: str) -> bool:
     """Whether a solution states the answer. What it does not state it does not answer."""
     stated = extract_answer(solution)
     return stated is not None and same_answer(stated, answer)

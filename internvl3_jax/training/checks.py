@@ -26,7 +26,7 @@ def validate(config: TrainConfig) -> None:
 def _together(config: TrainConfig) -> Iterator[str]:
     """Of a configuration whose settings are possible by themselves."""
     data, processor = config.data, config.processor
-    for check in (_model, _schedule, lora.resolved, lambda config: mpo.check(config.loss)):
+    for check in (_model, _schedule, lora.freeze_base, lambda config: mpo.check(config.loss)):
         try:
             check(config)
         except ValueError as error:

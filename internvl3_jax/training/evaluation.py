@@ -9,10 +9,10 @@ import numpy as np
 
 from internvl3_jax.config import UNITS, DataConfig, TrainConfig
 from internvl3_jax.data.batch import make_prompt
-from internvl3_jax.data.example import Preparer
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.example import ExampleBuilder
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import open_sources, source_names
-from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
@@ -22,14 +22,14 @@ from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
 _LONGEST = 256  # tokens of an answer
 
 
-class HeldOut:
+class Evaluator:
     """Reads `config.held_out` once; the same batches and questions serve every time."""
 
     def __init__(self, config: TrainConfig, model: InternVL, tokenizer):
         self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.data = held_out_data(config)
+        self.data = eval_data_config(config)
         self.names = source_names(self.data)
-        with Batches(self.data, config.processor, tokenizer) as batches:
+        with BatchLoader(self.data, config.processor, tokenizer) as batches:
             self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
         loss_fn = make_loss(dataclasses.replace(config, data=self.data), model, len(self.names))
         self.step = jax.jit(functools.partial(_losses, loss_fn))
@@ -52,7 +52,7 @@ class HeldOut:
         """Greedy answers to the last turn of the first `count` conversations, taken from the sources in turn."""
         sources = open_sources(self.data)
         places = [(source, row) for row in range(count) for source in sources if row < len(source)][:count]
-        preparer = Preparer(self.data, self.config.processor, self.tokenizer)
+        preparer = ExampleBuilder(self.data, self.config.processor, self.tokenizer)
         stop_ids = [self.tokenizer.token_id(token) for token in self.config.processor.stop_tokens]
         generator = Generator(self.config.model, jax.device_get(lora.merged(params, self.config.lora)), stop_ids=stop_ids)
         rows = []
@@ -60,7 +60,7 @@ class HeldOut:
             read = preparer.read(source, row, np.random.default_rng(0))
             tiles = [preparer.cut(picture, read) for picture in read.pictures]
             prompt = make_prompt(read.messages[:-1], tiles, self.tokenizer, self.config.processor, [UNITS] * len(tiles))
-            run = Run(_LONGEST, Sampling(), (0,), self.config.model.language.rope_scaling)
+            run = GenerationConfig(_LONGEST, Sampling(), (0,), self.config.model.language.rope_scaling)
             (ids,) = generator.generate([prompt], run)
             question, expected = read.messages[-2]["content"], read.messages[-1]["content"]
             answer = self.tokenizer.decode(ids).strip()
@@ -68,7 +68,7 @@ class HeldOut:
         return rows
 
 
-def held_out_data(config: TrainConfig) -> DataConfig:
+def eval_data_config(config: TrainConfig) -> DataConfig:
     """How the held-out sources are read."""
     settings = {"drop_list": "", "shards": 1, "workers": 0, "deltas": ("1",), "language_share": -1.0}
     return dataclasses.replace(config.data, source=config.held_out, **settings)

@@ -26,7 +26,7 @@ from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import DataConfig, LoraConfig, TrainConfig
 from internvl3_jax.data.batch import Batch, Sample
-from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.packing import join
 from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.data.reference_table import key_of
@@ -37,7 +37,7 @@ from internvl3_jax.inference.answer_file import beside, check_place
 from internvl3_jax.io import command_line, jsonl, safe_files
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training import checks, settings
-from internvl3_jax.training.evaluation import held_out_data
+from internvl3_jax.training.evaluation import eval_data_config
 from internvl3_jax.training.mpo import reference_dtype
 from internvl3_jax.training.objective import MpoLoss, make_loss
 from internvl3_jax.training.step import make_model
@@ -56,11 +56,11 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     with jsonl.Appender(output, kept) as file, jax.set_mesh(mesh):
         if not kept:
             file.write([json.dumps(header)])
-        for data in (config.data, *([held_out_data(config)] if config.held_out else [])):
+        for data in (config.data, *([eval_data_config(config)] if config.held_out else [])):
             data = dataclasses.replace(data, rows=data.rows // config.micro_batches)  # as many as training computes at a time
             loss_fn = make_loss(dataclasses.replace(config, data=data, lora=LoraConfig()), make_model(config))
             compute = jax.jit(functools.partial(log_probabilities, loss_fn))
-            preparer = Preparer(dataclasses.replace(data, reference=""), config.processor, tokenizer)
+            preparer = ExampleBuilder(dataclasses.replace(data, reference=""), config.processor, tokenizer)
             for rows, batch in batches(data, new_samples(data, preparer, known)):
                 batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
                 found = zip(rows, np.asarray(compute(params, batch)).tolist(), strict=True)
@@ -100,7 +100,7 @@ def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
     return {row["key"] for row in rows[1:]}, sum(map(len, lines))
 
 
-def new_samples(config: DataConfig, preparer: Preparer, known: set[str]) -> Iterator[Sample]:
+def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -> Iterator[Sample]:
     """Every pair of every source that is not known yet, in order; it is known afterwards."""
     from rich.progress import track
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from internvl3_jax.config import TrainConfig
-from internvl3_jax.parallel.data_shards import Placement, total
+from internvl3_jax.parallel.data_shards import DataShards, total
 from internvl3_jax.training import flops
 from internvl3_jax.training.hardware import chip_of
 from internvl3_jax.training.optimizer import make_schedule
@@ -19,10 +19,10 @@ def peak_flops() -> float | None:
     return chip.flops * jax.device_count() if chip else None
 
 
-class Meter:
+class MetricsAggregator:
     """Collects steps; `row` says what they were and starts again."""
 
-    def __init__(self, config: TrainConfig, placement: Placement, sources: list[str], vision_trained: bool):
+    def __init__(self, config: TrainConfig, placement: DataShards, sources: list[str], vision_trained: bool):
         self.config, self.placement, self.sources, self.vision_trained = config, placement, sources, vision_trained
         self.schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
         self._restart()

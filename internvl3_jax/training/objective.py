@@ -178,7 +178,7 @@ class MpoLoss(SftLoss):
         """
         if "reference" in batch:
             return mpo.answer_sums(batch["reference"], batch["answers"], self.pairs)
-        base = lora.without(params) if ref_params is None else ref_params
+        base = lora.base_params(params) if ref_params is None else ref_params
         return self.log_probabilities(*self.outputs(base, batch), batch)
 
 

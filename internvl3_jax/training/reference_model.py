@@ -9,7 +9,7 @@ from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.reference_table import ReferenceTable
-from internvl3_jax.io.checkpoint_paths import find
+from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.parallel.sharding import param_shardings
 from internvl3_jax.training import mpo
@@ -59,14 +59,14 @@ def _check_table(config: TrainConfig, state: TrainState) -> None:
     """ValueError if the log-probabilities are of another model than the one that the run begins with."""
     table = ReferenceTable(config.data.reference)
     if config.loss.reference:
-        named = str(find(config.loss.reference))
+        named = str(resolve_checkpoint(config.loss.reference))
         if named != table.made_of:
             raise ValueError(f"{config.data.reference} was made of {table.made_of}, and loss.reference is {named}")
         return
     if int(state.step) or config.lora.quantize != "none":
         return
     # What is trained whole beside adapters is in float32, of values in param_dtype.
-    params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), lora.without(state.params))
+    params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), lora.base_params(state.params))
     theirs, ours = table.hash, tree_hash(by_path(params))
     if theirs != ours:
         raise ValueError(

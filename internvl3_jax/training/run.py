@@ -19,18 +19,26 @@ import numpy as np
 from internvl3_jax.checkpoints import steps
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.identity import check_identity
-from internvl3_jax.data.loader import Batches, Prepared
+from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.io import jsonl, remote_files, strict_json
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.io.command_line import message
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.parallel import multihost, sharding
-from internvl3_jax.parallel.data_shards import Placement, total
+from internvl3_jax.parallel.data_shards import DataShards, total
 from internvl3_jax.training import mpo
 from internvl3_jax.training.optimizer import Optimizer
 from internvl3_jax.training.param_table import frozen_hash
 from internvl3_jax.training.run_log import LOG, read_rows
-from internvl3_jax.training.start import Past, base_of, beside_base, check_adapters_learn, check_frozen, kept, warm_start
+from internvl3_jax.training.start import (
+    RunHistory,
+    base_of,
+    check_adapters_learn,
+    check_frozen,
+    restore_on_base,
+    trainable,
+    warm_start,
+)
 from internvl3_jax.training.step import TrainState, init_loss_state, init_state, shardings_of, trained_paths
 
 UNKNOWN = -1  # a newest step that has not been looked for
@@ -44,10 +52,10 @@ def restore_or_init(
     workdir: pathlib.Path,
     model,
     optimizer: Optimizer,
-    batches: Batches,
+    batches: BatchLoader,
     mesh: jax.sharding.Mesh,
     step: int | None,
-) -> tuple[TrainState, Past]:
+) -> tuple[TrainState, RunHistory]:
     """From a step of the run, which also sets `batches` to where they were; else from `config.init_from`, or random.
 
     step: of `agreed_step`.
@@ -69,7 +77,7 @@ def restore_or_init(
     check_adapters_learn(config, shapes.params)
     places = shardings_of(shapes, mesh, config.offload_optimizer)
     if step is None:
-        past = Past()
+        past = RunHistory()
         if config.init_from:
             state = warm_start(config, optimizer, places, past)
         else:
@@ -78,11 +86,11 @@ def restore_or_init(
         return state, past
     check_data(config, workdir, batches, step)
     wanted = sharding.abstract(shapes, places)
-    stored = kept(config, wanted.params)
+    stored = trainable(config, wanted.params)
     params, opt_state, extra = steps.restore_training(workdir, step, stored, wanted.opt_state)
-    past = Past.of_saved(extra["past"])
+    past = RunHistory.of_saved(extra["past"])
     if config.lora.rank:
-        params = beside_base(config, workdir, step, params, places, past)
+        params = restore_on_base(config, workdir, step, params, places, past)
     batches.restore(extra["data"])
     if jax.process_index() == 0:
         print(f"going on from step {step} of {workdir}", flush=True)
@@ -92,7 +100,7 @@ def restore_or_init(
     return TrainState(_everywhere(np.int32(step), mesh), params, opt_state, loss_state), past
 
 
-def check_data(config: TrainConfig, workdir: pathlib.Path, batches: Batches, step: int) -> None:
+def check_data(config: TrainConfig, workdir: pathlib.Path, batches: BatchLoader, step: int) -> None:
     """Before any array is read: that the samples are still made of the same. Steps of earlier versions do not say of what."""
     if saved := _training(workdir, step).get("identity", dict, {}):
         check_identity(saved, batches.identity, step, config.accept_changed_data)
@@ -106,7 +114,7 @@ def agreed_step(workdir: pathlib.Path) -> int | None:
     """The newest complete step. An error where the processes see different ones, as they do if WORKDIR is not shared."""
     step = latest_step(workdir)
     # Their data may have been indexed until now, on one host faster than on another.
-    multihost.check_agreement(0, {"newest complete step": "none" if step is None else step}, seconds=1800)
+    multihost.assert_same_on_all_hosts(0, {"newest complete step": "none" if step is None else step}, seconds=1800)
     return step
 
 
@@ -121,7 +129,7 @@ def is_finished(config: TrainConfig, workdir: pathlib.Path, step: int | None) ->
 
 def farewell(config: TrainConfig, workdir: pathlib.Path) -> str:
     """What to do with a run that has reached its end, and which step is best."""
-    past = Past.of_saved(_training(workdir, config.steps).get("past", dict, {}))
+    past = RunHistory.of_saved(_training(workdir, config.steps).get("past", dict, {}))
     step = past.best_step
     held_out = f"; the lowest held-out loss, {past.best:.4g}, is that of step {step}" if config.held_out and step else ""
     is_other = bool(held_out) and step != config.steps
@@ -148,14 +156,14 @@ def _wrong_log(config: TrainConfig, workdir: pathlib.Path) -> str:
     return f"\nwarning: {path} {why}; the checkpoints are whole"
 
 
-class Saver:
+class AsyncSaver:
     """Saves steps in the background, one at a time. A step is complete when `poll` finds its writes done, or at the latest with `wait`."""
 
     def __init__(
         self,
         config: TrainConfig,
         workdir: pathlib.Path,
-        placement: Placement,
+        placement: DataShards,
         files: dict[str, bytes],
         identity: dict[str, str],
     ):
@@ -170,7 +178,7 @@ class Saver:
     def __exit__(self, *exception) -> None:
         self.wait()
 
-    def start(self, step: int, state: TrainState, prepared: Prepared, past: Past) -> None:
+    def start(self, step: int, state: TrainState, prepared: HostBatch, past: RunHistory) -> None:
         """Training may go on, and donate the state, when this returns."""
         self.wait()
         check_frozen(self.config, state.params, past, step)
@@ -186,7 +194,7 @@ class Saver:
             self.saving = steps.start_saving_training(
                 self.workdir,
                 step,
-                kept(self.config, state.params),
+                trainable(self.config, state.params),
                 state.opt_state,
                 model=self.config.model,
                 processor=self.config.processor,
@@ -239,13 +247,13 @@ def _cause(error: BaseException) -> str:
     return known or text[:300]
 
 
-class Guard:
+class FiniteCheck:
     """Stops the run at a step whose numbers make no sense, naming the samples that it was computed from."""
 
     def __init__(self, params, optimizer: Optimizer, sources: list[str]):
         self.paths, self.sources, self.latest = trained_paths(params, optimizer), sources, None
 
-    def add(self, step: int, metrics: dict, prepared: Prepared) -> None:
+    def add(self, step: int, metrics: dict, prepared: HostBatch) -> None:
         """Looks at the step before this one, so that the device is never idle meanwhile."""
         self.check()
         self.latest = (step, metrics, prepared)
@@ -262,12 +270,12 @@ class Guard:
         if index >= 0 and (self.paths[index].removeprefix("lora/").startswith("language") or prepared.batch["tiles"].any()):
             raise FloatingPointError(f"the gradient of {self.paths[index]} is all zero at step {step}{self._samples(prepared)}")
 
-    def _samples(self, prepared: Prepared) -> str:
+    def _samples(self, prepared: HostBatch) -> str:
         rows = [", ".join(f"{self.sources[source]} row {row}" for source, row in origin) for origin in prepared.origins]
         return "; the last checkpoint is kept. Samples: " + " | ".join(rows)
 
 
-class Skipped:
+class SkipLog:
     """Writes down each new reason for which a sample was left out, with the step at which it was noted."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
@@ -289,7 +297,7 @@ class Skipped:
                     self.known.add(reason if tab and number.isdigit() else line)
         jsonl.rewrite(path, kept)
 
-    def note(self, step: int, prepared: Prepared) -> int:
+    def note(self, step: int, prepared: HostBatch) -> int:
         """Samples that all processes have left out since the run began; they wait for each other."""
         new = [reason for reason in dict.fromkeys(map(one_line, prepared.skipped)) if reason not in self.known]
         if new:

@@ -56,7 +56,7 @@ def train_step(
 
     (sums, gradients), loss_state = _over_micro_batches(micro_batch, trainable, batch, micro_batches, state.loss_state)
     loss_state, used = loss_fn.finish(loss_state, sums)
-    metrics = sums | used | {"weight": totals.weight} | _gradient_metrics(gradients, lora.idle(trainable))
+    metrics = sums | used | {"weight": totals.weight} | _gradient_metrics(gradients, lora.expected_zero_grads(trainable))
     metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)  # replicated: every process reads them
 
@@ -116,7 +116,7 @@ def init_state(
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
     if adapters and adapters.rank:
         new = lora.init(params, adapters, jax.random.key(seed))
-        params = lora.prepared(params, adapters) | {lora.SUBTREE: new}
+        params = lora.prepare_base(params, adapters) | {lora.SUBTREE: new}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), loss_state)
 
 

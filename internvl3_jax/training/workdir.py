@@ -22,7 +22,7 @@ from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, reason
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.training.optimizer import make_schedule, warmup_steps
-from internvl3_jax.training.start import differing
+from internvl3_jax.training.start import config_diff
 
 CONFIG, LOCK = "config.json", "run.lock"
 WRITTEN = ("answers.jsonl", "log.jsonl", "loss.png", "report.json", "skipped.txt")  # by a run, beside its checkpoints
@@ -120,7 +120,7 @@ def same_run(config: TrainConfig, workdir: pathlib.Path, newest: int | None) -> 
         )
     config = resolved(config)
     ours = json.loads(json.dumps(to_dict(config)))
-    if not (found := differing(_deciding(theirs), _deciding(ours), "")):
+    if not (found := config_diff(_deciding(theirs), _deciding(ours), "")):
         return config
     if [name for name in theirs if theirs[name] != ours.get(name) and name not in FREE_TO_CHANGE] == ["steps"]:
         return _lengthened(config, theirs["steps"], workdir, newest)

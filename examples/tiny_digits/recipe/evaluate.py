@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from examples.tiny_digits.recipe import data
 from internvl3_jax import Checkpoint, load
 from internvl3_jax.data.batch import cut_pictures, make_prompt
-from internvl3_jax.inference.generator import Generator, Run
+from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io import safe_files
 from internvl3_jax.training.run_log import LOG, read_rows
@@ -53,7 +53,7 @@ def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) ->
     answers = []
     for start in range(0, len(questions), _BATCH):
         prompts = [_prompt(question, tokenizer, processor, delta) for question in questions[start : start + _BATCH]]
-        run = Run(_LIMIT, Sampling(), (0,) * len(prompts), checkpoint.config.language.rope_scaling)
+        run = GenerationConfig(_LIMIT, Sampling(), (0,) * len(prompts), checkpoint.config.language.rope_scaling)
         answers += [tokenizer.decode(ids).strip() for ids in generator.generate(prompts, run)]
     return score(questions, answers)
 

@@ -65,7 +65,7 @@ def write_peft(
             for module, columns in zip(modules, np.split(up, len(modules), axis=1), strict=True):
                 tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(down.T)
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(columns.T)
-    whole = _whole_tensors(lora.without(own), rows, model, layout)
+    whole = _whole_tensors(lora.base_params(own), rows, model, layout)
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / PEFT).write_text(json.dumps(_config(config, ranks, whole, layout, base), indent=2) + "\n")

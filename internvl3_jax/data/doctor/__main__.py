@@ -28,7 +28,7 @@ import numpy as np
 from internvl3_jax.config import TILE_RULES, DataConfig, ProcessorConfig, from_dict
 from internvl3_jax.data.doctor.report import claim_folder, report_folder, summary, write_report
 from internvl3_jax.data.doctor.table import print_report
-from internvl3_jax.data.example import Preparer
+from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.pairs import PairError
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.mixture import Selection
@@ -36,7 +36,7 @@ from internvl3_jax.data.sources.row_fields import is_empty_answer
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.truncation import RULES, TooLong
 from internvl3_jax.io import command_line
-from internvl3_jax.io.checkpoint_paths import MANIFEST, find
+from internvl3_jax.io.checkpoint_paths import MANIFEST, resolve_checkpoint
 from internvl3_jax.io.strict_json import read_object
 from internvl3_jax.io.terminal import one_line
 
@@ -64,7 +64,7 @@ class Examiner:
 
     def __init__(self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, sources: list | None = None):
         # Videos at their longest.
-        self.preparer = Preparer(dataclasses.replace(config, min_frames=config.max_frames), processor, tokenizer)
+        self.preparer = ExampleBuilder(dataclasses.replace(config, min_frames=config.max_frames), processor, tokenizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the main process reports what opening the sources warns of
             self.sources = open_sources(config) if sources is None else sources
@@ -214,11 +214,11 @@ def read_processor(directory: str | os.PathLike, max_tiles: int | None) -> Proce
 
 
 def find_tokenizer(path: str) -> pathlib.Path:
-    """The directory that a user means: one with a tokenizer's files, or what `find` finds."""
+    """The directory that a user means: one with a tokenizer's files, or what `resolve_checkpoint` finds."""
     directory = pathlib.Path(path).expanduser()
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
         return directory
-    return find(path)
+    return resolve_checkpoint(path)
 
 
 def whole(low: int, high: int = 2**31 - 1):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from internvl3_jax.model.ops import cudnn_attention
 from internvl3_jax.model.ops.context_parallel import gather_keys, over_mesh
-from internvl3_jax.model.ops.flash_attention import blockwise
-from internvl3_jax.model.ops.masks import MASKED, Mask, causal, visibility
-from internvl3_jax.model.ops.remat import keep
-from internvl3_jax.model.ops.xla_attention import all_heads, head_by_head
+from internvl3_jax.model.ops.flash_attention import flash_attention
+from internvl3_jax.model.ops.masks import MASKED, Mask, cache_mask, causal
+from internvl3_jax.model.ops.remat import checkpoint_name
+from internvl3_jax.model.ops.xla_attention import xla_attention, xla_attention_per_head
 
-__all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "causal", "platform", "visibility"]
+__all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "causal", "cache_mask", "platform"]
 
 IMPLEMENTATIONS = ("auto", "xla", "heads", "blockwise", "ring", "splash", "cudnn")
 
@@ -31,7 +31,7 @@ def attention(q, k, v, mask: Mask | None = None, implementation: str = "auto"):
 
     Args:
       q: [B,T,N,H]; k, v: [B,S,K,H] of the same dtype.
-      mask: from `causal` (rows among themselves) or `visibility` (against a cache); None where every query sees every key (the vision
+      mask: from `causal` (rows among themselves) or `cache_mask` (against a cache); None where every query sees every key (the vision
         tower).
       implementation: one of IMPLEMENTATIONS:
         "xla" all scores at once, "heads" one head at a time (on CPUs), "blockwise" flash attention in plain JAX, "ring" the same with
@@ -56,7 +56,7 @@ def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
             f"attention implementation {implementation!r} is for {needed}; these devices are {devices}; use 'auto'"
         )
     if implementation in ("blockwise", "ring"):
-        return blockwise(q, k, v, mask, axis, ring=implementation == "ring")
+        return flash_attention(q, k, v, mask, axis, ring=implementation == "ring")
     if implementation == "splash":
         from internvl3_jax.model.ops.splash_attention import splash  # Pallas takes a quarter of a second to import
 
@@ -65,7 +65,9 @@ def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
         return cudnn_attention.cudnn(q, k, v, mask, axis)
     if mask is not None:
         k, v, mask = gather_keys(k, v, mask, axis)
-    return keep((all_heads if implementation == "xla" else head_by_head)(q, k, v, mask), "attention_output")
+    return checkpoint_name(
+        (xla_attention if implementation == "xla" else xla_attention_per_head)(q, k, v, mask), "attention_output"
+    )
 
 
 def platform() -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from internvl3_jax.model.ops.context_parallel import gather_keys
 from internvl3_jax.model.ops.masks import Mask
-from internvl3_jax.model.ops.remat import keep
+from internvl3_jax.model.ops.remat import checkpoint_name
 
 
 def cudnn(q, k, v, mask: Mask | None, axis: str | None = None):
@@ -29,7 +29,7 @@ def cudnn(q, k, v, mask: Mask | None, axis: str | None = None):
     # Its backward pass refuses odd lengths. Behind a causal row, what is added is seen by nothing else.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how)[:, :length]
-    return keep(mixed, "attention_output")
+    return checkpoint_name(mixed, "attention_output")
 
 
 def needs_table(mask: Mask | None) -> bool:

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax.model.ops.context_parallel import gather_keys
-from internvl3_jax.model.ops.masks import MASKED, Mask, everything, needed_blocks, pad_mask
-from internvl3_jax.model.ops.remat import keep
+from internvl3_jax.model.ops.masks import MASKED, Mask, block_mask, full_mask, pad_mask
+from internvl3_jax.model.ops.remat import checkpoint_name
 
 BLOCK = 512  # queries, and keys, of a block
 _LOWEST = MASKED / 2  # where a running maximum begins: exp(MASKED - _LOWEST) is 0, so a query that sees nothing gives zeros
 
 
-def blockwise(q, k, v, mask: Mask | None, axis: str | None = None, ring: bool = False, block: int = BLOCK):
+def flash_attention(q, k, v, mask: Mask | None, axis: str | None = None, ring: bool = False, block: int = BLOCK):
     """[B,T,N,H] in q's dtype. Memory: N * C * D float32 scores.
 
     Args:
@@ -34,7 +34,7 @@ def blockwise(q, k, v, mask: Mask | None, axis: str | None = None, ring: bool = 
       ring: with an axis, the other devices' keys pass by, one part at a time, in place of being gathered.
     """
     if mask is None:
-        mask = everything(q.shape[0], q.shape[1], k.shape[1])
+        mask = full_mask(q.shape[0], q.shape[1], k.shape[1])
     return _attend(q, k, v, mask, axis, ring and axis is not None, block)
 
 
@@ -46,13 +46,13 @@ def _attend(q, k, v, mask, axis, ring, block):
 def _forward(q, k, v, mask, axis, ring, block):
     """([B,T,N,H], f32[B,T,N] logarithm of the sums of exponentials)"""
     if not ring:
-        mixed, log_sums = _mix(q, *gather_keys(k, v, mask, axis), block)
+        mixed, log_sums = _flash_forward(q, *gather_keys(k, v, mask, axis), block)
         return mixed.astype(q.dtype), log_sums
 
     def merge(_, carry):
         keys, mixed, log_sums = carry
         passed = _pass_on(keys, axis)  # while this part is computed
-        more, more_sums = _mix(q, *_with_keys(mask, keys), block)
+        more, more_sums = _flash_forward(q, *_with_keys(mask, keys), block)
         total = jnp.logaddexp(log_sums, more_sums)
         mixed = mixed * jnp.exp(log_sums - total)[..., None] + more * jnp.exp(more_sums - total)[..., None]
         return passed, mixed, total
@@ -64,7 +64,7 @@ def _forward(q, k, v, mask, axis, ring, block):
 
 
 def _attend_fwd(q, k, v, mask, axis, ring, block):
-    mixed, log_sums = (keep(x, "attention_output") for x in _forward(q, k, v, mask, axis, ring, block))
+    mixed, log_sums = (checkpoint_name(x, "attention_output") for x in _forward(q, k, v, mask, axis, ring, block))
     return mixed, (q, k, v, mask, mixed, log_sums)
 
 
@@ -73,7 +73,7 @@ def _attend_bwd(axis, ring, block, saved, d_mixed):
     offsets = (mixed.astype(jnp.float32) * d_mixed.astype(jnp.float32)).sum(axis=-1)
     queries = q, log_sums, offsets, d_mixed
     if not ring:
-        d_q, d_k, d_v = _unmix(*queries, *gather_keys(k, v, mask, axis), block)
+        d_q, d_k, d_v = _flash_backward(*queries, *gather_keys(k, v, mask, axis), block)
         if axis is not None:
             d_k, d_v = (jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in (d_k, d_v))
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
@@ -81,7 +81,7 @@ def _attend_bwd(axis, ring, block, saved, d_mixed):
     def add(_, carry):
         keys, d_q, d_k, d_v = carry
         passed = _pass_on(keys, axis)
-        more_q, more_k, more_v = _unmix(*queries, *_with_keys(mask, keys), block)
+        more_q, more_k, more_v = _flash_backward(*queries, *_with_keys(mask, keys), block)
         # The gradients of a part travel along with it, and are at home after a whole round.
         d_k, d_v = _pass_on((d_k + more_k, d_v + more_v), axis)
         return passed, d_q + more_q, d_k, d_v
@@ -122,7 +122,7 @@ class _Queries(NamedTuple):
     count: jax.Array  # i32[] of those that are needed
 
 
-def _mix(q, k, v, mask: Mask, block: int):
+def _flash_forward(q, k, v, mask: Mask, block: int):
     """(f32[B,T,N,H], f32[B,T,N] logarithm of the sums of exponentials)"""
     queries, scores, values = _prepare(q, k, v, mask, block)
 
@@ -146,7 +146,7 @@ def _mix(q, k, v, mask: Mask, block: int):
     return _join(mixed, q.shape[:3]), _join(log_sums, q.shape[:3])
 
 
-def _unmix(q, log_sums, offsets, d_mixed, k, v, mask: Mask, block: int):
+def _flash_backward(q, log_sums, offsets, d_mixed, k, v, mask: Mask, block: int):
     """Gradients f32[B,T,N,H] of q, f32[B,S,K,H] of k and v. `offsets` f32[B,T,N]: sums of mixed * d_mixed over H."""
     queries, scores, values = _prepare(q, k, v, mask, block)
     keys = _split(k, block, k.shape[2])
@@ -181,7 +181,7 @@ def _prepare(q, k, v, mask: Mask, block: int):
     kv_heads = k.shape[2]
     block_q, block_kv = min(block, length), min(block, k.shape[1])
     mask = pad_mask(mask, -(-length // block_q) * block_q, -(-k.shape[1] // block_kv) * block_kv)
-    needed = needed_blocks(mask, block_q, block_kv)
+    needed = block_mask(mask, block_q, block_kv)
     order = jnp.argsort(~needed, axis=-1, stable=True) + jnp.arange(batch)[:, None, None] * needed.shape[2]
 
     def per_block(x, size):

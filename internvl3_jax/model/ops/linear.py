@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax.model.ops.quantize import dequantize
-from internvl3_jax.parallel.sharding import gathered, not_before, product_in_place
+from internvl3_jax.parallel.sharding import all_gather_weight, barrier_after, matmul_weight_stationary
 
 
 class Dense(nn.Module):
@@ -41,9 +41,9 @@ class Dense(nn.Module):
     def _product(self, x, kernel):
         path = "/".join((*self.path, "kernel"))
         if is_decoding(x):
-            return product_in_place(x, kernel, path)
-        x, kernel = not_before(x, kernel, path)
-        return jnp.dot(x, gathered(kernel, path))
+            return matmul_weight_stationary(x, kernel, path)
+        x, kernel = barrier_after(x, kernel, path)
+        return jnp.dot(x, all_gather_weight(kernel, path))
 
     def _quantized(self, x, kernel: Mapping):
         """The product with a quantized matrix: its few bits travel, and the backward pass unpacks them again instead of keeping it."""
@@ -59,7 +59,7 @@ class Dense(nn.Module):
         return jnp.dot(jnp.dot(x, a), b)
 
     def _gathered(self, part, name: str, *start: str):
-        return gathered(part, "/".join((*start, *self.path, name)))
+        return all_gather_weight(part, "/".join((*start, *self.path, name)))
 
 
 def is_decoding(x) -> bool:

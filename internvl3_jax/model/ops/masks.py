@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 MASKED = -1e30  # finite, so that a fully masked (padding) query gives numbers, never NaN
-NEVER = np.iinfo(np.int32).max  # slot of a key that nobody sees
+UNREACHABLE = np.iinfo(np.int32).max  # slot of a key that nobody sees
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A query sees the keys of its own segment whose slot is not beyond its own, nor its own beyond the key's `until`. See `visibility`
+    """A query sees the keys of its own segment whose slot is not beyond its own, nor its own beyond the key's `until`. See `cache_mask`
     and `causal`."""
 
     q_slots: jax.Array  # i32[B,T]
@@ -39,7 +39,7 @@ class Mask:
         return visible
 
 
-def visibility(q_slots, num_keys: int, q_segments=None, kv_segments=None) -> Mask:
+def cache_mask(q_slots, num_keys: int, q_segments=None, kv_segments=None) -> Mask:
     """Queries against keys in the slots 0 to num_keys - 1, as a cache has them.
 
     `q_slots` i32[B,T] is the index of each query's own key; a query sees keys at or before it. Segments (i32, 0 is padding) confine it
@@ -63,7 +63,7 @@ def causal(shape: tuple[int, int], segments=None, parts: int = 1, until=None) ->
     return Mask(slots, slots, segments, segments, until, own=True, parts=parts)
 
 
-def everything(batch: int, queries: int, keys: int) -> Mask:
+def full_mask(batch: int, queries: int, keys: int) -> Mask:
     """Every query sees every key."""
     return Mask(jnp.zeros((batch, queries), jnp.int32), jnp.zeros((batch, keys), jnp.int32))
 
@@ -102,14 +102,14 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
     return dataclasses.replace(
         mask,
         q_slots=pad(mask.q_slots, queries, mode="edge"),
-        kv_slots=pad(mask.kv_slots, keys, constant_values=NEVER),
+        kv_slots=pad(mask.kv_slots, keys, constant_values=UNREACHABLE),
         q_segments=pad(mask.q_segments, queries, mode="edge"),
         kv_segments=pad(mask.kv_segments, keys, mode="edge"),
-        kv_until=pad(mask.kv_until, keys, constant_values=NEVER),
+        kv_until=pad(mask.kv_until, keys, constant_values=UNREACHABLE),
     )
 
 
-def needed_blocks(mask: Mask, block_q: int, block_kv: int):
+def block_mask(mask: Mask, block_q: int, block_kv: int):
     """bool[B, T / block_q, S / block_kv]: False where no query of a block sees a key of the other.
 
     Judged by the lowest and highest slots and segments of the blocks: exact enough for rows whose segments ascend, as packed ones do.
@@ -125,7 +125,7 @@ def needed_blocks(mask: Mask, block_q: int, block_kv: int):
     if mask.q_segments is not None:
         # Padding, 0, stands at the end of a row.
         (q_low, q_high), (kv_low, kv_high) = (
-            extremes(jnp.where(x == 0, NEVER, x), block)
+            extremes(jnp.where(x == 0, UNREACHABLE, x), block)
             for x, block in ((mask.q_segments, block_q), (mask.kv_segments, block_kv))
         )
         needed &= (q_low[:, :, None] <= kv_high[:, None, :]) & (kv_low[:, None, :] <= q_high[:, :, None])

@@ -12,7 +12,7 @@ between the layers stays, in any case but the last.
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
+from jax import ad_checkpoint
 
 _POLICIES = {
     "none": None,
@@ -27,9 +27,9 @@ POLICIES = tuple(_POLICIES)
 ON_DEVICE = tuple(policy for policy in POLICIES if policy != "offload")  # that need nothing of the host
 
 
-def keep(x, name: str):
+def checkpoint_name(x, name: str):
     """Marks x for the policies that keep it: "attention_input", "attention_output", or "stream" where a layer begins. No operation."""
-    return checkpoint_name(x, name)
+    return ad_checkpoint.checkpoint_name(x, name)
 
 
 def remat(layer: type[nn.Module], policy: str, unroll: int, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:

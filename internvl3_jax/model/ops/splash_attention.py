@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from internvl3_jax.model.ops.context_parallel import gather_keys
-from internvl3_jax.model.ops.masks import Mask, in_order, needed_blocks, pad_mask
+from internvl3_jax.model.ops.masks import Mask, block_mask, in_order, pad_mask
 
 LANES = 128  # blocks are multiples of it
 _SAVED = "attention_output"
@@ -96,7 +96,7 @@ def _ordered(mask: Mask) -> Mask:
 def _masked(q, k, v, mask: Mask, options: dict):
     mask = pad_mask(mask, q.shape[2], k.shape[2])
     sizes = options["block_sizes"]
-    needed = needed_blocks(mask, sizes.block_q, sizes.block_kv)
+    needed = block_mask(mask, sizes.block_q, sizes.block_kv)
     # The kernel divides by the sum of at least one block.
     needed = needed.at[:, :, 0].set(needed[:, :, 0] | ~needed.any(axis=-1))
 

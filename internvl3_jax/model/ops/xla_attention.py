@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from internvl3_jax.model.ops.masks import MASKED, Mask
 
 
-def all_heads(q, k, v, mask: Mask | None):
+def xla_attention(q, k, v, mask: Mask | None):
     """[B,T,N,H] in q's dtype. Memory: B * N * T * S float32 scores."""
     visible = None if mask is None else mask.dense()
     # The G query heads that share a key head are stacked along T, so that one plain batched product serves them all.
@@ -30,7 +30,7 @@ def all_heads(q, k, v, mask: Mask | None):
     return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
 
 
-def head_by_head(q, k, v, mask: Mask | None):
+def xla_attention_per_head(q, k, v, mask: Mask | None):
     """The same with T * S float32 scores; as many as `all_heads` where gradients follow. On a CPU faster from about 128k scores on."""
     visible = None if mask is None else mask.dense()
     batch, length, heads, width = q.shape
