@@ -75,6 +75,7 @@ def check_inputs() -> tuple[list[dict] | None, str | None]:
     names = named_adapters(FLAGS.adapter)
     if FLAGS.use and FLAGS.use not in names:
         raise ValueError(f"--use is {FLAGS.use!r}; there is no such --adapter: {', '.join(names) or 'none is given'}")
+    FLAGS.image = [os.path.expanduser(image) for image in FLAGS.image]
     for image in FLAGS.image:
         open_image(image, max_pixels=FLAGS.max_image_pixels, allow_truncated=FLAGS.allow_truncated)
     prompt = None if FLAGS.prompt is None else prompts.given(FLAGS.prompt)

@@ -161,3 +161,21 @@ def test_help_is_grouped_and_complete(capsys):
     assert [heading for heading in answer_flags.SECTIONS if f"\n{heading}:\n" not in shown.stdout] == []
     options = shown.stdout.split("\nModel:\n")[1]
     assert max(map(len, options.splitlines())) <= 80 and "repeat this option" not in options
+
+
+def test_an_image_in_the_place_of_a_path_does_not_fill_the_terminal():
+    text = message(OSError(36, "File name too long", "data:image/png;base64," + "A" * 2_000_000))
+    assert len(text) < 600 and text.startswith("data:image/png;base64,AAA") and "2,000,0" in text
+
+
+@pytest.mark.parametrize("flag", ["json", "text"])
+def test_fit_writes_over_nothing(tmp_path, flag):
+    """And says so before any work."""
+    mine = tmp_path / "notes.txt"
+    mine.write_text("mine")
+    command = [sys.executable, "-m", "internvl3_jax.fit", "--config=configs/finetune.py:2b", "--topology=v5e:4x4", "--analytic"]
+    for value, reason in ((mine, "which exists"), (tmp_path / "none" / "x", "there is no folder")):
+        ended = subprocess.run([*command, f"--{flag}={value}"], capture_output=True, text=True, cwd=ROOT)
+        assert ended.returncode == 2 and ended.stdout == "" and f"error: --{flag} is {value}" in ended.stderr
+        assert reason in ended.stderr
+    assert mine.read_text() == "mine"

@@ -5,13 +5,14 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny_checkpoint
 from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_rows, write_video
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.doctor.__main__ import examine, find_tokenizer, main, read_processor
+from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
 from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
 from internvl3_jax.data.doctor.table import rows_of
 from internvl3_jax.data.pipeline import sample_dataset
@@ -198,7 +199,7 @@ def test_the_tile_rule_is_told_and_followed(tmp_path, tokens, capsys):
 
 def test_the_report_is_tried_before_the_work(tmp_path, tokens, capsys, monkeypatch):
     meta = write_meta(tmp_path, a={"rows": [TEXT]})
-    monkeypatch.setattr("internvl3_jax.data.doctor.Examiner.examine", None)  # it must not come to this
+    monkeypatch.setattr("internvl3_jax.data.doctor.examine.Examiner.examine", None)  # it must not come to this
     (tmp_path / "file").write_text("mine")
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -263,3 +264,22 @@ def test_the_tokenizer_is_found_as_checkpoints_are(tmp_path, tokens, capsys):
     meta = write_meta(tmp_path, a={"rows": [TEXT]})
     assert doctor(meta, str(tmp_path / "nowhere")) == 1
     assert "nowhere does not exist; give a checkpoint directory" in capsys.readouterr().err
+
+
+def test_a_matplotlib_that_cannot_draw_leaves_the_report(tmp_path, tokens, monkeypatch, capsys):
+    """As with another version's numpy, or a backend that is not there."""
+
+    def broken(*arguments, **options):
+        raise AttributeError("module 'numpy' has no attribute 'x'")
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=broken))
+    meta = write_meta(tmp_path, good={"rows": [TEXT]})
+    assert doctor(meta, tokens) == 0
+    assert "histogram.png is left out: matplotlib cannot draw it" in capsys.readouterr().out
+    assert json.loads(pathlib.Path(meta + ".doctor", "report.json").read_text())["errors"] == 0
+
+
+def test_names_are_no_emoji(tmp_path, tokens, capsys):
+    meta = write_meta(tmp_path, **{"s:smile:t": {"rows": [{**TEXT, "conversations": []}]}})
+    assert doctor(meta, tokens) == 1
+    assert "s:smile:t row 0: " in capsys.readouterr().out

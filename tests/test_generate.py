@@ -383,3 +383,12 @@ def test_seeds_decide():
 def test_wrong_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("top_p", [1e-45, 1e-40, 1e-12])
+def test_the_likeliest_token_is_always_kept(top_p):
+    """Also where top_p is 0 in float32."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 50)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = sample(logits, keys, Sampling(temperature=1.0, top_p=top_p))
+    np.testing.assert_array_equal(np.asarray(drawn)[..., -3:].ravel()[:3], logits.argmax(axis=-1))

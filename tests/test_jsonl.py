@@ -1,10 +1,12 @@
 """jsonl.py: files that people wrote and files that a kill tore."""
 
+import gzip
 import json
 import os
 
 import pytest
 
+from internvl3_jax.inference.requests import read_requests
 from internvl3_jax.io import jsonl
 from internvl3_jax.io.safe_files import FileError
 
@@ -103,3 +105,15 @@ def test_dumps_keeps_the_value_and_drives_no_terminal():
     line.encode("utf-8")
     with pytest.raises(ValueError):
         jsonl.dumps(float("nan"))
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", "has no requests"), (b"\n \n", "has no requests"), (b'[\n{"prompt": "a"}\n]\n', "is one JSON list"),
+    (gzip.compress(b"{}", mtime=0), "is compressed"),
+    ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+])  # fmt: skip
+def test_requests_in_other_forms_are_named(tmp_path, content, reason):
+    path = tmp_path / "requests.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=f"requests.jsonl: {reason}"):
+        read_requests(path)

@@ -178,7 +178,9 @@ def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsy
     assert "2 pairs of 2 of 2 questions" in capsys.readouterr().out
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"made": {"root": str(tmp_path), "annotation": str(output)}}))
-    config = DataConfig(source=str(meta), pairs=True, tokens_per_row=256, tiles_per_row=12)
+    config = DataConfig(
+        source=str(meta), tokenizer=str(tiny_checkpoint.TOKENIZER), pairs=True, tokens_per_row=256, tiles_per_row=12
+    )
     samples = sample_dataset(config, PROCESSOR, make_tokenizer(config))
     assert all(sample["answers"].max() == 2 and len(sample["tiles"]) for sample in (samples[0], samples[1]))
     assert main([*arguments, "--samples", "0"]) == 1

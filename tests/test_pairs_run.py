@@ -21,7 +21,7 @@ from internvl3_jax.data.pipeline import make_tokenizer
 from internvl3_jax.data.reference_table import ReferenceTable
 from internvl3_jax.model import lora
 from internvl3_jax.parallel import sharding
-from internvl3_jax.training import mpo
+from internvl3_jax.training import mpo, reference_model
 from internvl3_jax.training.make_reference import make_reference
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -179,7 +179,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
 def test_a_policy_that_is_not_its_reference_is_noticed(tmp_path, monkeypatch):
     """As if something changed the policy's forward pass."""
     config = run_config(tmp_path)
-    load = train.load_reference
-    monkeypatch.setattr(train, "load_reference", lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)))
+    load = reference_model.load_reference
+    monkeypatch.setattr(reference_model, "load_reference", lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)))
     with pytest.raises(ValueError, match=r"the preference part is 0\.831777; it was"):
         train.fit(config, make(tmp_path / "run", config), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))

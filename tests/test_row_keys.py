@@ -307,3 +307,17 @@ def test_the_documented_rows_and_sources_are_read(tmp_path):
         "weight",
         "allow_outside_root",
     }
+
+
+@pytest.mark.parametrize("name", ["file_name", "decoded_image", "input_image", "jpg", "path", "file", "url", "whatever"])
+@pytest.mark.parametrize("value", ["nowhere.png", ["a/b.JPG"], {"path": "clip.mp4"}])
+def test_an_image_under_another_key_is_not_dropped(name, value):
+    with pytest.raises(RowError, match=f"unknown key '{name}' = "):
+        check_keys({"id": 1, "conversations": [], name: value})
+    check_keys({"id": 1, "image": "a.png", "conversations": [], "source_file": value})
+
+
+@pytest.mark.parametrize("turn", [{"image_path": "a.png"}, {"img": "a.png"}, {"images": ["a.png"]}, {"other": "a.jpeg"}])
+def test_an_image_of_a_turn_is_not_dropped(turn):
+    with pytest.raises(RowError, match="belongs to the row"):
+        read_messages({"conversations": [{"from": "human", "value": "x"} | turn]})

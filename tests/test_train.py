@@ -20,7 +20,7 @@ import train
 from convert.open import open_model
 from convert.run import convert
 from internvl3_jax import load
-from internvl3_jax.checkpoints import checkpoint, steps, storage
+from internvl3_jax.checkpoints import steps, storage
 from internvl3_jax.config import MeshConfig, to_dict
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.parallel import sharding
@@ -178,7 +178,7 @@ def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
         monkeypatch.setattr(saving, "done", done)
         return saving
 
-    monkeypatch.setattr(checkpoint, "start_saving_training", fails)
+    monkeypatch.setattr(steps, "start_saving_training", fails)
     with pytest.raises(OSError, match=r"step 4 cannot be saved \(No space left on device\); the complete steps") as raised:
         start_here(config, tmp_path / "run")
     assert seen == [4] and raised.value.filename.endswith("run/checkpoints/4")

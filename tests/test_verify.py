@@ -180,3 +180,27 @@ def test_different(a, b):
 def test_an_answer_is_the_same_as_itself_whatever_it_is():
     for text in ["", "{", r"\boxed{", "∞", "(", r"\frac{1}{0}", "0", "-", "%", "$$"]:
         assert same_answer(text, text)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("e^2", "e^{2}"), ("x_1", "x_{1}"), ("a^2", "a²"), (r"\frac1{2}", "0.5"), (r"\frac{1}2", "0.5"), (r"\sqrt[3]{8}", "2"),
+    ("1.5 x 10^3", "1500"), ("1.5*10**3", "1500"), ("2**10", "1024"), (r"2\pi r", "2πr"), (r"\{1,2\}", "{1,2}"), (r"\infty", "∞"),
+    (r"x\le 5", "x≤5"), (r"x \geq 5", "x>=5"), (r"\pm 5", "±5"), ("–5", "-5"), (r"5\,\mathrm{cm}", "5 cm"), ("50 percent", "50%"),
+    ("1'000", "1000"), ("1_000", "1000"), ("½", "0.5"), ("1½", "1.5"), (r"\angle A = 30", "30"), ("a)", "A"),
+])  # fmt: skip
+def test_ways_to_write_the_same(a, b):
+    assert same_answer(a, b) and same_answer(b, a)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("x^12", "x^1"), ("5 cm", "5 m"), ("1_00", "100"), ("**5**", "55"), ("1–2", "12"), ("2**3", "6"), ("x_1", "x_2"), ("x≤5", "x≥5"),
+])  # fmt: skip
+def test_what_only_looks_alike(a, b):
+    assert not same_answer(a, b) and not same_answer(b, a)
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"so \framebox{5}", "5"), ("steps <answer>5</answer>", "5"), ("work\n#### 42", "42"), ("答案：5", "5"), ("### Answer\n5", "5"),
+])  # fmt: skip
+def test_other_trainers_ways_to_state_an_answer(text, answer):
+    assert extract_answer(text) == answer

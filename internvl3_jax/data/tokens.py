@@ -8,6 +8,7 @@ tiles, as at inference; with --tiles shared all images together, as in training.
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
     size = re.fullmatch(r"(\d+)x(\d+)", argument)
     if size and not Path(argument).exists():
         return argument, int(size[1]), int(size[2])
-    image = open_image(argument, **limits)
+    image = open_image(os.path.expanduser(argument), **limits)
     return argument, image.width, image.height
 
 

@@ -53,6 +53,7 @@ TEXT = flags.DEFINE_string("text", "", "Also write the compiled program to this 
 def main(argv) -> int:
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    json_path, _ = (_output(flag) for flag in (JSON, TEXT))
     topology, config = parse(TOPOLOGY.value), settings.load().config
     checks.validate(config)
     config = lora.freeze_base(config)
@@ -65,9 +66,21 @@ def main(argv) -> int:
         fits, row = find(config, topology)
     else:
         fits, row = train(config, topology)
-    if JSON.value:
-        safe_files.replace(pathlib.Path(JSON.value).expanduser(), json.dumps(row, indent=1) + "\n")
+    if json_path:
+        safe_files.replace(json_path, json.dumps(row, indent=1) + "\n")
     return 0 if fits else 1
+
+
+def _output(flag) -> pathlib.Path | None:
+    """The file of --json or --text. ValueError if it is there or cannot be made, before any work."""
+    if not flag.value:
+        return None
+    path = pathlib.Path(flag.value).expanduser()
+    if os.path.lexists(path):
+        raise ValueError(f"--{flag.name} is {path}, which exists; name another file, or remove it")
+    if not path.parent.is_dir():
+        raise ValueError(f"--{flag.name} is {path}: there is no folder {path.parent}; make it")
+    return path
 
 
 def train(config, topology) -> tuple[bool, dict]:
@@ -79,7 +92,7 @@ def train(config, topology) -> tuple[bool, dict]:
     print(report.settings(config), flush=True)
     built = None if ANALYTIC.value else build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
     if built is not None and TEXT.value:
-        pathlib.Path(TEXT.value).write_text(built.text, encoding="utf-8")
+        safe_files.replace(pathlib.Path(TEXT.value).expanduser(), built.text)
     if topology.chip is None:
         print("\n".join([*report.memory_lines(memory, None, built), *report.collective_lines(built)]))
         return True, {"compiler": report.compiler_row(built)}

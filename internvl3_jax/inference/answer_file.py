@@ -30,7 +30,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: str | os.PathLike, inputs: Sequence[str | os.PathLike] = ()):
-        self.path = as_path(path) if is_remote(path) else pathlib.Path(path)
+        self.path = as_path(path) if is_remote(path) else pathlib.Path(path).expanduser()
         check_place(self.path, inputs, "--output")
         self.sidecar = beside(self.path, "settings.json")
         self.answers: list[dict] = []

@@ -1,5 +1,6 @@
 r"""Prompts as they are typed: \n in a shell's quotes is a backslash and an n, and means a line break."""
 
+import os
 import re
 import sys
 
@@ -26,7 +27,7 @@ def given(text: str) -> str:
     if text == "-":
         return _text(sys.stdin.buffer.read(MAX_BYTES), "--prompt -")
     if text.startswith("@"):
-        return _text(safe_files.read_bytes(text[1:], max_bytes=MAX_BYTES), f"--prompt {text}")
+        return _text(safe_files.read_bytes(os.path.expanduser(text[1:]), max_bytes=MAX_BYTES), f"--prompt {text}")
     return typed(text.removeprefix("\\") if text.startswith("\\@") else text)
 
 

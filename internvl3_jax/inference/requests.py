@@ -49,7 +49,7 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
     Raises:
       FileError: naming file and line, if any line is no request. Whether its images can be opened is not looked at.
     """
-    path, requests = as_path(path) if is_remote(path) else pathlib.Path(path), []
+    path, requests = as_path(path) if is_remote(path) else pathlib.Path(path).expanduser(), []
     for row in jsonl.read_objects(path):
         number = int(row.where.rpartition(" ")[2])
         prompt = row.get("prompt", str)
@@ -63,6 +63,8 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
         asked = {"id": row.values.get("id", number), "prompt": prompt} | asked
         files = [image if is_remote(image) else str(path.parent / os.path.expanduser(image)) for image in images]
         requests.append({"prompt": prompt, "image": files, "id": asked["id"], "where": row.where, "asked": asked})
+    if not requests:
+        raise JsonError(f"{excerpt(str(path))[1:-1]}: has no requests")
     return requests
 
 

@@ -60,10 +60,12 @@ def _drawn(logits, keys, sampling: Sampling):
 
 
 def _nucleus(logits, top_p: float):
-    """Masks all but the likeliest tokens up to and including the one that reaches top_p (Holtzman et al. 2020)."""
-    order = jnp.flip(jnp.argsort(logits, axis=-1), axis=-1)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    """Masks all but the likeliest tokens up to and including the one that reaches top_p (Holtzman et al. 2020).
+
+    Tokens as likely as the last one that is kept are kept too. The likeliest is kept whatever top_p is.
+    """
+    descending = -jnp.sort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    rank = jnp.argsort(order, axis=-1)
-    keep = jnp.take_along_axis(before < top_p, rank, axis=-1)
-    return jnp.where(keep, logits, MASKED)
+    threshold = jnp.where(before < top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits >= jnp.minimum(threshold, descending[:, :1]), logits, MASKED)

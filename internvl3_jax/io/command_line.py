@@ -12,6 +12,7 @@ output is gone (`| head`). Anything that is no ValueError and no OSError is our 
 import argparse
 import contextlib
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -22,11 +23,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from absl import app, flags
 
 from internvl3_jax.io.strict_json import suggestion
-from internvl3_jax.io.terminal import one_line, printable
+from internvl3_jax.io.terminal import one_line, printable, short_name
 
 USAGE = 2
 INTERRUPTED = 128 + signal.SIGINT
 NO_READER = 128 + signal.SIGPIPE
+_UNBROKEN = re.compile(r"\S{1000,}")
 _HELP = "run it with --help for all options"
 
 
@@ -46,7 +48,9 @@ def message(error: BaseException) -> str:
         text = error.strerror
     else:
         text = str(error) or type(error).__name__
-    return " ".join(line.strip() for line in printable(text).splitlines() if line.strip())
+    text = " ".join(line.strip() for line in printable(text).splitlines() if line.strip())
+    # An image in base64 that was given as a path would fill the terminal.
+    return _UNBROKEN.sub(lambda match: short_name(match[0], 300), text)
 
 
 @contextlib.contextmanager
@@ -100,6 +104,11 @@ def _forget_output() -> None:
 
 
 # --- programs with argparse ---------------------------------------------------------------------------------------------------
+
+
+def expanded(path: str) -> pathlib.Path:
+    """A path of the command line, ~ being the home directory. As `type` of an argument."""
+    return pathlib.Path(path).expanduser()
 
 
 class Parser(argparse.ArgumentParser):

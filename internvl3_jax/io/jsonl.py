@@ -30,10 +30,24 @@ def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[
       FileError: the file is missing, no regular file, too large, or not UTF-8; the message names the line.
     """
     name = one_line(os.fspath(path))
-    text = strict_json.decode(safe_files.read_bytes(path, max_bytes=max_bytes), name)
+    data = safe_files.read_bytes(path, max_bytes=max_bytes)
+    check_kind(data[:4096], data[-4096:].rstrip()[-1:], name)
+    text = strict_json.decode(data, name)
     if len(text) > MAX_LINE and any(len(line) > MAX_LINE for line in text.split("\n")):
         raise FileError(f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per line?")
     return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def check_kind(start: bytes, last: bytes, name: str) -> None:
+    """Raises FileError for what is no file of lines of JSON at all. start: Its first bytes. last: Its last byte that is no white space."""
+    if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
+        raise FileError(f"{name}: is compressed; unpack it")
+    if b"\0" in start[:4] or start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FileError(f"{name}: is UTF-16 or UTF-32 text, or binary; save it as UTF-8")
+    if start.startswith(b"version https://git-lfs"):
+        raise FileError(f"{name}: is a Git LFS pointer; fetch the file itself with git lfs pull")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and last == b"]":
+        raise FileError(f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl")
 
 
 def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, object]]:

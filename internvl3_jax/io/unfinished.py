@@ -37,7 +37,11 @@ def absolute(path: str | os.PathLike) -> pathlib.Path:
 
 
 def check_name(path: pathlib.Path) -> None:
-    """ValueError for a path with a backslash, which TensorStore takes for a slash, or a null character."""
+    """ValueError for a path with a backslash, which TensorStore takes for a slash, a null character, or bytes that are not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another name") from error
     if "\\" in str(path) or "\0" in str(path):
         raise ValueError(
             f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; choose another name"

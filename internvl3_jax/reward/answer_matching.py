@@ -18,15 +18,17 @@ TOLERANCE = Fraction(1, 10**6)  # relative
 _LONGEST_NUMBER = 60  # characters; longer strings of digits are compared as text
 
 # With braces, or without: then the box goes to the end of the formula or word.
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))")
+_BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MARKED = re.compile(r"^#{4}\s*(\S.*)$|^#{1,4}\s*(?:final\s+)?answer\s*:?\s*\n+\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 _GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _ASSIGNED = re.compile(r"\\?[A-Za-z][A-Za-z0-9_]{0,7}=(?=[^=])")
 _DEGREES = re.compile(r"(?<=\d)\s*(?:degrees?|deg)\b\.?", re.IGNORECASE)
 _SCALE = re.compile(r"(?<=\d)\s*(?:C(?:elsius)?|F(?:ahrenheit)?)\Z", re.IGNORECASE)
-_STATED = re.compile(r"\banswer\s*\**\s*(?P<how>is\b\s*:?|:|=)\s*(?=\S)", re.IGNORECASE)
+_STATED = re.compile(r"(?:\banswer|答案)\s*\**\s*(?P<how>is\b\s*:?|:|=|：|是)\s*(?=\S)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bProf)\.(?:\s|$)")
 _OPTION = re.compile(
-    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\((?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)", re.DOTALL
+    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\(?(?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)", re.DOTALL
 )
 _SEVERAL_OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:\s*(?:,|and|&|or|/)\s*|\s+|(?<=\)))\(?[A-J]\)?)+")
 _CALLED_OPTION = re.compile(r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice)\s+)(?=\(?[A-J]\b)")
@@ -35,13 +37,40 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?:(?P<whole>\d+)\s+)?(?:(?P<top>\d+)/(?P<bottom>\d+))|(?P<decimal>{_DECIMAL}))\s?(?P<percent>%?)"
 )
 _LAST_NUMBER = re.compile(rf"(?<![\w.])[-+]?(?:\d+/\d+|{_DECIMAL})(?:\s?\\?%)?", re.IGNORECASE)
+# Ways to write the same, in the order in which they are replaced.
+_SYMBOLS = [
+    (re.compile(written), meant)
+    for written, meant in (
+        ("[\u2212\u2013]", "-"),
+        (r"\\%|(?<=\d)\s*percent\b", "%"),
+        (r"\{,\}", ","),
+        (r"(?<=\d)\\[,;: ](?=\d{3})", " "),
+        (r"(?<=\d)\\[,;: ]\s*(?=\\?[A-Za-z])", " "),  # a unit
+        (r"(?<=\d)['_\u2019](?=\d{3}(?!\d))", ""),
+        (r"(?<=[\w)])\*\*(?=[\w(-])", "^"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", "*"),
+        (r"\\([{}])", r"\1"),
+        (r"\\infty(?![A-Za-z])", "\u221e"),
+        (r"\\leq?(?![A-Za-z])|<=", "\u2264"),
+        (r"\\geq?(?![A-Za-z])|>=", "\u2265"),
+        (r"\\neq?(?![A-Za-z])|!=", "\u2260"),
+        (r"\\pm(?![A-Za-z])\s*|\+/-\s*", "\u00b1"),
+        (r"\\angle\s*|\u2220\s*", ""),
+        (r"(?<=\d)(?=[\u00bc-\u00be\u2153\u2154])", " "),
+        *(
+            (sign, value)
+            for sign, value in zip("\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True)
+        ),
+    )
+]
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\\(|\\\)|\\\[|\\\]|\*\*|\^\s*\{?\s*\\circ\s*\}?|°")
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else what follows the last "answer:" or "answer is".
+    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else <answer>...</answer>, or what follows the
+    last "answer:" or "answer is", or a line of its own after #### or a heading "Answer".
 
     None if it states none, also if its only box was cut off before it closed.
     """
@@ -49,9 +78,12 @@ def extract_answer(text: str) -> str | None:
         content = found["bare"].rstrip(".,;:") if found["bare"] else _until_closed(text, found.end())
         if content is not None:
             return content.strip()
+    if tagged := _TAGGED.findall(text):
+        return tagged[-1].strip() or None
     stated = list(_STATED.finditer(text))
     if not stated:
-        return None
+        marked = _MARKED.findall(text)
+        return "".join(marked[-1]).strip().removesuffix(".") or None if marked else None
     # Of a formula that is set apart, the first line that says something.
     lines = text[stated[-1].end() :].split("\n")
     answer = next((line for line in lines if _normal(line.replace("*", ""))), "")
@@ -117,8 +149,8 @@ def _until_closed(text: str, start: int) -> str | None:
 
 def _normal(answer: str) -> str:
     """Without the marks that change how an answer looks and not what it says."""
-    answer = answer.replace("\u2212", "-").replace(r"\%", "%").replace("{,}", ",")
-    answer = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", " ", answer)
+    for written, meant in _SYMBOLS:
+        answer = written.sub(meant, answer)
     answer = _NOISE.sub("", answer)
     for _ in range(3):  # nested
         answer = _WRAPPERS.sub(r"\1", answer)
@@ -127,11 +159,11 @@ def _normal(answer: str) -> str:
     answer = _SCALE.sub(lambda found: f" {found[0].strip()[0].upper()}", answer)
     answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").strip()
     # A space behind a comma stays: 3, 100 is no number.
-    return _CALLED_OPTION.sub("", re.sub(r"\s*([-+*/=<>^])\s*|\s+(?=,)", r"\1", answer))
+    return _CALLED_OPTION.sub("", re.sub(r"\s*([-+*/=<>^\u2264\u2265\u2260])\s*|\s+(?=,)", r"\1", answer))
 
 
 def _fraction(found: re.Match) -> str:
-    parts = (found[1] or found[3], found[2] or found[4])
+    parts = (found[1] or found[2], found[3] or found[4])
     top, bottom = (part if re.fullmatch(r"\s*[-+]?[\w.]+\s*", part) else f"({part})" for part in parts)
     mixed = found.start() and found.string[found.start() - 1].isdigit()
     return f"{' ' if mixed else ''}{top}/{bottom}"

@@ -19,10 +19,14 @@ def plain(text: str) -> str:
     r"""LaTeX's and Unicode's ways to write these operations as * ^ π sqrt()."""
     text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)}])\s*[×·⋅∙]\s*(?=[\d(\\π])", "*", text)
     text = re.sub(r"\\pi(?![A-Za-z])|(?<![A-Za-z])pi(?![A-Za-z])", "π", text)
+    text = re.sub(r"\\sqrt\s*\[(\d+)\]\s*\{([^{}]*)\}", r"(\2)^(1/\1)", text)
     text = re.sub(r"\\sqrt\s*\{([^{}]*)\}|√\s*\(([^()]*)\)", lambda found: f"sqrt({found[1] or found[2]})", text)
     text = re.sub(r"(?:\\sqrt|√)\s*(\d+)", r"sqrt(\1)", text)
     text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
-    return re.sub("(?<=[0-9a-z)π])([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda found: f"^({found[1].translate(_SUPERSCRIPTS)})", text)
+    text = re.sub("(?<=[0-9a-z)π])([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda found: f"^({found[1].translate(_SUPERSCRIPTS)})", text)
+    text = re.sub(r"(?<=[a-z)\dπ])\s*\*?\s*(?=π)|(?<=π)\s+(?=[a-z])", "", text)
+    # x^2 and x_1 with or without braces
+    return re.sub(r"_\{(\w)\}", r"_\1", re.sub(r"\^\((\w)\)", r"^\1", text))
 
 
 def value(text: str) -> Fraction | None:

@@ -233,14 +233,18 @@ HELP = {
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.Parser("make_pairs", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="of the model that answers: the one that will be trained")
-    parser.add_argument("--questions", type=pathlib.Path, required=True, help="JSONL file")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSONL file; it is resumed if it is there")
+    parser.add_argument("--questions", type=command_line.expanded, required=True, help="JSONL file")
+    parser.add_argument("--output", type=command_line.expanded, required=True, help="JSONL file; it is resumed if it is there")
     for field in dataclasses.fields(Settings):
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=HELP[field.name])
         else:
             text = f"{HELP[field.name]} (default: {field.default})"
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
+    parser.add_argument(
+        "--max_image_pixels", type=int, default=None, help="larger images are refused; 0: no limit (89 million)"
+    )
+    parser.add_argument("--allow_truncated", action="store_true", help="accept truncated images; the missing part is gray")
     parser.add_argument("--dtype", default=None, help="of parameters and computation (default: as stored)")
     return parser.parse_args(arguments)
 
@@ -253,7 +257,8 @@ def make(options: argparse.Namespace) -> None:
         check_place(path, [options.questions, *(file for question in questions for file in question.images)], "--output")
     with safe_files.Lock(beside(options.output, "lock"), str(options.output)):
         checkpoint = load(options.checkpoint, dtype=options.dtype)
-        run(Chat(checkpoint), questions, options.output, settings, tree_hash(by_path(checkpoint.params)))
+        images = {"max_image_pixels": options.max_image_pixels, "allow_truncated": options.allow_truncated}
+        run(Chat(checkpoint, **images), questions, options.output, settings, tree_hash(by_path(checkpoint.params)))
     print(summary(options.output))
 
 

@@ -184,8 +184,8 @@ HELP = {
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.Parser("make_process_labels", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="of the model whose solutions are labelled")
-    parser.add_argument("--questions", type=pathlib.Path, required=True, help="JSONL file")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSONL file; it is resumed if it is there")
+    parser.add_argument("--questions", type=command_line.expanded, required=True, help="JSONL file")
+    parser.add_argument("--output", type=command_line.expanded, required=True, help="JSONL file; it is resumed if it is there")
     for field in dataclasses.fields(Settings):
         if field.name != "system":
             kind = float if isinstance(field.default, float) else int
@@ -197,6 +197,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="system message of the rows: visualprm (its data's; the default), visualprm_trained (as its public trainer shows it to the "
         "model, with a literal <image> line before it), none, or a text",
     )
+    parser.add_argument(
+        "--max_image_pixels", type=int, default=None, help="larger images are refused; 0: no limit (89 million)"
+    )
+    parser.add_argument("--allow_truncated", action="store_true", help="accept truncated images; the missing part is gray")
     parser.add_argument("--dtype", default=None, help="of parameters and computation (default: as stored)")
     return parser.parse_args(arguments)
 
@@ -211,7 +215,8 @@ def make(options: argparse.Namespace) -> None:
     check_place(options.output, inputs, "--output")
     with safe_files.Lock(beside(options.output, "lock"), str(options.output)):
         checkpoint = load(options.checkpoint, dtype=options.dtype)
-        run(Chat(checkpoint), questions, options.output, settings, tree_hash(by_path(checkpoint.params)))
+        images = {"max_image_pixels": options.max_image_pixels, "allow_truncated": options.allow_truncated}
+        run(Chat(checkpoint, **images), questions, options.output, settings, tree_hash(by_path(checkpoint.params)))
     print(summary(options.output))
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
 from internvl3_jax.data.text.chat_template import PICTURE_TAG, insert_missing_tags
 from internvl3_jax.inference.requests import KEPT, refuse_unknown
 from internvl3_jax.io import jsonl
-from internvl3_jax.io.terminal import excerpt, one_line
+from internvl3_jax.io.terminal import excerpt, one_line, short_name
 from internvl3_jax.reward.answer_matching import extract_answer, same_answer
 
 
@@ -45,7 +46,7 @@ def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
       ValueError: naming file and line of one that is no question, has keys of another meaning, whose images are missing or more than its
         tags, or whose id occurs twice.
     """
-    path, questions, ids = pathlib.Path(path), [], {}
+    path, questions, ids = pathlib.Path(path).expanduser(), [], {}
     for row in jsonl.read_objects(path):
         where, number = row.where, int(row.where.rpartition(" ")[2])
         text = row.get("question", str)
@@ -54,11 +55,11 @@ def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
         if not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"{where}: image is {excerpt(image)}; expected a path or a list of paths")
         refuse_unknown(row, ("question", "id", "image", *KEPT))
-        files = [path.parent / name for name in names]
-        missing = [file for file in files if not file.is_file()]
+        files = [path.parent / os.path.expanduser(name) for name in names]
+        missing = [file for file in files if not os.path.isfile(file)]
         if missing:
             raise ValueError(
-                f"{where}: {one_line(str(missing[0]))} does not exist; relative paths start at the folder of the questions"
+                f"{where}: {short_name(str(missing[0]))} does not exist; relative paths start at the folder of the questions"
             )
         if answer is None and (checked or not files):
             raise ValueError(f"{where} has no answer{'' if checked else ' and no image'}: what is right is not known")

@@ -35,6 +35,7 @@ from internvl3_jax.data.sources.mixture import read_drop_list
 from internvl3_jax.data.truncation import TooLong
 from internvl3_jax.inference.answer_file import beside, check_place
 from internvl3_jax.io import command_line, jsonl, safe_files
+from internvl3_jax.io.terminal import one_line
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training import checks, settings
 from internvl3_jax.training.evaluation import eval_data_config
@@ -102,13 +103,14 @@ def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
 
 def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -> Iterator[Sample]:
     """Every pair of every source that is not known yet, in order; it is known afterwards."""
+    import rich.markup
     from rich.progress import track
 
     sources = open_sources(config)
     dropped = read_drop_list(config.drop_list, [source.name for source in sources], [len(source) for source in sources])
     for number, source in enumerate(sources):
         rows = [row for row in range(len(source)) if row not in dropped.get(number, ())]
-        for row in track(rows, description=source.name, disable=not sys.stderr.isatty()):
+        for row in track(rows, description=rich.markup.escape(one_line(source.name)), disable=not sys.stderr.isatty()):
             try:
                 sample = preparer.sample(source, row, np.random.default_rng((config.seed, row)))
             except (ValueError, OSError) as error:

@@ -103,12 +103,19 @@ class Log:
         return read_rows(self.path)
 
     def draw(self) -> None:
-        """WORKDIR/loss.png, if matplotlib is there: the numbers are in log.jsonl without it."""
+        """Writes WORKDIR/loss.png if matplotlib can draw it: the numbers are in log.jsonl without it."""
         try:
-            from matplotlib.figure import Figure
+            image = self._drawn()
         except ImportError:
             print(f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)", flush=True)
-            return
+        except Exception as error:  # whatever another library's version or settings raise, the run has reached its end
+            print(f"{CURVE} is left out, since matplotlib cannot draw it ({one_line(str(error))})", flush=True)
+        else:
+            safe_files.replace(self.path.parent / CURVE, image)
+
+    def _drawn(self) -> bytes:
+        from matplotlib.figure import Figure
+
         rows = [row for row in self.rows() if "loss" in row]
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
@@ -120,7 +127,7 @@ class Log:
         axes.grid(alpha=0.3, which="both")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=120)
-        safe_files.replace(self.path.parent / CURVE, drawn.getvalue())
+        return drawn.getvalue()
 
 
 class Mirror:

@@ -96,8 +96,8 @@ def write_report(folder: pathlib.Path, report: dict, errors: list[tuple[str, int
     lines = [_HEADER, *(f"{source}\t{row}\t{reason}" for source, row, reason in errors)]
     replace(folder / ERRORS, "\n".join(lines) + "\n")
     picture = _draw(tokens, tiles)
-    if picture is None:
-        report["warnings"].append(f"{HISTOGRAM} is left out: matplotlib is not installed (pip install matplotlib)")
+    if isinstance(picture, str):
+        report["warnings"].append(f"{HISTOGRAM} is left out: {picture}")
     else:
         replace(folder / HISTOGRAM, picture)
     # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as JSON escapes them.
@@ -105,12 +105,19 @@ def write_report(folder: pathlib.Path, report: dict, errors: list[tuple[str, int
     replace(folder / REPORT, text.encode("utf-8", "backslashreplace"))
 
 
-def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | None:
-    """The histograms as PNG; None without matplotlib."""
+def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | str:
+    """The histograms as PNG, or the reason why there is none."""
     try:
-        from matplotlib.figure import Figure  # only here: nothing else of the data needs it
+        return _drawn(tokens, tiles)
     except ImportError:
-        return None
+        return "matplotlib is not installed (pip install matplotlib)"
+    except Exception as error:  # whatever another library's version or settings raise, the report does not depend on a picture
+        return f"matplotlib cannot draw it ({one_line(str(error))})"
+
+
+def _drawn(tokens: np.ndarray, tiles: np.ndarray) -> bytes:
+    from matplotlib.figure import Figure  # only here: nothing else of the data needs it
+
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, values, name in zip(figure.subplots(1, 2), (tokens, tiles), ("tokens", "tiles"), strict=True):
         axes.hist(values, bins=min(60, max(1, len(np.unique(values)))))

@@ -11,7 +11,7 @@ def print_report(report: dict, folder: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(emoji=False)
     table = Table(title=Text(one_line(report["meta"])))  # of plain text: brackets in it are no markup
     table.add_column("source", overflow="fold")
     for name in ("rows", "errors", "cut or dropped", "same id", "pictures", "tokens mean", "max", "tiles mean", "max"):

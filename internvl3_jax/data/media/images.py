@@ -45,7 +45,7 @@ TOO_LARGE_REMEDY = (
     "max_image_pixels of Chat, max_pixels of open_image; 0 is no limit"
 )
 TRUNCATED_REMEDY = (
-    "fetch it again, or accept such files: data.allow_truncated in training, --allow_truncated of the doctor and tokens, "
+    "fetch it again, or accept such files: data.allow_truncated in training, --allow_truncated of the programs, "
     "allow_truncated of open_image"
 )
 

@@ -4,6 +4,7 @@ Everything is arithmetic on numbers; no list of rows is ever made.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -61,7 +62,7 @@ def read_drop_list(path: str, names: Sequence[str], lengths: Sequence[int]) -> d
 
 def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
     """(line number, source, row, reason) of each line of a drop list. ValueError names a line that is none."""
-    text = decode(read_bytes(path, max_bytes=MAX_DROP_LIST), one_line(path))
+    text = decode(read_bytes(os.path.expanduser(path), max_bytes=MAX_DROP_LIST), one_line(path))
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(" \r") or line.startswith("#"):
             continue

@@ -34,6 +34,8 @@ _NOUN = "(?:img|image|picture|pic|photo|figure|screenshot|video|vid|clip|frame|a
 _LOOKS = re.compile(
     rf"{_NOUN}s?(?:_?(?:path|file|filename|list|dir|folder|byte|base64|b64|data|content|input)s?|_?\d+)?", re.IGNORECASE
 )
+# ... a file that is one ...
+_MEDIA_FILE = re.compile(r"^[^\n]*\.(?:png|jpe?g|webp|bmp|gif|tiff?|heic|avif|mp4|mkv|mov|avi|webm|m4v)$", re.IGNORECASE)
 # ... and what is mere information in a row that has one.
 _NOTES = re.compile(rf"(?:{_NOUN}|coco|flickr|orig(?:inal)?)s?_?(?:url|uri|name|source|link)s?", re.IGNORECASE)
 
@@ -48,12 +50,21 @@ def check_keys(values: dict) -> None:
             raise RowError(f"the key {name} = {excerpt(value)} is not read; {_FOREIGN[name]}")
         if isinstance(value, bool | int | float):
             continue
-        looks = _LOOKS.fullmatch(name) or (not has_media and _NOTES.fullmatch(name))
+        looks = _LOOKS.fullmatch(name) or (not has_media and (_NOTES.fullmatch(name) or _names_media(value)))
         if looks or _is_near(name):
             near = (
                 suggestion(name, ("image", "video", "conversations")) or "; images go under 'image' and a video under 'video'"
             )
             raise RowError(f"unknown key {excerpt(name)} = {excerpt(value)}{near}")
+
+
+def _names_media(value) -> bool:
+    """Whether a value is the name of an image or video file, or a list of such names."""
+    if isinstance(value, dict):
+        value = value.get("path") or value.get("url")
+    if isinstance(value, list):
+        return bool(value) and _names_media(value[0])
+    return isinstance(value, str) and len(value) < 4096 and bool(_MEDIA_FILE.search(value))
 
 
 def _is_near(name: str) -> bool:
@@ -101,9 +112,13 @@ def _read_turn(turn, number: int) -> Message:
     for name in _TURN_FOREIGN:
         if turn.get(name) not in (None, True, [], {}) and not (name != "loss" and turn[name] == 1):
             raise RowError(f"turn {number}: the key {name} = {excerpt(turn[name])} is not read; remove it, or the row")
-    for name in (*_MEDIA, "audio", "audios"):
-        if turn.get(name):
-            raise RowError(f"turn {number}: {name} belongs to the row, not to a turn")
+    for name in turn:
+        if (
+            turn[name]
+            and name not in ("from", "value", "role", "content")
+            and (_LOOKS.fullmatch(name) or _names_media(turn[name]))
+        ):
+            raise RowError(f"turn {number}: {one_line(name)} belongs to the row, not to a turn; images go under 'image'")
     if isinstance(text, list):
         raise RowError(
             f"turn {number}: its content is a list of parts; write one text with <image> in the place of each image, and the paths "

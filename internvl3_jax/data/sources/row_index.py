@@ -26,7 +26,7 @@ import numpy as np
 
 from internvl3_jax.data.sources.files import INDEX, ChangedError, FileError, fingerprint, is_remote, open_binary
 from internvl3_jax.data.sources.tars import members
-from internvl3_jax.io import strict_json
+from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.safe_files import open_regular
 from internvl3_jax.io.terminal import one_line
 
@@ -185,7 +185,10 @@ class _Writer:
 
 def _scan_lines(file, writer: _Writer, path: str) -> None:
     end = _content_end(file)
-    _check_lines(file, end, path)
+    file.seek(max(0, end - 1))
+    last = file.read(1)
+    file.seek(0)
+    jsonl.check_kind(file.read(4096), last, one_line(path))
     file.seek(0)
     writer.starts([0] if end else [])
     position, rest = 0, b""
@@ -201,23 +204,6 @@ def _scan_lines(file, writer: _Writer, path: str) -> None:
                 rest = b""
     writer.pictures = writer.pictures or _lines_have_pictures(rest)
     writer.end(end)
-
-
-def _check_lines(file, end: int, path: str) -> None:
-    """FileError for what is no file of lines of JSON at all."""
-    file.seek(0)
-    start = file.read(4096)
-    file.seek(max(0, end - 1))
-    last = file.read(1)
-    name = one_line(path)
-    if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
-        raise FileError(f"{name}: is compressed; unpack it")
-    if b"\0" in start[:4] or start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise FileError(f"{name}: is UTF-16 or UTF-32 text, or binary; save it as UTF-8")
-    if start.startswith(b"version https://git-lfs"):
-        raise FileError(f"{name}: is a Git LFS pointer; fetch the file itself with git lfs pull")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and last == b"]":
-        raise FileError(f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl")
 
 
 def _content_end(file) -> int:
