@@ -73,11 +73,17 @@ TRAINING = {"README.md": "## Training"}
 QUICK = (
     "README.md",
     "CONTRIBUTING.md",
+    "docs/README.md",
+    "docs/architecture.md",
     "docs/attention.md",
+    "docs/benchmarks.md",
     "docs/decisions.md",
+    "docs/experiments.md",
     "docs/fit.md",
+    "docs/inference.md",
     "docs/launch.md",
     "docs/scaling.md",
+    "docs/troubleshooting.md",
 )
 
 
@@ -203,6 +209,8 @@ def check_program(command: Command, arguments: list[str]) -> None:
     source = path.read_text(encoding="utf-8")
     if name == "infer.py":
         source += (ROOT / "internvl3_jax/inference/answer_flags.py").read_text(encoding="utf-8")
+    if path.name == "__main__.py":
+        source += "".join(other.read_text(encoding="utf-8") for other in path.parent.glob("*.py"))
     for flag in {word.split("=")[0] for word in rest if re.match(r"--?\w", word)} - ANYWHERE:
         if not flag.startswith("--config."):
             assert re.search(rf"\"{flag}\"|\"{flag[2:]}\"|^ +{flag[2:]}:", source, re.M), f"{command}: {name} has no {flag}"

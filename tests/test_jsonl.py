@@ -110,7 +110,7 @@ def test_dumps_keeps_the_value_and_drives_no_terminal():
 @pytest.mark.parametrize("content, reason", [
     (b"", "has no requests"), (b"\n \n", "has no requests"), (b'[\n{"prompt": "a"}\n]\n', "is one JSON list"),
     (gzip.compress(b"{}", mtime=0), "is compressed"),
-    ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16"), (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
 ])  # fmt: skip
 def test_requests_in_other_forms_are_named(tmp_path, content, reason):
     path = tmp_path / "requests.jsonl"
