@@ -66,10 +66,11 @@ def main(argv):
 def check_inputs() -> tuple[list[dict] | None, str | None]:
     """(the requests, the prompt). ValueError for whatever can be seen to be wrong without a model."""
     from internvl3_jax.data.media.images import open_image
-    from internvl3_jax.inference import prompts
+    from internvl3_jax.inference import loading, prompts
     from internvl3_jax.inference.chat import Options
     from internvl3_jax.inference.loading import named_adapters
     from internvl3_jax.inference.requests import check_images, read_requests
+    from internvl3_jax.io.checkpoint_paths import check_exists
 
     Options(**answer_flags.chat_options())
     names = named_adapters(FLAGS.adapter)
@@ -78,7 +79,16 @@ def check_inputs() -> tuple[list[dict] | None, str | None]:
     FLAGS.image = [os.path.expanduser(image) for image in FLAGS.image]
     for image in FLAGS.image:
         open_image(image, max_pixels=FLAGS.max_image_pixels, allow_truncated=FLAGS.allow_truncated)
+    for name in [*names.values(), *([FLAGS.critic] if FLAGS.critic else [])]:
+        check_exists(name)
+    loading.check_cache(FLAGS.compilation_cache)
     prompt = None if FLAGS.prompt is None else prompts.given(FLAGS.prompt)
+    if prompt is not None:
+        images = len(FLAGS.image)
+        if 0 < (tags := prompt.count("<image>")) < images:
+            raise ValueError(f"{images} pictures, but {tags} <image> tags in --prompt; write one for each, or none")
+        if len(FLAGS.delta) > 1 and len(FLAGS.delta) != images:
+            raise ValueError(f"{len(FLAGS.delta)} deltas for {images} pictures; give one, or one per picture")
     if not FLAGS.requests:
         return None, prompt
     requests = read_requests(FLAGS.requests)
@@ -119,7 +129,10 @@ def open_checkpoint(path: str, adapters: list[str] = ()):
     devices = None if FLAGS["devices"].using_default_value else FLAGS.devices
     mesh = loading.make_mesh(devices, FLAGS.fsdp, FLAGS.hosts)
     options = {name: FLAGS[name].value for name in ("accept_fingerprint", "verify", "allow_nonfinite")}
-    return loading.open_checkpoint(path, dtype=FLAGS.dtype, mesh=mesh, adapters=adapters, **options)
+    checkpoint = loading.open_checkpoint(path, dtype=FLAGS.dtype, mesh=mesh, adapters=adapters, **options)
+    if checkpoint.directory.parent.name == "checkpoints":
+        note(f"step {checkpoint.directory.name} of {checkpoint.directory.parents[1]}")
+    return checkpoint
 
 
 def chosen_adapter(checkpoint) -> str | None:

@@ -26,7 +26,7 @@ from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.io import command_line
-from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
+from internvl3_jax.io.checkpoint_paths import check_exists, resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import host_flags, multihost, sharding
@@ -149,12 +149,16 @@ def setup(
     config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh, newest: int | None, stack: contextlib.ExitStack
 ) -> TrainingRun:
     """Opens the data, builds the model, and restores step `newest` or initializes the parameters. `stack` closes the data."""
-    # Data and model
+    # Data and model; what is not there is noticed before anything large is read
+    for name in filter(None, (config.init_from, config.lora.init_from, config.loss.reference)):
+        check_exists(name)
     tokenizer = make_tokenizer(config.data)
     fingerprint(config.model, config.processor, tokenizer, config.param_dtype)  # what it refuses, the first save would refuse
     model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
     placement = DataShards(mesh, config.data)
     loader = stack.enter_context(BatchLoader(config.data, config.processor, tokenizer, placement.shards))
+
+    evaluator = Evaluator(config, model, tokenizer) if config.held_out else None
 
     # Parameters and optimizer state
     state, history = restore_or_init(config, workdir, model, optimizer, loader, mesh, newest)
@@ -177,7 +181,7 @@ def setup(
         state,
         history,
         ref_params,
-        evaluator=Evaluator(config, model, tokenizer) if config.held_out else None,
+        evaluator,
         saver=AsyncSaver(config, workdir, placement, files, loader.identity),
         meter=MetricsAggregator(config, placement, sources, trains_vision),
         guard=FiniteCheck(state.params, optimizer, sources),

@@ -24,8 +24,9 @@ from convert.run import convert
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import MERGES, with_merges
+from internvl3_jax.io import command_line
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
-from internvl3_jax.io.terminal import excerpt, printable
+from internvl3_jax.io.terminal import excerpt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,11 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except (ValueError, OSError) as error:
         where = f"{options.target}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
-        print(f"error: {printable(where + str(error))}", file=sys.stderr)
+        print(f"error: {where}{command_line.message(error)}", file=sys.stderr)
         return 1
     if options.llm:
         print(model.origins())
     what = f"{options.to} safetensors" if options.to else "checkpoint"
+    if not options.llm and model.directory.parent.name == "checkpoints":
+        what += f" of step {model.directory.name}"
     checked = "; every tensor read again, hashes equal" if options.verify or merges else ""
     what += f", adapters of {len(model.pairs)} stacked layers merged" if merges else ""
     print(f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, {time.perf_counter() - started:.1f} s{checked}")
@@ -96,7 +99,7 @@ def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
         raise ConversionError(f"DST {excerpt(target)}: a name has more than 200 bytes; choose a shorter one")
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path} exists; choose another place or allow overwriting (--overwrite)")
-    parent = next(place for place in path.parents if os.path.lexists(place))
+    parent = next((place for place in path.parents if os.path.lexists(place)), path)
     if not parent.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {parent} is no directory")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -112,7 +115,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser("convert", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="SRC DST", help="with --llm and --vision only DST")
     choices = ("internvl", "hf", "peft-internvl", "peft-hf")
     parser.add_argument(

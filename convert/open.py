@@ -1,6 +1,7 @@
 """Opens what can be converted: a checkpoint or released directory, a LoRA run with its base, a model with a PEFT adapter."""
 
 import dataclasses
+import os
 import pathlib
 
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def open_with_peft(
     under: Released | Converted, directory: pathlib.Path, dtype: str | None, allow_nonfinite: bool = False
 ) -> Adapted:
     """A model with the adapter of a PEFT directory or hub id."""
-    directory = directory.expanduser()
+    directory = pathlib.Path(os.path.expanduser(directory))
     if not is_peft(directory):
         directory = resolve_hub_dir(str(directory))
     if not is_peft(directory):
@@ -141,7 +142,7 @@ def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | N
     base: what adapter_config.json is to name as its model; of a PEFT directory it also says what that model is. None takes what the
     source names.
     """
-    local = pathlib.Path(source).expanduser()
+    local = pathlib.Path(os.path.expanduser(source))
     if is_peft(local):
         named = base or _base_of_peft(local)
         model = open_model(resolve_checkpoint(named)).config

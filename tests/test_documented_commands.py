@@ -48,7 +48,7 @@ ADDED = {
 # What is not run, and why.
 NOT_RUN = (
     (r"^make ", "sets up environments; this test is part of make test"),
-    (r"^pip install |^python3? -m venv |^\. \S+/bin/activate$", "tools/test_install.sh runs the pages' installations"),
+    (r"^pip install |^python3? -m venv |^\. \S+/bin/activate$", "tests/test_install.py runs the pages' installations"),
     (r"^git clone |^cd internvl3_jax$", "the clone is here"),
     (r"^export ", "of a cloud, or of the reader's shell"),
     (

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -355,3 +356,31 @@ def test_flags_that_do_not_go_together(ask, capsys, values, message):
         ask(**values)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ({"adapter": ["nowhere"]}, "nowhere does not exist; give a checkpoint directory"),
+    ({"adapter": ["~nobody/a"]}, "/a does not exist"),
+    ({"best_of": 2, "critic": "nowhere"}, "nowhere does not exist"),
+    ({"best_of": 2, "critic": __file__}, "test_infer.py is a file"),
+    ({"max_tiles": 999_999_999}, "max_tiles is 999999999; it must be at least 1 and below 10,001"),
+    ({"compilation_cache": __file__}, "compilation_cache .*test_infer.py"),
+    ({"image": ["WIDE", "WIDE"], "prompt": "<image> what?"}, "2 pictures, but 1 <image> tags in --prompt"),
+    ({"image": ["WIDE"], "delta": ["1/4", "1/8"]}, "2 deltas for 1 pictures"),
+])  # fmt: skip
+def test_what_can_be_seen_without_a_model_is_checked_before_one_is_read(ask, pictures, tmp_path, flags, reason):
+    """The checkpoint does not exist: nothing has looked for it yet."""
+    flags = {"prompt": "x"} | flags
+    if "image" in flags:
+        flags["image"] = [str(pictures / "wide.png") for _ in flags["image"]]
+    assert re.search(reason, fail(ask, checkpoint=str(tmp_path / "no model"), **flags))
+
+
+def test_a_refused_output_leaves_nothing_beside_it(ask, tmp_path):
+    """A file of a checkpoint as --output, say: a lock there would make the checkpoint look changed."""
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "config.json").write_text('{"mine": 1}\n')
+    assert "is no answer of infer.py" in fail(
+        ask, requests=str(tmp_path / "requests.jsonl"), output=str(tmp_path / "config.json")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "requests.jsonl"]

@@ -14,7 +14,7 @@ from absl import flags
 
 import train
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.parallel.multihost import LOST, TERMINATED
+from internvl3_jax.parallel.multihost import EXIT_PEER_LOST, TERMINATED
 
 ROOT = pathlib.Path(train.__file__).parent
 LAUNCH = ROOT / "launch"
@@ -124,9 +124,12 @@ def test_the_page_names_every_file():
 
 def test_statuses_are_those_of_the_program():
     """143 and 134 stand in the files as numbers."""
-    assert (TERMINATED, LOST) == (143, 134)
+    assert (TERMINATED, EXIT_PEER_LOST) == (143, 134)
     for path in LAUNCH.glob("sky_*.yaml"):
-        assert yaml.safe_load(path.read_text())["resources"]["job_recovery"]["recover_on_exit_codes"] == [LOST, TERMINATED]
+        assert yaml.safe_load(path.read_text())["resources"]["job_recovery"]["recover_on_exit_codes"] == [
+            EXIT_PEER_LOST,
+            TERMINATED,
+        ]
 
 
 # --- a host without a scheduler --------------------------------------------------------------------------------------------------
@@ -140,8 +143,8 @@ NEXT = 'read -r status < "$0"; sed -i 1d "$0"; exit "$status"'
     [
         ([0], 0),
         ([TERMINATED] * 5 + [0], 0),  # does not count
-        ([LOST, 1, 0], 0),
-        ([1, TERMINATED, LOST, 7], 7),  # three failures, two of which are started again
+        ([EXIT_PEER_LOST, 1, 0], 0),
+        ([1, TERMINATED, EXIT_PEER_LOST, 7], 7),  # three failures, two of which are started again
     ],
 )
 def test_restart(tmp_path, statuses, ends):
@@ -164,7 +167,7 @@ def test_restart_passes_sigterm_on_and_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "status, before, requeued", [(0, 0, False), (TERMINATED, 0, True), (LOST, 3, True), (1, 19, True), (1, 20, False)]
+    "status, before, requeued", [(0, 0, False), (TERMINATED, 0, True), (EXIT_PEER_LOST, 3, True), (1, 19, True), (1, 20, False)]
 )
 def test_slurm(stubs, tmp_path, status, before, requeued):
     env = stubs(srun=f"exit {status}", scontrol="") | {

@@ -172,7 +172,7 @@ def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsy
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [q.answer for q in read_questions(path, checked=False)] == ["6", None]
     answers = {"1": ["Answer: 6", "Answer: 7"], "2": ["one two three four"]}
-    monkeypatch.setattr(make_pairs, "Chat", lambda checkpoint: Model(**answers))
+    monkeypatch.setattr(make_pairs, "Chat", lambda checkpoint, **options: Model(**answers))
     arguments = ["--checkpoint", str(tiny_checkpoint.directory()), "--questions", str(path), "--output", str(output)]
     assert main([*arguments, "--samples", "2", "--format_negatives"]) == 0
     assert "2 pairs of 2 of 2 questions" in capsys.readouterr().out

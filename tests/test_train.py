@@ -143,16 +143,16 @@ def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
     path = tmp_path / "killed.py"
     path.write_text(
         "import os, signal, time\n"
-        "from internvl3_jax.training.run import Saver\n"
+        "from internvl3_jax.training.run import AsyncSaver\n"
         "from tiny_checkpoint import train_config as get_config\n"
-        "poll = Saver.poll\n"
+        "poll = AsyncSaver.poll\n"
         "def poll_and_die(self, together):\n"
         "    while self.saving is not None and not self.saving.done():\n"
         "        time.sleep(0.01)\n"
         "    poll(self, together)\n"
         "    if self.step:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Saver.poll = poll_and_die\n"
+        "AsyncSaver.poll = poll_and_die\n"
     )
     process = command(tmp_path / "run", config=path)
     _, err = process.communicate(timeout=500)

@@ -306,8 +306,8 @@ def test_a_signal_ends_the_run_after_its_step(number, capfd):
 
 def test_a_second_interrupt_ends_it_at_once():
     code = (
-        "import os, signal, time\nfrom internvl3_jax.parallel.multihost import termination\n"
-        "with termination():\n    [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n    time.sleep(60)"
+        "import os, signal, time\nfrom internvl3_jax.parallel.multihost import preemption_signal\n"
+        "with preemption_signal():\n    [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n    time.sleep(60)"
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(workdir.__file__).parent.parent)}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
@@ -320,3 +320,19 @@ def test_a_second_interrupt_ends_it_at_once():
 def test_the_saved_configuration_is_all_of_it(tmp_path):
     workdir.save_config(train_config(), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(to_dict(train_config())))
+
+
+def test_a_model_is_no_workdir(tmp_path):
+    """And nothing is left in it, such as a lock."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(FileError, match="holds a model, not a training run"), workdir.held(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_curve_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    (tmp_path / "loss.png").mkdir()
+    with run_log.Log(tmp_path, train_config(), 0) as log:
+        log.write(1, {"loss": 1.0, "seconds": 1.0})
+    assert "loss.png is left out (" in capsys.readouterr().out

@@ -29,14 +29,14 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 28, 4, 6
 # The batches come slowly, so that there are moments to hit.
 CONFIG = f"""\
 import dataclasses, os, time
-from internvl3_jax.data.loader import Batches
+from internvl3_jax.data.loader import BatchLoader
 from official_run import official_config
 
-following = Batches.__next__
+following = BatchLoader.__next__
 def slowly(self):
     time.sleep(0.15)
     return following(self)
-Batches.__next__ = slowly
+BatchLoader.__next__ = slowly
 
 def get_config():
     config = official_config(os.environ["META"])

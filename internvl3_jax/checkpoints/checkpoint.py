@@ -215,7 +215,7 @@ def load_adapter(
       ValueError: it is an adapter of another model, or of this one with other weights; or, unless accept_fingerprint, one that was trained
         with another processor. Also as of `load`.
     """
-    local = as_path(path) if "://" in os.fspath(path) else pathlib.Path(path).expanduser()
+    local = as_path(path) if "://" in os.fspath(path) else pathlib.Path(os.path.expanduser(path))
     directory = local if is_peft(local) else resolve_checkpoint(path, verify)
     if is_peft(directory):
         return read_peft(directory, opened.config)

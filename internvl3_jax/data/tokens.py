@@ -164,7 +164,7 @@ def print_report(report: dict) -> None:
 
 def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
     """(name, width, height) of an image file, or of an argument like 1920x1080 that names no file. limits: of `open_image`."""
-    size = re.fullmatch(r"(\d+)x(\d+)", argument)
+    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", argument)
     if size and not Path(argument).exists():
         return argument, int(size[1]), int(size[2])
     image = open_image(os.path.expanduser(argument), **limits)
@@ -174,7 +174,7 @@ def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
 def _define_flags() -> flags.FlagValues:
     # Flags of this module's own: importing it must not claim names that other programs define.
     values = flags.FlagValues()
-    flags.DEFINE_integer("max_tiles", 12, "Tiles, thumbnails apart; of what, --tiles says.", 1, flag_values=values)
+    flags.DEFINE_integer("max_tiles", 12, "Tiles, thumbnails apart; of what, --tiles says.", 1, 10_000, flag_values=values)
     rule = "What --max_tiles limits: each image (inference) or all images together (training)."
     flags.DEFINE_enum("tiles", "per image", [*TILE_RULES, "per_image"], rule, flag_values=values)
     flags.DEFINE_integer(

@@ -75,7 +75,7 @@ def _output(flag) -> pathlib.Path | None:
     """The file of --json or --text. ValueError if it is there or cannot be made, before any work."""
     if not flag.value:
         return None
-    path = pathlib.Path(flag.value).expanduser()
+    path = pathlib.Path(os.path.expanduser(flag.value))
     if os.path.lexists(path):
         raise ValueError(f"--{flag.name} is {path}, which exists; name another file, or remove it")
     if not path.parent.is_dir():
@@ -92,7 +92,7 @@ def train(config, topology) -> tuple[bool, dict]:
     print(report.settings(config), flush=True)
     built = None if ANALYTIC.value else build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
     if built is not None and TEXT.value:
-        safe_files.replace(pathlib.Path(TEXT.value).expanduser(), built.text)
+        safe_files.replace(pathlib.Path(os.path.expanduser(TEXT.value)), built.text)
     if topology.chip is None:
         print("\n".join([*report.memory_lines(memory, None, built), *report.collective_lines(built)]))
         return True, {"compiler": report.compiler_row(built)}

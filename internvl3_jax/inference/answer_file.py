@@ -19,6 +19,7 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 KIND = "settings of a file of answers"
 UNSAID = "not recorded"
+START = b'{"id": '  # of every line
 
 
 class AnswerFile:
@@ -30,8 +31,10 @@ class AnswerFile:
     """
 
     def __init__(self, path: str | os.PathLike, inputs: Sequence[str | os.PathLike] = ()):
-        self.path = as_path(path) if is_remote(path) else pathlib.Path(path).expanduser()
+        self.path = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path))
         check_place(self.path, inputs, "--output")
+        if not is_remote(self.path):
+            check_ours(self.path)
         self.sidecar = beside(self.path, "settings.json")
         self.answers: list[dict] = []
         self._lock = safe_files.lock_at(
@@ -126,6 +129,18 @@ def check_place(path: pathlib.Path, inputs: Sequence[str | os.PathLike], flag: s
     for source in inputs:
         if os.path.exists(source) and path.exists() and os.path.samefile(source, path):
             raise FileError(f"{flag} {name}: is {one_line(os.fspath(source))}, which is read; name another file")
+
+
+def check_ours(path: pathlib.Path) -> None:
+    """Raises FileError if a file of somebody else is there, before anything is written beside it."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(START))
+    if not (start.startswith(START) or START.startswith(start)):
+        raise FileError(
+            f"{one_line(str(path))} line 1 is no answer of infer.py, nor the beginning of one; name another --output"
+        )
 
 
 def beside(path: pathlib.Path, ending: str) -> pathlib.Path:

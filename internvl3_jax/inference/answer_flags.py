@@ -38,7 +38,7 @@ flags.DEFINE_integer(
     "max_tiles", None, "Largest number of tiles of an image, or of all with --tiles shared, without thumbnails.", lower_bound=1
 )
 flags.DEFINE_enum("tiles", None, ["per image", "shared"], "Whether --max_tiles is for each image or shared by all.")
-flags.DEFINE_integer("max_total_tiles", None, "Largest number of tiles of all images of a prompt; 0: no limit.", lower_bound=0)
+flags.DEFINE_integer("max_total_tiles", None, "Largest number of tiles of all images of a turn; 0: no limit.", lower_bound=0)
 flags.DEFINE_integer("max_image_pixels", None, "Larger images are refused; 0: no limit. Default: 89 million.", lower_bound=0)
 flags.DEFINE_bool("allow_truncated", False, "Accept truncated images; the missing part is gray.")
 
@@ -71,6 +71,7 @@ flags.DEFINE_integer(
     None,
     "Number of answers to choose from, the first greedy, the others sampled; see docs/best_of_n.md.",
     lower_bound=1,
+    upper_bound=1024,
 )
 flags.DEFINE_string("critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own.")
 flags.DEFINE_bool("majority", False, "Choose the most frequent final answer, without a critic.")

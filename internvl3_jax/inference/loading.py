@@ -11,6 +11,15 @@ from internvl3_jax.config import MeshConfig
 from internvl3_jax.parallel import sharding
 
 
+def check_cache(directory: str) -> None:
+    """Raises ValueError unless compiled programs can be kept there; "" keeps none."""
+    if directory:
+        try:
+            os.makedirs(os.path.expanduser(directory), exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--compilation_cache {directory}: no such folder can be made ({error.strerror})") from error
+
+
 def use_compilation_cache(directory: str) -> None:
     """Keeps compiled programs there; "" keeps none."""
     if directory:

@@ -12,6 +12,7 @@ from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import parse_delta
 
+MOST_TILES = 10_000  # as of a checkpoint's processor
 # Of candidates for best of N, where the caller does not give them.
 CANDIDATE_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 
@@ -31,22 +32,22 @@ class Options:
     stop: str | Sequence[str] = ()  # text or texts that end an answer and are not part of it
     delta: str | float | Sequence | None = None
     max_tiles: int | None = None  # in place of the checkpoint's, as are the next two
-    tiles: str | None = None  # "per image": each image has its own max_tiles; "shared": all images of a prompt together
-    max_total_tiles: int | None = None  # of all images of a prompt; 0 is no limit
+    tiles: str | None = None  # "per image": each image has its own max_tiles; "shared": all images of a turn together
+    max_total_tiles: int | None = None  # of all images of a turn; 0 is no limit
     max_image_pixels: int | None = None  # larger images are refused; 0 is no limit; None: PIL.Image.MAX_IMAGE_PIXELS
     allow_truncated: bool = False  # use images whose end is missing; the missing part is gray
     system: str | None = None  # in place of the checkpoint's system message
 
     def __post_init__(self):
-        self.max_new_tokens = _whole("max_new_tokens", self.max_new_tokens, 1)
-        self.top_k = _whole("top_k", self.top_k, 0)
-        self.seed = _whole("seed", self.seed, 0, 2**32)
+        self.max_new_tokens = whole("max_new_tokens", self.max_new_tokens, 1)
+        self.top_k = whole("top_k", self.top_k, 0)
+        self.seed = whole("seed", self.seed, 0, 2**32)
         self.temperature, self.top_p = _number("temperature", self.temperature), _number("top_p", self.top_p)
         if self.max_tiles is not None:
-            self.max_tiles = _whole("max_tiles", self.max_tiles, 1)
+            self.max_tiles = whole("max_tiles", self.max_tiles, 1, MOST_TILES + 1)
         for name in ("max_total_tiles", "max_image_pixels"):
             if getattr(self, name) is not None:
-                setattr(self, name, _whole(name, getattr(self, name), 0))
+                setattr(self, name, whole(name, getattr(self, name), 0))
         if not isinstance(self.allow_truncated, bool):
             raise ValueError(f"allow_truncated is {excerpt(self.allow_truncated)}; it must be True or False")
         if self.tiles is not None:
@@ -76,7 +77,7 @@ class Options:
         )
 
 
-def _whole(name: str, value, low: int, below: float = math.inf) -> int:
+def whole(name: str, value, low: int, below: float = math.inf) -> int:
     """`value` as an int, if it is a whole number within the bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number")

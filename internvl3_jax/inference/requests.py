@@ -49,7 +49,7 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
     Raises:
       FileError: naming file and line, if any line is no request. Whether its images can be opened is not looked at.
     """
-    path, requests = as_path(path) if is_remote(path) else pathlib.Path(path).expanduser(), []
+    path, requests = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path)), []
     for row in jsonl.read_objects(path):
         number = int(row.where.rpartition(" ")[2])
         prompt = row.get("prompt", str)

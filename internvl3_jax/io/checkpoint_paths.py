@@ -86,9 +86,22 @@ def _find_remote(directory, verify: str):
     )
 
 
+def check_exists(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError unless a local directory is there, or the name may be a hub id or an address. Reads nothing."""
+    if "://" in str(path) or HUB_ID.fullmatch(str(path)):
+        return
+    directory = pathlib.Path(os.path.expanduser(path)).absolute()
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a hub id "
+            f"(owner/name, or owner/name@revision)"
+        )
+
+
 def resolve_hub_dir(path: str | os.PathLike) -> pathlib.Path:
     """A local directory as it is, or the download of a hub id: for models that are no InternVL."""
-    directory = pathlib.Path(path).expanduser().absolute()
+    directory = pathlib.Path(os.path.expanduser(path)).absolute()
     if directory.exists():
         return directory
     if not HUB_ID.fullmatch(str(path)):

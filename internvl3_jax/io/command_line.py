@@ -48,7 +48,8 @@ def message(error: BaseException) -> str:
         text = error.strerror
     else:
         text = str(error) or type(error).__name__
-    text = " ".join(line.strip() for line in printable(text).splitlines() if line.strip())
+    lines = [line.strip() for line in printable(text).splitlines() if line.strip()]
+    text = " ".join(line if number == len(lines) or line[-1] in ".:;," else f"{line};" for number, line in enumerate(lines, 1))
     # An image in base64 that was given as a path would fill the terminal.
     return _UNBROKEN.sub(lambda match: short_name(match[0], 300), text)
 
@@ -108,7 +109,7 @@ def _forget_output() -> None:
 
 def expanded(path: str) -> pathlib.Path:
     """A path of the command line, ~ being the home directory. As `type` of an argument."""
-    return pathlib.Path(path).expanduser()
+    return pathlib.Path(os.path.expanduser(path))
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +122,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, text: str):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", text)
+        if "arguments are required" in text:
+            # A misspelt option is the reason why the right one is missing.
+            given = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+            wrong = next((word for word in given if word not in self._option_string_actions), None)
+            if wrong:
+                text, unknown = f"unrecognized arguments: {wrong}", (None, wrong)
         near = suggestion(unknown[1], self._option_string_actions) if unknown else ""
         text = " ".join(printable(text).split())
         print(f"error: {text}{near}; {_HELP}", file=sys.stderr)

@@ -46,7 +46,7 @@ def as_path(path: str | os.PathLike):
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" not in text:
-        return pathlib.Path(text).expanduser().absolute()
+        return pathlib.Path(os.path.expanduser(text)).absolute()
     if not text.startswith(SCHEMES):
         raise FileError(f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path")
     bucket = text.partition("://")[2].partition("/")[0]

@@ -173,7 +173,7 @@ class Object:
         value = self.values.get(name)
         if value is None:
             if default is _REQUIRED:
-                near = suggestion(name, self.values)
+                near = suggestion(name, self.values.keys() - {name})
                 raise JsonError(f"{self.where}: {name} is missing{near}")
             return default
         return check(value, kind, f"{self.where}: {name}", low=low, high=high, choices=choices)

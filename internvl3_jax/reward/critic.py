@@ -24,7 +24,9 @@ from internvl3_jax.data.critic_format import BAD, GOOD, critic_messages, split_s
 from internvl3_jax.data.text.chat_template import ChatError, encode_chat, insert_missing_tags
 from internvl3_jax.inference.generator import GenerationConfig, Generator, NotFiniteError, bucket
 from internvl3_jax.inference.given_images import open_images
+from internvl3_jax.inference.options import Options, whole
 from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.sharding import constrain
@@ -46,6 +48,9 @@ class StepScores:
     steps: list[str]  # after merging
     scores: list[float]  # probability that each is right
     score: float  # of the whole
+
+
+IMAGE_OPTIONS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
 
 
 @dataclasses.dataclass
@@ -70,8 +75,9 @@ class CriticOptions:
         for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        self.batch_size = whole("batch_size", self.batch_size, 1)
+        images = {name: getattr(self, name) for name in IMAGE_OPTIONS}
+        Options(system=self.system, **images)  # checks them
         split_steps("", self.max_steps)
 
 
@@ -84,6 +90,10 @@ class Critic:
     """
 
     def __init__(self, checkpoint, generator: Generator | None = None, **options):
+        known = [field.name for field in dataclasses.fields(CriticOptions)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"Critic has no option {name!r}{suggestion(name, known)}")
         self.options = CriticOptions(**options)
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         self.tokenizer.require(GOOD, BAD)

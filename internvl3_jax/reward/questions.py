@@ -46,7 +46,7 @@ def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
       ValueError: naming file and line of one that is no question, has keys of another meaning, whose images are missing or more than its
         tags, or whose id occurs twice.
     """
-    path, questions, ids = pathlib.Path(path).expanduser(), [], {}
+    path, questions, ids = pathlib.Path(os.path.expanduser(path)), [], {}
     for row in jsonl.read_objects(path):
         where, number = row.where, int(row.where.rpartition(" ")[2])
         text = row.get("question", str)

@@ -12,6 +12,7 @@ from internvl3_jax.data.batch import make_prompt
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import open_sources, source_names
+from internvl3_jax.data.sources.meta import MetaError
 from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
@@ -28,7 +29,10 @@ class Evaluator:
     def __init__(self, config: TrainConfig, model: InternVL, tokenizer):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.data = eval_data_config(config)
-        self.names = source_names(self.data)
+        try:
+            self.names = source_names(self.data)
+        except MetaError as error:
+            raise MetaError(str(error).replace("data.source", "held_out", 1)) from error
         with BatchLoader(self.data, config.processor, tokenizer) as batches:
             self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
         loss_fn = make_loss(dataclasses.replace(config, data=self.data), model, len(self.names))

@@ -12,6 +12,7 @@ recompression) is drawn once for each row here, and in a run with data.reference
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -155,13 +156,13 @@ def log_probabilities(loss_fn: MpoLoss, params, batch):
 
 
 def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # jax and orbax log every step of every load
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
-    config, output = settings.load().config, pathlib.Path(flags.FLAGS.output).expanduser()
+    config, output = settings.load().config, pathlib.Path(os.path.expanduser(flags.FLAGS.output))
     checks.validate(config)
     if not output.parent.is_dir():
         raise ValueError(f"--output is {output}: there is no folder {output.parent}; make it")
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every load
     check_place(output, [config.data.source], "--output")
     with safe_files.Lock(beside(output, "lock"), str(output)):
         count = make_reference(config, output)

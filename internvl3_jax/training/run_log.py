@@ -105,13 +105,11 @@ class Log:
     def draw(self) -> None:
         """Writes WORKDIR/loss.png if matplotlib can draw it: the numbers are in log.jsonl without it."""
         try:
-            image = self._drawn()
+            safe_files.replace(self.path.parent / CURVE, self._drawn())
         except ImportError:
             print(f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)", flush=True)
         except Exception as error:  # whatever another library's version or settings raise, the run has reached its end
-            print(f"{CURVE} is left out, since matplotlib cannot draw it ({one_line(str(error))})", flush=True)
-        else:
-            safe_files.replace(self.path.parent / CURVE, image)
+            print(f"{CURVE} is left out ({one_line(str(error))})", flush=True)
 
     def _drawn(self) -> bytes:
         from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import os
 import pathlib
 import re
 import sys
@@ -89,6 +90,8 @@ def load() -> Chosen:
         changes[field] = (_get(config, field), value)
         _set(config, field, value)
         other, neutral = _REPLACES.get(field, (None, None))
+        if other in values:
+            raise UsageError(f"--config.{field} and --config.{other} say the same thing twice; give one of them")
         if other and other not in values:
             _set(config, other, neutral)
     return Chosen(config, name, changes)
@@ -99,9 +102,9 @@ def load() -> Chosen:
 
 def read(name: str) -> TrainConfig:
     """What get_config() of FILE[:ARGUMENT] returns."""
-    whole = pathlib.Path(name).expanduser()
+    whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
-    path = pathlib.Path(file).expanduser()
+    path = pathlib.Path(os.path.expanduser(file))
     if not path.is_file():
         near = suggestion(path.name, [one.name for one in path.parent.glob("*.py")] if path.parent.is_dir() else [])
         raise UsageError(f"--config: {one_line(str(path))}: no such file{near}")
@@ -109,7 +112,7 @@ def read(name: str) -> TrainConfig:
     with _beside(path):
         try:
             config = _module(path).get_config(*arguments)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             raise UsageError(_where_it_failed(error, path)) from error
     if not isinstance(config, TrainConfig):
         raise UsageError(f"--config: get_config() of {path} returned a {type(config).__name__}; it must return a TrainConfig")

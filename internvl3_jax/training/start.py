@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import re
 
@@ -69,7 +70,7 @@ def warm_start(config: TrainConfig, optimizer: Optimizer, places: TrainState, pa
             adapter = checkpoint.load_adapter(config.lora.init_from, source, accept_fingerprint=True)
             params = load_init_adapter(adapter, params, config, places)
         past.base = base_hash(source.described, by_path(lora.base_params(trainable(config, params))))
-        local = is_remote(config.init_from) or pathlib.Path(config.init_from).expanduser().exists()
+        local = is_remote(config.init_from) or pathlib.Path(os.path.expanduser(config.init_from)).exists()
         past.base_path = str(source.directory) if local else config.init_from  # a hub id
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
     loss_state = jax.device_put(init_loss_state(config), places.loss_state)

@@ -18,6 +18,7 @@ import numpy as np
 
 from internvl3_jax.config import ConfigError, TrainConfig, to_dict
 from internvl3_jax.io import remote_files, safe_files, strict_json
+from internvl3_jax.io.checkpoint_paths import is_checkpoint, is_safetensors
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, reason
 from internvl3_jax.io.terminal import one_line
@@ -63,6 +64,8 @@ def named(name: str) -> pathlib.Path:
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
     """The directory, made if it is missing, for this process alone. safe_files.InUse names the process that has it."""
+    if is_checkpoint(workdir) or is_safetensors(workdir):
+        raise FileError(f"{one_line(str(workdir))}: holds a model, not a training run; name another --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,6 +118,10 @@ def same_run(config: TrainConfig, workdir: pathlib.Path, newest: int | None) -> 
         return resolved(config)
     fixed = theirs["optimizer"]["warmup_steps"]
     if config.optimizer.warmup_fraction and isinstance(fixed, int) and 0 <= fixed < config.steps:
+        if warmup_steps(config.optimizer, theirs["steps"]) != fixed != warmup_steps(config.optimizer, config.steps):
+            print(
+                f"{workdir} keeps its warm-up of {fixed} steps, not optimizer.warmup_fraction={config.optimizer.warmup_fraction}"
+            )
         config = dataclasses.replace(
             config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=fixed, warmup_fraction=0.0)
         )

@@ -215,7 +215,7 @@ def read_processor(directory: str | os.PathLike, max_tiles: int | None) -> Proce
 
 def find_tokenizer(path: str) -> pathlib.Path:
     """The directory that a user means: one with a tokenizer's files, or what `resolve_checkpoint` finds."""
-    directory = pathlib.Path(path).expanduser()
+    directory = pathlib.Path(os.path.expanduser(path))
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
         return directory
     return resolve_checkpoint(path)

@@ -94,7 +94,7 @@ def index_places(path: str) -> list[pathlib.Path]:
     """Where the index of a file may be, the preferred place first."""
     name = f"{os.path.basename(path)}{INDEX}"
     where = path if is_remote(path) else os.path.abspath(path)
-    cache = pathlib.Path(os.environ.get("INTERNVL3_JAX_CACHE") or "~/.cache/internvl3_jax").expanduser()
+    cache = pathlib.Path(os.path.expanduser(os.environ.get("INTERNVL3_JAX_CACHE") or "~/.cache/internvl3_jax"))
     cached = cache / f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:16]}-{name}"
     return [cached] if is_remote(path) else [pathlib.Path(where).parent / name, cached]
 
