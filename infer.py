@@ -10,13 +10,15 @@ r"""Asks a multimodal model.
     python infer.py --checkpoint DIR --requests questions.jsonl --output answers.jsonl --best_of 8 --majority
     python infer.py --checkpoint DIR --hosts --fsdp 2 --requests ...              # the same command on every host
 
-\n in --prompt is a line break; \\n is a backslash and an n. LaTeX such as \nabla and \neq stays as it is.
+\n in --prompt is a line break; \\n is a backslash and an n. LaTeX such as \nabla and \neq stays as
+it is.
 
-A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be missing, and relative paths start at
-the file's directory. Also "expected", "task", "label", "category", "source", "answer" and "extra" may be there; the
-answer repeats them. Answers go to --output in the order asked; lines already answered there are not asked again, if they are
-of the same model and settings (OUTPUT.settings.json has them). A request that cannot be answered has an "error" in its answer's place, and
-the status at the end is 1; --on_error stop ends the run there.
+A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be
+missing, and relative paths start at the file's directory. Also "expected", "task", "label",
+"category", "source", "answer" and "extra" may be there; the answer repeats them. Answers go to
+--output in the order asked; lines already answered there are not asked again, if they are of the
+same model and settings (OUTPUT.settings.json has them). A request that cannot be answered has an
+"error" in its answer's place, and the status at the end is 1; --on_error stop ends the run there.
 """
 
 import contextlib
@@ -60,7 +62,7 @@ def main(argv):
             converse(chat)
 
 
-# --- before a model is loaded -----------------------------------------------------------------------------------------------------
+# --- before a model is loaded --------------------------------------------------------------------
 
 
 def check_inputs() -> tuple[list[dict] | None, str | None]:
@@ -75,7 +77,9 @@ def check_inputs() -> tuple[list[dict] | None, str | None]:
     Options(**answer_flags.chat_options())
     names = named_adapters(FLAGS.adapter)
     if FLAGS.use and FLAGS.use not in names:
-        raise ValueError(f"--use is {FLAGS.use!r}; there is no such --adapter: {', '.join(names) or 'none is given'}")
+        raise ValueError(
+            f"--use is {FLAGS.use!r}; there is no such --adapter: {', '.join(names) or 'none is given'}"
+        )
     FLAGS.image = [os.path.expanduser(image) for image in FLAGS.image]
     for image in FLAGS.image:
         open_image(image, max_pixels=FLAGS.max_image_pixels, allow_truncated=FLAGS.allow_truncated)
@@ -86,9 +90,13 @@ def check_inputs() -> tuple[list[dict] | None, str | None]:
     if prompt is not None:
         images = len(FLAGS.image)
         if 0 < (tags := prompt.count("<image>")) < images:
-            raise ValueError(f"{images} pictures, but {tags} <image> tags in --prompt; write one for each, or none")
+            raise ValueError(
+                f"{images} pictures, but {tags} <image> tags in --prompt; write one for each, or none"
+            )
         if len(FLAGS.delta) > 1 and len(FLAGS.delta) != images:
-            raise ValueError(f"{len(FLAGS.delta)} deltas for {images} pictures; give one, or one per picture")
+            raise ValueError(
+                f"{len(FLAGS.delta)} deltas for {images} pictures; give one, or one per picture"
+            )
     if not FLAGS.requests:
         return None, prompt
     requests = read_requests(FLAGS.requests)
@@ -97,7 +105,9 @@ def check_inputs() -> tuple[list[dict] | None, str | None]:
 
 
 def open_output(requests: list[dict], stack: contextlib.ExitStack):
-    """The output, locked, its answers checked as far as that goes without a model; None on all hosts but the first."""
+    """The output, locked, its answers checked as far as that goes without a model; None on all
+    hosts but the first.
+    """
     from internvl3_jax.inference.answer_file import AnswerFile
 
     if not is_first_host():
@@ -107,7 +117,7 @@ def open_output(requests: list[dict], stack: contextlib.ExitStack):
     return output
 
 
-# --- the model --------------------------------------------------------------------------------------------------------------------
+# --- the model -----------------------------------------------------------------------------------
 
 
 def join_hosts() -> None:
@@ -117,7 +127,12 @@ def join_hosts() -> None:
     from internvl3_jax.parallel import multihost
 
     with contextlib.redirect_stdout(sys.stderr):
-        multihost.initialize(*(flag.value for flag in (host_flags.COORDINATOR, host_flags.PROCESSES, host_flags.PROCESS)))
+        multihost.initialize(
+            *(
+                flag.value
+                for flag in (host_flags.COORDINATOR, host_flags.PROCESSES, host_flags.PROCESS)
+            )
+        )
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
 
@@ -128,8 +143,12 @@ def open_checkpoint(path: str, adapters: list[str] = ()):
     loading.use_compilation_cache(FLAGS.compilation_cache)
     devices = None if FLAGS["devices"].using_default_value else FLAGS.devices
     mesh = loading.make_mesh(devices, FLAGS.fsdp, FLAGS.hosts)
-    options = {name: FLAGS[name].value for name in ("accept_fingerprint", "verify", "allow_nonfinite")}
-    checkpoint = loading.open_checkpoint(path, dtype=FLAGS.dtype, mesh=mesh, adapters=adapters, **options)
+    options = {
+        name: FLAGS[name].value for name in ("accept_fingerprint", "verify", "allow_nonfinite")
+    }
+    checkpoint = loading.open_checkpoint(
+        path, dtype=FLAGS.dtype, mesh=mesh, adapters=adapters, **options
+    )
     if checkpoint.directory.parent.name == "checkpoints":
         note(f"step {checkpoint.directory.name} of {checkpoint.directory.parents[1]}")
     return checkpoint
@@ -158,7 +177,7 @@ def open_critic(checkpoint, chat):
     }
 
 
-# --- one question, and conversations ----------------------------------------------------------------------------------------------
+# --- one question, and conversations -------------------------------------------------------------
 
 
 def ask(chat, question: str, images: list[str]) -> None:
@@ -173,7 +192,9 @@ def ask(chat, question: str, images: list[str]) -> None:
     if FLAGS.stats:
         print_stats(chat.last)
     if chat.last.finish == "length" and not FLAGS.json:
-        note(f"the answer was cut off after {len(chat.last.token_ids)} tokens; --max_new_tokens allows more")
+        note(
+            f"the answer was cut off after {len(chat.last.token_ids)} tokens; --max_new_tokens allows more"
+        )
 
 
 def ask_best(chat, critic, question: str, images: list[str]) -> None:
@@ -188,7 +209,11 @@ def ask_best(chat, critic, question: str, images: list[str]) -> None:
 
 
 def print_stats(answer) -> None:
-    per_token = f"{1000 * answer.seconds_per_token:.1f} ms per token" if answer.seconds_per_token else "one token"
+    per_token = (
+        f"{1000 * answer.seconds_per_token:.1f} ms per token"
+        if answer.seconds_per_token
+        else "one token"
+    )
     note(
         f"first token {answer.first_token_seconds:.3f} s, then {per_token}; {answer.prompt_tokens} prompt tokens "
         f"({answer.reused_tokens} reused), tiles {answer.tiles}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s, "
@@ -208,27 +233,45 @@ def converse(chat) -> None:
     Conversation(chat, ask).run()
 
 
-# --- files of questions -----------------------------------------------------------------------------------------------------------
+# --- files of questions --------------------------------------------------------------------------
 
 
-def answer_requests(checkpoint, chat, critic, of_critic: dict, requests: list[dict], output) -> None:
-    """Answers --requests in batches; each is appended to --output as a whole, so that a stopped run is resumed where it was."""
+def answer_requests(
+    checkpoint, chat, critic, of_critic: dict, requests: list[dict], output
+) -> None:
+    """Answers --requests in batches; each is appended to --output as a whole, so that a stopped run
+    is resumed where it was.
+    """
     from internvl3_jax.inference import answering
     from internvl3_jax.reward.best_of_n import best_of_many
 
-    settings = answer_flags.asked_settings() | answering.model_settings(checkpoint, chosen_adapter(checkpoint)) | of_critic
+    settings = (
+        answer_flags.asked_settings()
+        | answering.model_settings(checkpoint, chosen_adapter(checkpoint))
+        | of_critic
+    )
     if output is not None:
         output.start(requests, settings)
     answered = of_first_host(len(output.answers) if output is not None else 0)
     if answered:
         note(f"{FLAGS.output} holds {answered} of {len(requests)} answers; resuming with the rest")
         if output is not None and any("run" not in row for row in output.answers):
-            note(f"warning: {FLAGS.output} does not say how some of them were made; they are taken as made with these settings")
-    choose = functools.partial(best_of_many, chat, critic, **answer_flags.best_of_options()) if FLAGS.best_of else None
-    asking = answering.Asking(chat, choose, FLAGS.best_of or 1, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts)
+            note(
+                f"warning: {FLAGS.output} does not say how some of them were made; they are taken as made with these settings"
+            )
+    choose = (
+        functools.partial(best_of_many, chat, critic, **answer_flags.best_of_options())
+        if FLAGS.best_of
+        else None
+    )
+    asking = answering.Asking(
+        chat, choose, FLAGS.best_of or 1, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts
+    )
     began = time.perf_counter()
     if FLAGS.retry_errors:
-        note(f"{answering.ask_again(asking, requests, output)} requests with an error were asked again")
+        note(
+            f"{answering.ask_again(asking, requests, output)} requests with an error were asked again"
+        )
     answering.answer_all(asking, requests, output, answered)
     if output is None:
         return

@@ -3,8 +3,9 @@
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
     python train.py --config configs/tiny_digits.py --workdir runs/other --config.optimizer.learning_rate=1e-3
 
-Running it again with the same --workdir resumes from the last complete checkpoint, bit for bit. SIGTERM saves and exits with status
-143, on which schedulers start a job again; Ctrl-C does the same with status 130.
+Running it again with the same --workdir resumes from the last complete checkpoint, bit for bit.
+SIGTERM saves and exits with status 143, on which schedulers start a job again; Ctrl-C does the same
+with status 130.
 """
 
 import contextlib
@@ -52,26 +53,35 @@ from internvl3_jax.training.workdir import held, named, same_run, save_config
 
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(host_flags)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, log, report.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, log, report.", required=True
+)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------
+# --- the command line ----------------------------------------------------------------------------
 
 
 def main(argv) -> None:
     # User errors print one line; bugs keep their traceback.
-    with multihost.abort_together(), command_line.errors_in_one_line(ImportError, FloatingPointError):
+    with (
+        multihost.abort_together(),
+        command_line.errors_in_one_line(ImportError, FloatingPointError),
+    ):
         run(argv)
 
 
 def run(argv) -> None:
-    """Runs from the command line to the end of the training. Cheap checks come first, and nothing is written before them."""
+    """Runs from the command line to the end of the training. Cheap checks come first, and nothing
+    is written before them.
+    """
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     check(chosen.config)
-    multihost.initialize(host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value)
+    multihost.initialize(
+        host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value
+    )
     mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
     with held(workdir) if is_first else contextlib.nullcontext():
         newest = agreed_step(workdir)
@@ -85,32 +95,46 @@ def run(argv) -> None:
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ValueError or ImportError for a configuration that cannot be trained. Reads nothing and touches no device."""
+    """Raises ValueError or ImportError for a configuration that cannot be trained. Reads nothing
+    and touches no device.
+    """
     checks.validate(config)
     run_log.check_extras(config)
     if not config.data.source:
-        raise ValueError("data.source is empty; name the meta JSON of your data: --config.data.source=meta.json")
+        raise ValueError(
+            "data.source is empty; name the meta JSON of your data: --config.data.source=meta.json"
+        )
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """Returns the mesh of all devices. ValueError if the configuration, the model or the batch does not fit it."""
+    """Returns the mesh of all devices. ValueError if the configuration, the model or the batch does
+    not fit it.
+    """
     checks.validate(config)
     mesh, data = sharding.make_mesh(config.mesh), config.data
     reference_model.check(config)
-    sharding.check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
+    sharding.check_batch(
+        mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row
+    )
     if jax.process_count() > 1 and config.evaluate_answers:
-        raise ValueError("evaluate_answers is for one process: generation is not spread over several here")
+        raise ValueError(
+            "evaluate_answers is for one process: generation is not spread over several here"
+        )
     return mesh
 
 
 def fit(
-    config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh | None = None, newest: int | None = UNKNOWN
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    newest: int | None = UNKNOWN,
 ) -> dict:
     """Starts or resumes a run and trains to its last step. Returns the parameters.
 
     Args:
       mesh: None takes all devices.
-      newest: The newest complete step of the run, None if there is none; only where `same_run` was asked already.
+      newest: The newest complete step of the run, None if there is none; only where `same_run` was
+          asked already.
     """
     checks.validate(config)
     config, mesh = lora.freeze_base(config), mesh or make_mesh(config)
@@ -121,7 +145,7 @@ def fit(
         return train(setup(config, workdir, mesh, newest, stack)).params
 
 
-# --- setup ------------------------------------------------------------------------------------------------------------------------
+# --- setup ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -146,17 +170,26 @@ class TrainingRun:
 
 
 def setup(
-    config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh, newest: int | None, stack: contextlib.ExitStack
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    newest: int | None,
+    stack: contextlib.ExitStack,
 ) -> TrainingRun:
-    """Opens the data, builds the model, and restores step `newest` or initializes the parameters. `stack` closes the data."""
+    """Opens the data, builds the model, and restores step `newest` or initializes the parameters.
+    `stack` closes the data.
+    """
     # Data and model; what is not there is noticed before anything large is read
     for name in filter(None, (config.init_from, config.lora.init_from, config.loss.reference)):
         check_exists(name)
     tokenizer = make_tokenizer(config.data)
-    fingerprint(config.model, config.processor, tokenizer, config.param_dtype)  # what it refuses, the first save would refuse
+    # what it refuses, the first save would refuse
+    fingerprint(config.model, config.processor, tokenizer, config.param_dtype)
     model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
     placement = DataShards(mesh, config.data)
-    loader = stack.enter_context(BatchLoader(config.data, config.processor, tokenizer, placement.shards))
+    loader = stack.enter_context(
+        BatchLoader(config.data, config.processor, tokenizer, placement.shards)
+    )
 
     evaluator = Evaluator(config, model, tokenizer) if config.held_out else None
 
@@ -169,8 +202,11 @@ def setup(
     # Logging, evaluation, saving
     sources, trainable = source_names(config.data), optimizer.split(state.params)[0]
     trains_vision = "vision" in trainable or "vision" in trainable.get(lora.SUBTREE, {})
-    # Tokenizer and config files of the initial checkpoint go into every saved step, so that it can be exported.
-    files = (travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}) | tokenizer.files()
+    # Tokenizer and config files of the initial checkpoint go into every saved step, so that it can
+    # be exported.
+    files = (
+        travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}
+    ) | tokenizer.files()
     return TrainingRun(
         config,
         workdir,
@@ -190,7 +226,7 @@ def setup(
     )
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------------------
+# --- the loop ------------------------------------------------------------------------------------
 
 
 def train(run: TrainingRun) -> TrainState:
@@ -243,12 +279,15 @@ class Due(NamedTuple):
 
 
 def cadence(config: TrainConfig, step: int, first: int) -> Due:
-    """The one place that says when a run logs, evaluates and saves. first: The first step of this process."""
+    """The one place that says when a run logs, evaluates and saves. first: The first step of this
+    process.
+    """
     last = step == config.steps
     return Due(
         compare=(step - first) % config.agree_every == 0,
         log=last or step % config.log_every == 0,
-        evaluate=bool(config.held_out and config.evaluate_every) and (last or step % config.evaluate_every == 0),
+        evaluate=bool(config.held_out and config.evaluate_every)
+        and (last or step % config.evaluate_every == 0),
         save=last or step % config.save_every == 0,
     )
 
@@ -256,13 +295,18 @@ def cadence(config: TrainConfig, step: int, first: int) -> Due:
 def compile_step(run: TrainingRun, batch):
     """Compiles the step. Processes compile side by side, and wait for each other only afterwards."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-    step = make_step(run.config, run.model, run.optimizer, len(source_names(run.config.data)), shardings)
+    step = make_step(
+        run.config, run.model, run.optimizer, len(source_names(run.config.data)), shardings
+    )
     return step.lower(run.state, batch, run.key, run.ref_params).compile()
 
 
 def compare_hosts(run: TrainingRun, step: int, first: int, prepared: HostBatch) -> None:
     """Raises on every host unless all have the same configuration, data, shapes and version of JAX."""
-    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape[1:])}" for name, array in sorted(prepared.batch.items()))
+    shapes = ", ".join(
+        f"{name} {array.dtype}{list(array.shape[1:])}"
+        for name, array in sorted(prepared.batch.items())
+    )
     identity = {
         "configuration": zlib.crc32(json.dumps(to_dict(run.config)).encode()),
         "a row of the batch": shapes,
@@ -278,7 +322,9 @@ def log_step(run: TrainingRun, log: run_log.Log, step: int, prepared: HostBatch)
     skipped = {"skipped": count} if count else {}
     log.write(
         step,
-        run.meter.row(step) | skipped | {"seconds": run.history.seconds, "batch": run.placement.digest(prepared.batch)},
+        run.meter.row(step)
+        | skipped
+        | {"seconds": run.history.seconds, "batch": run.placement.digest(prepared.batch)},
     )
 
 

@@ -1,11 +1,12 @@
-"""Converts a full-size 1B checkpoint with random weights both ways; measures seconds and peak resident memory of each
-conversion.
+"""Converts a full-size 1B checkpoint with random weights both ways; measures seconds and peak
+resident memory of each conversion.
 
     python benchmarks/convert_1b.py                  writes benchmarks/results/convert_1b.json
     python benchmarks/convert_1b.py --size 2b
 
-Each conversion is a process of its own, `python -m convert ...`, measured from start to end: the imports of Python packages,
-about a quarter of a gigabyte, are in its memory, and so are pages of files while they are mapped.
+Each conversion is a process of its own, `python -m convert ...`, measured from start to end: the
+imports of Python packages, about a quarter of a gigabyte, are in its memory, and so are pages of
+files while they are mapped.
 """
 
 import argparse
@@ -41,10 +42,13 @@ def write_random(directory: pathlib.Path, size: str) -> None:
     """A released model of full size in the original layout, tensor by tensor."""
     model = SIZES[size]
     directory.mkdir()
-    # The weights do not depend on the tokenizer; a small one keeps the benchmark independent of downloads.
+    # The weights do not depend on the tokenizer; a small one keeps the benchmark independent of
+    # downloads.
     for name, content in tiny_tokenizer.build().items():
         (directory / name).write_bytes(content)
-    (directory / "config.json").write_text(json.dumps(to_hf(model, ProcessorConfig(), "internvl", "bfloat16")))
+    (directory / "config.json").write_text(
+        json.dumps(to_hf(model, ProcessorConfig(), "internvl", "bfloat16"))
+    )
     tensors = planned(model, "internvl")
     writer = SafetensorsWriter(directory, tensors, BFLOAT16, shard_size=10**9)
     generator = np.random.default_rng(0)
@@ -54,7 +58,9 @@ def write_random(directory: pathlib.Path, size: str) -> None:
 
 
 def measure(*arguments: str) -> dict:
-    """Runs `python -m convert`: seconds, processor seconds (which other work does not stretch), peak resident memory."""
+    """Runs `python -m convert`: seconds, processor seconds (which other work does not stretch),
+    peak resident memory.
+    """
     command = [sys.executable, "-m", "convert", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     began = time.perf_counter()
@@ -72,7 +78,9 @@ def measure(*arguments: str) -> dict:
 
 def machine() -> dict:
     names = [
-        line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        line.split(":")[1].strip()
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     packages = ("jax", "orbax-checkpoint", "numpy")
@@ -86,14 +94,21 @@ def machine() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="1b", choices=list(SIZES))
-    parser.add_argument("--directory", help="where the temporary checkpoints go; needs six times the size of the weights")
+    parser.add_argument(
+        "--directory",
+        help="where the temporary checkpoints go; needs six times the size of the weights",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
         root = pathlib.Path(temporary)
         # In a process of its own: a process's peak memory counts as its children's, too.
-        writer = multiprocessing.get_context("spawn").Process(target=write_random, args=(root / "released", options.size))
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_random, args=(root / "released", options.size)
+        )
         writer.start()
         writer.join()
         size = sum(path.stat().st_size for path in (root / "released").glob("*.safetensors"))

@@ -1,4 +1,5 @@
-"""The two sides of cpu_peer.py, each in a process of its own, and the weights and inputs that both get.
+"""The two sides of cpu_peer.py, each in a process of its own, and the weights and inputs that both
+get.
 
     python benchmarks/cpu_peer_sides.py weights|jax|torch DIRECTORY        prints one JSON object on its last line
 
@@ -37,7 +38,9 @@ def main() -> None:
 
 
 def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
-    """config.json, tokenizer and random weights in transformers' layout; names and shapes are those of transformers itself."""
+    """config.json, tokenizer and random weights in transformers' layout; names and shapes are those
+    of transformers itself.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -50,24 +53,36 @@ def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
     from internvl3_jax.sizes import SIZES
 
     files = tiny_tokenizer.build()
-    vision, language = SIZES["1b"].vision, dataclasses.replace(SIZES["1b"].language, vocab_size=settings.vocabulary)
+    vision, language = (
+        SIZES["1b"].vision,
+        dataclasses.replace(SIZES["1b"].language, vocab_size=settings.vocabulary),
+    )
     if settings.layers:
-        vision, language = (dataclasses.replace(part, num_layers=settings.layers) for part in (vision, language))
-    # The released tokenizer is not in this repository. Another one changes the number of the visual token and nothing else.
-    model = ModelConfig(vision, language, image_token_id=json.loads(files["added_tokens.json"])["<IMG_CONTEXT>"])
+        vision, language = (
+            dataclasses.replace(part, num_layers=settings.layers) for part in (vision, language)
+        )
+    # The released tokenizer is not in this repository. Another one changes the number of the visual
+    # token and nothing else.
+    model = ModelConfig(
+        vision, language, image_token_id=json.loads(files["added_tokens.json"])["<IMG_CONTEXT>"]
+    )
     config = to_hf(model, None, "hf", "float32")
     for name, content in (files | {"config.json": json.dumps(config).encode()}).items():
         (directory / name).write_bytes(content)
     with torch.device("meta"):
         shapes = InternVLForConditionalGeneration(InternVLConfig.from_dict(config)).state_dict()
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: random_tensor(name, tensor.shape, generator) for name, tensor in shapes.items()}
+    tensors = {
+        name: random_tensor(name, tensor.shape, generator) for name, tensor in shapes.items()
+    }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return {"parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
 def random_tensor(name: str, shape, generator):
-    """Norms 1 (and their biases small), layer scales 0.1, the rest normal with deviation 0.02; never zeros, which flatter."""
+    """Norms 1 (and their biases small), layer scales 0.1, the rest normal with deviation 0.02;
+    never zeros, which flatter.
+    """
     import torch
 
     if "norm" in name and name.endswith("weight"):
@@ -77,10 +92,16 @@ def random_tensor(name: str, shape, generator):
     return torch.randn(shape, generator=generator).mul_(0.02)
 
 
-def make_inputs(image_token_id: int, visual_tokens: int, size: int, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """(ids with a picture i32[T], ids without one i32[T], tile u8[1,S,S,3]); T is the same for both."""
+def make_inputs(
+    image_token_id: int, visual_tokens: int, size: int, vocabulary: int
+) -> tuple[np.ndarray, ...]:
+    """(ids with a picture i32[T], ids without one i32[T], tile u8[1,S,S,3]); T is the same for
+    both.
+    """
     rng = np.random.default_rng(0)
-    text = rng.integers(image_token_id + 100, vocabulary, visual_tokens + TEXT_TOKENS).astype(np.int32)
+    text = rng.integers(image_token_id + 100, vocabulary, visual_tokens + TEXT_TOKENS).astype(
+        np.int32
+    )
     with_picture = text.copy()
     with_picture[4 : 4 + visual_tokens] = image_token_id
     return with_picture, text, rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
@@ -103,7 +124,9 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     del checkpoint
     load_seconds = time.perf_counter() - began
 
-    ids, text, tile = make_inputs(config.image_token_id, config.tokens_per_tile, config.vision.image_size, settings.vocabulary)
+    ids, text, tile = make_inputs(
+        config.image_token_id, config.tokens_per_tile, config.vision.image_size, settings.vocabulary
+    )
     positions = np.arange(len(ids), dtype=np.int32) * UNITS
     picture = Prompt(ids, positions, [(4, config.tokens_per_tile)], [tile])
     run = GenerationConfig(1 + settings.tokens, Sampling(), (0,), config.language.rope_scaling)
@@ -123,11 +146,20 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
         for (piece,) in generator.stream(generator.start([picture], run), run):
             times.append(time.perf_counter())
             tokens += piece
-        return {"first_token": times[1] - times[0], "decode": (times[-1] - times[1]) / settings.tokens, "tokens": tokens}
+        return {
+            "first_token": times[1] - times[0],
+            "decode": (times[-1] - times[1]) / settings.tokens,
+            "tokens": tokens,
+        }
 
     result = timed({"vision": vision, "prefill": prefill, "answer": answer}, settings)
     ones = np.ones_like(ids)[None]
-    batch = {"tokens": ids[None], "positions": positions[None], "segments": ones, "tiles": tile[None]}
+    batch = {
+        "tokens": ids[None],
+        "positions": positions[None],
+        "segments": ones,
+        "tiles": tile[None],
+    }
     logits = jax.jit(generator.model.apply)({"params": generator.params}, batch)
     np.save(directory / "jax.npy", np.asarray(logits)[0, -LOGITS_KEPT:])
     versions = {"jax": jax.__version__}
@@ -147,10 +179,16 @@ def measure_torch(directory: pathlib.Path, settings: Settings) -> dict:
 
     config = model.config
     size = config.vision_config.image_size[0]
-    ids, text, tile = make_inputs(config.image_token_id, config.image_seq_length, size, settings.vocabulary)
+    ids, text, tile = make_inputs(
+        config.image_token_id, config.image_seq_length, size, settings.vocabulary
+    )
     ids, text = (torch.from_numpy(tokens.astype(np.int64))[None] for tokens in (ids, text))
     mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
-    pixels = torch.from_numpy((tile.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    pixels = (
+        torch.from_numpy((tile.astype(np.float32) / 255 - mean) / std)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
     def vision():
         began = time.perf_counter()
@@ -203,13 +241,17 @@ def measure_torch(directory: pathlib.Path, settings: Settings) -> dict:
     with torch.inference_mode():
         result = timed(cases, settings)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-        np.save(directory / "torch.npy", model(**batch, logits_to_keep=LOGITS_KEPT).logits[0].numpy())
+        np.save(
+            directory / "torch.npy", model(**batch, logits_to_keep=LOGITS_KEPT).logits[0].numpy()
+        )
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"load_seconds": load_seconds, "versions": versions} | result
 
 
 def timed(cases: dict, settings: Settings) -> dict:
-    """Runs every case once to warm up (and compile), then `repeats` times; seconds and tokens by name, and the peak memory."""
+    """Runs every case once to warm up (and compile), then `repeats` times; seconds and tokens by
+    name, and the peak memory.
+    """
     began = time.perf_counter()
     for case in cases.values():
         case()
@@ -226,7 +268,9 @@ def timed(cases: dict, settings: Settings) -> dict:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held since its start or `reset_peak`, pages of mapped files included."""
+    """Most memory that this process has held since its start or `reset_peak`, pages of mapped files
+    included.
+    """
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 

@@ -1,4 +1,5 @@
-"""Which released size trains on which devices, and how fast at most: `python -m internvl3_jax.fit` for every size, stage and topology.
+"""Which released size trains on which devices, and how fast at most: `python -m internvl3_jax.fit`
+for every size, stage and topology.
 
     python benchmarks/fit_table.py                          goes on where it was; hours for all rows, one compilation at a time
     python benchmarks/fit_table.py --only sft:8b:v5e        rows whose name begins so
@@ -6,8 +7,9 @@
     python benchmarks/fit_table.py --markdown               prints the tables of results/fit_table.json; nothing is compiled
     python benchmarks/fit_table.py --smallest               the smallest slice of each kind that trains each size, by the analysis alone
 
-For each row the analysis proposes the fastest setting that it thinks fits, and the compiler is asked. Where it refuses, that is a row as
-well, and the next setting is one that the analysis puts a tenth lower, three times at most. Needs libtpu: pip install 'jax[tpu]'.
+For each row the analysis proposes the fastest setting that it thinks fits, and the compiler is
+asked. Where it refuses, that is a row as well, and the next setting is one that the analysis puts a
+tenth lower, three times at most. Needs libtpu: pip install 'jax[tpu]'.
 """
 
 import argparse
@@ -36,7 +38,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "fit_table.json"
 SIZES = ("78b", "38b", "14b", "9b", "8b", "2b", "1b")
 STAGES = ("sft", "finetune", "pretrain")
 TOPOLOGIES = ("v5p:4x4x8", "v6e:16x16", "v5e:16x16")
-# Generation: bfloat16 parameters split over tensor, and over fsdp where there are more devices than key heads.
+# Generation: bfloat16 parameters split over tensor, and over fsdp where there are more devices than
+# key heads.
 GENERATION = {
     "infer:78b:v5p:2x2x1": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
     "infer:78b:v6e:2x4": "--config.mesh.tensor=8 --config.mesh.fsdp=1",
@@ -46,43 +49,110 @@ GENERATION = {
 }
 # From small to large; lean is what takes least and still trains every parameter.
 SLICES = {
-    "v5e": ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
-    "v6e": ("v6e:1x1", "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16"),
-    "v5p": ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8"),
-    "tpu7x": ("tpu7x:1x1x1", "tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4", "tpu7x:2x4x4", "tpu7x:4x4x4"),
-    "h100": ("h100:1x1x1", "h100:1x1x8", "h100:1x2x8", "h100:1x4x8", "h100:1x8x8", "h100:1x16x8", "h100:1x32x8"),
+    "v5e": (
+        "v5e:1x1",
+        "v5e:2x2",
+        "v5e:2x4",
+        "v5e:4x4",
+        "v5e:4x8",
+        "v5e:8x8",
+        "v5e:8x16",
+        "v5e:16x16",
+    ),
+    "v6e": (
+        "v6e:1x1",
+        "v6e:2x2",
+        "v6e:2x4",
+        "v6e:4x4",
+        "v6e:4x8",
+        "v6e:8x8",
+        "v6e:8x16",
+        "v6e:16x16",
+    ),
+    "v5p": (
+        "v5p:1x1x1",
+        "v5p:2x2x1",
+        "v5p:2x2x2",
+        "v5p:2x2x4",
+        "v5p:2x4x4",
+        "v5p:4x4x4",
+        "v5p:4x4x8",
+        "v5p:4x8x8",
+    ),
+    "tpu7x": (
+        "tpu7x:1x1x1",
+        "tpu7x:2x2x1",
+        "tpu7x:2x2x2",
+        "tpu7x:2x2x4",
+        "tpu7x:2x4x4",
+        "tpu7x:4x4x4",
+    ),
+    "h100": (
+        "h100:1x1x1",
+        "h100:1x1x8",
+        "h100:1x2x8",
+        "h100:1x4x8",
+        "h100:1x8x8",
+        "h100:1x16x8",
+        "h100:1x32x8",
+    ),
 }
 LEAN = {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
-SETTING = ("stage", "size", "devices", "mesh", "remat (vision, language)", "micro-batches")  # columns
+# columns
+SETTING = ("stage", "size", "devices", "mesh", "remat (vision, language)", "micro-batches")
 ATTEMPTS = 3
 GIB = 2**30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name begins so: STAGE:SIZE:TOPOLOGY, such as sft:78b")
-    parser.add_argument("--analytic", action="store_true", help="fill in what is not compiled, by the analysis")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default="", help="rows whose name begins so: STAGE:SIZE:TOPOLOGY, such as sft:78b"
+    )
+    parser.add_argument(
+        "--analytic", action="store_true", help="fill in what is not compiled, by the analysis"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the tables, compile nothing")
-    parser.add_argument("--smallest", action="store_true", help="print the smallest slices, by the analysis")
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})")
+    parser.add_argument(
+        "--smallest", action="store_true", help="print the smallest slices, by the analysis"
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})"
+    )
     options = parser.parse_args()
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
     if options.markdown or options.smallest:
         print(markdown(rows) if options.markdown else smallest_slices())
         return
     for name in names():
-        known = {row["name"] for row in rows if row["last"]} | (GENERATION.keys() if options.analytic else set())
+        known = {row["name"] for row in rows if row["last"]} | (
+            GENERATION.keys() if options.analytic else set()
+        )
         if name.startswith(options.only) and name not in known:
             for row in [by_analysis(name)] if options.analytic else attempts(name):
-                replaced = (row["command"], *(other["command"] for other in rows if is_analytic(other)))
-                rows = [other for other in rows if other["name"] != name or other["command"] not in replaced] + [row]
+                replaced = (
+                    row["command"],
+                    *(other["command"] for other in rows if is_analytic(other)),
+                )
+                rows = [
+                    other
+                    for other in rows
+                    if other["name"] != name or other["command"] not in replaced
+                ] + [row]
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 print(line(row), flush=True)
 
 
 def names() -> list[str]:
-    training = [f"{stage}:{size}:{topology}" for stage in STAGES for size in SIZES for topology in TOPOLOGIES]
+    training = [
+        f"{stage}:{size}:{topology}"
+        for stage in STAGES
+        for size in SIZES
+        for topology in TOPOLOGIES
+    ]
     first = len(SIZES) * len(TOPOLOGIES)
     return [*training[:first], *GENERATION, *training[first:]]
 
@@ -91,7 +161,9 @@ def attempts(name: str):
     """Rows of the compiler's answers, until one fits; the last of them has "last" set."""
     stage, size, topology = name.split(":", 2)
     if name in GENERATION:
-        yield ask(name, f"--config configs/sft.py:{size} --topology {topology} --infer {GENERATION[name]}") | {"last": True}
+        yield ask(
+            name, f"--config configs/sft.py:{size} --topology {topology} --infer {GENERATION[name]}"
+        ) | {"last": True}
         return
     limit = float("inf")
     for attempt in range(1, ATTEMPTS + 1):
@@ -99,7 +171,10 @@ def attempts(name: str):
         setting = next((setting for setting in found if setting.memory.peak <= limit), smallest)
         if setting is None:
             return
-        row = ask(name, f"--config configs/{stage}.py:{size} --topology {topology} {flags_text(setting.flags)}")
+        row = ask(
+            name,
+            f"--config configs/{stage}.py:{size} --topology {topology} {flags_text(setting.flags)}",
+        )
         done = row["status"] == 0 or attempt == ATTEMPTS or setting is smallest
         yield row | {"last": done}
         if done:
@@ -112,7 +187,9 @@ def by_analysis(name: str) -> dict:
     stage, size, topology = name.split(":", 2)
     found, _, smallest = search(config(stage, size), parse(topology))
     flags = flags_text((found or [smallest])[0].flags)
-    return ask(name, f"--config configs/{stage}.py:{size} --topology {topology} {flags} --analytic") | {"last": False}
+    return ask(
+        name, f"--config configs/{stage}.py:{size} --topology {topology} {flags} --analytic"
+    ) | {"last": False}
 
 
 def is_analytic(row: dict) -> bool:
@@ -135,16 +212,28 @@ def ask(name: str, arguments: str) -> dict:
         if keep := os.environ.get("FIT_TABLE_TEXTS"):  # folder for the compiled programs
             extra += ["--text", str(pathlib.Path(keep) / (name.replace(":", "_") + ".txt"))]
         done = subprocess.run(
-            [sys.executable, *shlex.split(command)[1:], *extra], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, *shlex.split(command)[1:], *extra],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        found = json.loads(path.read_text()) if path.exists() else {"error": (done.stderr or done.stdout)[-2000:]}
+        found = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"error": (done.stderr or done.stdout)[-2000:]}
+        )
     return {
         "name": name,
         "command": command,
         "status": done.returncode,
         "seconds": round(time.perf_counter() - began, 1),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "libtpu": libtpu()},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "libtpu": libtpu(),
+        },
     } | found
 
 
@@ -163,7 +252,9 @@ def line(row: dict) -> str:
     if is_analytic(row):
         return f"{row['name']}: by the analysis {row['analysis']['peak'] / GIB:.2f} GiB; {row['command']}"
     if "peak" not in row["compiler"]:
-        peaks = ", ".join(f"{program} {found['peak'] / GIB:.2f}" for program, found in row["compiler"].items())
+        peaks = ", ".join(
+            f"{program} {found['peak'] / GIB:.2f}" for program, found in row["compiler"].items()
+        )
         return f"{row['name']}: {peaks} GiB; {row['seconds']:.0f} s"
     peak, analysis = row["compiler"]["peak"], row["analysis"]["peak"]
     verdict = "fits" if row["compiler"]["fits"] else "refused"
@@ -171,12 +262,17 @@ def line(row: dict) -> str:
 
 
 def smallest_slices() -> str:
-    """As a table: with the recipe's AdamW and, in brackets where it is smaller, with Adafactor and its moment in bfloat16."""
+    """As a table: with the recipe's AdamW and, in brackets where it is smaller, with Adafactor and
+    its moment in bfloat16.
+    """
     lines = [f"| size | {' | '.join(SLICES)} |", "|---" * (1 + len(SLICES)) + "|"]
     for size in reversed(SIZES):
         cells = []
         for slices in SLICES.values():
-            plain, lean = (next((name for name in slices if trains(size, name, flags)), "-") for flags in ({}, LEAN))
+            plain, lean = (
+                next((name for name in slices if trains(size, name, flags)), "-")
+                for flags in ({}, LEAN)
+            )
             cells.append(plain if lean == plain else f"{plain} [{lean}]")
         lines.append(f"| {size} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
@@ -184,16 +280,22 @@ def smallest_slices() -> str:
 
 
 def trains(size: str, topology: str, flags: dict) -> bool:
-    found, _, _ = search(with_flags(config("sft", size), flags), parse(topology), policies=("full",))
+    found, _, _ = search(
+        with_flags(config("sft", size), flags), parse(topology), policies=("full",)
+    )
     return bool(found)
 
 
 def markdown(rows: list[dict]) -> str:
-    return "\n\n".join([training(rows), generation(rows), "Not compiled; by the analysis alone:", analysed(rows)])
+    return "\n\n".join(
+        [training(rows), generation(rows), "Not compiled; by the analysis alone:", analysed(rows)]
+    )
 
 
 def generation(rows: list[dict]) -> str:
-    """Peaks are of all that lies on a device, so with the parameters that a program does not use. Floors are without the network."""
+    """Peaks are of all that lies on a device, so with the parameters that a program does not use.
+    Floors are without the network.
+    """
     programs = ("encode", "prefill", "decode")
     columns = [
         "size",
@@ -261,7 +363,9 @@ def analysed(rows: list[dict]) -> str:
 def setting_text(row: dict) -> str:
     """The first cells of a row."""
     stage, size, topology = row["name"].split(":", 2)
-    flags = dict(part.removeprefix("--config.").split("=") for part in row["command"].split() if "=" in part)
+    flags = dict(
+        part.removeprefix("--config.").split("=") for part in row["command"].split() if "=" in part
+    )
     remat = f"{flags.get('remat_vision', 'as it is')}, {flags['remat_language']}"
     return " | ".join([stage, size, topology, mesh_text(row), remat, flags["micro_batches"]])
 

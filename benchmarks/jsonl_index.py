@@ -1,10 +1,11 @@
-"""What opening a large JSONL file costs: seconds and memory of building its index, of opening it again, and random reads a second.
+"""What opening a large JSONL file costs: seconds and memory of building its index, of opening it
+again, and random reads a second.
 
     python benchmarks/jsonl_index.py                 2 million rows, 1 GB of disk
     python benchmarks/jsonl_index.py --rows 50000    smaller
 
-The rows are single-picture conversations of varied length. Each step runs in a process of its own, so that its peak memory is its
-alone; "imports" is that of a process that only imports the module.
+The rows are single-picture conversations of varied length. Each step runs in a process of its own,
+so that its peak memory is its alone; "imports" is that of a process that only imports the module.
 """
 
 import argparse
@@ -25,7 +26,9 @@ READS = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
@@ -38,7 +41,10 @@ def main() -> None:
         path = str(pathlib.Path(folder) / "rows.jsonl")
         write_rows(path, options.rows)
         size = os.path.getsize(path)
-        steps = {step: start_step(step, path) for step in ("imports", "build", "open", "read", "text_only")}
+        steps = {
+            step: start_step(step, path)
+            for step in ("imports", "build", "open", "read", "text_only")
+        }
         index = os.path.getsize(f"{path}.index.npy")
     import numpy as np
 
@@ -61,19 +67,33 @@ def write_rows(path: str, rows: int) -> None:
     words = "the picture shows a street with cars and people in front of an old house ".split()
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):
-            answer = " ".join(words[(number + k) % len(words)] for k in range(10 + number * 7919 % 120))
-            turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": answer}]
-            file.write(json.dumps({"id": number, "image": f"train/{number:09}.jpg", "conversations": turns}) + "\n")
+            answer = " ".join(
+                words[(number + k) % len(words)] for k in range(10 + number * 7919 % 120)
+            )
+            turns = [
+                {"from": "human", "value": "<image>\nDescribe the image."},
+                {"from": "gpt", "value": answer},
+            ]
+            file.write(
+                json.dumps(
+                    {"id": number, "image": f"train/{number:09}.jpg", "conversations": turns}
+                )
+                + "\n"
+            )
 
 
 def start_step(step: str, path: str) -> dict:
     command = [sys.executable, __file__, "--step", step, "--path", path]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    )
 
 
 def run_step(step: str, path: str) -> dict:
-    """Seconds and peak memory of one step in this process. "text_only" scans for pictures to the end of the file, finding none."""
+    """Seconds and peak memory of one step in this process. "text_only" scans for pictures to the
+    end of the file, finding none.
+    """
     from internvl3_jax.data.sources import row_index
     from internvl3_jax.data.sources.rows import Rows
 

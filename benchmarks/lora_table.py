@@ -1,12 +1,14 @@
-"""What one device needs to train each size with adapters: `python -m internvl3_jax.fit` by the devices' own compilers.
+"""What one device needs to train each size with adapters: `python -m internvl3_jax.fit` by the
+devices' own compilers.
 
     python benchmarks/lora_table.py                  goes on where it was; an hour or two, one compilation at a time
     python benchmarks/lora_table.py --only h100      rows whose name begins so: KIND:SIZE:BASE, such as v5e:8b:nf4
     python benchmarks/lora_table.py --markdown       prints the tables of results/lora_table.json; nothing is compiled
 
-One row of 4,096 tokens and 13 tiles (a picture of twelve and its thumbnail), everything recomputed (remat "full"), adapters of rank 16 on
-all of the decoder's layers, the base in bfloat16, in 8 bits or in 4. A GPU's compiler gives the peak of what does not fit as well, so
-every size is asked for; a TPU's is asked for the largest that the analysis thinks fits, and for smaller ones while it refuses.
+One row of 4,096 tokens and 13 tiles (a picture of twelve and its thumbnail), everything recomputed
+(remat "full"), adapters of rank 16 on all of the decoder's layers, the base in bfloat16, in 8 bits
+or in 4. A GPU's compiler gives the peak of what does not fit as well, so every size is asked for; a
+TPU's is asked for the largest that the analysis thinks fits, and for smaller ones while it refuses.
 
 Needs libtpu and jax's CUDA plugin (docs/fit.md), each in the environment for its rows.
 """
@@ -43,20 +45,33 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows whose name begins so")
     parser.add_argument("--markdown", action="store_true", help="print the tables, compile nothing")
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})"
+    )
     options = parser.parse_args()
-    rows = {row["name"]: row for row in json.loads(options.output.read_text())} if options.output.exists() else {}
+    rows = (
+        {row["name"]: row for row in json.loads(options.output.read_text())}
+        if options.output.exists()
+        else {}
+    )
 
     def row(kind: str, size: str, base: str) -> dict | None:
         name = f"{kind}:{size}:{base}"
         if name not in rows and name.startswith(options.only) and not options.markdown:
             topology = CHIPS.get(kind, GPU)
-            flags = " ".join(f"--config.{field}={value}" for field, value in (SETTINGS | {"lora.quantize": base}).items())
+            flags = " ".join(
+                f"--config.{field}={value}"
+                for field, value in (SETTINGS | {"lora.quantize": base}).items()
+            )
             rows[name] = ask(name, f"--config configs/lora.py:{size} --topology {topology} {flags}")
-            options.output.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
+            options.output.write_text(
+                json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8"
+            )
             print(name, rows[name].get("compiler", rows[name].get("error")), flush=True)
         return rows.get(name)
 
@@ -69,9 +84,15 @@ def main() -> None:
 
 
 def largest_on(kind: str, base: str, row: Callable[[str, str, str], dict | None]) -> dict | None:
-    """The row of the largest size that the compiler accepts for one chip; row(kind, size, base) compiles it, or knows it."""
+    """The row of the largest size that the compiler accepts for one chip; row(kind, size, base)
+    compiles it, or knows it.
+    """
     for size in reversed(SIZES):
-        if thinks_it_fits(kind, size, base) and (found := row(kind, size, base)) and found.get("compiler", {}).get("fits"):
+        if (
+            thinks_it_fits(kind, size, base)
+            and (found := row(kind, size, base))
+            and found.get("compiler", {}).get("fits")
+        ):
             return found
     return None
 
@@ -87,7 +108,9 @@ def thinks_it_fits(kind: str, size: str, base: str) -> bool:
 
 
 def table(columns: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines)
+    )
 
 
 def markdown(rows: dict[str, dict]) -> str:
@@ -101,7 +124,11 @@ def by_size(rows: dict) -> str:
         peak = row["compiler"]["peak"]
         return f"{peak / 1e9:.1f} ({row['analysis']['peak'] / peak - 1:+.0%})"
 
-    lines = [[size, *(cell(rows[f"h100:{size}:{base}"]) for base in BASES)] for size in SIZES if f"h100:{size}:nf4" in rows]
+    lines = [
+        [size, *(cell(rows[f"h100:{size}:{base}"]) for base in BASES)]
+        for size in SIZES
+        if f"h100:{size}:nf4" in rows
+    ]
     return table(["size", "base in bfloat16, GB", "int8", "nf4"], lines)
 
 
@@ -113,7 +140,8 @@ def by_card(rows: dict) -> str:
         return fits[-1] if fits else "-"
 
     return table(
-        ["card", "bfloat16", "int8", "nf4"], [[f"{card} GB", *(largest(base, card) for base in BASES)] for card in CARDS]
+        ["card", "bfloat16", "int8", "nf4"],
+        [[f"{card} GB", *(largest(base, card) for base in BASES)] for card in CARDS],
     )
 
 
@@ -133,7 +161,9 @@ def by_chip(rows: dict) -> str:
         return f"{found['name'].split(':')[1]}: {peak / GIB:.1f} ({found['analysis']['peak'] / peak - 1:+.0%})"
 
     usable = {kind: parse(name).chip.usable / GIB for kind, name in CHIPS.items()}
-    lines = [[f"{kind}, {usable[kind]:.1f} GiB", *(cell(kind, base) for base in BASES)] for kind in CHIPS]
+    lines = [
+        [f"{kind}, {usable[kind]:.1f} GiB", *(cell(kind, base) for base in BASES)] for kind in CHIPS
+    ]
     return table(["one chip", "bfloat16, GiB", "int8", "nf4"], lines)
 
 

@@ -1,10 +1,12 @@
-"""Peak memory of the loss and its gradients, chunked against plain, as the compiler counts it: nothing is computed or allocated.
+"""Peak memory of the loss and its gradients, chunked against plain, as the compiler counts it:
+nothing is computed or allocated.
 
     python benchmarks/loss_memory.py           16,384 tokens, 151,674 vocabulary entries, width 896 (the 1B model), on the CPU
     python benchmarks/loss_memory.py --tpu     also for one device of TPU v5e (16 GB) and v5p (95 GB), ahead of time; needs libtpu
 
-The peak holds the hidden states and the head's matrix, both gradients, and all between. Both sides take the same hidden states in
-bfloat16 and the same float32 matrix, and differ only in the function called.
+The peak holds the hidden states and the head's matrix, both gradients, and all between. Both sides
+take the same hidden states in bfloat16 and the same float32 matrix, and differ only in the function
+called.
 """
 
 import argparse
@@ -30,11 +32,15 @@ TPUS = {"tpu v5e": "v5e:2x2", "tpu v5p": "v5p:2x2x1"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tpu", action="store_true", help="also ahead of time for TPU devices")
     parser.add_argument("--size", choices=SIZES, default="1b", help="of the model (1b)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"in the batch ({TOKENS})")
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})"
+    )
     options = parser.parse_args()
     language = SIZES[options.size].language
     devices = {"cpu": jax.devices("cpu")[0]}
@@ -42,7 +48,9 @@ def main() -> None:
         from jax.experimental import topologies
 
         for name, topology in TPUS.items():
-            devices[name] = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+            devices[name] = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology
+            ).devices[0]
     peaks = {name: measure(language, options.tokens, device) for name, device in devices.items()}
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -61,14 +69,25 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, sides in peaks.items():
-        print(f"{name}, {options.tokens:,} tokens, {language.vocab_size:,} entries, width {language.hidden_size}")
+        print(
+            f"{name}, {options.tokens:,} tokens, {language.vocab_size:,} entries, width {language.hidden_size}"
+        )
         for side, peak in sides.items():
-            share = f"   {sides['plain'] / peak:5.1f} times less than plain" if peak and sides["plain"] else ""
-            print(f"  {side:<20} " + (f"peak {peak / 2**30:7.2f} GiB{share}" if peak else "does not fit"))
+            share = (
+                f"   {sides['plain'] / peak:5.1f} times less than plain"
+                if peak and sides["plain"]
+                else ""
+            )
+            print(
+                f"  {side:<20} "
+                + (f"peak {peak / 2**30:7.2f} GiB{share}" if peak else "does not fit")
+            )
 
 
 def measure(language, tokens: int, device) -> dict[str, int | None]:
-    """Peak bytes of loss and gradients of each function; None where the compiler says that the device has less."""
+    """Peak bytes of loss and gradients of each function; None where the compiler says that the
+    device has less.
+    """
     vocabulary, padded = language.vocab_size, language.padded_vocab_size
 
     def plain(hidden, kernel, targets, weights):
@@ -87,7 +106,9 @@ def measure(language, tokens: int, device) -> dict[str, int | None]:
         ((1, tokens), jnp.float32),
     ]
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
-    sides = {"plain": plain} | {f"chunks of {chunk}": chunked(chunk) for chunk in CHUNKS if chunk <= tokens}
+    sides = {"plain": plain} | {
+        f"chunks of {chunk}": chunked(chunk) for chunk in CHUNKS if chunk <= tokens
+    }
     return {name: peak(side, args, device.platform) for name, side in sides.items()}
 
 
@@ -101,8 +122,13 @@ def peak(function, args, platform: str) -> int | None:
         return None
     if platform != "cpu":
         return analysis.peak_memory_in_bytes
-    # The CPU's analysis leaves the temporaries out of the peak; they are one block beside what goes in and out.
-    return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    # The CPU's analysis leaves the temporaries out of the peak; they are one block beside what goes
+    # in and out.
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
 
 
 if __name__ == "__main__":

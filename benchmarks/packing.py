@@ -2,10 +2,12 @@
 
     python benchmarks/packing.py            writes results/packing.json
 
-The streams imitate fine-tuning mixtures: sizes only, no pixels; shares and lengths are ours. "pictures": 30 % text, 60 % one picture,
-10 % two to six; "video": 8 % videos of 8 to 32 frames besides, where the tiles run out before the tokens. Tiles by the grid rule
-on random picture sizes, 256 tokens each; text log-normal around 300 tokens (text-only samples around 900). The reference's rule is
-that of its dataset_packed.py: open rows sorted by their tiles, first fit, a full row or the fullest of more than 20 goes out.
+The streams imitate fine-tuning mixtures: sizes only, no pixels; shares and lengths are ours.
+"pictures": 30 % text, 60 % one picture, 10 % two to six; "video": 8 % videos of 8 to 32 frames
+besides, where the tiles run out before the tokens. Tiles by the grid rule on random picture sizes,
+256 tokens each; text log-normal around 300 tokens (text-only samples around 900). The reference's
+rule is that of its dataset_packed.py: open rows sorted by their tiles, first fit, a full row or the
+fullest of more than 20 goes out.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from internvl3_jax.data.packing import RULES, choose
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "packing.json"
 TOKENS, TILES = 16_384, 48
 REFERENCE_BUFFER = 20
-MIXTURES = {"pictures": (0.3, 0.6, 0.1, 0.0), "video": (0.25, 0.57, 0.1, 0.08)}  # text, one picture, several, video
+# text, one picture, several, video
+MIXTURES = {"pictures": (0.3, 0.6, 0.1, 0.0), "video": (0.25, 0.57, 0.1, 0.08)}
 
 
 def stream(count: int, shares, seed: int) -> np.ndarray:
@@ -35,7 +38,9 @@ def stream(count: int, shares, seed: int) -> np.ndarray:
         tiles = int(rng.integers(8, 33)) if kind == 3 else 0
         for _ in range(pictures):
             width, height = np.exp(rng.normal(6.7, 0.5, 2)).astype(int)
-            tiles += count_tiles(int(width), int(height), processor, image_limit(processor, pictures))
+            tiles += count_tiles(
+                int(width), int(height), processor, image_limit(processor, pictures)
+            )
         text = int(np.clip(rng.lognormal(np.log(900 if kind == 0 else 300), 0.9), 20, 8192))
         sizes[number] = text + 256 * tiles, tiles
     return sizes
@@ -58,7 +63,14 @@ def ours(sizes: np.ndarray, rule: str, buffer: int) -> list[np.ndarray]:
 def reference(sizes: np.ndarray, buffer: int = REFERENCE_BUFFER) -> list[np.ndarray]:
     open_rows, rows = [], []
     for size in sizes:
-        fits = next((i for i, row in enumerate(open_rows) if row[0] + size[0] <= TOKENS and row[1] + size[1] <= TILES), None)
+        fits = next(
+            (
+                i
+                for i, row in enumerate(open_rows)
+                if row[0] + size[0] <= TOKENS and row[1] + size[1] <= TILES
+            ),
+            None,
+        )
         row = size if fits is None else open_rows.pop(fits) + size
         if row[0] == TOKENS or row[1] == TILES:
             rows.append(row)
@@ -76,7 +88,8 @@ def fill(rows: list[np.ndarray]) -> dict[str, float]:
 
 def compare(sizes: np.ndarray) -> dict:
     totals = sizes.sum(axis=0)
-    # No rule can do better: when one budget of every row is full, the mixture has no more of the other to give.
+    # No rule can do better: when one budget of every row is full, the mixture has no more of the
+    # other to give.
     tokens, tiles = totals[0] / TOKENS, totals[1] / TILES
     possible = {"tokens": min(1.0, float(tokens / tiles)), "tiles": min(1.0, float(tiles / tokens))}
     found = {f"reference, buffer {REFERENCE_BUFFER}": fill(reference(sizes))}
@@ -86,16 +99,24 @@ def compare(sizes: np.ndarray) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
-    results = {name: compare(stream(options.samples, shares, seed=0)) for name, shares in MIXTURES.items()}
+    results = {
+        name: compare(stream(options.samples, shares, seed=0)) for name, shares in MIXTURES.items()
+    }
     for name, result in results.items():
         possible = result["possible"]
-        print(f"{name}: at best {possible['tokens']:.1%} of the tokens and {possible['tiles']:.1%} of the tiles")
+        print(
+            f"{name}: at best {possible['tokens']:.1%} of the tokens and {possible['tiles']:.1%} of the tiles"
+        )
         for rule, row in result["fill"].items():
-            print(f"  {rule:<24} tokens {row['tokens']:7.2%}  tiles {row['tiles']:7.2%}  {row['rows']:,} rows")
+            print(
+                f"  {rule:<24} tokens {row['tokens']:7.2%}  tiles {row['tiles']:7.2%}  {row['rows']:,} rows"
+            )
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -1,19 +1,28 @@
-"""Native pre-training in miniature, and the fine-tuning after it: 1.6 million parameters on two CPU cores.
+"""Native pre-training in miniature, and the fine-tuning after it: 1.6 million parameters on two CPU
+cores.
 
     pip install -e '.[demo]'
     python examples/native_pretraining/make_data.py runs/miniature/data
     python train.py --config configs/miniature.py:pretrain --workdir runs/miniature/native/pretrain
     python train.py --config configs/miniature.py:sft --workdir runs/miniature/native/sft
 
-The first stage is the paper's in everything but size (configs/pretrain.py): text and multimodal data 1 : 3, tower, projector and
-language model all trained, here from random weights, square averaging, a V2PE step drawn for each picture. The steps stop at 1/8,
-because a tile has 4 tokens here: at 1/256 a whole picture would lie within a tenth of a position. Muon as in tiny_digits.py.
-examples/native_pretraining/run.py runs this and its ablations, and asks them about what they never saw.
+The first stage is the paper's in everything but size (configs/pretrain.py): text and multimodal
+data 1 : 3, tower, projector and language model all trained, here from random weights, square
+averaging, a V2PE step drawn for each picture. The steps stop at 1/8, because a tile has 4 tokens
+here: at 1/256 a whole picture would lie within a tenth of a position. Muon as in tiny_digits.py.
+examples/native_pretraining/run.py runs this and its ablations, and asks them about what they never
+saw.
 """
 
 import dataclasses
 
-from internvl3_jax.config import DataConfig, ModelConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProcessorConfig,
+    TrainConfig,
+)
 from internvl3_jax.sizes import SIZES
 
 DATA = "runs/miniature/data"
@@ -26,12 +35,17 @@ VOCABULARY, IMAGE_TOKEN = 1024, 1017  # of make_data.py's tokenizer
 def get_config(stage: str = "pretrain") -> TrainConfig:
     """stage: "pretrain" or "sft"."""
     if stage not in STEPS:
-        raise ValueError(f"configs/miniature.py has the stages {' and '.join(STEPS)}, not {stage!r}")
+        raise ValueError(
+            f"configs/miniature.py has the stages {' and '.join(STEPS)}, not {stage!r}"
+        )
     pretrains, model = stage == "pretrain", miniature()
     return TrainConfig(
         model=model,
         processor=ProcessorConfig(
-            image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, max_tiles=6, system_message=None
+            image_size=model.vision.image_size,
+            tokens_per_tile=model.tokens_per_tile,
+            max_tiles=6,
+            system_message=None,
         ),
         data=DataConfig(
             source=f"{DATA}/{stage}.json",

@@ -1,13 +1,16 @@
-"""Mixed Preference Optimization after supervised fine-tuning: all parameters, pairs of answers (MMPR-v1.2 or your own: make_pairs).
+"""Mixed Preference Optimization after supervised fine-tuning: all parameters, pairs of answers
+(MMPR-v1.2 or your own: make_pairs).
 
     python -m internvl3_jax.reward.make_pairs --checkpoint runs/sft-8b --questions questions.jsonl --output pairs.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b --workdir runs/mpo-8b --config.data.source=pairs.json
 
-[M3] InternVL's shell/internvl3.0/mpo scripts: 0.8 DPO + 0.2 BCO + 1.0 cross-entropy of the chosen answer, beta 0.1, learning rate 2e-7, 3 %
-warm-up, decay 0.05, answers of up to 12,288 tokens (8,192 from 38B on), 256 pairs an update (512). Here pairs are packed: `rows` is for
-about four pairs of half the longest length a row [ours]; `steps` is one pass over the paper's 300 thousand pairs [P3 2.3]. The scripts
-drop paths in the policy's tower (0.1; 0.4 from 38B on) though not in the reference's: set loss.drop_path to do so; without it policy and
-reference begin equal. The authors found 38B and 78B best at step 400 [M3].
+[M3] InternVL's shell/internvl3.0/mpo scripts: 0.8 DPO + 0.2 BCO + 1.0 cross-entropy of the chosen
+answer, beta 0.1, learning rate 2e-7, 3 % warm-up, decay 0.05, answers of up to 12,288 tokens (8,192
+from 38B on), 256 pairs an update (512). Here pairs are packed: `rows` is for about four pairs of
+half the longest length a row [ours]; `steps` is one pass over the paper's 300 thousand pairs [P3
+2.3]. The scripts drop paths in the policy's tower (0.1; 0.4 from 38B on) though not in the
+reference's: set loss.drop_path to do so; without it policy and reference begin equal. The authors
+found 38B and 78B best at step 400 [M3].
 """
 
 import dataclasses

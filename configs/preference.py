@@ -1,10 +1,12 @@
-"""MPO in miniature: examples/preference trains a model that sorts handwritten digits on pairs of its own answers.
+"""MPO in miniature: examples/preference trains a model that sorts handwritten digits on pairs of
+its own answers.
 
     python examples/preference/run.py runs/preference                     all of it, and the table
     python train.py --config configs/preference.py:mpo --workdir runs/preference/mpo
 
-The losses and their weights are those of the released sizes (configs/mpo.py). "generation" is the same run with the cross-entropy of the
-chosen answers alone: what rejected ones add is the difference. Learning rate and steps are for so small a model.
+The losses and their weights are those of the released sizes (configs/mpo.py). "generation" is the
+same run with the cross-entropy of the chosen answers alone: what rejected ones add is the
+difference. Learning rate and steps are for so small a model.
 """
 
 import dataclasses
@@ -22,7 +24,9 @@ STEPS = 150
 def get_config(loss: str = "mpo") -> TrainConfig:
     """loss: "mpo" or "generation"."""
     if loss not in LOSSES:
-        raise ValueError(f"configs/preference.py has the losses {' and '.join(LOSSES)}, not {loss!r}")
+        raise ValueError(
+            f"configs/preference.py has the losses {' and '.join(LOSSES)}, not {loss!r}"
+        )
     config = process_reward("policy")
     data = dataclasses.replace(config.data, pairs=True, share_question=True, loss_average="sample")
     return dataclasses.replace(

@@ -1,11 +1,14 @@
-"""The two trainings of examples/process_reward: a model that sorts handwritten digits into even and odd, and a critic of its steps.
+"""The two trainings of examples/process_reward: a model that sorts handwritten digits into even and
+odd, and a critic of its steps.
 
     python examples/process_reward/run.py runs/process_reward                      both, what lies between, and the table
     python train.py --config configs/process_reward.py:policy --workdir runs/process_reward/policy
     python train.py --config configs/process_reward.py:critic --workdir runs/process_reward/critic
 
-The model starts from the shipped digits model, which reads numbers. Its teacher makes mistakes (task.py): a critic has something to find.
-The critic starts from that model and is an ordinary fine-tuning on conversations whose answers are + and -.
+The model starts from the shipped digits model, which reads numbers. Its teacher makes mistakes
+(task.py): a critic has something to find.
+The critic starts from that model and is an ordinary fine-tuning on conversations whose answers are
++ and -.
 """
 
 from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
@@ -13,19 +16,25 @@ from internvl3_jax.sizes import SIZES
 
 DATA = "runs/process_reward"
 TOKENIZER = "examples/tiny_digits"
-STAGES = {"policy": ("examples/tiny_digits", 300), "critic": (f"{DATA}/policy", 300)}  # where it starts, steps
+# where it starts, steps
+STAGES = {"policy": ("examples/tiny_digits", 300), "critic": (f"{DATA}/policy", 300)}
 
 
 def get_config(stage: str = "policy") -> TrainConfig:
     """stage: "policy" or "critic"."""
     if stage not in STAGES:
-        raise ValueError(f"configs/process_reward.py has the stages {' and '.join(STAGES)}, not {stage!r}")
+        raise ValueError(
+            f"configs/process_reward.py has the stages {' and '.join(STAGES)}, not {stage!r}"
+        )
     start, steps = STAGES[stage]
     model = SIZES["tiny"]
     return TrainConfig(
         model=model,
         processor=ProcessorConfig(
-            image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, max_tiles=6, system_message=None
+            image_size=model.vision.image_size,
+            tokens_per_tile=model.tokens_per_tile,
+            max_tiles=6,
+            system_message=None,
         ),
         data=DataConfig(
             source=f"{DATA}/{stage}.json",
@@ -36,7 +45,9 @@ def get_config(stage: str = "policy") -> TrainConfig:
             packing_buffer=32,
             loss_average="token",
         ),
-        optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=20, beta2=0.99),
+        optimizer=OptimizerConfig(
+            name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=20, beta2=0.99
+        ),
         steps=steps,
         init_from=start,
         save_every=250,

@@ -1,12 +1,15 @@
-"""The digits model: reads, counts, locates and compares real handwritten digits. Trained on two CPU cores in under ten minutes.
+"""The digits model: reads, counts, locates and compares real handwritten digits. Trained on two CPU
+cores in under ten minutes.
 
     pip install -e '.[demo]'
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
     python examples/tiny_digits/recipe/evaluate.py runs/tiny_digits
 
-Everything that the big sizes use, at a small size: tiles by dynamic resolution, V2PE with a delta drawn for each picture, packed
-rows, one loss. delta stays near 1, because a tile has 4 tokens here: at 1/256 a whole picture would lie within a tenth of a position.
-Muon, because a tower like this one learns to read single digits from about half as many pictures as with AdamW.
+Everything that the big sizes use, at a small size: tiles by dynamic resolution, V2PE with a delta
+drawn for each picture, packed rows, one loss. delta stays near 1, because a tile has 4 tokens here:
+at 1/256 a whole picture would lie within a tenth of a position.
+Muon, because a tower like this one learns to read single digits from about half as many pictures as
+with AdamW.
 """
 
 import pathlib
@@ -22,7 +25,10 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=model,
         processor=ProcessorConfig(
-            image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, max_tiles=6, system_message=None
+            image_size=model.vision.image_size,
+            tokens_per_tile=model.tokens_per_tile,
+            max_tiles=6,
+            system_message=None,
         ),
         data=DataConfig(
             source="examples.tiny_digits.recipe.data:sources",
@@ -34,7 +40,9 @@ def get_config() -> TrainConfig:
             loss_average="token",
             deltas=("1", "1", "1/2"),
         ),
-        optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=50, beta2=0.99),
+        optimizer=OptimizerConfig(
+            name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=50, beta2=0.99
+        ),
         steps=1700,
         save_every=250,
         scan_unroll=4,

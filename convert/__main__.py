@@ -47,7 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
             model.files = with_merges(model.files, options.tokenizer_merges)
             model.tokenizer = Tokenizer.from_files(model.files, str(options.target))
         merges = isinstance(model, Adapted)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns) as progress:
             hashes = convert(
                 model,
@@ -56,11 +61,19 @@ def main(arguments: list[str] | None = None) -> int:
                 verify=options.verify or merges,
                 shard_size=options.shard_size,
                 overwrite=options.overwrite,
-                sources=[path for path in (options.llm, options.vision, options.adapter, options.base) if path],
+                sources=[
+                    path
+                    for path in (options.llm, options.vision, options.adapter, options.base)
+                    if path
+                ],
                 advance=_advance(progress),
             )
     except (ValueError, OSError) as error:
-        where = f"{options.target}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
+        where = (
+            f"{options.target}: "
+            if isinstance(error, OSError) and error.errno and not error.filename
+            else ""
+        )
         print(f"error: {where}{command_line.message(error)}", file=sys.stderr)
         return 1
     if options.llm:
@@ -70,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         what += f" of step {model.directory.name}"
     checked = "; every tensor read again, hashes equal" if options.verify or merges else ""
     what += f", adapters of {len(model.pairs)} stacked layers merged" if merges else ""
-    print(f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, {time.perf_counter() - started:.1f} s{checked}")
+    print(
+        f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, {time.perf_counter() - started:.1f} s{checked}"
+    )
     return 0
 
 
@@ -78,15 +93,30 @@ def open_source(options: argparse.Namespace, dtype: str | None):
     """SRC as a model, with the adapter of --adapter on it."""
     directory = resolve_checkpoint(options.source)
     if options.base and options.adapter:
-        raise ConversionError("--base is of a LoRA run and --adapter is put on a whole model: give one of them")
+        raise ConversionError(
+            "--base is of a LoRA run and --adapter is put on a whole model: give one of them"
+        )
     if options.base:
-        return open_run(directory, dtype, options.accept_fingerprint, options.base, options.allow_nonfinite)
-    model = open_model(directory, None if options.adapter else dtype, options.accept_fingerprint, options.allow_nonfinite)
-    return open_with_peft(model, pathlib.Path(options.adapter), dtype, options.allow_nonfinite) if options.adapter else model
+        return open_run(
+            directory, dtype, options.accept_fingerprint, options.base, options.allow_nonfinite
+        )
+    model = open_model(
+        directory,
+        None if options.adapter else dtype,
+        options.accept_fingerprint,
+        options.allow_nonfinite,
+    )
+    return (
+        open_with_peft(model, pathlib.Path(options.adapter), dtype, options.allow_nonfinite)
+        if options.adapter
+        else model
+    )
 
 
 def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
-    """DST as a path, after what can be said of it before anything is read; an address as it is. ValueError or OSError."""
+    """DST as a path, after what can be said of it before anything is read; an address as it is.
+    ValueError or OSError.
+    """
     if not target.strip() or "\0" in target:
         raise ConversionError(f"DST is {excerpt(target)}; name a directory to write")
     if "://" in target:
@@ -96,9 +126,13 @@ def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
     except RuntimeError as error:
         raise ConversionError(f"DST {excerpt(target)}: {error}; write the whole path") from error
     if any(len(os.fsencode(part)) > 200 for part in path.parts):
-        raise ConversionError(f"DST {excerpt(target)}: a name has more than 200 bytes; choose a shorter one")
+        raise ConversionError(
+            f"DST {excerpt(target)}: a name has more than 200 bytes; choose a shorter one"
+        )
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another place or allow overwriting (--overwrite)")
+        raise FileExistsError(
+            f"{path} exists; choose another place or allow overwriting (--overwrite)"
+        )
     parent = next((place for place in path.parents if os.path.lexists(place)), path)
     if not parent.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {parent} is no directory")
@@ -116,30 +150,53 @@ def export(options: argparse.Namespace) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line.Parser("convert", description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="SRC DST", help="with --llm and --vision only DST")
+    parser.add_argument(
+        "paths", nargs="+", metavar="SRC DST", help="with --llm and --vision only DST"
+    )
     choices = ("internvl", "hf", "peft-internvl", "peft-hf")
     parser.add_argument(
-        "--to", choices=choices, help="write safetensors of this layout, or adapters for it, instead of a checkpoint"
+        "--to",
+        choices=choices,
+        help="write safetensors of this layout, or adapters for it, instead of a checkpoint",
     )
     parser.add_argument("--adapter", help="PEFT directory to merge into SRC")
-    parser.add_argument("--base", help="where the base of a LoRA run or PEFT adapter is, if not where they say")
-    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep")
-    parser.add_argument("--verify", action="store_true", help="read source and result again and compare sha256 hashes")
-    parser.add_argument("--shard_size", type=parse_size, default="5GB", help="most bytes in one safetensors file (5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     parser.add_argument(
-        "--accept_fingerprint", action="store_true", help="convert although files disagree with how it was made"
+        "--base", help="where the base of a LoRA run or PEFT adapter is, if not where they say"
+    )
+    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read source and result again and compare sha256 hashes",
     )
     parser.add_argument(
-        "--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite, which is an error otherwise"
+        "--shard_size",
+        type=parse_size,
+        default="5GB",
+        help="most bytes in one safetensors file (5GB)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument(
+        "--accept_fingerprint",
+        action="store_true",
+        help="convert although files disagree with how it was made",
+    )
+    parser.add_argument(
+        "--allow_nonfinite",
+        action="store_true",
+        help="convert weights that are NaN or infinite, which is an error otherwise",
     )
     parser.add_argument(
         "--tokenizer_merges",
         choices=MERGES,
         help="rules of merges.txt that DST's tokenizer uses; 'slow' leaves out those that begin with #, as transformers 4.37 did",
     )
-    parser.add_argument("--llm", help="directory or hub id of a Qwen2.5 or InternLM3 language model")
-    parser.add_argument("--vision", help="directory or hub id of an InternViT or of an InternVL model")
+    parser.add_argument(
+        "--llm", help="directory or hub id of a Qwen2.5 or InternLM3 language model"
+    )
+    parser.add_argument(
+        "--vision", help="directory or hub id of an InternViT or of an InternVL model"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random projector")
     options = parser.parse_args(arguments)
     if bool(options.llm) != bool(options.vision):

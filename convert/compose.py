@@ -1,10 +1,13 @@
-"""A new model from a plain language model and an InternViT: the start of native multimodal pre-training.
+"""A new model from a plain language model and an InternViT: the start of native multimodal
+pre-training.
 
-Tower and decoder are taken as they are. The projector is random: kernels normal with deviation 0.02, biases 0, norm scale 1.
-The nine tokens of InternVL join the tokenizer, the vocabulary becomes exactly as long as the tokenizer (Qwen's padding rows
-go), and the rows of new tokens in embedding and head are the mean of the others; the reference trainer does so for the head,
-and here an embedding that was never trained does not start from noise either. A head that was tied becomes a copy of the
-embedding: InternVL3 never ties.
+Tower and decoder are taken as they are. The projector is random: kernels normal with deviation
+0.02, biases 0, norm scale 1.
+The nine tokens of InternVL join the tokenizer, the vocabulary becomes exactly as long as the
+tokenizer (Qwen's padding rows go), and the rows of new tokens in embedding and head are the mean of
+the others; the reference trainer does so for the head, and here an embedding that was never trained
+does not start from noise either. A head that was tied becomes a copy of the embedding: InternVL3
+never ties.
 """
 
 import dataclasses
@@ -15,7 +18,15 @@ import zlib
 import numpy as np
 
 from convert.hf_files import has_token
-from internvl3_jax.checkpoints.hf.assemble import HEADS, Plan, Source, fill_leaf, has_head, padded_shape, plan
+from internvl3_jax.checkpoints.hf.assemble import (
+    HEADS,
+    Plan,
+    Source,
+    fill_leaf,
+    has_head,
+    padded_shape,
+    plan,
+)
 from internvl3_jax.checkpoints.hf.config import layout_of, read_vision
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
 from internvl3_jax.checkpoints.hf.language import read_language
@@ -69,12 +80,20 @@ class Composed:
             for part, (checked, _) in (("vision", self.vision), ("language", self.language))
         ]
         new = self.config.language.vocab_size - self.known_rows
-        head = "" if HEADS[0] in self.language[0].names else "; the head initialised as a copy of the embedding"
-        lines.append(f"vocabulary: {self.known_rows:,} rows loaded, {new} initialised as their mean{head}")
+        head = (
+            ""
+            if HEADS[0] in self.language[0].names
+            else "; the head initialised as a copy of the embedding"
+        )
+        lines.append(
+            f"vocabulary: {self.known_rows:,} rows loaded, {new} initialised as their mean{head}"
+        )
         lines.append(f"projector: initialised at random, seed {self.seed}")
         return "\n".join(lines)
 
-    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+    def leaf(
+        self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
+    ) -> np.ndarray:
         shape, dtype = padded_shape(row, self.config), self.vision[0].dtype
         part = row.target.split("/")[0]
         if part == "projector":
@@ -114,29 +133,39 @@ class Composed:
 
 
 def open_parts(
-    llm: pathlib.Path, vision: pathlib.Path, dtype: str | None = None, seed: int = 0, allow_nonfinite: bool = False
+    llm: pathlib.Path,
+    vision: pathlib.Path,
+    dtype: str | None = None,
+    seed: int = 0,
+    allow_nonfinite: bool = False,
 ) -> Composed:
-    """Opens a language model directory (Qwen2.5, InternLM2 or InternLM3) and a directory that holds an InternViT, alone or in an InternVL
-    model.
+    """Opens a language model directory (Qwen2.5, InternLM2 or InternLM3) and a directory that holds
+    an InternViT, alone or in an InternVL model.
 
     Raises:
-      FileNotFoundError, ValueError, ConversionError: naming the file, field or tensor that is wrong.
+      FileNotFoundError, ValueError, ConversionError: naming the file, field or tensor that is
+      wrong.
     """
     tower_config, layout, tower = _open_tower(vision)
     files = travelling_files(llm)
     values = read_json(files, "config.json", llm)
     if values is None:
-        raise FileNotFoundError(f"{llm} has no config.json; give the directory of a Qwen2.5, InternLM2 or InternLM3 model")
+        raise FileNotFoundError(
+            f"{llm} has no config.json; give the directory of a Qwen2.5, InternLM2 or InternLM3 model"
+        )
     decoder = SafetensorsSource(llm, rename=lambda name: "language_model." + name)
     known = Tokenizer.from_files(files, str(llm))
     known.require("<|im_start|>", "<|im_end|>")
     own_head = has_head(decoder.infos())
-    # transformers ties Qwen2 only where the file says so; a file that says so and has a head is checked in `plan`.
+    # transformers ties Qwen2 only where the file says so; a file that says so and has a head is
+    # checked in `plan`.
     said = Object(values, f"{llm}/config.json").get("tie_word_embeddings", bool, False)
     base = read_language(values, f"{llm}/config.json: config", tied=said or not own_head)
     decoder = table_source(decoder, base)
     if known.vocab_size > base.vocab_size:
-        raise ValueError(f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only {base.vocab_size} rows")
+        raise ValueError(
+            f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only {base.vocab_size} rows"
+        )
 
     files = add_tokens(files, known)
     for name in ("config.json", "generation_config.json"):  # of the language model alone
@@ -152,9 +181,13 @@ def open_parts(
         )
     language = dataclasses.replace(base, vocab_size=tokenizer.vocab_size, tie_embeddings=False)
     config = ModelConfig(vision=tower_config, language=language, image_token_id=token)
-    processor = ProcessorConfig(image_size=tower_config.image_size, tokens_per_tile=config.tokens_per_tile)
+    processor = ProcessorConfig(
+        image_size=tower_config.image_size, tokens_per_tile=config.tokens_per_tile
+    )
     parts = ((vision_plan, tower), (language_plan, decoder))
-    return Composed(config, processor, tokenizer, files, *parts, known_rows=known.vocab_size, seed=seed)
+    return Composed(
+        config, processor, tokenizer, files, *parts, known_rows=known.vocab_size, seed=seed
+    )
 
 
 def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, SafetensorsSource]:
@@ -162,24 +195,49 @@ def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, Safetensors
     values = read_json(travelling_files(directory), "config.json", directory)
     place = f"{directory}/"
     if values is None:
-        raise FileNotFoundError(f"{directory} has no config.json; give the directory of an InternViT or of an InternVL model")
-    alone = {"intern_vit_6b": ("internvl", "vision_model."), "internvl_vision": ("hf", "model.vision_tower.")}
+        raise FileNotFoundError(
+            f"{directory} has no config.json; give the directory of an InternViT or of an InternVL model"
+        )
+    alone = {
+        "intern_vit_6b": ("internvl", "vision_model."),
+        "internvl_vision": ("hf", "model.vision_tower."),
+    }
     model_type = Object(values, f"{place}config.json").get("model_type", str, None)
     if model_type in alone:
         layout, prefix = alone[model_type]
-        source = SafetensorsSource(directory, rename=lambda name: name if name.startswith(prefix) else prefix + name)
+        source = SafetensorsSource(
+            directory, rename=lambda name: name if name.startswith(prefix) else prefix + name
+        )
         return read_vision(values, layout, f"{place}config.json: config"), layout, source
     layout = layout_of(values, place)
-    prefixes = ("vision_model.",) if layout == "internvl" else ("model.vision_tower.", "vision_tower.")
-    source = SafetensorsSource(directory, rename=lambda name: name if name.startswith(prefixes) else None)
-    return read_vision(values.get("vision_config"), layout, f"{place}config.json: config.vision_config"), layout, source
+    prefixes = (
+        ("vision_model.",) if layout == "internvl" else ("model.vision_tower.", "vision_tower.")
+    )
+    source = SafetensorsSource(
+        directory, rename=lambda name: name if name.startswith(prefixes) else None
+    )
+    return (
+        read_vision(
+            values.get("vision_config"), layout, f"{place}config.json: config.vision_config"
+        ),
+        layout,
+        source,
+    )
 
 
 def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
-    """Tokenizer files with those of the nine tokens that are not in them yet, in every file that lists added tokens."""
+    """Tokenizer files with those of the nine tokens that are not in them yet, in every file that
+    lists added tokens.
+    """
     new = [token for token in NEW_TOKENS if not has_token(known, token)]
     ids = {token: known.vocab_size + index for index, token in enumerate(new)}
-    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entry = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     files = dict(files)
 
     def edit(name: str, change) -> None:
@@ -193,7 +251,10 @@ def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
     if "tokenizer.json" not in files or "added_tokens.json" in files:
         edit("added_tokens.json", lambda values: values.update(ids))
     decoder = {str(id): {"content": token, **entry} for token, id in ids.items()}
-    edit("tokenizer_config.json", lambda values: values.setdefault("added_tokens_decoder", {}).update(decoder))
+    edit(
+        "tokenizer_config.json",
+        lambda values: values.setdefault("added_tokens_decoder", {}).update(decoder),
+    )
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in files:
             edit(name, lambda values: _extend_special(values, new))

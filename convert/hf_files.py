@@ -1,4 +1,6 @@
-"""The files around the weights of an exported model, as the original code, transformers and servers read them."""
+"""The files around the weights of an exported model, as the original code, transformers and servers
+read them.
+"""
 
 import json
 
@@ -9,11 +11,25 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import named_token
 from internvl3_jax.io.strict_json import Object
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+}
 # The names that transformers' InternVLProcessor asks its tokenizer for.
-NAMED_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json")
-# Replaced by its frames before anything is tokenised. Qwen2.5 has the first; the second is what -hf repositories use.
+NAMED_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+}
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+# Replaced by its frames before anything is tokenised. Qwen2.5 has the first; the second is what -hf
+# repositories use.
 VIDEO_TOKENS = ("<|video_pad|>", "<video>")
 
 
@@ -64,14 +80,25 @@ def _language(language: LanguageConfig, dtype: str, token_ids: dict) -> dict:
     }
     if language.rope_scaling == "dynamic":
         # "type" is what transformers before 4.43 reads.
-        values["rope_scaling"] = {"factor": language.rope_factor, "rope_type": "dynamic", "type": "dynamic"}
+        values["rope_scaling"] = {
+            "factor": language.rope_factor,
+            "rope_type": "dynamic",
+            "type": "dynamic",
+        }
     if language.family == "qwen2":
         if (language.qkv_bias, language.o_bias, language.mlp_bias) != (True, False, False):
             raise ValueError(
                 "Qwen2 has biases in q, k and v and nowhere else; set language.qkv_bias, o_bias and mlp_bias so, or family"
             )
-        values |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": language.num_layers}
-    if language.head_dim * language.num_heads != language.hidden_size or language.family == "internlm3":
+        values |= {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": language.num_layers,
+        }
+    if (
+        language.head_dim * language.num_heads != language.hidden_size
+        or language.family == "internlm3"
+    ):
         values["head_dim"] = language.head_dim
     return values
 
@@ -79,9 +106,13 @@ def _language(language: LanguageConfig, dtype: str, token_ids: dict) -> dict:
 def _internlm2_bias(language: LanguageConfig) -> bool:
     """InternLM2's one flag, of wqkv and wo."""
     if language.head_dim * language.num_heads != language.hidden_size:
-        raise ValueError("InternLM2's heads are as wide together as the model; language.head_dim differs")
+        raise ValueError(
+            "InternLM2's heads are as wide together as the model; language.head_dim differs"
+        )
     if language.qkv_bias != language.o_bias or language.mlp_bias:
-        raise ValueError("InternLM2 has one flag for the biases of q, k, v and o, and none in the MLP; set language.*_bias so")
+        raise ValueError(
+            "InternLM2 has one flag for the biases of q, k, v and o, and none in the MLP; set language.*_bias so"
+        )
     return language.qkv_bias
 
 
@@ -94,10 +125,17 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
     text = _language(language, dtype, token_ids)
     if language.family == "internlm2":  # not in transformers, which has the same network as Llama
         bias = _internlm2_bias(language)
-        text |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": bias, "mlp_bias": False}
+        text |= {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": bias,
+            "mlp_bias": False,
+        }
     if language.family == "internlm3":
         if len({language.qkv_bias, language.o_bias, language.mlp_bias}) > 1:
-            raise ValueError("transformers' InternLM3 has biases everywhere or nowhere; export with --to internvl")
+            raise ValueError(
+                "transformers' InternLM3 has biases everywhere or nowhere; export with --to internvl"
+            )
         text |= {"attention_bias": language.qkv_bias, "mlp_bias": language.mlp_bias}
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -139,7 +177,13 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
     }
 
 
-def _original(model: ModelConfig, processor: ProcessorConfig, dtype: str, token_ids: dict, auto_map: dict | None) -> dict:
+def _original(
+    model: ModelConfig,
+    processor: ProcessorConfig,
+    dtype: str,
+    token_ids: dict,
+    auto_map: dict | None,
+) -> dict:
     vision, language = model.vision, model.language
     if language.tie_embeddings:
         raise ValueError("the original code never ties the output head; it is exported untied")
@@ -205,36 +249,74 @@ def _original(model: ModelConfig, processor: ProcessorConfig, dtype: str, token_
 
 
 def export_files(
-    model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, layout: str, dtype: str, files: dict[str, bytes]
+    model: ModelConfig,
+    processor: ProcessorConfig,
+    tokenizer: Tokenizer,
+    layout: str,
+    dtype: str,
+    files: dict[str, bytes],
 ) -> dict[str, bytes]:
-    """Everything beside weights and internvl3_jax.json, made from the `files` that travelled and from the configuration."""
+    """Everything beside weights and internvl3_jax.json, made from the `files` that travelled and
+    from the configuration.
+    """
     source = Object(read_json(files, "config.json") or {}, "config.json")
     settings = read_json(files, "tokenizer_config.json") or {}
     stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
     pad = named_token(settings, "pad_token", "tokenizer_config.json")
     pad_id = tokenizer.token_id(pad) if pad else stop_ids[0]
-    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids[0], "pad_token_id": pad_id}
+    token_ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stop_ids[0],
+        "pad_token_id": pad_id,
+    }
     generation = read_json(files, "generation_config.json") or {}
-    kept_pad = Object(generation, "generation_config.json").get("pad_token_id", int, pad_id, low=0, high=1 << 24)
+    kept_pad = Object(generation, "generation_config.json").get(
+        "pad_token_id", int, pad_id, low=0, high=1 << 24
+    )
     generation |= {"eos_token_id": stop_ids, "pad_token_id": kept_pad}
-    # Model code belongs to the original layout alone; a tokenizer's own code is needed wherever the tokenizer goes.
-    code = {name: content for name, content in files.items() if name.endswith(".py") and not name.startswith("tokenization_")}
-    kept = {name: content for name, content in files.items() if name not in code and name not in PROCESSOR_FILES}
+    # Model code belongs to the original layout alone; a tokenizer's own code is needed wherever the
+    # tokenizer goes.
+    code = {
+        name: content
+        for name, content in files.items()
+        if name.endswith(".py") and not name.startswith("tokenization_")
+    }
+    kept = {
+        name: content
+        for name, content in files.items()
+        if name not in code and name not in PROCESSOR_FILES
+    }
     if layout == "internvl":
         kept |= code
-        config = to_hf(model, processor, layout, dtype, token_ids, source.get("auto_map", dict, None) if code else None)
+        config = to_hf(
+            model,
+            processor,
+            layout,
+            dtype,
+            token_ids,
+            source.get("auto_map", dict, None) if code else None,
+        )
         pictures = {
             "feature_extractor_type": "CLIPFeatureExtractor",
             "crop_size": model.vision.image_size,
             "do_center_crop": True,
         }
-        made = {"preprocessor_config.json": pictures | _pixels(model) | {"size": model.vision.image_size}}
+        made = {
+            "preprocessor_config.json": pictures
+            | _pixels(model)
+            | {"size": model.vision.image_size}
+        }
     else:
         config = to_hf(model, processor, layout, dtype, token_ids)
         made = _transformers_processor(model, processor, tokenizer, settings)
-        kept["chat_template.jinja"] = chat_template(processor, made["tokenizer_config.json"]["video_token"]).encode()
+        kept["chat_template.jinja"] = chat_template(
+            processor, made["tokenizer_config.json"]["video_token"]
+        ).encode()
     made |= {"config.json": config, "generation_config.json": generation}
-    return kept | {name: json.dumps(values, indent=2, ensure_ascii=False).encode() for name, values in made.items()}
+    return kept | {
+        name: json.dumps(values, indent=2, ensure_ascii=False).encode()
+        for name, values in made.items()
+    }
 
 
 def has_token(tokenizer: Tokenizer, token: str) -> bool:
@@ -255,32 +337,54 @@ def _pixels(model: ModelConfig) -> dict:
     }
 
 
-def _transformers_processor(model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, settings: dict) -> dict:
+def _transformers_processor(
+    model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, settings: dict
+) -> dict:
     """The files from which AutoProcessor builds an InternVLProcessor."""
     size = {"height": model.vision.image_size, "width": model.vision.image_size}
-    pixels = _pixels(model) | {"size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True}
+    pixels = _pixels(model) | {
+        "size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_convert_rgb": True,
+    }
     pictures = pixels | {
         "processor_class": "InternVLProcessor",
         "image_processor_type": "GotOcr2ImageProcessor",
-        # Stored as false in released files: the image processor alone then makes one tile of any picture.
+        # Stored as false in released files: the image processor alone then makes one tile of any
+        # picture.
         "crop_to_patches": True,
         "min_patches": processor.min_tiles,
         "max_patches": processor.max_tiles,
     }
     settings = {name: value for name, value in settings.items() if name != "chat_template"}
     video = next((token for token in VIDEO_TOKENS if has_token(tokenizer, token)), VIDEO_TOKENS[-1])
-    settings |= NAMED_TOKENS | {"video_token": video, "processor_class": "InternVLProcessor", "padding_side": "left"}
+    settings |= NAMED_TOKENS | {
+        "video_token": video,
+        "processor_class": "InternVLProcessor",
+        "padding_side": "left",
+    }
     return {
         "preprocessor_config.json": pictures,
-        "video_preprocessor_config.json": pixels | {"video_processor_type": "InternVLVideoProcessor"},
-        "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": model.tokens_per_tile},
+        "video_preprocessor_config.json": pixels
+        | {"video_processor_type": "InternVLVideoProcessor"},
+        "processor_config.json": {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": model.tokens_per_tile,
+        },
         "tokenizer_config.json": settings,
     }
 
 
 def chat_template(processor: ProcessorConfig, video_token: str) -> str:
-    """The Jinja template: blocks as chat.py builds them, a picture or video in front of the text that follows it."""
-    text = TEMPLATES[processor.template] if processor.system_message == "default" else processor.system_message
+    """The Jinja template: blocks as chat.py builds them, a picture or video in front of the text
+    that follows it.
+    """
+    text = (
+        TEMPLATES[processor.template]
+        if processor.system_message == "default"
+        else processor.system_message
+    )
     system = ""
     if text is not None:
         block = json.dumps(f"<|im_start|>system\n{text}<|im_end|>\n", ensure_ascii=False)

@@ -1,4 +1,6 @@
-"""Opens what can be converted: a checkpoint or released directory, a LoRA run with its base, a model with a PEFT adapter."""
+"""Opens what can be converted: a checkpoint or released directory, a LoRA run with its base, a
+model with a PEFT adapter.
+"""
 
 import dataclasses
 import os
@@ -13,19 +15,33 @@ from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
 from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
 from internvl3_jax.checkpoints.hf.peft_settings import settings_of
-from internvl3_jax.checkpoints.hf.released import Converted, Hashes, Released, open_converted, open_released
+from internvl3_jax.checkpoints.hf.released import (
+    Converted,
+    Hashes,
+    Released,
+    open_converted,
+    open_released,
+)
 from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
 from internvl3_jax.checkpoints.manifest import Base, Manifest
 from internvl3_jax.checkpoints.verification import undamaged
 from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
-from internvl3_jax.io.checkpoint_paths import PEFT, is_checkpoint, is_peft, resolve_checkpoint, resolve_hub_dir
+from internvl3_jax.io.checkpoint_paths import (
+    PEFT,
+    is_checkpoint,
+    is_peft,
+    resolve_checkpoint,
+    resolve_hub_dir,
+)
 from internvl3_jax.model import lora
 
 
 @dataclasses.dataclass
 class Adapted:
-    """A base with an adapter merged into it, leaf by leaf. Each leaf is W + a @ b, summed in float32 and rounded once."""
+    """A base with an adapter merged into it, leaf by leaf. Each leaf is W + a @ b, summed in
+    float32 and rounded once.
+    """
 
     under: Released | Converted
     adapter: Adapter
@@ -40,7 +56,9 @@ class Adapted:
     def __post_init__(self):
         pairs, self.whole = storage.by_path(self.adapter.lora), storage.by_path(self.adapter.whole)
         layers = {path.rpartition("/")[0] for path in pairs}
-        self.pairs = {layer: {"a": pairs[f"{layer}/a"], "b": pairs[f"{layer}/b"]} for layer in layers}
+        self.pairs = {
+            layer: {"a": pairs[f"{layer}/a"], "b": pairs[f"{layer}/b"]} for layer in layers
+        }
 
     @property
     def directory(self) -> pathlib.Path:
@@ -54,7 +72,9 @@ class Adapted:
     def dtype(self) -> str:
         return self.target.name
 
-    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+    def leaf(
+        self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
+    ) -> np.ndarray:
         leaf = self._merged(row, scratch)
         if not self.allow_nonfinite:
             refuse_nonfinite([(f"{row.target} with its adapter", leaf)])
@@ -69,23 +89,31 @@ class Adapted:
     def _merged(self, row: Row, scratch) -> np.ndarray:
         if row.target in self.whole:
             return np.asarray(self.whole[row.target])
-        leaf, pair = self.under.leaf(row, None, scratch), self.pairs.get(row.target.removesuffix("/kernel"))
+        leaf, pair = (
+            self.under.leaf(row, None, scratch),
+            self.pairs.get(row.target.removesuffix("/kernel")),
+        )
         if self.base is not None and self.base.lora.quantize != "none":
-            leaf = lora.prepare_base_leaf(row.target, jnp.asarray(leaf), self.base.lora)  # as it was trained beside
+            # as it was trained beside
+            leaf = lora.prepare_base_leaf(row.target, jnp.asarray(leaf), self.base.lora)
         if pair is None and not isinstance(leaf, dict):
             return leaf
         return np.asarray(lora.merged_leaf(leaf, pair, self.target))
 
 
 def open_model(
-    directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False, allow_nonfinite: bool = False
+    directory: pathlib.Path,
+    dtype: str | None = None,
+    accept_fingerprint: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Released | Converted:
-    """Opens a directory that `resolve_checkpoint` found, a LoRA run with its adapters merged. It is checked completely before
-    any array is read.
+    """Opens a directory that `resolve_checkpoint` found, a LoRA run with its adapters merged. It is
+    checked completely before any array is read.
 
     Args:
       dtype: to cast to; None keeps.
-      allow_nonfinite: read weights that are NaN or infinite; otherwise the first of them that is read is an error that names them all.
+      allow_nonfinite: read weights that are NaN or infinite; otherwise the first of them that is
+          read is an error that names them all.
 
     Raises:
       ConversionError, ValueError: naming the tensor or field that is wrong.
@@ -110,7 +138,12 @@ def open_run(
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ConversionError(f"{directory} is no LoRA run, so it has no base; leave --base out")
-    under = open_model(resolve_checkpoint(base or manifest.base.path), manifest.base.dtype, accept_fingerprint, allow_nonfinite)
+    under = open_model(
+        resolve_checkpoint(base or manifest.base.path),
+        manifest.base.dtype,
+        accept_fingerprint,
+        allow_nonfinite,
+    )
     with undamaged(directory, "full", accept_fingerprint, None):
         own = read_adapter(directory)
     leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
@@ -118,11 +151,16 @@ def open_run(
     tokenizer, files = Tokenizer.from_directory(directory), under.files
     target = DTYPES[dtype or manifest.base.dtype]
     put_on = adapter(own, manifest.base.lora)
-    return Adapted(under, put_on, manifest.base, manifest.processor, tokenizer, files, target, allow_nonfinite)
+    return Adapted(
+        under, put_on, manifest.base, manifest.processor, tokenizer, files, target, allow_nonfinite
+    )
 
 
 def open_with_peft(
-    under: Released | Converted, directory: pathlib.Path, dtype: str | None, allow_nonfinite: bool = False
+    under: Released | Converted,
+    directory: pathlib.Path,
+    dtype: str | None,
+    allow_nonfinite: bool = False,
 ) -> Adapted:
     """A model with the adapter of a PEFT directory or hub id."""
     directory = pathlib.Path(os.path.expanduser(directory))
@@ -133,29 +171,42 @@ def open_with_peft(
             f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
         )
     target, read = DTYPES[dtype or under.dtype], read_peft(directory, under.config, allow_nonfinite)
-    return Adapted(under, read, None, under.processor, under.tokenizer, under.files, target, allow_nonfinite)
+    return Adapted(
+        under, read, None, under.processor, under.tokenizer, under.files, target, allow_nonfinite
+    )
 
 
-def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | None, overwrite: bool = False) -> int:
-    """Writes the adapter of a LoRA run or of a PEFT directory as PEFT's for a layout; returns how many tensors it has.
+def export_adapter(
+    source: str, target: pathlib.Path, layout: str, base: str | None, overwrite: bool = False
+) -> int:
+    """Writes the adapter of a LoRA run or of a PEFT directory as PEFT's for a layout; returns how
+    many tensors it has.
 
-    base: what adapter_config.json is to name as its model; of a PEFT directory it also says what that model is. None takes what the
-    source names.
+    base: what adapter_config.json is to name as its model; of a PEFT directory it also says what
+        that model is. None takes what the source names.
     """
     local = pathlib.Path(os.path.expanduser(source))
     if is_peft(local):
         named = base or _base_of_peft(local)
         model = open_model(resolve_checkpoint(named)).config
         read = read_peft(local, model)
-        rank = next((leaf.shape[-1] for leaf in storage.by_path(read.lora).values()), 1)  # 1: of no layer
+        # 1: of no layer
+        rank = next((leaf.shape[-1] for leaf in storage.by_path(read.lora).values()), 1)
         own, config = {lora.SUBTREE: read.lora} | read.whole, LoraConfig(rank=rank, alpha=rank)
     else:
         directory = resolve_checkpoint(source)
         manifest = Manifest.read(directory) if is_checkpoint(directory) else None
         if manifest is None or manifest.base is None:
-            raise ConversionError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory")
+            raise ConversionError(
+                f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory"
+            )
         with undamaged(directory, "full", False, None):
-            own, config, model, named = read_adapter(directory), manifest.base.lora, manifest.model, base or manifest.base.path
+            own, config, model, named = (
+                read_adapter(directory),
+                manifest.base.lora,
+                manifest.model,
+                base or manifest.base.path,
+            )
     with storage.new_directory(target, overwrite, [source]) as partial:
         return len(write_peft(partial, own, config, model, layout, named))
 
@@ -163,5 +214,7 @@ def export_adapter(source: str, target: pathlib.Path, layout: str, base: str | N
 def _base_of_peft(directory: pathlib.Path) -> str:
     named = settings_of(directory).base
     if not named:
-        raise ConversionError(f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for")
+        raise ConversionError(
+            f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for"
+        )
     return named

@@ -1,4 +1,6 @@
-"""The conversion loop: leaves out of an opened model, into a checkpoint of ours or a safetensors directory."""
+"""The conversion loop: leaves out of an opened model, into a checkpoint of ours or a safetensors
+directory.
+"""
 
 import dataclasses
 import itertools
@@ -14,7 +16,13 @@ from convert.hf_files import export_files
 from convert.open import Adapted, open_model
 from internvl3_jax.checkpoints import manifest, storage
 from internvl3_jax.checkpoints.fingerprint import fingerprint
-from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, layer_numbers, layer_tensors, padded_shape
+from internvl3_jax.checkpoints.hf.assemble import (
+    DTYPES,
+    ConversionError,
+    layer_numbers,
+    layer_tensors,
+    padded_shape,
+)
 from internvl3_jax.checkpoints.hf.internlm2 import FileWriter, file_tensors
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, layers_of, source_shape
 from internvl3_jax.checkpoints.hf.released import Converted, Hashes, Released
@@ -45,12 +53,20 @@ class OrbaxSink:
         self.writer.close()
         model = self.model
         manifest.write_files(
-            self.directory, model.config, model.processor, model.files, model.dtype, hashes, source=source_of(model)
+            self.directory,
+            model.config,
+            model.processor,
+            model.files,
+            model.dtype,
+            hashes,
+            source=source_of(model),
         )
 
 
 class SafetensorsSink:
-    """Takes leaves into a directory of a released layout. A tied head is written out where the layout never ties."""
+    """Takes leaves into a directory of a released layout. A tied head is written out where the
+    layout never ties.
+    """
 
     def __init__(self, directory: pathlib.Path, model: Model, layout: str, shard_size: int):
         self.directory, self.model, self.layout = directory, model, layout
@@ -59,7 +75,9 @@ class SafetensorsSink:
             language = dataclasses.replace(language, tie_embeddings=False)
         self.config = dataclasses.replace(model.config, language=language)
         self.unties = language != model.config.language
-        files = export_files(self.config, model.processor, model.tokenizer, layout, model.dtype, model.files)
+        files = export_files(
+            self.config, model.processor, model.tokenizer, layout, model.dtype, model.files
+        )
         for name, content in files.items():
             (directory / name).write_bytes(content)
         tensors = file_tensors(planned(self.config, layout), self.config, layout)
@@ -72,7 +90,12 @@ class SafetensorsSink:
             for key, tensor in zip(row.keys(self.layout, layer), tensors, strict=True):
                 self.writer.write(key, tensor)
         if row.target == "language/embedding" and self.unties:
-            self.add(next(row for row in active_rows(self.config) if row.target == "language/head/kernel"), leaf.T)
+            self.add(
+                next(
+                    row for row in active_rows(self.config) if row.target == "language/head/kernel"
+                ),
+                leaf.T,
+            )
 
     def close(self, hashes: Hashes) -> None:
         self.writer.close()
@@ -80,24 +103,38 @@ class SafetensorsSink:
         if self.unties:
             hashes[HEAD] = hashes[EMBEDDING]
         made = fingerprint(self.config, model.processor, model.tokenizer, model.dtype)
-        Manifest(self.config, model.processor, made, hashes, source=source_of(model)).write(self.directory)
+        Manifest(self.config, model.processor, made, hashes, source=source_of(model)).write(
+            self.directory
+        )
 
 
 def source_of(model: Model) -> str | None:
-    """The hub's id and commit that a model comes from, also by way of a checkpoint that was converted before."""
+    """The hub's id and commit that a model comes from, also by way of a checkpoint that was
+    converted before.
+    """
     directory = getattr(model, "directory", None)
     if directory is None:
         return None
-    return hub_source(directory) or (Manifest.read(directory).source if (directory / MANIFEST).is_file() else None)
+    return hub_source(directory) or (
+        Manifest.read(directory).source if (directory / MANIFEST).is_file() else None
+    )
 
 
 def planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of all tensors of a layout, a layer's together, so that shards hold whole layers as far as they can."""
+    """(name, shape) of all tensors of a layout, a layer's together, so that shards hold whole
+    layers as far as they can.
+    """
     planned = []
-    for _, rows in itertools.groupby(active_rows(config), lambda row: (row.target.split("/")[0], layers_of(row, config))):
+    for _, rows in itertools.groupby(
+        active_rows(config), lambda row: (row.target.split("/")[0], layers_of(row, config))
+    ):
         rows = list(rows)
         for layer in layer_numbers(rows[0], config):
-            planned += [(key, source_shape(row, config, layout)) for row in rows for key in row.keys(layout, layer)]
+            planned += [
+                (key, source_shape(row, config, layout))
+                for row in rows
+                for key in row.keys(layout, layer)
+            ]
     return planned
 
 
@@ -115,7 +152,8 @@ def convert(
     """Writes an opened model (`open_model`, `open_parts`) to `target`.
 
     Args:
-      to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint of ours.
+      to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint of
+          ours.
       verify: read source and result again and compare the sha256 of every tensor.
       overwrite: replace a checkpoint or an export that was made here, and holds nothing else.
       sources: what is read beside the model's own directory; neither is ever replaced.
@@ -127,7 +165,9 @@ def convert(
     Raises:
       FileExistsError, ValueError (also ConversionError): nothing is left at `target` then.
     """
-    with storage.new_directory(target, overwrite, (*sources, *filter(None, [getattr(model, "directory", None)]))) as partial:
+    with storage.new_directory(
+        target, overwrite, (*sources, *filter(None, [getattr(model, "directory", None)]))
+    ) as partial:
         sink = SafetensorsSink(partial, model, to, shard_size) if to else OrbaxSink(partial, model)
         hashes = Hashes()
         for row in _with_progress(model.config, "converting", advance):
@@ -135,9 +175,21 @@ def convert(
         sink.close(hashes)
         if verify:
             _compare("the source has changed since its hashes were stored", model.hashes, hashes)
-            _verify(model, hashes, "the source gave other values when read again", "verifying source", advance)
+            _verify(
+                model,
+                hashes,
+                "the source gave other values when read again",
+                "verifying source",
+                advance,
+            )
             written = open_model(partial, allow_nonfinite=model.allow_nonfinite)
-            _verify(written, hashes, "the written checkpoint differs from the source", "verifying result", advance)
+            _verify(
+                written,
+                hashes,
+                "the written checkpoint differs from the source",
+                "verifying result",
+                advance,
+            )
     return hashes
 
 

@@ -1,11 +1,13 @@
-"""Writes the pictures and questions of `make demo`: four of each task, on handwriting that no training run sees.
+"""Writes the pictures and questions of `make demo`: four of each task, on handwriting that no
+training run sees.
 
     python examples/make_questions.py            into examples/tiny_digits, beside the weights that answer them
 
     pictures/01_read.png ...     the pictures
     questions.jsonl              one question a line: {"id": 1, "task": .., "prompt": .., "image": [PATHS], "expected": ..}
 
-The seed is fixed, so the files are the same every time, and it is not the one of the held-out accuracy in the training report.
+The seed is fixed, so the files are the same every time, and it is not the one of the held-out
+accuracy in the training report.
 infer.py answers the same file: --requests examples/tiny_digits/questions.jsonl.
 """
 
@@ -24,15 +26,22 @@ SEED = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", nargs="?", type=pathlib.Path, default=DIRECTORY)
     directory = parser.parse_args().directory
     (directory / "pictures").mkdir(parents=True, exist_ok=True)
-    rows = [write(question, number, directory) for number, question in enumerate(held_out(PER_TASK, SEED), 1)]
+    rows = [
+        write(question, number, directory)
+        for number, question in enumerate(held_out(PER_TASK, SEED), 1)
+    ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (directory / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
     size = sum(path.stat().st_size for path in (directory / "pictures").iterdir())
-    print(f"{len(rows)} questions in {directory / 'questions.jsonl'}, {size / 1000:.0f} kB of pictures")
+    print(
+        f"{len(rows)} questions in {directory / 'questions.jsonl'}, {size / 1000:.0f} kB of pictures"
+    )
 
 
 def write(question: Question, number: int, directory: pathlib.Path) -> dict:
@@ -43,7 +52,13 @@ def write(question: Question, number: int, directory: pathlib.Path) -> dict:
         paths.append(f"pictures/{number:02}_{question.task}{suffix}.png")
         picture.save(directory / paths[-1], optimize=True)
     prompt = question.messages[0]["content"]
-    return {"id": number, "task": question.task, "prompt": prompt, "image": paths, "expected": question.answer}
+    return {
+        "id": number,
+        "task": question.task,
+        "prompt": prompt,
+        "image": paths,
+        "expected": question.answer,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""InternVL3 in JAX: `load` a checkpoint, talk to it with `Chat`, judge answers with `Critic`, or use `Checkpoint.model` and `.params`."""
+"""InternVL3 in JAX: `load` a checkpoint, talk to it with `Chat`, judge answers with `Critic`, or
+use `Checkpoint.model` and `.params`.
+"""
 
 import importlib
 

@@ -9,11 +9,19 @@ def _vit_300m() -> VisionConfig:
 
 def _vit_6b() -> VisionConfig:
     return VisionConfig(
-        hidden_size=3200, num_layers=45, num_heads=25, intermediate_size=12800, norm="rms_norm", qkv_bias=False, qk_norm=True
+        hidden_size=3200,
+        num_layers=45,
+        num_heads=25,
+        intermediate_size=12800,
+        norm="rms_norm",
+        qkv_bias=False,
+        qk_norm=True,
     )
 
 
-def _qwen(hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size) -> LanguageConfig:
+def _qwen(
+    hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size
+) -> LanguageConfig:
     return LanguageConfig(
         vocab_size=151674,
         hidden_size=hidden_size,
@@ -45,7 +53,9 @@ def _internlm3() -> LanguageConfig:
     )
 
 
-def _model(vision: VisionConfig, language: LanguageConfig, image_token_id: int = 151667) -> ModelConfig:
+def _model(
+    vision: VisionConfig, language: LanguageConfig, image_token_id: int = 151667
+) -> ModelConfig:
     return ModelConfig(vision=vision, language=language, image_token_id=image_token_id)
 
 
@@ -82,7 +92,8 @@ def _sizes() -> dict[str, ModelConfig]:
         "1b": _model(_vit_300m(), _qwen(896, 24, 14, 2, 64, 4864)),
         "2b": _model(_vit_300m(), _qwen(1536, 28, 12, 2, 128, 8960)),
         "8b": _model(_vit_300m(), _qwen(3584, 28, 28, 4, 128, 18944)),
-        # The ids of the added tokens and the vocabulary as shipped come from the checkpoint (from_hf); the base model's stand here.
+        # The ids of the added tokens and the vocabulary as shipped come from the checkpoint
+        # (from_hf); the base model's stand here.
         "9b": _model(_vit_300m(), _internlm3(), image_token_id=128133),
         "14b": _model(_vit_300m(), _qwen(5120, 48, 40, 8, 128, 13824)),
         "38b": _model(_vit_6b(), _qwen(5120, 64, 40, 8, 128, 27648)),

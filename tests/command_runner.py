@@ -1,7 +1,9 @@
-"""Runs `python PROGRAM ...` commands as processes of their own, without importing jax and the package anew for each.
+"""Runs `python PROGRAM ...` commands as processes of their own, without importing jax and the
+package anew for each.
 
-A first process imports what the programs import, and forks for each command before any device is opened. Nothing but time is shared: the
-command has its own arguments, directory, environment, output and exit.
+A first process imports what the programs import, and forks for each command before any device is
+opened. Nothing but time is shared: the command has its own arguments, directory, environment,
+output and exit.
 """
 
 import contextlib
@@ -66,16 +68,29 @@ class Runner:
         self.process.wait()
         self.process.stdout.close()
 
-    def __call__(self, arguments: list[str], directory: pathlib.Path, typed: str = "", **environment: str) -> Done:
-        """arguments: what stands behind `python`: a file, or -m and a module, or -c and text. typed: what stdin gives."""
+    def __call__(
+        self, arguments: list[str], directory: pathlib.Path, typed: str = "", **environment: str
+    ) -> Done:
+        """arguments: what stands behind `python`: a file, or -m and a module, or -c and text.
+        typed: what stdin gives.
+        """
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / "in").write_text(typed)
-            order = {"arguments": arguments, "directory": str(directory), "environment": environment, "folder": folder}
+            order = {
+                "arguments": arguments,
+                "directory": str(directory),
+                "environment": environment,
+                "folder": folder,
+            }
             print(json.dumps(order), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
             assert answer, "the process that starts the commands is gone"
             status, seconds = json.loads(answer)
-            return Done(status, seconds, (pathlib.Path(folder) / "out").read_text(encoding="utf-8", errors="replace"))
+            return Done(
+                status,
+                seconds,
+                (pathlib.Path(folder) / "out").read_text(encoding="utf-8", errors="replace"),
+            )
 
 
 def main() -> None:
@@ -88,7 +103,10 @@ def main() -> None:
             start(**order)
             return
         _, status, used = os.wait4(child, 0)
-        print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]), flush=True)
+        print(
+            json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]),
+            flush=True,
+        )
 
 
 def start(arguments: list[str], directory: str, environment: dict[str, str], folder: str) -> None:

@@ -1,13 +1,17 @@
-"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, one compilation cache for the whole run."""
+"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, one
+compilation cache for the whole run.
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# In the environment, so that programs started by a test are under it too, and before anything imports jax, PyTorch or transformers.
+# In the environment, so that programs started by a test are under it too, and before anything
+# imports jax, PyTorch or transformers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's models here are tiny: more threads only wait for each other
+# PyTorch's models here are tiny: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the folder
     _cache = tempfile.mkdtemp(prefix="internvl3_jax_tests_")
@@ -32,7 +36,14 @@ LONGEST = (
     "test_lora_base",
     "test_benchmarks",
 )
-LONGEST += ("test_generate", "test_infer_hosts", "test_elastic", "test_distributed", "test_sharding", "test_parity")
+LONGEST += (
+    "test_generate",
+    "test_infer_hosts",
+    "test_elastic",
+    "test_distributed",
+    "test_sharding",
+    "test_parity",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -41,7 +52,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With -m smoke, do not even import the files without a smoke test: many need PyTorch, which the smoke environments lack."""
+    """With -m smoke, do not even import the files without a smoke test: many need PyTorch, which
+    the smoke environments lack.
+    """
     if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
         return "mark.smoke" not in collection_path.read_text() or None
     return None
@@ -49,7 +62,9 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For programs that run once or twice: the compiler's optimisations would take longer than they do."""
+    """For programs that run once or twice: the compiler's optimisations would take longer than they
+    do.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -57,6 +72,8 @@ def quick_compilation():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs are kept for the life of a process, each in memory maps of its own, of which Linux gives a process 65,530."""
+    """Compiled programs are kept for the life of a process, each in memory maps of its own, of
+    which Linux gives a process 65,530.
+    """
     yield
     jax.clear_caches()

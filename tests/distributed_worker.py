@@ -1,6 +1,8 @@
-"""What a process of tests/test_distributed.py does: python distributed_worker.py SCENARIO, its place in the environment.
+"""What a process of tests/test_distributed.py does: python distributed_worker.py SCENARIO, its
+place in the environment.
 
-PLACE="HOST:PORT COUNT NUMBER" are the arguments of `initialize`; without it the launcher's variables are found.
+PLACE="HOST:PORT COUNT NUMBER" are the arguments of `initialize`; without it the launcher's
+variables are found.
 """
 
 import os
@@ -43,7 +45,9 @@ def main():
                     print("stops at", step, flush=True)
                     sys.exit(multihost.TERMINATED)
     elif SCENARIO == "differs":
-        multihost.assert_same_on_all_hosts(3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"})
+        multihost.assert_same_on_all_hosts(
+            3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"}
+        )
     elif SCENARIO == "late":
         if last:
             time.sleep(60)
@@ -53,7 +57,9 @@ def main():
         time.sleep(60)
     elif last and SCENARIO == "raises":
         sys.exit("error: data.jsonl row 7: the picture is damaged")
-    elif SCENARIO in ("killed", "coordinator") and process == (0 if SCENARIO == "coordinator" else 1):
+    elif SCENARIO in ("killed", "coordinator") and process == (
+        0 if SCENARIO == "coordinator" else 1
+    ):
         os.kill(os.getpid(), signal.SIGKILL)
     print("sum", total(), flush=True)
 
@@ -62,7 +68,12 @@ if __name__ == "__main__":
     coordinator, count, number = os.environ.get("PLACE", " -1 -1").split(" ")
     start, give_up = 2 if SCENARIO == "missing" else 100, 2 if SCENARIO == "stuck" else 100
     multihost.initialize(
-        coordinator, int(count), int(number), start_seconds=start, heartbeat_seconds=10, give_up_seconds=give_up
+        coordinator,
+        int(count),
+        int(number),
+        start_seconds=start,
+        heartbeat_seconds=10,
+        give_up_seconds=give_up,
     )
     with multihost.abort_together():
         main()

@@ -1,4 +1,6 @@
-"""The folder in which the pages' commands run: every file that they name exists there under that name, in miniature."""
+"""The folder in which the pages' commands run: every file that they name exists there under that
+name, in miniature.
+"""
 
 import json
 import pathlib
@@ -71,7 +73,12 @@ def meta(annotation: str) -> Callable[[pathlib.Path], None]:
 
     def make(path: pathlib.Path) -> None:
         folder = path.parent.resolve()
-        source = {"root": str(folder), "annotation": str(folder / annotation), "data_augment": False, "repeat_time": 1}
+        source = {
+            "root": str(folder),
+            "annotation": str(folder / annotation),
+            "data_augment": False,
+            "repeat_time": 1,
+        }
         path.write_text(json.dumps({"digits": source}))
         if annotation == "rows.jsonl":
             lines(*ROWS)(folder / annotation)
@@ -83,16 +90,26 @@ ROWS = [
     {
         "id": number,
         "image": name,
-        "conversations": [{"from": "human", "value": f"<image>\n{READ_QUESTION}"}, {"from": "gpt", "value": answer}],
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{READ_QUESTION}"},
+            {"from": "gpt", "value": answer},
+        ],
     }
     for number, (name, answer) in enumerate(READ)
 ]
-REQUESTS = [{"id": number, "image": name, "prompt": READ_QUESTION} for number, (name, _) in enumerate(READ)]
-# The digits model states no answers ("Answer: ..."): without known ones, pairs are made by Dropout NTP.
-QUESTIONS = [{"id": number, "image": name, "question": READ_QUESTION} for number, (name, _) in enumerate(READ)]
+REQUESTS = [
+    {"id": number, "image": name, "prompt": READ_QUESTION} for number, (name, _) in enumerate(READ)
+]
+# The digits model states no answers ("Answer: ..."): without known ones, pairs are made by Dropout
+# NTP.
+QUESTIONS = [
+    {"id": number, "image": name, "question": READ_QUESTION}
+    for number, (name, _) in enumerate(READ)
+]
 ANSWERED = [row | {"answer": answer} for row, (_, answer) in zip(QUESTIONS, READ, strict=True)]
 
-# Names in the pages, and what they are here. A page whose commands make one of them says so in MADE.
+# Names in the pages, and what they are here. A page whose commands make one of them says so in
+# MADE.
 FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "DIR": model,
     "CHECKPOINT": model,
@@ -135,7 +152,9 @@ MADE = {
 
 
 def build(folder: pathlib.Path, page: str, text: str) -> pathlib.Path:
-    """A folder with links to the clone and the files of FILES that the page's commands name and do not make themselves."""
+    """A folder with links to the clone and the files of FILES that the page's commands name and do
+    not make themselves.
+    """
     folder.mkdir(parents=True)
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
@@ -152,4 +171,9 @@ def batch() -> dict:
 
     tokens = np.arange(8, dtype=np.int32)[None]
     no_tiles = np.zeros((1, 0, 32, 32, 3), np.uint8)
-    return {"tokens": tokens, "positions": tokens * 256, "segments": np.ones_like(tokens), "tiles": no_tiles}
+    return {
+        "tokens": tokens,
+        "positions": tokens * 256,
+        "segments": np.ones_like(tokens),
+        "tiles": no_tiles,
+    }

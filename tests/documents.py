@@ -1,4 +1,6 @@
-"""What the pages tell their reader to type: shell commands and Python snippets, in the pages' order."""
+"""What the pages tell their reader to type: shell commands and Python snippets, in the pages'
+order.
+"""
 
 import dataclasses
 import pathlib
@@ -25,12 +27,16 @@ class Command:
 
 
 def pages() -> list[str]:
-    named = [name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md") if (ROOT / name).exists()]
+    named = [
+        name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md") if (ROOT / name).exists()
+    ]
     return named + sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
 def commands(page: str, text: str | None = None) -> list[Command]:
-    """Those of fenced blocks of shell (marked so, or unmarked and beginning with a program), and those in prose as `inline code`."""
+    """Those of fenced blocks of shell (marked so, or unmarked and beginning with a program), and
+    those in prose as `inline code`.
+    """
     text = (ROOT / page).read_text(encoding="utf-8") if text is None else text
     found = []
     for block in FENCE.finditer(text):
@@ -47,7 +53,11 @@ def commands(page: str, text: str | None = None) -> list[Command]:
 def snippets(page: str) -> list[tuple[int, str]]:
     """(line, text) of the page's Python blocks."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return [(_line(text, block.start(3)), block[3]) for block in FENCE.finditer(text) if block[2] == "python"]
+    return [
+        (_line(text, block.start(3)), block[3])
+        for block in FENCE.finditer(text)
+        if block[2] == "python"
+    ]
 
 
 def begins_with_program(text: str) -> bool:

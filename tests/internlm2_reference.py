@@ -1,8 +1,10 @@
-"""A tiny InternVL2.5-8B (and so VisualPRM) in torch: transformers' tower and projector, and InternLM2 written out here.
+"""A tiny InternVL2.5-8B (and so VisualPRM) in torch: transformers' tower and projector, and
+InternLM2 written out here.
 
-transformers has no InternLM2. This one follows the modeling file published with the weights: fused wqkv by groups of heads, no biases
-unless asked for, rotation of halves, dynamic NTK beyond the trained length. It keeps the published names, so that its state dict under
-`language_model.` is what a released checkpoint holds.
+transformers has no InternLM2. This one follows the modeling file published with the weights: fused
+wqkv by groups of heads, no biases unless asked for, rotation of halves, dynamic NTK beyond the
+trained length. It keeps the published names, so that its state dict under `language_model.` is what
+a released checkpoint holds.
 """
 
 import json
@@ -61,9 +63,14 @@ class Attention(nn.Module):
     def rotate(self, x):
         """x [B, heads, T, d]"""
         length, trained = x.shape[2], self.config["max_position_embeddings"]
-        base, factor = self.config["rope_theta"], (self.config["rope_scaling"] or {}).get("factor", 1.0)
+        base, factor = (
+            self.config["rope_theta"],
+            (self.config["rope_scaling"] or {}).get("factor", 1.0),
+        )
         if self.config["rope_scaling"] and length > trained:
-            base = base * (factor * length / trained - (factor - 1)) ** (self.width / (self.width - 2))
+            base = base * (factor * length / trained - (factor - 1)) ** (
+                self.width / (self.width - 2)
+            )
         frequencies = 1.0 / base ** (torch.arange(0, self.width, 2).float() / self.width)
         angles = torch.outer(torch.arange(length).float(), frequencies).repeat(1, 2)
         first, second = x.chunk(2, dim=-1)
@@ -71,7 +78,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         rows, length, _ = x.shape
-        heads = self.wqkv(x).view(rows, length, self.config["num_key_value_heads"], self.groups + 2, self.width)
+        heads = self.wqkv(x).view(
+            rows, length, self.config["num_key_value_heads"], self.groups + 2, self.width
+        )
         q = heads[:, :, :, : self.groups].flatten(2, 3).transpose(1, 2)
         k, v = (heads[:, :, :, self.groups + i].transpose(1, 2) for i in (0, 1))
         q, k = self.rotate(q), self.rotate(k)
@@ -97,7 +106,9 @@ class Layer(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
-        self.attention_norm, self.ffn_norm = (Norm(config["hidden_size"], config["rms_norm_eps"]) for _ in range(2))
+        self.attention_norm, self.ffn_norm = (
+            Norm(config["hidden_size"], config["rms_norm_eps"]) for _ in range(2)
+        )
 
     def forward(self, x):
         x = x + self.attention(self.attention_norm(x))
@@ -142,21 +153,31 @@ class Reference(nn.Module):
             tower = self.body.model.vision_tower(pixels).last_hidden_state[:, 1:]
             side = int(tower.shape[1] ** 0.5)
             grid = self.body.model.pixel_shuffle(tower.reshape(len(tower), side, side, -1), 0.5)
-            features = self.body.model.multi_modal_projector(grid.reshape(len(tower), -1, grid.shape[-1]))
+            features = self.body.model.multi_modal_projector(
+                grid.reshape(len(tower), -1, grid.shape[-1])
+            )
             x[ids == self.body.config.image_token_id] = features.flatten(0, 1)
         return self.language(x)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Under the names of a released checkpoint."""
         body = torch_reference.original_state_dict(self.body)
-        kept = {name: tensor for name, tensor in body.items() if not name.startswith("language_model.")}
-        return kept | {f"language_model.{name}": tensor.clone() for name, tensor in self.language.state_dict().items()}
+        kept = {
+            name: tensor for name, tensor in body.items() if not name.startswith("language_model.")
+        }
+        return kept | {
+            f"language_model.{name}": tensor.clone()
+            for name, tensor in self.language.state_dict().items()
+        }
 
     def config(self) -> dict:
         return torch_reference.original_config(self.body) | {"llm_config": self.language.config}
 
     def save(self, directory: pathlib.Path, dtype: torch.dtype = torch.float32) -> pathlib.Path:
         directory.mkdir(parents=True)
-        save_file({name: tensor.to(dtype) for name, tensor in self.tensors().items()}, directory / "model.safetensors")
+        save_file(
+            {name: tensor.to(dtype) for name, tensor in self.tensors().items()},
+            directory / "model.safetensors",
+        )
         (directory / "config.json").write_text(json.dumps(self.config()))
         return directory

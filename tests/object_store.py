@@ -1,4 +1,6 @@
-"""Servers on this machine that speak Google's and Amazon's storage protocols, for tests: gcp-storage-emulator and moto."""
+"""Servers on this machine that speak Google's and Amazon's storage protocols, for tests:
+gcp-storage-emulator and moto.
+"""
 
 import contextlib
 import pathlib
@@ -38,11 +40,15 @@ def servers(folder: pathlib.Path):
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "servers.log").open("wb"))
         for name, *arguments in ([*gcs, f"--default-bucket={BUCKET}"], s3):
-            process = stack.enter_context(subprocess.Popen([str(programs / name), *arguments], stdout=log, stderr=log))
+            process = stack.enter_context(
+                subprocess.Popen([str(programs / name), *arguments], stdout=log, stderr=log)
+            )
             stack.callback(process.kill)
         _wait(f"http://127.0.0.1:{gcs_port}/storage/v1/b/{BUCKET}", folder)
         _wait(f"http://127.0.0.1:{s3_port}/moto-api/", folder)
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{s3_port}/{BUCKET}", method="PUT")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{s3_port}/{BUCKET}", method="PUT")
+        ).close()
         yield environment(gcs_port, s3_port)
 
 
@@ -59,5 +65,7 @@ def _wait(url: str, folder: pathlib.Path) -> None:
             return urllib.request.urlopen(url, timeout=5).close()
         except OSError as error:
             if time.monotonic() > until:
-                raise RuntimeError(f"{url} does not answer: {(folder / 'servers.log').read_text()}") from error
+                raise RuntimeError(
+                    f"{url} does not answer: {(folder / 'servers.log').read_text()}"
+                ) from error
             time.sleep(0.2)

@@ -13,7 +13,9 @@ from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
-PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, tiles="shared", system_message=None)
+PROCESSOR = ProcessorConfig(
+    image_size=16, tokens_per_tile=4, max_tiles=4, tiles="shared", system_message=None
+)
 
 
 @functools.cache
@@ -23,17 +25,23 @@ def tokenizer() -> Tokenizer:
 
 def turns(*texts: str, system: str | None = None) -> list[dict]:
     """Human and gpt in turn."""
-    said = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    said = [
+        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+    ]
     return said if system is None else [{"from": "system", "value": system}, *said]
 
 
 def write_rows(path: pathlib.Path, rows: list) -> pathlib.Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def write_meta(folder: pathlib.Path, **entries: dict) -> str:
-    """meta.json of sources; an entry's "rows" are written to NAME.jsonl, and its root is the folder unless given."""
+    """meta.json of sources; an entry's "rows" are written to NAME.jsonl, and its root is the folder
+    unless given.
+    """
     meta = {}
     for name, entry in entries.items():
         rows = entry.pop("rows", None)
@@ -47,7 +55,14 @@ def write_meta(folder: pathlib.Path, **entries: dict) -> str:
 
 def data_config(source: str, **changes) -> DataConfig:
     return DataConfig(
-        **{"source": source, "tokens_per_row": 256, "tiles_per_row": 16, "min_frames": 2, "max_frames": 4} | changes
+        **{
+            "source": source,
+            "tokens_per_row": 256,
+            "tiles_per_row": 16,
+            "min_frames": 2,
+            "max_frames": 4,
+        }
+        | changes
     )
 
 
@@ -61,11 +76,15 @@ def frame(number: int, width: int = 64, height: int = 48) -> Image.Image:
     return Image.new("RGB", (width, height), (4 * number % 256,) * 3)
 
 
-def write_video(path: pathlib.Path, frames: int, rate: int = 10, keys_every: int = 12) -> pathlib.Path:
+def write_video(
+    path: pathlib.Path, frames: int, rate: int = 10, keys_every: int = 12
+) -> pathlib.Path:
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "1", "g": str(keys_every), "bf": "2"})
+        stream = container.add_stream(
+            "libx264", rate=rate, options={"crf": "1", "g": str(keys_every), "bf": "2"}
+        )
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_image(frame(number))))

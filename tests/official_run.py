@@ -1,4 +1,6 @@
-"""A short training run on data in InternVL's format: text and pictures, workers, augmentation, micro-batches."""
+"""A short training run on data in InternVL's format: text and pictures, workers, augmentation,
+micro-batches.
+"""
 
 import dataclasses
 
@@ -11,7 +13,10 @@ def write_official(folder) -> str:
     for number in range(3):
         picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     text = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(8)]
-    seen = [{"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")} for n in range(8)]
+    seen = [
+        {"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")}
+        for n in range(8)
+    ]
     return write_meta(folder, text={"rows": text}, seen={"rows": seen, "data_augment": True})
 
 

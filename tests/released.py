@@ -1,4 +1,6 @@
-"""Released checkpoints in miniature: every size at reduced width, random weights, a small tokenizer, either layout."""
+"""Released checkpoints in miniature: every size at reduced width, random weights, a small
+tokenizer, either layout.
+"""
 
 import dataclasses
 import json
@@ -13,7 +15,11 @@ from convert.open import open_model
 from convert.run import convert as convert_model
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints.checkpoint import load
-from internvl3_jax.checkpoints.hf.assemble import padded_shape, tensors_from_params, vocabulary_slice
+from internvl3_jax.checkpoints.hf.assemble import (
+    padded_shape,
+    tensors_from_params,
+    vocabulary_slice,
+)
 from internvl3_jax.checkpoints.hf.mapping import active_rows
 from internvl3_jax.checkpoints.storage import by_path, nest
 from internvl3_jax.config import ModelConfig, ProcessorConfig
@@ -25,11 +31,19 @@ IMAGE_TOKEN_ID = 453
 
 
 def reduce(size: str) -> ModelConfig:
-    """A size with the decoder's head counts, flags and norms, but narrow and shallow; the 6B tower keeps an odd head count."""
+    """A size with the decoder's head counts, flags and norms, but narrow and shallow; the 6B tower
+    keeps an odd head count.
+    """
     model = SIZES[size]
     heads = 5 if model.vision.num_heads == 25 else 4
     vision = dataclasses.replace(
-        model.vision, image_size=16, patch_size=4, hidden_size=4 * heads, num_layers=2, num_heads=heads, intermediate_size=24
+        model.vision,
+        image_size=16,
+        patch_size=4,
+        hidden_size=4 * heads,
+        num_layers=2,
+        num_heads=heads,
+        intermediate_size=24,
     )
     language = dataclasses.replace(
         model.language,
@@ -39,11 +53,15 @@ def reduce(size: str) -> ModelConfig:
         head_dim=4,
         intermediate_size=38,
     )
-    return dataclasses.replace(model, vision=vision, language=language, image_token_id=IMAGE_TOKEN_ID)
+    return dataclasses.replace(
+        model, vision=vision, language=language, image_token_id=IMAGE_TOKEN_ID
+    )
 
 
 def reduce_processor(model: ModelConfig, **changes) -> ProcessorConfig:
-    return ProcessorConfig(image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, **changes)
+    return ProcessorConfig(
+        image_size=model.vision.image_size, tokens_per_tile=model.tokens_per_tile, **changes
+    )
 
 
 def random_params(model: ModelConfig, seed: int = 0, dtype=ml_dtypes.bfloat16) -> dict:
@@ -62,7 +80,11 @@ def random_params(model: ModelConfig, seed: int = 0, dtype=ml_dtypes.bfloat16) -
 
 
 def write_released(
-    directory: pathlib.Path, model: ModelConfig, layout: str, seed: int = 0, dtype=ml_dtypes.bfloat16
+    directory: pathlib.Path,
+    model: ModelConfig,
+    layout: str,
+    seed: int = 0,
+    dtype=ml_dtypes.bfloat16,
 ) -> pathlib.Path:
     """One safetensors file by the reference library, config.json and the tokenizer."""
     directory.mkdir(parents=True)
@@ -81,7 +103,11 @@ def convert(source, target, dtype=None, **options):
 
 def stored_tensors(directory) -> dict[str, np.ndarray]:
     """By the reference library, from all files of a directory."""
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in directory.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def same_tensors(one: dict, other: dict) -> None:

@@ -1,4 +1,6 @@
-"""The fields of released config.json files: 1B in both layouts, and InternLM3-8B, which the 9B model is built on."""
+"""The fields of released config.json files: 1B in both layouts, and InternLM3-8B, which the 9B
+model is built on.
+"""
 
 # What the released InternVL3-1B has, fields that change nothing included.
 ORIGINAL = {
@@ -115,7 +117,8 @@ HF_VISION = {
     "use_mean_pooling": True,
     "use_qk_norm": False,
 }
-# As in the -hf repositories: no tie_word_embeddings, although transformers 5 takes its absence for true.
+# As in the -hf repositories: no tie_word_embeddings, although transformers 5 takes its absence for
+# true.
 HF = {
     "architectures": ["InternVLForConditionalGeneration"],
     "downsample_ratio": 0.5,
@@ -123,7 +126,9 @@ HF = {
     "image_token_id": 151667,
     "model_type": "internvl",
     "projector_hidden_act": "gelu",
-    "text_config": {name: value for name, value in ORIGINAL["llm_config"].items() if name != "moe_config"},
+    "text_config": {
+        name: value for name, value in ORIGINAL["llm_config"].items() if name != "moe_config"
+    },
     "torch_dtype": "bfloat16",
     "transformers_version": "4.52.0.dev0",
     "vision_config": HF_VISION,

@@ -1,4 +1,6 @@
-"""Every implementation of attention computes the same, alone and on any mesh, and none makes a table of queries by keys that should not."""
+"""Every implementation of attention computes the same, alone and on any mesh, and none makes a
+table of queries by keys that should not.
+"""
 
 import collections
 import dataclasses
@@ -26,7 +28,12 @@ LENGTH = SEGMENTS.shape[1]
 
 def arrays(batch, queries, keys, heads, kv_heads, width, seed=0):
     """q, k, v and a gradient of the result"""
-    shapes = [(batch, queries, heads), (batch, keys, kv_heads), (batch, keys, kv_heads), (batch, queries, heads)]
+    shapes = [
+        (batch, queries, heads),
+        (batch, keys, kv_heads),
+        (batch, keys, kv_heads),
+        (batch, queries, heads),
+    ]
     rng = np.random.default_rng(seed)
     return [rng.normal(size=(*shape, width)).astype(np.float32) for shape in shapes]
 
@@ -57,7 +64,7 @@ def assert_same(got, wanted, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------------------
+# --- masks ---------------------------------------------------------------------------------------
 
 
 def test_who_sees_whom():
@@ -66,8 +73,16 @@ def test_who_sees_whom():
     packed = np.asarray([[1, 1, 2, 2]])
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
     assert causal((1, 4), packed).dense().astype(int).tolist() == expected
-    assert cache_mask(np.arange(4, dtype=np.int32)[None], 4, packed, packed).dense().astype(int).tolist() == expected
-    assert cache_mask(np.asarray([[5]]), 8).dense().astype(int).tolist() == [[[1, 1, 1, 1, 1, 1, 0, 0]]]
+    assert (
+        cache_mask(np.arange(4, dtype=np.int32)[None], 4, packed, packed)
+        .dense()
+        .astype(int)
+        .tolist()
+        == expected
+    )
+    assert cache_mask(np.asarray([[5]]), 8).dense().astype(int).tolist() == [
+        [[1, 1, 1, 1, 1, 1, 0, 0]]
+    ]
 
 
 def test_zigzag():
@@ -75,7 +90,9 @@ def test_zigzag():
     assert masks.zigzag(5, 1).tolist() == [0, 1, 2, 3, 4]
     for parts in (1, 2, 4, 5):
         order = masks.zigzag(40, parts)
-        np.testing.assert_array_equal(masks.in_order(jnp.asarray(order)[None], parts)[0], np.arange(40))
+        np.testing.assert_array_equal(
+            masks.in_order(jnp.asarray(order)[None], parts)[0], np.arange(40)
+        )
         # Every device's queries see as many keys.
         assert len(set((order + 1).reshape(parts, -1).sum(axis=1))) == 1 or parts == 1
     with pytest.raises(ValueError, match="its length must be a multiple of 6"):
@@ -89,13 +106,14 @@ def test_blocks_that_are_left_out_are_empty(parts):
     needed = np.asarray(masks.block_mask(mask, 16, 32))
     seen = np.asarray(mask.dense()).reshape(2, LENGTH // 16, 16, LENGTH // 32, 32).any(axis=(2, 4))
     assert (needed >= seen).all()
-    # In the first row those of three samples, of which the causal half: a fifth of all in place of half.
+    # In the first row those of three samples, of which the causal half: a fifth of all in place of
+    # half.
     if parts == 1:
         np.testing.assert_array_equal(needed, seen)
         assert 0.2 < needed[0].mean() < 0.3 and 0.5 < needed[1].mean() < 0.6
 
 
-# --- the implementations ---------------------------------------------------------------------------------------------------------
+# --- the implementations -------------------------------------------------------------------------
 
 CASES = {
     "packed": (256, 256, 4, 2, 64, lambda: causal(SEGMENTS.shape, SEGMENTS)),
@@ -109,7 +127,9 @@ CASES = {
         4,
         2,
         64,
-        lambda: cache_mask(np.asarray([[200], [3]], np.int32) + np.arange(70, dtype=np.int32)[None], 300),
+        lambda: cache_mask(
+            np.asarray([[200], [3]], np.int32) + np.arange(70, dtype=np.int32)[None], 300
+        ),
     ),
     "one token": (1, 300, 4, 2, 64, lambda: cache_mask(np.asarray([[299], [0]], np.int32), 300)),
     "tower": (145, 145, 3, 3, 64, lambda: None),
@@ -132,7 +152,9 @@ def test_xla_is_the_formula(case):
         order = np.argsort(masks.zigzag(q.shape[1], mask.parts))
         q, k, v, mixed = (np.asarray(x)[:, order] for x in (q, k, v, mixed))
         mask = causal(q.shape[:2], SEGMENTS)
-    np.testing.assert_allclose(mixed, reference(q, k, v, None if mask is None else mask.dense()), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        mixed, reference(q, k, v, None if mask is None else mask.dense()), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,14 +162,22 @@ def test_xla_is_the_formula(case):
 def test_implementations_agree(function, case):
     """48: blocks of that many, which divide nothing."""
     inputs, wanted = expected(case)
-    function = named(function) if isinstance(function, str) else functools.partial(flash_attention, block=function)
+    function = (
+        named(function)
+        if isinstance(function, str)
+        else functools.partial(flash_attention, block=function)
+    )
     assert_same(with_gradients(function, *inputs, CASES[case][-1]()), wanted)
 
 
 @pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
 def test_bfloat16_stays_and_is_near(function):
     inputs, wanted = expected("packed")
-    got = with_gradients(named(function), *(jnp.asarray(x, jnp.bfloat16) for x in inputs), causal(SEGMENTS.shape, SEGMENTS))
+    got = with_gradients(
+        named(function),
+        *(jnp.asarray(x, jnp.bfloat16) for x in inputs),
+        causal(SEGMENTS.shape, SEGMENTS),
+    )
     assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
     for a, b in zip(got, wanted, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b)
@@ -156,7 +186,9 @@ def test_bfloat16_stays_and_is_near(function):
 
 @pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
 def test_a_sample_depends_on_its_own_past_alone(function):
-    """Gradients of one token of the second sample: zero, exactly, at all keys but those of its sample up to it."""
+    """Gradients of one token of the second sample: zero, exactly, at all keys but those of its
+    sample up to it.
+    """
     (q, k, v, _), _ = expected("packed")
     gradient = np.zeros_like(q)
     gradient[0, 130] = 1
@@ -170,11 +202,15 @@ def test_a_sample_depends_on_its_own_past_alone(function):
 @pytest.mark.parametrize("function", ["xla", "heads", "blockwise", "splash"])
 def test_a_query_without_keys_is_finite(function):
     q, k, v, gradient = arrays(1, 256, 256, 2, 2, 64)
-    nobody = cache_mask(np.zeros((1, 256), np.int32), 256, np.full((1, 256), 1), np.full((1, 256), 2))
+    nobody = cache_mask(
+        np.zeros((1, 256), np.int32), 256, np.full((1, 256), 1), np.full((1, 256), 2)
+    )
     assert not nobody.dense().any()
     some = dataclasses.replace(nobody, q_segments=np.repeat([[1, 2]], 128, axis=1))
     for mask in (nobody, some):
-        assert all(np.isfinite(x).all() for x in with_gradients(named(function), q, k, v, gradient, mask))
+        assert all(
+            np.isfinite(x).all() for x in with_gradients(named(function), q, k, v, gradient, mask)
+        )
 
 
 def primitives(jaxpr) -> collections.Counter:
@@ -184,15 +220,21 @@ def primitives(jaxpr) -> collections.Counter:
         if not equation.outvars:  # left by the differentiation; the compiler drops it
             continue
         found[equation.primitive.name] += 1
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 found += primitives(inner)
     return found
 
 
-@pytest.mark.parametrize(("function", "primitive", "backward"), [("splash", "pallas_call", 2), ("blockwise", "while", 1)])
-@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, context=2, tensor=2)], ids=["alone", "mesh"])
+@pytest.mark.parametrize(
+    ("function", "primitive", "backward"), [("splash", "pallas_call", 2), ("blockwise", "while", 1)]
+)
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(fsdp=2, context=2, tensor=2)], ids=["alone", "mesh"]
+)
 def test_a_kept_output_is_not_computed_again(function, primitive, backward, mesh):
     """Under remat "attention" the kernel of the forward pass runs once, under "full" twice."""
 
@@ -203,15 +245,21 @@ def test_a_kept_output_is_not_computed_again(function, primitive, backward, mesh
         layer = jax.checkpoint(layer, policy=_POLICIES[policy])
         q, k, v, _ = arrays(2, 256, 256, 4, 2, 64)
         gradient = jax.grad(lambda q, k, v, mask: layer(q, k, v, mask).sum(), argnums=(0, 1, 2))
-        return primitives(jax.make_jaxpr(gradient)(q, k, v, causal(SEGMENTS.shape, SEGMENTS)).jaxpr)[primitive]
+        return primitives(
+            jax.make_jaxpr(gradient)(q, k, v, causal(SEGMENTS.shape, SEGMENTS)).jaxpr
+        )[primitive]
 
-    with jax.set_mesh(sharding.make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])):
+    with jax.set_mesh(
+        sharding.make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
+    ):
         assert (count("attention"), count("full")) == (1 + backward, 2 + backward)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_cudnn_is_asked_for(case, monkeypatch):
-    """XLA answers in its place: the masks, lengths and padding are right, whatever the kernel makes of them."""
+    """XLA answers in its place: the masks, lengths and padding are right, whatever the kernel makes
+    of them.
+    """
     plain = jax.nn.dot_product_attention
 
     def stand_in(*inputs, implementation, **how):
@@ -220,24 +268,34 @@ def test_what_cudnn_is_asked_for(case, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     inputs, wanted = expected(case)
-    assert_same(with_gradients(lambda *inputs: cudnn_attention.cudnn(*inputs), *inputs, CASES[case][-1]()), wanted)
+    assert_same(
+        with_gradients(lambda *inputs: cudnn_attention.cudnn(*inputs), *inputs, CASES[case][-1]()),
+        wanted,
+    )
 
 
 def test_what_cannot_be_is_refused():
     q = jnp.ones((1, 2, 2, 4))
-    with pytest.raises(ValueError, match="'flash' is not one of auto, xla, heads, blockwise, ring, splash, cudnn"):
+    with pytest.raises(
+        ValueError, match="'flash' is not one of auto, xla, heads, blockwise, ring, splash, cudnn"
+    ):
         attention(q, q, q, implementation="flash")
-    with pytest.raises(ValueError, match="'splash' takes heads of a multiple of 64; these are 4 wide; use 'blockwise'"):
+    with pytest.raises(
+        ValueError,
+        match="'splash' takes heads of a multiple of 64; these are 4 wide; use 'blockwise'",
+    ):
         attention(q, q, q, implementation="splash")
     with pytest.raises(ValueError, match="'cudnn' is for gpu; these devices are cpu; use 'auto'"):
         attention(q, q, q, implementation="cudnn")
 
 
-# --- the choice ------------------------------------------------------------------------------------------------------------------
+# --- the choice ----------------------------------------------------------------------------------
 
 
 def local(batch, queries, keys, heads, width, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct((batch, queries, heads, width), dtype), jax.ShapeDtypeStruct((batch, keys, 2, width), dtype)
+    return jax.ShapeDtypeStruct((batch, queries, heads, width), dtype), jax.ShapeDtypeStruct(
+        (batch, keys, 2, width), dtype
+    )
 
 
 CHOICES = [
@@ -280,7 +338,7 @@ def test_the_mesh_says_what_is_computed_on():
         assert platform() == "tpu"
 
 
-# --- on a mesh -------------------------------------------------------------------------------------------------------------------
+# --- on a mesh -----------------------------------------------------------------------------------
 
 MESHES = {
     "rows": MeshConfig(fsdp=2, data=4),
@@ -297,9 +355,12 @@ def on_mesh(function, mesh, q, k, v, gradient, segments):
     def run(q, k, v, gradient, segments):
         parts = context_parallel.row_parts(q.shape[1])
         q, k, v, segments = (context_parallel.to_zigzag(x, parts) for x in (q, k, v, segments))
-        mixed, pull = jax.vjp(lambda *inputs: function(*inputs, causal(q.shape[:2], segments, parts)), q, k, v)
+        mixed, pull = jax.vjp(
+            lambda *inputs: function(*inputs, causal(q.shape[:2], segments, parts)), q, k, v
+        )
         return tuple(
-            context_parallel.from_zigzag(x, parts) for x in (mixed, *pull(context_parallel.to_zigzag(gradient, parts)))
+            context_parallel.from_zigzag(x, parts)
+            for x in (mixed, *pull(context_parallel.to_zigzag(gradient, parts)))
         )
 
     with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -310,7 +371,9 @@ def on_mesh(function, mesh, q, k, v, gradient, segments):
 def rows(heads, kv_heads, width):
     inputs = arrays(4, LENGTH, LENGTH, heads, kv_heads, width)
     segments = np.concatenate([SEGMENTS, SEGMENTS[::-1]])
-    return (*inputs, segments), with_gradients(named("xla"), *inputs, causal(segments.shape, segments))
+    return (*inputs, segments), with_gradients(
+        named("xla"), *inputs, causal(segments.shape, segments)
+    )
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -372,9 +435,13 @@ def test_heads_of_each_device(heads, kv_heads, tensor, local_heads, local_kv_hea
         seen.append((q.shape, k.shape, axis))
         return q
 
-    q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(8, 8, 8, heads, kv_heads, 4))
+    q, k, v, _ = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(8, 8, 8, heads, kv_heads, 4)
+    )
     with jax.set_mesh(sharding.make_mesh(MeshConfig(tensor=tensor))):
-        mixed = jax.eval_shape(lambda q, k, v: context_parallel.over_mesh(spy, q, k, v, causal((8, 8))), q, k, v)
+        mixed = jax.eval_shape(
+            lambda q, k, v: context_parallel.over_mesh(spy, q, k, v, causal((8, 8))), q, k, v
+        )
     assert mixed.shape == q.shape
     rows = tensor  # of 8, over the other devices
     assert seen == [((rows, 8, local_heads, 4), (rows, 8, local_kv_heads, 4), None)]
@@ -387,7 +454,9 @@ def test_tokens_change_places(parts):
         assert context_parallel.row_parts(48) == parts and context_parallel.row_parts(50) == 1
         moved = jax.jit(lambda x: context_parallel.to_zigzag(x, parts))(x)
         np.testing.assert_array_equal(moved, x[:, masks.zigzag(48, parts)])
-        np.testing.assert_array_equal(jax.jit(lambda x: context_parallel.from_zigzag(x, parts))(moved), x)
+        np.testing.assert_array_equal(
+            jax.jit(lambda x: context_parallel.from_zigzag(x, parts))(moved), x
+        )
 
 
 @pytest.mark.parametrize("function", ["blockwise", "ring"])
@@ -399,7 +468,10 @@ def test_no_device_holds_queries_by_keys(function):
     with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=1, tensor=2, context=4))):
         mask = jax.eval_shape(lambda: causal((1, length), jnp.ones((1, length), jnp.int32), 4))
         text = with_gradients.lower(named(function), q, k, v, gradient, mask).compile().as_text()
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", text)]
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", text)
+    ]
     assert max(sizes) == 512 * 512
 
 

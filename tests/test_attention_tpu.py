@@ -1,11 +1,14 @@
-"""Attention through the compiler of real TPUs, on a machine without one. In an environment of its own, since libtpu is large:
+"""Attention through the compiler of real TPUs, on a machine without one. In an environment of its
+own, since libtpu is large:
 
     python -m venv .venv-tpu && .venv-tpu/bin/pip install "jax[tpu]" -e . pytest
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost \\
-        ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-tpu/bin/python -m pytest -m tpu_compiler tests/test_attention_tpu.py
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4
+    TPU_WORKER_HOSTNAMES=localhost \\
+        ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-tpu/bin/python -m pytest -m tpu_compiler
+        tests/test_attention_tpu.py
 
-Shown: that what "auto" chooses compiles, forward and backward, and what memory it takes. Not shown: numbers (they are in
-test_attention.py, in the kernel's emulation) and speed.
+Shown: that what "auto" chooses compiles, forward and backward, and what memory it takes. Not shown:
+numbers (they are in test_attention.py, in the kernel's emulation) and speed.
 """
 
 import re
@@ -31,17 +34,26 @@ def topology(name: str):
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
-def compiled(mesh: MeshConfig, shape, implementation="auto", packed=True, name="v5e:4x4", remat="none"):
-    """The forward and backward pass in bfloat16 of [rows or tiles, tokens, heads, key heads, width]."""
+def compiled(
+    mesh: MeshConfig, shape, implementation="auto", packed=True, name="v5e:4x4", remat="none"
+):
+    """The forward and backward pass in bfloat16 of [rows or tiles, tokens, heads, key heads,
+    width].
+    """
     count, length, heads, kv_heads, width = shape
     mesh = make_mesh(mesh, topology(name))
 
     def array(tail, dtype, *axes):
         place = jax.P(BATCH_AXES, "context", *axes) if packed else jax.P(TILE_AXES)
-        return jax.ShapeDtypeStruct((count, length, *tail), dtype, sharding=jax.NamedSharding(mesh, place))
+        return jax.ShapeDtypeStruct(
+            (count, length, *tail), dtype, sharding=jax.NamedSharding(mesh, place)
+        )
 
     divide = heads % mesh.shape["tensor"] == kv_heads % mesh.shape["tensor"] == 0
-    q, k, v = (array((n, width), jnp.bfloat16, "tensor" if divide else None) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        array((n, width), jnp.bfloat16, "tensor" if divide else None)
+        for n in (heads, kv_heads, kv_heads)
+    )
     segments = array((), jnp.int32)
 
     def run(q, k, v, segments):
@@ -52,7 +64,9 @@ def compiled(mesh: MeshConfig, shape, implementation="auto", packed=True, name="
         def layer(q, k, v):
             return 2 * attention(q, k, v, mask, implementation)
 
-        mixed, pull = jax.vjp(layer if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat]), q, k, v)
+        mixed, pull = jax.vjp(
+            layer if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat]), q, k, v
+        )
         return mixed, *pull(mixed)
 
     with jax.set_mesh(mesh):
@@ -68,7 +82,8 @@ def kernels(program) -> int:
     return program.as_text().count('custom_call_target="tpu_custom_call"')
 
 
-# Rows of 16,384 tokens with segments. 14 heads on 2 key heads do not divide by 4: they are filled up to 16.
+# Rows of 16,384 tokens with segments. 14 heads on 2 key heads do not divide by 4: they are filled
+# up to 16.
 DECODERS = {"1b": (4, 16_384, 14, 2, 64), "8b": (4, 16_384, 28, 4, 128)}
 
 
@@ -78,7 +93,12 @@ def test_packed_rows(size):
     assert kernels(program) == 3
     # What XLA keeps is more than one table of float32 scores of a device's 4 or 7 heads.
     scores = {"1b": 4, "8b": 7}[size] * 16_384**2 * 4 / MIB
-    assert peak(program) < 350 < scores < peak(compiled(MeshConfig(fsdp=4, tensor=4), DECODERS[size], "xla"))
+    assert (
+        peak(program)
+        < 350
+        < scores
+        < peak(compiled(MeshConfig(fsdp=4, tensor=4), DECODERS[size], "xla"))
+    )
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
@@ -94,7 +114,9 @@ def test_tiles(name):
 @pytest.mark.parametrize(("implementation", "count"), [("auto", 3), ("blockwise", 0), ("ring", 0)])
 def test_a_row_of_a_quarter_million_tokens(implementation, count):
     """Split over 4 devices, heads over 4 more."""
-    program = compiled(MeshConfig(fsdp=1, tensor=4, context=4), (1, 262_144, 28, 4, 128), implementation)
+    program = compiled(
+        MeshConfig(fsdp=1, tensor=4, context=4), (1, 262_144, 28, 4, 128), implementation
+    )
     assert kernels(program) == count
     table = 65_536 * 262_144 / MIB  # of queries by keys, as booleans
     assert peak(program) < table / 8
@@ -113,4 +135,9 @@ def test_rows_of_other_lengths():
 
 @pytest.mark.parametrize(("policy", "count"), [("attention", 3), ("full", 4)])
 def test_a_kept_output_is_not_computed_again(policy, count):
-    assert kernels(compiled(MeshConfig(fsdp=1, tensor=4, context=4), (1, 16_384, 14, 2, 64), remat=policy)) == count
+    assert (
+        kernels(
+            compiled(MeshConfig(fsdp=1, tensor=4, context=4), (1, 16_384, 14, 2, 64), remat=policy)
+        )
+        == count
+    )

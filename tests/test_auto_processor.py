@@ -1,7 +1,8 @@
-"""An exported model in transformers from end to end: AutoProcessor makes of messages and pictures what Chat does, and answers are equal.
+"""An exported model in transformers from end to end: AutoProcessor makes of messages and pictures
+what Chat does, and answers are equal.
 
-Needs torchvision, which does not go with the CPU build of PyTorch that the other tests use: `make test-processor` sets up an environment
-of its own.
+Needs torchvision, which does not go with the CPU build of PyTorch that the other tests use: `make
+test-processor` sets up an environment of its own.
 """
 
 import json
@@ -29,7 +30,11 @@ def exported(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("exported") / "hf"
     convert(open_model(MODEL), directory, to="hf")
-    return directory, AutoProcessor.from_pretrained(directory), AutoModelForImageTextToText.from_pretrained(directory).eval()
+    return (
+        directory,
+        AutoProcessor.from_pretrained(directory),
+        AutoModelForImageTextToText.from_pretrained(directory).eval(),
+    )
 
 
 def their_inputs(processor, question):
@@ -45,7 +50,9 @@ def their_inputs(processor, question):
     )
 
 
-@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: f"{question['id']}-{question['task']}")
+@pytest.mark.parametrize(
+    "question", QUESTIONS, ids=lambda question: f"{question['id']}-{question['task']}"
+)
 def test_ids_pixels_and_answers(exported, question):
     directory, processor, model = exported
     inputs = their_inputs(processor, question)
@@ -53,7 +60,9 @@ def test_ids_pixels_and_answers(exported, question):
     pictures = [open_image(MODEL / path) for path in question["image"]]
     tiles = cut_pictures(pictures, checkpoint.processor)
     messages = [{"role": "user", "content": question["prompt"]}]
-    prompt = make_prompt(messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles))
+    prompt = make_prompt(
+        messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles)
+    )
     assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()
 
     mean, std = np.float32(checkpoint.config.vision.mean), np.float32(checkpoint.config.vision.std)

@@ -24,7 +24,9 @@ def test_cpu_peer_agrees(cpu_peer):
     report, _ = cpu_peer
     assert report["parity"]["logits_error"] < 1e-4
     assert report["parity"]["greedy_tokens_equal"]
-    assert {len(tokens) for side in report["rounds"].values() for tokens in side[0]["tokens"].values()} == {9}
+    assert {
+        len(tokens) for side in report["rounds"].values() for tokens in side[0]["tokens"].values()
+    } == {9}
 
 
 def test_cpu_peer_reports_every_case(cpu_peer):
@@ -32,7 +34,9 @@ def test_cpu_peer_reports_every_case(cpu_peer):
     assert set(report["cases_ms"]) == {"vision", "prefill", "first_token", "decode"}
     for case in report["cases_ms"].values():
         assert case["jax"]["min"] > 0
-        assert case["ratio"]["min"] == pytest.approx(case["torch"]["min"] / case["jax"]["min"], rel=1e-2)
+        assert case["ratio"]["min"] == pytest.approx(
+            case["torch"]["min"] / case["jax"]["min"], rel=1e-2
+        )
     for sizes in report["memory_gib"].values():
         assert 0.05 < sizes["jax"] < 8
     assert {"cpu", "cores"} <= set(report["machine"])

@@ -19,7 +19,11 @@ from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
 
 LIMIT = 12
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)
-REQUESTS = [("What is it?", [WIDE]), ("Read the number.", [SMALL]), ("How many digits are there?", [])]
+REQUESTS = [
+    ("What is it?", [WIDE]),
+    ("Read the number.", [SMALL]),
+    ("How many digits are there?", []),
+]
 
 
 @functools.cache
@@ -32,11 +36,13 @@ def critic() -> Critic:
     return Critic(load(tiny_checkpoint.directory()), chat().generator)
 
 
-# --- candidates -----------------------------------------------------------------------------------------------------------------------
+# --- candidates ----------------------------------------------------------------------------------
 
 
 def test_candidates_are_what_each_would_be_alone():
-    """The first is the plain greedy answer; the others are those of ordinary batches with the same seeds."""
+    """The first is the plain greedy answer; the others are those of ordinary batches with the same
+    seeds.
+    """
     found = chat().candidates(REQUESTS, 3, greedy_first=True, temperature=0.9, seed=5)
     greedy = chat().answer_many(REQUESTS)
     drawn = [chat().answer_many(REQUESTS, temperature=0.9, seed=5 + number) for number in (1, 2)]
@@ -54,14 +60,20 @@ def test_more_candidates_begin_with_the_fewer():
 def test_a_question_is_run_once_for_all_its_candidates(monkeypatch):
     tiles, prompts = [], []
     encode, prefill = generator._encode, generator._prefill
-    monkeypatch.setattr(generator, "_encode", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t))
-    monkeypatch.setattr(generator, "_prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a))
+    monkeypatch.setattr(
+        generator, "_encode", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t)
+    )
+    monkeypatch.setattr(
+        generator, "_prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a)
+    )
     chat().candidates(REQUESTS[:2], 4, temperature=1.0)
     assert sum(tiles) == 4 + 1 and prompts == [2]
 
 
 def test_beginnings_with_pictures_and_positions():
-    """The prompt with a beginning of its answer is the prompt and the beginning's ids, one position further each."""
+    """The prompt with a beginning of its answer is the prompt and the beginning's ids, one position
+    further each.
+    """
     prompts = []
     start = Generator.start
     try:
@@ -88,10 +100,12 @@ def test_errors_of_candidates():
     with pytest.raises(ValueError, match="n is 0"):
         chat().candidates(REQUESTS, 0)
     with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
-        chat().generator.start([None, None], generator.GenerationConfig(1, Sampling(), (0, 0, 0), "none"))
+        chat().generator.start(
+            [None, None], generator.GenerationConfig(1, Sampling(), (0, 0, 0), "none")
+        )
 
 
-# --- the choice -----------------------------------------------------------------------------------------------------------------------
+# --- the choice ----------------------------------------------------------------------------------
 
 
 def test_votes():
@@ -114,7 +128,11 @@ def test_the_critic_decides_and_the_majority_without_one(monkeypatch):
     texts = ["\\boxed{1}", "longest: \\boxed{2}", "x \\boxed{3}", "y \\boxed{3.0}"]
     answers = [Answer(text, [1, 2], 9, [1], 1.0, 0.5) for text in texts]
     asked = {}
-    monkeypatch.setattr(Chat, "candidates", lambda self, requests, n, **options: asked.update(options, n=n) or [answers])
+    monkeypatch.setattr(
+        Chat,
+        "candidates",
+        lambda self, requests, n, **options: asked.update(options, n=n) or [answers],
+    )
     choice = best_of_n(chat(), FakeCritic(), "Q", n=4)
     assert (choice.best, choice.text, choice.new_tokens) == (1, texts[1], 8)
     assert asked == {"n": 4, "greedy_first": True, "first": 1, "temperature": 0.7, "top_p": 0.95}
@@ -128,21 +146,33 @@ def test_choice_with_the_model_as_its_own_critic():
     choices = best_of_many(chat(), critic(), REQUESTS, 4, seed=3)
     answers = chat().candidates(REQUESTS, 4, greedy_first=True, temperature=0.7, top_p=0.95, seed=3)
     for choice, (question, images), found in zip(choices, REQUESTS, answers, strict=True):
-        assert [candidate.text for candidate in choice.candidates] == [answer.text for answer in found]
-        scores = [scores.score for scores in critic().score(question, images, [answer.text for answer in found])]
-        np.testing.assert_allclose([candidate.score for candidate in choice.candidates], scores, rtol=1e-5)
+        assert [candidate.text for candidate in choice.candidates] == [
+            answer.text for answer in found
+        ]
+        scores = [
+            scores.score
+            for scores in critic().score(question, images, [answer.text for answer in found])
+        ]
+        np.testing.assert_allclose(
+            [candidate.score for candidate in choice.candidates], scores, rtol=1e-5
+        )
         assert choice.best == int(np.argmax(scores))
 
 
-# --- infer.py ---------------------------------------------------------------------------------------------------------------------------
+# --- infer.py ------------------------------------------------------------------------------------
 
 
 def test_one_question_on_the_command_line(ask):  # noqa: F811
     own = str(tiny_checkpoint.directory())
     out, err = ask(prompt="Read it.", best_of=3, critic=own, json=True, stats=True)
     fields = json.loads(out)
-    assert fields["text"] == fields["candidates"][fields["best"]]["text"] and len(fields["candidates"]) == 3
-    assert fields["candidates"][0]["text"] == json.loads(ask(prompt="Read it.", json=True)[0])["text"]
+    assert (
+        fields["text"] == fields["candidates"][fields["best"]]["text"]
+        and len(fields["candidates"]) == 3
+    )
+    assert (
+        fields["candidates"][0]["text"] == json.loads(ask(prompt="Read it.", json=True)[0])["text"]
+    )
     scores = [candidate["score"] for candidate in fields["candidates"]]
     assert scores[fields["best"]] == max(scores)
     assert [len(c["steps"]) == len(c["scores"]) > 0 for c in fields["candidates"]] == [True] * 3
@@ -152,7 +182,9 @@ def test_one_question_on_the_command_line(ask):  # noqa: F811
 
 def test_a_file_of_questions_goes_on_where_it_stopped(ask, tmp_path):  # noqa: F811
     requests, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    requests.write_text("".join(json.dumps({"id": n, "prompt": f"What is {n}?"}) + "\n" for n in "abc"))
+    requests.write_text(
+        "".join(json.dumps({"id": n, "prompt": f"What is {n}?"}) + "\n" for n in "abc")
+    )
     values = {"requests": str(requests), "output": str(output), "best_of": 2, "batch_size": 4}
     values["critic"] = str(tiny_checkpoint.directory())
     ask(**values)

@@ -48,23 +48,30 @@ def turns(chat, script, reuse):
     return answers
 
 
-# --- one answer ------------------------------------------------------------------------------------------------------------------
+# --- one answer ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("images", [[], [WIDE], [SMALL, WIDE]], ids=["text", "one picture", "two pictures"])
+@pytest.mark.parametrize(
+    "images", [[], [WIDE], [SMALL, WIDE]], ids=["text", "one picture", "two pictures"]
+)
 def test_pieces_join_to_the_text(chat, images):
     pieces = list(chat.stream("Read the number.", images))
     last = chat.last
     assert "".join(pieces).strip() == last.text
     assert last.text == chat.tokenizer.decode(last.token_ids).strip()
     assert len(last.token_ids) <= LIMIT and last.reused_tokens == 0
-    assert last.tiles == {0: [], 1: [4], 2: [1, 4]}[len(images)]  # each has the limit of four tiles for itself
+    # each has the limit of four tiles for itself
+    assert last.tiles == {0: [], 1: [4], 2: [1, 4]}[len(images)]
     assert 0 < last.first_token_seconds <= last.seconds
-    assert last.seconds_per_token == pytest.approx((last.seconds - last.first_token_seconds) / (len(last.token_ids) - 1))
+    assert last.seconds_per_token == pytest.approx(
+        (last.seconds - last.first_token_seconds) / (len(last.token_ids) - 1)
+    )
 
 
 def test_a_call_is_the_joined_stream(chat, tmp_path):
-    """A picture is a path, bytes, an array or a PIL image; <image> is put in front where the question has none."""
+    """A picture is a path, bytes, an array or a PIL image; <image> is put in front where the
+    question has none.
+    """
     WIDE.save(tmp_path / "wide.png")
     text = chat("Read the number.", images=[WIDE])
     ids, prompt_tokens = chat.last.token_ids, chat.last.prompt_tokens
@@ -90,7 +97,11 @@ def test_the_rule_and_the_limits_of_tiles(chat):
         ({"max_total_tiles": -1}, "max_total_tiles is -1; it must be at least 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            chat.prepare("hi", [SMALL, WIDE] if "max_image_pixels" not in options else encoded(WIDE), **options)
+            chat.prepare(
+                "hi",
+                [SMALL, WIDE] if "max_image_pixels" not in options else encoded(WIDE),
+                **options,
+            )
 
 
 def encoded(image) -> bytes:
@@ -105,7 +116,15 @@ def test_one_image_need_not_be_in_a_list(chat, tmp_path):
     chat("Read the number.", images=[WIDE])
     expected = chat.last.token_ids, chat.last.tiles
     path = tmp_path / "wide.png"
-    for image in (path, str(path), path.read_bytes(), np.asarray(WIDE), WIDE, (WIDE,), np.asarray(WIDE)[None]):
+    for image in (
+        path,
+        str(path),
+        path.read_bytes(),
+        np.asarray(WIDE),
+        WIDE,
+        (WIDE,),
+        np.asarray(WIDE)[None],
+    ):
         chat.reset()
         chat("Read the number.", images=image)
         assert (chat.last.token_ids, chat.last.tiles) == expected
@@ -122,7 +141,9 @@ def test_the_prompt_is_as_long_as_its_parts(chat):
     chat.reset()
     chat("hi", images=[WIDE])
     added = len(chat.tokenizer.encode("<img></img>")) + 4 * PROCESSOR.tokens_per_tile
-    assert chat.last.prompt_tokens == text_only + added + len(chat.tokenizer.encode("\nhi")) - len(chat.tokenizer.encode("hi"))
+    assert chat.last.prompt_tokens == text_only + added + len(chat.tokenizer.encode("\nhi")) - len(
+        chat.tokenizer.encode("hi")
+    )
 
 
 def test_the_system_message_is_part_of_the_question(chat):
@@ -140,7 +161,9 @@ def test_seeds_and_temperature(chat):
         chat("Read the number.", images=[SMALL], **options)
         return chat.last.token_ids
 
-    assert ask(temperature=2.0, seed=3) == ask(temperature=2.0, seed=3) != ask(temperature=2.0, seed=4)
+    assert (
+        ask(temperature=2.0, seed=3) == ask(temperature=2.0, seed=3) != ask(temperature=2.0, seed=4)
+    )
     assert ask(temperature=2.0, seed=3) != ask()
 
 
@@ -155,11 +178,15 @@ def test_why_an_answer_ended(chat):
     chat("hi", images=[SMALL])
     assert chat.last.finish == "length" and len(chat.last.token_ids) == LIMIT
     (answer,) = chat.answer_many([("hi", [SMALL])], stop=chat.last.text[3])
-    assert answer.finish == "stop" and answer.text == chat.last.text.split(chat.last.text[3])[0].strip()
+    assert (
+        answer.finish == "stop"
+        and answer.text == chat.last.text.split(chat.last.text[3])[0].strip()
+    )
     generator, free = chat.generator, chat.last.token_ids
     kept, generator.stop_ids = generator.stop_ids, (free[LIMIT - 1],)
     try:
-        (answer,) = chat.answer_many([("hi", [SMALL])])  # the last token that there is room for is a stop token
+        # the last token that there is room for is a stop token
+        (answer,) = chat.answer_many([("hi", [SMALL])])
         assert answer.finish == "stop"
     finally:
         generator.stop_ids = kept
@@ -169,7 +196,10 @@ def test_a_stop_text_is_one_text_and_not_its_letters(chat):
     chat("Read the number.", images=[WIDE])
     text = chat.last.text
     chat.reset()
-    assert chat("Read the number.", images=[WIDE], stop=text[4:6]) == text[: text.index(text[4:6])].strip()
+    assert (
+        chat("Read the number.", images=[WIDE], stop=text[4:6])
+        == text[: text.index(text[4:6])].strip()
+    )
     assert TextStreamer(chat.tokenizer, "x6")._stop == ["x6"]
 
 
@@ -184,7 +214,11 @@ def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
             broken = dict(kept["language"])
             broken["head"] = jax.tree.map(lambda leaf, value=value: leaf * value, broken["head"])
             generator.params = kept | {"language": broken}
-            for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.5}):
+            for options in (
+                {},
+                {"temperature": 1.0},
+                {"temperature": 1.0, "top_k": 5, "top_p": 0.5},
+            ):
                 with pytest.raises(NotFiniteError, match="NaN or infinite logits for token 1"):
                     chat("And?", **options)
                 with pytest.raises(NotFiniteError, match="token 1 of an answer"):
@@ -209,7 +243,7 @@ def test_a_stop_token_ends_an_answer_and_is_among_its_ids(chat):
         generator.stop_ids = kept
 
 
-# --- a conversation --------------------------------------------------------------------------------------------------------------
+# --- a conversation ------------------------------------------------------------------------------
 
 SCRIPT = [
     ("Read the number.", [WIDE], {}),
@@ -219,7 +253,9 @@ SCRIPT = [
 
 
 def test_a_kept_cache_changes_no_answer(chat):
-    """Three turns with a second picture under another delta: the same ids with the cache of earlier turns and without."""
+    """Three turns with a second picture under another delta: the same ids with the cache of earlier
+    turns and without.
+    """
     kept, fresh = turns(chat, SCRIPT, reuse=True), turns(chat, SCRIPT, reuse=False)
     assert [answer.token_ids for answer in kept] == [answer.token_ids for answer in fresh]
     assert [answer.prompt_tokens for answer in kept] == [answer.prompt_tokens for answer in fresh]
@@ -241,26 +277,36 @@ def test_a_conversation_is_one_prompt(chat):
     other.reset()
     other.messages, other.tiles, other.deltas = messages[:4], chat.tiles[:1], [UNITS]
     other(SCRIPT[2][0], images=[SMALL], delta="1/4")
-    assert (other.last.token_ids, other.last.prompt_tokens) == (expected.token_ids, expected.prompt_tokens)
+    assert (other.last.token_ids, other.last.prompt_tokens) == (
+        expected.token_ids,
+        expected.prompt_tokens,
+    )
 
 
 def test_delta_changes_the_answer_and_stays_with_its_picture(chat):
     plain = turns(chat, SCRIPT[:2], reuse=True)
     assert chat.deltas == [UNITS]
-    script = [(question, images, {"delta": "1/16"} if images else {}) for question, images, _ in SCRIPT[:2]]
+    script = [
+        (question, images, {"delta": "1/16"} if images else {})
+        for question, images, _ in SCRIPT[:2]
+    ]
     slow = turns(chat, script, reuse=True)
     assert chat.deltas == [UNITS // 16]
     assert [answer.prompt_tokens for answer in slow][0] == plain[0].prompt_tokens
     assert slow[0].token_ids != plain[0].token_ids
     assert slow[1].reused_tokens >= slow[0].prompt_tokens
-    assert [answer.token_ids for answer in turns(chat, script, reuse=False)] == [answer.token_ids for answer in slow]
+    assert [answer.token_ids for answer in turns(chat, script, reuse=False)] == [
+        answer.token_ids for answer in slow
+    ]
     chat.reset()
     chat("<image> <image>", images=[SMALL, WIDE], delta=["1", 0.25])
     assert chat.deltas == [UNITS, UNITS // 4]
 
 
 def test_only_the_same_beginning_is_reused(chat):
-    """After `reset` the same question may find its cache no more; after another picture at the same place neither."""
+    """After `reset` the same question may find its cache no more; after another picture at the same
+    place neither.
+    """
     chat("Read the number.", images=[SMALL])
     cached, prompt_tokens = chat._cached, chat.last.prompt_tokens
     for image, expected in [(SMALL, prompt_tokens - 1), (picture(16, 16, 9), 0)]:
@@ -302,7 +348,7 @@ def test_a_turn_that_is_left_does_not_enter_the_conversation(chat):
     assert [before[1].token_ids, chat.last.token_ids] == expected
 
 
-# --- stop texts ------------------------------------------------------------------------------------------------------------------
+# --- stop texts ----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -316,7 +362,9 @@ def free_answer():
 
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_stop_texts_end_the_answer(chat, length):
-    """Every piece of an answer as its stop text: the answer ends before its first place, and no part of it is streamed."""
+    """Every piece of an answer as its stop text: the answer ends before its first place, and no
+    part of it is streamed.
+    """
     text, ids = free_answer()
     decoder = chat.tokenizer.stream()
     lengths = np.cumsum([len(decoder.step(token) or "") for token in ids])
@@ -345,7 +393,9 @@ def test_a_stopped_answer_is_gone_on_from(chat):
 
 
 class Spelled:
-    """A tokenizer whose ids are characters; negative ones come with the flush, as the bytes of an unfinished character do."""
+    """A tokenizer whose ids are characters; negative ones come with the flush, as the bytes of an
+    unfinished character do.
+    """
 
     def stream(self):
         self.pending = ""
@@ -364,7 +414,9 @@ class Spelled:
 def read(text, stop, flushed=""):
     """(pieces, what came at the end, ended, ids) of characters read one by one."""
     reader = TextStreamer(Spelled(), stop)
-    pieces = [reader.read([token]) for token in [*map(ord, text), *(-ord(letter) for letter in flushed)]]
+    pieces = [
+        reader.read([token]) for token in [*map(ord, text), *(-ord(letter) for letter in flushed)]
+    ]
     last = reader.finish()
     assert reader.text == "".join(pieces) + last
     return pieces[: len(text)], last, reader.ended, len(reader.ids)
@@ -395,7 +447,7 @@ def test_text_of_several_bytes_arrives_whole():
     assert reader.ended and reader.finish() == ""
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 REQUESTS = [
     ("Read the number.", [WIDE]),
@@ -405,7 +457,9 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"delta": "1/16"}, {"temperature": 2.0, "seed": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"delta": "1/16"}, {"temperature": 2.0, "seed": 5}], ids=str
+)
 def test_many_are_answered_as_one_by_one(chat, options):
     text, _ = free_answer()
     options = options | {"stop": [text[5:7]]}
@@ -417,7 +471,11 @@ def test_many_are_answered_as_one_by_one(chat, options):
         chat.reset()
         assert chat(question, images=images, **options) == answer.text
         alone = chat.last
-        assert (alone.token_ids, alone.prompt_tokens, alone.tiles) == (answer.token_ids, answer.prompt_tokens, answer.tiles)
+        assert (alone.token_ids, alone.prompt_tokens, alone.tiles) == (
+            answer.token_ids,
+            answer.prompt_tokens,
+            answer.tiles,
+        )
 
 
 def test_errors_of_a_batch_name_the_request(chat):
@@ -427,22 +485,67 @@ def test_errors_of_a_batch_name_the_request(chat):
         chat.answer_many([("hi", []), ("number " * 2100, [])])
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 WRONG = {
-    "fewer tags than pictures": (("<image>", [SMALL, WIDE]), {}, ChatError, "3 pictures, but 2 <image> tags"),
-    "images is a path": (("hi", "nowhere/cat.png"), {}, ImageError, "nowhere/cat.png: no such file"),
-    "images is an object": (("hi", {"a.png": 1}), {}, ChatError, "give one image or a list of them"),
+    "fewer tags than pictures": (
+        ("<image>", [SMALL, WIDE]),
+        {},
+        ChatError,
+        "3 pictures, but 2 <image> tags",
+    ),
+    "images is a path": (
+        ("hi", "nowhere/cat.png"),
+        {},
+        ImageError,
+        "nowhere/cat.png: no such file",
+    ),
+    "images is an object": (
+        ("hi", {"a.png": 1}),
+        {},
+        ChatError,
+        "give one image or a list of them",
+    ),
     "images is a number": (("hi", 5), {}, ChatError, "images is 5; give one image"),
-    "no such picture": (("hi", ["nowhere/cat.png"]), {}, ImageError, "nowhere/cat.png: no such file"),
+    "no such picture": (
+        ("hi", ["nowhere/cat.png"]),
+        {},
+        ImageError,
+        "nowhere/cat.png: no such file",
+    ),
     "deltas": (("hi", [SMALL]), {"delta": ["1", "1/2"]}, ChatError, "2 deltas for 1 pictures"),
     "delta": (("hi", [SMALL]), {"delta": "1/3"}, ValueError, "'1/3' is not a multiple of 1/256"),
     "context": (("number " * 2100, []), {}, ContextError, "the model knows 2,048"),
-    "temperature": (("hi", []), {"temperature": -1.0}, ValueError, "temperature is -1.0; it must be 0"),
-    "temperature is a text": (("hi", []), {"temperature": "hot"}, ValueError, "temperature is 'hot'; it must be a number"),
-    "temperature without end": (("hi", []), {"temperature": float("inf")}, ValueError, "temperature is inf; it must be 0"),
-    "temperature is no number": (("hi", []), {"temperature": float("nan")}, ValueError, "temperature is nan; it must be 0"),
-    "stop": (("hi", []), {"stop": [5]}, ValueError, r"stop is \[5\]; it must be a text or a list of texts"),
+    "temperature": (
+        ("hi", []),
+        {"temperature": -1.0},
+        ValueError,
+        "temperature is -1.0; it must be 0",
+    ),
+    "temperature is a text": (
+        ("hi", []),
+        {"temperature": "hot"},
+        ValueError,
+        "temperature is 'hot'; it must be a number",
+    ),
+    "temperature without end": (
+        ("hi", []),
+        {"temperature": float("inf")},
+        ValueError,
+        "temperature is inf; it must be 0",
+    ),
+    "temperature is no number": (
+        ("hi", []),
+        {"temperature": float("nan")},
+        ValueError,
+        "temperature is nan; it must be 0",
+    ),
+    "stop": (
+        ("hi", []),
+        {"stop": [5]},
+        ValueError,
+        r"stop is \[5\]; it must be a text or a list of texts",
+    ),
     "system": (("hi", []), {"system": 5}, ValueError, "system is 5; it must be a text or None"),
     "limit is no whole number": (
         ("hi", []),
@@ -451,15 +554,26 @@ WRONG = {
         "max_new_tokens is 2.5; it must be a whole number",
     ),
     "top_p": (("hi", []), {"top_p": 0.0}, ValueError, "top_p is 0.0"),
-    "limit": (("hi", []), {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0; it must be at least 1"),
-    "tiles": (("hi", [SMALL]), {"max_tiles": 0}, ValueError, "max_tiles is 0; it must be at least 1"),
+    "limit": (
+        ("hi", []),
+        {"max_new_tokens": 0},
+        ValueError,
+        "max_new_tokens is 0; it must be at least 1",
+    ),
+    "tiles": (
+        ("hi", [SMALL]),
+        {"max_tiles": 0},
+        ValueError,
+        "max_tiles is 0; it must be at least 1",
+    ),
     "seed": (("hi", []), {"seed": -1}, ValueError, "seed is -1"),
     "large seed": (("hi", []), {"seed": 2**32}, ValueError, "seed is 4294967296"),
 }
 
 
 def test_a_failed_turn_does_not_enter_the_conversation(chat):
-    """Every kind of mistake is named, leaves the conversation as it was, and costs it nothing of its cache.
+    """Every kind of mistake is named, leaves the conversation as it was, and costs it nothing of
+    its cache.
 
     Messages count the pictures and tags of the whole conversation: one of each came before.
     """
@@ -472,11 +586,16 @@ def test_a_failed_turn_does_not_enter_the_conversation(chat):
             chat(*arguments, **options)
         assert (chat.messages, len(chat.tiles), chat.deltas, chat.last) == before, name
     chat(SCRIPT[1][0])
-    assert (chat.last.token_ids, chat.last.reused_tokens) == (expected[1].token_ids, expected[1].reused_tokens)
+    assert (chat.last.token_ids, chat.last.reused_tokens) == (
+        expected[1].token_ids,
+        expected[1].reused_tokens,
+    )
 
 
 def test_an_unknown_option_is_an_error(chat):
-    with pytest.raises(TypeError, match="Chat has no option 'temprature'; did you mean 'temperature'?"):
+    with pytest.raises(
+        TypeError, match="Chat has no option 'temprature'; did you mean 'temperature'?"
+    ):
         chat("hi", temprature=1.0)
     with pytest.raises(TypeError, match="Chat has no option 'temprature'"):
         Chat(load(tiny_checkpoint.directory()), temprature=1.0)

@@ -1,4 +1,6 @@
-"""Checkpoint directories: saved whole or not at all, opened from every place, and refused when they contradict themselves."""
+"""Checkpoint directories: saved whole or not at all, opened from every place, and refused when they
+contradict themselves.
+"""
 
 import dataclasses
 import itertools
@@ -32,7 +34,13 @@ MODEL = reduce("1b")
 
 @pytest.fixture
 def saved(tmp_path):
-    save_checkpoint(tmp_path / "saved", random_params(MODEL), MODEL, reduce_processor(MODEL), tiny_tokenizer.build())
+    save_checkpoint(
+        tmp_path / "saved",
+        random_params(MODEL),
+        MODEL,
+        reduce_processor(MODEL),
+        tiny_tokenizer.build(),
+    )
     return tmp_path / "saved"
 
 
@@ -44,7 +52,12 @@ def batch_of(model):
     tokens = np.array([[5] + [model.image_token_id] * model.tokens_per_tile + [7]], np.int32)
     positions = np.arange(tokens.size, dtype=np.int32)[None] * 256
     tiles = np.random.default_rng(0).integers(0, 256, (1, 1, 16, 16, 3), dtype=np.uint8)
-    return {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens), "tiles": tiles}
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": np.ones_like(tokens),
+        "tiles": tiles,
+    }
 
 
 def test_saved_checkpoint_opens_as_it_was(saved):
@@ -85,14 +98,17 @@ def test_parameters_are_read_to_where_a_mesh_puts_them(saved, tmp_path):
     assert len({str(place.spec) for place in jax.tree.leaves(places)}) >= 4
 
 
-# --- directories that cannot be opened ----------------------------------------------------------------------------------------
+# --- directories that cannot be opened -----------------------------------------------------------
 
 
 def test_a_wrong_directory_says_what_was_expected(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(tmp_path / "nothing")
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(FileNotFoundError, match=r"internvl3_jax.json and params/.*config.json and \*.safetensors.*photo.jpg"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"internvl3_jax.json and params/.*config.json and \*.safetensors.*photo.jpg",
+    ):
         load(tmp_path)
 
     def unreachable(name, allow_patterns, **options):
@@ -118,7 +134,10 @@ def test_damaged_description_is_named(saved):
     for damaged, named in (
         (text[:-20], "damaged"),
         (text.replace('"format": 1', '"format": 99'), "format 99"),
-        (text.replace('"num_kv_heads"', '"num_kv_head"'), "unknown field 'num_kv_head'; did you mean 'num_kv_heads'"),
+        (
+            text.replace('"num_kv_heads"', '"num_kv_head"'),
+            "unknown field 'num_kv_head'; did you mean 'num_kv_heads'",
+        ),
         (
             text.replace('"intermediate_size": 38', '"intermediate_size": 40'),
             r"language/layers/up/kernel: stored \(3, 56, 38\)",
@@ -129,7 +148,7 @@ def test_damaged_description_is_named(saved):
             load(saved)
 
 
-# --- fingerprint --------------------------------------------------------------------------------------------------------------
+# --- fingerprint ---------------------------------------------------------------------------------
 
 CHANGES = {
     "max_tiles": lambda values: values["processor"].update(max_tiles=6),
@@ -151,7 +170,9 @@ def test_fingerprint_names_what_differs(name, saved):
     values = json.loads(path.read_text())
     CHANGES[name](values)
     path.write_text(json.dumps(values))
-    with pytest.raises(FingerprintError, match=rf"(?s)\n  {name}: made with .*--accept_fingerprint") as error:
+    with pytest.raises(
+        FingerprintError, match=rf"(?s)\n  {name}: made with .*--accept_fingerprint"
+    ) as error:
         load(saved)
     assert str(error.value).count("made with") <= 3
     load(saved, accept_fingerprint=True)
@@ -188,7 +209,7 @@ def test_fingerprint_notices_another_tokenizer(saved, tmp_path):
             load(directory, accept_fingerprint=True)
 
 
-# --- training runs ------------------------------------------------------------------------------------------------------------
+# --- training runs -------------------------------------------------------------------------------
 
 OPTIONS = {"model": MODEL, "processor": reduce_processor(MODEL), "files": tiny_tokenizer.build()}
 
@@ -230,18 +251,29 @@ def test_newest_complete_step_counts_and_old_ones_go(tmp_path, caplog):
         assert checkpoint_paths.latest_step(tmp_path) == 100
     assert "200.partial" in caplog.text
     assert "300: not a complete checkpoint" in caplog.text
-    with pytest.raises(FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"):
+    with pytest.raises(
+        FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"
+    ):
         steps.restore_training(tmp_path, 300, None, None)
     assert checkpoint_paths.latest_step(tmp_path / "elsewhere") is None
 
 
 def test_damage_to_a_step_is_named(tmp_path, caplog):
-    """A file that is gone, shorter or longer, or a list of files that is: each is seen without reading the arrays."""
+    """A file that is gone, shorter or longer, or a list of files that is: each is seen without
+    reading the arrays.
+    """
     for step in (1, 2):
         steps.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
     directory = tmp_path / "checkpoints" / "2"
-    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    for name, damaged in (("training.json", None), (largest.relative_to(directory), b"x"), ("files.json", b"{")):
+    largest = max(
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    for name, damaged in (
+        ("training.json", None),
+        (largest.relative_to(directory), b"x"),
+        ("files.json", b"{"),
+    ):
         path = directory / name
         whole = path.read_bytes()
         path.unlink() if damaged is None else path.write_bytes(damaged)
@@ -262,17 +294,29 @@ def flip(path) -> bytes:
 
 
 def largest(directory):
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 def test_one_flipped_bit_anywhere_in_a_step_is_found_before_it_is_used(tmp_path, caplog):
     for step in (1, 2):
-        steps.save_training(tmp_path, step, *training_state(step), extra={}, data={"0": {"row": 3}}, **OPTIONS)
+        steps.save_training(
+            tmp_path, step, *training_state(step), extra={}, data={"0": {"row": 3}}, **OPTIONS
+        )
     directory = tmp_path / "checkpoints" / "2"
-    arrays = largest(directory / "params"), largest(directory / "opt_state"), directory / "params" / "state" / "_METADATA"
+    arrays = (
+        largest(directory / "params"),
+        largest(directory / "opt_state"),
+        directory / "params" / "state" / "_METADATA",
+    )
     for path in (
         *arrays,
-        *(directory / name for name in ("training.json", "data/0.json", "merges.txt", checkpoint_paths.MANIFEST)),
+        *(
+            directory / name
+            for name in ("training.json", "data/0.json", "merges.txt", checkpoint_paths.MANIFEST)
+        ),
     ):
         whole = flip(path)
         caplog.clear()
@@ -292,7 +336,11 @@ def test_one_flipped_bit_anywhere_in_a_step_is_found_before_it_is_used(tmp_path,
     # What is saved in a damaged step's place does not delete it.
     steps.save_training(tmp_path, 2, *training_state(5), extra={}, **OPTIONS)
     assert checkpoint_paths.latest_step(tmp_path) == 2
-    assert sorted(entry.name.split(".")[-1] for entry in directory.parent.iterdir()) == ["1", "2", "damaged"]
+    assert sorted(entry.name.split(".")[-1] for entry in directory.parent.iterdir()) == [
+        "1",
+        "2",
+        "damaged",
+    ]
 
 
 def test_verification_has_levels(saved):
@@ -310,7 +358,9 @@ def test_verification_has_levels(saved):
     (saved / "params" / "more").unlink()
     # A list of sizes alone, as it was written earlier, and none at all.
     listed = json.loads((saved / "files.json").read_text())["files"]
-    (saved / "files.json").write_text(json.dumps({name: entry["bytes"] for name, entry in listed.items()}))
+    (saved / "files.json").write_text(
+        json.dumps({name: entry["bytes"] for name, entry in listed.items()})
+    )
     load(saved)
     values = json.loads((saved / checkpoint_paths.MANIFEST).read_text())
     del values["listed"]
@@ -340,7 +390,11 @@ WRONG_DESCRIPTIONS = {
 @pytest.mark.parametrize("name", WRONG_DESCRIPTIONS)
 def test_wrong_types_in_a_description_are_named(name, saved):
     path, wrong = saved / checkpoint_paths.MANIFEST, WRONG_DESCRIPTIONS[name]
-    content = wrong if isinstance(wrong, bytes) else json.dumps(json.loads(path.read_text()) | wrong).encode()
+    content = (
+        wrong
+        if isinstance(wrong, bytes)
+        else json.dumps(json.loads(path.read_text()) | wrong).encode()
+    )
     path.write_bytes(content)
     for accept in (False, True):
         with pytest.raises(ValueError, match=re.escape(checkpoint_paths.MANIFEST)):
@@ -364,8 +418,13 @@ def test_parameters_that_are_not_finite_are_refused(tmp_path):
     params = random_params(MODEL)
     kernel = params["language"]["layers"]["up"]["kernel"]
     kernel[0, 0, :3] = np.nan
-    save_checkpoint(tmp_path / "saved", params, MODEL, reduce_processor(MODEL), tiny_tokenizer.build())
-    with pytest.raises(ValueError, match=rf"NaN or infinite values in language/layers/up/kernel \(3 of {kernel.size:,}\)"):
+    save_checkpoint(
+        tmp_path / "saved", params, MODEL, reduce_processor(MODEL), tiny_tokenizer.build()
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"NaN or infinite values in language/layers/up/kernel \(3 of {kernel.size:,}\)",
+    ):
         load(tmp_path / "saved")
     load(tmp_path / "saved", allow_nonfinite=True)
 
@@ -378,7 +437,13 @@ def test_directories_may_have_any_name(name, tmp_path):
     """Saved as a whole, and leaf by leaf."""
     released = write_released(tmp_path / name / "released", MODEL, "internvl")
     convert(released, tmp_path / name / "ours")
-    save_checkpoint(tmp_path / name / "saved", random_params(MODEL), MODEL, reduce_processor(MODEL), tiny_tokenizer.build())
+    save_checkpoint(
+        tmp_path / name / "saved",
+        random_params(MODEL),
+        MODEL,
+        reduce_processor(MODEL),
+        tiny_tokenizer.build(),
+    )
     for directory in (released, tmp_path / name / "ours", tmp_path / name / "saved"):
         same_tensors(leaves(load(directory).params), leaves(random_params(MODEL)))
 
@@ -419,7 +484,9 @@ def test_training_goes_on_while_a_step_is_saved(tmp_path):
 
 
 def test_a_save_says_when_its_writes_are_done(tmp_path, monkeypatch):
-    """`done` never waits; a step becomes complete with the call, and a failed write comes out of both."""
+    """`done` never waits; a step becomes complete with the call, and a failed write comes out of
+    both.
+    """
     written, started = threading.Event(), storage.start_saving
 
     def slow(path, tree):
@@ -466,7 +533,14 @@ def test_interrupted_save_leaves_the_old_checkpoint(saved, monkeypatch):
 
     monkeypatch.setattr(storage, "start_saving", fails)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(saved, random_params(MODEL), MODEL, reduce_processor(MODEL), tiny_tokenizer.build(), overwrite=True)
+        save_checkpoint(
+            saved,
+            random_params(MODEL),
+            MODEL,
+            reduce_processor(MODEL),
+            tiny_tokenizer.build(),
+            overwrite=True,
+        )
     assert [entry.name for entry in saved.parent.iterdir()] == ["saved"]
     load(saved)
 

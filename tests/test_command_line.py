@@ -1,4 +1,6 @@
-"""command_line.py: every program's usage errors, refusals, help, Ctrl-C and lost readers; each as a program of its own."""
+"""command_line.py: every program's usage errors, refusals, help, Ctrl-C and lost readers; each as a
+program of its own.
+"""
 
 import errno
 import os
@@ -64,7 +66,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
     [
         (["--name=x"], 0, ""),
         ([], 2, "error: --name is missing; run it with --help for all options"),
-        (["--nam=x"], 2, "error: --nam: there is no such option; did you mean 'name'?; run it with --help for all options"),
+        (
+            ["--nam=x"],
+            2,
+            "error: --nam: there is no such option; did you mean 'name'?; run it with --help for all options",
+        ),
         (["--name=x", "--count=0"], 2, "error: --count=0: 0 is not a positive integer"),
         (["--name=x", "more"], 2, "error: what is 'more'?; run it with"),
         (["--name=value"], 1, r"error: two; lines \x1b[2J"),
@@ -72,26 +78,40 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
     ],
 )
 def test_a_program_says_it_in_one_line(program, arguments, status, said):
-    run = subprocess.run([*program, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    run = subprocess.run(
+        [*program, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
     assert run.returncode == status
     assert run.stderr.startswith(said) and run.stderr.count("\n") == bool(said)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help", "--helpfull"])
 def test_help_is_no_error(program, flag):
-    run = subprocess.run([*program, flag], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    run = subprocess.run(
+        [*program, flag], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
     assert run.returncode == 0 and run.stderr == ""
     assert "python program.py --name x" in run.stdout and "Of the thing." in run.stdout
 
 
 def test_our_own_defects_keep_their_traceback(program):
-    run = subprocess.run([*program, "--name=defect"], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
-    assert run.returncode == 1 and "Traceback" in run.stderr and run.stderr.endswith("RuntimeError: ours\n")
+    run = subprocess.run(
+        [*program, "--name=defect"], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
+    assert (
+        run.returncode == 1
+        and "Traceback" in run.stderr
+        and run.stderr.endswith("RuntimeError: ours\n")
+    )
 
 
 def test_ctrl_c_is_one_line(program):
     process = subprocess.Popen(
-        [*program, "--name=wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*program, "--name=wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert process.stdout.readline() == "waiting\n"
     time.sleep(0.1)
@@ -105,7 +125,13 @@ def test_a_reader_that_leaves_ends_it_quietly(program, name):
     """Also when the lost text is still in the buffer at the end."""
     reading, writing = os.pipe()
     os.close(reading)
-    run = subprocess.run([*program, f"--name={name}"], stdout=writing, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    run = subprocess.run(
+        [*program, f"--name={name}"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     os.close(writing)
     assert (run.returncode, run.stderr) == (141, "")
 
@@ -115,11 +141,17 @@ def test_call_gives_the_status(capsys):
         raise error
 
     assert call(lambda: None) == 0 and call(lambda: 3) == 3
-    assert call(lambda: fails(ValueError("bad"))) == 1 and call(lambda: fails(ValueError("bad")), failed=2) == 2
+    assert (
+        call(lambda: fails(ValueError("bad"))) == 1
+        and call(lambda: fails(ValueError("bad")), failed=2) == 2
+    )
     assert call(lambda: fails(UsageError("give --x"))) == 2
     assert call(lambda: fails(ImportError("no x")), ImportError) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["error: bad"] * 2 + ["error: give --x; run it with --help for all options", "error: no x"]
+    assert lines == ["error: bad"] * 2 + [
+        "error: give --x; run it with --help for all options",
+        "error: no x",
+    ]
     with pytest.raises(KeyError):
         call(lambda: fails(KeyError("ours")))
 
@@ -143,7 +175,10 @@ def test_a_full_disk_has_the_files_name():
         raise OSError(errno.ENOSPC, "No space left on device")
     assert message(caught.value) == "answers.jsonl: No space left on device"
     assert message(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
-    assert message(FileNotFoundError(errno.ENOENT, "No such file", "a\x1bb")) == r"a\x1bb: No such file"
+    assert (
+        message(FileNotFoundError(errno.ENOENT, "No such file", "a\x1bb"))
+        == r"a\x1bb: No such file"
+    )
     assert message(ValueError()) == "ValueError"
 
 
@@ -151,14 +186,22 @@ def test_help_is_grouped_and_complete(capsys):
     """-h shows every flag of infer.py once, under its heading, within the terminal's width."""
     environment = os.environ | {"COLUMNS": "80"}
     shown = subprocess.run(
-        [sys.executable, ROOT / "infer.py", "-h"], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, ROOT / "infer.py", "-h"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     from internvl3_jax.inference import answer_flags
 
     names = [name for section in answer_flags.SECTIONS.values() for name in section]
     assert sorted(re.findall(r"^  --(\w+)", shown.stdout, flags=re.M)) == sorted(names)
-    assert set(names) >= {flag.name for flag in answer_flags.FLAGS.get_key_flags_for_module(answer_flags)}
-    assert [heading for heading in answer_flags.SECTIONS if f"\n{heading}:\n" not in shown.stdout] == []
+    assert set(names) >= {
+        flag.name for flag in answer_flags.FLAGS.get_key_flags_for_module(answer_flags)
+    }
+    assert [
+        heading for heading in answer_flags.SECTIONS if f"\n{heading}:\n" not in shown.stdout
+    ] == []
     options = shown.stdout.split("\nModel:\n")[1]
     assert max(map(len, options.splitlines())) <= 80 and "repeat this option" not in options
 
@@ -173,9 +216,22 @@ def test_fit_writes_over_nothing(tmp_path, flag):
     """And says so before any work."""
     mine = tmp_path / "notes.txt"
     mine.write_text("mine")
-    command = [sys.executable, "-m", "internvl3_jax.fit", "--config=configs/finetune.py:2b", "--topology=v5e:4x4", "--analytic"]
+    command = [
+        sys.executable,
+        "-m",
+        "internvl3_jax.fit",
+        "--config=configs/finetune.py:2b",
+        "--topology=v5e:4x4",
+        "--analytic",
+    ]
     for value, reason in ((mine, "which exists"), (tmp_path / "none" / "x", "there is no folder")):
-        ended = subprocess.run([*command, f"--{flag}={value}"], capture_output=True, text=True, cwd=ROOT)
-        assert ended.returncode == 2 and ended.stdout == "" and f"error: --{flag} is {value}" in ended.stderr
+        ended = subprocess.run(
+            [*command, f"--{flag}={value}"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert (
+            ended.returncode == 2
+            and ended.stdout == ""
+            and f"error: --{flag} is {value}" in ended.stderr
+        )
         assert reason in ended.stderr
     assert mine.read_text() == "mine"

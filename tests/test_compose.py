@@ -1,4 +1,6 @@
-"""python -m convert --llm --vision: tower and decoder taken over bit for bit, everything new as documented."""
+"""python -m convert --llm --vision: tower and decoder taken over bit for bit, everything new as
+documented.
+"""
 
 import dataclasses
 import json
@@ -24,30 +26,45 @@ ROWS = 480  # of the language model: padded, as Qwen's are
 
 def without_new_tokens(files: dict[str, bytes]) -> dict[str, bytes]:
     """The tokenizer of a plain language model."""
-    values = {name: json.loads(content) for name, content in files.items() if name.endswith(".json")}
+    values = {
+        name: json.loads(content) for name, content in files.items() if name.endswith(".json")
+    }
     for token in NEW_TOKENS:
         values["added_tokens.json"].pop(token)
     settings = values["tokenizer_config.json"]
     decoder = settings["added_tokens_decoder"].items()
-    settings["added_tokens_decoder"] = {id: entry for id, entry in decoder if entry["content"] not in NEW_TOKENS}
+    settings["added_tokens_decoder"] = {
+        id: entry for id, entry in decoder if entry["content"] not in NEW_TOKENS
+    }
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         values[name]["additional_special_tokens"] = []
     return files | {name: json.dumps(content).encode() for name, content in values.items()}
 
 
 def write_llm(directory, size: str = "1b", tied: bool = True, seed: int = 1):
-    """(directory, its leaves, ModelConfig of which they are the language part) of a plain language model."""
+    """(directory, its leaves, ModelConfig of which they are the language part) of a plain language
+    model.
+    """
     directory.mkdir()
     model = reduce(size)
     model.language.vocab_size, model.language.tie_embeddings = ROWS, tied
     params = random_params(model, seed)
     prefix = "language_model."
     tensors = tensors_from_params(model, params, "internvl" if not tied else "hf")
-    tensors = {name.replace("model.language_model.", prefix + "model."): tensor for name, tensor in tensors.items()}
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    tensors = {
+        name.replace("model.language_model.", prefix + "model."): tensor
+        for name, tensor in tensors.items()
+    }
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
     save_file(tensors, directory / "model.safetensors")
     config = to_hf(model, reduce_processor(model), "hf", "bfloat16")["text_config"]
-    (directory / "config.json").write_text(json.dumps(config | {"use_mrope": False} if size == "1b" else config))
+    (directory / "config.json").write_text(
+        json.dumps(config | {"use_mrope": False} if size == "1b" else config)
+    )
     for name, content in without_new_tokens(tiny_tokenizer.build()).items():
         (directory / name).write_bytes(content)
     (directory / "generation_config.json").write_text(json.dumps({"temperature": 0.7}))
@@ -55,7 +72,9 @@ def write_llm(directory, size: str = "1b", tied: bool = True, seed: int = 1):
 
 
 def write_tower(directory, kind: str, size: str = "1b", seed: int = 2):
-    """(directory, leaves) of an InternViT: alone with or without its prefix, or inside a model of either layout."""
+    """(directory, leaves) of an InternViT: alone with or without its prefix, or inside a model of
+    either layout.
+    """
     directory.mkdir()
     model = reduce(size)
     params = random_params(model, seed)
@@ -63,7 +82,9 @@ def write_tower(directory, kind: str, size: str = "1b", seed: int = 2):
     tensors = tensors_from_params(model, params, layout)
     config = to_hf(model, reduce_processor(model), layout, "bfloat16")
     if kind in ("prefixed", "bare"):
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")
+        }
         config = config["vision_config"]
     if kind == "bare":
         tensors = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
@@ -77,7 +98,13 @@ def bf16_mean(rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "tied"), [("bare", "1b", True), ("prefixed", "38b", False), ("internvl", "9b", False), ("hf", "38b", True)]
+    ("kind", "size", "tied"),
+    [
+        ("bare", "1b", True),
+        ("prefixed", "38b", False),
+        ("internvl", "9b", False),
+        ("hf", "38b", True),
+    ],
 )
 def test_parts_are_taken_over_and_the_rest_is_as_documented(kind, size, tied, tmp_path):
     llm, language, base = write_llm(tmp_path / "llm", size, tied)
@@ -85,13 +112,19 @@ def test_parts_are_taken_over_and_the_rest_is_as_documented(kind, size, tied, tm
     convert_model(open_parts(llm, tower), tmp_path / "new", verify=True)
     opened = load(tmp_path / "new")
     assert opened.config.vision == reduce(size).vision
-    assert opened.config.language == dataclasses.replace(base.language, vocab_size=KNOWN + 9, tie_embeddings=False)
+    assert opened.config.language == dataclasses.replace(
+        base.language, vocab_size=KNOWN + 9, tie_embeddings=False
+    )
     found = {path: np.asarray(leaf) for path, leaf in storage.by_path(opened.params).items()}
     same_tensors(
         {path: leaf for path, leaf in found.items() if path.startswith("vision/")},
         {p: v for p, v in vision.items() if p.startswith("vision/")},
     )
-    kept = [path for path in found if path.startswith("language/") and "embedding" not in path and "head" not in path]
+    kept = [
+        path
+        for path in found
+        if path.startswith("language/") and "embedding" not in path and "head" not in path
+    ]
     same_tensors({path: found[path] for path in kept}, {path: language[path] for path in kept})
     heads = language["language/embedding"] if tied else language["language/head/kernel"].T
     for rows, source in (
@@ -99,7 +132,9 @@ def test_parts_are_taken_over_and_the_rest_is_as_documented(kind, size, tied, tm
         (found["language/head/kernel"].T, heads),
     ):
         np.testing.assert_array_equal(rows[:KNOWN], source[:KNOWN])
-        np.testing.assert_array_equal(rows[KNOWN : KNOWN + 9], np.tile(bf16_mean(source[:KNOWN]), (9, 1)))
+        np.testing.assert_array_equal(
+            rows[KNOWN : KNOWN + 9], np.tile(bf16_mean(source[:KNOWN]), (9, 1))
+        )
         assert not rows[KNOWN + 9 :].any()
 
 
@@ -116,7 +151,9 @@ def test_projector_is_random_by_seed_only(tmp_path):
             assert abs(float(leaf.std()) - 0.02) < 0.002
             assert not np.array_equal(leaf, projectors["c"][path])
         else:
-            np.testing.assert_array_equal(leaf, np.full(leaf.shape, 1.0 if path == "norm/scale" else 0.0))
+            np.testing.assert_array_equal(
+                leaf, np.full(leaf.shape, 1.0 if path == "norm/scale" else 0.0)
+            )
 
 
 def test_new_model_is_complete(tmp_path, capsys):
@@ -128,7 +165,9 @@ def test_new_model_is_complete(tmp_path, capsys):
     assert "vision: all " in out and "language: all " in out and "initialised as their mean" in out
     assert "projector: initialised at random, seed 0" in out
     opened = load(tmp_path / "new")
-    assert [opened.tokenizer.token_id(token) for token in NEW_TOKENS] == list(range(KNOWN, KNOWN + 9))
+    assert [opened.tokenizer.token_id(token) for token in NEW_TOKENS] == list(
+        range(KNOWN, KNOWN + 9)
+    )
     assert opened.tokenizer.vocab_size == opened.config.language.vocab_size
     assert opened.config.image_token_id == KNOWN + 2
     assert not (tmp_path / "new" / "generation_config.json").exists()
@@ -147,7 +186,9 @@ def test_real_tokenizer_gets_the_released_ids(layout, tmp_path):
         values = json.loads(path.read_text())
         values.pop("added_tokens_decoder", None)
         if path.name == "tokenizer.json":
-            values["added_tokens"] = [entry for entry in values["added_tokens"] if entry["content"] not in INTERNVL]
+            values["added_tokens"] = [
+                entry for entry in values["added_tokens"] if entry["content"] not in INTERNVL
+            ]
         if path.name == "added_tokens.json":
             values = {token: id for token, id in values.items() if token not in INTERNVL}
         if isinstance(values.get("additional_special_tokens"), list):
@@ -161,22 +202,38 @@ def test_real_tokenizer_gets_the_released_ids(layout, tmp_path):
     (llm / "config.json").write_text(json.dumps(config | {"vocab_size": 151936}))
     composed = open_parts(llm, write_tower(tmp_path / "tower", "bare")[0])
     assert composed.tokenizer.vocab_size == composed.config.language.vocab_size == 151674
-    assert {token: composed.tokenizer.token_id(token) for token in INTERNVL} == {token: ADDED_IDS[token] for token in INTERNVL}
-    assert composed.tokenizer.decode(composed.tokenizer.encode("a <ref>cat</ref>")) == "a <ref>cat</ref>"
+    assert {token: composed.tokenizer.token_id(token) for token in INTERNVL} == {
+        token: ADDED_IDS[token] for token in INTERNVL
+    }
+    assert (
+        composed.tokenizer.decode(composed.tokenizer.encode("a <ref>cat</ref>"))
+        == "a <ref>cat</ref>"
+    )
 
 
 def test_what_is_missing_or_unknown_is_named(tmp_path):
     llm, _, _ = write_llm(tmp_path / "llm")
     tower, _ = write_tower(tmp_path / "tower", "bare")
     tensors = load_file(tower / "model.safetensors")
-    save_file(tensors | {"encoder.layers.9.ls1": tensors["encoder.layers.0.ls1"]}, tower / "model.safetensors")
+    save_file(
+        tensors | {"encoder.layers.9.ls1": tensors["encoder.layers.0.ls1"]},
+        tower / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="encoder.layers.9.ls1"):
         open_parts(llm, tower)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "encoder.layers.0.ls1"}, tower / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "encoder.layers.0.ls1"},
+        tower / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="encoder.layers.0.ls1"):
         open_parts(llm, tower)
-    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, tower / "model.safetensors")
-    with pytest.raises(ValueError, match="the tower is float32, the language model bfloat16.*--dtype"):
+    save_file(
+        {name: tensor.astype(np.float32) for name, tensor in tensors.items()},
+        tower / "model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match="the tower is float32, the language model bfloat16.*--dtype"
+    ):
         open_parts(llm, tower)
     (tower / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="InternViT"):

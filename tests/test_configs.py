@@ -11,7 +11,12 @@ from configs.common import RELEASED
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.training.optimizer import make_optimizer, make_schedule, split_params, warmup_steps
+from internvl3_jax.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    split_params,
+    warmup_steps,
+)
 
 STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
 
@@ -24,16 +29,22 @@ def recipe(stage: str, name: str):
 @pytest.mark.parametrize("size", RELEASED)
 def test_every_size_has_every_stage(stage, size):
     config = recipe(stage, size)
-    still = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, drop_path=0.0))
+    still = dataclasses.replace(
+        config.model, vision=dataclasses.replace(config.model.vision, drop_path=0.0)
+    )
     assert still == SIZES[size]
     make_optimizer(config.optimizer, config.steps)
     config = lora.freeze_base(config)
     params = abstract_params(config.model)
     if config.lora.rank:
-        params |= {"lora": jax.eval_shape(lambda: lora.init(params, config.lora, jax.random.key(0)))}
+        params |= {
+            "lora": jax.eval_shape(lambda: lora.init(params, config.lora, jax.random.key(0)))
+        }
     trained, frozen = split_params(params, config.optimizer.freeze)
     assert set(trained) == set(params) - set(frozen)
-    assert set(frozen) == {"finetune": {"vision"}, "lora": {"vision", "projector", "language"}}.get(stage, set())
+    assert set(frozen) == {"finetune": {"vision"}, "lora": {"vision", "projector", "language"}}.get(
+        stage, set()
+    )
     make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     longest = 24_576 if stage == "mpo" and size not in ("38b", "78b") else 16_384
     assert config.data.tokens_per_row == longest and config.data.tiles_per_row == 48
@@ -44,20 +55,34 @@ def test_every_size_has_every_stage(stage, size):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_names_its_own_shapes(stage):
     config = recipe(stage, str(tiny_checkpoint.directory()))
-    assert config.model.language == tiny_checkpoint.CONFIG.language and config.processor == tiny_checkpoint.PROCESSOR
+    assert (
+        config.model.language == tiny_checkpoint.CONFIG.language
+        and config.processor == tiny_checkpoint.PROCESSOR
+    )
     assert config.init_from == config.data.tokenizer == str(tiny_checkpoint.directory())
 
 
 def test_pretraining_is_the_papers():
     config = recipe("pretrain", "8b")
-    assert config.data.language_share == 0.25 and len(config.data.deltas) == 9 and config.data.loss_average == "square"
-    assert config.steps * config.data.rows * config.data.tokens_per_row == pytest.approx(200e9, rel=1e-3)
+    assert (
+        config.data.language_share == 0.25
+        and len(config.data.deltas) == 9
+        and config.data.loss_average == "square"
+    )
+    assert config.steps * config.data.rows * config.data.tokens_per_row == pytest.approx(
+        200e9, rel=1e-3
+    )
 
 
 def test_mpo_is_the_scripts():
     for size, pairs in (("8b", 256), ("78b", 512)):
         config, loss = recipe("mpo", size), recipe("mpo", size).loss
-        assert (loss.kind, loss.preference_weight, loss.quality_weight, loss.generation_weight) == ("mpo", 0.8, 0.2, 1.0)
+        assert (loss.kind, loss.preference_weight, loss.quality_weight, loss.generation_weight) == (
+            "mpo",
+            0.8,
+            0.2,
+            1.0,
+        )
         assert config.optimizer.learning_rate == 2e-7 and config.data.pairs and loss.beta == 0.1
         assert config.steps * pairs == pytest.approx(300_000, rel=1e-2)
 

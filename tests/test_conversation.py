@@ -1,4 +1,6 @@
-"""A conversation in a terminal without a model: commands, images, Ctrl-C, and text that cannot drive the terminal."""
+"""A conversation in a terminal without a model: commands, images, Ctrl-C, and text that cannot
+drive the terminal.
+"""
 
 import io
 import sys
@@ -38,7 +40,9 @@ def talk(monkeypatch, lines, ask, terminal=True):
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: terminal})())
+    monkeypatch.setattr(
+        sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: terminal})()
+    )
     model = Model()
     conversation = Conversation(model, ask)
     conversation.run()
@@ -54,7 +58,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys, t
         if len(asked) == 1:
             raise KeyboardInterrupt
 
-    talk(monkeypatch, [f"/image {tmp_path}/a.png", "first", "again", KeyboardInterrupt(), "third", "/quit"], ask)
+    talk(
+        monkeypatch,
+        [f"/image {tmp_path}/a.png", "first", "again", KeyboardInterrupt(), "third", "/quit"],
+        ask,
+    )
     path = str(tmp_path / "a.png")
     assert asked == [("first", [path]), ("again", [path]), ("third", [])]
     assert capsys.readouterr().err.count("stopped; /quit or Ctrl-D leaves") == 2
@@ -97,7 +105,9 @@ def test_commands(monkeypatch, capsys):
 
 def test_an_image_is_looked_at_at_once(monkeypatch, capsys, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    conversation = talk(monkeypatch, [f"/image {tmp_path}/a.png", f"/image {tmp_path}/none.png"], None)
+    conversation = talk(
+        monkeypatch, [f"/image {tmp_path}/a.png", f"/image {tmp_path}/none.png"], None
+    )
     assert conversation.images == []
     assert capsys.readouterr().err.count("error: ") == 2
 
@@ -107,7 +117,12 @@ def test_paths_as_terminals_write_them(tmp_path, monkeypatch):
     path.touch()
     (tmp_path / "b.png").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
-    for text in (str(path), "~/my cat's [1].png", str(path).replace(" ", "\\ ").replace("'", "\\'"), f'"{path}"'):
+    for text in (
+        str(path),
+        "~/my cat's [1].png",
+        str(path).replace(" ", "\\ ").replace("'", "\\'"),
+        f'"{path}"',
+    ):
         assert image_paths(text) == [str(path)]
     assert image_paths(f'"{path}" ~/b.png') == [str(path), str(tmp_path / "b.png")]
     assert image_paths("no such file.png") == ["no such file.png"]
@@ -116,7 +131,14 @@ def test_paths_as_terminals_write_them(tmp_path, monkeypatch):
 def test_an_answer_cannot_drive_the_terminal(capsys):
     class Fake:
         class last:
-            text, token_ids, prompt_tokens, tiles, seconds, finish = "\x1b[2J", [1], 1, [], 1.0, "stop"
+            text, token_ids, prompt_tokens, tiles, seconds, finish = (
+                "\x1b[2J",
+                [1],
+                1,
+                [],
+                1.0,
+                "stop",
+            )
 
         def stream(self, question, images):
             yield "\x1b]52;c;cHduZWQ=\x07\x9b2J\u202epw"

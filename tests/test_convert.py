@@ -1,4 +1,6 @@
-"""python -m convert: bit-exact both ways for every size and layout, and files that other programs open."""
+"""python -m convert: bit-exact both ways for every size and layout, and files that other programs
+open.
+"""
 
 import json
 
@@ -22,14 +24,24 @@ from released import (
     stored_tensors,
     write_released,
 )
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from convert.__main__ import main, parse_size
 from convert.hf_files import export_files
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.checkpoint import load, save_checkpoint
-from internvl3_jax.checkpoints.hf.assemble import ConversionError, padded_shape, params_from_tensors, tensors_from_params
+from internvl3_jax.checkpoints.hf.assemble import (
+    ConversionError,
+    padded_shape,
+    params_from_tensors,
+    tensors_from_params,
+)
 from internvl3_jax.checkpoints.hf.mapping import TABLE, active_rows
 from internvl3_jax.checkpoints.hf.released import travelling_files
 from internvl3_jax.checkpoints.hf.safetensors import INDEX
@@ -43,13 +55,19 @@ from internvl3_jax.sizes import SIZES
 
 @pytest.mark.parametrize("size", list(SIZES))
 def test_the_table_is_the_model(size):
-    shapes = {path: leaf.shape for path, leaf in storage.by_path(abstract_params(SIZES[size])).items()}
+    shapes = {
+        path: leaf.shape for path, leaf in storage.by_path(abstract_params(SIZES[size])).items()
+    }
     rows = {row.target: padded_shape(row, SIZES[size]) for row in active_rows(SIZES[size])}
     assert rows == shapes
 
 
 def test_no_two_rows_share_a_leaf_or_a_tensor():
-    for names in ([row.target for row in TABLE], [row.internvl for row in TABLE], [key for row in TABLE for key in row.hf]):
+    for names in (
+        [row.target for row in TABLE],
+        [row.internvl for row in TABLE],
+        [key for row in TABLE for key in row.hf],
+    ):
         assert len(set(names)) == len(names)
 
 
@@ -70,10 +88,17 @@ def test_round_trip_is_bit_exact(size, layout, tmp_path):
         assert (manifest.model, manifest.processor) == (model, reduce_processor(model))
 
 
-@pytest.mark.parametrize(("vit", "llm", "tied"), [("300m", "qwen2", True), ("6b", "internlm3", False)])
+@pytest.mark.parametrize(
+    ("vit", "llm", "tied"), [("300m", "qwen2", True), ("6b", "internlm3", False)]
+)
 def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
     reference, _ = torch_reference.build_reference(
-        vit, llm, tied, text={"vocab_size": VOCABULARY}, image_token_id=IMAGE_TOKEN_ID, dtype=torch.bfloat16
+        vit,
+        llm,
+        tied,
+        text={"vocab_size": VOCABULARY},
+        image_token_id=IMAGE_TOKEN_ID,
+        dtype=torch.bfloat16,
     )
     expected = {name: tensor.view(torch.int16) for name, tensor in reference.state_dict().items()}
     for layout in ("hf", "internvl"):
@@ -82,13 +107,16 @@ def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
             (tmp_path / layout / name).write_bytes(content)
         convert(tmp_path / layout, tmp_path / f"{layout}-ours")
         convert(tmp_path / f"{layout}-ours", tmp_path / f"{layout}-hf", to="hf")
-        loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / f"{layout}-hf", output_loading_info=True)
+        loaded, report = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / f"{layout}-hf", output_loading_info=True
+        )
         assert not any(report.values()), report
         assert loaded.config.tie_word_embeddings is (tied and layout == "hf")
         found = {name: tensor.view(torch.int16) for name, tensor in loaded.state_dict().items()}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    # The layouts agree about our parameters, and the original one is written as its own code has it.
+    # The layouts agree about our parameters, and the original one is written as its own code has
+    # it.
     one, other = params_of(tmp_path / "hf-ours"), params_of(tmp_path / "internvl-ours")
     assert other.keys() - one.keys() == ({"language/head/kernel"} if tied else set())
     same_tensors(one, {path: other[path] for path in one})
@@ -108,14 +136,22 @@ def test_older_names_of_the_hf_layout_are_read():
     model = reduce("38b")
     params = random_params(model)
     tensors = tensors_from_params(model, params, "hf")
-    renames = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
-    renames |= {"model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector."}
+    renames = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }
+    renames |= {
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
     older = {}
     for name, tensor in tensors.items():
         new, old = next((new, old) for new, old in renames.items() if name.startswith(new))
         older[old + name.removeprefix(new)] = tensor
     same_tensors(storage.by_path(params_from_tensors(model, older)), storage.by_path(params))
-    with pytest.raises(ConversionError, match=r"given twice:\n  language_model.lm_head.weight and lm_head.weight"):
+    with pytest.raises(
+        ConversionError, match=r"given twice:\n  language_model.lm_head.weight and lm_head.weight"
+    ):
         params_from_tensors(model, older | {"lm_head.weight": tensors["lm_head.weight"]})
 
 
@@ -130,7 +166,7 @@ def test_buffers_of_old_versions_are_ignored_and_a_tied_head_must_be_the_embeddi
         params_from_tensors(model, tensors | {"lm_head.weight": tensors["lm_head.weight"][::-1]})
 
 
-# --- exported files -----------------------------------------------------------------------------------------------------------
+# --- exported files ------------------------------------------------------------------------------
 
 
 def test_exported_directory_opens_in_transformers(tmp_path):
@@ -139,36 +175,58 @@ def test_exported_directory_opens_in_transformers(tmp_path):
     convert(tmp_path / "released", tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "hf", to="hf")
     checkpoint, tokenizer = (load(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf"))
-    messages = [{"role": "user", "content": "Where is the <ref>cat</ref>?"}, {"role": "assistant", "content": "Là: 在这里\n"}]
+    messages = [
+        {"role": "user", "content": "Where is the <ref>cat</ref>?"},
+        {"role": "assistant", "content": "Là: 在这里\n"},
+    ]
     messages.append({"role": "user", "content": "Sure?"})
     for start in (messages, [{"role": "system", "content": "Be brief."}, *messages]):
-        ours = encode_chat(start, [], checkpoint.tokenizer, checkpoint.processor, add_generation_prompt=True).tokens
+        ours = encode_chat(
+            start, [], checkpoint.tokenizer, checkpoint.processor, add_generation_prompt=True
+        ).tokens
         theirs = tokenizer.apply_chat_template(start, add_generation_prompt=True)["input_ids"]
         assert theirs == ours.tolist()
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
-    picture = tokenizer.start_image_token + tokenizer.context_image_token * 9 * 4 + tokenizer.end_image_token
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+    )
+    picture = (
+        tokenizer.start_image_token
+        + tokenizer.context_image_token * 9 * 4
+        + tokenizer.end_image_token
+    )
     prompt = prompt.replace(tokenizer.context_image_token, picture)
     question = [{"role": "user", "content": "<image>\nWhat is it?"}]
-    ours = encode_chat(question, [9], checkpoint.tokenizer, checkpoint.processor, add_generation_prompt=True).tokens
+    ours = encode_chat(
+        question, [9], checkpoint.tokenizer, checkpoint.processor, add_generation_prompt=True
+    ).tokens
     assert tokenizer(prompt)["input_ids"] == ours.tolist()
     pictures = AutoImageProcessor.from_pretrained(tmp_path / "hf")
     pixels = pictures(Image.new("RGB", (64, 32), (255, 0, 0)), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (9, 3, 16, 16)
     assert torch.allclose(
-        pixels[0, :, 0, 0], (torch.tensor([1.0, 0, 0]) - torch.tensor(model.vision.mean)) / torch.tensor(model.vision.std)
+        pixels[0, :, 0, 0],
+        (torch.tensor([1.0, 0, 0]) - torch.tensor(model.vision.mean))
+        / torch.tensor(model.vision.std),
     )
     generation = GenerationConfig.from_pretrained(tmp_path / "hf")
     assert generation.eos_token_id == [checkpoint.tokenizer.token_id("<|im_end|>")]
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "hf" / name).read_text())["processor_class"] == "InternVLProcessor"
+        assert (
+            json.loads((tmp_path / "hf" / name).read_text())["processor_class"]
+            == "InternVLProcessor"
+        )
 
 
 def test_processor_settings_survive_an_export(tmp_path):
     model = reduce("2b")
     model.vision.drop_path, model.vision.mean = 0.2, (0.5, 0.5, 0.5)
-    processor = reduce_processor(model, delta=64, system_message=None, max_tiles=6, frame_label="Frame{}: ", apply_exif=True)
-    save_checkpoint(tmp_path / "ours", random_params(model), model, processor, tiny_tokenizer.build())
+    processor = reduce_processor(
+        model, delta=64, system_message=None, max_tiles=6, frame_label="Frame{}: ", apply_exif=True
+    )
+    save_checkpoint(
+        tmp_path / "ours", random_params(model), model, processor, tiny_tokenizer.build()
+    )
     for layout in ("internvl", "hf"):
         convert(tmp_path / "ours", tmp_path / layout, to=layout)
         checkpoint = load(tmp_path / layout)
@@ -179,7 +237,9 @@ def test_processor_settings_survive_an_export(tmp_path):
         with pytest.raises(ValueError, match="disagree about vision.norm_eps"):
             load(tmp_path / layout)
     assert values.keys() & {"rope_pos_id_stride"} == set()
-    assert json.loads((tmp_path / "internvl" / "config.json").read_text())["rope_pos_id_stride"] == 64
+    assert (
+        json.loads((tmp_path / "internvl" / "config.json").read_text())["rope_pos_id_stride"] == 64
+    )
 
 
 def test_model_code_travels_with_the_original_layout_only(tmp_path):
@@ -193,7 +253,10 @@ def test_model_code_travels_with_the_original_layout_only(tmp_path):
     convert(tmp_path / "ours", tmp_path / "internvl", to="internvl")
     convert(tmp_path / "ours", tmp_path / "hf", to="hf")
     assert (tmp_path / "internvl" / "modeling_internvl_chat.py").exists()
-    assert json.loads((tmp_path / "internvl" / "config.json").read_text())["auto_map"] == values["auto_map"]
+    assert (
+        json.loads((tmp_path / "internvl" / "config.json").read_text())["auto_map"]
+        == values["auto_map"]
+    )
     assert not list((tmp_path / "hf").glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
@@ -201,20 +264,34 @@ def test_model_code_travels_with_the_original_layout_only(tmp_path):
 def test_dtype_is_cast_and_what_does_not_fit_is_refused(tmp_path):
     model = reduce("1b")
     params = random_params(model, dtype=np.float32)
-    save_checkpoint(tmp_path / "ours", params, model, reduce_processor(model), tiny_tokenizer.build())
+    save_checkpoint(
+        tmp_path / "ours", params, model, reduce_processor(model), tiny_tokenizer.build()
+    )
     convert(tmp_path / "ours", tmp_path / "half", dtype="bfloat16", to="hf", verify=True)
-    expected = {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in storage.by_path(params).items()}
+    expected = {
+        path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in storage.by_path(params).items()
+    }
     same_tensors(params_of(tmp_path / "half"), expected)
     convert(tmp_path / "half", tmp_path / "single", dtype="float32", verify=True)
-    same_tensors(params_of(tmp_path / "single"), {path: leaf.astype(np.float32) for path, leaf in expected.items()})
+    same_tensors(
+        params_of(tmp_path / "single"),
+        {path: leaf.astype(np.float32) for path, leaf in expected.items()},
+    )
     params["projector"]["fc1"]["bias"][0] = 1e6
-    save_checkpoint(tmp_path / "ours", params, model, reduce_processor(model), tiny_tokenizer.build(), overwrite=True)
+    save_checkpoint(
+        tmp_path / "ours",
+        params,
+        model,
+        reduce_processor(model),
+        tiny_tokenizer.build(),
+        overwrite=True,
+    )
     with pytest.raises(ConversionError, match="projector/fc1/bias.*float16"):
         convert(tmp_path / "ours", tmp_path / "float16", dtype="float16")
     assert not (tmp_path / "float16").exists()
 
 
-# --- command line -------------------------------------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, capsys):
@@ -234,7 +311,12 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_sizes():
-    assert [parse_size(text) for text in ("5GB", "1.5 mb", "200K", "77")] == [5 * 10**9, 1_500_000, 200_000, 77]
+    assert [parse_size(text) for text in ("5GB", "1.5 mb", "200K", "77")] == [
+        5 * 10**9,
+        1_500_000,
+        200_000,
+        77,
+    ]
     with pytest.raises(Exception, match="no size"):
         parse_size("many")
 
@@ -249,11 +331,17 @@ def test_real_tokenizer_is_the_same_in_transformers(layout, tmp_path):
     files = travelling_files(write_qwen_tokenizer(tmp_path / "released", layout))
     ours = Tokenizer.from_files(files)
     (tmp_path / "hf").mkdir()
-    for name, content in export_files(SIZES["1b"], ProcessorConfig(), ours, "hf", "bfloat16", files).items():
+    for name, content in export_files(
+        SIZES["1b"], ProcessorConfig(), ours, "hf", "bfloat16", files
+    ).items():
         (tmp_path / "hf" / name).write_bytes(content)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(theirs) == ours.vocab_size == 151674
-    assert theirs.video_token == "<|video_pad|>"  # a token of its own would have no row in the embedding
+    # a token of its own would have no row in the embedding
+    assert theirs.video_token == "<|video_pad|>"
     assert theirs.context_image_token_id == SIZES["1b"].image_token_id
-    text = "".join(FRAGMENTS) + "<img><IMG_CONTEXT></img><ref>猫</ref><box>[[1, 2, 3, 4]]</box><|im_end|>\n"
+    text = (
+        "".join(FRAGMENTS)
+        + "<img><IMG_CONTEXT></img><ref>猫</ref><box>[[1, 2, 3, 4]]</box><|im_end|>\n"
+    )
     assert theirs(text)["input_ids"] == ours.encode(text)

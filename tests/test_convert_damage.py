@@ -68,7 +68,10 @@ def test_damaged_index_names_shard_and_tensor(tmp_path):
     assert len(files) > 2
     (sharded / "files.json").unlink()  # as of a directory that was not made here
     shutil.copytree(sharded, tmp_path / "moved")
-    moved = {"weight_map": index["weight_map"] | {KEY: next(file for file in files if file != index["weight_map"][KEY])}}
+    moved = {
+        "weight_map": index["weight_map"]
+        | {KEY: next(file for file in files if file != index["weight_map"][KEY])}
+    }
     (tmp_path / "moved" / INDEX).write_text(json.dumps(moved))
     check_refused(tmp_path / "moved", KEY, tmp_path)
     (tmp_path / "moved" / INDEX).unlink()
@@ -111,7 +114,8 @@ def test_interrupted_write_leaves_nothing_and_spares_what_was_there(to, tmp_path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["released", "target"]
     same_tensors(params_of(tmp_path / "target"), before)
     monkeypatch.undo()
-    # What a killed process left behind is no checkpoint, and does not stand in the way of the next attempt.
+    # What a killed process left behind is no checkpoint, and does not stand in the way of the next
+    # attempt.
     unfinished.Unfinished(tmp_path / "fresh", "0123abcd", True).lock.release()
     convert(released, tmp_path / "fresh", to=to)
     convert(released, tmp_path / "target", to=to, overwrite=True)
@@ -144,7 +148,7 @@ def test_verify_finds_a_wrong_write_and_a_changed_source(tmp_path, monkeypatch):
         convert(tmp_path / "copy", tmp_path / "ours", verify=True)
 
 
-# --- headers and indexes ----------------------------------------------------------------------------------------------------------
+# --- headers and indexes -------------------------------------------------------------------------
 
 OTHER = "language_model.model.layers.0.mlp.up_proj.weight"
 
@@ -155,7 +159,9 @@ def sound(tmp_path_factory):
 
 
 def spoiled(sound, tmp_path, change):
-    """A copy whose header is what `change` makes of (header, bytes of the tensors): (header as an object or bytes, bytes)."""
+    """A copy whose header is what `change` makes of (header, bytes of the tensors): (header as an
+    object or bytes, bytes).
+    """
     shutil.copytree(sound, tmp_path / "released")
     path = tmp_path / "released" / SINGLE
     content = path.read_bytes()
@@ -229,7 +235,10 @@ def test_a_header_beyond_the_librarys_limit_is_not_read(tmp_path):
         (b'{"weight_map": []}', "weight_map is the list"),
         (b'{"weight_map": {"a": null}}', "a is null; expected a text"),
         (b'{"weight_map": {"a": "../b.safetensors"}}', "expected a file of this directory"),
-        (b'{"weight_map": {"a": "b.safetensors"}}', "names files that are not there: b.safetensors"),
+        (
+            b'{"weight_map": {"a": "b.safetensors"}}',
+            "names files that are not there: b.safetensors",
+        ),
     ],
 )
 def test_indexes_are_read_strictly(content, message, tmp_path):
@@ -253,7 +262,7 @@ def test_stale_shards_beside_the_weights_are_ignored_with_a_word(sound, tmp_path
     assert "as transformers does; ignoring model-00001-of-00001.safetensors" in caplog.text
 
 
-# --- files that are not what they seem ---------------------------------------------------------------------------------------------
+# --- files that are not what they seem -----------------------------------------------------------
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -262,8 +271,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(POINTER), "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
-        (lambda path: path.write_bytes(b"<!DOCTYPE html><html>"), "is a web page, not the file itself"),
+        (
+            lambda path: path.write_bytes(POINTER),
+            "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+        ),
+        (
+            lambda path: path.write_bytes(b"<!DOCTYPE html><html>"),
+            "is a web page, not the file itself",
+        ),
         (
             lambda path: path.symlink_to("../../blobs/0123"),
             "links to ../../blobs/0123, which is not there; the download is incomplete",
@@ -294,11 +309,13 @@ def test_links_out_of_a_checkpoint_are_not_followed_but_the_hubs_own_are(sound, 
     convert(snapshot, tmp_path / "ours", to="hf")
     assert Manifest.read(tmp_path / "ours").source == f"owner/name@{'0' * 40}"
     (snapshot / "modeling.py").symlink_to(tmp_path / "secret.py")
-    with pytest.raises(ValueError, match="modeling.py: links out of its directory, to .*secret.py; put a copy"):
+    with pytest.raises(
+        ValueError, match="modeling.py: links out of its directory, to .*secret.py; put a copy"
+    ):
         open_model(snapshot)
 
 
-# --- values ----------------------------------------------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------------
 
 
 def test_nan_and_infinite_weights_are_named_and_counted(sound, tmp_path, capsys):
@@ -324,11 +341,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(sound, tmp_path):
     ids = json.loads((sound / "added_tokens.json").read_text())
     ids |= {f"<new{number}>": 460 + number for number in range(5)}
     (tmp_path / "released" / "added_tokens.json").write_text(json.dumps(ids))
-    with pytest.raises(ValueError, match="the tokenizer has 465 tokens, the model's vocab_size is 463"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has 465 tokens, the model's vocab_size is 463"
+    ):
         open_model(tmp_path / "released")
 
 
-# --- DST ---------------------------------------------------------------------------------------------------------------------------
+# --- DST -----------------------------------------------------------------------------------------
 
 
 def test_dst_is_looked_at_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -350,7 +369,8 @@ def test_dst_is_looked_at_before_anything_is_read(tmp_path, monkeypatch, capsys)
 def test_a_hub_id_may_have_a_revision(name, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *names, **options: calls.append((*names, options["revision"])) or tmp_path
+        "huggingface_hub.snapshot_download",
+        lambda *names, **options: calls.append((*names, options["revision"])) or tmp_path,
     )
     assert resolve_checkpoint(name) == tmp_path
     assert calls == [("owner/name", name.partition("@")[2] or None)]
@@ -362,7 +382,9 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(FileNotFoundError, match="could not be downloaded from the hub: first line second line"):
+    with pytest.raises(
+        FileNotFoundError, match="could not be downloaded from the hub: first line second line"
+    ):
         resolve_checkpoint("owner/name")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set and it is not in the cache"):

@@ -1,4 +1,6 @@
-"""critic.py and data/steps.py: the conversation of VisualPRM, and scores that are those of a plain forward pass over it."""
+"""critic.py and data/steps.py: the conversation of VisualPRM, and scores that are those of a plain
+forward pass over it.
+"""
 
 import dataclasses
 import functools
@@ -28,15 +30,23 @@ from internvl3_jax.reward.critic import Critic, label_log_probabilities
 
 checkpoint = functools.cache(lambda: load(directory()))
 QUESTION = "What is the sum?"
-SOLUTIONS = ["1, 2\n\n1 + 2 = 3\n\nAnswer: 3", "7", "1, 3\n\n1 + 3 = 5\n\n5 + 0 = 5\n\n5 = 5\n\nAnswer: 5", "2\n\nAnswer: 2"]
+SOLUTIONS = [
+    "1, 2\n\n1 + 2 = 3\n\nAnswer: 3",
+    "7",
+    "1, 3\n\n1 + 3 = 5\n\n5 + 0 = 5\n\n5 = 5\n\nAnswer: 5",
+    "2\n\nAnswer: 2",
+]
 
 
-# --- steps and conversation -------------------------------------------------------------------------------------------------------
+# --- steps and conversation ----------------------------------------------------------------------
 
 
 def test_system_message_is_the_published_one():
     digest = hashlib.sha256(critic_format.SYSTEM.encode()).hexdigest()
-    assert digest == "18279fe8e6c5f76aebb619b266e665b89b2d0b1cb181b6aa3fded44d24b8fa1e" and len(critic_format.SYSTEM) == 945
+    assert (
+        digest == "18279fe8e6c5f76aebb619b266e665b89b2d0b1cb181b6aa3fded44d24b8fa1e"
+        and len(critic_format.SYSTEM) == 945
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +57,8 @@ def test_system_message_is_the_published_one():
         ("a\n\n\n\nb\n\n", None, ["a", "b"]),
         ("", None, [""]),
         ("a\n\nb\n\nc\n\nd\n\ne", 5, ["a", "b", "c", "d", "e"]),
-        ("a\n\nb\n\nc\n\nd\n\ne", 4, ["a\n\nb", "c\n\nd", "e"]),  # chunks of ceil(5 / 4): three, not four
+        # chunks of ceil(5 / 4): three, not four
+        ("a\n\nb\n\nc\n\nd\n\ne", 4, ["a\n\nb", "c\n\nd", "e"]),
         ("a\n\nb\n\nc\n\nd\n\ne", 2, ["a\n\nb\n\nc", "d\n\ne"]),
         ("a\n\nb", 1, ["a\n\nb"]),
     ],
@@ -57,7 +68,9 @@ def test_steps(solution, max_steps, expected):
 
 
 def test_conversation():
-    messages = critic_format.critic_messages("Q?", ["first", "then <image>"], ["+", "-"], system="judge")
+    messages = critic_format.critic_messages(
+        "Q?", ["first", "then <image>"], ["+", "-"], system="judge"
+    )
     assert messages == [
         {"role": "system", "content": "judge"},
         {"role": "user", "content": "### Question:\nQ?\n\n### Solution Process:\nfirst"},
@@ -65,7 +78,11 @@ def test_conversation():
         {"role": "user", "content": "then <image>", "images": 0},
         {"role": "assistant", "content": "-"},
     ]
-    assert [m["content"] for m in critic_format.critic_messages("Q?", ["a", "b"]) if m["role"] == "assistant"] == ["+", "+"]
+    assert [
+        m["content"]
+        for m in critic_format.critic_messages("Q?", ["a", "b"])
+        if m["role"] == "assistant"
+    ] == ["+", "+"]
     assert critic_format.critic_messages("<image>\nQ?", ["an <image>"])[0]["images"] == 1
 
 
@@ -76,25 +93,42 @@ def test_the_system_message_as_the_public_trainer_made_it():
     )
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------------------
+# --- scores --------------------------------------------------------------------------------------
 
 
-def plain_scores(opened: Checkpoint, question: str, images: list, solution_steps: list[str], system=None) -> np.ndarray:
-    """Log-probabilities over the vocabulary of + and - [S,2] from one forward pass in the training layout, found by decoding."""
+def plain_scores(
+    opened: Checkpoint, question: str, images: list, solution_steps: list[str], system=None
+) -> np.ndarray:
+    """Log-probabilities over the vocabulary of + and - [S,2] from one forward pass in the training
+    layout, found by decoding.
+    """
     tiles = cut_pictures(images, opened.processor)
     messages = critic_format.critic_messages(question, solution_steps, system=system)
-    encoded = encode_chat(messages, [len(t) for t in tiles], opened.tokenizer, opened.processor, add_generation_prompt=False)
-    positions = build_positions(len(encoded.tokens), encoded.runs, [opened.processor.delta] * len(tiles))
+    encoded = encode_chat(
+        messages,
+        [len(t) for t in tiles],
+        opened.tokenizer,
+        opened.processor,
+        add_generation_prompt=False,
+    )
+    positions = build_positions(
+        len(encoded.tokens), encoded.runs, [opened.processor.delta] * len(tiles)
+    )
     row = {"tokens": encoded.tokens, "positions": positions, "segments": np.ones_like(positions)}
-    batch = {name: np.pad(value, (0, 320 - len(value)))[None] for name, value in row.items()}  # one compiled program for all
+    # one compiled program for all
+    batch = {name: np.pad(value, (0, 320 - len(value)))[None] for name, value in row.items()}
     joined = join_tiles(tiles, opened.processor.image_size)
     batch["tiles"] = np.pad(joined, ((0, 6 - len(joined)), *[(0, 0)] * 3))[None]
-    logits = forward(opened.model, opened.params, batch, "none" if opened.processor.delta != UNITS else None)[0]
+    logits = forward(
+        opened.model, opened.params, batch, "none" if opened.processor.delta != UNITS else None
+    )[0]
     header = opened.tokenizer.encode("<|im_start|>assistant\n")
     ids = encoded.tokens.tolist()
     places = [i + len(header) - 1 for i in range(len(ids)) if ids[i : i + len(header)] == header]
     assert len(places) == len(solution_steps)
-    return np.asarray(jax.nn.log_softmax(logits[np.asarray(places)]))[:, [opened.tokenizer.token_id(label) for label in "+-"]]
+    return np.asarray(jax.nn.log_softmax(logits[np.asarray(places)]))[
+        :, [opened.tokenizer.token_id(label) for label in "+-"]
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -107,13 +141,21 @@ def tiny_critic(**options) -> Critic:
     return Critic(checkpoint(), **options)
 
 
-@pytest.mark.parametrize("images", [[], [picture(40, 20)], [picture(20, 20), picture(16, 48)]], ids=["text", "one", "two"])
+@pytest.mark.parametrize(
+    "images",
+    [[], [picture(40, 20)], [picture(20, 20), picture(16, 48)]],
+    ids=["text", "one", "two"],
+)
 def test_scores_are_those_of_a_forward_pass_for_each_solution(images):
     tags = {0: "", 1: "<image>\n", 2: "Image-1: <image>\nImage-2: <image>\n"}[len(images)]
     found = tiny_critic().score(QUESTION, images, SOLUTIONS)
-    assert [scores.steps for scores in found] == [critic_format.split_steps(solution) for solution in SOLUTIONS]
+    assert [scores.steps for scores in found] == [
+        critic_format.split_steps(solution) for solution in SOLUTIONS
+    ]
     for solution, scores in zip(SOLUTIONS, found, strict=True):
-        logs = plain_scores(checkpoint(), tags + QUESTION, images, critic_format.split_steps(solution))
+        logs = plain_scores(
+            checkpoint(), tags + QUESTION, images, critic_format.split_steps(solution)
+        )
         expected = np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1)
         np.testing.assert_allclose(scores.scores, expected, rtol=1e-4)
         assert scores.score == pytest.approx(np.mean(scores.scores))
@@ -122,7 +164,9 @@ def test_scores_are_those_of_a_forward_pass_for_each_solution(images):
 
 def test_a_solution_does_not_see_its_neighbours():
     together = tiny_critic().score(QUESTION, [picture(20, 20)], SOLUTIONS)
-    alone = [tiny_critic().score(QUESTION, [picture(20, 20)], [solution])[0] for solution in SOLUTIONS]
+    alone = [
+        tiny_critic().score(QUESTION, [picture(20, 20)], [solution])[0] for solution in SOLUTIONS
+    ]
     split = tiny_critic(batch_size=2).score(QUESTION, [picture(20, 20)], [*SOLUTIONS, SOLUTIONS[0]])
     assert split[0] is split[-1]
     for one, other, third in zip(together, alone, split, strict=False):
@@ -134,23 +178,34 @@ def test_whole_vocabulary_system_message_and_merging():
     options = {"among": "vocabulary", "system": "Judge.", "max_steps": 2}
     (scores,) = tiny_critic(**options).score(QUESTION, [picture(20, 20)], SOLUTIONS[2:3])
     assert scores.steps == ["1, 3\n\n1 + 3 = 5\n\n5 + 0 = 5", "5 = 5\n\nAnswer: 5"]
-    logs = plain_scores(checkpoint(), "<image>\n" + QUESTION, [picture(20, 20)], scores.steps, system="Judge.")
+    logs = plain_scores(
+        checkpoint(), "<image>\n" + QUESTION, [picture(20, 20)], scores.steps, system="Judge."
+    )
     np.testing.assert_allclose(scores.scores, np.exp(logs[:, 0]), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("aggregate", "reduce"), [("min", np.min), ("max", np.max), ("product", np.prod), ("mean", np.mean)])
+@pytest.mark.parametrize(
+    ("aggregate", "reduce"),
+    [("min", np.min), ("max", np.max), ("product", np.prod), ("mean", np.mean)],
+)
 def test_aggregates(aggregate, reduce):
     for scores in tiny_critic(aggregate=aggregate).score(QUESTION, [], SOLUTIONS):
         assert scores.score == pytest.approx(reduce(scores.scores))
 
 
 def test_pictures_and_question_are_run_once(monkeypatch):
-    """8 solutions: the picture's tiles and the question go through the model once, whatever the number of solutions."""
+    """8 solutions: the picture's tiles and the question go through the model once, whatever the
+    number of solutions.
+    """
     encoded, run = [], []
     generate, step = critic_module.Generator.features, critic_module._step
 
     def features(self, prompts, length, keep):
-        runs = [(start, tiles) for p in prompts for (start, _), tiles in zip(p.runs, p.tiles, strict=True)]
+        runs = [
+            (start, tiles)
+            for p in prompts
+            for (start, _), tiles in zip(p.runs, p.tiles, strict=True)
+        ]
         encoded.append(sum(len(tiles) for start, tiles in runs if start >= keep))
         return generate(self, prompts, length, keep)
 
@@ -177,17 +232,29 @@ def test_v2pe_critic():
     opened = dataclasses.replace(checkpoint(), processor=dataclasses.replace(PROCESSOR, delta=64))
     (scores,) = Critic(opened).score(QUESTION, [picture(40, 20)], SOLUTIONS[:1])
     logs = plain_scores(opened, "<image>\n" + QUESTION, [picture(40, 20)], scores.steps)
-    np.testing.assert_allclose(scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4
+    )
 
 
 def test_beyond_the_trained_length_nothing_is_shared():
-    """Dynamic NTK: the frequencies depend on the length of each row, so each is run whole; and shorter rows of the batch keep theirs."""
-    language = dataclasses.replace(CONFIG.language, rope_scaling="dynamic", rope_factor=4.0, max_position=100)
+    """Dynamic NTK: the frequencies depend on the length of each row, so each is run whole; and
+    shorter rows of the batch keep theirs.
+    """
+    language = dataclasses.replace(
+        CONFIG.language, rope_scaling="dynamic", rope_factor=4.0, max_position=100
+    )
     config = dataclasses.replace(CONFIG, language=language)
     opened = dataclasses.replace(checkpoint(), config=config, model=InternVL(config))
-    for solution, scores in zip(SOLUTIONS, Critic(opened).score(QUESTION, [picture(40, 20)], SOLUTIONS), strict=True):
-        logs = plain_scores(opened, "<image>\n" + QUESTION, [picture(40, 20)], critic_format.split_steps(solution))
-        np.testing.assert_allclose(scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4)
+    for solution, scores in zip(
+        SOLUTIONS, Critic(opened).score(QUESTION, [picture(40, 20)], SOLUTIONS), strict=True
+    ):
+        logs = plain_scores(
+            opened, "<image>\n" + QUESTION, [picture(40, 20)], critic_format.split_steps(solution)
+        )
+        np.testing.assert_allclose(
+            scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4
+        )
 
 
 def test_visualprm_architecture_against_torch():
@@ -196,7 +263,14 @@ def test_visualprm_architecture_against_torch():
     reference.body.config.image_token_id = 453
     config, params = ours(reference, 453)
     tokenizer = Tokenizer.from_files(tiny_tokenizer.build())
-    opened = Checkpoint(InternVL(config), config, params, ProcessorConfig(16, 4, system_message="Judge."), tokenizer, None)
+    opened = Checkpoint(
+        InternVL(config),
+        config,
+        params,
+        ProcessorConfig(16, 4, system_message="Judge."),
+        tokenizer,
+        None,
+    )
     image = picture(40, 20)
     found = Critic(opened).score(QUESTION, [image], SOLUTIONS)
     (tiles,) = cut_pictures([image], opened.processor)
@@ -204,16 +278,23 @@ def test_visualprm_architecture_against_torch():
     for solution, scores in zip(SOLUTIONS, found, strict=True):
         text = "<|im_start|>system\nJudge.<|im_end|>\n"
         for number, step in enumerate(solution.split("\n\n")):
-            step = f"### Question:\n{picture_text}\n{QUESTION}\n\n### Solution Process:\n{step}" if number == 0 else step
+            step = (
+                f"### Question:\n{picture_text}\n{QUESTION}\n\n### Solution Process:\n{step}"
+                if number == 0
+                else step
+            )
             text += f"<|im_start|>user\n{step}<|im_end|>\n<|im_start|>assistant\n"
-            # As version "soft" of the reference: the conversation so far, the next token after the header.
+            # As version "soft" of the reference: the conversation so far, the next token after the
+            # header.
             logits = reference(torch.tensor([tokenizer.encode(text)]), pixels(tiles, config))[0, -1]
-            expected = logits[[tokenizer.token_id("+"), tokenizer.token_id("-")]].softmax(dim=0)[0].item()
+            expected = (
+                logits[[tokenizer.token_id("+"), tokenizer.token_id("-")]].softmax(dim=0)[0].item()
+            )
             assert scores.scores[number] == pytest.approx(expected, rel=1e-4)
             text += "+<|im_end|>\n"
 
 
-# --- what cannot be judged ----------------------------------------------------------------------------------------------------------
+# --- what cannot be judged -----------------------------------------------------------------------
 
 
 def test_errors():
@@ -222,7 +303,9 @@ def test_errors():
             Critic(checkpoint(), **options)
     with pytest.raises(ChatError, match="question 7: 2 pictures, but 1 <image> tags"):
         tiny_critic().score("<image>", [picture(20, 20)] * 2, ["1"], "question 7")
-    with pytest.raises(ContextError, match="question 8, read by the critic: .* the model knows 2,048"):
+    with pytest.raises(
+        ContextError, match="question 8, read by the critic: .* the model knows 2,048"
+    ):
         tiny_critic().score(QUESTION, [], ["1 + 1\n\n" * 400], "question 8")
     with pytest.raises(ChatError, match="solutions must be a list"):
         tiny_critic().score(QUESTION, [], "Answer: 6")
@@ -231,10 +314,25 @@ def test_errors():
 def test_places_may_have_a_token_only_in_common():
     """Prompts that differ from the start: nothing is shared, and every row is right."""
     rng = np.random.default_rng(0)
-    prompts = [Prompt(rng.integers(0, 440, n).astype(np.int32), np.arange(n, dtype=np.int32) * UNITS, [], []) for n in (9, 30)]
-    logs = label_log_probabilities(tiny_critic().generator, prompts, [[3, 8], [20]], (5, 6, 7), "none")
+    prompts = [
+        Prompt(
+            rng.integers(0, 440, n).astype(np.int32), np.arange(n, dtype=np.int32) * UNITS, [], []
+        )
+        for n in (9, 30)
+    ]
+    logs = label_log_probabilities(
+        tiny_critic().generator, prompts, [[3, 8], [20]], (5, 6, 7), "none"
+    )
     for prompt, places, found in zip(prompts, [[3, 8], [20]], logs, strict=True):
-        batch = {"tokens": prompt.tokens, "positions": prompt.positions, "segments": np.ones_like(prompt.tokens)}
-        batch = {name: value[None] for name, value in batch.items()} | {"tiles": np.zeros((1, 0, 16, 16, 3), np.uint8)}
+        batch = {
+            "tokens": prompt.tokens,
+            "positions": prompt.positions,
+            "segments": np.ones_like(prompt.tokens),
+        }
+        batch = {name: value[None] for name, value in batch.items()} | {
+            "tiles": np.zeros((1, 0, 16, 16, 3), np.uint8)
+        }
         logits = forward(checkpoint().model, checkpoint().params, batch, None)[0]
-        np.testing.assert_allclose(found, jax.nn.log_softmax(logits)[np.asarray(places), 5:8], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            found, jax.nn.log_softmax(logits)[np.asarray(places), 5:8], rtol=1e-4, atol=1e-4
+        )

@@ -1,4 +1,6 @@
-"""The digits data: handwriting split for good, items that depend on their number alone, answers that are true of their pictures."""
+"""The digits data: handwriting split for good, items that depend on their number alone, answers
+that are true of their pictures.
+"""
 
 import collections
 import functools
@@ -36,21 +38,28 @@ def turns(question: Question):
     """(what is asked, what is answered) of each turn, without the picture's tag."""
     users, answers = question.messages[::2], question.messages[1::2]
     assert [message["role"] for message in question.messages] == ["user", "assistant"] * len(users)
-    return [(user["content"].removeprefix("<image>\n"), answer["content"]) for user, answer in zip(users, answers, strict=True)]
+    return [
+        (user["content"].removeprefix("<image>\n"), answer["content"])
+        for user, answer in zip(users, answers, strict=True)
+    ]
 
 
 def task_of(prompt: str) -> str:
-    patterns = {task: re.escape(text).replace(r"\{\}", r"\d") for task, text in digits.PROMPTS.items()}
+    patterns = {
+        task: re.escape(text).replace(r"\{\}", r"\d") for task, text in digits.PROMPTS.items()
+    }
     patterns["compare"] = patterns["compare"].replace("<image>", r"(<image>|\d+)")
     (task,) = [task for task, pattern in patterns.items() if re.fullmatch(pattern, prompt)]
     return task
 
 
-# --- handwriting -----------------------------------------------------------------------------------------------------------------
+# --- handwriting ---------------------------------------------------------------------------------
 
 
 def test_test_handwriting_is_never_trained_on():
-    (train, train_labels), (test, test_labels) = (digits.handwriting(split) for split in ("train", "test"))
+    (train, train_labels), (test, test_labels) = (
+        digits.handwriting(split) for split in ("train", "test")
+    )
     assert len(train) + len(test) == 1797 and len(test) == 360
     assert not {scan.tobytes() for scan in train} & {scan.tobytes() for scan in test}
     assert train.dtype == np.uint8 and train.max() == 255
@@ -62,7 +71,9 @@ def test_test_handwriting_is_never_trained_on():
 def test_training_pictures_use_training_handwriting_alone(monkeypatch):
     asked_for = []
     original = digits.handwriting
-    monkeypatch.setattr(digits, "handwriting", lambda split: asked_for.append(split) or original(split))
+    monkeypatch.setattr(
+        digits, "handwriting", lambda split: asked_for.append(split) or original(split)
+    )
     for index in range(30):
         DigitsSource(100, seed=0)[index]
     assert set(asked_for) == {"train"}
@@ -71,25 +82,34 @@ def test_training_pictures_use_training_handwriting_alone(monkeypatch):
     assert set(asked_for) == {"test"}
 
 
-# --- items -----------------------------------------------------------------------------------------------------------------------
+# --- items ---------------------------------------------------------------------------------------
 
 
 def contents(question):
-    return question.task, question.messages, [(picture.size, picture.tobytes()) for picture in question.pictures]
+    return (
+        question.task,
+        question.messages,
+        [(picture.size, picture.tobytes()) for picture in question.pictures],
+    )
 
 
 def test_an_item_depends_on_its_number_alone():
     source, again = DigitsSource(LATE + 50, seed=3), DigitsSource(10**6, seed=3)
     order = np.random.default_rng(0).permutation(50)
     read = {index: contents(source[LATE + index]) for index in order}
-    assert all(read[index] == contents(again[LATE + index]) == contents(items()[index]) for index in range(50))
+    assert all(
+        read[index] == contents(again[LATE + index]) == contents(items()[index])
+        for index in range(50)
+    )
     assert len({repr(read[index][1:]) for index in read}) == 50
     assert contents(DigitsSource(100, seed=4)[0]) != contents(DigitsSource(100, seed=3)[0])
 
 
 def test_held_out_questions_stay_the_same():
     first, second = digits.held_out(3), digits.held_out(5)
-    assert [question.task for question in first] == [task for task in digits.TASKS for _ in range(3)]
+    assert [question.task for question in first] == [
+        task for task in digits.TASKS for _ in range(3)
+    ]
     for task in range(len(digits.TASKS)):
         for index in range(3):
             assert contents(first[3 * task + index]) == contents(second[5 * task + index])
@@ -100,7 +120,9 @@ def test_every_kind_occurs():
     tasks, lengths, tiles = collections.Counter(), collections.Counter(), collections.Counter()
     for question in items():
         limit = image_limit(CONFIG.processor, len(question.pictures))
-        tiles.update(count_tiles(*picture.size, CONFIG.processor, limit) for picture in question.pictures)
+        tiles.update(
+            count_tiles(*picture.size, CONFIG.processor, limit) for picture in question.pictures
+        )
         for prompt, answer in turns(question):
             tasks[task_of(prompt)] += 1
             if task_of(prompt) == "read":
@@ -110,13 +132,17 @@ def test_every_kind_occurs():
     assert len(tiles) >= 4 and tiles[1] > 10
     sizes = [picture.size for question in items() for picture in question.pictures]
     assert len(set(sizes)) > 150
-    assert any(height > width for width, height in sizes) and any(width > 3 * height for width, height in sizes)
+    assert any(height > width for width, height in sizes) and any(
+        width > 3 * height for width, height in sizes
+    )
 
 
 def test_the_first_items_are_easier():
     source = DigitsSource(10**6, seed=0)
     for index in range(40):
-        assert all(len(answer) == 1 for prompt, answer in turns(source[index]) if task_of(prompt) == "read")
+        assert all(
+            len(answer) == 1 for prompt, answer in turns(source[index]) if task_of(prompt) == "read"
+        )
 
 
 def test_answers_have_their_form_and_agree():
@@ -149,7 +175,11 @@ def test_answers_have_their_form_and_agree():
         if {"read", "count"} <= answers.keys():
             assert len(answers["read"]) == int(answers["count"])
         tags = sum(message["content"].count("<image>") for message in question.messages)
-        assert tags == len(question.pictures) == {"compare": 2, "compare in words": 0}.get(question.task, 1)
+        assert (
+            tags
+            == len(question.pictures)
+            == {"compare": 2, "compare in words": 0}.get(question.task, 1)
+        )
 
 
 def test_boxes_lie_on_their_digits():
@@ -181,7 +211,7 @@ def test_written_boxes_are_thousandths_of_the_picture():
                 assert all(side % 10 == 0 for side in (left, top, right, bottom))
 
 
-# --- scoring ---------------------------------------------------------------------------------------------------------------------
+# --- scoring -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,7 +222,10 @@ def test_written_boxes_are_thousandths_of_the_picture():
         ("3: <ref>3</ref><box>[[100, 100, 200, 200], [360, 100, 460, 200]]</box>", False),
         ("3: <ref>3</ref><box>[[300, 100, 400, 200], [100, 100, 200, 200]]</box>", False),
         ("3: <ref>3</ref><box>[[100, 100, 200, 200]]</box>", False),
-        ("3: <ref>3</ref><box>[[100, 100, 200, 200], [300, 100, 400, 200], [1, 1, 2, 2]]</box>", False),
+        (
+            "3: <ref>3</ref><box>[[100, 100, 200, 200], [300, 100, 400, 200], [1, 1, 2, 2]]</box>",
+            False,
+        ),
         ("8: <ref>8</ref><box>[[100, 100, 200, 200], [300, 100, 400, 200]]</box>", False),
         ("3: <ref>3</ref><box>[[200, 200, 100, 100], [300, 100, 400, 200]]</box>", False),
         ("3: <ref>3</ref><box>[[100, 100, 200, 200], [300, 100, 400, 200]]", False),
@@ -207,7 +240,11 @@ def test_located_digits_are_right_by_overlap(answered, right):
 
 
 def test_other_answers_are_right_when_they_are_equal():
-    assert is_right("read", "12", "12") and not is_right("read", "12", "012") and not is_right("count", "1", "")
+    assert (
+        is_right("read", "12", "12")
+        and not is_right("read", "12", "012")
+        and not is_right("count", "1", "")
+    )
     assert not is_right("compare", "1, 2: Image-2", "1, 2: Image-1")
 
 
@@ -220,12 +257,16 @@ def test_scores():
     wrong[0] = answers[0][:-1] + str((int(answers[0][-1]) + 1) % 10)
     digits_read = sum(len(question.answer) for question in questions if question.task == "read")
     scores = score(questions, wrong)
-    assert scores["read"] == 39 / 40 and scores["digit"] == pytest.approx(1 - 1 / digits_read) and scores["count"] == 1
+    assert (
+        scores["read"] == 39 / 40
+        and scores["digit"] == pytest.approx(1 - 1 / digits_read)
+        and scores["count"] == 1
+    )
     wrong[0] = answers[0] + "0"  # one digit too many counts against the digits, too
     assert score(questions, wrong)["digit"] == pytest.approx(digits_read / (digits_read + 1))
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------------------
+# --- tokens --------------------------------------------------------------------------------------
 
 
 def test_samples_fit_the_rows_of_the_configuration():
@@ -233,7 +274,11 @@ def test_samples_fit_the_rows_of_the_configuration():
     lengths, tiles = [], []
     for question in items():
         sample = make_sample(
-            question.messages, question.pictures, tokenizer, CONFIG.processor, [UNITS] * len(question.pictures)
+            question.messages,
+            question.pictures,
+            tokenizer,
+            CONFIG.processor,
+            [UNITS] * len(question.pictures),
         )
         lengths.append(len(sample["tokens"]))
         tiles.append(len(sample["tiles"]))

@@ -1,4 +1,6 @@
-"""The doctor finds one of each defect and no more, and training refuses what it found until it is resolved."""
+"""The doctor finds one of each defect and no more, and training refuses what it found until it is
+resolved.
+"""
 
 import dataclasses
 import json
@@ -9,7 +11,16 @@ import types
 
 import pytest
 import tiny_checkpoint
-from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_rows, write_video
+from official_data import (
+    PROCESSOR,
+    data_config,
+    picture,
+    tokenizer,
+    turns,
+    write_meta,
+    write_rows,
+    write_video,
+)
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
@@ -22,9 +33,15 @@ DEFECTS = [
     ("{", "is not JSON"),
     ({"image": "gone.png", **TEXT}, "no such file"),
     ({"image": "broken.png", **TEXT}, "broken.png: "),
-    ({"image": ["a.png", "a.png"], "conversations": turns("<image>", "ho")}, "2 pictures, but 1 <image> tags"),
+    (
+        {"image": ["a.png", "a.png"], "conversations": turns("<image>", "ho")},
+        "2 pictures, but 1 <image> tags",
+    ),
     ({"image": ["a.png", "a.png"], **TEXT}, "2 pictures, but 0 <image> tags"),
-    ({"conversations": [*turns("hi"), *turns("hi", "ho")]}, "is the user's where the assistant's was expected"),
+    (
+        {"conversations": [*turns("hi"), *turns("hi", "ho")]},
+        "is the user's where the assistant's was expected",
+    ),
     ({"conversations": turns("hi")}, "nothing to learn"),
     ({"conversations": turns("long " * 200, "ho")}, "tokens, a row holds 200"),
     ({"video": "gone.mp4", **TEXT}, "no such file"),
@@ -44,7 +61,9 @@ def ward(tmp_path_factory):
     write_video(folder / "long.mp4", 30)
     rows = [row for defect, _ in DEFECTS for row in ({"id": "same", **TEXT}, defect)]
     good = [{"id": 1, "image": "a.png", **TEXT}, {"id": 2, **TEXT}, {"image": "gone.png", **TEXT}]
-    return write_meta(folder, sick={"rows": rows}, good={"rows": good, "repeat_time": 0.7, "length": 4})
+    return write_meta(
+        folder, sick={"rows": rows}, good={"rows": good, "repeat_time": 0.7, "length": 4}
+    )
 
 
 CHANGES = {"tokens_per_row": 200, "tiles_per_row": 8, "max_frames": 10, "min_frames": 1}
@@ -52,7 +71,9 @@ CHANGES = {"tokens_per_row": 200, "tiles_per_row": 8, "max_frames": 10, "min_fra
 
 @pytest.fixture(scope="module")
 def report(ward):
-    return examine(data_config(ward, **CHANGES), PROCESSOR, tokenizer(), report_folder(ward), workers=0)
+    return examine(
+        data_config(ward, **CHANGES), PROCESSOR, tokenizer(), report_folder(ward), workers=0
+    )
 
 
 def test_each_defect_is_found(ward, report):
@@ -60,12 +81,16 @@ def test_each_defect_is_found(ward, report):
     assert (sick["rows"], sick["errors"], good["rows"], good["errors"]) == (22, len(DEFECTS), 2, 0)
     folder = pathlib.Path(report_folder(ward))
     found = [line.split("\t") for line in (folder / "errors.tsv").read_text().splitlines()[1:]]
-    assert [(source, int(row)) for source, row, _ in found] == [("sick", 2 * number + 1) for number in range(len(DEFECTS))]
+    assert [(source, int(row)) for source, row, _ in found] == [
+        ("sick", 2 * number + 1) for number in range(len(DEFECTS))
+    ]
     for (_, _, reason), (_, expected) in zip(found, DEFECTS, strict=True):
         assert expected in reason
     assert sick["first_duplicate_ids"] == {"same": 11} and good["duplicate_ids"] == 0
     assert good["tiles"]["sum"] == 3 and good["pictures"] == 1 and good["tokens"]["max"] < 60
-    assert ["length is 4, but the annotation has 3 rows" in warning for warning in report["warnings"]] == [True]
+    assert [
+        "length is 4, but the annotation has 3 rows" in warning for warning in report["warnings"]
+    ] == [True]
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
     assert (folder / "histogram.png").read_bytes().startswith(b"\x89PNG")
 
@@ -77,7 +102,9 @@ def test_rows_of_an_epoch(report):
     assert rows_of(report) == max(-(-tokens // 200), -(-tiles // 8)) > 1
     checkpoint = str(tiny_checkpoint.directory())
     assert read_processor(checkpoint, None) == tiny_checkpoint.PROCESSOR
-    assert read_processor(checkpoint, 3) == dataclasses.replace(tiny_checkpoint.PROCESSOR, max_tiles=3)
+    assert read_processor(checkpoint, 3) == dataclasses.replace(
+        tiny_checkpoint.PROCESSOR, max_tiles=3
+    )
     assert read_processor("elsewhere", None) == ProcessorConfig()
 
 
@@ -90,13 +117,19 @@ def test_long_samples_are_warnings_where_they_are_cut_or_dropped(ward, tmp_path)
     for rule in ("truncate", "drop"):
         config = data_config(ward, overlong=rule, **CHANGES)
         sick = examine(config, PROCESSOR, tokenizer(), str(tmp_path))["sources"]["sick"]
-        assert (sick["errors"], sick["shortened_or_dropped"]) == {"truncate": (11, 0), "drop": (9, 2)}[rule]
+        assert (sick["errors"], sick["shortened_or_dropped"]) == {
+            "truncate": (11, 0),
+            "drop": (9, 2),
+        }[rule]
 
 
 @pytest.mark.filterwarnings("ignore:.*length is 4")
 def test_training_refuses_until_errors_are_resolved(ward, report, tmp_path):
     config = data_config(ward, **CHANGES)
-    with pytest.raises(UnresolvedErrors, match=r"names 11 samples that cannot be used, the first: sick row 1: is not JSON"):
+    with pytest.raises(
+        UnresolvedErrors,
+        match=r"names 11 samples that cannot be used, the first: sick row 1: is not JSON",
+    ):
         sample_dataset(config, PROCESSOR, tokenizer())
     errors = f"{report_folder(ward)}/errors.tsv"
     lines = pathlib.Path(errors).read_text().splitlines()
@@ -116,18 +149,35 @@ def test_the_program(tmp_path, capsys):
     meta = write_meta(tmp_path, good={"rows": [{"image": "a.png", **TEXT}] * 3})
     options = ["--tokenizer", str(tmp_path), "--tokens_per_row", "2000", "--workers", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "internvl3_jax.data.doctor", meta, *options], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "internvl3_jax.data.doctor", meta, *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(pathlib.Path(meta + ".doctor", "report.json").read_text())
     assert "0 errors" in done.stdout and report["sources"]["good"]["tiles"]["sum"] == 9
-    assert main([meta, *options[:2], "--max_tiles", "1", "--tokens_per_row", "100", "--report", str(tmp_path / "out")]) == 1
+    assert (
+        main(
+            [
+                meta,
+                *options[:2],
+                "--max_tiles",
+                "1",
+                "--tokens_per_row",
+                "100",
+                "--report",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 1
+    )
     assert "3 errors" in capsys.readouterr().out and (tmp_path / "out" / "errors.tsv").exists()
     assert main([str(tmp_path / "none.json"), *options[:2]]) == 1
     assert "none.json" in capsys.readouterr().err
 
 
-# --- what reaches the terminal and the disk --------------------------------------------------------------------------------------
+# --- what reaches the terminal and the disk ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +194,9 @@ def doctor(meta: str, tokens: str, *options: str) -> int:
 
 
 def test_names_of_every_kind(tmp_path, tokens, capsys, monkeypatch):
-    """Brackets are no markup, escapes reach no terminal, file names that are not UTF-8 are an error of their row, errors are short."""
+    """Brackets are no markup, escapes reach no terminal, file names that are not UTF-8 are an error
+    of their row, errors are short.
+    """
     monkeypatch.setenv("COLUMNS", "200")
     folder = tmp_path / "data [v2] [red]"
     folder.mkdir()
@@ -158,27 +210,46 @@ def test_names_of_every_kind(tmp_path, tokens, capsys, monkeypatch):
     ]
     write_rows(folder / "a.jsonl", [TEXT])
     entry = {"annotation": "a.jsonl"}
-    meta = write_meta(folder, **{"chart[/zh]": entry, "vqa[train]": {"rows": rows}, "größe 中文": entry})
+    meta = write_meta(
+        folder, **{"chart[/zh]": entry, "vqa[train]": {"rows": rows}, "größe 中文": entry}
+    )
     assert doctor(meta, tokens) == 1
     shown = capsys.readouterr().out
     assert all(
-        name in shown for name in ("chart[/zh]", "vqa[train]", "größe 中文", "data [v2] [red]", "\\x1b[2J", "caf\\udce9")
+        name in shown
+        for name in (
+            "chart[/zh]",
+            "vqa[train]",
+            "größe 中文",
+            "data [v2] [red]",
+            "\\x1b[2J",
+            "caf\\udce9",
+        )
     )
     assert "\x1b" not in shown and "\u202e" not in shown and len(shown) < 6000
     report = json.loads(pathlib.Path(meta + ".doctor", "report.json").read_text(encoding="utf-8"))
     assert report["sources"]["vqa[train]"]["errors"] == 5
     lines = pathlib.Path(meta + ".doctor", "errors.tsv").read_text(encoding="utf-8").splitlines()
-    assert [line.split("\t")[:2] for line in lines[1:]] == [["vqa[train]", str(row)] for row in range(1, 6)]
+    assert [line.split("\t")[:2] for line in lines[1:]] == [
+        ["vqa[train]", str(row)] for row in range(1, 6)
+    ]
     assert max(map(len, lines)) < 1100
     check_report(data_config(meta, drop_list=meta + ".doctor/errors.tsv"))
 
 
 def test_what_the_doctor_says_of_answers_and_pairs(tmp_path, tokens, capsys):
-    rows = [TEXT, {"conversations": turns("hi", " ")}, {"question": "a", "chosen": "b", "rejected": "c"}]
+    rows = [
+        TEXT,
+        {"conversations": turns("hi", " ")},
+        {"question": "a", "chosen": "b", "rejected": "c"},
+    ]
     meta = write_meta(tmp_path, a={"rows": rows})
     assert doctor(meta, tokens) == 1
     shown = capsys.readouterr().out
-    assert "warning: a: 1 rows have an empty answer, the first: row 1" in shown and "give --pairs" in shown
+    assert (
+        "warning: a: 1 rows have an empty answer, the first: row 1" in shown
+        and "give --pairs" in shown
+    )
     assert "1 errors; all of them in" in shown
     meta = write_meta(tmp_path, a={"rows": rows[:1]})
     assert doctor(meta, tokens) == 0
@@ -188,8 +259,14 @@ def test_what_the_doctor_says_of_answers_and_pairs(tmp_path, tokens, capsys):
 
 def test_the_tile_rule_is_told_and_followed(tmp_path, tokens, capsys):
     picture(900, 450).save(tmp_path / "a.png")
-    meta = write_meta(tmp_path, a={"rows": [{"image": ["a.png"] * 2, "conversations": turns("<image><image>", "ho")}]})
-    for rule, tiles, words in (("shared", 2, "of a sample share 2 tiles"), ("per image", 6, "have each 2 tiles")):
+    meta = write_meta(
+        tmp_path,
+        a={"rows": [{"image": ["a.png"] * 2, "conversations": turns("<image><image>", "ho")}]},
+    )
+    for rule, tiles, words in (
+        ("shared", 2, "of a sample share 2 tiles"),
+        ("per image", 6, "have each 2 tiles"),
+    ):
         assert doctor(meta, tokens, "--tiles", rule, "--max_tiles", "2") == 0
         shown = capsys.readouterr().out
         assert f"tiles: {rule}" in shown and words in shown
@@ -199,7 +276,8 @@ def test_the_tile_rule_is_told_and_followed(tmp_path, tokens, capsys):
 
 def test_the_report_is_tried_before_the_work(tmp_path, tokens, capsys, monkeypatch):
     meta = write_meta(tmp_path, a={"rows": [TEXT]})
-    monkeypatch.setattr("internvl3_jax.data.doctor.examine.Examiner.examine", None)  # it must not come to this
+    # it must not come to this
+    monkeypatch.setattr("internvl3_jax.data.doctor.examine.Examiner.examine", None)
     (tmp_path / "file").write_text("mine")
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -220,7 +298,9 @@ def test_the_report_is_tried_before_the_work(tmp_path, tokens, capsys, monkeypat
     assert (tmp_path / "picture/histogram.png").read_bytes() == b"mine"
 
 
-def test_a_report_replaces_an_older_one_and_needs_no_matplotlib(tmp_path, tokens, capsys, monkeypatch):
+def test_a_report_replaces_an_older_one_and_needs_no_matplotlib(
+    tmp_path, tokens, capsys, monkeypatch
+):
     meta = write_meta(tmp_path, a={"rows": [TEXT]})
     assert doctor(meta, tokens) == 0
     (tmp_path / "meta.json.doctor/report.json").unlink()  # killed before its end
@@ -228,8 +308,13 @@ def test_a_report_replaces_an_older_one_and_needs_no_matplotlib(tmp_path, tokens
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     capsys.readouterr()
     assert doctor(meta, tokens, "--report", str(tmp_path / "new")) == 0
-    assert "warning: histogram.png is left out: matplotlib is not installed" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["errors.tsv", "report.json"]
+    assert (
+        "warning: histogram.png is left out: matplotlib is not installed" in capsys.readouterr().out
+    )
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "errors.tsv",
+        "report.json",
+    ]
 
 
 def test_a_row_that_trips_a_decoder_is_an_error_of_that_row(tmp_path, tokens, capsys, monkeypatch):
@@ -239,11 +324,20 @@ def test_a_row_that_trips_a_decoder_is_an_error_of_that_row(tmp_path, tokens, ca
     monkeypatch.setattr("internvl3_jax.data.example.ExampleBuilder.read", trip)
     assert doctor(write_meta(tmp_path, a={"rows": [TEXT] * 3}), tokens) == 1
     shown = capsys.readouterr().out
-    assert all(f"a row {row}: {name}: " in shown for row, name in enumerate(("ZeroDivisionError", "MemoryError", "KeyError")))
+    assert all(
+        f"a row {row}: {name}: " in shown
+        for row, name in enumerate(("ZeroDivisionError", "MemoryError", "KeyError"))
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [["--max_tiles", "0"], ["--tokens_per_row", "x"], ["--max_tiles", "1000000000"], ["--tile", "x"]]
+    "options",
+    [
+        ["--max_tiles", "0"],
+        ["--tokens_per_row", "x"],
+        ["--max_tiles", "1000000000"],
+        ["--tile", "x"],
+    ],
 )
 def test_wrong_options(tmp_path, tokens, capsys, options):
     with pytest.raises(SystemExit) as caught:
@@ -260,7 +354,10 @@ def test_the_tokenizer_is_found_as_checkpoints_are(tmp_path, tokens, capsys):
     (run / "checkpoints" / "3").symlink_to(checkpoint)
     released = pathlib.Path(__file__).resolve().parents[1] / "examples/tiny_digits"
     assert find_tokenizer(tokens) == pathlib.Path(tokens)
-    assert find_tokenizer(str(run)) == run / "checkpoints/3" and find_tokenizer(str(released)) == released
+    assert (
+        find_tokenizer(str(run)) == run / "checkpoints/3"
+        and find_tokenizer(str(released)) == released
+    )
     meta = write_meta(tmp_path, a={"rows": [TEXT]})
     assert doctor(meta, str(tmp_path / "nowhere")) == 1
     assert "nowhere does not exist; give a checkpoint directory" in capsys.readouterr().err

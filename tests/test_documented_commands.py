@@ -1,8 +1,9 @@
-"""Every shell command and Python snippet of the pages runs, in the page's order, on the digits model and a few rows.
+"""Every shell command and Python snippet of the pages runs, in the page's order, on the digits
+model and a few rows.
 
-A page has a folder in which the files that it names exist (documented_world.py). What is changed in a command before it runs stands in
-SUBSTITUTED and ADDED; what cannot run here in NOT_RUN, each with its reason, and its files, flags and targets are looked up. A command
-that is neither runs as it is.
+A page has a folder in which the files that it names exist (documented_world.py). What is changed in
+a command before it runs stands in SUBSTITUTED and ADDED; what cannot run here in NOT_RUN, each with
+its reason, and its files, flags and targets are looked up. A command that is neither runs as it is.
 """
 
 import ast
@@ -21,7 +22,8 @@ from documents import ROOT, Command, commands, pages, snippets, words
 
 from internvl3_jax.config import TrainConfig
 
-# What is changed before a command runs: (regular expression, replacement), all of them, in this order.
+# What is changed before a command runs: (regular expression, replacement), all of them, in this
+# order.
 SUBSTITUTED = (
     (r"^python3? |^\.venv-test/bin/python ", "python "),
     (r"runs/receipts/checkpoints/500", "runs/receipts/checkpoints/2"),  # of a run of 2 steps
@@ -30,7 +32,8 @@ SUBSTITUTED = (
         r"^python train.py --config (\S+:(?:8|38|78)b) --workdir \S+ (.*--config\.mesh.*)",
         r"python -m internvl3_jax.fit --config \1 \2 --topology h100:2x8x8 --analytic",
     ),
-    (r"^(python -m internvl3_jax.fit (?!.*--analytic).*)", r"\1 --analytic"),  # no compiler of a TPU or GPU
+    # no compiler of a TPU or GPU
+    (r"^(python -m internvl3_jax.fit (?!.*--analytic).*)", r"\1 --analytic"),
     (r"(infer.py --checkpoint DIR --devices 4)", r"\1 --prompt Hello"),  # no conversation
 )
 # Flags behind those of the page, by program. A later one wins.
@@ -48,7 +51,10 @@ ADDED = {
 # What is not run, and why.
 NOT_RUN = (
     (r"^make ", "sets up environments; this test is part of make test"),
-    (r"^pip install |^python3? -m venv |^\. \S+/bin/activate$", "tests/test_install.py runs the pages' installations"),
+    (
+        r"^pip install |^python3? -m venv |^\. \S+/bin/activate$",
+        "tests/test_install.py runs the pages' installations",
+    ),
     (r"^git clone |^cd internvl3_jax$", "the clone is here"),
     (r"^export ", "of a cloud, or of the reader's shell"),
     (
@@ -56,19 +62,27 @@ NOT_RUN = (
         "needs a cluster; tests/test_launch.py runs launch/ with stand-ins",
     ),
     (r"^\S*python -m pytest ", "another test"),
-    (r"^python .*(gs|s3)://", "needs a bucket; tests/test_object_storage.py runs the programs with servers of this machine"),
-    (r"^python benchmarks/", "minutes to hours; tests/test_benchmarks.py and others run their smallest forms"),
+    (
+        r"^python .*(gs|s3)://",
+        "needs a bucket; tests/test_object_storage.py runs the programs with servers of this machine",
+    ),
+    (
+        r"^python benchmarks/",
+        "minutes to hours; tests/test_benchmarks.py and others run their smallest forms",
+    ),
     (r"^python examples/", "half an hour; tests of their own run their parts"),
     (r"^python -m internvl3_jax\.fit$", "named, not called"),
     (r"^python (-m )?tools[./]", "many runs of the programs; tests of their own run a few"),
 )
-# Commands whose files later ones of the same page make: they run at its end, with the name linked to what was made.
+# Commands whose files later ones of the same page make: they run at its end, with the name linked
+# to what was made.
 LAST = {"LORA_RUN": "runs/adapters", "peft_directory": "adapter"}
 UNREAD = "answers could not be read: wanted is a stated answer"
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}  # for --devices and --hosts
 
 ALL = [command for page in pages() for command in commands(page)]
-# Behind this heading all commands train or need what was trained: a chain of its own, in the same kind of folder.
+# Behind this heading all commands train or need what was trained: a chain of its own, in the same
+# kind of folder.
 TRAINING = {"README.md": "## Training"}
 QUICK = (
     "README.md",
@@ -92,7 +106,9 @@ def chain_of(command: Command) -> str:
     heading = TRAINING.get(command.page)
     if heading is None:
         return command.page
-    before = (ROOT / command.page).read_text(encoding="utf-8").split(f"\n{heading}\n")[0].count("\n")
+    before = (
+        (ROOT / command.page).read_text(encoding="utf-8").split(f"\n{heading}\n")[0].count("\n")
+    )
     behind = command.line > before + 1 or any(name in command.text for name in LAST)
     return f"{command.page} {heading}" if behind else command.page
 
@@ -108,7 +124,14 @@ def prepared(text: str) -> str:
     """The command as it runs here."""
     for pattern, replacement in SUBSTITUTED:
         text = re.sub(pattern, replacement, text)
-    added = next((flags for program, flags in ADDED.items() if f"{program}" in text.replace("python -m ", "python ")), "")
+    added = next(
+        (
+            flags
+            for program, flags in ADDED.items()
+            if f"{program}" in text.replace("python -m ", "python ")
+        ),
+        "",
+    )
     return f"{text} {added}".strip()
 
 
@@ -121,8 +144,13 @@ def runner():
 def execute(runner: Runner, text: str, folder: pathlib.Path) -> Done:
     arguments = words(text)
     if arguments[:3] == ["python", "-m", "convert"]:  # the pages write several forms to one name
-        places = re.sub(r"--(?!verify|overwrite|accept_|allow_)\w+ \S+", "", " ".join(arguments[3:])).split()
-        shutil.rmtree(folder / [place for place in places if not place.startswith("-")][-1], ignore_errors=True)
+        places = re.sub(
+            r"--(?!verify|overwrite|accept_|allow_)\w+ \S+", "", " ".join(arguments[3:])
+        ).split()
+        shutil.rmtree(
+            folder / [place for place in places if not place.startswith("-")][-1],
+            ignore_errors=True,
+        )
     environment = DEVICES if {"--devices", "--hosts"} & set(arguments) else {}
     if arguments[0] == "python" and not {"|", "<", ">", "$("} & set(arguments):
         return runner(arguments[1:], folder, **environment)
@@ -144,15 +172,19 @@ def execute(runner: Runner, text: str, folder: pathlib.Path) -> Done:
 
 
 @pytest.mark.parametrize(
-    "chain", [chain if chain in QUICK else pytest.param(chain, marks=pytest.mark.docs) for chain in CHAINS]
+    "chain",
+    [chain if chain in QUICK else pytest.param(chain, marks=pytest.mark.docs) for chain in CHAINS],
 )
 def test_commands_run(chain, runner, tmp_path):
-    """Each ends with status 0; `fit` with 1 where it says that something does not fit, and labels with 1 where it says that the tiny
-    model states no answer."""
+    """Each ends with status 0; `fit` with 1 where it says that something does not fit, and labels
+    with 1 where it says that the tiny model states no answer.
+    """
     page = chain.split(" ")[0]
     listed = [command for command in ALL if chain_of(command) == chain and reason(command) is None]
     late = [command for command in listed if any(name in command.text for name in LAST)]
-    folder = documented_world.build(tmp_path / "clone", page, "\n".join(prepared(command.text) for command in listed))
+    folder = documented_world.build(
+        tmp_path / "clone", page, "\n".join(prepared(command.text) for command in listed)
+    )
     for command in [command for command in listed if command not in late] + late:
         for name, made in LAST.items():
             if name in command.text and not (folder / name).exists():
@@ -171,14 +203,22 @@ def test_commands_run(chain, runner, tmp_path):
 @pytest.mark.parametrize("command", [command for command in ALL if reason(command)], ids=str)
 def test_what_is_not_run_names_what_exists(command):
     """Files, flags, extras and make's targets."""
-    first, *rest = words(command.text) if "'" not in command.text or command.text.count("'") % 2 == 0 else command.text.split()
+    first, *rest = (
+        words(command.text)
+        if "'" not in command.text or command.text.count("'") % 2 == 0
+        else command.text.split()
+    )
     if first == "make":
         text = (ROOT / "Makefile").read_text()
         for word in rest:
             name = word.split("=")[0]
-            assert re.search(rf"^{re.escape(name)}:|^{re.escape(name)} \?=", text, re.M), f"{command}: make knows no {name}"
+            assert re.search(rf"^{re.escape(name)}:|^{re.escape(name)} \?=", text, re.M), (
+                f"{command}: make knows no {name}"
+            )
     elif first == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ]
         for named in re.findall(r"'?\.\[([\w,]+)\]", command.text):
             assert set(named.split(",")) <= extras.keys(), command
     elif first == "sbatch" or first.startswith("launch/"):
@@ -192,9 +232,10 @@ def test_what_is_not_run_names_what_exists(command):
         check_configuration(command)
 
 
-# --- what can be known without running ------------------------------------------------------------------------------------------
+# --- what can be known without running -----------------------------------------------------------
 
-ANYWHERE = {"--help", "--config", "--coordinator", "--processes", "--process"}  # defined in modules that several programs share
+# defined in modules that several programs share
+ANYWHERE = {"--help", "--config", "--coordinator", "--processes", "--process"}
 
 
 def check_program(command: Command, arguments: list[str]) -> None:
@@ -204,7 +245,10 @@ def check_program(command: Command, arguments: list[str]) -> None:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), command
         return
     path = ROOT / (name.replace(".", "/") if arguments[0] == "-m" else name)
-    path = next((one for one in (path, path.with_suffix(".py"), path / "__main__.py") if one.is_file()), None)
+    path = next(
+        (one for one in (path, path.with_suffix(".py"), path / "__main__.py") if one.is_file()),
+        None,
+    )
     assert path, f"{command}: there is no {name}"
     source = path.read_text(encoding="utf-8")
     if name == "infer.py":
@@ -213,7 +257,9 @@ def check_program(command: Command, arguments: list[str]) -> None:
         source += "".join(other.read_text(encoding="utf-8") for other in path.parent.glob("*.py"))
     for flag in {word.split("=")[0] for word in rest if re.match(r"--?\w", word)} - ANYWHERE:
         if not flag.startswith("--config."):
-            assert re.search(rf"\"{flag}\"|\"{flag[2:]}\"|^ +{flag[2:]}:", source, re.M), f"{command}: {name} has no {flag}"
+            assert re.search(rf"\"{flag}\"|\"{flag[2:]}\"|^ +{flag[2:]}:", source, re.M), (
+                f"{command}: {name} has no {flag}"
+            )
     check_configuration(command)
 
 
@@ -231,7 +277,10 @@ def test_what_programs_say_of_themselves_exists():
     """The command lines at the top of every program, recipe, example and benchmark."""
     found = 0
     folders = ("configs", "convert", "examples", "benchmarks", "internvl3_jax")
-    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(path for folder in folders for path in (ROOT / folder).rglob("*.py")),
+    ]:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         for line in re.sub(r"\\\n\s*", "", text).splitlines():
             if match := re.match(r"\s*(?:python|\S+ python) ((?:-m )?\S+.*?)(?: {3,}.*)?$", line):
@@ -242,12 +291,25 @@ def test_what_programs_say_of_themselves_exists():
 
 
 def test_commands_are_found():
-    """All kinds of them: fenced and marked, fenced and unmarked, continued, several in a line, in prose, with comments."""
+    """All kinds of them: fenced and marked, fenced and unmarked, continued, several in a line, in
+    prose, with comments.
+    """
     text = "a `python b.py --c` d\n```\npython a.py 'x # y' \\\n   --b  # c\nmake a && make b\n```\n```json\nmake c\n```\n"
     text += "```bash\n# only a comment\nFOO=1 python d.py\n```\n`python` alone, `pythonic words`\n"
     found = [command.text for command in commands("page", text)]
-    assert found == ["python b.py --c", "python a.py 'x # y' --b", "make a", "make b", "FOO=1 python d.py"]
-    assert {command.page for command in ALL} >= {"README.md", "CONTRIBUTING.md", "docs/training.md", "docs/fit.md"}
+    assert found == [
+        "python b.py --c",
+        "python a.py 'x # y' --b",
+        "make a",
+        "make b",
+        "FOO=1 python d.py",
+    ]
+    assert {command.page for command in ALL} >= {
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/training.md",
+        "docs/fit.md",
+    }
 
 
 def test_lists_are_used():
@@ -259,20 +321,23 @@ def test_lists_are_used():
         assert any(name in text for text in texts), name
 
 
-# --- Python ---------------------------------------------------------------------------------------------------------------------
+# --- Python --------------------------------------------------------------------------------------
 
 # What a page's snippets need that stands in none of them.
 BEFORE = {
     "README.md": "import documented_world; batch = documented_world.batch()",
     "docs/lora.md": "from internvl3_jax import Chat, load",
 }
-# A LoRA run and a PEFT directory take a training: docs/lora.md's commands make both, and its snippet runs behind them.
+# A LoRA run and a PEFT directory take a training: docs/lora.md's commands make both, and its
+# snippet runs behind them.
 BEHIND_COMMANDS = {"docs/lora.md"}
 SNIPPETS = [page for page in pages() if snippets(page)]
 
 
 def run_snippets(page: str, runner: Runner, folder: pathlib.Path) -> None:
-    text = "\n".join([f"import sys; sys.path.append({str(ROOT / 'tests')!r})", BEFORE.get(page, "")])
+    text = "\n".join(
+        [f"import sys; sys.path.append({str(ROOT / 'tests')!r})", BEFORE.get(page, "")]
+    )
     text += "".join(f"\n{snippet}" for _, snippet in snippets(page))
     done = runner(["-c", text], folder)
     assert done.status == 0, f"{page}, Python:\n{text}\n{done.output[-3000:]}"
@@ -280,7 +345,11 @@ def run_snippets(page: str, runner: Runner, folder: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page if page in QUICK else pytest.param(page, marks=pytest.mark.docs) for page in SNIPPETS if page not in BEHIND_COMMANDS],
+    [
+        page if page in QUICK else pytest.param(page, marks=pytest.mark.docs)
+        for page in SNIPPETS
+        if page not in BEHIND_COMMANDS
+    ],
 )
 def test_snippets_run(page, runner, tmp_path):
     names = "\n".join(text for _, text in snippets(page))

@@ -1,4 +1,6 @@
-"""A run that stops on some devices and goes on on others: the same batches in the same order, the same losses."""
+"""A run that stops on some devices and goes on on others: the same batches in the same order, the
+same losses.
+"""
 
 import dataclasses
 import json
@@ -17,7 +19,8 @@ from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.run import AsyncSaver
 
 STEPS = 12
-# Devices, how they are used, the step after which the run is stopped there, and where the optimizer's state lies meanwhile.
+# Devices, how they are used, the step after which the run is stopped there, and where the
+# optimizer's state lies meanwhile.
 PLACES = [
     (8, MeshConfig(fsdp=4, tensor=2), 4, "device"),
     (2, MeshConfig(fsdp=1, context=2), 8, "pinned_host"),
@@ -35,7 +38,11 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
         if meter.steps_seen == stop - first:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    saved = sorted(map(int, os.listdir(workdir / "checkpoints"))) if (workdir / "checkpoints").exists() else [0]
+    saved = (
+        sorted(map(int, os.listdir(workdir / "checkpoints")))
+        if (workdir / "checkpoints").exists()
+        else [0]
+    )
     first = saved[-1]
     config = dataclasses.replace(config, mesh=mesh, offload_optimizer=memory == "pinned_host")
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
@@ -43,7 +50,11 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     with monkeypatch.context() as patch:
         start = AsyncSaver.start
         patch.setattr(
-            AsyncSaver, "start", lambda self, step, state, *rest: check_memory(state, memory) or start(self, step, state, *rest)
+            AsyncSaver,
+            "start",
+            lambda self, step, state, *rest: (
+                check_memory(state, memory) or start(self, step, state, *rest)
+            ),
         )
         if stop < config.steps:
             patch.setattr(MetricsAggregator, "add", add_and_stop)
@@ -70,15 +81,20 @@ def quick_compiler():
 def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
     config = official_config(write_official(tmp_path))
     data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)
-    config = dataclasses.replace(config, data=data, steps=STEPS, save_every=100, log_every=1, held_out="")
+    config = dataclasses.replace(
+        config, data=data, steps=STEPS, save_every=100, log_every=1, held_out=""
+    )
     run(config, tmp_path / "whole", 1, MeshConfig(), STEPS, "device", monkeypatch)
     for place in PLACES:
         run(config, tmp_path / "moved", *place, monkeypatch)
     logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "moved")
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "moved")
     ]
     assert [row["step"] for row in logs[1]] == list(range(1, STEPS + 1))
     assert [row["batch"] for row in logs[0]] == [row["batch"] for row in logs[1]]
-    losses, norms = ([[row[name] for row in rows] for rows in logs] for name in ("loss", "grad_norm"))
+    losses, norms = (
+        [[row[name] for row in rows] for rows in logs] for name in ("loss", "grad_norm")
+    )
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)

@@ -1,4 +1,6 @@
-"""Whether a run fits, asked without devices: the analysis, what is read from compiled programs, and the command."""
+"""Whether a run fits, asked without devices: the analysis, what is read from compiled programs, and
+the command.
+"""
 
 import collections
 import dataclasses
@@ -36,22 +38,32 @@ TABLE = ROOT / "benchmarks" / "results" / "fit_table.json"
 
 def tiny(**flags):
     """configs/tiny_digits.py for eight devices."""
-    return advice.with_flags(digits(), {"data.rows": 16, "data.tiles_per_row": 8, "optimizer.name": "adamw"} | flags)
+    return advice.with_flags(
+        digits(), {"data.rows": 16, "data.tiles_per_row": 8, "optimizer.name": "adamw"} | flags
+    )
 
 
-# --- what is asked for -----------------------------------------------------------------------------------------------------------
+# --- what is asked for ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "count", "near"),
-    [("v5e:16x16", 256, 256), ("v5p:4x4x8", 128, 128), ("tpu7x:2x2x4", 32, 32), ("h100:1x16x8", 128, 8)],
+    [
+        ("v5e:16x16", 256, 256),
+        ("v5p:4x4x8", 128, 128),
+        ("tpu7x:2x2x4", 32, 32),
+        ("h100:1x16x8", 128, 8),
+    ],
 )
 def test_a_topology_has_as_many_devices_as_its_name_says(text, count, near):
     topology = parse(text)
     assert (topology.count, topology.near) == (count, near)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v5e:16", "v5p:4x4", "v6e:4x4x4", "h100:8", "v4:2x2x2", "v5e:0x4", "v5e:4xa", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["v5e", "v5e:16", "v5p:4x4", "v6e:4x4x4", "h100:8", "v4:2x2x2", "v5e:0x4", "v5e:4xa", ""],
+)
 def test_a_wrong_topology_is_told_what_one_looks_like(text):
     with pytest.raises(ValueError, match=r"--topology is .*v5e:4x4, v5p:4x4x8"):
         parse(text)
@@ -84,7 +96,7 @@ def test_links_that_a_group_can_use():
     assert hosts.seconds(size, 16, stride=8) == pytest.approx(size * 15 / 16 / h100.outside_bytes)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 
 def test_a_tpu_fills_its_tiles_up():
@@ -98,8 +110,18 @@ def test_a_tpu_fills_its_tiles_up():
     # Of compiled programs, `memory_analysis().argument_size_in_bytes`.
     [
         ("8b", "v5e:16x16", {"micro_batches": 2}, 512_040_960),
-        ("8b", "v5e:4x4", {"data.rows": 16, "data.tokens_per_row": 2048, "data.tiles_per_row": 8}, 5_985_159_168),
-        ("1b", "v5e:4x4", {"data.rows": 16, "data.tokens_per_row": 2048, "data.tiles_per_row": 8}, 726_398_976),
+        (
+            "8b",
+            "v5e:4x4",
+            {"data.rows": 16, "data.tokens_per_row": 2048, "data.tiles_per_row": 8},
+            5_985_159_168,
+        ),
+        (
+            "1b",
+            "v5e:4x4",
+            {"data.rows": 16, "data.tokens_per_row": 2048, "data.tiles_per_row": 8},
+            726_398_976,
+        ),
         ("78b", "v5p:4x4x8", {"micro_batches": 4}, 7_606_786_048),
     ],
 )
@@ -117,7 +139,9 @@ def test_the_analysis_agrees_with_every_row_of_the_table():
     for row in rows:
         stage, size, topology = row["name"].split(":", 2)
         config = importlib.import_module(f"configs.{stage}").get_config(size)
-        config = advice.with_flags(config, {name: _value(value) for name, value in _flags(row["command"]).items()})
+        config = advice.with_flags(
+            config, {name: _value(value) for name, value in _flags(row["command"]).items()}
+        )
         if estimate(share_of(config, parse(topology))).peak != row["analysis"]["peak"]:
             changed.append(row["name"])
         if "compiler" in row and not row["compiler"]["refused"]:
@@ -133,12 +157,18 @@ def test_the_analysis_agrees_with_every_program_of_generation():
     apart = {}
     for row in rows:
         config = importlib.import_module("configs.sft").get_config(row["name"].split(":")[1])
-        config = advice.with_flags(config, {name: _value(value) for name, value in _flags(row["command"]).items()})
+        config = advice.with_flags(
+            config, {name: _value(value) for name, value in _flags(row["command"]).items()}
+        )
         need = generation.needed(config, parse(row["topology"]), Requests(**row["requests"]))
         for program, found in row["compiler"].items():
-            assert need.peak(program) == row["analysis"][program], f"run benchmarks/fit_table.py for {row['name']} again"
+            assert need.peak(program) == row["analysis"][program], (
+                f"run benchmarks/fit_table.py for {row['name']} again"
+            )
             if not found["refused"]:
-                apart[row["name"], program] = need.peak(program) / (found["peak"] + need.beside[program]) - 1
+                apart[row["name"], program] = (
+                    need.peak(program) / (found["peak"] + need.beside[program]) - 1
+                )
     assert {name: round(error, 3) for name, error in apart.items() if abs(error) > 0.1} == {}
 
 
@@ -149,7 +179,11 @@ def test_the_page_shows_the_table():
 
 
 def _flags(command: str) -> dict[str, str]:
-    return dict(part.removeprefix("--config.").split("=") for part in command.split() if part.startswith("--config."))
+    return dict(
+        part.removeprefix("--config.").split("=")
+        for part in command.split()
+        if part.startswith("--config.")
+    )
 
 
 def _value(text: str):
@@ -162,7 +196,10 @@ def test_remat_and_smaller_parts_take_less():
     def peak(**flags):
         return estimate(share_of(advice.with_flags(config, flags), topology)).peak
 
-    by_policy = [peak(remat_vision=name, remat_language=name) for name in ("none", "dots", "attention", "full")]
+    by_policy = [
+        peak(remat_vision=name, remat_language=name)
+        for name in ("none", "dots", "attention", "full")
+    ]
     assert by_policy == sorted(by_policy, reverse=True)
     assert peak(micro_batches=4) < peak(micro_batches=2) < peak()
     assert peak(**{"optimizer.moment_dtype": "bfloat16"}) < peak()
@@ -176,7 +213,9 @@ def test_a_frozen_tower_keeps_nothing():
 
 def test_what_to_change_is_measured_by_the_same_analysis():
     config, topology = sft("78b"), parse("v5e:16x16")
-    config = advice.with_flags(config, {"mesh.fsdp": 128, "mesh.data": 2, "micro_batches": 2, "remat_vision": "dots"})
+    config = advice.with_flags(
+        config, {"mesh.fsdp": 128, "mesh.data": 2, "micro_batches": 2, "remat_vision": "dots"}
+    )
     memory = estimate(share_of(config, topology))
     found = advice.changes(config, topology, memory)
     named = {name for change in found for name in change.flags}
@@ -189,7 +228,11 @@ def test_what_to_change_is_measured_by_the_same_analysis():
         "data.tokens_per_row",
     } <= named
     for change in found:
-        assert change.peak == estimate(share_of(advice.with_flags(config, change.flags), topology)).peak < memory.peak
+        assert (
+            change.peak
+            == estimate(share_of(advice.with_flags(config, change.flags), topology)).peak
+            < memory.peak
+        )
 
 
 def test_search_ranks_what_fits():
@@ -202,17 +245,21 @@ def test_search_ranks_what_fits():
     assert estimate(again) == found[0].memory
 
 
-# --- operations ------------------------------------------------------------------------------------------------------------------
+# --- operations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision/.*",)], ids=["all trained", "frozen tower"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_operations_are_those_of_the_traced_step(policy, frozen):
-    """Products with matrices, counted in the step's own trace; the loss' chunks run as often as there are tokens to train."""
+    """Products with matrices, counted in the step's own trace; the loss' chunks run as often as
+    there are tokens to train.
+    """
     config = tiny(remat_vision=policy, remat_language=policy, **{"optimizer.freeze": frozen})
     model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
     step = functools.partial(train_step, make_loss(config, model), optimizer)
-    traced = jax.make_jaxpr(step)(train_state_shapes(config, model, optimizer), batch_shapes(config), jax.random.key(0))
+    traced = jax.make_jaxpr(step)(
+        train_state_shapes(config, model, optimizer), batch_shapes(config), jax.random.key(0)
+    )
     counted = collections.Counter()
     _count(traced.jaxpr, 1, counted)
     share = share_of(config, parse("v5e:2x2"))
@@ -224,27 +271,44 @@ def test_operations_are_those_of_the_traced_step(policy, frozen):
         if not frozen
         else 4 * _pairs(config)[1] * (policy in ("dots", "full", "offload"))
     )
-    expected = 4 * sum(value for name, value in computed.items() if name not in scores | {"head"}) - again
+    expected = (
+        4 * sum(value for name, value in computed.items() if name not in scores | {"head"}) - again
+    )
     assert counted["dense"] == pytest.approx(expected, rel=1e-6)
 
 
 def _pairs(config) -> tuple[float, float]:
-    """Width times pairs of queries and keys of all layers: the tower's and, as the TPU's kernel computes them, the decoder's."""
+    """Width times pairs of queries and keys of all layers: the tower's and, as the TPU's kernel
+    computes them, the decoder's.
+    """
     vision, language, data = config.model.vision, config.model.language, config.data
-    tower = vision.num_layers * data.rows * data.tiles_per_row * (1 + vision.grid**2) ** 2 * vision.hidden_size
+    tower = (
+        vision.num_layers
+        * data.rows
+        * data.tiles_per_row
+        * (1 + vision.grid**2) ** 2
+        * vision.hidden_size
+    )
     tokens = data.tokens_per_row
     pairs = data.rows * tokens * (tokens + 1) / 2 * (tokens + min(512, tokens)) / (tokens + 1)
     return tower, language.num_layers * pairs * language.num_heads * language.head_dim
 
 
 def _count(jaxpr, times: int, counted: collections.Counter) -> None:
-    """FLOPs of the products in a trace: "dense" with a matrix, "batched" in attention and in the chunks of the loss."""
+    """FLOPs of the products in a trace: "dense" with a matrix, "batched" in attention and in the
+    chunks of the loss.
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), (batched, _) = equation.params["dimension_numbers"]
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            is_loss = "gcd" in str(equation.source_info.name_stack) or "gcv" in str(equation.source_info.name_stack)
-            is_scores = any(name in str(equation.source_info.name_stack) for name in ("bkrh", "bkrs", "th,", "ts,"))
+            is_loss = "gcd" in str(equation.source_info.name_stack) or "gcv" in str(
+                equation.source_info.name_stack
+            )
+            is_scores = any(
+                name in str(equation.source_info.name_stack)
+                for name in ("bkrh", "bkrs", "th,", "ts,")
+            )
             kind = "batched" if batched or is_loss or is_scores else "dense"
             counted[kind] += times * 2 * math.prod(equation.outvars[0].aval.shape) * inner
         inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
@@ -259,7 +323,9 @@ def test_the_highest_mfu_is_what_recomputing_leaves():
     config, topology = sft("8b"), parse("v5p:4x4x8")
     reached = {}
     for policy in POLICIES:
-        share = share_of(advice.with_flags(config, {"remat_vision": policy, "remat_language": policy}), topology)
+        share = share_of(
+            advice.with_flags(config, {"remat_vision": policy, "remat_language": policy}), topology
+        )
         taken = times(train_work(share, estimate(share)), topology)
         assert taken.floor == max(taken.compute, taken.memory, taken.network)
         reached[policy] = taken.mfu
@@ -268,10 +334,15 @@ def test_the_highest_mfu_is_what_recomputing_leaves():
 
 def test_a_full_batch_is_the_most_that_can_be_needed():
     counts = full_batch(sft("8b"))
-    assert counts == {"tokens": 512 * 16384, "trained_tokens": 512 * 4096, "tiles": 512 * 48, "pairs": 512 * 16384 * 16385 // 2}
+    assert counts == {
+        "tokens": 512 * 16384,
+        "trained_tokens": 512 * 4096,
+        "tiles": 512 * 48,
+        "pairs": 512 * 16384 * 16385 // 2,
+    }
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 def ask(*arguments: str) -> subprocess.CompletedProcess:
@@ -284,7 +355,11 @@ def test_the_command_answers_without_a_compiler(tmp_path):
     arguments = ("--config", "configs/sft.py:8b", "--topology", "v5e:16x16", "--analytic")
     done = ask(*arguments, "--config.micro_batches=2", "--json", str(path))
     assert done.returncode == 0, done.stderr
-    assert "256 devices, mesh fsdp 256" in done.stdout and "fits" in done.stdout and "prediction: at least" in done.stdout
+    assert (
+        "256 devices, mesh fsdp 256" in done.stdout
+        and "fits" in done.stdout
+        and "prediction: at least" in done.stdout
+    )
     row = json.loads(path.read_text())
     assert row["analysis"]["peak"] < CHIPS["v5e"].usable and 0.5 < row["mfu_at_most"] < 1
 
@@ -297,9 +372,14 @@ def test_what_does_not_fit_is_told_what_to_change():
 
 def test_generation_is_answered_without_a_compiler():
     flags = ("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
-    done = ask("--config", "configs/sft.py:78b", "--topology", "v5p:2x2x1", *flags, "--infer", "--analytic")
+    done = ask(
+        "--config", "configs/sft.py:78b", "--topology", "v5p:2x2x1", *flags, "--infer", "--analytic"
+    )
     assert done.returncode == 0, done.stderr
-    assert all(program in done.stdout for program in generation.PROGRAMS) and "ms a token" in done.stdout
+    assert (
+        all(program in done.stdout for program in generation.PROGRAMS)
+        and "ms a token" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(

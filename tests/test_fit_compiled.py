@@ -1,4 +1,6 @@
-"""What `python -m internvl3_jax.fit` reads from compiled programs, and what compiles for devices that are not used."""
+"""What `python -m internvl3_jax.fit` reads from compiled programs, and what compiles for devices
+that are not used.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,12 @@ from internvl3_jax.fit import advice, generation, live, report
 from internvl3_jax.fit.build import build, refusal
 from internvl3_jax.fit.compiled import collectives
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import Requests, generation_params, lower_generation, lower_train_step
+from internvl3_jax.fit.program import (
+    Requests,
+    generation_params,
+    lower_generation,
+    lower_train_step,
+)
 from internvl3_jax.fit.share import share_of
 from internvl3_jax.fit.topology import parse
 from internvl3_jax.fit.work import train_work
@@ -21,10 +28,12 @@ GIB = 2**30
 
 def tiny(**flags):
     """configs/tiny_digits.py for eight devices."""
-    return advice.with_flags(digits(), {"data.rows": 16, "data.tiles_per_row": 8, "optimizer.name": "adamw"} | flags)
+    return advice.with_flags(
+        digits(), {"data.rows": 16, "data.tiles_per_row": 8, "optimizer.name": "adamw"} | flags
+    )
 
 
-# --- compiled programs -----------------------------------------------------------------------------------------------------------
+# --- compiled programs ---------------------------------------------------------------------------
 
 TEXT = (
     """HloModule jit_step, is_scheduled=true
@@ -108,12 +117,24 @@ ENTRY %main (w: bf16[8,128], v: f32[1000]) -> bf16[8,128] {
 
 def test_collectives_count_as_often_as_their_loops_run():
     found = {row.kind: row for row in collectives(TEXT, 8)}
-    # In three rounds, its two parts have one channel; 7 of 8 parts of 64 x 128 values come from others.
-    assert (found["all-gather"].count, found["all-gather"].group, found["all-gather"].axes) == (3, 8, ("fsdp",))
+    # In three rounds, its two parts have one channel; 7 of 8 parts of 64 x 128 values come from
+    # others.
+    assert (found["all-gather"].count, found["all-gather"].group, found["all-gather"].axes) == (
+        3,
+        8,
+        ("fsdp",),
+    )
     assert found["all-gather"].bytes == 3 * 64 * 128 * 2 * 7 // 8
     # The inner loop counts to 8 in steps of 2.
-    assert (found["collective-permute"].count, found["collective-permute"].bytes) == (12, 12 * 8 * 128 * 2)
-    assert (found["all-reduce"].count, found["all-reduce"].group, found["all-reduce"].unknown) == (1, 4, True)
+    assert (found["collective-permute"].count, found["collective-permute"].bytes) == (
+        12,
+        12 * 8 * 128 * 2,
+    )
+    assert (found["all-reduce"].count, found["all-reduce"].group, found["all-reduce"].unknown) == (
+        1,
+        4,
+        True,
+    )
     assert found["all-reduce"].bytes == 2 * 4000 * 3 // 4
     assert (found["reduce-scatter"].group, found["reduce-scatter"].bytes) == (4, 4000 * 3)
     assert not found["all-gather"].unknown and not found["collective-permute"].unknown
@@ -172,7 +193,10 @@ def test_a_step_of_mpo_takes_its_reference():
     beforehand = tiny(**flags, **{"data.reference": "beforehand.jsonl"})
     built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
     share = share_of(config, topology)
-    assert 0 <= built.arguments - estimate(share).arguments - share.reference < 256 and share.reference == share.params
+    assert (
+        0 <= built.arguments - estimate(share).arguments - share.reference < 256
+        and share.reference == share.params
+    )
     assert share_of(beforehand, topology).reference == 0
     assert train_work(share, estimate(share)).computed["reference"] > 0
 
@@ -190,17 +214,25 @@ def test_generation_compiles_for_devices_that_are_not_used():
 
 
 def test_decoding_moves_no_matrix():
-    """Split over fsdp, a matrix stays: gathered, all layers would be gathered before the loop over tokens and lie there side by side."""
+    """Split over fsdp, a matrix stays: gathered, all layers would be gathered before the loop over
+    tokens and lie there side by side.
+    """
     config, topology = tiny(**{"mesh.tensor": 2, "mesh.fsdp": 4}), parse("cpu:8")
     mesh = make_mesh(config.mesh, topology.devices())
-    built = build(lower_generation(config, mesh, Requests(rows=4, prompt=40, new=8, tiles=8))["decode"], topology)
+    built = build(
+        lower_generation(config, mesh, Requests(rows=4, prompt=40, new=8, tiles=8))["decode"],
+        topology,
+    )
     layer = generation_params(config, mesh)["language"]["layer_0"]
-    smallest = min(np.prod(layer[name]["kernel"].shape) * 4 for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    smallest = min(
+        np.prod(layer[name]["kernel"].shape) * 4
+        for name in ("q", "k", "v", "o", "gate", "up", "down")
+    )
     assert built.collectives
     assert all(row.bytes < row.count * smallest / 4 for row in built.collectives)
 
 
-# --- with the TPU's compiler -----------------------------------------------------------------------------------------------------
+# --- with the TPU's compiler ---------------------------------------------------------------------
 
 
 @pytest.mark.tpu_compiler

@@ -35,51 +35,89 @@ def shared(size="8b", **flags):
 
 
 def test_what_is_held_is_the_base_and_the_adapters():
-    """Of the 8B: 15.9 GB in bfloat16, adapters of rank 16 in float32 with two moments, and no gradient of anything else."""
+    """Of the 8B: 15.9 GB in bfloat16, adapters of rank 16 in float32 with two moments, and no
+    gradient of anything else.
+    """
     share = shared()
     memory = estimate(share)
     count = 16 * 28 * (2 * 3584 + 2 * (3584 + 512) + 2 * 3584 + 3 * (3584 + 18944))
     assert share.adapters("language/") == count and share.adapters("vision/") == 0
     base = 2 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(share.config.model)))
     assert (memory.params, memory.opt_state) == (base + 4 * count, pytest.approx(8 * count, abs=64))
-    assert share.gradients("") == share.gradients("language/") == 4 * count and share.gradients("vision/") == 0
-    assert not memory.held["matrices in the compute dtype"] and not memory.saved["tower"] and not memory.saved["projector"]
+    assert (
+        share.gradients("") == share.gradients("language/") == 4 * count
+        and share.gradients("vision/") == 0
+    )
+    assert (
+        not memory.held["matrices in the compute dtype"]
+        and not memory.saved["tower"]
+        and not memory.saved["projector"]
+    )
 
 
 def test_fewer_bits_take_less():
-    peaks = {kind: estimate(shared(**{"lora.quantize": kind})).peak / GB for kind in ("none", "int8", "nf4")}
+    peaks = {
+        kind: estimate(shared(**{"lora.quantize": kind})).peak / GB
+        for kind in ("none", "int8", "nf4")
+    }
     whole = estimate(share_of(advice.with_flags(finetune("8b"), SHORT), ONE)).peak / GB
     assert whole > 100 and peaks["none"] > peaks["int8"] + 5 and peaks["int8"] > peaks["nf4"] + 2.5
-    changes = advice.changes(lora.freeze_base(advice.with_flags(adapters("8b"), SHORT)), ONE, estimate(shared()))
+    changes = advice.changes(
+        lora.freeze_base(advice.with_flags(adapters("8b"), SHORT)), ONE, estimate(shared())
+    )
     assert {"lora.quantize": "nf4"} in [change.flags for change in changes]
 
 
 def test_adapters_of_the_tower_are_gone_through_backward():
     everywhere = shared(**{"lora.targets": ("language/layers/.*", "vision/layers/.*")})
     memory = estimate(everywhere)
-    assert everywhere.learns("vision/") and not everywhere.trains("vision/") and memory.saved["tower"] > 0
+    assert (
+        everywhere.learns("vision/")
+        and not everywhere.trains("vision/")
+        and memory.saved["tower"] > 0
+    )
     assert everywhere.gradients("vision/") == 4 * everywhere.adapters("vision/") > 0
     few, more = (train_work(share, estimate(share)).computed for share in (shared(), everywhere))
-    assert more["tower"] == pytest.approx(2 * few["tower"], rel=0.01)  # forward, and the gradient of the activations
+    # forward, and the gradient of the activations
+    assert more["tower"] == pytest.approx(2 * few["tower"], rel=0.01)
 
 
 def test_frozen_matrices_have_no_gradient():
-    """Two passes in place of three in decoder and head, and what the adapters cost. Dropout keeps their inputs if nothing is recomputed."""
-    plain = train_work(share := share_of(advice.with_flags(finetune("8b"), SHORT), ONE), estimate(share)).computed
+    """Two passes in place of three in decoder and head, and what the adapters cost. Dropout keeps
+    their inputs if nothing is recomputed.
+    """
+    plain = train_work(
+        share := share_of(advice.with_flags(finetune("8b"), SHORT), ONE), estimate(share)
+    ).computed
     found = train_work(shared(), estimate(shared())).computed
-    assert found["decoder"] == pytest.approx(plain["decoder"] * 2 / 3) and found["head"] == pytest.approx(plain["head"] * 2 / 3)
+    assert found["decoder"] == pytest.approx(plain["decoder"] * 2 / 3) and found[
+        "head"
+    ] == pytest.approx(plain["head"] * 2 / 3)
     assert found["decoder, attention"] == plain["decoder, attention"]
-    assert found["decoder's adapters"] == 6 * 4096 * shared().adapters("language/") < 0.02 * found["decoder"]
-    kept = [estimate(shared(remat_language="none", **{"lora.dropout": rate})).saved["decoder"] for rate in (0.1, 0.0)]
+    assert (
+        found["decoder's adapters"]
+        == 6 * 4096 * shared().adapters("language/")
+        < 0.02 * found["decoder"]
+    )
+    kept = [
+        estimate(shared(remat_language="none", **{"lora.dropout": rate})).saved["decoder"]
+        for rate in (0.1, 0.0)
+    ]
     assert kept[0] - kept[1] == 28 * 4096 * 3 * (5 * 3584 + 3584 + 18944)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_a_programs_arguments_are_known_exactly(quantize):
     """Compiled for this machine; the step is train.py's."""
-    settings = LoraConfig(rank=4, targets=("language/layers/.*", "vision/layers/fc1"), dropout=0.1, quantize=quantize)
-    config = dataclasses.replace(train_config(), lora=settings, param_dtype="bfloat16", mesh=MeshConfig(fsdp=1))
-    config = lora.freeze_base(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw")))
+    settings = LoraConfig(
+        rank=4, targets=("language/layers/.*", "vision/layers/fc1"), dropout=0.1, quantize=quantize
+    )
+    config = dataclasses.replace(
+        train_config(), lora=settings, param_dtype="bfloat16", mesh=MeshConfig(fsdp=1)
+    )
+    config = lora.freeze_base(
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw"))
+    )
     assert config.model == CONFIG
     lowered = lower_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
     compiled = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
@@ -88,16 +126,25 @@ def test_a_programs_arguments_are_known_exactly(quantize):
 
 
 def test_the_analysis_agrees_with_every_row_of_the_table():
-    """Peaks of the compilers within 10 %, and a row says what the analysis says today; the page shows the tables."""
+    """Peaks of the compilers within 10 %, and a row says what the analysis says today; the page
+    shows the tables.
+    """
     sys.path.insert(0, str(ROOT / "benchmarks"))
     table = importlib.import_module("lora_table")
     rows = {row["name"]: row for row in json.loads(table.RESULTS.read_text())}
-    assert {name for name in rows if name.startswith("h100")} == {f"h100:{s}:{b}" for s in table.SIZES for b in table.BASES}
+    assert {name for name in rows if name.startswith("h100")} == {
+        f"h100:{s}:{b}" for s in table.SIZES for b in table.BASES
+    }
     apart, changed = {}, []
     for name, row in rows.items():
         kind, size, base = name.split(":")
-        config = lora.freeze_base(advice.with_flags(adapters(size), table.SETTINGS | {"lora.quantize": base}))
-        if estimate(share_of(config, parse(table.CHIPS.get(kind, table.GPU)))).peak != row["analysis"]["peak"]:
+        config = lora.freeze_base(
+            advice.with_flags(adapters(size), table.SETTINGS | {"lora.quantize": base})
+        )
+        if (
+            estimate(share_of(config, parse(table.CHIPS.get(kind, table.GPU)))).peak
+            != row["analysis"]["peak"]
+        ):
             changed.append(name)
         if not row["compiler"]["refused"]:
             apart[name] = round(row["analysis"]["peak"] / row["compiler"]["peak"] - 1, 3)

@@ -1,4 +1,6 @@
-"""A part of the damaged inputs of tools/fuzz, and that the fuzz program notices what it is there for."""
+"""A part of the damaged inputs of tools/fuzz, and that the fuzz program notices what it is there
+for.
+"""
 
 import json
 import pathlib
@@ -9,7 +11,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Those that need neither a training nor answers.
-QUICK = ("safetensors", "index", "config", "preprocessor", "tokenizer", "tokenizer.json", "adapter", "checkpoint")
+QUICK = (
+    "safetensors",
+    "index",
+    "config",
+    "preprocessor",
+    "tokenizer",
+    "tokenizer.json",
+    "adapter",
+    "checkpoint",
+)
 QUICK += ("pictures", "rows", "meta", "shards")
 COUNT = 120
 pytestmark = pytest.mark.smoke
@@ -51,7 +62,8 @@ def test_the_undamaged_inputs_are_accepted(drawn):
     assert found == dict.fromkeys(QUICK, "rightly accepted")
 
 
-# A program of each kind of fault. They are run in a process without threads, as the fuzz program is one.
+# A program of each kind of fault. They are run in a process without threads, as the fuzz program is
+# one.
 FAULTS = """
 import pathlib, sys, tempfile, time
 sys.path.insert(0, sys.argv[1])
@@ -139,7 +151,9 @@ def test_the_same_seed_makes_the_same_inputs():
     from tools.fuzz.mutate import flip_changes
 
     def cases(rng):
-        return [Case("kind", *change, ("file",)) for change in flip_changes("file", rng, 5, "either")]
+        return [
+            Case("kind", *change, ("file",)) for change in flip_changes("file", rng, 5, "either")
+        ]
 
     kind = Kind("kind", (), print, cases)
     ids = [[case.id for case in all_cases(kind, seed)] for seed in (0, 0, 1)]

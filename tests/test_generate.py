@@ -1,4 +1,6 @@
-"""Prefill, cache, decode loop and sampling: the same tokens as the full forward pass, from few compiled programs."""
+"""Prefill, cache, decode loop and sampling: the same tokens as the full forward pass, from few
+compiled programs.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +15,13 @@ from internvl3_jax.config import UNITS, MeshConfig
 from internvl3_jax.data.batch import Prompt, join_tiles
 from internvl3_jax.data.media.tiles import cut_tiles
 from internvl3_jax.inference import generator as generator_module
-from internvl3_jax.inference.generator import ContextError, GenerationConfig, Generator, bucket, tile_pieces
+from internvl3_jax.inference.generator import (
+    ContextError,
+    GenerationConfig,
+    Generator,
+    bucket,
+    tile_pieces,
+)
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.model import kv_cache
 from internvl3_jax.model.internvl import InternVL
@@ -62,7 +70,9 @@ def _forward(params, batch):
 
 
 def full_logits(prompts, answers):
-    """f32[B,T,V] of prompts with their answers behind them, in one pass without a cache; T and N are fixed, padding included."""
+    """f32[B,T,V] of prompts with their answers behind them, in one pass without a cache; T and N
+    are fixed, padding included.
+    """
     size = CONFIG.vision.image_size
     tokens, positions, segments = np.zeros((3, len(prompts), 64), np.int32)
     tiles = np.zeros((len(prompts), 4, size, size, 3), np.uint8)
@@ -73,10 +83,14 @@ def full_logits(prompts, answers):
         positions[row, : len(ids)] = np.concatenate([prompt.positions, following])
         joined = join_tiles(prompt.tiles, size)
         tiles[row, : len(joined)] = joined
-    return np.asarray(_forward(PARAMS, {"tokens": tokens, "positions": positions, "segments": segments, "tiles": tiles}))
+    return np.asarray(
+        _forward(
+            PARAMS, {"tokens": tokens, "positions": positions, "segments": segments, "tiles": tiles}
+        )
+    )
 
 
-# --- the same as the full forward pass -------------------------------------------------------------------------------------------
+# --- the same as the full forward pass -----------------------------------------------------------
 
 
 def test_greedy_tokens_are_those_of_the_full_forward_pass():
@@ -90,8 +104,13 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass():
 
 
 def test_logits_of_every_step_are_those_of_the_full_forward_pass():
-    """The model's own `step` on a ragged batch: prompts at once into the cache, then token by token."""
-    prompts, answers = RAGGED, [np.random.default_rng(row).integers(0, IMAGE, 8).astype(np.int32) for row in range(4)]
+    """The model's own `step` on a ragged batch: prompts at once into the cache, then token by
+    token.
+    """
+    prompts, answers = (
+        RAGGED,
+        [np.random.default_rng(row).integers(0, IMAGE, 8).astype(np.int32) for row in range(4)],
+    )
     expected = full_logits(prompts, answers)
     model = InternVL(CONFIG, unrolled=True)
     params = PARAMS | {"language": unroll(PARAMS["language"], LANGUAGE)}
@@ -99,24 +118,56 @@ def test_logits_of_every_step_are_those_of_the_full_forward_pass():
 
     @jax.jit
     def step(params, tokens, visual, positions, slots, cache):
-        hidden, cache = model.apply({"params": params}, tokens, visual, positions, slots, cache, "none", method=InternVL.step)
+        hidden, cache = model.apply(
+            {"params": params},
+            tokens,
+            visual,
+            positions,
+            slots,
+            cache,
+            "none",
+            method=InternVL.step,
+        )
         return model.apply({"params": params}, hidden, method=InternVL.logits), cache
 
     longest = 64
     tokens, positions = np.zeros((2, 4, longest), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, : lengths[row]], positions[row, : lengths[row]] = prompt.tokens, prompt.positions
+        tokens[row, : lengths[row]], positions[row, : lengths[row]] = (
+            prompt.tokens,
+            prompt.positions,
+        )
     slots = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
     visual = generator().features(prompts, longest, 0)
-    logits, cache = step(params, tokens, visual, positions, slots, kv_cache.init_cache(LANGUAGE, 4, longest + 8))
+    logits, cache = step(
+        params, tokens, visual, positions, slots, kv_cache.init_cache(LANGUAGE, 4, longest + 8)
+    )
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, :length, : LANGUAGE.vocab_size], expected[row, :length], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            logits[row, :length, : LANGUAGE.vocab_size],
+            expected[row, :length],
+            rtol=1e-4,
+            atol=1e-4,
+        )
     following = np.asarray([next_position(prompt.positions) for prompt in prompts], np.int32)
     for index in range(8):
         token = np.asarray([answer[index] for answer in answers])[:, None]
-        logits, cache = step(params, token, None, (following + index * UNITS)[:, None], (lengths + index)[:, None], cache)
+        logits, cache = step(
+            params,
+            token,
+            None,
+            (following + index * UNITS)[:, None],
+            (lengths + index)[:, None],
+            cache,
+        )
         wanted = np.stack([expected[row, length + index] for row, length in enumerate(lengths)])
-        np.testing.assert_allclose(logits[:, 0, : LANGUAGE.vocab_size], wanted, rtol=1e-4, atol=1e-4, err_msg=f"step {index}")
+        np.testing.assert_allclose(
+            logits[:, 0, : LANGUAGE.vocab_size],
+            wanted,
+            rtol=1e-4,
+            atol=1e-4,
+            err_msg=f"step {index}",
+        )
 
 
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone():
@@ -126,13 +177,21 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone():
 
 @pytest.mark.parametrize("keep", [3, 5, 22])
 def test_going_on_from_a_cache_is_starting_anew(keep):
-    """The second prompt shares its beginning with the first, whose cache is full of other things behind it."""
+    """The second prompt shares its beginning with the first, whose cache is full of other things
+    behind it.
+    """
     prompt = make_prompt([(2, 64), (1, UNITS)], seed=5)
-    assert keep in (3, prompt.runs[0][0], prompt.runs[1][0] + PER_TILE)  # before the pictures, at the first, behind the second
+    # before the pictures, at the first, behind the second
+    assert keep in (3, prompt.runs[0][0], prompt.runs[1][0] + PER_TILE)
     run = make_run(limit=24)
     tokens = prompt.tokens.copy()
     tokens[keep:][tokens[keep:] != IMAGE] = 17
-    earlier = Prompt(tokens, prompt.positions, prompt.runs, [tiles if keep > 5 else 255 - tiles for tiles in prompt.tiles])
+    earlier = Prompt(
+        tokens,
+        prompt.positions,
+        prompt.runs,
+        [tiles if keep > 5 else 255 - tiles for tiles in prompt.tiles],
+    )
     state = generator().start([earlier], run)
     for _ in generator().stream(state, run):
         pass
@@ -151,24 +210,36 @@ def test_a_kept_cache_grows():
     assert state.cache[0]["k"].shape[1] == 112
     state = generator().start([prompt], run, state.cache, len(first.tokens))
     assert state.cache[0]["k"].shape[1] == 192
-    assert [token for (piece,) in generator().stream(state, run) for token in piece] == generator().generate([prompt], run)[0]
+    assert [
+        token for (piece,) in generator().stream(state, run) for token in piece
+    ] == generator().generate([prompt], run)[0]
 
 
-# --- where an answer ends --------------------------------------------------------------------------------------------------------
+# --- where an answer ends ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(fsdp=1, tensor=8), MeshConfig(data=2, fsdp=1, tensor=4), MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=8)],
+    [
+        MeshConfig(fsdp=1, tensor=8),
+        MeshConfig(data=2, fsdp=1, tensor=4),
+        MeshConfig(fsdp=4, tensor=2),
+        MeshConfig(fsdp=8),
+    ],
     ids=str,
 )
 def test_a_mesh_draws_the_same_tokens(mesh):
-    """Weights and cache split over the devices; 2 key heads on up to 4 of them. Also for sampled tokens, and one row alone."""
+    """Weights and cache split over the devices; 2 key heads on up to 4 of them. Also for sampled
+    tokens, and one row alone.
+    """
     mesh = sharding.make_mesh(mesh)
     split = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
     ours = Generator(CONFIG, split)
     down = ours.params["language"]["layer_0"]["down"]["kernel"]
-    assert down.sharding.shard_shape(down.shape)[0] == CONFIG.language.intermediate_size // mesh.shape["tensor"]
+    assert (
+        down.sharding.shard_shape(down.shape)[0]
+        == CONFIG.language.intermediate_size // mesh.shape["tensor"]
+    )
     for prompts, sampling in ((RAGGED, {}), (RAGGED[:1], {"temperature": 1.0})):
         run = make_run(len(prompts), limit=20, **sampling)
         assert ours.generate(prompts, run) == generator().generate(prompts, run)
@@ -184,9 +255,14 @@ def test_a_stop_id_ends_its_row_alone():
     free = generator().generate(RAGGED, make_run(len(RAGGED)))
     stops = (free[0][0], free[2][7], 9_999)
     stopped = generator(stops).generate(RAGGED, make_run(len(RAGGED)))
-    ends = [min((place for place, token in enumerate(answer) if token in stops), default=None) for answer in free]
+    ends = [
+        min((place for place, token in enumerate(answer) if token in stops), default=None)
+        for answer in free
+    ]
     assert ends[0] == 0 and 0 < ends[2] <= 7 and None in ends
-    assert stopped == [answer if end is None else answer[: end + 1] for answer, end in zip(free, ends, strict=True)]
+    assert stopped == [
+        answer if end is None else answer[: end + 1] for answer, end in zip(free, ends, strict=True)
+    ]
 
 
 def test_pieces_come_as_they_are_drawn():
@@ -195,25 +271,33 @@ def test_pieces_come_as_they_are_drawn():
     state = generator().start(RAGGED, run)
     pieces = list(generator().stream(state, run))
     assert [len(piece) for piece, *_ in pieces] == [1, generator_module.TOKENS_PER_CALL, 3]
-    assert [[token for piece in pieces for token in piece[row]] for row in range(len(RAGGED))] == expected
+    assert [
+        [token for piece in pieces for token in piece[row]] for row in range(len(RAGGED))
+    ] == expected
 
 
 def test_prompts_beyond_the_context_are_refused():
     prompt, limit = make_prompt(text=LANGUAGE.max_position - 20), 20
     generator().check_room(prompt, make_run(limit=limit))
     with pytest.raises(
-        ContextError, match=r"^line 3: the prompt of 2,029 tokens and 20 new ones reach position 2,049; the model knows 2,048\."
+        ContextError,
+        match=r"^line 3: the prompt of 2,029 tokens and 20 new ones reach position 2,049; the model knows 2,048\.",
     ):
-        generator().check_room(make_prompt(text=LANGUAGE.max_position - 19), make_run(limit=limit), "line 3")
+        generator().check_room(
+            make_prompt(text=LANGUAGE.max_position - 19), make_run(limit=limit), "line 3"
+        )
     # Under V2PE positions count, not tokens.
     tokens = np.full(8 * LANGUAGE.max_position, IMAGE, np.int32)
     generator().check_room(
-        Prompt(tokens, build_positions(len(tokens), [(0, len(tokens))], [16]), [], []), make_run(limit=limit)
+        Prompt(tokens, build_positions(len(tokens), [(0, len(tokens))], [16]), [], []),
+        make_run(limit=limit),
     )
 
 
 def test_dynamic_scaling_makes_room():
-    config = dataclasses.replace(CONFIG, language=dataclasses.replace(LANGUAGE, rope_scaling="dynamic", rope_factor=2.0))
+    config = dataclasses.replace(
+        CONFIG, language=dataclasses.replace(LANGUAGE, rope_scaling="dynamic", rope_factor=2.0)
+    )
     run = GenerationConfig(20, Sampling(), (0,), "dynamic")
     stretched = Generator(config, PARAMS)
     stretched.check_room(make_prompt(text=2 * LANGUAGE.max_position - 20), run)
@@ -223,22 +307,39 @@ def test_dynamic_scaling_makes_room():
         stretched.check_room(make_prompt(text=2 * LANGUAGE.max_position - 20), make_run(limit=20))
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------------------
+# --- shapes --------------------------------------------------------------------------------------
 
 
 def test_buckets():
-    assert [bucket(length) for length in (1, 64, 65, 96, 97, 129, 193, 256, 257)] == [64, 64, 80, 96, 112, 160, 224, 256, 320]
+    assert [bucket(length) for length in (1, 64, 65, 96, 97, 129, 193, 256, 257)] == [
+        64,
+        64,
+        80,
+        96,
+        112,
+        160,
+        224,
+        256,
+        320,
+    ]
     for count in range(1, 60):
-        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(generator_module.TILE_BUCKETS)
+        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(
+            generator_module.TILE_BUCKETS
+        )
 
 
 def test_compiled_programs_are_no_more_than_buckets():
     """100 random pictures with prompts of random lengths; afterwards nothing at all is compiled."""
     # A width of its own: programs that another test compiled must not be found.
-    config = dataclasses.replace(CONFIG, language=dataclasses.replace(LANGUAGE, intermediate_size=52, num_layers=1))
+    config = dataclasses.replace(
+        CONFIG, language=dataclasses.replace(LANGUAGE, intermediate_size=52, num_layers=1)
+    )
     own = Generator(config, random_params(config), stop_ids=(456,))
     rng, run = np.random.default_rng(0), make_run(limit=2)
-    programs = {name: getattr(generator_module, name) for name in ("_encode", "_place", "_prefill", "_decode")}
+    programs = {
+        name: getattr(generator_module, name)
+        for name in ("_encode", "_place", "_prefill", "_decode")
+    }
     before = {name: program._cache_size() for name, program in programs.items()}
     hit = {name: set() for name in programs}
     prompts = []
@@ -246,7 +347,9 @@ def test_compiled_programs_are_no_more_than_buckets():
         width, height = (int(side) for side in rng.integers(4, 80, 2))
         tiles = cut_tiles(picture(width, height, number), PROCESSOR)
         text = rng.integers(0, IMAGE, int(rng.integers(5, 100)))
-        tokens = np.concatenate([text[:4], np.full(len(tiles) * PER_TILE, IMAGE), text[4:]]).astype(np.int32)
+        tokens = np.concatenate([text[:4], np.full(len(tiles) * PER_TILE, IMAGE), text[4:]]).astype(
+            np.int32
+        )
         runs = [(4, len(tiles) * PER_TILE)]
         prompts.append(Prompt(tokens, build_positions(len(tokens), runs, [UNITS]), runs, [tiles]))
         length = bucket(len(tokens))
@@ -278,7 +381,7 @@ def test_compiled_programs_are_no_more_than_buckets():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------
 
 draw = jax.jit(sample, static_argnums=2)
 LOGITS = np.random.default_rng(0).normal(size=(64, 50)).astype(np.float32) * 2
@@ -304,7 +407,9 @@ def test_limits_that_are_greedy(sampling):
 
 
 def allowed(logits, sampling):
-    """bool[V] of the tokens that may be drawn, and their probabilities f64[V], by the rule written out."""
+    """bool[V] of the tokens that may be drawn, and their probabilities f64[V], by the rule written
+    out.
+    """
     order = np.argsort(-logits, kind="stable")
     probabilities = np.exp((logits - logits.max()).astype(np.float64) / sampling.temperature)
     kept = np.zeros(len(logits), bool)
@@ -339,7 +444,10 @@ def test_draws_follow_the_rule(sampling):
         share = np.bincount(drawn, minlength=len(logits)) / count
         assert (share[~kept] == 0).all()
         assert (share[kept & (probabilities > 1e-3)] > 0).all()
-        assert (np.abs(share - probabilities) < 5 * np.sqrt(probabilities * (1 - probabilities) / count) + 1e-4).all()
+        assert (
+            np.abs(share - probabilities)
+            < 5 * np.sqrt(probabilities * (1 - probabilities) / count) + 1e-4
+        ).all()
 
 
 def test_the_nucleus_holds_the_token_that_reaches_top_p():
@@ -355,11 +463,15 @@ def test_a_row_is_drawn_as_if_alone():
     together = np.asarray(draw(LOGITS, keys, sampling))
     alone = [int(draw(LOGITS[row : row + 1], keys[row : row + 1], sampling)[0]) for row in range(8)]
     assert together[:8].tolist() == alone
-    np.testing.assert_array_equal(np.asarray(draw(LOGITS[::-1], keys[::-1], sampling))[::-1], together)
+    np.testing.assert_array_equal(
+        np.asarray(draw(LOGITS[::-1], keys[::-1], sampling))[::-1], together
+    )
 
 
 def test_seeds_decide():
-    """The same seed gives the same answer, in any company; every token has a random number of its own."""
+    """The same seed gives the same answer, in any company; every token has a random number of its
+    own.
+    """
     prompts, hot = RAGGED[:2], {"temperature": 1.0}
     together = generator().generate(prompts * 2, make_run(seeds=(7, 7, 8, 7), **hot))
     assert together[3] == together[1] and together[2] != together[0]

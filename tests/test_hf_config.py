@@ -52,7 +52,9 @@ def test_what_is_written_reads_the_same(size, layout):
     processor = ProcessorConfig(model.vision.image_size, model.tokens_per_tile)
     written = to_hf(model, processor, layout, "bfloat16")
     pictures = {"image_mean": list(model.vision.mean), "image_std": list(model.vision.std)}
-    assert from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures) == model
+    assert (
+        from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures) == model
+    )
     assert processor_from_hf(written) == processor
 
 
@@ -70,7 +72,9 @@ def test_rope_parameters_of_transformers_5():
     (None, True, None, True), (None, False, None, False), (None, True, True, False),
 ])  # fmt: skip
 def test_tying_in_the_hf_layout(stated, inner, has_head, tied):
-    config = changed(changed(HF, "tie_word_embeddings", stated), "text_config.tie_word_embeddings", inner)
+    config = changed(
+        changed(HF, "tie_word_embeddings", stated), "text_config.tie_word_embeddings", inner
+    )
     assert from_hf(config, has_head=has_head).language.tie_embeddings is tied
 
 
@@ -105,7 +109,11 @@ REFUSED = [
     (ORIGINAL, "llm_config.num_hidden_layers", changed),
     (ORIGINAL, "llm_config.rope_theta", changed),
     (ORIGINAL, "llm_config.rope_scaling", {"type": "yarn", "factor": 4.0}),
-    (ORIGINAL, "llm_config.rope_scaling", {"type": "dynamic", "rope_type": "linear", "factor": 4.0}),
+    (
+        ORIGINAL,
+        "llm_config.rope_scaling",
+        {"type": "dynamic", "rope_type": "linear", "factor": 4.0},
+    ),
     (ORIGINAL, "llm_config.rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
     (ORIGINAL, "llm_config.use_sliding_window", True),
     (ORIGINAL, "llm_config.model_type", "phi3"),
@@ -138,7 +146,10 @@ def test_a_typo_gets_a_suggestion():
 def test_processor_of_the_original_layout():
     processor = processor_from_hf(ORIGINAL)
     assert processor == ProcessorConfig()
-    assert processor_from_hf(changed(ORIGINAL, "system_message", "Be brief.")).system_message == "Be brief."
+    assert (
+        processor_from_hf(changed(ORIGINAL, "system_message", "Be brief.")).system_message
+        == "Be brief."
+    )
     assert processor_from_hf(changed(ORIGINAL, "dynamic_image_size", False)).max_tiles == 1
     fixed = changed(changed(ORIGINAL, "rope_pos_id_version", "v2pe_fix"), "rope_pos_id_stride", 64)
     assert processor_from_hf(fixed).delta == 64
@@ -183,7 +194,11 @@ SIZES_OF_WRONG_KINDS = {
     "intermediate_size": ["2", -1, 10**12],
 }
 WRONG = {
-    **{f"{part}.{name}": values for part in ("vision_config", "llm_config") for name, values in SIZES_OF_WRONG_KINDS.items()},
+    **{
+        f"{part}.{name}": values
+        for part in ("vision_config", "llm_config")
+        for name, values in SIZES_OF_WRONG_KINDS.items()
+    },
     "vision_config": [[], "x", 3],
     "vision_config.image_size": ["448", [448], [448.0, 448], 449, 10**9],
     "vision_config.patch_size": [0, "14"],
@@ -198,7 +213,12 @@ WRONG = {
     "llm_config.vocab_size": ["460", 0, 10**12],
     "llm_config.rms_norm_eps": [NAN, -1, "1e-6"],
     "llm_config.rope_theta": [0, -1, NAN, "1e6"],
-    "llm_config.rope_scaling": ["x", {"type": "dynamic", "factor": NAN}, {"type": "dynamic", "factor": -2}, {"type": 3}],
+    "llm_config.rope_scaling": [
+        "x",
+        {"type": "dynamic", "factor": NAN},
+        {"type": "dynamic", "factor": -2},
+        {"type": 3},
+    ],
     "llm_config.max_position_embeddings": [0, -1, "2048"],
     "llm_config.layer_types": ["full_attention", [3], ["full_attention"]],
     "llm_config.tie_word_embeddings": ["no"],
@@ -222,7 +242,9 @@ WRONG = {
 def test_values_of_a_wrong_type_or_size_are_named(path):
     for value in WRONG[path]:
         config = changed(ORIGINAL, path, value)
-        with pytest.raises(ValueError, match=rf"^at/config.json: .*{path.rpartition('.')[2]}") as caught:
+        with pytest.raises(
+            ValueError, match=rf"^at/config.json: .*{path.rpartition('.')[2]}"
+        ) as caught:
             from_hf(config, image_token_id=151667, has_head=True, place="at/")
             processor_from_hf(config, place="at/")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

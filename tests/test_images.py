@@ -57,7 +57,9 @@ def test_result_shares_nothing_with_the_source():
     assert source.getpixel((0, 0)) != (1, 2, 3)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "PA", "La", "RGBa"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "PA", "La", "RGBa"]
+)
 def test_modes_convert_as_pillow_does(mode):
     image = noise()
     if mode in ("La", "RGBa"):
@@ -113,10 +115,14 @@ def test_16_bit_grey_keeps_the_high_byte(source):
 def test_16_bit_big_endian_grey():
     values = np.array([[256, 65535, 511]], np.uint16)
     image = Image.frombytes("I;16B", (3, 1), values.astype(">u2").tobytes())
-    assert_same(open_image(image), np.repeat(np.array([[1, 255, 1]], np.uint8)[:, :, None], 3, axis=2))
+    assert_same(
+        open_image(image), np.repeat(np.array([[1, 255, 1]], np.uint8)[:, :, None], 3, axis=2)
+    )
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating point")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating point")]
+)
 def test_values_of_unknown_range_are_refused(tmp_path, dtype, kind):
     image = Image.fromarray(np.ones((3, 4), dtype))
     path = tmp_path / "depth.tiff"
@@ -138,10 +144,18 @@ def test_arrays(shape):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((3, 5, 6), np.uint8), np.zeros((5, 6, 3)), np.zeros((5, 6, 2), np.uint8), np.zeros(5)]
+    "array",
+    [
+        np.zeros((3, 5, 6), np.uint8),
+        np.zeros((5, 6, 3)),
+        np.zeros((5, 6, 2), np.uint8),
+        np.zeros(5),
+    ],
 )
 def test_other_arrays_are_refused(array):
-    with pytest.raises(ImageError, match=r"array .*\[.*\]: is no picture array; give uint8 \[height, width, 3\]"):
+    with pytest.raises(
+        ImageError, match=r"array .*\[.*\]: is no picture array; give uint8 \[height, width, 3\]"
+    ):
         open_image(array)
 
 
@@ -166,7 +180,8 @@ def test_exif_orientation_is_ignored_unless_asked_for(file_format, orientation):
         8: np.rot90(stored),
     }[orientation]
     assert_same(open_image(data, apply_exif=True), turned)
-    assert_same(open_image(data), turned if file_format == "TIFF" else stored)  # Pillow turns TIFF files as it loads them
+    # Pillow turns TIFF files as it loads them
+    assert_same(open_image(data), turned if file_format == "TIFF" else stored)
 
 
 def test_exif_orientation_of_16_bit_grey():
@@ -242,13 +257,18 @@ def test_missing_file_directory_empty_file_and_text(tmp_path):
     with pytest.raises(ImageError, match=r"empty\.png: is empty"):
         open_image(tmp_path / "empty.png")
     (tmp_path / "notes.png").write_text("not a picture at all")
-    with pytest.raises(ImageError, match=r"notes\.png: is not an image of pixels .*; convert it to PNG or JPEG"):
+    with pytest.raises(
+        ImageError, match=r"notes\.png: is not an image of pixels .*; convert it to PNG or JPEG"
+    ):
         open_image(tmp_path / "notes.png")
     with pytest.raises(ImageError, match="https://example.org/a.png: addresses are not fetched"):
         open_image("https://example.org/a.png")
     with pytest.raises(ImageError, match="is not a usable path"):
         open_image("a\0b.png")
-    with open(tmp_path / "notes.png") as file, pytest.raises(ImageError, match="open it in binary mode"):
+    with (
+        open(tmp_path / "notes.png") as file,
+        pytest.raises(ImageError, match="open it in binary mode"),
+    ):
         open_image(file)
 
 
@@ -268,7 +288,11 @@ def test_things_that_are_no_source():
 
 
 def test_pictures_without_pixels():
-    for source in (Image.new("RGB", (0, 5)), Image.new("RGB", (5, 0)), np.zeros((0, 4, 3), np.uint8)):
+    for source in (
+        Image.new("RGB", (0, 5)),
+        Image.new("RGB", (5, 0)),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
         with pytest.raises(ImageError, match="has no pixels"):
             open_image(source)
 
@@ -279,7 +303,10 @@ def test_decompression_bombs_are_refused(monkeypatch, excess):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     open_image(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(9_999 / excess))
-    with pytest.raises(ImageError, match="bomb.png: .*scale it down, or.* --max_image_pixels .*data.max_image_pixels"):
+    with pytest.raises(
+        ImageError,
+        match="bomb.png: .*scale it down, or.* --max_image_pixels .*data.max_image_pixels",
+    ):
         open_image(data, name="bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     open_image(data)
@@ -335,17 +362,26 @@ def test_the_remedy_for_truncated_files_is_one_that_programs_have():
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n0 0 64 64 rectfill\nshowpage\n"
 NO_PIXELS = {
     "eps": POSTSCRIPT,
-    "eps with a preview": struct.pack("<I6I2x", 0xC6D3D0C5, 32, len(POSTSCRIPT), 0, 0, 0, 0).ljust(32, b"\0") + POSTSCRIPT,
+    "eps with a preview": struct.pack("<I6I2x", 0xC6D3D0C5, 32, len(POSTSCRIPT), 0, 0, 0, 0).ljust(
+        32, b"\0"
+    )
+    + POSTSCRIPT,
     "ps": b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
     "pdf": b"%PDF-1.7\n1 0 obj\n<< >>\nendobj\n",
-    "wmf": b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hH", 0, 0, 100, 100, 1440) + b"\0" * 6 + b"\1\0\x09\0" + b"\0" * 40,
+    "wmf": b"\xd7\xcd\xc6\x9a\0\0"
+    + struct.pack("<4hH", 0, 0, 100, 100, 1440)
+    + b"\0" * 6
+    + b"\1\0\x09\0"
+    + b"\0" * 40,
     "emf": struct.pack("<10i", 1, 108, 0, 0, 100, 100, 0, 0, 2540, 2540) + b" EMF" + b"\0" * 60,
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
 }
 
 
 @pytest.mark.parametrize("kind", NO_PIXELS)
-def test_what_other_programs_would_draw_is_refused_and_no_program_is_started(tmp_path, monkeypatch, kind):
+def test_what_other_programs_would_draw_is_refused_and_no_program_is_started(
+    tmp_path, monkeypatch, kind
+):
     started = []
     monkeypatch.setattr("subprocess.Popen", lambda *arguments, **_: started.append(arguments))
     monkeypatch.setattr("subprocess.check_call", lambda *arguments, **_: started.append(arguments))
@@ -408,7 +444,12 @@ def test_an_orientation_among_long_texts_still_counts():
 
 @pytest.mark.parametrize(
     "name",
-    ["data:image/png;base64," + "A" * 2_000_000, "x" * 5_000, "dir/" * 2_000 + "a.png", "https://a.org/" + "b" * 9_000],
+    [
+        "data:image/png;base64," + "A" * 2_000_000,
+        "x" * 5_000,
+        "dir/" * 2_000 + "a.png",
+        "https://a.org/" + "b" * 9_000,
+    ],
     ids=lambda name: name[:9],
 )
 def test_errors_quote_long_names_in_short(name):
@@ -422,7 +463,11 @@ def test_names_cannot_drive_the_terminal(tmp_path):
     path.write_text("no image")
     with pytest.raises(ImageError) as error:
         open_image(path)
-    assert "\x1b" not in str(error.value) and "\n" not in str(error.value) and "\\x1b" in str(error.value)
+    assert (
+        "\x1b" not in str(error.value)
+        and "\n" not in str(error.value)
+        and "\\x1b" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(

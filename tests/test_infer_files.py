@@ -1,4 +1,6 @@
-"""infer.py --requests and --output without a model: what is refused before one is loaded, what is never touched, and what is resumed."""
+"""infer.py --requests and --output without a model: what is refused before one is loaded, what is
+never touched, and what is resumed.
+"""
 
 import json
 import os
@@ -22,7 +24,11 @@ def asked(tmp_path):
     """Three requests as read from a file."""
     path = tmp_path / "q.jsonl"
     (tmp_path / "a.png").write_bytes(b"")
-    lines = [{"prompt": "one", "id": "a", "expected": "1"}, {"prompt": "two", "image": "a.png"}, {"prompt": "three"}]
+    lines = [
+        {"prompt": "one", "id": "a", "expected": "1"},
+        {"prompt": "two", "image": "a.png"},
+        {"prompt": "three"},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return read_requests(path)
 
@@ -33,7 +39,9 @@ def output(tmp_path):
 
 
 def answered(asked, count: int) -> list[dict]:
-    return [request["asked"] | {"text": f"书 {number}"} for number, request in enumerate(asked[:count])]
+    return [
+        request["asked"] | {"text": f"书 {number}"} for number, request in enumerate(asked[:count])
+    ]
 
 
 def fill(output, asked, count: int = 3, settings=SETTINGS) -> bytes:
@@ -46,7 +54,7 @@ def fill(output, asked, count: int = 3, settings=SETTINGS) -> bytes:
     return output.read_bytes()
 
 
-# --- requests ---------------------------------------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------------
 
 
 def test_what_an_answer_repeats(asked, tmp_path):
@@ -55,13 +63,19 @@ def test_what_an_answer_repeats(asked, tmp_path):
         {"id": 2, "prompt": "two", "image": "a.png"},
         {"id": 3, "prompt": "three"},
     ]
-    assert asked[1]["image"] == [str(tmp_path / "a.png")] and asked[1]["where"] == f"{tmp_path}/q.jsonl line 2"
+    assert (
+        asked[1]["image"] == [str(tmp_path / "a.png")]
+        and asked[1]["where"] == f"{tmp_path}/q.jsonl line 2"
+    )
 
 
 def test_files_of_other_systems(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "y\xe2\x80\xa8z"}\r\n')
-    assert [(request["prompt"], request["id"]) for request in read_requests(path)] == [("x", 1), ("y\u2028z", 3)]
+    assert [(request["prompt"], request["id"]) for request in read_requests(path)] == [
+        ("x", 1),
+        ("y\u2028z", 3),
+    ]
     for encoding in ("utf-16", "utf-32"):
         path.write_bytes('{"prompt": "x"}\n'.encode(encoding))
         with pytest.raises(FileError, match="q.jsonl: is UTF-16 or UTF-32 text"):
@@ -82,12 +96,14 @@ def test_missing_images(asked):
         check_images(asked, "stop")
 
 
-# --- the output -------------------------------------------------------------------------------------------------------------------
+# --- the output ----------------------------------------------------------------------------------
 
 
 def test_killed_anywhere_it_is_resumed_as_if_it_had_not_been(asked, output):
     whole = fill(output, asked)
-    assert [json.loads(line)["run"] for line in whole.splitlines()] == [answer_file.settings_hash(SETTINGS)] * 3
+    assert [json.loads(line)["run"] for line in whole.splitlines()] == [
+        answer_file.settings_hash(SETTINGS)
+    ] * 3
     sidecar = output.with_name("answers.jsonl.settings.json").read_bytes()
     for cut in range(0, len(whole) + 1, 7):
         output.write_bytes(whole[:cut])
@@ -194,18 +210,26 @@ def test_one_process_at_a_time(asked, output, tmp_path):
         output.touch()
         for name in (output, other):
             code = f"from internvl3_jax.inference.answer_file import AnswerFile\nwith AnswerFile({str(name)!r}): pass"
-            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-            assert "is in use by another process (process" in run.stderr and str(os.getpid()) in run.stderr
+            run = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+            )
+            assert (
+                "is in use by another process (process" in run.stderr
+                and str(os.getpid()) in run.stderr
+            )
     fill(output, asked)
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------------------
+# --- prompts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        (r"Image-1: <image>\nImage-2: <image>\nWhat differs?", "Image-1: <image>\nImage-2: <image>\nWhat differs?"),
+        (
+            r"Image-1: <image>\nImage-2: <image>\nWhat differs?",
+            "Image-1: <image>\nImage-2: <image>\nWhat differs?",
+        ),
         (r"print(\\n)", r"print(\n)"),
         (r"a\\\nb", r"a\\nb"),
         (r"$\nabla f \neq \nu$, \not\in \newline", r"$\nabla f \neq \nu$, \not\in \newline"),

@@ -6,14 +6,20 @@ import pytest
 import tiny_checkpoint
 from local_processes import ROOT, Processes, free_address
 
-REQUESTS = [{"prompt": "What is 1?"}, {"prompt": "What is <image>?", "image": "wide.png"}, {"prompt": "And 2?"}]
+REQUESTS = [
+    {"prompt": "What is 1?"},
+    {"prompt": "What is <image>?", "image": "wide.png"},
+    {"prompt": "And 2?"},
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("requests")
     tiny_checkpoint.picture(40, 16, 1).save(folder / "wide.png")
-    (folder / "requests.jsonl").write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
+    (folder / "requests.jsonl").write_text(
+        "".join(json.dumps(request) + "\n" for request in REQUESTS)
+    )
     return folder
 
 
@@ -31,12 +37,16 @@ def answers(path) -> list[dict]:
 def run(lines: list[list[str]], devices: int) -> list[str]:
     with Processes(lines, devices) as processes:
         ended = processes.end(300)
-    assert [process.status for process in ended] == [0] * len(lines), "\n----\n".join(process.out for process in ended)
+    assert [process.status for process in ended] == [0] * len(lines), "\n----\n".join(
+        process.out for process in ended
+    )
     return [process.out for process in ended]
 
 
 def test_two_hosts_answer_as_one(folder):
-    """With candidates and a critic, going on behind a first answer that only the first host has to know of."""
+    """With candidates and a critic, going on behind a first answer that only the first host has to
+    know of.
+    """
     checkpoint = str(tiny_checkpoint.directory())
     common = [
         str(ROOT / "infer.py"),
@@ -53,7 +63,14 @@ def test_two_hosts_answer_as_one(folder):
     lines, address = [], free_address()
     for number in range(2):
         output = folder / f"host_{number}.jsonl"
-        own = ["--hosts", "--fsdp=2", f"--coordinator={address}", "--processes=2", f"--process={number}", f"--output={output}"]
+        own = [
+            "--hosts",
+            "--fsdp=2",
+            f"--coordinator={address}",
+            "--processes=2",
+            f"--process={number}",
+            f"--output={output}",
+        ]
         lines.append([*common, *own])
     first = (folder / "one.jsonl").read_text().splitlines(keepends=True)[0]
     (folder / "host_0.jsonl").write_text(first)

@@ -1,6 +1,8 @@
-"""Each installation that the pages write, in an empty environment: doctor, four training steps, export and infer go through.
+"""Each installation that the pages write, in an empty environment: doctor, four training steps,
+export and infer go through.
 
-Run by `make test-install`. Of a line with an accelerator's extra, whose libraries are gigabytes, the same line without it is installed.
+Run by `make test-install`. Of a line with an accelerator's extra, whose libraries are gigabytes,
+the same line without it is installed.
 """
 
 import os
@@ -20,17 +22,27 @@ TRAIN += "--config.optimizer.warmup_steps=0 --config.data.rows=1 --config.data.t
 
 
 def installations() -> list[tuple[str, ...]]:
-    """Sets of extras, smaller ones first, that the pages and the recipes' and programs' own texts install, accelerators left out."""
+    """Sets of extras, smaller ones first, that the pages and the recipes' and programs' own texts
+    install, accelerators left out.
+    """
     texts = [(ROOT / page).read_text(encoding="utf-8") for page in pages()]
-    found = {tuple(sorted(set(extras.split(",")) - ACCELERATORS)) for text in texts for extras in LINE.findall(text)}
+    found = {
+        tuple(sorted(set(extras.split(",")) - ACCELERATORS))
+        for text in texts
+        for extras in LINE.findall(text)
+    }
     return sorted(found, key=lambda extras: (len(extras), extras))
 
 
 @pytest.mark.smoke
 def test_the_pages_install_what_training_needs():
-    """The line of docs/training.md is README's, and there is one without any extra: the two that are tried below."""
+    """The line of docs/training.md is README's, and there is one without any extra: the two that
+    are tried below.
+    """
     assert installations() == [(), ("quant",), ("storage",), ("logging", "video")]
-    written = [set(LINE.findall((ROOT / page).read_text())) for page in ("README.md", "docs/training.md")]
+    written = [
+        set(LINE.findall((ROOT / page).read_text())) for page in ("README.md", "docs/training.md")
+    ]
     assert {"gpu,video,logging", "tpu,video,logging"} <= written[0] & written[1]
 
 
@@ -56,7 +68,9 @@ class Environment:
     def __init__(self, folder: pathlib.Path):
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         self.python = folder / "venv" / "bin" / "python"
-        self.world = documented_world.build(folder / "clone", "", "meta.json checkpoints/internvl3-2b receipt.jpg")
+        self.world = documented_world.build(
+            folder / "clone", "", "meta.json checkpoints/internvl3-2b receipt.jpg"
+        )
         hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
         self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self.environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "ignore"}
@@ -65,7 +79,13 @@ class Environment:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         place = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-        self.run(*pip, "--constraint", str(ROOT / "requirements" / f"constraints-{version}.txt"), "--editable", place)
+        self.run(
+            *pip,
+            "--constraint",
+            str(ROOT / "requirements" / f"constraints-{version}.txt"),
+            "--editable",
+            place,
+        )
 
     def run(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -88,16 +108,27 @@ def environment(tmp_path_factory):
 
 # Each in the environment of the smaller ones before it, as pip only adds.
 @pytest.mark.install
-@pytest.mark.parametrize("extras", [(), ("logging", "video")], ids=lambda extras: ",".join(extras) or "none")
+@pytest.mark.parametrize(
+    "extras", [(), ("logging", "video")], ids=lambda extras: ",".join(extras) or "none"
+)
 def test_documented_installation(environment, extras):
     environment.install(extras)
     name = "-".join(extras) or "none"
-    environment.run("-m", "internvl3_jax.data.doctor", "meta.json", "--tokenizer", "checkpoints/internvl3-2b")
+    environment.run(
+        "-m", "internvl3_jax.data.doctor", "meta.json", "--tokenizer", "checkpoints/internvl3-2b"
+    )
     printed = environment.run(*TRAIN, "--workdir", f"runs/{name}")
     run = environment.world / "runs" / name
     assert ("matplotlib" in printed) == ("logging" not in extras)
     assert (run / "loss.png").exists() == ("logging" in extras) and (run / "log.jsonl").exists()
     if extras:
         environment.run("-m", "convert", f"runs/{name}", "exported", "--to", "internvl")
-        question = ("--image", "receipt.jpg", "--prompt", "What is the total?", "--max_new_tokens", "4")
+        question = (
+            "--image",
+            "receipt.jpg",
+            "--prompt",
+            "What is the total?",
+            "--max_new_tokens",
+            "4",
+        )
         assert environment.run("infer.py", "--checkpoint", "exported", *question).strip()

@@ -1,4 +1,6 @@
-"""InternVL2.5-8B and VisualPRM: the InternLM2 decoder against torch, and its fused wqkv through every conversion."""
+"""InternVL2.5-8B and VisualPRM: the InternLM2 decoder against torch, and its fused wqkv through
+every conversion.
+"""
 
 import json
 
@@ -7,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from internlm2_reference import Reference
-from released import convert, params_of, random_params, reduce_processor, same_tensors, stored_tensors
+from released import (
+    convert,
+    params_of,
+    random_params,
+    reduce_processor,
+    same_tensors,
+    stored_tensors,
+)
 from released_configs import INTERNLM2, ORIGINAL
 from test_hf_config import changed
 from test_parity import TOLERANCE, as_prompt, greedy, make_row
@@ -39,7 +48,10 @@ def ours(reference: Reference, image_token_id: int = 120):
 def test_logits(bias, tiles):
     reference = Reference(bias=bias)
     config, params = ours(reference)
-    assert config.language.family == "internlm2" and config.language.o_bias is config.language.qkv_bias is bias
+    assert (
+        config.language.family == "internlm2"
+        and config.language.o_bias is config.language.qkv_bias is bias
+    )
     batch, pixels = make_row(config, tiles, seed=3)
     theirs = reference(torch.from_numpy(batch["tokens"].astype(np.int64)), pixels).numpy()
     logits = jax.jit(lambda: InternVL(config).apply({"params": params}, batch))()
@@ -59,19 +71,25 @@ def test_dynamic_scaling_beyond_the_trained_length(length):
 
 
 def test_greedy_tokens():
-    """Prefill and decoding in the merged layout against the whole sequence run anew in torch for every token."""
+    """Prefill and decoding in the merged layout against the whole sequence run anew in torch for
+    every token.
+    """
     reference = Reference()
     config, params = ours(reference)
     batch, pixels = make_row(config, (2,), seed=5)
     ids = torch.from_numpy(batch["tokens"].astype(np.int64))
     for _ in range(12):
         ids = torch.cat([ids, reference(ids, pixels)[:, -1:].argmax(dim=-1)], dim=1)
-    (answer,) = Generator(config, params).generate([as_prompt(config, batch, (2,))], greedy(12, 1, config))
+    (answer,) = Generator(config, params).generate(
+        [as_prompt(config, batch, (2,))], greedy(12, 1, config)
+    )
     assert answer == ids[0, batch["tokens"].shape[1] :].tolist()
 
 
 def test_each_head_of_wqkv_goes_to_its_place():
-    """Every row of wqkv holds its own number: by groups, the query heads, the key head, the value head."""
+    """Every row of wqkv holds its own number: by groups, the query heads, the key head, the value
+    head.
+    """
     config, _ = ours(reference := Reference())
     width, rows = 8, (6 + 2 * 2) * 8
     tensors = {name: tensor.numpy() for name, tensor in reference.tensors().items()}
@@ -80,11 +98,13 @@ def test_each_head_of_wqkv_goes_to_its_place():
     )
     params = params_from_tensors(config, table_source(ArraySource(tensors), config.language))
     layer = {name: params["language"]["layers"][name]["kernel"][1][0] for name in "qkv"}
-    heads = {name: (value.reshape(-1, width)[:, 0] / width).tolist() for name, value in layer.items()}
+    heads = {
+        name: (value.reshape(-1, width)[:, 0] / width).tolist() for name, value in layer.items()
+    }
     assert heads == {"q": [0, 1, 2, 5, 6, 7], "k": [3, 8], "v": [4, 9]}
 
 
-# --- conversion ---------------------------------------------------------------------------------------------------------------
+# --- conversion ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +133,22 @@ def test_round_trip_is_bit_exact(released, tmp_path):
 
 
 def test_transformers_has_it_as_llama(released, tmp_path):
-    """The same logits from transformers after --to hf; and back from there with the family that it was."""
+    """The same logits from transformers after --to hf; and back from there with the family that it
+    was.
+    """
     convert(released, tmp_path / "hf", to="hf", dtype="float32", verify=True)
-    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert model.config.text_config.model_type == "llama"
     checkpoint = load(tmp_path / "hf")
     assert checkpoint.config.language.family == "internlm2"
     batch, pixels = make_row(checkpoint.config, (1,), seed=2)
     with torch.no_grad():
-        theirs = model(input_ids=torch.from_numpy(batch["tokens"].astype(np.int64)), pixel_values=pixels).logits.numpy()
+        theirs = model(
+            input_ids=torch.from_numpy(batch["tokens"].astype(np.int64)), pixel_values=pixels
+        ).logits.numpy()
     ours = checkpoint.model.apply({"params": checkpoint.params}, batch)
     np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
     convert(tmp_path / "hf", tmp_path / "original", to="internvl", dtype="bfloat16")
@@ -141,31 +167,54 @@ def test_errors_name_the_tensors_of_the_file(released):
 
     with pytest.raises(ConversionError, match=r"missing:\n  .*layers.2.attention.wqkv.weight"):
         read({name: tensor for name, tensor in tensors.items() if name != wqkv})
-    with pytest.raises(ConversionError, match=r"layers.2.attention.wqkv.weight has 72 rows; the heads in config.json need 80"):
+    with pytest.raises(
+        ConversionError,
+        match=r"layers.2.attention.wqkv.weight has 72 rows; the heads in config.json need 80",
+    ):
         read(tensors | {wqkv: tensors[wqkv][8:]})
-    with pytest.raises(ConversionError, match=r"missing:\n  language_model.model.layers.0.feed_forward.w3.weight"):
-        read({name: tensor for name, tensor in tensors.items() if "layers.0.feed_forward.w3" not in name})
-    with pytest.raises(ConversionError, match=r"unknown .*\n  language_model.model.layers.0.attention.wz.weight"):
+    with pytest.raises(
+        ConversionError, match=r"missing:\n  language_model.model.layers.0.feed_forward.w3.weight"
+    ):
+        read(
+            {
+                name: tensor
+                for name, tensor in tensors.items()
+                if "layers.0.feed_forward.w3" not in name
+            }
+        )
+    with pytest.raises(
+        ConversionError, match=r"unknown .*\n  language_model.model.layers.0.attention.wz.weight"
+    ):
         read(tensors | {"language_model.model.layers.0.attention.wz.weight": tensors[wqkv]})
 
 
-# --- configuration ------------------------------------------------------------------------------------------------------------
+# --- configuration -------------------------------------------------------------------------------
 
 
 def test_released_config():
     config = changed(ORIGINAL, "llm_config", INTERNLM2)
     model = from_hf(config, image_token_id=92546, has_head=True)
     language = model.language
-    assert (language.family, language.norm_eps, language.rope_theta, language.rope_factor) == ("internlm2", 1e-5, 1e6, 2.0)
-    assert not (language.qkv_bias or language.o_bias or language.mlp_bias or language.tie_embeddings)
-    assert sum(count_params(model).values()) == 8_075_365_376  # as the card of InternVL2.5-8B has it: 8.08B
+    assert (language.family, language.norm_eps, language.rope_theta, language.rope_factor) == (
+        "internlm2",
+        1e-5,
+        1e6,
+        2.0,
+    )
+    assert not (
+        language.qkv_bias or language.o_bias or language.mlp_bias or language.tie_embeddings
+    )
+    # as the card of InternVL2.5-8B has it: 8.08B
+    assert sum(count_params(model).values()) == 8_075_365_376
     written = to_hf(model, ProcessorConfig(), "internvl", "bfloat16")
     assert from_hf(written, image_token_id=92546, has_head=True) == model
     with pytest.raises(ValueError, match="llm_config: bias is missing"):
         from_hf(changed(config, "llm_config.bias", changed), image_token_id=92546, has_head=True)
 
 
-@pytest.mark.parametrize(("field", "value"), [("o_bias", True), ("mlp_bias", True), ("head_dim", 64)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("o_bias", True), ("mlp_bias", True), ("head_dim", 64)]
+)
 def test_what_the_layout_cannot_say_is_refused(field, value, tmp_path):
     config = from_hf(Reference().config(), image_token_id=120, has_head=True)
     setattr(config.language, field, value)
@@ -176,7 +225,13 @@ def test_what_the_layout_cannot_say_is_refused(field, value, tmp_path):
 def test_export_of_a_checkpoint_that_never_was_released(tmp_path):
     config = from_hf(Reference(vocab_size=463).config(), image_token_id=453, has_head=True)
     params = random_params(config)
-    save_checkpoint(tmp_path / "ours", params, config, reduce_processor(config), tiny_tokenizer.build())
+    save_checkpoint(
+        tmp_path / "ours", params, config, reduce_processor(config), tiny_tokenizer.build()
+    )
     convert(tmp_path / "ours", tmp_path / "internvl", to="internvl", verify=True)
-    assert not [name for name in stored_tensors(tmp_path / "internvl") if "q_proj" in name or "lm_head" in name]
+    assert not [
+        name
+        for name in stored_tensors(tmp_path / "internvl")
+        if "q_proj" in name or "lm_head" in name
+    ]
     same_tensors(params_of(tmp_path / "internvl"), storage.by_path(params))

@@ -43,7 +43,11 @@ def test_errors_name_file_and_line(path, content, said):
     path.write_bytes(content)
     with pytest.raises(FileError) as caught:
         list(jsonl.read(path))
-    assert str(path) in str(caught.value) and said in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(path) in str(caught.value)
+        and said in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_objects_only(path):
@@ -56,7 +60,11 @@ def test_objects_only(path):
 
 def test_a_pipe_and_a_folder_are_refused(path, tmp_path):
     os.mkfifo(path)
-    for name, said in ((path, "not a regular file"), (tmp_path, "a directory"), (tmp_path / "none", "No such file")):
+    for name, said in (
+        (path, "not a regular file"),
+        (tmp_path, "a directory"),
+        (tmp_path / "none", "No such file"),
+    ):
         with pytest.raises(FileError, match=said):
             list(jsonl.read(name))
     with pytest.raises(FileError, match="not a regular file"), jsonl.Appender(path, 0):

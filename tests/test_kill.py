@@ -28,7 +28,12 @@ def test_times_alone_may_differ():
 
 
 def test_a_difference_is_named(capsys):
-    whole = {"params['a']": "1", "log.jsonl": [{"step": 1}], "answers.jsonl": [{"step": 1}], "skipped.txt": ""}
+    whole = {
+        "params['a']": "1",
+        "log.jsonl": [{"step": 1}],
+        "answers.jsonl": [{"step": 1}],
+        "skipped.txt": "",
+    }
     assert compared("a run", dict(whole), whole) == []
     assert "1 log rows, 1 answers, 1 arrays equal" in capsys.readouterr().out
     other = whole | {"params['a']": "2", "answers.jsonl": [{"step": 1}] * 2}
@@ -39,5 +44,7 @@ def test_a_difference_is_named(capsys):
 
 def test_answers_are_compared_without_their_times(tmp_path):
     rows = [{"id": 1, "text": "a", "seconds": 0.5}, {"id": 2, "text": "书", "seconds": 1.5}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     assert answers(tmp_path / "a.jsonl") == [{"id": 1, "text": "a"}, {"id": 2, "text": "书"}]

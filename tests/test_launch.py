@@ -1,4 +1,6 @@
-"""The files in launch/: what can be checked without the tools that read them. launch/check.sh does the rest, with those tools."""
+"""The files in launch/: what can be checked without the tools that read them. launch/check.sh does
+the rest, with those tools.
+"""
 
 import math
 import os
@@ -19,12 +21,15 @@ from internvl3_jax.parallel.multihost import EXIT_PEER_LOST, TERMINATED
 ROOT = pathlib.Path(train.__file__).parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-STARTING = sorted(path for path in LAUNCH.iterdir() if path.name not in ("check.sh", "restart.sh"))  # train.py
+# train.py
+STARTING = sorted(path for path in LAUNCH.iterdir() if path.name not in ("check.sh", "restart.sh"))
 
 
 @pytest.fixture
 def stubs(tmp_path):
-    """Call with programs and what each does in bash: they stand first on the returned environment's PATH and note their calls."""
+    """Call with programs and what each does in bash: they stand first on the returned environment's
+    PATH and note their calls.
+    """
 
     def make(**programs):
         for name, body in programs.items():
@@ -36,17 +41,21 @@ def stubs(tmp_path):
         return os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
     make.notes = tmp_path / "calls"
-    make.calls = lambda: [call.split("\x1f")[:-1] for call in (tmp_path / "calls").read_text().split("\x1e")[:-1]]
+    make.calls = lambda: [
+        call.split("\x1f")[:-1] for call in (tmp_path / "calls").read_text().split("\x1e")[:-1]
+    ]
     return make
 
 
 def run(script: str, *arguments, env, status=0):
-    done = subprocess.run([LAUNCH / script, *arguments], env=env, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [LAUNCH / script, *arguments], env=env, text=True, capture_output=True, timeout=60
+    )
     assert done.returncode == status, done.stderr
     return done
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------------------
+# --- all of them ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -55,7 +64,9 @@ def test_scripts_are_bash(path):
     assert os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *sorted((ROOT / "tools").glob("*.sh"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, *sorted((ROOT / "tools").glob("*.sh"))], ids=lambda path: path.name
+)
 def test_help_prints_the_usage_and_does_nothing(stubs, path):
     """No program of a cloud or of pip is called, and no variable has to be set."""
     env = stubs(gcloud="", xpk="", srun="", scontrol="", git="", python3="exit 1", pip="")
@@ -84,14 +95,22 @@ def test_help_prints_the_usage_and_does_nothing(stubs, path):
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_what_is_missing_is_one_line(stubs, arguments, missing, named):
-    given = dict.fromkeys(("NAME", "ZONE", "TYPE", "CLUSTER", "PROJECT", "IMAGE", "STORAGE"), "v5p-8")
-    env = {name: value for name, value in (stubs(gcloud="", xpk="") | given).items() if name not in missing}
+    given = dict.fromkeys(
+        ("NAME", "ZONE", "TYPE", "CLUSTER", "PROJECT", "IMAGE", "STORAGE"), "v5p-8"
+    )
+    env = {
+        name: value
+        for name, value in (stubs(gcloud="", xpk="") | given).items()
+        if name not in missing
+    }
     done = run(*arguments, env=env, status=2)
     assert done.stdout == "" and done.stderr.startswith(named) and done.stderr.count("\n") == 1
     assert not stubs.notes.exists()
 
 
-@pytest.mark.parametrize("name, values", [("tpu.sh", {"SLICES": "two"}), ("restart.sh", {"RESTARTS": "a[$(id)]"})])
+@pytest.mark.parametrize(
+    "name, values", [("tpu.sh", {"SLICES": "two"}), ("restart.sh", {"RESTARTS": "a[$(id)]"})]
+)
 def test_numbers_are_numbers(stubs, name, values):
     env = stubs(gcloud="") | {"NAME": "pod", "ZONE": "z", "TYPE": "v6e-16"} | values
     assert "must be a whole number" in run(name, "create", env=env, status=2).stderr
@@ -99,7 +118,9 @@ def test_numbers_are_numbers(stubs, name, values):
 
 @pytest.mark.parametrize("path", STARTING, ids=lambda path: path.name)
 def test_flags_exist(path):
-    """Every flag of train.py that a file names is one, and so is the configuration's field behind it."""
+    """Every flag of train.py that a file names is one, and so is the configuration's field behind
+    it.
+    """
     text = path.read_text()
     assert "train.py" in text or path.suffix == ".yaml"
     for name in re.findall(r"--config\.mesh\.(\w+)", text):
@@ -111,9 +132,13 @@ def test_flags_exist(path):
 
 def test_what_is_installed_is_what_training_md_says():
     """A host that a file sets up has the packages of docs/training.md's line."""
-    (line,) = re.findall(r"^pip install -e '\.\[gpu,([a-z,]+)\]'", (ROOT / "docs" / "training.md").read_text(), re.M)
+    (line,) = re.findall(
+        r"^pip install -e '\.\[gpu,([a-z,]+)\]'", (ROOT / "docs" / "training.md").read_text(), re.M
+    )
     for name in ("tpu.sh", "sky_gpu.yaml", "sky_tpu.yaml", "Dockerfile"):
-        (extras,) = re.findall(r"\[(?:gpu|tpu|\$\{EXTRA\}),?([a-z,]*)\]", (LAUNCH / name).read_text())
+        (extras,) = re.findall(
+            r"\[(?:gpu|tpu|\$\{EXTRA\}),?([a-z,]*)\]", (LAUNCH / name).read_text()
+        )
         assert extras == line, name
 
 
@@ -126,13 +151,15 @@ def test_statuses_are_those_of_the_program():
     """143 and 134 stand in the files as numbers."""
     assert (TERMINATED, EXIT_PEER_LOST) == (143, 134)
     for path in LAUNCH.glob("sky_*.yaml"):
-        assert yaml.safe_load(path.read_text())["resources"]["job_recovery"]["recover_on_exit_codes"] == [
+        assert yaml.safe_load(path.read_text())["resources"]["job_recovery"][
+            "recover_on_exit_codes"
+        ] == [
             EXIT_PEER_LOST,
             TERMINATED,
         ]
 
 
-# --- a host without a scheduler --------------------------------------------------------------------------------------------------
+# --- a host without a scheduler ------------------------------------------------------------------
 
 # A command that ends with the statuses in a file, one after the other.
 NEXT = 'read -r status < "$0"; sed -i 1d "$0"; exit "$status"'
@@ -156,18 +183,27 @@ def test_restart(tmp_path, statuses, ends):
 
 def test_restart_passes_sigterm_on_and_ends(tmp_path):
     saves = f"trap 'sleep 0.5; echo saved > {tmp_path}/saved; exit 143' TERM; echo here; while true; do sleep 0.1; done"
-    with subprocess.Popen([LAUNCH / "restart.sh", "bash", "-c", saves], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [LAUNCH / "restart.sh", "bash", "-c", saves], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == TERMINATED
     assert (tmp_path / "saved").exists()
 
 
-# --- SLURM -----------------------------------------------------------------------------------------------------------------------
+# --- SLURM ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "status, before, requeued", [(0, 0, False), (TERMINATED, 0, True), (EXIT_PEER_LOST, 3, True), (1, 19, True), (1, 20, False)]
+    "status, before, requeued",
+    [
+        (0, 0, False),
+        (TERMINATED, 0, True),
+        (EXIT_PEER_LOST, 3, True),
+        (1, 19, True),
+        (1, 20, False),
+    ],
 )
 def test_slurm(stubs, tmp_path, status, before, requeued):
     env = stubs(srun=f"exit {status}", scontrol="") | {
@@ -183,7 +219,9 @@ def test_slurm(stubs, tmp_path, status, before, requeued):
 
 
 def test_slurm_options():
-    """Options, of which launch/check.sh looks up that they exist, have the form of their kind and stand before the first command."""
+    """Options, of which launch/check.sh looks up that they exist, have the form of their kind and
+    stand before the first command.
+    """
     head = (LAUNCH / "slurm.sh").read_text().split("\nset -")[0]
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", head, re.M))
     assert "#SBATCH" not in (LAUNCH / "slurm.sh").read_text().removeprefix(head)
@@ -192,11 +230,18 @@ def test_slurm_options():
     assert "requeue" in options and options["open-mode"] == "append"
 
 
-# --- TPU VMs ---------------------------------------------------------------------------------------------------------------------
+# --- TPU VMs -------------------------------------------------------------------------------------
 
 # Of `gcloud compute tpus queued-resources`, by its reference.
 GCLOUD = {
-    "create": {"accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot"},
+    "create": {
+        "accelerator-type",
+        "runtime-version",
+        "node-id",
+        "node-count",
+        "node-prefix",
+        "spot",
+    },
     "describe": {"format"},
     "ssh": {"node", "worker", "command"},
     "scp": {"node", "worker"},
@@ -210,7 +255,11 @@ def gcloud_calls(stubs) -> list[tuple[str, dict]]:
     for program, *line in stubs.calls():
         if program == "gcloud":
             assert line[:3] == ["compute", "tpus", "queued-resources"]
-            options = dict(word.removeprefix("--").partition("=")[::2] for word in line[4:] if word.startswith("--"))
+            options = dict(
+                word.removeprefix("--").partition("=")[::2]
+                for word in line[4:]
+                if word.startswith("--")
+            )
             assert options.pop("zone") == "z" and options.keys() <= GCLOUD[line[3]], line
             assert any(word.split(":")[0] == "pod" for word in line[4:])
             found.append((line[3], options))
@@ -218,17 +267,30 @@ def gcloud_calls(stubs) -> list[tuple[str, dict]]:
 
 
 @pytest.mark.parametrize(
-    "slices, nodes", [("1", {"node-id": "pod"}), ("4", {"node-count": "4", "node-prefix": "pod", "spot": ""})]
+    "slices, nodes",
+    [("1", {"node-id": "pod"}), ("4", {"node-count": "4", "node-prefix": "pod", "spot": ""})],
 )
 def test_tpu_create(stubs, slices, nodes):
-    env = stubs(gcloud="[[ $4 != describe ]] || echo ACTIVE", sleep="") | {"NAME": "pod", "ZONE": "z", "TYPE": "v5p-128"}
+    env = stubs(gcloud="[[ $4 != describe ]] || echo ACTIVE", sleep="") | {
+        "NAME": "pod",
+        "ZONE": "z",
+        "TYPE": "v5p-128",
+    }
     run("tpu.sh", "create", env=env | {"SLICES": slices, "SPOT": "yes" if "spot" in nodes else ""})
     (verb, options), *_ = gcloud_calls(stubs)
-    assert verb == "create" and options == nodes | {"accelerator-type": "v5p-128", "runtime-version": "v2-alpha-tpuv5"}
+    assert verb == "create" and options == nodes | {
+        "accelerator-type": "v5p-128",
+        "runtime-version": "v2-alpha-tpuv5",
+    }
 
 
 def test_tpu_run(stubs, tmp_path):
-    env = stubs(gcloud="") | {"NAME": "pod", "ZONE": "z", "TYPE": "v6e-16", "SHARE": "10.0.0.2:/share"}
+    env = stubs(gcloud="") | {
+        "NAME": "pod",
+        "ZONE": "z",
+        "TYPE": "v6e-16",
+        "SHARE": "10.0.0.2:/share",
+    }
     for verb in ("run --config configs/X.py --workdir", "logs", "stop", "delete"):
         run("tpu.sh", *verb.split(), *(["/share/a b"] if "run" in verb else []), env=env)
     *remote, (last, _) = gcloud_calls(stubs)
@@ -243,7 +305,12 @@ def test_tpu_run(stubs, tmp_path):
 
 
 def test_tpu_setup(stubs, tmp_path):
-    env = stubs(gcloud="", git="") | {"NAME": "pod", "ZONE": "z", "TYPE": "v6e-16", "SHARE": "10.0.0.2:/share"}
+    env = stubs(gcloud="", git="") | {
+        "NAME": "pod",
+        "ZONE": "z",
+        "TYPE": "v6e-16",
+        "SHARE": "10.0.0.2:/share",
+    }
     run("tpu.sh", "setup", env=env)
     (copy, _), (verb, options) = gcloud_calls(stubs)
     assert (copy, verb) == ("scp", "ssh")
@@ -252,7 +319,7 @@ def test_tpu_setup(stubs, tmp_path):
     assert (ROOT / constraints).exists() and "mount '10.0.0.2:/share' /share" in options["command"]
 
 
-# --- Kubernetes ------------------------------------------------------------------------------------------------------------------
+# --- Kubernetes ----------------------------------------------------------------------------------
 
 
 def jobset(name: str):
@@ -272,11 +339,21 @@ def test_jobsets_start_again(name):
     assert spec["parallelism"] == spec["completions"] and spec["backoffLimit"] == 0
     assert spec["template"]["spec"]["restartPolicy"] == "Never", "a pod failure policy asks for it"
     (rule,) = document["spec"]["failurePolicy"]["rules"]
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
+    assert (rule["action"], rule["onJobFailureReasons"]) == (
+        "RestartJobSetAndIgnoreMaxRestarts",
+        ["PodFailurePolicy"],
+    )
     evicted, stopped = spec["podFailurePolicy"]["rules"]
     assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert stopped["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [TERMINATED]}
-    assert any(arguments["--workdir"].startswith(mount["mountPath"] + "/") for mount in container["volumeMounts"])
+    assert stopped["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [TERMINATED],
+    }
+    assert any(
+        arguments["--workdir"].startswith(mount["mountPath"] + "/")
+        for mount in container["volumeMounts"]
+    )
 
 
 def test_jobset_of_tpu_slices():
@@ -297,12 +374,14 @@ def test_jobset_of_gpus():
     assert arguments["--process"] == f"$({container['env'][0]['name']})"
 
 
-# --- SkyPilot and xpk ------------------------------------------------------------------------------------------------------------
+# --- SkyPilot and xpk ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("sky_*.yaml")), ids=lambda path: path.name)
 def test_sky(stubs, tmp_path, path):
-    """setup and run are bash, and run starts what the page says: the workdir is in the bucket and is the same after a recovery."""
+    """setup and run are bash, and run starts what the page says: the workdir is in the bucket and
+    is the same after a recovery.
+    """
     task = yaml.safe_load(path.read_text())
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n", "-c", task[part]], check=True)
@@ -318,7 +397,10 @@ def test_sky(stubs, tmp_path, path):
     (tmp_path / "venv/bin/python").symlink_to(tmp_path / "bin/python")
     subprocess.run(["bash", "-c", task["run"]], env=env, check=True)
     ((_, *line),) = stubs.calls()
-    assert line[:4] == ["-u", "train.py", "--config=configs/X.py", "--workdir=/share/7"] and "/share" in task["file_mounts"]
+    assert (
+        line[:4] == ["-u", "train.py", "--config=configs/X.py", "--workdir=/share/7"]
+        and "/share" in task["file_mounts"]
+    )
     if "num_nodes" in task:
         assert line[4:] == ["--coordinator=10.0.0.1:8476", "--processes=2", "--process=1"]
 

@@ -10,8 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "internvl3_jax"
 
-# Each room (a module or folder of the package) imports only from itself and from rooms above it. `convert`, the configurations and the
-# programs come last.
+# Each room (a module or folder of the package) imports only from itself and from rooms above it.
+# `convert`, the configurations and the programs come last.
 ROOMS = [
     "io",
     "config",
@@ -27,9 +27,15 @@ ROOMS = [
     "reward",
     "fit",
 ]
-# Host code: worker processes of the data pipeline import it, and none of them may start an accelerator.
+# Host code: worker processes of the data pipeline import it, and none of them may start an
+# accelerator.
 WITHOUT_JAX = {"io", "config", "sizes", "positions", "data", "parallel.host_flags"}
-WITHOUT_JAX |= {"checkpoints.fingerprint", "checkpoints.hf.config", "checkpoints.hf.fields", "checkpoints.hf.language"}
+WITHOUT_JAX |= {
+    "checkpoints.fingerprint",
+    "checkpoints.hf.config",
+    "checkpoints.hf.fields",
+    "checkpoints.hf.language",
+}
 WITHOUT_JAX |= {
     "inference.answer_file",
     "inference.prompts",
@@ -53,11 +59,15 @@ HIDDEN_IN = {
 PEERS = {"torch", "torchvision", "transformers", "accelerate", "peft"}
 
 SHIPPED = [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "convert").rglob("*.py"))]
-PROGRAMS = [path for place in ("*.py", "configs/*.py", "examples/*.py") for path in sorted(ROOT.glob(place))]
+PROGRAMS = [
+    path for place in ("*.py", "configs/*.py", "examples/*.py") for path in sorted(ROOT.glob(place))
+]
 
 
 def dotted_name(path: pathlib.Path) -> str:
-    """internvl3_jax/data/media/tiles.py -> internvl3_jax.data.media.tiles; a package's __init__.py has the package's name."""
+    """internvl3_jax/data/media/tiles.py -> internvl3_jax.data.media.tiles; a package's __init__.py
+    has the package's name.
+    """
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -65,7 +75,9 @@ MODULES = {dotted_name(path) for path in SHIPPED}
 
 
 def imports(path: pathlib.Path) -> list[tuple[str, int, bool]]:
-    """All that a file imports: (dotted name of the module, line, whether it happens inside a function)."""
+    """All that a file imports: (dotted name of the module, line, whether it happens inside a
+    function).
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     lazy = {
         id(node)
@@ -110,7 +122,11 @@ def package_module(name: str) -> str:
 def complaints(path: pathlib.Path, allowed) -> list[str]:
     """One line for each import for which `allowed(name, lazy)` gives a reason against it."""
     found = [(line, name, allowed(name, lazy)) for name, line, lazy in imports(path)]
-    return [f"{path.relative_to(ROOT)}:{line}: imports {name}: {reason}" for line, name, reason in found if reason]
+    return [
+        f"{path.relative_to(ROOT)}:{line}: imports {name}: {reason}"
+        for line, name, reason in found
+        if reason
+    ]
 
 
 def is_without_jax(name: str) -> bool:
@@ -118,7 +134,9 @@ def is_without_jax(name: str) -> bool:
 
 
 def package_rule(path: pathlib.Path):
-    """What a module of the package may import, as a function from a name to the reason against it or None."""
+    """What a module of the package may import, as a function from a name to the reason against it
+    or None.
+    """
     own = dotted_name(path)
 
     def allowed(name: str, lazy: bool) -> str | None:
@@ -133,11 +151,19 @@ def package_rule(path: pathlib.Path):
         if other not in ROOMS:
             return "not in ROOMS"
         kernels = f"{PACKAGE}.model.ops."
-        if module.startswith(kernels) and module.removeprefix(kernels) not in OPERATIONS and not own.startswith(kernels):
+        if (
+            module.startswith(kernels)
+            and module.removeprefix(kernels) not in OPERATIONS
+            and not own.startswith(kernels)
+        ):
             return "kernels are reached through model/ops/attention.py"
         if is_without_jax(own) and module != f"{PACKAGE}.{other}" and not is_without_jax(module):
             return f"{own} does without jax, and {module} imports it"
-        return None if ROOMS.index(other) <= ROOMS.index(room) else f"{other} is not above {room} in ROOMS"
+        return (
+            None
+            if ROOMS.index(other) <= ROOMS.index(room)
+            else f"{other} is not above {room} in ROOMS"
+        )
 
     return allowed
 
@@ -147,7 +173,12 @@ def test_every_module_is_in_a_room():
 
 
 @pytest.mark.parametrize(
-    "room", [room for room in ROOMS if (ROOT / PACKAGE / f"{room}.py").exists() or (ROOT / PACKAGE / room).is_dir()]
+    "room",
+    [
+        room
+        for room in ROOMS
+        if (ROOT / PACKAGE / f"{room}.py").exists() or (ROOT / PACKAGE / room).is_dir()
+    ],
 )
 def test_rooms_import_only_from_rooms_above(room):
     paths = [path for path in SHIPPED if inside(dotted_name(path), f"{PACKAGE}.{room}")]
@@ -161,14 +192,18 @@ def test_no_circle():
         if dotted_name(path) != PACKAGE:  # its __init__.py offers the rest to users
             targets = {package_module(name) for name, *_ in imports(path)} & MODULES
             graph.add_edges_from((dotted_name(path), target) for target in targets)
-    assert [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1] == []
+    assert [
+        circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1
+    ] == []
 
 
 def test_no_peer_is_imported():
     def allowed(name: str, lazy: bool) -> str | None:
         return "only in tests/ and benchmarks/" if name.split(".")[0] in PEERS else None
 
-    assert [complaint for path in [*SHIPPED, *PROGRAMS] for complaint in complaints(path, allowed)] == []
+    assert [
+        complaint for path in [*SHIPPED, *PROGRAMS] for complaint in complaints(path, allowed)
+    ] == []
 
 
 def test_libraries_stay_in_their_room():
@@ -176,7 +211,11 @@ def test_libraries_stay_in_their_room():
         def allowed(name: str, lazy: bool) -> str | None:
             owners = [owner for library, owner in HIDDEN_IN.items() if inside(name, library)]
             own = dotted_name(path)
-            return None if not owners or any(inside(own, f"{PACKAGE}.{owner}") for owner in owners) else f"only in {owners[0]}"
+            return (
+                None
+                if not owners or any(inside(own, f"{PACKAGE}.{owner}") for owner in owners)
+                else f"only in {owners[0]}"
+            )
 
         return allowed
 
@@ -203,7 +242,10 @@ def test_the_rules_see_what_they_should(tmp_path, monkeypatch):
             "from ...model.vision import VisionTower",
             "import jax",
         ],
-        "checkpoints/checkpoint.py": ["from convert.open import open_model", "import examples.demo"],
+        "checkpoints/checkpoint.py": [
+            "from convert.open import open_model",
+            "import examples.demo",
+        ],
     }
     for name, lines in forbidden.items():
         path = tmp_path / PACKAGE / name
@@ -217,7 +259,8 @@ TEXT = {".py", ".md", ".toml", ".txt", ".ipynb", ".sh", ".cfg", ".yaml", ".yml",
 GENERATED = re.compile(
     r"^(\.git|\.venv.*|\..*_cache|\.ipynb_checkpoints|__pycache__|.*\.egg-info|build|dist|runs|checkpoints|demo_output)$"
 )
-# A folder that only its author has, at the start of an absolute path; nobody's clone lies beside a folder named shared.
+# A folder that only its author has, at the start of an absolute path; nobody's clone lies beside a
+# folder named shared.
 PRIVATE = re.compile(r"(?<![\w.~$}>])/(?:work|root|home|Users|opt|tmp/dev)/\w|\.\./shared/")
 
 
@@ -245,7 +288,13 @@ def test_no_file_names_its_authors_machine():
 def test_constraints_are_names_and_versions_only():
     """No address of a registry, no local build tag, no file of the machine that resolved them."""
     paths = sorted((ROOT / "requirements").glob("constraints-*.txt"))
-    assert [path.stem for path in paths] == ["constraints-3.11", "constraints-3.12", "constraints-3.13"]
+    assert [path.stem for path in paths] == [
+        "constraints-3.11",
+        "constraints-3.12",
+        "constraints-3.13",
+    ]
     for path in paths:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line)] == []
+        assert [
+            line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line)
+        ] == []

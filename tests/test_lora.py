@@ -26,7 +26,11 @@ from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.param_table import component_table
 from internvl3_jax.training.step import TrainState, trained_paths
 
-EVERYWHERE = ("vision/layers/(qkv|proj|fc1|fc2)", "projector/fc[12]", "language/layers/(q|k|v|o|gate|up|down)")
+EVERYWHERE = (
+    "vision/layers/(qkv|proj|fc1|fc2)",
+    "projector/fc[12]",
+    "language/layers/(q|k|v|o|gate|up|down)",
+)
 SETTINGS = LoraConfig(rank=3, alpha=6.0, targets=EVERYWHERE)
 SOME = dataclasses.replace(SETTINGS, targets=("vision/layers/fc2", "language/layers/(q|v|up|down)"))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -36,7 +40,9 @@ def drawn(params, settings=SETTINGS, seed=0):
     """Adapters of which b is not zero either."""
     rng = np.random.default_rng(seed)
     new = lora.init(params, settings, jax.random.key(seed))
-    return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), new)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), new
+    )
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def logits(config, variables, values):
     return InternVL(config).apply(variables, values)
 
 
-# --- what they compute -----------------------------------------------------------------------------------------------------------
+# --- what they compute ---------------------------------------------------------------------------
 
 
 def test_new_adapters_change_nothing():
@@ -58,7 +64,9 @@ def test_new_adapters_change_nothing():
     new = params | {lora.SUBTREE: lora.init(params, SETTINGS, jax.random.key(0))}
     expected = logits(CONFIG, {"params": params}, batch(2))
     np.testing.assert_array_equal(logits(CONFIG, lora.variables(new, SETTINGS), batch(2)), expected)
-    np.testing.assert_array_equal(logits(CONFIG, lora.variables(lora.base_params(adapted()), SETTINGS), batch(2)), expected)
+    np.testing.assert_array_equal(
+        logits(CONFIG, lora.variables(lora.base_params(adapted()), SETTINGS), batch(2)), expected
+    )
 
 
 def test_a_is_drawn_as_peft_draws_it():
@@ -67,9 +75,15 @@ def test_a_is_drawn_as_peft_draws_it():
     wide = dataclasses.replace(SETTINGS, rank=64)
     every = lora.init(params, wide, jax.random.key(0))
     few = lora.init(params, dataclasses.replace(wide, targets=EVERYWHERE[2:]), jax.random.key(0))
-    np.testing.assert_array_equal(every["language"]["layers"]["down"]["a"], few["language"]["layers"]["down"]["a"])
+    np.testing.assert_array_equal(
+        every["language"]["layers"]["down"]["a"], few["language"]["layers"]["down"]["a"]
+    )
     a = np.asarray(every["language"]["layers"]["down"]["a"]) * 256**0.5
-    assert a.shape == (4, 256, 64) and 0.999 < np.abs(a).max() <= 1 and a.std() == pytest.approx(3**-0.5, rel=0.01)
+    assert (
+        a.shape == (4, 256, 64)
+        and 0.999 < np.abs(a).max() <= 1
+        and a.std() == pytest.approx(3**-0.5, rel=0.01)
+    )
     assert not any(leaf.any() for path, leaf in by_path(every).items() if path.endswith("b"))
 
 
@@ -86,9 +100,14 @@ def test_merged_is_the_same_model(style, rslora):
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
     assert np.abs(expected - base).max() > 1
     scale = 6 / 3**0.5 if rslora else 2
-    layer, adapter = params["language"]["layers"]["k"]["kernel"], params["lora"]["language"]["layers"]["k"]
+    layer, adapter = (
+        params["language"]["layers"]["k"]["kernel"],
+        params["lora"]["language"]["layers"]["k"],
+    )
     np.testing.assert_allclose(
-        merged["language"]["layers"]["k"]["kernel"], layer + scale * adapter["a"] @ adapter["b"], atol=1e-6
+        merged["language"]["layers"]["k"]["kernel"],
+        layer + scale * adapter["a"] @ adapter["b"],
+        atol=1e-6,
     )
 
 
@@ -99,26 +118,34 @@ def test_dropout_drops_inputs_of_adapters_in_training_alone():
     tiles = batch(2)["tiles"].reshape(-1, 16, 16, 3)[:2]
 
     def encode(variables, key):
-        return InternVL(CONFIG).apply(variables, tiles, rngs={"dropout": key}, method=InternVL.encode)
+        return InternVL(CONFIG).apply(
+            variables, tiles, rngs={"dropout": key}, method=InternVL.encode
+        )
 
     plain = encode(lora.variables(params, settings), jax.random.key(0))
-    base = InternVL(CONFIG).apply({"params": lora.base_params(params)}, tiles, method=InternVL.encode)
-    training = jax.jit(jax.vmap(functools.partial(encode, lora.variables(params, settings, training=True))))
+    base = InternVL(CONFIG).apply(
+        {"params": lora.base_params(params)}, tiles, method=InternVL.encode
+    )
+    training = jax.jit(
+        jax.vmap(functools.partial(encode, lora.variables(params, settings, training=True)))
+    )
     draws = np.asarray(training(jax.random.split(jax.random.key(1), 1000))) - np.asarray(base)
     spread = np.std(draws, axis=0)
     assert (spread > 0.01).mean() > 0.9
-    assert (np.abs(draws.mean(0) - np.asarray(plain - base)) / (spread / 1000**0.5)).mean() == pytest.approx(
-        (2 / np.pi) ** 0.5, rel=0.1
-    )
+    assert (
+        np.abs(draws.mean(0) - np.asarray(plain - base)) / (spread / 1000**0.5)
+    ).mean() == pytest.approx((2 / np.pi) ** 0.5, rel=0.1)
 
 
-# --- what is trained -------------------------------------------------------------------------------------------------------------
+# --- what is trained -----------------------------------------------------------------------------
 
 
 def step_of(settings, optimizer=None, params=None, mesh=None, **options):
     """(first state, updated state, metrics, optimizer); the optimizer is AdamW if none is given."""
     learning = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
-    config = lora.freeze_base(dataclasses.replace(train_config(), optimizer=learning, lora=settings))
+    config = lora.freeze_base(
+        dataclasses.replace(train_config(), optimizer=learning, lora=settings)
+    )
     made = make_optimizer(config.optimizer, 10)
     optimizer = optimizer._replace(split=made.split) if optimizer else made
     params = params or adapted(settings=settings)
@@ -128,7 +155,9 @@ def step_of(settings, optimizer=None, params=None, mesh=None, **options):
         params = jax.device_put(params, sharding.param_shardings(params, mesh))
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
         state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-        step = compiled_step(optimizer, state, values, InternVL(CONFIG), num_sources=3, adapters=settings, **options)
+        step = compiled_step(
+            optimizer, state, values, InternVL(CONFIG), num_sources=3, adapters=settings, **options
+        )
         updated, metrics = step(state, values, jax.random.key(0))
     return state, updated, metrics, optimizer
 
@@ -136,23 +165,43 @@ def step_of(settings, optimizer=None, params=None, mesh=None, **options):
 def test_adapters_and_what_is_named_are_trained():
     settings = dataclasses.replace(SOME, full=("projector/.*",))
     before, after, metrics, optimizer = step_of(settings)
-    changed = {path for path, leaf in by_path(after.params).items() if (leaf != by_path(before.params)[path]).any()}
+    changed = {
+        path
+        for path, leaf in by_path(after.params).items()
+        if (leaf != by_path(before.params)[path]).any()
+    }
     assert changed == set(trained_paths(before.params, optimizer))
     assert {path.split("/")[0] for path in changed} == {"lora", "projector"}
-    moments = {path.split("/mu/")[-1] for path in by_path(jax.tree.map(np.asarray, after.opt_state)) if "/mu/" in path}
+    moments = {
+        path.split("/mu/")[-1]
+        for path in by_path(jax.tree.map(np.asarray, after.opt_state))
+        if "/mu/" in path
+    }
     assert moments == changed, "the optimizer knows nothing else"
-    assert set(metrics) >= {"grad_norm_lora", "grad_norm_projector"} and int(metrics["zero_gradient"]) == -1
+    assert (
+        set(metrics) >= {"grad_norm_lora", "grad_norm_projector"}
+        and int(metrics["zero_gradient"]) == -1
+    )
 
 
 def test_the_table_names_adapters():
     params = adapted()
-    rows = {row.name: row for row in component_table(params, OptimizerConfig(freeze=("(?!lora/).*",), vision_rate=0.5))}
+    rows = {
+        row.name: row
+        for row in component_table(
+            params, OptimizerConfig(freeze=("(?!lora/).*",), vision_rate=0.5)
+        )
+    }
     count = sum(leaf.size for leaf in jax.tree.leaves(params["lora"]))
-    assert rows["all"].trained == count == sum(rows[f"{part} adapters"].trained for part in ("vision", "projector", "language"))
-    assert rows["language layers"].trained == rows["vision"].state_bytes == 0
-    assert rows["vision adapters"].rates == pytest.approx((2e-5, 2e-5)) and rows["language adapters"].rates == pytest.approx(
-        (4e-5, 4e-5)
+    assert (
+        rows["all"].trained
+        == count
+        == sum(rows[f"{part} adapters"].trained for part in ("vision", "projector", "language"))
     )
+    assert rows["language layers"].trained == rows["vision"].state_bytes == 0
+    assert rows["vision adapters"].rates == pytest.approx((2e-5, 2e-5)) and rows[
+        "language adapters"
+    ].rates == pytest.approx((4e-5, 4e-5))
 
 
 def test_a_may_stand_still_only_while_b_is_zero():
@@ -163,14 +212,21 @@ def test_a_may_stand_still_only_while_b_is_zero():
     assert by_path(after.params)["lora/language/layers/q/b"].any()
     # A layer that nothing reaches: its adapter's a stands still although its b is not zero.
     dead = jax.tree.map(np.asarray, adapted())
-    dead["vision"]["layers"]["layer_scale2"] = np.zeros_like(dead["vision"]["layers"]["layer_scale2"])
+    dead["vision"]["layers"]["layer_scale2"] = np.zeros_like(
+        dead["vision"]["layers"]["layer_scale2"]
+    )
     before, _, metrics, optimizer = step_of(SETTINGS, params=dead)
-    assert trained_paths(before.params, optimizer)[int(metrics["zero_gradient"])] == "lora/vision/layers/fc1/a"
+    assert (
+        trained_paths(before.params, optimizer)[int(metrics["zero_gradient"])]
+        == "lora/vision/layers/fc1/a"
+    )
 
 
 @functools.cache
 def descended():
-    """(parameters, metrics) after a plain step along the gradient, of a batch of eight rows on one device."""
+    """(parameters, metrics) after a plain step along the gradient, of a batch of eight rows on one
+    device.
+    """
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     _, after, metrics, _ = step_of(SETTINGS, GRADIENT, mesh=mesh)
     return jax.device_get((after.params, metrics))
@@ -182,7 +238,7 @@ def test_micro_batches_are_the_batch():
     assert_close(jax.device_get((after.params, metrics)), descended())
 
 
-# --- how they are split ----------------------------------------------------------------------------------------------------------
+# --- how they are split --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -191,7 +247,11 @@ def test_every_parameter_matches_one_rule(size, quantized):
     base = abstract_params(SIZES[size], jnp.bfloat16)
     settings = dataclasses.replace(SETTINGS, rank=16, quantize=quantized)
     shapes = jax.eval_shape(
-        lambda base: lora.prepare_base(base, settings) | {"lora": lora.init(base, settings, jax.random.key(0))}, base
+        lambda base: (
+            lora.prepare_base(base, settings)
+            | {"lora": lora.init(base, settings, jax.random.key(0))}
+        ),
+        base,
     )
     for name in storage.by_path(shapes):
         assert sum(bool(re.fullmatch(pattern, name)) for pattern, _ in sharding.RULES) == 1, name
@@ -200,12 +260,15 @@ def test_every_parameter_matches_one_rule(size, quantized):
     kernels = storage.by_path(base)
     for sizes in PLANNED:
         if quantized == "nf4" and sizes["fsdp"] > 64:
-            continue  # rows in pairs: of 3200 there are 1600, and the error says what does divide them
+            # rows in pairs: of 3200 there are 1600, and the error says what does divide them
+            continue
         mesh = mesh_of(sizes)
         places = storage.by_path(sharding.param_shardings(shapes, mesh))
         for name, leaf in storage.by_path(shapes["lora"]).items():
             layer, part = name.rsplit("/", 1)
-            rows, columns = sharding.spec(f"{layer}/kernel", kernels[f"{layer}/kernel"].shape, mesh)[-2:]
+            rows, columns = sharding.spec(
+                f"{layer}/kernel", kernels[f"{layer}/kernel"].shape, mesh
+            )[-2:]
             wanted = (rows, None) if part == "a" else (None, columns)
             assert tuple(places[f"lora/{name}"].spec)[-2:] == wanted and leaf.dtype == jnp.float32
 
@@ -219,7 +282,7 @@ def test_every_mesh_is_one_device(name):
     assert all(any(places[f"lora/language/layers/{part}"].spec) for part in ("q/a", "down/b"))
 
 
-# --- in generation ---------------------------------------------------------------------------------------------------------------
+# --- in generation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, SOME], ids=["every layer", "some"])
@@ -228,7 +291,10 @@ def test_the_generation_layout_computes_the_same(settings, fused):
     """Also where only some of the merged products have an adapter."""
     params = adapted(settings=settings)
     scaled = lora.scaled(params["lora"], settings)
-    tower, decoder = vision.unroll(params["vision"], CONFIG.vision), language.unroll(params["language"], CONFIG.language, fused)
+    tower, decoder = (
+        vision.unroll(params["vision"], CONFIG.vision),
+        language.unroll(params["language"], CONFIG.language, fused),
+    )
     unrolled = lora.base_params(params) | {"vision": tower, "language": decoder}
     unrolled |= {"lora": adapters.unroll(scaled, CONFIG, fused, True)}
     model = InternVL(CONFIG, unrolled=True, unrolled_vision=True, fused=fused)
@@ -254,7 +320,9 @@ def test_one_generator_answers_with_each_adapter():
     run = GenerationConfig(6, Sampling(), (0,), "none")
     expected = {None: Generator(CONFIG, params)}
     for name, adapter in named.items():
-        expected[name] = Generator(CONFIG, lora.merged(params | adapter.whole | {"lora": adapter.lora}))
+        expected[name] = Generator(
+            CONFIG, lora.merged(params | adapter.whole | {"lora": adapter.lora})
+        )
     answers = {name: other.generate([prompt_of()], run) for name, other in expected.items()}
     assert len({str(answer) for answer in answers.values()}) == 3
     for name in (None, "one", "two", None, "one"):
@@ -262,14 +330,15 @@ def test_one_generator_answers_with_each_adapter():
         assert generator.generate([prompt_of()], run) == answers[name]
         tiles = batch(1)["tiles"][0, :1]
         features = [
-            each.model.apply(lora.variables(each.params), tiles, method=InternVL.encode) for each in (generator, expected[name])
+            each.model.apply(lora.variables(each.params), tiles, method=InternVL.encode)
+            for each in (generator, expected[name])
         ]
         np.testing.assert_allclose(*features, atol=2e-5)
     with pytest.raises(ValueError, match="there is no adapter 'three'; loaded are: one, two"):
         generator.use("three")
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -282,7 +351,9 @@ def test_one_generator_answers_with_each_adapter():
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        lora.freeze_base(dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, **changes)))
+        lora.freeze_base(
+            dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, **changes))
+        )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +365,10 @@ def test_settings_that_make_no_sense(changes, message):
         ),
         ({"targets": ("language/head",)}, "matches no linear layer's whole path"),
         ({"targets": ("language/(",)}, "lora.targets: 'language/(' is no regular expression"),
-        ({"full": ("projectr/.*",)}, "lora.full: 'projectr/.*' matches no parameter's whole path; near ones: projector/"),
+        (
+            {"full": ("projectr/.*",)},
+            "lora.full: 'projectr/.*' matches no parameter's whole path; near ones: projector/",
+        ),
         (
             {"full": ("projector/.*",)},
             "lora.full: 'projector/.*' trains projector/fc1 whole, which lora.targets gives an adapter",
@@ -303,14 +377,22 @@ def test_settings_that_make_no_sense(changes, message):
 )
 def test_patterns_that_match_nothing_or_twice(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        lora.init(abstract_params(CONFIG), dataclasses.replace(SETTINGS, **changes), jax.random.key(0))
+        lora.init(
+            abstract_params(CONFIG), dataclasses.replace(SETTINGS, **changes), jax.random.key(0)
+        )
 
 
 def test_what_is_frozen_follows_from_the_settings():
-    config = dataclasses.replace(train_config(), lora=dataclasses.replace(SOME, full=("projector/.*", "language/norm/scale")))
+    config = dataclasses.replace(
+        train_config(), lora=dataclasses.replace(SOME, full=("projector/.*", "language/norm/scale"))
+    )
     assert lora.freeze_base(train_config()) == train_config()
     resolved = lora.freeze_base(config)
     assert lora.freeze_base(resolved) == resolved
     paths = storage.by_path(adapted(settings=SOME))
     trained = {path for path in paths if not re.fullmatch(resolved.optimizer.freeze[0], path)}
-    assert trained == {path for path in paths if path.startswith(("lora/", "projector/")) or path == "language/norm/scale"}
+    assert trained == {
+        path
+        for path in paths
+        if path.startswith(("lora/", "projector/")) or path == "language/norm/scale"
+    }

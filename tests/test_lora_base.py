@@ -1,4 +1,6 @@
-"""The base of a LoRA run: the same wherever it lies and in whatever bits, and what an adapter is not put on."""
+"""The base of a LoRA run: the same wherever it lies and in whatever bits, and what an adapter is
+not put on.
+"""
 
 import dataclasses
 import shutil
@@ -23,15 +25,21 @@ ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)
 
 def short(path, **changes):
     config = config_of(path, **{"steps": 2, "save_every": 1, "lora": ADAPTERS} | changes)
-    return dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
+    return dataclasses.replace(
+        config, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+    )
 
 
 def save_other(directory, path):
     """A checkpoint that differs from the one at `directory` in one number."""
     other = load(directory)
-    other.params["language"]["norm"]["scale"] = other.params["language"]["norm"]["scale"].at[3].add(1e-6)
+    other.params["language"]["norm"]["scale"] = (
+        other.params["language"]["norm"]["scale"].at[3].add(1e-6)
+    )
     files = {
-        file.name: file.read_bytes() for file in directory.iterdir() if file.is_file() and file.suffix in (".json", ".txt")
+        file.name: file.read_bytes()
+        for file in directory.iterdir()
+        if file.is_file() and file.suffix in (".json", ".txt")
     }
     files.pop("internvl3_jax.json")
     save_checkpoint(path, other.params, other.config, other.processor, files)
@@ -46,32 +54,49 @@ def test_a_base_may_move_and_a_run_that_is_one_may_go_on(base, tmp_path):  # noq
     save_other(base, tmp_path / "sft" / "checkpoints" / "2")
     assert resolve_checkpoint(tmp_path / "sft").name == "2"
     shutil.rmtree(tmp_path / "lora" / "checkpoints" / "2")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "lora")), whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "lora")), whole
+    )
     assert load(tmp_path / "lora").config == load(base).config
     moved = first.rename(tmp_path / "moved")
     shutil.rmtree(tmp_path / "lora" / "checkpoints" / "2")
     with pytest.raises(
-        ValueError, match=r"trained beside .*sft/checkpoints/1 as it was then; .*checkpoints/2 has other parameters"
+        ValueError,
+        match=r"trained beside .*sft/checkpoints/1 as it was then; .*checkpoints/2 has other parameters",
     ):
         start(config, tmp_path / "lora")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start(short(moved), tmp_path / "lora")), whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(start(short(moved), tmp_path / "lora")), whole
+    )
 
 
 @pytest.mark.parametrize(("before", "now"), [("nf4", "nf4"), ("none", "nf4"), ("int8", "none")])
 def test_an_adapter_goes_on_beside_other_bits_of_the_same_base(base, tmp_path, before, now):  # noqa: F811
     settings = dataclasses.replace(ADAPTERS, quantize=before)
-    trained = jax.device_get(start(short(base, steps=1, param_dtype="bfloat16", lora=settings), tmp_path / "before"))
+    trained = jax.device_get(
+        start(short(base, steps=1, param_dtype="bfloat16", lora=settings), tmp_path / "before")
+    )
     settings = dataclasses.replace(settings, quantize=now, init_from=str(tmp_path / "before"))
     config = short(base, steps=1, param_dtype="bfloat16", lora=settings)
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0))
+    config = dataclasses.replace(
+        config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0)
+    )
     found = jax.device_get(start(config, tmp_path / "now"))
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), found["lora"], trained["lora"])
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5),
+        found["lora"],
+        trained["lora"],
+    )
 
 
 def test_what_adapters_train_is_not_frozen(base, tmp_path):  # noqa: F811
     for frozen in ("lora/vision/.*", "projector/.*"):
-        config = dataclasses.replace(config_of(base), optimizer=OptimizerConfig(warmup_steps=0, freeze=(frozen,)))
-        with pytest.raises(ValueError, match="optimizer.freeze freezes .*, which lora.targets or lora.full trains"):
+        config = dataclasses.replace(
+            config_of(base), optimizer=OptimizerConfig(warmup_steps=0, freeze=(frozen,))
+        )
+        with pytest.raises(
+            ValueError, match="optimizer.freeze freezes .*, which lora.targets or lora.full trains"
+        ):
             start(config, tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match="lora.targets is empty"):
@@ -80,9 +105,13 @@ def test_what_adapters_train_is_not_frozen(base, tmp_path):  # noqa: F811
 
 def test_an_adapter_wants_the_processor_that_it_was_trained_with(run, base, tmp_path, caplog):  # noqa: F811
     config = short(base, steps=1)
-    config = dataclasses.replace(config, processor=dataclasses.replace(config.processor, system_message="Be brief."))
+    config = dataclasses.replace(
+        config, processor=dataclasses.replace(config.processor, system_message="Be brief.")
+    )
     start(config, tmp_path / "run")
-    with pytest.raises(ValueError, match="was trained with system_message 'Be brief.', not None as of the base"):
+    with pytest.raises(
+        ValueError, match="was trained with system_message 'Be brief.', not None as of the base"
+    ):
         load(base, adapters={"it": tmp_path / "run"})
     load(base, adapters={"it": tmp_path / "run"}, accept_fingerprint=True)
     with pytest.raises(ValueError, match="is no LoRA run: it has no base"):
@@ -105,7 +134,11 @@ def test_no_part_of_an_adapter_stands_still_for_ever():
     a[1], b[1] = 0, 0  # a layer without an adapter
     a[2, :, 1], b[2, 1] = 0, 0  # one of a lower rank
     b[0, 0] = 0  # as it begins: this learns
-    leaves = {"lora/q/a": jnp.asarray(a), "lora/q/b": jnp.asarray(b), "projector/fc1/kernel": jnp.zeros((2, 2))}
+    leaves = {
+        "lora/q/a": jnp.asarray(a),
+        "lora/q/b": jnp.asarray(b),
+        "projector/fc1/kernel": jnp.zeros((2, 2)),
+    }
     found = reinit_dead_ranks(leaves, {"lora/q/a": jnp.asarray(drawn)})
     expected = a.copy()
     expected[1], expected[2, :, 1] = drawn[1], drawn[2, :, 1]

@@ -1,4 +1,6 @@
-"""A LoRA run through train.py: what its checkpoints hold, how it goes on, what its base must be, and what opens it."""
+"""A LoRA run through train.py: what its checkpoints hold, how it goes on, what its base must be,
+and what opens it.
+"""
 
 import dataclasses
 import functools
@@ -30,7 +32,11 @@ from internvl3_jax.parallel import sharding
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 LORA = LoraConfig(
-    rank=2, alpha=8.0, dropout=0.1, targets=("language/layers/(q|v|down)", "vision/layers/(qkv|fc2)"), full=("projector/.*",)
+    rank=2,
+    alpha=8.0,
+    dropout=0.1,
+    targets=("language/layers/(q|v|down)", "vision/layers/(qkv|fc2)"),
+    full=("projector/.*",),
 )
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,7 +48,9 @@ def base(tmp_path_factory):
 
 def config_of(base, **changes):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
-    config = dataclasses.replace(train_config(), optimizer=optimizer, steps=6, save_every=3, keep=5, lora=LORA)
+    config = dataclasses.replace(
+        train_config(), optimizer=optimizer, steps=6, save_every=3, keep=5, lora=LORA
+    )
     return dataclasses.replace(config, init_from=str(base), **changes)
 
 
@@ -71,7 +79,9 @@ def test_a_checkpoint_holds_what_was_trained(run, base):
     assert {path.split("/")[0] for path in stored} == {"lora", "projector"}
     state = jax.tree.leaves_with_path(storage.ocp.metadata(step / "opt_state").metadata)
     assert len([path for path, _ in state if "mu" in jax.tree_util.keystr(path)]) == len(stored)
-    assert sum(leaf.size for leaf in stored.values()) < 0.15 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(leaf.size for leaf in stored.values()) < 0.15 * sum(
+        leaf.size for leaf in jax.tree.leaves(params)
+    )
     named = Manifest.read(step).base
     assert (named.path, named.dtype, named.lora) == (str(base), "float32", LORA)
     under = load(base).params
@@ -84,10 +94,18 @@ def test_it_opens_as_an_ordinary_model(run):
     workdir, params = run
     opened = load(workdir)
     expected = logits(CONFIG, lora.variables(params, LORA), batch(2))
-    np.testing.assert_allclose(logits(CONFIG, {"params": opened.params}, batch(2)), expected, atol=2e-5, rtol=1e-5)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(workdir, dtype="bfloat16").params)} == {"bfloat16"}
+    np.testing.assert_allclose(
+        logits(CONFIG, {"params": opened.params}, batch(2)), expected, atol=2e-5, rtol=1e-5
+    )
+    assert {
+        leaf.dtype.name for leaf in jax.tree.leaves(load(workdir, dtype="bfloat16").params)
+    } == {"bfloat16"}
     meshed = load(workdir, mesh=sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)))
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), meshed.params, opened.params)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+        meshed.params,
+        opened.params,
+    )
 
 
 def test_it_goes_on_bit_for_bit(run, base, tmp_path):
@@ -104,8 +122,14 @@ def test_another_base_is_noticed(run, base, tmp_path, caplog):
     """Training on, opening and converting say so; so does an adapter on a base of the same shapes."""
     workdir, _ = run
     other = load(base)
-    other.params["language"]["norm"]["scale"] = other.params["language"]["norm"]["scale"].at[3].add(1e-6)
-    files = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file() and path.suffix in (".json", ".txt")}
+    other.params["language"]["norm"]["scale"] = (
+        other.params["language"]["norm"]["scale"].at[3].add(1e-6)
+    )
+    files = {
+        path.name: path.read_bytes()
+        for path in base.iterdir()
+        if path.is_file() and path.suffix in (".json", ".txt")
+    }
     files.pop("internvl3_jax.json")
     save_checkpoint(tmp_path / "other", other.params, other.config, other.processor, files)
     with pytest.raises(ValueError, match="this base has other parameters"):
@@ -135,9 +159,15 @@ def test_adapters_are_chosen_by_name(run, base):
 
 
 def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
-    """The first is used unless another is named; in a conversation /adapter changes it. Both formats, by name."""
+    """The first is used unless another is named; in a conversation /adapter changes it. Both
+    formats, by name.
+    """
     assert convert([str(run[0]), str(tmp_path / "peft"), "--to", "peft-hf"]) == 0
-    values = {"checkpoint": str(base), "adapter": [f"mine={run[0]}", str(tmp_path / "peft")], "compilation_cache": ""}
+    values = {
+        "checkpoint": str(base),
+        "adapter": [f"mine={run[0]}", str(tmp_path / "peft")],
+        "compilation_cache": "",
+    }
 
     def answers(**changes):
         capsys.readouterr()
@@ -145,7 +175,9 @@ def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
         with flagsaver.flagsaver(max_new_tokens=6, json=True, **values | changes):
             infer.run(["infer.py"])
         return [
-            json.loads(line[line.index("{") :])["token_ids"] for line in capsys.readouterr().out.splitlines() if "{" in line
+            json.loads(line[line.index("{") :])["token_ids"]
+            for line in capsys.readouterr().out.splitlines()
+            if "{" in line
         ]
 
     chats = [Chat(load(path), max_new_tokens=6) for path in (run[0], base)]
@@ -153,11 +185,18 @@ def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
     assert adapted != plain
     assert answers(prompt="Hello") == answers(prompt="Hello", use="peft") == [adapted]
     assert answers(prompt="Hello", use="") == [plain]
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/adapter\nHello\n/adapter peft\nHello\n/adapter none\n/quit\n"))
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.StringIO("Hello\n/adapter\nHello\n/adapter peft\nHello\n/adapter none\n/quit\n"),
+    )
     assert answers() == [adapted, plain, adapted]
-    with pytest.raises(SystemExit, match="error: --use is 'other'; there is no such --adapter: mine, peft"):
+    with pytest.raises(
+        SystemExit, match="error: --use is 'other'; there is no such --adapter: mine, peft"
+    ):
         answers(prompt="Hello", use="other")
-    with pytest.raises(SystemExit, match="error: two adapters are called 'peft'; name them: --adapter NAME=DIR"):
+    with pytest.raises(
+        SystemExit, match="error: two adapters are called 'peft'; name them: --adapter NAME=DIR"
+    ):
         answers(prompt="Hello", adapter=["a/peft", "b/peft"])
 
 
@@ -167,7 +206,9 @@ def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
     assert "adapters of 5 stacked layers merged" in capsys.readouterr().out
     expected = load(workdir).params
     found = load(tmp_path / "merged")
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found.params, expected)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found.params, expected
+    )
     assert convert([str(workdir), str(tmp_path / "exported"), "--to", "hf"]) == 0
     rows = CONFIG.language.vocab_size  # the rest pads
     back = load(tmp_path / "exported").params["language"]["embedding"][:rows]
@@ -180,9 +221,13 @@ def test_a_run_beside_four_bits(base, tmp_path):
     params = jax.device_get(start(config, tmp_path / "run"))
     assert set(params["language"]["layers"]["q"]["kernel"]) == {"nf4", "scales"}
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "run")), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "run")), params
+    )
     found = logits(CONFIG, {"params": load(tmp_path / "run").params}, batch(2))
-    np.testing.assert_allclose(found, logits(CONFIG, lora.variables(params, config.lora), batch(2)), atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        found, logits(CONFIG, lora.variables(params, config.lora), batch(2)), atol=2e-5, rtol=1e-5
+    )
     assert convert([str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
@@ -191,18 +236,26 @@ def test_a_run_beside_four_bits(base, tmp_path):
 
 
 def test_a_run_starts_from_an_adapter(run, base, tmp_path):
-    """Of the same layers and ranks; its scale is turned into the new run's. Any other is refused, naming the first difference."""
+    """Of the same layers and ranks; its scale is turned into the new run's. Any other is refused,
+    naming the first difference.
+    """
     workdir, params = run
     settings = dataclasses.replace(LORA, init_from=str(workdir), alpha=2.0, dropout=0.0)
     config = config_of(base, lora=settings, steps=1)
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0))
+    config = dataclasses.replace(
+        config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0)
+    )
     first = jax.device_get(start(config, tmp_path / "run"))
     same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(same, lora.merged(first, settings), lora.merged(params, LORA))
     with pytest.raises(
-        ValueError, match=r"does not fit lora.rank, targets and full: lora/.* is \(2, \d+, 2\) and \(2, \d+, 4\) there"
+        ValueError,
+        match=r"does not fit lora.rank, targets and full: lora/.* is \(2, \d+, 2\) and \(2, \d+, 4\) there",
     ):
-        start(dataclasses.replace(config, lora=dataclasses.replace(settings, rank=4)), tmp_path / "wider")
+        start(
+            dataclasses.replace(config, lora=dataclasses.replace(settings, rank=4)),
+            tmp_path / "wider",
+        )
 
 
 def test_a_base_must_be_named(tmp_path):
@@ -211,5 +264,7 @@ def test_a_base_must_be_named(tmp_path):
 
 
 def test_what_holds_no_adapter(base, tmp_path):
-    with pytest.raises(ValueError, match="holds no adapter: it is neither a LoRA run nor a PEFT directory"):
+    with pytest.raises(
+        ValueError, match="holds no adapter: it is neither a LoRA run nor a PEFT directory"
+    ):
         load(base, adapters={"it": base})

@@ -1,4 +1,6 @@
-"""The chunked loss against the plain one: values, gradients, what is computed at all, and what moves between devices."""
+"""The chunked loss against the plain one: values, gradients, what is computed at all, and what
+moves between devices.
+"""
 
 import functools
 import re
@@ -17,18 +19,27 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 @functools.cache
 def inputs(share=0.4):
-    """(hidden, kernel, targets, weights); about `share` of the tokens have a weight, not as many in each row."""
+    """(hidden, kernel, targets, weights); about `share` of the tokens have a weight, not as many in
+    each row.
+    """
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
     kernel = rng.normal(size=(WIDTH, PADDED)).astype(np.float32)
     targets = rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
     weighted = rng.random((ROWS, LENGTH)) < share * np.linspace(0.3, 1.7, ROWS)[:, None]
-    return hidden, kernel, targets, (weighted * (0.1 + rng.random((ROWS, LENGTH)))).astype(np.float32)
+    return (
+        hidden,
+        kernel,
+        targets,
+        (weighted * (0.1 + rng.random((ROWS, LENGTH)))).astype(np.float32),
+    )
 
 
 def plain(hidden, kernel, targets, weights):
     logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return cross_entropy(jnp.where((jnp.arange(PADDED) < VOCAB)[None, None], logits, -1e30), targets, weights)[0]
+    return cross_entropy(
+        jnp.where((jnp.arange(PADDED) < VOCAB)[None, None], logits, -1e30), targets, weights
+    )[0]
 
 
 def chunked(hidden, kernel, targets, weights, chunk=7, groups=None):
@@ -40,10 +51,14 @@ def gradients(function, *args):
 
 
 def assert_close(found, expected, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE)), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE)), found, expected
+    )
 
 
-@pytest.mark.parametrize(("chunk", "groups"), [(1, 1), (7, 1), (7, 4), (24, 8), (10_000, 2), (64, 3)])
+@pytest.mark.parametrize(
+    ("chunk", "groups"), [(1, 1), (7, 1), (7, 4), (24, 8), (10_000, 2), (64, 3)]
+)
 @pytest.mark.parametrize("share", [0.4, 10.0], ids=["some trained", "all trained"])
 def test_values_and_gradients(chunk, groups, share):
     """Whatever the chunks; three groups of eight rows become one."""
@@ -56,12 +71,23 @@ def test_values_and_gradients(chunk, groups, share):
 def test_the_losses_of_tokens():
     """They carry no gradient, and their weighted sum is the total."""
     hidden, kernel, targets, weights = inputs()
-    total, losses = jax.jit(lambda *args: chunked_cross_entropy(*args, VOCAB, 7))(hidden, kernel, targets, weights)
+    total, losses = jax.jit(lambda *args: chunked_cross_entropy(*args, VOCAB, 7))(
+        hidden, kernel, targets, weights
+    )
     logits = np.einsum("btd,dv->btv", hidden, kernel)[..., :VOCAB].astype(np.float64)
-    expected = np.log(np.exp(logits).sum(axis=-1)) - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    expected = (
+        np.log(np.exp(logits).sum(axis=-1))
+        - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    )
     np.testing.assert_allclose(losses, np.where(weights > 0, expected, 0), **TOLERANCE)
     np.testing.assert_allclose(total, (losses * weights).sum(), **TOLERANCE)
-    silent = gradients(lambda *args: chunked_cross_entropy(*args, VOCAB, 7)[1].sum(), hidden, kernel, targets, weights)[1]
+    silent = gradients(
+        lambda *args: chunked_cross_entropy(*args, VOCAB, 7)[1].sum(),
+        hidden,
+        kernel,
+        targets,
+        weights,
+    )[1]
     assert not any(np.asarray(leaf).any() for leaf in silent)
 
 
@@ -80,16 +106,24 @@ def test_tied_embeddings():
         return function(table[tokens] * scale, table.T, targets, weights)
 
     args = (kernel.T.copy(), np.float32(0.5))
-    assert_close(*(gradients(functools.partial(loss, function), *args) for function in (chunked, plain)))
+    assert_close(
+        *(gradients(functools.partial(loss, function), *args) for function in (chunked, plain))
+    )
 
 
 def test_bfloat16_hidden_states():
-    """Logits and sums stay float32; the gradients round to bfloat16 once, where a product takes them."""
+    """Logits and sums stay float32; the gradients round to bfloat16 once, where a product takes
+    them.
+    """
     hidden, kernel, targets, weights = inputs()
     args = (jnp.asarray(hidden, jnp.bfloat16), kernel, targets, weights)
     loss, (by_hidden, by_kernel) = gradients(chunked, *args)
     expected = gradients(plain, *args)
-    assert (loss.dtype, by_hidden.dtype, by_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert (loss.dtype, by_hidden.dtype, by_kernel.dtype) == (
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.float32,
+    )
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
     for found, wanted in zip((by_hidden, by_kernel), expected[1], strict=True):
         found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
@@ -110,7 +144,9 @@ def test_only_chunks_with_trained_tokens_are_computed(monkeypatch):
     hidden, kernel, targets, weights = inputs()
     for groups in (1, 8):
         seen.clear()
-        gradients(functools.partial(chunked, chunk=3, groups=groups), hidden, kernel, targets, weights)
+        gradients(
+            functools.partial(chunked, chunk=3, groups=groups), hidden, kernel, targets, weights
+        )
         jax.effects_barrier()
         most = (weights.reshape(groups, -1) > 0).sum(axis=1).max()
         assert len(seen) == -(-most // 3) < ROWS * LENGTH // groups // 3
@@ -118,13 +154,18 @@ def test_only_chunks_with_trained_tokens_are_computed(monkeypatch):
 
 def test_a_weight_may_be_negative():
     hidden, kernel, targets, weights = inputs()
-    one, other = (gradients(chunked, hidden, kernel, targets, sign * weights) for sign in (np.float32(1), np.float32(-1)))
+    one, other = (
+        gradients(chunked, hidden, kernel, targets, sign * weights)
+        for sign in (np.float32(1), np.float32(-1))
+    )
     assert_close(other, jax.tree.map(jnp.negative, one))
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0], ids=["token", "square", "sample"])
 def test_averages_over_samples(power):
-    """With weights x ** -p the loss is the mean of the samples' mean losses, weighted by x ** (1 - p) of their x trained tokens."""
+    """With weights x ** -p the loss is the mean of the samples' mean losses, weighted by x ** (1 -
+    p) of their x trained tokens.
+    """
     hidden, kernel, targets, weights = inputs()
     trained = weights > 0  # each row is a sample here
     count = trained.sum(axis=1, keepdims=True)
@@ -135,20 +176,28 @@ def test_averages_over_samples(power):
     np.testing.assert_allclose(total / weights.sum(), expected, rtol=1e-5)
 
 
-# --- on eight devices ------------------------------------------------------------------------------------------------------------
+# --- on eight devices ----------------------------------------------------------------------------
 
 MESHES = [((8,), ("data",)), ((2, 4), ("data", "fsdp")), ((2, 2, 2), ("data", "fsdp", "tensor"))]
 
 
 @pytest.mark.parametrize(("shape", "names"), MESHES, ids=lambda value: "x".join(map(str, value)))
 def test_hidden_states_stay_on_their_device(shape, names):
-    """The same numbers as on one device. Nothing is gathered but a sharded kernel, once and outside of the loop over chunks."""
+    """The same numbers as on one device. Nothing is gathered but a sharded kernel, once and outside
+    of the loop over chunks.
+    """
     mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
     rows = NamedSharding(mesh, jax.P(tuple(name for name in names if name != "tensor")))
-    matrix = NamedSharding(mesh, jax.P(*(name if name in names else None for name in ("fsdp", "tensor"))))
-    args = [jax.device_put(x, at) for x, at in zip(inputs(), (rows, matrix, rows, rows), strict=True)]
+    matrix = NamedSharding(
+        mesh, jax.P(*(name if name in names else None for name in ("fsdp", "tensor")))
+    )
+    args = [
+        jax.device_put(x, at) for x, at in zip(inputs(), (rows, matrix, rows, rows), strict=True)
+    ]
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)), out_shardings=(None, (rows, matrix)))
+        step = jax.jit(
+            jax.value_and_grad(chunked, argnums=(0, 1)), out_shardings=(None, (rows, matrix))
+        )
         compiled = step.lower(*args).compile()
         found = compiled(*args)
     assert_close(found, gradients(plain, *inputs()))
@@ -160,10 +209,15 @@ def test_hidden_states_stay_on_their_device(shape, names):
 
 
 def test_groups_do_without_a_mesh_in_context():
-    """Where the rows are sharded and no mesh is set, `groups` says so; without it whole rows travel, as the count tells."""
+    """Where the rows are sharded and no mesh is set, `groups` says so; without it whole rows
+    travel, as the count tells.
+    """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
-    args = [jax.device_put(x, at) for x, at in zip(inputs(), (rows, everywhere, rows, rows), strict=True)]
+    args = [
+        jax.device_put(x, at)
+        for x, at in zip(inputs(), (rows, everywhere, rows, rows), strict=True)
+    ]
 
     def moves(groups):
         step = jax.value_and_grad(functools.partial(chunked, groups=groups), argnums=(0, 1))
@@ -183,14 +237,23 @@ def collectives(text):
 
 
 def test_a_frozen_head_costs_no_gradient():
-    """Where the kernel is not trained, the compiler drops the product for its gradient and the sum that would hold it."""
-    shapes = (((2, 32, 64), "float32"), ((64, 1024), "float32"), ((2, 32), "int32"), ((2, 32), "float32"))
+    """Where the kernel is not trained, the compiler drops the product for its gradient and the sum
+    that would hold it.
+    """
+    shapes = (
+        ((2, 32, 64), "float32"),
+        ((64, 1024), "float32"),
+        ((2, 32), "int32"),
+        ((2, 32), "float32"),
+    )
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
     def loss(*arguments):
         return chunked_cross_entropy(*arguments, 1000, chunk=16)[0]
 
-    both, frozen = (jax.jit(jax.grad(loss, which)).lower(*arguments).compile() for which in ((0, 1), 0))
+    both, frozen = (
+        jax.jit(jax.grad(loss, which)).lower(*arguments).compile() for which in ((0, 1), 0)
+    )
     assert frozen.cost_analysis()["flops"] < 0.75 * both.cost_analysis()["flops"], (
         "two products with the kernel in place of three"
     )

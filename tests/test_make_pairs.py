@@ -1,4 +1,6 @@
-"""make_pairs.py: which of a model's answers become pairs, going on after a stop, and rows that train.py reads."""
+"""make_pairs.py: which of a model's answers become pairs, going on after a stop, and rows that
+train.py reads.
+"""
 
 import json
 
@@ -10,7 +12,16 @@ from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
 from internvl3_jax.inference.chat import Answer
 from internvl3_jax.reward import make_pairs
-from internvl3_jax.reward.make_pairs import Settings, choose, done_path, find_pairs, first_half, main, run, summary
+from internvl3_jax.reward.make_pairs import (
+    Settings,
+    choose,
+    done_path,
+    find_pairs,
+    first_half,
+    main,
+    run,
+    summary,
+)
 from internvl3_jax.reward.questions import Question, read_questions
 from internvl3_jax.training.make_reference import read_known
 
@@ -26,7 +37,9 @@ class Model:
         texts = [self.answers[question.split()[-1]] for question, _ in requests]
         if begun:
             return [[Answer(" and so on", [1], 5, [], 0.0, 0.0)] for _ in begun]
-        return [[Answer(text[k % len(text)], [1], 5, [], 0.0, 0.0) for k in range(n)] for text in texts]
+        return [
+            [Answer(text[k % len(text)], [1], 5, [], 0.0, 0.0) for k in range(n)] for text in texts
+        ]
 
 
 def question(name: str, answer: str | None = "6") -> Question:
@@ -40,7 +53,9 @@ def pairs_of(*answers: str, settings=None):
 
 def test_right_answers_with_wrong_ones():
     found = pairs_of("it is 6. Answer: 6", "Answer: 7", r"\boxed{6.0}", "Answer: 5", "Answer: 7")
-    assert set(found.pairs) == {(a, b) for a in ("it is 6. Answer: 6", r"\boxed{6.0}") for b in ("Answer: 7", "Answer: 5")}
+    assert set(found.pairs) == {
+        (a, b) for a in ("it is 6. Answer: 6", r"\boxed{6.0}") for b in ("Answer: 7", "Answer: 5")
+    }
     assert (found.right, found.wrong, found.silent) == (2, 2, 0)
     assert found.rows()[0] == {
         "id": "q",
@@ -58,7 +73,9 @@ def test_a_question_of_one_kind_gives_none():
 def test_what_states_nothing_is_wrong_only_if_asked_for():
     answers = ("Answer: 6", "I wonder", "")
     assert pairs_of(*answers).pairs == [] and pairs_of(*answers).silent == 1
-    assert pairs_of(*answers, settings=Settings(samples=8, format_negatives=True)).pairs == [("Answer: 6", "I wonder")]
+    assert pairs_of(*answers, settings=Settings(samples=8, format_negatives=True)).pairs == [
+        ("Answer: 6", "I wonder")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -76,14 +93,18 @@ def test_a_rejected_stated_answer_does_not_contain_the_chosen_one(right, wrong, 
 
 
 def test_case_does_not_matter_there():
-    (found,) = find_pairs(Model(q=["Answer: Red", "Answer: dark red"]), [question("q", "red")], Settings(samples=2))
+    (found,) = find_pairs(
+        Model(q=["Answer: Red", "Answer: dark red"]), [question("q", "red")], Settings(samples=2)
+    )
     assert (found.right, found.wrong, found.pairs) == (1, 1, [])
 
 
 def test_the_most_pairs_are_drawn_once_and_for_all():
     right, wrong = [f"r{n}" for n in range(6)], [f"w{n}" for n in range(6)]
     kept = choose(right, wrong, 15, 0)
-    assert len(set(kept)) == 15 and kept == choose(right, wrong, 15, 0) != choose(right, wrong, 15, 1)
+    assert len(set(kept)) == 15 and kept == choose(right, wrong, 15, 0) != choose(
+        right, wrong, 15, 1
+    )
     assert kept == sorted(kept)
 
 
@@ -107,7 +128,9 @@ def test_without_an_answer_the_second_half_is_made_blind():
     model = Model(q=["one two three four"])
     (found,) = find_pairs(model, [question("q", None)], Settings())
     assert found.pairs == [("one two three four", "one two and so on")]
-    assert model.asked[0][0] == [("<image>\nadd q", ["a.png"])] and model.asked[1][0] == [("add q", [])]
+    assert model.asked[0][0] == [("<image>\nadd q", ["a.png"])] and model.asked[1][0] == [
+        ("add q", [])
+    ]
     assert model.asked[1][2] == ["one two"]
 
 
@@ -148,7 +171,10 @@ def test_it_goes_on_behind_the_last_finished_question(tmp_path):
 def test_answers_that_cannot_be_read_are_counted(tmp_path):
     output, questions = tmp_path / "pairs.jsonl", [question("q1"), question("q2")]
     run(Model(q1=["39", "40"], q2=["6"]), questions, output, Settings(samples=2))
-    with pytest.raises(ValueError, match=r'none of the 3 different answers could be read; wanted is a stated answer \("Answer'):
+    with pytest.raises(
+        ValueError,
+        match=r'none of the 3 different answers could be read; wanted is a stated answer \("Answer',
+    ):
         summary(output)
     other = tmp_path / "other.jsonl"
     run(Model(q1=["39", "Answer: 6"], q2=["Answer: 7"]), questions, other, Settings(samples=2))
@@ -158,7 +184,11 @@ def test_answers_that_cannot_be_read_are_counted(tmp_path):
 def test_what_looks_like_the_end_of_a_line_is_none(tmp_path):
     """Of Unicode's ends of lines only one is JSON's."""
     answers = {f"q{n}": ["so\u2028it is\x85Answer: 6", "Answer: 7"] for n in range(3)}
-    questions, settings, output = [question(name) for name in answers], Settings(samples=2), tmp_path / "pairs.jsonl"
+    questions, settings, output = (
+        [question(name) for name in answers],
+        Settings(samples=2),
+        tmp_path / "pairs.jsonl",
+    )
     run(Model(**answers), questions, output, settings)
     whole = output.read_bytes()
     run(Model(**answers), questions, output, settings)
@@ -167,28 +197,47 @@ def test_what_looks_like_the_end_of_a_line_is_none(tmp_path):
 
 def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsys):
     picture(20, 20).save(tmp_path / "a.png")
-    rows = [{"question": "add 1", "image": "a.png", "answer": 6}, {"question": "add 2", "image": "a.png"}]
+    rows = [
+        {"question": "add 1", "image": "a.png", "answer": 6},
+        {"question": "add 2", "image": "a.png"},
+    ]
     path, output = tmp_path / "questions.jsonl", tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [q.answer for q in read_questions(path, checked=False)] == ["6", None]
     answers = {"1": ["Answer: 6", "Answer: 7"], "2": ["one two three four"]}
     monkeypatch.setattr(make_pairs, "Chat", lambda checkpoint, **options: Model(**answers))
-    arguments = ["--checkpoint", str(tiny_checkpoint.directory()), "--questions", str(path), "--output", str(output)]
+    arguments = [
+        "--checkpoint",
+        str(tiny_checkpoint.directory()),
+        "--questions",
+        str(path),
+        "--output",
+        str(output),
+    ]
     assert main([*arguments, "--samples", "2", "--format_negatives"]) == 0
     assert "2 pairs of 2 of 2 questions" in capsys.readouterr().out
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"made": {"root": str(tmp_path), "annotation": str(output)}}))
     config = DataConfig(
-        source=str(meta), tokenizer=str(tiny_checkpoint.TOKENIZER), pairs=True, tokens_per_row=256, tiles_per_row=12
+        source=str(meta),
+        tokenizer=str(tiny_checkpoint.TOKENIZER),
+        pairs=True,
+        tokens_per_row=256,
+        tiles_per_row=12,
     )
     samples = sample_dataset(config, PROCESSOR, make_tokenizer(config))
-    assert all(sample["answers"].max() == 2 and len(sample["tiles"]) for sample in (samples[0], samples[1]))
+    assert all(
+        sample["answers"].max() == 2 and len(sample["tiles"]) for sample in (samples[0], samples[1])
+    )
     assert main([*arguments, "--samples", "0"]) == 1
     assert "samples is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_log_probabilities_of_the_reference_never_replace_another_file(tmp_path):
-    path, header = tmp_path / "reference.jsonl", {"reference": "a", "hash": "0a", "dtype": "float32"}
+    path, header = (
+        tmp_path / "reference.jsonl",
+        {"reference": "a", "hash": "0a", "dtype": "float32"},
+    )
     assert read_known(path, header) == (set(), 0)
     row = b'{"key": "k1", "chosen": -1.0, "rejected": -2.0}\n'
     whole = json.dumps(header).encode() + b"\n" + row
@@ -199,7 +248,13 @@ def test_log_probabilities_of_the_reference_never_replace_another_file(tmp_path)
     assert read_known(path, header | {"reference": "moved"})[0] == {"k1"}
     with pytest.raises(ValueError, match="is not of a with these parameters and dtype"):
         read_known(path, header | {"hash": "0b"})
-    for foreign in (b"notes", b'{"scores": 1}', b'{"scores": 1}\n', whole + b"mine", whole + b'{"a": 1}\n'):
+    for foreign in (
+        b"notes",
+        b'{"scores": 1}',
+        b'{"scores": 1}\n',
+        whole + b"mine",
+        whole + b'{"a": 1}\n',
+    ):
         path.write_bytes(foreign)
         with pytest.raises(ValueError, match="name another --output"):
             read_known(path, header)

@@ -19,7 +19,11 @@ from internvl3_jax.training.run_log import Log
 
 
 def matrices(tree) -> int:
-    return sum(int(np.prod(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(tree) if path[-1].key == "kernel")
+    return sum(
+        int(np.prod(leaf.shape))
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if path[-1].key == "kernel"
+    )
 
 
 @pytest.mark.parametrize("size", ["tiny", "1b", "38b"])
@@ -37,7 +41,9 @@ def test_a_product_costs_two_operations_a_weight_and_row(size):
 
 
 def example_batch():
-    """Two rows: samples of 3 and 2 tokens and one of padding; a sample of 6 tokens with a tile of four visual tokens."""
+    """Two rows: samples of 3 and 2 tokens and one of padding; a sample of 6 tokens with a tile of
+    four visual tokens.
+    """
     image = CONFIG.image_token_id
     size = CONFIG.vision.image_size
     return {
@@ -50,12 +56,24 @@ def example_batch():
 
 def test_what_a_batch_holds():
     counts = batch_counts(example_batch(), CONFIG)
-    expected = {"tokens": 11, "trained_tokens": 4, "tiles": 1, "pairs": 6 + 3 + 21, "token_room": 12, "tile_room": 6}
+    expected = {
+        "tokens": 11,
+        "trained_tokens": 4,
+        "tiles": 1,
+        "pairs": 6 + 3 + 21,
+        "token_room": 12,
+        "tile_room": 6,
+    }
     assert counts == expected
     forward = forward_flops(CONFIG)
     frozen = train_flops(CONFIG, counts, vision_trained=False)
     assert train_flops(CONFIG, counts) - frozen == 2 * forward.vision_tile
-    rest = 11 * forward.language_token + 30 * forward.language_pair + 4 * forward.head + forward.projector_tile
+    rest = (
+        11 * forward.language_token
+        + 30 * forward.language_pair
+        + 4 * forward.head
+        + forward.projector_tile
+    )
     assert frozen == forward.vision_tile + 3 * rest
 
 
@@ -72,14 +90,18 @@ def test_a_row_is_the_mean_since_the_last():
     assert "loss/b" not in row, "no token of it was trained"
     assert row["token_fill"] == 11 / 12 and row["tile_fill"] == 1 / 6
     assert row["tokens_per_second"] == pytest.approx(11 / row["step_seconds"])
-    assert row["learning_rate"] == pytest.approx(config.optimizer.learning_rate / 2), "the second of two warm-up steps"
+    assert row["learning_rate"] == pytest.approx(config.optimizer.learning_rate / 2), (
+        "the second of two warm-up steps"
+    )
     assert "mfu" not in row and row["memory_gib"] > 0
     meter.add(prepared, {"loss": 7.0, "source_loss": np.ones(3), "source_weight": np.ones(3)})
     assert meter.row(3)["loss"] == 7.0
 
 
 def test_the_log_and_tensorboard(tmp_path):
-    """Rows after the step at which a run goes on are dropped; TensorBoard's file holds the same values."""
+    """Rows after the step at which a run goes on are dropped; TensorBoard's file holds the same
+    values.
+    """
     config = dataclasses.replace(train_config(), tensorboard=True)
     for start in (0, 1):
         with Log(tmp_path, config, start) as log:
@@ -94,7 +116,9 @@ def test_the_log_and_tensorboard(tmp_path):
 def test_weights_and_biases_tells_runs_apart(tmp_path, monkeypatch):
     """Two runs whose directories end alike are two runs there; one that goes on stays what it is."""
     started, finished = [], []
-    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda exit_code: finished.append(exit_code))
+    run = types.SimpleNamespace(
+        log=lambda values, step: None, finish=lambda exit_code: finished.append(exit_code)
+    )
     fake = types.SimpleNamespace(init=lambda **settings: started.append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = dataclasses.replace(train_config(), wandb="project")

@@ -1,4 +1,6 @@
-"""examples/native_pretraining: what make_data.py writes is what the pipeline reads, and run.py's questions and tables work. No network."""
+"""examples/native_pretraining: what make_data.py writes is what the pipeline reads, and run.py's
+questions and tables work. No network.
+"""
 
 import dataclasses
 import functools
@@ -36,7 +38,9 @@ def example():
 @functools.cache
 def drawing(vendor: str, thing: str) -> Image.Image:
     """Blots of one colour, another for each thing and vendor."""
-    pixels = np.random.default_rng([*vendor.encode(), *thing.encode()]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng([*vendor.encode(), *thing.encode()]).integers(
+        0, 256, (8, 8, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).resize((64, 64)).convert("RGBA")
 
 
@@ -55,7 +59,8 @@ def data(example, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example.packages, "read_book", lambda folder: chapters())
         drawn = {
-            vendor: {thing: drawing(vendor, thing) for thing in example.packages.THINGS} for vendor in ("google", "twitter")
+            vendor: {thing: drawing(vendor, thing) for thing in example.packages.THINGS}
+            for vendor in ("google", "twitter")
         }
         patch.setattr(example.packages, "read_drawings", lambda vendor, folder: drawn[vendor])
         counts = example.make_data.write(folder, folder.parent / "packages", 0.02, QUESTIONS, 0)
@@ -65,12 +70,19 @@ def data(example, tmp_path_factory):
 
 def rows_of(data: pathlib.Path, meta: str) -> dict[str, list[dict]]:
     sources = json.loads((data / f"{meta}.json").read_text())
-    return {name: [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()] for name in sources}
+    return {
+        name: [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        for name in sources
+    }
 
 
 def config(data: pathlib.Path, stage: str, **changes):
     recipe = get_config(stage)
-    values = {"source": str(data / f"{stage}.json"), "tokenizer": str(data / "tokenizer"), **changes}
+    values = {
+        "source": str(data / f"{stage}.json"),
+        "tokenizer": str(data / "tokenizer"),
+        **changes,
+    }
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **values))
 
 
@@ -86,25 +98,36 @@ def test_the_tokenizer_is_the_recipes(data):
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_the_pipeline_reads_what_is_written(data, stage):
     settings = config(data, stage)
-    with BatchLoader(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")) as batches:
+    with BatchLoader(
+        settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")
+    ) as batches:
         found = [next(batches) for _ in range(8)]
     assert all(item.skipped_count == 0 and item.batch["tiles"].any() for item in found)
     names = list(json.loads((data / f"{stage}.json").read_text()))
     seen = [names[source] for item in found for row in item.origins for source, _ in row]
     assert set(seen) == set(names)
     if stage == "pretrain":
-        assert np.mean([name in ("book", "words") for name in seen]) == pytest.approx(0.25, abs=0.07)  # text to pictures 1 : 3
+        # text to pictures 1 : 3
+        assert np.mean([name in ("book", "words") for name in seen]) == pytest.approx(
+            0.25, abs=0.07
+        )
 
 
 def test_every_held_out_and_long_row_can_be_used(example, data):
     settings = config(data, "sft")
-    preparer = example.score.ExampleBuilder(settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer"))
+    preparer = example.score.ExampleBuilder(
+        settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")
+    )
     for meta in ("held_out", "long"):
-        for source in example.score.open_sources(dataclasses.replace(settings.data, source=str(data / f"{meta}.json"))):
+        for source in example.score.open_sources(
+            dataclasses.replace(settings.data, source=str(data / f"{meta}.json"))
+        ):
             for row in range(len(source)):
                 messages, tiles = example.score.read(preparer, source, row)
                 assert [message["role"] for message in messages] == ["user", "assistant"]
-                assert len(tiles) == sum(message["content"].count("<image>") for message in messages)
+                assert len(tiles) == sum(
+                    message["content"].count("<image>") for message in messages
+                )
                 assert meta == "held_out" or all(len(part) <= 4 for part in tiles)
 
 
@@ -114,25 +137,52 @@ def test_nothing_held_out_is_trained_on(example, data):
         for meta in metas:
             rows |= rows_of(data, meta)
     pictures = [
-        {(data / "pictures" / image).read_bytes() for part in rows.values() for row in part for image in row.get("image", [])}
+        {
+            (data / "pictures" / image).read_bytes()
+            for part in rows.values()
+            for row in part
+            for image in row.get("image", [])
+        }
         for rows in (trained, held_out)
     ]
     assert pictures[0] and pictures[1] and not pictures[0] & pictures[1]
     texts = [json.dumps(rows) for rows in (trained, held_out)]
-    chapters_of = [{number for number in range(40) if f"chapter{number} " in text} for text in texts]
+    chapters_of = [
+        {number for number in range(40) if f"chapter{number} " in text} for text in texts
+    ]
     assert chapters_of[1] <= {9, 19, 29, 39} and not chapters_of[0] & {9, 19, 29, 39}
-    # Another hand's drawings are in the pictures of other_drawings alone; of the searches every picture is held out.
-    images = {image.split("/")[0] for part in rows_of(data, "long").values() for row in part for image in row["image"]}
+    # Another hand's drawings are in the pictures of other_drawings alone; of the searches every
+    # picture is held out.
+    images = {
+        image.split("/")[0]
+        for part in rows_of(data, "long").values()
+        for row in part
+        for image in row["image"]
+    }
     assert images == {"other_drawings", "test_digits"}
 
 
 def test_a_search_has_one_number_and_says_which(data):
-    digits = {row["image"][0]: row["conversations"][1]["value"] for row in rows_of(data, "held_out")["test_digits"]}
+    digits = {
+        row["image"][0]: row["conversations"][1]["value"]
+        for row in rows_of(data, "held_out")["test_digits"]
+    }
     for name, rows in rows_of(data, "long").items():
         for row in rows:
-            assert len(row["image"]) == int(name.removeprefix("find_")) == row["conversations"][0]["value"].count("<image>")
-            found = [place for place, image in enumerate(row["image"]) if image.startswith("test_digits/")]
-            assert found == [row["place"]] and digits[row["image"][row["place"]]] == row["conversations"][1]["value"]
+            assert (
+                len(row["image"])
+                == int(name.removeprefix("find_"))
+                == row["conversations"][0]["value"].count("<image>")
+            )
+            found = [
+                place
+                for place, image in enumerate(row["image"])
+                if image.startswith("test_digits/")
+            ]
+            assert (
+                found == [row["place"]]
+                and digits[row["image"][row["place"]]] == row["conversations"][1]["value"]
+            )
 
 
 def test_the_same_seed_writes_the_same(example, data, tmp_path, monkeypatch):
@@ -153,7 +203,10 @@ def test_the_same_seed_writes_the_same(example, data, tmp_path, monkeypatch):
 
 def test_without_npm_it_says_what_to_do(example, tmp_path, monkeypatch):
     monkeypatch.setattr(example.packages.shutil, "which", lambda name: None)
-    with pytest.raises(example.packages.PackageError, match="npm is not installed.*emoji-datasource-google-16.0.0.tgz"):
+    with pytest.raises(
+        example.packages.PackageError,
+        match="npm is not installed.*emoji-datasource-google-16.0.0.tgz",
+    ):
         example.packages.read_drawings("google", tmp_path)
     (tmp_path / "emoji-datasource-google-16.0.0.tgz").write_bytes(b"cut off")
     with pytest.raises(example.packages.PackageError, match="damaged.*delete it"):
@@ -164,20 +217,29 @@ def test_right_and_wrong(example):
     right = example.score.is_right
     assert right("apple, star", "apple, star") and not right("apple, star", "star, apple")
     box = "apple, star: <ref>star</ref><box>[[{}, 0, 1000, 1000]]</box>"
-    assert right(box.format(500), box.format(400)) and not right(box.format(500), box.format(0)[: -len("]]</box>")])
+    assert right(box.format(500), box.format(400)) and not right(
+        box.format(500), box.format(0)[: -len("]]</box>")]
+    )
     assert not right(box.format(800), box.format(0))
     assert not right(box.format(500), box.format(500).replace("<ref>star", "<ref>pig"))
 
 
 def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monkeypatch):
-    """On random weights: every task of every source has its share, at every delta, and small deltas keep positions low."""
+    """On random weights: every task of every source has its share, at every delta, and small deltas
+    keep positions low.
+    """
     tokenizer = Tokenizer.from_directory(data / "tokenizer")
     language = dataclasses.replace(CONFIG.language, vocab_size=tokenizer.vocab_size)
-    model = dataclasses.replace(CONFIG, language=language, image_token_id=tokenizer.token_id("<IMG_CONTEXT>"))
-    checkpoint = types.SimpleNamespace(config=model, params=random_params(model), processor=PROCESSOR, tokenizer=tokenizer)
+    model = dataclasses.replace(
+        CONFIG, language=language, image_token_id=tokenizer.token_id("<IMG_CONTEXT>")
+    )
+    checkpoint = types.SimpleNamespace(
+        config=model, params=random_params(model), processor=PROCESSOR, tokenizer=tokenizer
+    )
     monkeypatch.setattr(example.score, "LONGEST", 4)
     scores = {
-        meta: example.score.score(checkpoint, str(data / f"{meta}.json"), ("1", "1/8"), 1) for meta in ("held_out", "long")
+        meta: example.score.score(checkpoint, str(data / f"{meta}.json"), ("1", "1/8"), 1)
+        for meta in ("held_out", "long")
     }
     assert len(scores["held_out"]["1"]) == 3 + 4 + 4 and list(scores["long"]["1"]) == [
         f"find_{n}/find" for n in (2, 4, 8, 16, 32)
@@ -187,16 +249,27 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
 
     monkeypatch.setattr(example.run, "DELTAS", ("1", "1/8"))
     row = {"held_out": 2.0, "held_out/test_book": 5.0, "held_out/other_drawings": 1.0}
-    for folder, digit in (("native/seed_0", 0.25), ("native/seed_10", 1.0), ("native/seed_2", 0.25), ("text_only/seed_0", 0.5)):
+    for folder, digit in (
+        ("native/seed_0", 0.25),
+        ("native/seed_10", 1.0),
+        ("native/seed_2", 0.25),
+        ("text_only/seed_0", 0.5),
+    ):
         for stage in example.run.STAGES:
             (tmp_path / folder / stage).mkdir(parents=True)
             lines = [{"step": 5, "loss": 2.0, "seconds": 3.0}, {"step": 5, **row}]
-            (tmp_path / folder / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (tmp_path / folder / stage / "log.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
         scores["held_out"]["1"]["test_digits/digit"]["right"] = digit
-        (tmp_path / folder / "scores.json").write_text(json.dumps(scores | {"reach": 100.0, "limit": 1}))
+        (tmp_path / folder / "scores.json").write_text(
+            json.dumps(scores | {"reach": 100.0, "limit": 1})
+        )
     text = example.run.summarise(tmp_path)
     assert (tmp_path / "results.md").read_text() == text and "| text_only | 1/8 |" in text
-    assert "native 3, text_only 1" in text and "| test_digits/digit | 50 % (25-100) | 50 % |" in text
+    assert (
+        "native 3, text_only 1" in text and "| test_digits/digit | 50 % (25-100) | 50 % |" in text
+    )
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "results.json").read_text())["variants"]
     assert {name: [seed["seed"] for seed in seeds] for name, seeds in results.items()} == {
@@ -209,11 +282,15 @@ def test_variants_differ_in_what_they_name(example, data, tmp_path):
     def settings(variant, *stage):
         return example.run.settings(tmp_path / variant / "seed_2", data, *stage)
 
-    assert settings("native", "sft")["init_from"] == str(tmp_path / "native" / "seed_2" / "pretrain")
-    assert settings("text_only", "pretrain")["data.language_share"] == 1.0 and "data.language_share" not in settings(
-        "text_only", "sft"
+    assert settings("native", "sft")["init_from"] == str(
+        tmp_path / "native" / "seed_2" / "pretrain"
     )
-    assert settings("delta_one", "sft")["data.deltas"] == ("1",) and "data.deltas" not in settings("native", "sft")
+    assert settings("text_only", "pretrain")[
+        "data.language_share"
+    ] == 1.0 and "data.language_share" not in settings("text_only", "sft")
+    assert settings("delta_one", "sft")["data.deltas"] == ("1",) and "data.deltas" not in settings(
+        "native", "sft"
+    )
     assert settings("native", "pretrain")["steps"] == get_config("pretrain").steps
     assert settings("native", "pretrain")["seed"] == settings("native", "sft")["data.seed"] == 2
     short = settings("native", "sft", 65)

@@ -1,4 +1,6 @@
-"""Properties of the model that hold whatever the weights: counts, causality, isolation of packed samples, V2PE, merging, drop path."""
+"""Properties of the model that hold whatever the weights: counts, causality, isolation of packed
+samples, V2PE, merging, drop path.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +22,8 @@ MODEL = InternVL(CONFIG)
 PARAMS = random_params(CONFIG)
 IMAGE, PER_TILE = CONFIG.image_token_id, CONFIG.tokens_per_tile
 
-# Parameters of tower, projector and decoder as published, with a head of its own and the vocabulary without padding.
+# Parameters of tower, projector and decoder as published, with a head of its own and the vocabulary
+# without padding.
 PUBLISHED = {
     "1b": (304_012_288, 4_482_816, 629_697_920),
     "2b": (304_012_288, 8_662_016, 1_776_283_136),
@@ -48,7 +51,9 @@ def logits(row):
 
 
 def make_row(pictures=(), seed=0, text=4):
-    """A row of one sample: `text` tokens before, between and after its pictures, given as (tiles, delta in units)."""
+    """A row of one sample: `text` tokens before, between and after its pictures, given as (tiles,
+    delta in units).
+    """
     rng = np.random.default_rng(seed)
     tokens, runs = list(rng.integers(0, IMAGE, text)), []
     for tiles, _ in pictures:
@@ -68,19 +73,28 @@ def pack(rows):
     """Samples one after another in one row."""
     packed = {name: np.concatenate([row[name] for row in rows], axis=1) for name in rows[0]}
     lengths = [row["tokens"].shape[1] for row in rows]
-    return packed | {"segments": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), lengths)[None]}
+    return packed | {
+        "segments": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), lengths)[None]
+    }
 
 
 def pad(row, tokens, tiles, filler):
     """The row with padding at its end: segment 0, and whatever else `filler` says."""
     extra = tokens - row["tokens"].shape[1]
-    padded = {name: np.pad(row[name], ((0, 0), (0, extra)), constant_values=filler) for name in ("tokens", "positions")}
+    padded = {
+        name: np.pad(row[name], ((0, 0), (0, extra)), constant_values=filler)
+        for name in ("tokens", "positions")
+    }
     padded["segments"] = np.pad(row["segments"], ((0, 0), (0, extra)))
     missing = tiles - row["tiles"].shape[1]
-    return padded | {"tiles": np.pad(row["tiles"], ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), constant_values=filler)}
+    return padded | {
+        "tiles": np.pad(
+            row["tiles"], ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), constant_values=filler
+        )
+    }
 
 
-# --- counts ----------------------------------------------------------------------------------------------------------------------
+# --- counts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -91,8 +105,14 @@ def test_parameter_counts(size):
         assert (counts["vision"], counts["projector"], counts["language"]) == PUBLISHED[size]
     held = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(config)))
     language = config.language
-    assert language.padded_vocab_size % 256 == 0 and 0 <= language.padded_vocab_size - language.vocab_size < 256
-    assert held - sum(counts.values()) == 2 * (language.padded_vocab_size - language.vocab_size) * language.hidden_size
+    assert (
+        language.padded_vocab_size % 256 == 0
+        and 0 <= language.padded_vocab_size - language.vocab_size < 256
+    )
+    assert (
+        held - sum(counts.values())
+        == 2 * (language.padded_vocab_size - language.vocab_size) * language.hidden_size
+    )
 
 
 def test_every_published_size_is_there():
@@ -106,28 +126,35 @@ def test_tied_embeddings_save_one_matrix():
     assert "head" not in abstract_params(tied)["language"]
 
 
-# --- who sees whom ---------------------------------------------------------------------------------------------------------------
+# --- who sees whom -------------------------------------------------------------------------------
 
 
 LONGEST = 32  # tokens of the rows below, padding included
-WEIGHTS = np.random.default_rng(1).normal(size=LANGUAGE.hidden_size)  # a plain sum is nearly constant after the norm
+# a plain sum is nearly constant after the norm
+WEIGHTS = np.random.default_rng(1).normal(size=LANGUAGE.hidden_size)
 
 
 @jax.jit
 @functools.partial(jax.jacrev, argnums=0)
 def _by_embedding(x, params, positions, segments):
-    decode = functools.partial(MODEL.apply, {"params": params}, method=lambda model, *args: model.language(*args)[0])
+    decode = functools.partial(
+        MODEL.apply, {"params": params}, method=lambda model, *args: model.language(*args)[0]
+    )
     return decode(x, positions, segments)[0] @ WEIGHTS
 
 
 @jax.jit
 @functools.partial(jax.jacrev, argnums=0)
 def _by_tile(tiles, params, row):
-    return MODEL.apply({"params": params}, row | {"tiles": tiles}, method=InternVL.hidden)[0] @ WEIGHTS
+    return (
+        MODEL.apply({"params": params}, row | {"tiles": tiles}, method=InternVL.hidden)[0] @ WEIGHTS
+    )
 
 
 def influence(row):
-    """bool[T,T]: whether the hidden state of token t changes with the embedding of token s, by gradient."""
+    """bool[T,T]: whether the hidden state of token t changes with the embedding of token s, by
+    gradient.
+    """
     x = np.random.default_rng(0).normal(size=(1, LONGEST, LANGUAGE.hidden_size)).astype(np.float32)
     gradient = _by_embedding(x, PARAMS, row["positions"], row["segments"])
     return np.abs(gradient[:, 0]).max(axis=-1) > 0
@@ -152,7 +179,12 @@ def test_order_decides_and_not_positions():
 
 
 def test_packed_samples_do_not_see_each_other():
-    row = pad(pack([make_row([(1, 64)], 1), make_row(seed=2), make_row([(1, UNITS)], 3)]), LONGEST, 3, filler=1)
+    row = pad(
+        pack([make_row([(1, 64)], 1), make_row(seed=2), make_row([(1, UNITS)], 3)]),
+        LONGEST,
+        3,
+        filler=1,
+    )
     segments = row["segments"][0]
     same = segments[:, None] == segments[None]
     np.testing.assert_array_equal(influence(row), np.tril(same))
@@ -175,7 +207,9 @@ def test_padding_changes_nothing():
 
 
 def test_another_row_changes_nothing():
-    rows = [pad(row, 20, 2, 0) for row in (make_row([(2, 64)], 1), make_row([(1, UNITS), (1, 1)], 2))]
+    rows = [
+        pad(row, 20, 2, 0) for row in (make_row([(2, 64)], 1), make_row([(1, UNITS), (1, 1)], 2))
+    ]
     batch = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     before = apply(batch)
     changed = {name: np.concatenate([value[:1], value[1:] // 2]) for name, value in batch.items()}
@@ -184,11 +218,16 @@ def test_another_row_changes_nothing():
     assert np.abs(after[1] - before[1]).max() > 0.1
 
 
-# --- V2PE ------------------------------------------------------------------------------------------------------------------------
+# --- V2PE ----------------------------------------------------------------------------------------
 
 
 def test_packed_rows_of_mixed_deltas_are_separate_rows():
-    rows = [make_row([(2, 64)], 1), make_row(seed=2), make_row([(1, 1), (1, UNITS)], 3), make_row([(1, 128)], 4, text=1)]
+    rows = [
+        make_row([(2, 64)], 1),
+        make_row(seed=2),
+        make_row([(1, 1), (1, UNITS)], 3),
+        make_row([(1, 128)], 4, text=1),
+    ]
     packed = logits(pack(rows))
     separate = np.concatenate([logits(row) for row in rows])
     np.testing.assert_allclose(packed, separate, rtol=1e-5, atol=1e-5)
@@ -206,7 +245,8 @@ def test_delta_matters_from_the_second_visual_token_on(delta):
     row, plain = make_row([(1, delta)]), make_row([(1, UNITS)])
     difference = np.abs(logits(row) - logits(plain)).max(axis=-1)
     start = int(np.flatnonzero(row["tokens"][0] == IMAGE)[0])
-    # The token before the run is at a whole position, and the first visual token is delta behind it.
+    # The token before the run is at a whole position, and the first visual token is delta behind
+    # it.
     assert (difference[:start] == 0).all()
     assert (difference[start:] > 1e-4).all()
 
@@ -217,7 +257,7 @@ def test_only_differences_of_positions_matter():
     np.testing.assert_allclose(logits(moved), logits(row), rtol=1e-3, atol=1e-3)
 
 
-# --- merging ---------------------------------------------------------------------------------------------------------------------
+# --- merging -------------------------------------------------------------------------------------
 
 
 def test_merge_is_row_local_and_in_order():
@@ -235,37 +275,49 @@ def test_merge_is_row_local_and_in_order():
 
 
 def test_tiles_go_to_their_tokens():
-    """The merged embeddings hold every tile's features at that tile's tokens, and the text's embeddings elsewhere."""
+    """The merged embeddings hold every tile's features at that tile's tokens, and the text's
+    embeddings elsewhere.
+    """
     batch = pack([make_row([(2, 64)], 1), make_row([(1, UNITS)], 2)])
-    _, state = jax.jit(lambda params: MODEL.apply({"params": params}, batch, mutable=["intermediates"]))(PARAMS)
+    _, state = jax.jit(
+        lambda params: MODEL.apply({"params": params}, batch, mutable=["intermediates"])
+    )(PARAMS)
     merged = np.asarray(state["intermediates"]["merged"][0])[0]
     features = np.asarray(state["intermediates"]["projector"]["projected"][0])
     assert features.shape == (3, PER_TILE, LANGUAGE.hidden_size)
     assert len(np.unique(features.round(3), axis=0)) == 3
     visual = batch["tokens"][0] == IMAGE
     np.testing.assert_array_equal(merged[visual], features.reshape(-1, LANGUAGE.hidden_size))
-    np.testing.assert_array_equal(merged[~visual], PARAMS["language"]["embedding"][batch["tokens"][0][~visual]])
+    np.testing.assert_array_equal(
+        merged[~visual], PARAMS["language"]["embedding"][batch["tokens"][0][~visual]]
+    )
 
 
-# --- drop path -------------------------------------------------------------------------------------------------------------------
+# --- drop path -----------------------------------------------------------------------------------
 
 DROPPING = dataclasses.replace(VISION, num_layers=3, drop_path=0.8)
 
 
 @functools.cache
 def tower_outputs():
-    """(with drop path f32[K,L,M,P,C] under K keys, without it f32[L,M,P,C]): the output of every block."""
+    """(with drop path f32[K,L,M,P,C] under K keys, without it f32[L,M,P,C]): the output of every
+    block.
+    """
     params = random_params(dataclasses.replace(CONFIG, vision=DROPPING))["vision"]
     tiles = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
     def blocks(params, config, deterministic, **rngs):
         tower = VisionTower(config, jnp.float32)
-        _, state = tower.apply({"params": params}, tiles, deterministic, mutable=["intermediates"], **rngs)
+        _, state = tower.apply(
+            {"params": params}, tiles, deterministic, mutable=["intermediates"], **rngs
+        )
         return state["intermediates"]["layers"]["block"][0]
 
     @jax.jit
     def compute(params, keys):
-        dropped = jax.vmap(lambda key: blocks(params, DROPPING, False, rngs={"drop_path": key}))(keys)
+        dropped = jax.vmap(lambda key: blocks(params, DROPPING, False, rngs={"drop_path": key}))(
+            keys
+        )
         whole = blocks(params, DROPPING, True)
         # With a rate of 0 no random numbers are asked for, in training neither.
         return dropped, whole, blocks(params, dataclasses.replace(DROPPING, drop_path=0.0), False)
@@ -277,12 +329,15 @@ def tower_outputs():
 
 def test_drop_path_spares_the_first_block():
     dropped, whole = tower_outputs()
-    np.testing.assert_allclose(dropped[:, 0], np.broadcast_to(whole[0], dropped[:, 0].shape), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        dropped[:, 0], np.broadcast_to(whole[0], dropped[:, 0].shape), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_drop_path_drops_whole_tiles_each_on_its_own():
     dropped, _ = tower_outputs()
-    same = dropped[:, 2] == dropped[:, 1]  # both branches of the last block dropped: 0.64 of the cases
+    # both branches of the last block dropped: 0.64 of the cases
+    same = dropped[:, 2] == dropped[:, 1]
     per_tile = same.all(axis=(-2, -1))
     assert 0.4 < per_tile.mean() < 0.85
     assert (per_tile[:, 0] != per_tile[:, 1]).any()
@@ -299,23 +354,32 @@ def test_drop_path_keeps_the_expectation():
     def draw(key):
         rngs = {"drop_path": key}
         return block.apply(
-            {"params": params}, branch, 0.8, False, rngs=rngs, method=lambda block, *args: block.drop_path(*args)
+            {"params": params},
+            branch,
+            0.8,
+            False,
+            rngs=rngs,
+            method=lambda block, *args: block.drop_path(*args),
         )
 
     draws = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000)))
     kept = draws.reshape(4000, -1).any(axis=1)
-    np.testing.assert_allclose(draws[kept], np.broadcast_to(branch / 0.2, draws[kept].shape), rtol=1e-5)
+    np.testing.assert_allclose(
+        draws[kept], np.broadcast_to(branch / 0.2, draws[kept].shape), rtol=1e-5
+    )
     assert abs(kept.mean() - 0.2) < 0.025  # four standard deviations
     assert not draws[~kept].any()
 
 
-# --- head and attention ----------------------------------------------------------------------------------------------------------
+# --- head and attention --------------------------------------------------------------------------
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():
     assert LANGUAGE.padded_vocab_size > LANGUAGE.vocab_size
     hidden = np.random.default_rng(0).normal(size=(1, 1, LANGUAGE.hidden_size)).astype(np.float32)
-    masked = jax.jit(lambda hidden: MODEL.apply({"params": PARAMS}, hidden, method=InternVL.logits))(hidden)[0, 0]
+    masked = jax.jit(
+        lambda hidden: MODEL.apply({"params": PARAMS}, hidden, method=InternVL.logits)
+    )(hidden)[0, 0]
     assert masked.shape == (LANGUAGE.padded_vocab_size,) and masked.dtype == jnp.float32
     assert (np.asarray(masked[LANGUAGE.vocab_size :]) < -1e29).all()
     keys = jax.random.split(jax.random.key(1), 4000)

@@ -33,7 +33,10 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    with servers(tmp_path_factory.mktemp("servers")) as found, pytest.MonkeyPatch.context() as patch:
+    with (
+        servers(tmp_path_factory.mktemp("servers")) as found,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in found.items():
             patch.setenv(name, value)
         yield found
@@ -47,18 +50,26 @@ def root(store, request):
 
 def same(some, others) -> bool:
     some, others = by_path(some), by_path(others)
-    return some.keys() == others.keys() and all(np.array_equal(some[name], others[name]) for name in some)
+    return some.keys() == others.keys() and all(
+        np.array_equal(some[name], others[name]) for name in some
+    )
 
 
-# --- objects ------------------------------------------------------------------------------------------------------------------
+# --- objects -------------------------------------------------------------------------------------
 
 
 def test_addresses_and_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert as_path("~/run") == as_path("run") == as_path(f"file://{tmp_path}/run") == tmp_path / "run"
+    assert (
+        as_path("~/run") == as_path("run") == as_path(f"file://{tmp_path}/run") == tmp_path / "run"
+    )
     assert str(as_path("gs://bucket/a b/[1]/")) == "gs://bucket/a b/[1]"
-    for wrong, word in (("hdfs://x/y", "unknown kind"), ("gs:///x", "bucket"), ("s3://key:secret@bucket/x", "bucket")):
+    for wrong, word in (
+        ("hdfs://x/y", "unknown kind"),
+        ("gs:///x", "bucket"),
+        ("s3://key:secret@bucket/x", "bucket"),
+    ):
         with pytest.raises(FileError, match=word) as caught:
             as_path(wrong)
         assert "secret" not in str(caught.value)
@@ -79,7 +90,9 @@ def test_objects_are_written_listed_added_to_and_deleted(root):
     for number in range(20):
         remote_files.append(path / "log", f"{number}\n".encode())
     remote_files.flush()
-    assert remote_files.read_bytes(path / "log", max_bytes=100).split() == [str(number).encode() for number in range(20)]
+    assert remote_files.read_bytes(path / "log", max_bytes=100).split() == [
+        str(number).encode() for number in range(20)
+    ]
     remote_files.remove(path, [*remote_files.objects(path), "gone already"])
     assert remote_files.objects(path) == {}
 
@@ -87,7 +100,9 @@ def test_objects_are_written_listed_added_to_and_deleted(root):
 def test_a_lease_is_kept_from_the_living_and_taken_from_the_dead(root):
     path, notes = as_path(root) / "run.lock", []
     with Lease(path, "the run"):
-        with pytest.raises(InUse, match=f"the run is in use by another process .process {os.getpid()} on "):
+        with pytest.raises(
+            InUse, match=f"the run is in use by another process .process {os.getpid()} on "
+        ):
             Lease(path, "the run", notes.append).acquire()
     assert "waiting up to 3 s" in notes[0]
     assert not remote_files.exists(path)
@@ -96,7 +111,7 @@ def test_a_lease_is_kept_from_the_living_and_taken_from_the_dead(root):
         assert "process 1 on killed" in notes[1]
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_the_same_in_object_storage(root):
@@ -113,7 +128,9 @@ def test_a_checkpoint_is_the_same_in_object_storage(root):
     assert same(load(model).params, other)
     remote_files.write_bytes(as_path(model) / "notes.txt", b"mine")
     with pytest.raises(FileExistsError, match="notes.txt"):
-        checkpoint.save_checkpoint(model, params, CONFIG, PROCESSOR, tokenizer_files(), overwrite=True)
+        checkpoint.save_checkpoint(
+            model, params, CONFIG, PROCESSOR, tokenizer_files(), overwrite=True
+        )
     assert remote_files.read_bytes(as_path(model) / "notes.txt", max_bytes=9) == b"mine"
 
     largest = max(remote_files.objects(as_path(model)).items(), key=lambda item: item[1])[0]
@@ -140,7 +157,12 @@ def test_converting_to_and_from_object_storage(root, tmp_path, capsys):
 
 def test_steps_are_complete_with_their_last_object_and_old_ones_are_deleted(root):
     run, params = f"{root}/run", jax.tree.map(jax.numpy.asarray, random_params(CONFIG))
-    given = {"model": CONFIG, "processor": PROCESSOR, "files": tokenizer_files(), "extra": {"past": {}}}
+    given = {
+        "model": CONFIG,
+        "processor": PROCESSOR,
+        "files": tokenizer_files(),
+        "extra": {"past": {}},
+    }
     state = {"moment": jax.numpy.arange(6.0)}
 
     def save(step: int, **more):
@@ -152,8 +174,14 @@ def test_steps_are_complete_with_their_last_object_and_old_ones_are_deleted(root
     for name in (".internvl3_jax_unfinished", "internvl3_jax.json", "params/state/manifest.ocdbt"):
         remote_files.write_bytes(unfinished / name, b"{}")
     assert latest_step(run) == 2
-    restored, moments, extra = steps.restore_training(run, 2, jax.eval_shape(lambda: params), jax.eval_shape(lambda: state))
-    assert same(restored, params) and np.array_equal(moments["moment"], state["moment"]) and extra["data"] == {"0": {"next": 2}}
+    restored, moments, extra = steps.restore_training(
+        run, 2, jax.eval_shape(lambda: params), jax.eval_shape(lambda: state)
+    )
+    assert (
+        same(restored, params)
+        and np.array_equal(moments["moment"], state["moment"])
+        and extra["data"] == {"0": {"next": 2}}
+    )
     save(3, keep=1)
     assert latest_step(run) == 3
     assert {name.split("/")[1] for name in remote_files.objects(as_path(run))} == {"3"}
@@ -163,7 +191,7 @@ def test_steps_are_complete_with_their_last_object_and_old_ones_are_deleted(root
         latest_step(run)
 
 
-# --- training -----------------------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +206,10 @@ def command(store, tmp_path_factory):
     def start(workdir, count: int = 1) -> Processes:
         address = free_address()
         line = [str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}"]
-        own = [[f"--coordinator={address}", f"--processes={count}", f"--process={number}"] for number in range(count)]
+        own = [
+            [f"--coordinator={address}", f"--processes={count}", f"--process={number}"]
+            for number in range(count)
+        ]
         return Processes([line + (flags if count > 1 else []) for flags in own], 2 // count)
 
     return start
@@ -191,7 +222,9 @@ def log_of(workdir) -> list[tuple]:
 
 
 def test_a_killed_run_is_resumed_in_object_storage(command, root):
-    """Killed after a save, then resumed by two processes: all steps once, with the numbers of an undisturbed run."""
+    """Killed after a save, then resumed by two processes: all steps once, with the numbers of an
+    undisturbed run.
+    """
     with command(f"{root}/whole") as whole:
         (ended,) = whole.end(400)
     assert ended.status == 0, ended.out
@@ -205,44 +238,83 @@ def test_a_killed_run_is_resumed_in_object_storage(command, root):
     assert latest_step(f"{root}/run") in (SAVE_EVERY, 2 * SAVE_EVERY)
     with command(f"{root}/run", 2) as resumed:
         ended = resumed.end(400)
-    assert [process.status for process in ended] == [0, 0], "\n".join(process.out for process in ended)
-    assert "waiting up to 3 s for a sign of life" in ended[0].out and "going on from step" in ended[0].out
+    assert [process.status for process in ended] == [0, 0], "\n".join(
+        process.out for process in ended
+    )
+    assert (
+        "waiting up to 3 s for a sign of life" in ended[0].out
+        and "going on from step" in ended[0].out
+    )
     log = log_of(as_path(root) / "run")
     assert [row[:2] for row in log] == [row[:2] for row in expected]
     np.testing.assert_allclose([row[2:] for row in log], [row[2:] for row in expected], rtol=1e-5)
     params, others = load(f"{root}/whole").params, load(f"{root}/run").params
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, others)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, others
+    )
 
 
-# --- requests -----------------------------------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------------
 
 
 def test_requests_and_answers_in_object_storage(root, tmp_path):
     tiny_checkpoint.picture(40, 16, 1).save(tmp_path / "wide.png")
-    rows = [{"prompt": "Read.", "image": "wide.png"}, {"prompt": "How many?"}, {"prompt": "hi", "image": f"{root}/wide.png"}]
+    rows = [
+        {"prompt": "Read.", "image": "wide.png"},
+        {"prompt": "How many?"},
+        {"prompt": "hi", "image": f"{root}/wide.png"},
+    ]
     path = as_path(root)
     remote_files.write_bytes(path / "wide.png", (tmp_path / "wide.png").read_bytes())
-    remote_files.write_bytes(path / "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    line = [sys.executable, str(ROOT / "infer.py"), f"--checkpoint={directory()}", f"--requests={root}/q.jsonl"]
-    line += [f"--output={root}/a.jsonl", "--max_new_tokens=3", "--compilation_cache=", "--batch_size=1"]
+    remote_files.write_bytes(
+        path / "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
+    )
+    line = [
+        sys.executable,
+        str(ROOT / "infer.py"),
+        f"--checkpoint={directory()}",
+        f"--requests={root}/q.jsonl",
+    ]
+    line += [
+        f"--output={root}/a.jsonl",
+        "--max_new_tokens=3",
+        "--compilation_cache=",
+        "--batch_size=1",
+    ]
 
     def answers() -> list[dict]:
-        return [json.loads(row) for row in remote_files.read_bytes(path / "a.jsonl", max_bytes=1 << 20).splitlines()]
+        return [
+            json.loads(row)
+            for row in remote_files.read_bytes(path / "a.jsonl", max_bytes=1 << 20).splitlines()
+        ]
 
     done = subprocess.run(line, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     whole = answers()
-    assert [row["prompt"] for row in whole] == ["Read.", "How many?", "hi"] and whole[0]["tiles"] == whole[2]["tiles"]
+    assert [row["prompt"] for row in whole] == ["Read.", "How many?", "hi"] and whole[0][
+        "tiles"
+    ] == whole[2]["tiles"]
     torn = "".join(json.dumps(row) + "\n" for row in whole[:1]) + '{"id": 2, "pro'
     remote_files.write_bytes(path / "a.jsonl", torn.encode())
     done = subprocess.run(line, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert [row["text"] for row in answers()] == [row["text"] for row in whole]
-    other = subprocess.run([*line, "--system=Talk like a pirate."], capture_output=True, text=True, timeout=400)
+    other = subprocess.run(
+        [*line, "--system=Talk like a pirate."], capture_output=True, text=True, timeout=400
+    )
     assert other.returncode == 1 and "system" in other.stderr
 
 
 def test_what_cannot_be_reached_is_one_line(store, tmp_path):
-    line = [sys.executable, str(ROOT / "infer.py"), f"--checkpoint=gs://{BUCKET}-of-nobody/model", "--prompt=hi"]
+    line = [
+        sys.executable,
+        str(ROOT / "infer.py"),
+        f"--checkpoint=gs://{BUCKET}-of-nobody/model",
+        "--prompt=hi",
+    ]
     done = subprocess.run(line, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and f"{BUCKET}-of-nobody/model" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Traceback" not in done.stderr
+        and f"{BUCKET}-of-nobody/model" in done.stderr
+    )

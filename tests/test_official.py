@@ -8,7 +8,16 @@ import fsspec
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from official_data import PROCESSOR, data_config, encoded, picture, turns, write_meta, write_rows, write_tar
+from official_data import (
+    PROCESSOR,
+    data_config,
+    encoded,
+    picture,
+    turns,
+    write_meta,
+    write_rows,
+    write_tar,
+)
 
 from internvl3_jax.data.media.video import middle_frames
 from internvl3_jax.data.sources import files, row_index
@@ -22,14 +31,16 @@ TEXT = {"conversations": turns("hi", "ho")}
 
 
 def read(source, row=0):
-    return source.conversation(row, lambda clip: lambda footage: middle_frames(footage, 2, clip), PROCESSOR)
+    return source.conversation(
+        row, lambda clip: lambda footage: middle_frames(footage, 2, clip), PROCESSOR
+    )
 
 
 def one_source(folder, rows, **entry):
     return OfficialSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------------------
+# --- rows ----------------------------------------------------------------------------------------
 
 
 def test_rows_of_every_kind(tmp_path):
@@ -39,8 +50,15 @@ def test_rows_of_every_kind(tmp_path):
     for number in range(4):
         picture(seed=number).save(tmp_path / "frames" / f"{number}.jpg")
     rows = [
-        {"id": 7, "conversations": turns("hi", "<image> here is text", "and?", "so", system="Be brief.")},
-        {"image": "0.png", "width": 20, "conversations": turns("What?", "That <ref>x</ref><box>[[1, 2, 3, 4]]</box>")},
+        {
+            "id": 7,
+            "conversations": turns("hi", "<image> here is text", "and?", "so", system="Be brief."),
+        },
+        {
+            "image": "0.png",
+            "width": 20,
+            "conversations": turns("What?", "That <ref>x</ref><box>[[1, 2, 3, 4]]</box>"),
+        },
         {"image": "1.png", "conversations": turns("hi", "ho", "<image>\nWhat?", "That")},
         {
             "image": ["0.png", str(tmp_path / "2.png")],
@@ -53,12 +71,19 @@ def test_rows_of_every_kind(tmp_path):
     source = one_source(tmp_path, rows, data_augment=True, max_dynamic_patch=8)
     found = [read(source, row) for row in range(len(rows))]
     users = [next(m["content"] for m in c.messages if m["role"] == "user") for c in found]
-    assert users[:3] == ["hi", "<image>\nWhat?", "hi"] and users[3] == "Image-1: <image>\nImage-2: <image>\nWhich?"
+    assert (
+        users[:3] == ["hi", "<image>\nWhat?", "hi"]
+        and users[3] == "Image-1: <image>\nImage-2: <image>\nWhich?"
+    )
     assert users[5] == "What Frame-1: <image>\nFrame-2: <image>\nmoves?"
     assert users[6] == "Frame-1: <image>\nFrame-2: <image>\nWhat moves?"
     assert [len(c.pictures) for c in found] == [0, 1, 1, 2, 0, 2, 2]
     assert [c.max_tiles for c in found] == [8, 8, 8, 4, 8, 1, 1]
-    assert found[0].messages[0] == {"role": "system", "content": "Be brief."} and found[0].id == "7" and found[1].id is None
+    assert (
+        found[0].messages[0] == {"role": "system", "content": "Be brief."}
+        and found[0].id == "7"
+        and found[1].id is None
+    )
     assert all(c.augment for c in found) and source.has_pictures and found[5].is_video
 
 
@@ -69,9 +94,15 @@ def test_rows_of_every_kind(tmp_path):
         ("", "the line is empty"),
         ("[1]", "is the list [1]; expected an object"),
         ({"id": 1}, "conversations is None; expected a list of turns"),
-        ({"conversations": [{"from": "human", "text": "hi"}]}, 'expected {"from": ..., "value": ...}'),
+        (
+            {"conversations": [{"from": "human", "text": "hi"}]},
+            'expected {"from": ..., "value": ...}',
+        ),
         ({"conversations": [{"from": "robot", "value": "hi"}]}, "turn 1 is from 'robot'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: its value is no text but the number 3"),
+        (
+            {"conversations": [{"from": "human", "value": 3}]},
+            "turn 1: its value is no text but the number 3",
+        ),
         ({"image": "gone.png", **TEXT}, "gone.png: no such file"),
         ({"image": 5, **TEXT}, "image is 5; expected a path"),
         ({"image": "a.png", "video": "b.mp4", **TEXT}, "both image and video"),
@@ -96,7 +127,7 @@ def test_a_video_tag_belongs_to_the_first_human_turn():
         insert_frames(messages, 2, "Frame-{}: ")
 
 
-# --- annotation files ------------------------------------------------------------------------------------------------------------
+# --- annotation files ----------------------------------------------------------------------------
 
 
 def test_the_index_follows_its_file(tmp_path, monkeypatch):
@@ -107,7 +138,9 @@ def test_the_index_follows_its_file(tmp_path, monkeypatch):
     first = place.stat().st_mtime_ns, place.stat().st_ino
     assert len(Rows([str(path)])) == 5 and (place.stat().st_mtime_ns, place.stat().st_ino) == first
     write_rows(path, [{"n": 10 + number} for number in range(7)])
-    assert [row["n"] for row, _ in map(Rows([str(path)]).__getitem__, range(7))] == list(range(10, 17))
+    assert [row["n"] for row, _ in map(Rows([str(path)]).__getitem__, range(7))] == list(
+        range(10, 17)
+    )
     os.utime(path, ns=(1, 1))  # same size, another time
     assert len(Rows([str(path)])) == 7 and np.load(place)[2] == 1
     place.write_bytes(place.read_bytes()[:70])  # cut short
@@ -142,8 +175,14 @@ def test_lines_whatever_their_length_and_end(tmp_path, monkeypatch, ending, chun
 def test_whether_a_source_has_pictures(tmp_path, monkeypatch, row, expected, chunk):
     monkeypatch.setattr(row_index, "CHUNK", chunk)
     filler = {"conversations": turns('say "image"', '"video"')}
-    assert Rows([str(write_rows(tmp_path / "a.jsonl", [filler, row, filler]))]).has_pictures == expected
-    assert Rows([str(write_rows(tmp_path / "b.jsonl", [filler, filler, row]))]).has_pictures == expected
+    assert (
+        Rows([str(write_rows(tmp_path / "a.jsonl", [filler, row, filler]))]).has_pictures
+        == expected
+    )
+    assert (
+        Rows([str(write_rows(tmp_path / "b.jsonl", [filler, filler, row]))]).has_pictures
+        == expected
+    )
 
 
 def test_an_index_in_the_cache_when_the_folder_cannot_be_written(tmp_path, monkeypatch):
@@ -158,7 +197,10 @@ def test_an_index_in_the_cache_when_the_folder_cannot_be_written(tmp_path, monke
 
     monkeypatch.setattr(row_index, "_write", refuse)
     assert len(Rows([str(path)])) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == 1 and not (tmp_path / "a.jsonl.index.npy").exists()
+    assert (
+        len(list((tmp_path / "cache").iterdir())) == 1
+        and not (tmp_path / "a.jsonl.index.npy").exists()
+    )
 
 
 def test_tar_shards_bring_their_pictures(tmp_path):
@@ -190,7 +232,9 @@ def test_tar_shards_bring_their_pictures(tmp_path):
 def test_array_record(tmp_path):
     writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "")
     writer.write(json.dumps(TEXT).encode())
-    archive = write_tar(tmp_path / "one", {"k.json": json.dumps(TEXT).encode(), "k.png": encoded(picture())})
+    archive = write_tar(
+        tmp_path / "one", {"k.json": json.dumps(TEXT).encode(), "k.png": encoded(picture())}
+    )
     writer.write(archive.read_bytes())
     writer.close()
     source = OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.array_record"}))[0])
@@ -203,7 +247,9 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
     memory = fsspec.filesystem("memory")
     row = {"image": "0.png", "conversations": turns("What?", "That")}
     entry = {"root": "memory://data/images", "annotation": "rows/*.jsonl"}
-    memory.pipe({"/data/rows/a.jsonl": json.dumps(row).encode(), "/data/images/0.png": encoded(picture())})
+    memory.pipe(
+        {"/data/rows/a.jsonl": json.dumps(row).encode(), "/data/images/0.png": encoded(picture())}
+    )
     memory.pipe({"/data/meta.json": json.dumps({"a": entry}).encode()})
     source = OfficialSource(read_meta("memory://data/meta.json")[0])
     assert len(read(source).pictures) == 1 and len(list(tmp_path.iterdir())) == 1
@@ -214,7 +260,7 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
         files.read_bytes("abfs://bucket/a.jsonl")
 
 
-# --- meta JSON -------------------------------------------------------------------------------------------------------------------
+# --- meta JSON -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +273,10 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
         ({"weight": -1}, "weight is -1; expected from 0"),
         ({"allow_outside_root": 1}, "allow_outside_root is the number 1; expected true or false"),
         ({"data_augment": "yes"}, "data_augment is the text 'yes'; expected true or false"),
-        ({"max_dynamic_patch": 1.5}, "max_dynamic_patch is the number 1.5; expected a whole number"),
+        (
+            {"max_dynamic_patch": 1.5},
+            "max_dynamic_patch is the number 1.5; expected a whole number",
+        ),
         ({"root": None}, "root is missing"),
         ({"annotation": "gone.jsonl"}, "annotation: no such file"),
         ({"annotation": []}, "annotation is []"),
@@ -272,22 +321,33 @@ def test_roots_matter_only_for_pictures(tmp_path):
 def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
     (tmp_path / "metas").mkdir()
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "a.jsonl", [TEXT, TEXT])  # never read: the one beside the meta file is meant
+    # never read: the one beside the meta file is meant
+    write_rows(tmp_path / "a.jsonl", [TEXT, TEXT])
     picture(20, 20).save(tmp_path / "metas/a.png")
     row = {"image": "a.png", **TEXT}
     for root in (".", "", "./", "../metas", str(tmp_path / "metas")):
         source = one_source(tmp_path / "metas", [row], root=root)
         assert source.spec.annotation == (str(tmp_path / "metas/a.jsonl"),)
         assert len(source) == len(read(source).pictures) == 1
-    for entry in ({"annotation": "here.jsonl"}, {"annotation": "her*.jsonl"}, {"rows": [row], "root": "pictures"}):
+    for entry in (
+        {"annotation": "here.jsonl"},
+        {"annotation": "her*.jsonl"},
+        {"rows": [row], "root": "pictures"},
+    ):
         write_rows(tmp_path / "here.jsonl", [TEXT])
         (tmp_path / "pictures").mkdir(exist_ok=True)
-        with pytest.raises(MetaError, match="in the working directory, but paths are relative to the meta file"):
+        with pytest.raises(
+            MetaError, match="in the working directory, but paths are relative to the meta file"
+        ):
             OfficialSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
 
 
 def test_a_length_that_disagrees_is_told(tmp_path):
-    meta = write_meta(tmp_path, a={"rows": [TEXT] * 3, "length": 3}, b={"rows": [TEXT] * 3, "length": 5})
-    with pytest.warns(UserWarning, match=r"entry 'b': length is 5, but the annotation has 3 rows") as caught:
+    meta = write_meta(
+        tmp_path, a={"rows": [TEXT] * 3, "length": 3}, b={"rows": [TEXT] * 3, "length": 5}
+    )
+    with pytest.warns(
+        UserWarning, match=r"entry 'b': length is 5, but the annotation has 3 rows"
+    ) as caught:
         open_sources(data_config(meta))
     assert len(caught) == 1

@@ -1,4 +1,6 @@
-"""Schedules, AdamW against PyTorch's, learning rates by layer and component, what is frozen, and the table and hash that show it."""
+"""Schedules, AdamW against PyTorch's, learning rates by layer and component, what is frozen, and
+the table and hash that show it.
+"""
 
 import dataclasses
 
@@ -13,11 +15,18 @@ from tiny_checkpoint import CONFIG, random_params
 from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.training.optimizer import join, make_optimizer, make_schedule, path_name, relative_rates
+from internvl3_jax.training.optimizer import (
+    join,
+    make_optimizer,
+    make_schedule,
+    path_name,
+    relative_rates,
+)
 from internvl3_jax.training.param_table import component_table, format_table, frozen_hash
 
 PARAMS = random_params(CONFIG)
-CONSTANT = OptimizerConfig(warmup_steps=0, final_fraction=1.0, learning_rate=1e-2)  # no schedule to reckon with
+# no schedule to reckon with
+CONSTANT = OptimizerConfig(warmup_steps=0, final_fraction=1.0, learning_rate=1e-2)
 
 
 def by_path(tree):
@@ -41,14 +50,17 @@ def run(config, params=PARAMS, steps=3, scale=1.0):
     return trained, state
 
 
-# --- schedules -------------------------------------------------------------------------------------------------------------------
+# --- schedules -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"schedule": "cosine", "final_fraction": 0.1}, {0: 0, 5: 0.5, 10: 1, 60: 0.55, 110: 0.1}),
-        ({"schedule": "wsd", "final_fraction": 0.1}, {0: 0, 5: 0.5, 10: 1, 88: 1, 99: 0.55, 110: 0.1}),
+        (
+            {"schedule": "wsd", "final_fraction": 0.1},
+            {0: 0, 5: 0.5, 10: 1, 88: 1, 99: 0.55, 110: 0.1},
+        ),
         ({"schedule": "wsd", "warmup_steps": 0}, {0: 1, 88: 1, 99: 0.5, 110: 0}),
         ({"schedule": "wsd", "decay_fraction": 0.0}, {0: 0, 10: 1, 109: 1}),
     ],
@@ -57,17 +69,28 @@ def run(config, params=PARAMS, steps=3, scale=1.0):
 def test_schedules(settings, expected):
     config = OptimizerConfig(**{"warmup_steps": 10} | settings)
     schedule = make_schedule(config, 110, 2.0)
-    np.testing.assert_allclose([schedule(step) for step in expected], [2.0 * rate for rate in expected.values()], atol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(step) for step in expected], [2.0 * rate for rate in expected.values()], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup_steps": 30}, r"optimizer.warmup_steps is 30; it must lie between 0 and steps \(30\)"),
+        (
+            {"warmup_steps": 30},
+            r"optimizer.warmup_steps is 30; it must lie between 0 and steps \(30\)",
+        ),
         ({"name": "adam"}, "optimizer.name is 'adam'; it must be adafactor, adamw or muon"),
         ({"schedule": "linear"}, "optimizer.schedule is 'linear'; it must be cosine or wsd"),
-        ({"schedule": "wsd", "warmup_steps": 25}, "optimizer.decay_fraction is 0.2: 6 of 30 steps, but 25 of them are"),
-        ({"moment_dtype": "int8"}, "optimizer.moment_dtype is 'int8'; it must be float32 or bfloat16"),
+        (
+            {"schedule": "wsd", "warmup_steps": 25},
+            "optimizer.decay_fraction is 0.2: 6 of 30 steps, but 25 of them are",
+        ),
+        (
+            {"moment_dtype": "int8"},
+            "optimizer.moment_dtype is 'int8'; it must be float32 or bfloat16",
+        ),
     ],
     ids=str,
 )
@@ -76,14 +99,19 @@ def test_wrong_settings_are_named(settings, message):
         make_optimizer(OptimizerConfig(**{"warmup_steps": 0} | settings), 30)
 
 
-# --- directions ------------------------------------------------------------------------------------------------------------------
+# --- directions ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spare", [False, True], ids=["decay on all", "no decay on norms and biases"])
+@pytest.mark.parametrize(
+    "spare", [False, True], ids=["decay on all", "no decay on norms and biases"]
+)
 def test_adamw_is_pytorchs(spare):
     """A sequence of updates with gradients that are clipped and with some that are not."""
     config = dataclasses.replace(CONSTANT, decay_norms_and_biases=not spare)
-    theirs = {path: torch.nn.Parameter(torch.from_numpy(leaf.copy())) for path, leaf in by_path(PARAMS).items()}
+    theirs = {
+        path: torch.nn.Parameter(torch.from_numpy(leaf.copy()))
+        for path, leaf in by_path(PARAMS).items()
+    }
     no_decay = ("bias", "scale", "layer_scale1", "layer_scale2") if spare else ()
     decayed = [leaf for path, leaf in theirs.items() if path.split("/")[-1] not in no_decay]
     rest = [leaf for path, leaf in theirs.items() if path.split("/")[-1] in no_decay]
@@ -93,7 +121,10 @@ def test_adamw_is_pytorchs(spare):
     optimizer = make_optimizer(config, 100)
     ours, state, update = PARAMS, optimizer.init(PARAMS), jax.jit(optimizer.update)
     for step in range(6):
-        gradients = jax.tree.map(lambda x, step=step: x * np.float32(10.0 ** (step % 3 - 4)), random_gradients(PARAMS, step))
+        gradients = jax.tree.map(
+            lambda x, step=step: x * np.float32(10.0 ** (step % 3 - 4)),
+            random_gradients(PARAMS, step),
+        )
         updates, state = update(gradients, state, ours)
         ours = optax.apply_updates(ours, updates)
         for path, leaf in by_path(gradients).items():
@@ -101,7 +132,9 @@ def test_adamw_is_pytorchs(spare):
         torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
         reference.step()
     for path, leaf in by_path(ours).items():
-        np.testing.assert_allclose(leaf, theirs[path].detach().numpy(), rtol=1e-6, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(
+            leaf, theirs[path].detach().numpy(), rtol=1e-6, atol=1e-6, err_msg=path
+        )
 
 
 def test_muon_is_optaxs():
@@ -109,9 +142,15 @@ def test_muon_is_optaxs():
     from optax.contrib import MuonDimensionNumbers, muon
 
     config = dataclasses.replace(CONSTANT, name="muon", weight_decay=0.1)
-    numbers = jax.tree.map(lambda leaf: MuonDimensionNumbers(1, 2) if leaf.ndim == 3 else None, PARAMS)
+    numbers = jax.tree.map(
+        lambda leaf: MuonDimensionNumbers(1, 2) if leaf.ndim == 3 else None, PARAMS
+    )
     theirs = muon(
-        0.02, weight_decay=0.1, adam_learning_rate=1e-2, adam_weight_decay=0.1, muon_weight_dimension_numbers=lambda _: numbers
+        0.02,
+        weight_decay=0.1,
+        adam_learning_rate=1e-2,
+        adam_weight_decay=0.1,
+        muon_weight_dimension_numbers=lambda _: numbers,
     )
     theirs = optax.chain(optax.clip_by_global_norm(1.0), theirs)
     params, state = PARAMS, theirs.init(PARAMS)
@@ -124,33 +163,54 @@ def test_muon_is_optaxs():
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_a_bfloat16_moment(name):
-    """Only the first moment: half as large, nearly the same updates. The state is the same for parameters in bfloat16."""
+    """Only the first moment: half as large, nearly the same updates. The state is the same for
+    parameters in bfloat16.
+    """
     config = dataclasses.replace(CONSTANT, name=name)
-    (exact, wide), (rounded, narrow) = (run(dataclasses.replace(config, moment_dtype=kind)) for kind in ("float32", "bfloat16"))
+    (exact, wide), (rounded, narrow) = (
+        run(dataclasses.replace(config, moment_dtype=kind)) for kind in ("float32", "bfloat16")
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-2), rounded, exact)
     count = {
-        str(kind): sum(leaf.size for leaf in jax.tree.leaves(narrow) if leaf.dtype == kind) for kind in ("bfloat16", "float32")
+        str(kind): sum(leaf.size for leaf in jax.tree.leaves(narrow) if leaf.dtype == kind)
+        for kind in ("bfloat16", "float32")
     }
     total = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
-    assert count["bfloat16"] == total and not any(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(wide))
+    assert count["bfloat16"] == total and not any(
+        leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(wide)
+    )
     if name == "adamw":
         assert count["float32"] == total
-    shapes = jax.eval_shape(make_optimizer(config, 100).init, jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), wide)
+    shapes = jax.eval_shape(
+        make_optimizer(config, 100).init, jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), wide
+    )
 
 
 def test_adafactor_learns_and_is_small():
     """A linear problem; the second moment of a matrix is two vectors, for each layer its own."""
-    config = OptimizerConfig(name="adafactor", warmup_steps=0, learning_rate=0.05, weight_decay=0.0, beta1=0.0)
+    config = OptimizerConfig(
+        name="adafactor", warmup_steps=0, learning_rate=0.05, weight_decay=0.0, beta1=0.0
+    )
     rng = np.random.default_rng(0)
-    wanted, x = rng.normal(size=(2, 128, 160)).astype(np.float32), rng.normal(size=(2, 256, 128)).astype(np.float32)
-    params, optimizer = {"projector": {"kernel": np.zeros_like(wanted)}}, make_optimizer(config, 200)
+    wanted, x = (
+        rng.normal(size=(2, 128, 160)).astype(np.float32),
+        rng.normal(size=(2, 256, 128)).astype(np.float32),
+    )
+    params, optimizer = (
+        {"projector": {"kernel": np.zeros_like(wanted)}},
+        make_optimizer(config, 200),
+    )
     state = optimizer.init(params)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * (128 + 160) + 10
 
     @jax.jit
     def step(params, state):
-        loss, gradients = jax.value_and_grad(lambda p: jnp.square(x @ (p["projector"]["kernel"] - wanted)).mean())(params)
+        loss, gradients = jax.value_and_grad(
+            lambda p: jnp.square(x @ (p["projector"]["kernel"] - wanted)).mean()
+        )(params)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
@@ -161,12 +221,19 @@ def test_adafactor_learns_and_is_small():
     assert losses[-1] < 0.02 * losses[0]
 
 
-# --- learning rates --------------------------------------------------------------------------------------------------------------
+# --- learning rates ------------------------------------------------------------------------------
 
 
 def test_rates_of_components_and_layers():
-    """As factors, and in what an update moves: AdamW's first step is one learning rate, whatever the gradient."""
-    settings = {"vision_rate": 0.1, "projector_rate": 2.0, "language_rate": 0.5, "vision_layer_decay": 0.8}
+    """As factors, and in what an update moves: AdamW's first step is one learning rate, whatever
+    the gradient.
+    """
+    settings = {
+        "vision_rate": 0.1,
+        "projector_rate": 2.0,
+        "language_rate": 0.5,
+        "vision_layer_decay": 0.8,
+    }
     config = dataclasses.replace(CONSTANT, weight_decay=0.0, clip_norm=1e9, **settings)
     rates = by_path(relative_rates(PARAMS, config))
     np.testing.assert_allclose(rates["vision/layers/fc1/kernel"].ravel(), [0.08, 0.1], rtol=1e-6)
@@ -178,11 +245,13 @@ def test_rates_of_components_and_layers():
         np.testing.assert_allclose(moved, expected, rtol=1e-2, atol=1e-6, err_msg=path)
 
 
-# --- what is frozen --------------------------------------------------------------------------------------------------------------
+# --- what is frozen ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
-@pytest.mark.parametrize("freeze", [("vision/.*",), ("language/layers/.*", "language/head/.*"), (".*/bias",)], ids=str)
+@pytest.mark.parametrize(
+    "freeze", [("vision/.*",), ("language/layers/.*", "language/head/.*"), (".*/bias",)], ids=str
+)
 def test_frozen_leaves_have_no_state(name, freeze):
     config = dataclasses.replace(CONSTANT, name=name, freeze=freeze)
     optimizer = make_optimizer(config, 100)
@@ -190,7 +259,10 @@ def test_frozen_leaves_have_no_state(name, freeze):
     assert set(by_path(trained)) | set(by_path(frozen)) == set(by_path(PARAMS)) and by_path(frozen)
     assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(PARAMS)
     state = jax.eval_shape(optimizer.init, PARAMS)
-    named = {"/".join(key.key for key in path if hasattr(key, "key")) for path, _ in jax.tree.leaves_with_path(state)}
+    named = {
+        "/".join(key.key for key in path if hasattr(key, "key"))
+        for path, _ in jax.tree.leaves_with_path(state)
+    }
     assert not any(path.endswith(end) for path in named for end in by_path(frozen))
     assert all(any(path.endswith(end) for path in named) for end in by_path(trained))
     assert all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(state))
@@ -201,7 +273,8 @@ def test_a_pattern_that_matches_nothing_is_named():
         return make_optimizer(dataclasses.replace(CONSTANT, freeze=freeze), 100).init(PARAMS)
 
     with pytest.raises(
-        ValueError, match=r"'vison/layers/fc1/.*' matches no parameter's whole path; near ones: vision/layers/fc1/"
+        ValueError,
+        match=r"'vison/layers/fc1/.*' matches no parameter's whole path; near ones: vision/layers/fc1/",
     ):
         split("projector/.*", "vison/layers/fc1/.*")
     with pytest.raises(ValueError, match=r"'language/head' matches no .*language/head/kernel"):
@@ -217,13 +290,28 @@ def test_the_table_of_components():
     params = abstract_params(SIZES["1b"])
     rows = {row.name: row for row in component_table(params, config)}
     assert list(rows) == ["vision", "projector", "embedding", "language layers", "head", "all"]
-    assert (rows["vision"].parameters, rows["vision"].trained, rows["vision"].state_bytes) == (304_012_288, 0, 0)
+    assert (rows["vision"].parameters, rows["vision"].trained, rows["vision"].state_bytes) == (
+        304_012_288,
+        0,
+        0,
+    )
     head = rows["head"]
-    assert (head.parameters, head.param_bytes, head.state_bytes) == (896 * 151_808, 4 * 896 * 151_808, 6 * 896 * 151_808)
+    assert (head.parameters, head.param_bytes, head.state_bytes) == (
+        896 * 151_808,
+        4 * 896 * 151_808,
+        6 * 896 * 151_808,
+    )
     np.testing.assert_allclose(rows["projector"].rates, 2e-4)
     assert rows["all"].parameters == sum(row.parameters for row in rows.values()) // 2
-    assert 0 <= rows["all"].state_bytes - sum(row.state_bytes for name, row in rows.items() if name != "all") < 100
-    lines = {line.split()[0]: line.split()[1:] for line in format_table(list(rows.values())).splitlines()}
+    assert (
+        0
+        <= rows["all"].state_bytes
+        - sum(row.state_bytes for name, row in rows.items() if name != "all")
+        < 100
+    )
+    lines = {
+        line.split()[0]: line.split()[1:] for line in format_table(list(rows.values())).splitlines()
+    }
     assert lines["vision"] == ["304,012,288", "0", "-", "float32", "1,159.7", "0.0"]
     assert lines["head"] == ["136,019,968", "136,019,968", "4e-05", "float32", "518.9", "778.3"]
 
@@ -231,7 +319,10 @@ def test_the_table_of_components():
 def test_the_hash_sees_every_bit():
     """Any bit of any frozen leaf, two elements exchanged, and none of what is trained."""
     params = {
-        "vision": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": jnp.ones(5, jnp.bfloat16)},
+        "vision": {
+            "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+            "b": jnp.ones(5, jnp.bfloat16),
+        },
         "projector": {"c": np.ones(2)},
     }
     freeze = ("vision/.*",)

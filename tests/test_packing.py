@@ -1,4 +1,6 @@
-"""Packing: whole samples under both budgets, each with its own segment, positions and tiles; streams that resume exactly."""
+"""Packing: whole samples under both budgets, each with its own segment, positions and tiles;
+streams that resume exactly.
+"""
 
 import dataclasses
 import functools
@@ -35,7 +37,9 @@ def make_samples(count, seed=0, longest=TOKENS, most_tiles=TILES):
                 "targets": tokens + 1,
                 "loss_weights": rng.random(length, np.float32),
                 "positions": rng.integers(0, 99, length, dtype=np.int32),
-                "tiles": np.broadcast_to(pixels[:, None, None, None], (tiles, SIZE, SIZE, 3)).copy(),
+                "tiles": np.broadcast_to(
+                    pixels[:, None, None, None], (tiles, SIZE, SIZE, 3)
+                ).copy(),
                 "source": number % 3,
                 "row": 1000 + number,
                 "index": number - 1,
@@ -52,7 +56,9 @@ class PackedDataset(grain.IterDataset):
         self.samples, self.rule, self.buffer = samples, rule, buffer
 
     def __iter__(self):
-        stream = grain.MapDataset.source(self.samples).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        stream = grain.MapDataset.source(self.samples).to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        )
         return Packer(iter(stream), self.samples.__getitem__, TOKENS, TILES, self.rule, self.buffer)
 
 
@@ -61,13 +67,19 @@ def packed(samples, rule="balanced", buffer=8):
 
 
 def segments_of(row):
-    """The samples of a row, in order, cut out by its segment numbers; what is not theirs must be zero."""
+    """The samples of a row, in order, cut out by its segment numbers; what is not theirs must be
+    zero.
+    """
     segments = row["segments"]
     used = int((segments > 0).sum())
     count = int(segments.max(initial=0))
-    assert (np.diff(segments[:used]) >= 0).all() and set(segments[:used]) == set(range(1, count + 1))
+    assert (np.diff(segments[:used]) >= 0).all() and set(segments[:used]) == set(
+        range(1, count + 1)
+    )
     assert all((row[name][used:] == 0).all() for name in (*FIELDS, "segments"))
-    return [{name: row[name][segments == number] for name in FIELDS} for number in range(1, count + 1)]
+    return [
+        {name: row[name][segments == number] for name in FIELDS} for number in range(1, count + 1)
+    ]
 
 
 def test_rules_choose_as_they_say():
@@ -85,8 +97,15 @@ def test_every_sample_is_in_one_piece(rule, buffer):
     samples = make_samples(60)
     found, filled = [], 0
     for row, origins in packed(samples, rule, buffer):
-        assert row["tokens"].shape == row["segments"].shape == (TOKENS,) and row["tiles"].shape == (TILES, SIZE, SIZE, 3)
-        assert {row[name].dtype for name in ("tokens", "segments", "positions", "sources")} == {np.dtype(np.int32)}
+        assert row["tokens"].shape == row["segments"].shape == (TOKENS,) and row["tiles"].shape == (
+            TILES,
+            SIZE,
+            SIZE,
+            3,
+        )
+        assert {row[name].dtype for name in ("tokens", "segments", "positions", "sources")} == {
+            np.dtype(np.int32)
+        }
         assert (row["loss_weights"].dtype, row["tiles"].dtype) == (np.float32, np.uint8)
         tiles = 0
         parts = segments_of(row)
@@ -97,7 +116,9 @@ def test_every_sample_is_in_one_piece(rule, buffer):
             assert origin == (number % 3, 1000 + number)
             assert set(row["sources"][row["segments"] == segment]) == {number % 3}
             for name in FIELDS:
-                np.testing.assert_array_equal(part[name], sample[name], err_msg=f"{name} of sample {number}")
+                np.testing.assert_array_equal(
+                    part[name], sample[name], err_msg=f"{name} of sample {number}"
+                )
             # Its tiles come where those of the samples before it in the row end.
             count = len(sample["tiles"])
             np.testing.assert_array_equal(row["tiles"][tiles : tiles + count], sample["tiles"])
@@ -120,14 +141,18 @@ def test_no_sample_waits_for_ever(rule):
 
 
 def test_either_budget_closes_a_row():
-    """Many tiles and few tokens, or the reverse: no row takes more than it holds, and what runs out first is used up."""
+    """Many tiles and few tokens, or the reverse: no row takes more than it holds, and what runs out
+    first is used up.
+    """
     for limits, budget in (({"longest": 3}, "tiles"), ({"most_tiles": 1}, "tokens")):
         rows = [row for row, _ in packed(make_samples(200, **limits), buffer=32)]
         rows = rows[: len(rows) // 2]  # while the buffer is full
         tokens = [int((row["segments"] > 0).sum()) for row in rows]
         tiles = [int((row["tiles"][:, 0, 0, 0] > 0).sum()) for row in rows]
         assert max(tokens) <= TOKENS and max(tiles) <= TILES
-        assert np.mean(tokens if budget == "tokens" else tiles) > 0.95 * (TOKENS if budget == "tokens" else TILES)
+        assert np.mean(tokens if budget == "tokens" else tiles) > 0.95 * (
+            TOKENS if budget == "tokens" else TILES
+        )
 
 
 def test_text_without_pictures():
@@ -136,24 +161,35 @@ def test_text_without_pictures():
     assert all((row["tiles"] == 0).all() for row in rows)
 
 
-@pytest.mark.parametrize(("limits", "name"), [({"longest": TOKENS + 9}, "tokens"), ({"most_tiles": TILES + 3}, "tiles")])
+@pytest.mark.parametrize(
+    ("limits", "name"), [({"longest": TOKENS + 9}, "tokens"), ({"most_tiles": TILES + 3}, "tiles")]
+)
 def test_a_sample_that_fits_no_row_is_an_error(limits, name):
-    with pytest.raises(ValueError, match=rf"source \d row 10\d\d has \d+ {name}, a row holds \d+: raise data.{name}_per_row"):
+    with pytest.raises(
+        ValueError,
+        match=rf"source \d row 10\d\d has \d+ {name}, a row holds \d+: raise data.{name}_per_row",
+    ):
         list(packed(make_samples(60, **limits)))
 
 
 def test_markers_are_counted():
     """What could not be used takes no place, and its reason is handed on."""
     samples = make_samples(20)
-    samples[3:3] = [{"error": f"why {number}", "source": 0, "row": number, "index": 0} for number in range(12)]
+    samples[3:3] = [
+        {"error": f"why {number}", "source": 0, "row": number, "index": 0} for number in range(12)
+    ]
     stream = packed(samples)
     assert sum(len(origins) for _, origins in stream) == 20
-    assert stream.skipped_count == 12 and [marker["error"] for marker in stream.skipped][-1] == "why 11"
+    assert (
+        stream.skipped_count == 12
+        and [marker["error"] for marker in stream.skipped][-1] == "why 11"
+    )
     assert stream.get_state()["skipped"] == 12
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"rule": "best"}, "data.packing is 'best'"), ({"buffer": 0}, "packing_buffer")]
+    ("change", "message"),
+    [({"rule": "best"}, "data.packing is 'best'"), ({"buffer": 0}, "packing_buffer")],
 )
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
@@ -165,7 +201,7 @@ def test_the_state_of_a_packed_stream_resumes_exactly(rule):
     assert_equal_output_after_checkpoint(PackedDataset(make_samples(30), rule, 5))
 
 
-# --- the whole pipeline ----------------------------------------------------------------------------------------------------------
+# --- the whole pipeline --------------------------------------------------------------------------
 
 
 def batches(own=None, **changes):
@@ -182,7 +218,11 @@ def first_batches(count=12):
 
 def first_rows():
     found = [prepared.batch for prepared in first_batches()]
-    return [{name: batch[name][row] for name in batch} for batch in found for row in range(len(batch["tokens"]))]
+    return [
+        {name: batch[name][row] for name in batch}
+        for batch in found
+        for row in range(len(batch["tokens"]))
+    ]
 
 
 def assert_same(found, expected):
@@ -192,7 +232,9 @@ def assert_same(found, expected):
 
 
 def test_rows_of_the_pipeline_are_consistent():
-    """As many tiles as the visual tokens ask for, positions from 0 in each sample, targets that follow, answers that are trained."""
+    """As many tiles as the visual tokens ask for, positions from 0 in each sample, targets that
+    follow, answers that are trained.
+    """
     for row in first_rows():
         visual = row["tokens"] == CONFIG.image_token_id
         used = int(visual.sum()) // CONFIG.tokens_per_tile
@@ -203,7 +245,9 @@ def test_rows_of_the_pipeline_are_consistent():
             assert part["positions"][0] == 0 and (steps > 0).all() and (steps < 2 * UNITS).all()
             trained = part["loss_weights"] > 0
             assert (part["targets"][:-1] == part["tokens"][1:]).all() and not trained[-1]
-            np.testing.assert_allclose(part["loss_weights"][trained], trained.sum() ** -0.5, rtol=1e-6)
+            np.testing.assert_allclose(
+                part["loss_weights"][trained], trained.sum() ** -0.5, rtol=1e-6
+            )
 
 
 def test_each_picture_draws_its_delta():
@@ -272,7 +316,10 @@ def test_an_error_comes_where_its_batch_would_have():
 
 @pytest.mark.parametrize("shards", [0, 3])
 def test_shards_that_do_not_divide_are_named(shards):
-    with pytest.raises(ValueError, match=re.escape(f"data.rows is 2; it must be a multiple of data.shards ({shards})")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"data.rows is 2; it must be a multiple of data.shards ({shards})"),
+    ):
         batches(shards=shards)
 
 

@@ -35,17 +35,34 @@ def write_pairs(folder) -> str:
     for number in range(3):
         picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     seen = [
-        {"image": f"{n % 3}.png", "question": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"No idea, maybe {n + 1}"}
+        {
+            "image": f"{n % 3}.png",
+            "question": f"What is {n}?",
+            "chosen": f"It is {n}.",
+            "rejected": f"No idea, maybe {n + 1}",
+        }
         for n in range(6)
     ]
     text = [{"question": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n + 1}?"} for n in range(4)]
-    two = [{"image": ["0.png", "1.png"], "question": "<image><image>Same?", "chosen": "no", "rejected": "yes yes"}]
+    two = [
+        {
+            "image": ["0.png", "1.png"],
+            "question": "<image><image>Same?",
+            "chosen": "no",
+            "rejected": "yes yes",
+        }
+    ]
     return write_meta(folder, seen={"rows": seen}, text={"rows": text}, two={"rows": two})
 
 
 def pairs_config(folder, **data):
     config = train_config()
-    settings = {"source": write_pairs(folder), "pairs": True, "pairs_per_row": PAIRS, "loss_average": "sample"} | data
+    settings = {
+        "source": write_pairs(folder),
+        "pairs": True,
+        "pairs_per_row": PAIRS,
+        "loss_average": "sample",
+    } | data
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))
 
 
@@ -68,13 +85,15 @@ def both(folder):
 
 @pytest.fixture(autouse=True)
 def quick_compiler():
-    """These programs run once or a dozen times: that takes less time than the compiler's optimisations."""
+    """These programs run once or a dozen times: that takes less time than the compiler's
+    optimisations.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# --- the sample ------------------------------------------------------------------------------------------------------------------
+# --- the sample ----------------------------------------------------------------------------------
 
 
 def test_a_row_holds_each_picture_once(both):
@@ -90,18 +109,36 @@ def test_a_row_holds_each_picture_once(both):
         numbers, times = np.unique(apart["features"][row][visual], return_counts=True)
         np.testing.assert_array_equal(numbers, np.arange(tiles * CONFIG.tokens_per_tile))
         assert (times == 2).all()
-        assert (shared["tokens"][row] == CONFIG.image_token_id).sum() == tiles * CONFIG.tokens_per_tile
+        assert (
+            shared["tokens"][row] == CONFIG.image_token_id
+        ).sum() == tiles * CONFIG.tokens_per_tile
     assert (shared["segments"] > 0).sum() < 0.75 * (apart["segments"] > 0).sum()
 
 
 def test_a_videos_frames_are_encoded_once(tmp_path):
     write_video(tmp_path / "clip.mp4", 20)
-    row = {"video": "clip.mp4", "question": "What happens?", "chosen": "It gets brighter.", "rejected": "Nothing."}
+    row = {
+        "video": "clip.mp4",
+        "question": "What happens?",
+        "chosen": "It gets brighter.",
+        "rejected": "Nothing.",
+    }
     source, frames = write_meta(tmp_path, clips={"rows": [row]}), 3
     config = train_config()
-    settings = {"source": source, "pairs": True, "pairs_per_row": 1, "rows": 1, "min_frames": frames, "max_frames": frames}
+    settings = {
+        "source": source,
+        "pairs": True,
+        "pairs_per_row": 1,
+        "rows": 1,
+        "min_frames": frames,
+        "max_frames": frames,
+    }
     batches = [
-        batch_of(dataclasses.replace(config, data=dataclasses.replace(config.data, **settings, share_question=shared)))
+        batch_of(
+            dataclasses.replace(
+                config, data=dataclasses.replace(config.data, **settings, share_question=shared)
+            )
+        )
         for shared in (False, True)
     ]
     for batch, times in zip(batches, (2, 1), strict=True):
@@ -122,40 +159,59 @@ def test_only_the_chosen_answer_has_weight(both):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "chosen": "b"}, "rejected is None; expected the keys question, chosen and rejected"),
+        (
+            {"question": "a", "chosen": "b"},
+            "rejected is None; expected the keys question, chosen and rejected",
+        ),
         ({"question": "a", "chosen": "b", "rejected": " "}, "rejected is ' '"),
-        ({"question": "a", "chosen": "b", "rejected": "b"}, "the same text: there is nothing to prefer"),
+        (
+            {"question": "a", "chosen": "b", "rejected": "b"},
+            "the same text: there is nothing to prefer",
+        ),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
             "no pair of answers, but data.pairs is True",
         ),
         ({"question": "a", "chosen": "b" * 300, "rejected": "c"}, "raise data.tokens_per_row"),
-        ({"question": "a", "chosen": "b" * 150, "rejected": "c" * 150}, "a pair has .* tokens, a row holds 256"),
+        (
+            {"question": "a", "chosen": "b" * 150, "rejected": "c" * 150},
+            "a pair has .* tokens, a row holds 256",
+        ),
     ],
 )
 def test_what_is_no_pair_is_named(tmp_path, row, message):
     meta = write_meta(tmp_path, bad={"rows": [row]})
     config = train_config()
     data = dataclasses.replace(config.data, source=meta, pairs=True)
-    with BatchLoader(data, config.processor, make_tokenizer(data)) as batches, pytest.raises(SampleError, match=message):
+    with (
+        BatchLoader(data, config.processor, make_tokenizer(data)) as batches,
+        pytest.raises(SampleError, match=message),
+    ):
         next(batches)
 
 
 def test_a_pair_is_not_for_next_token_training(folder):
     data = dataclasses.replace(pairs_config(folder).data, pairs=False)
-    with BatchLoader(data, PROCESSOR, make_tokenizer(data)) as batches, pytest.raises(SampleError, match="a pair of answers"):
+    with (
+        BatchLoader(data, PROCESSOR, make_tokenizer(data)) as batches,
+        pytest.raises(SampleError, match="a pair of answers"),
+    ):
         next(batches)
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------------------
+# --- the loss ------------------------------------------------------------------------------------
 
 
 def directly(params, batch, config: LossConfig, shift=None):
-    """The loss without surrogate, from whole logits. shift: BCO's, else the mean of this batch's rewards."""
+    """The loss without surrogate, from whole logits. shift: BCO's, else the mean of this batch's
+    rewards.
+    """
 
     def log_probabilities(params):
         logits = MODEL.apply({"params": params}, batch)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1
+        )[..., 0]
         return mpo.answer_sums(picked, batch["answers"], PAIRS), logits
 
     policy, logits = log_probabilities(params)
@@ -168,7 +224,10 @@ def directly(params, batch, config: LossConfig, shift=None):
     each = config.preference_weight * mpo.preference_loss(policy, of_reference, lengths, config)
     each += config.quality_weight * mpo.quality_loss(policy, of_reference, shift, config.beta)
     total, weight = cross_entropy(logits, batch["targets"], batch["loss_weights"])
-    return jnp.where(present, each, 0).sum() / present.sum() + config.generation_weight * total / weight
+    return (
+        jnp.where(present, each, 0).sum() / present.sum()
+        + config.generation_weight * total / weight
+    )
 
 
 @functools.cache
@@ -187,7 +246,9 @@ def descent(batch, loss=LOSS, reference=OTHER, **settings):
 
 def assert_close(found, expected, tolerance):
     for path, leaf in by_path(expected).items():
-        np.testing.assert_allclose(by_path(found)[path], leaf, rtol=tolerance, atol=tolerance, err_msg=path)
+        np.testing.assert_allclose(
+            by_path(found)[path], leaf, rtol=tolerance, atol=tolerance, err_msg=path
+        )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +263,9 @@ def assert_close(found, expected, tolerance):
 )
 def test_loss_and_gradient_are_those_of_whole_logits(both, loss):
     batch = both[0]
-    expected, slopes = jax.value_and_grad(lambda params: directly(params, batch, loss, None))(PARAMS)
+    expected, slopes = jax.value_and_grad(lambda params: directly(params, batch, loss, None))(
+        PARAMS
+    )
     # The shift has no gradient.
     shift = float(descent(batch, loss)[1]["reward_shift"])
     slopes = jax.grad(directly)(PARAMS, batch, loss, shift)
@@ -241,7 +304,10 @@ def test_against_itself_the_preference_part_is_known(both):
         paired = 0.8 * metrics["loss_preference"] + 0.2 * metrics["loss_quality"]
         assert float(paired) == pytest.approx(mpo.at_start(loss), abs=1e-6)
         # Zero, but for where the two passes' sums are rounded.
-        assert abs(float(metrics["reward_margin"])) < 1e-5 and abs(float(metrics["reward_shift"])) < 1e-5
+        assert (
+            abs(float(metrics["reward_margin"])) < 1e-5
+            and abs(float(metrics["reward_shift"])) < 1e-5
+        )
     assert mpo.at_start(LOSS) == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2))
 
 
@@ -249,9 +315,13 @@ def test_a_reference_computed_beforehand_is_the_same(both):
     batch = both[0]
     expected, metrics = descent(batch)
     logits = MODEL.apply({"params": OTHER}, batch)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[
+        ..., 0
+    ]
     sums = mpo.answer_sums(picked, batch["answers"], PAIRS)
-    first = (batch["answers"] > 0) & (batch["answers"] != np.pad(batch["answers"], ((0, 0), (1, 0)))[:, :-1])
+    first = (batch["answers"] > 0) & (
+        batch["answers"] != np.pad(batch["answers"], ((0, 0), (1, 0)))[:, :-1]
+    )
     given = np.where(first, mpo.at_answers(sums, batch["answers"]), 0)
     found, others = descent(batch | {"reference": given.astype(np.float32)}, reference=None)
     assert_close(found, expected, 2e-5)
@@ -260,13 +330,23 @@ def test_a_reference_computed_beforehand_is_the_same(both):
 
 def test_held_out_pairs_have_the_numbers_of_the_train_step(folder):
     config = pairs_config(folder, deltas=("1",))
-    config = dataclasses.replace(config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7)
+    config = dataclasses.replace(
+        config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7
+    )
     held_out = Evaluator(config, MODEL, make_tokenizer(config.data))
     found = held_out.losses(PARAMS, mpo.init_reward_shift(), OTHER)
-    each = [descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches]
+    each = [
+        descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches
+    ]
     counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in held_out.batches]
-    names = {"held_out": "loss", "held_out_reward_accuracy": "reward_accuracy", "held_out_loss_quality": "loss_quality"}
+    names = {
+        "held_out": "loss",
+        "held_out_reward_accuracy": "reward_accuracy",
+        "held_out_loss_quality": "loss_quality",
+    }
     for name, of_step in names.items():
-        assert found[name] == pytest.approx(np.average([metrics[of_step] for metrics in each], weights=counts), rel=1e-5)
+        assert found[name] == pytest.approx(
+            np.average([metrics[of_step] for metrics in each], weights=counts), rel=1e-5
+        )
     of_sources = [found[f"held_out/{name}"] for name in ("seen", "text", "two")]
     assert min(of_sources) < found["held_out_loss_generation"] < max(of_sources)

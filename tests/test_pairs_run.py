@@ -1,4 +1,6 @@
-"""MPO through train.py: from pairs in files to a run that goes on, with each kind of reference, and what is said of held-out pairs."""
+"""MPO through train.py: from pairs in files to a run that goes on, with each kind of reference, and
+what is said of held-out pairs.
+"""
 
 import dataclasses
 import json
@@ -51,12 +53,14 @@ def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
     held_out = [row for row in rows if "held_out" in row]
     assert [row["step"] for row in held_out] == [6, 12]
     assert held_out[1]["held_out_reward_margin"] > held_out[0]["held_out_reward_margin"] > 0
-    answers = [json.loads(line) for line in (tmp_path / "whole" / "answers.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line) for line in (tmp_path / "whole" / "answers.jsonl").read_text().splitlines()
+    ]
     assert answers[0]["question"] == "<image>\nWhat is 0?" and answers[0]["expected"] == "It is 0."
     rows = [row for row in rows if "loss" in row]
-    assert rows[0]["loss_preference"] == pytest.approx(np.log(2), abs=1e-5) and rows[0]["reward_margin"] == pytest.approx(
-        0, abs=1e-5
-    )
+    assert rows[0]["loss_preference"] == pytest.approx(np.log(2), abs=1e-5) and rows[0][
+        "reward_margin"
+    ] == pytest.approx(0, abs=1e-5)
     assert np.mean([row["reward_margin"] for row in rows[-4:]]) > 0.1
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
@@ -81,7 +85,9 @@ def test_adapters_are_compared_with_their_base(tmp_path):
     assert not mpo.needs_model(config) and mpo.needs_model(named)
     whole = train.fit(config, make(tmp_path / "base", config), ONE_DEVICE)
     train.fit(named, make(tmp_path / "named", named), ONE_DEVICE)
-    np.testing.assert_allclose(losses_of(tmp_path / "base"), losses_of(tmp_path / "named"), rtol=1e-4)
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "base"), losses_of(tmp_path / "named"), rtol=1e-4
+    )
     assert losses_of(tmp_path / "base")[-1][1] < np.log(2)
     shutil.rmtree(tmp_path / "base" / "checkpoints" / "4")
     again = train.fit(config, tmp_path / "base", ONE_DEVICE)
@@ -91,16 +97,31 @@ def test_adapters_are_compared_with_their_base(tmp_path):
 def test_an_optimizer_with_the_host_changes_nothing(tmp_path):
     config = run_config(tmp_path, steps=3)
     for name, offload in (("here", False), ("there", True)):
-        train.fit(dataclasses.replace(config, offload_optimizer=offload), make(tmp_path / name, config), ONE_DEVICE)
-    np.testing.assert_allclose(losses_of(tmp_path / "there"), losses_of(tmp_path / "here"), rtol=1e-5)
+        train.fit(
+            dataclasses.replace(config, offload_optimizer=offload),
+            make(tmp_path / name, config),
+            ONE_DEVICE,
+        )
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "there"), losses_of(tmp_path / "here"), rtol=1e-5
+    )
 
 
 def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path):
-    """The same losses as with the model, whatever is drawn for a sample, held-out pairs and videos too."""
+    """The same losses as with the model, whatever is drawn for a sample, held-out pairs and videos
+    too.
+    """
     path = tmp_path / "reference.jsonl"
-    config = run_config(tmp_path, steps=4, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
+    config = run_config(
+        tmp_path, steps=4, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+    )
     write_video(tmp_path / "clip.mp4", 20)
-    clip = {"video": "clip.mp4", "question": "What happens?", "chosen": "It gets brighter.", "rejected": "Nothing."}
+    clip = {
+        "video": "clip.mp4",
+        "question": "What happens?",
+        "chosen": "It gets brighter.",
+        "rejected": "Nothing.",
+    }
     meta = json.loads(pathlib.Path(config.data.source).read_text())
     source = write_meta(tmp_path, clips={"rows": [clip], "data_augment": True}, **meta)
     data = dataclasses.replace(config.data, source=source, min_frames=1, max_frames=3)
@@ -112,7 +133,10 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     assert make_reference(several, path) == count
-    before, after = ({row.get("key"): row for row in map(json.loads, text.splitlines())} for text in (whole, path.read_text()))
+    before, after = (
+        {row.get("key"): row for row in map(json.loads, text.splitlines())}
+        for text in (whole, path.read_text())
+    )
     assert before.keys() == after.keys() and before[None] == after[None]
     for key in before.keys() - {None}:
         assert before[key]["chosen"] == pytest.approx(after[key]["chosen"], rel=1e-5)
@@ -124,14 +148,21 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
         patch.setattr(ReferenceTable, "added_to", lambda self, sample: sample)
         patch.setattr(mpo, "needs_model", lambda config: True)
         train.fit(named, make(tmp_path / "with", named), ONE_DEVICE)
-    np.testing.assert_allclose(losses_of(tmp_path / "without"), losses_of(tmp_path / "with"), rtol=1e-4)
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "without"), losses_of(tmp_path / "with"), rtol=1e-4
+    )
     ends = [log_of(tmp_path / name)[-1] for name in ("with", "without")]
     assert ends[1]["held_out"] == pytest.approx(ends[0]["held_out"], rel=1e-4)
-    assert ends[1]["held_out_reward_margin"] == pytest.approx(ends[0]["held_out_reward_margin"], rel=1e-2, abs=1e-4)
+    assert ends[1]["held_out_reward_margin"] == pytest.approx(
+        ends[0]["held_out_reward_margin"], rel=1e-2, abs=1e-4
+    )
 
 
 def test_a_reference_file_of_something_else_is_refused(tmp_path):
-    path, config = tmp_path / "reference.jsonl", run_config(tmp_path, mesh=MeshConfig(fsdp=1, data=8))
+    path, config = (
+        tmp_path / "reference.jsonl",
+        run_config(tmp_path, mesh=MeshConfig(fsdp=1, data=8)),
+    )
     several = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=8))
     path.write_text("")  # of a start that was stopped at once
     make_reference(several, path)
@@ -141,7 +172,9 @@ def test_a_reference_file_of_something_else_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no checkpoint"):
         train.fit(other, make(tmp_path / "named", other), ONE_DEVICE)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
-    with pytest.raises(ValueError, match="is of other parameters .*make it again with this configuration"):
+    with pytest.raises(
+        ValueError, match="is of other parameters .*make it again with this configuration"
+    ):
         train.fit(cached, make(tmp_path / "other", cached), ONE_DEVICE)
     data = dataclasses.replace(cached.data, deltas=("1/8",))
     with (
@@ -157,7 +190,9 @@ def test_rows_that_training_leaves_out_have_no_log_probability(tmp_path):
     rows += [{"question": "a", "chosen": "b" * 300, "rejected": "c"}, {"question": "no pair"}]
     source = write_meta(tmp_path, few={"rows": rows})
     (tmp_path / "errors.tsv").write_text("few\t4\tno pair\n")
-    data = dataclasses.replace(config.data, source=source, rows=8, overlong="drop", drop_list=str(tmp_path / "errors.tsv"))
+    data = dataclasses.replace(
+        config.data, source=source, rows=8, overlong="drop", drop_list=str(tmp_path / "errors.tsv")
+    )
     assert make_reference(dataclasses.replace(config, data=data), tmp_path / "reference.jsonl") == 3
 
 
@@ -180,6 +215,14 @@ def test_a_policy_that_is_not_its_reference_is_noticed(tmp_path, monkeypatch):
     """As if something changed the policy's forward pass."""
     config = run_config(tmp_path)
     load = reference_model.load_reference
-    monkeypatch.setattr(reference_model, "load_reference", lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)))
+    monkeypatch.setattr(
+        reference_model,
+        "load_reference",
+        lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)),
+    )
     with pytest.raises(ValueError, match=r"the preference part is 0\.831777; it was"):
-        train.fit(config, make(tmp_path / "run", config), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+        train.fit(
+            config,
+            make(tmp_path / "run", config),
+            sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
+        )

@@ -1,4 +1,6 @@
-"""The same numbers as PyTorch: every intermediate, logits and greedy tokens of tiny random transformers models, in float32."""
+"""The same numbers as PyTorch: every intermediate, logits and greedy tokens of tiny random
+transformers models, in float32.
+"""
 
 import dataclasses
 import functools
@@ -35,7 +37,9 @@ def pair(vit="300m", llm="qwen2", tied=False):
     """(torch model, ModelConfig, params) with the same weights."""
     reference, hf = build_reference(vit, llm, tied)
     config = from_hf(hf)
-    params = params_from_tensors(config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
+    params = params_from_tensors(
+        config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    )
     return reference, config, params
 
 
@@ -44,7 +48,9 @@ def conversation(config, tiles_per_picture, rng, lead=3, text=5):
     tokens, runs = list(rng.integers(0, config.image_token_id, lead)), []
     for tiles in tiles_per_picture:
         runs.append((len(tokens), tiles * config.tokens_per_tile))
-        tokens += [config.image_token_id] * runs[-1][1] + list(rng.integers(0, config.image_token_id, text))
+        tokens += [config.image_token_id] * runs[-1][1] + list(
+            rng.integers(0, config.image_token_id, text)
+        )
     return np.asarray(tokens, np.int32), runs
 
 
@@ -55,12 +61,19 @@ def make_row(config, tiles_per_picture, seed, **shape):
     size = config.vision.image_size
     tiles = rng.integers(0, 256, (1, sum(tiles_per_picture), size, size, 3), dtype=np.uint8)
     positions = np.arange(len(tokens), dtype=np.int32)[None] * UNITS
-    batch = {"tokens": tokens[None], "positions": positions, "segments": np.ones_like(positions), "tiles": tiles}
+    batch = {
+        "tokens": tokens[None],
+        "positions": positions,
+        "segments": np.ones_like(positions),
+        "tiles": tiles,
+    }
     return batch, pixels(tiles[0], config)
 
 
 def pixels(tiles, config):
-    scaled = (tiles.astype(np.float32) / 255 - np.float32(config.vision.mean)) / np.float32(config.vision.std)
+    scaled = (tiles.astype(np.float32) / 255 - np.float32(config.vision.mean)) / np.float32(
+        config.vision.std
+    )
     return torch.from_numpy(scaled).permute(0, 3, 1, 2)
 
 
@@ -72,11 +85,15 @@ def apply(model, params, batch, scaling=None):
 def torch_logits(reference, tokens, values, **more):
     with torch.no_grad():
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
-        return reference(input_ids=ids, pixel_values=values if len(values) else None, **more).logits.numpy()
+        return reference(
+            input_ids=ids, pixel_values=values if len(values) else None, **more
+        ).logits.numpy()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
-@pytest.mark.parametrize("tiles", [(), (1,), (3, 1)], ids=["text", "one picture", "several pictures"])
+@pytest.mark.parametrize(
+    "tiles", [(), (1,), (3, 1)], ids=["text", "one picture", "several pictures"]
+)
 def test_logits(family, tiles):
     reference, config, params = pair(*family)
     batch, values = make_row(config, tiles, seed=len(tiles))
@@ -89,7 +106,9 @@ def test_every_intermediate(family):
     """In the order of computation, so that the first failure names the part that is wrong."""
     reference, config, params = pair(*family)
     batch, values = make_row(config, (2,), seed=7)
-    _, state = jax.jit(lambda: InternVL(config).apply({"params": params}, batch, mutable=["intermediates"]))()
+    _, state = jax.jit(
+        lambda: InternVL(config).apply({"params": params}, batch, mutable=["intermediates"])
+    )()
     ours = state["intermediates"]
     seen = {}
 
@@ -101,13 +120,21 @@ def test_every_intermediate(family):
 
     parts = reference.model
     hooks = [parts.vision_tower.embeddings.register_forward_hook(keep("embedded"))]
-    hooks += [layer.register_forward_hook(keep(f"vision {i}")) for i, layer in enumerate(parts.vision_tower.encoder.layer)]
+    hooks += [
+        layer.register_forward_hook(keep(f"vision {i}"))
+        for i, layer in enumerate(parts.vision_tower.encoder.layer)
+    ]
     hooks += [parts.multi_modal_projector.register_forward_hook(keep("projected"))]
-    hooks += [layer.register_forward_hook(keep(f"language {i}")) for i, layer in enumerate(parts.language_model.layers)]
+    hooks += [
+        layer.register_forward_hook(keep(f"language {i}"))
+        for i, layer in enumerate(parts.language_model.layers)
+    ]
     first = parts.language_model.layers[0]
     hooks += [
         first.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.update(merged=(args or [kwargs["hidden_states"]])[0].detach().numpy()),
+            lambda module, args, kwargs: seen.update(
+                merged=(args or [kwargs["hidden_states"]])[0].detach().numpy()
+            ),
             with_kwargs=True,
         )
     ]
@@ -115,9 +142,13 @@ def test_every_intermediate(family):
     for hook in hooks:
         hook.remove()
     expected = {"embedded": ours["vision"]["embedded"][0]}
-    expected |= {f"vision {i}": value for i, value in enumerate(ours["vision"]["layers"]["block"][0])}
+    expected |= {
+        f"vision {i}": value for i, value in enumerate(ours["vision"]["layers"]["block"][0])
+    }
     expected |= {"projected": ours["projector"]["projected"][0], "merged": ours["merged"][0]}
-    expected |= {f"language {i}": value for i, value in enumerate(ours["language"]["layers"]["block"][0])}
+    expected |= {
+        f"language {i}": value for i, value in enumerate(ours["language"]["layers"]["block"][0])
+    }
     assert set(expected) == set(seen)
     for name, value in expected.items():
         np.testing.assert_allclose(value, seen[name], err_msg=name, **TOLERANCE)
@@ -140,7 +171,9 @@ def test_greedy_tokens(family):
             eos_token_id=None,
             pad_token_id=0,
         )
-    ours = Generator(config, params).generate([as_prompt(config, batch, (2, 1))], greedy(24, 1, config))
+    ours = Generator(config, params).generate(
+        [as_prompt(config, batch, (2, 1))], greedy(24, 1, config)
+    )
     assert ours[0] == out[0, ids.shape[1] :].tolist()
 
 
@@ -151,9 +184,14 @@ def greedy(limit, rows, config):
 def as_prompt(config, batch, tiles_per_picture, deltas=None):
     tokens = batch["tokens"][0]
     starts = [
-        i for i, t in enumerate(tokens) if t == config.image_token_id and (i == 0 or tokens[i - 1] != config.image_token_id)
+        i
+        for i, t in enumerate(tokens)
+        if t == config.image_token_id and (i == 0 or tokens[i - 1] != config.image_token_id)
     ]
-    runs = [(start, tiles * config.tokens_per_tile) for start, tiles in zip(starts, tiles_per_picture, strict=True)]
+    runs = [
+        (start, tiles * config.tokens_per_tile)
+        for start, tiles in zip(starts, tiles_per_picture, strict=True)
+    ]
     cuts = np.cumsum(tiles_per_picture)[:-1] if tiles_per_picture else []
     pictures = np.split(batch["tiles"][0], cuts) if tiles_per_picture else []
     deltas = [UNITS] * len(runs) if deltas is None else deltas
@@ -162,7 +200,9 @@ def as_prompt(config, batch, tiles_per_picture, deltas=None):
 
 @pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: "-".join(map(str, family)))
 def test_ragged_batch_is_one_by_one(family):
-    """Rows of different lengths, with and without pictures, against transformers' left-padded rows alone and ours alone."""
+    """Rows of different lengths, with and without pictures, against transformers' left-padded rows
+    alone and ours alone.
+    """
     _, config, params = pair(*family)
     shapes = [((1,), 3), ((), 9), ((2, 1), 5), ((3,), 1)]
     prompts = [
@@ -177,7 +217,9 @@ def test_ragged_batch_is_one_by_one(family):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_matches(side):
-    """A padded batch in transformers and the same rows here give the same logits at the real tokens."""
+    """A padded batch in transformers and the same rows here give the same logits at the real
+    tokens.
+    """
     reference, config, params = pair()
     rows = [make_row(config, (1,), seed=3)[0], make_row(config, (2,), seed=4, text=9)[0]]
     longest = max(row["tokens"].shape[1] for row in rows)
@@ -192,7 +234,12 @@ def test_padding_matches(side):
     tiles = np.zeros((2, 2, *rows[0]["tiles"].shape[2:]), np.uint8)
     for i, row in enumerate(rows):
         tiles[i, : row["tiles"].shape[1]] = row["tiles"][0]
-    batch = {"tokens": tokens.astype(np.int32), "positions": positions, "segments": mask.astype(np.int32), "tiles": tiles}
+    batch = {
+        "tokens": tokens.astype(np.int32),
+        "positions": positions,
+        "segments": mask.astype(np.int32),
+        "tiles": tiles,
+    }
     ours = np.asarray(apply(InternVL(config), params, batch))
     np.testing.assert_allclose(ours[mask > 0], theirs[mask > 0], **TOLERANCE)
 
@@ -203,26 +250,43 @@ def test_packed_rows_are_separate_rows():
     packed = {
         "tokens": np.concatenate([row["tokens"] for row in rows], axis=1),
         "positions": np.concatenate([row["positions"] for row in rows], axis=1),
-        "segments": np.concatenate([row["segments"] * (i + 1) for i, row in enumerate(rows)], axis=1),
+        "segments": np.concatenate(
+            [row["segments"] * (i + 1) for i, row in enumerate(rows)], axis=1
+        ),
         "tiles": np.concatenate([row["tiles"] for row in rows], axis=1),
     }
     ours = np.asarray(apply(InternVL(config), params, packed))[0]
-    theirs = [torch_logits(reference, row["tokens"], pixels(row["tiles"][0], config))[0] for row in rows]
+    theirs = [
+        torch_logits(reference, row["tokens"], pixels(row["tiles"][0], config))[0] for row in rows
+    ]
     np.testing.assert_allclose(ours, np.concatenate(theirs), **TOLERANCE)
 
 
 @pytest.mark.parametrize("length", [24, 60])
 def test_dynamic_scaling_beyond_the_trained_length(length):
-    """Dynamic NTK with a maximum of 32 positions: off below it, on above it, as transformers 5 does."""
-    text = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 32}
+    """Dynamic NTK with a maximum of 32 positions: off below it, on above it, as transformers 5
+    does.
+    """
+    text = {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        "max_position_embeddings": 32,
+    }
     reference, hf = build_reference(text=text)
     config = from_hf(hf)
-    assert (config.language.rope_scaling, config.language.rope_factor, config.language.max_position) == ("dynamic", 2.0, 32)
-    params = params_from_tensors(config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
+    assert (
+        config.language.rope_scaling,
+        config.language.rope_factor,
+        config.language.max_position,
+    ) == ("dynamic", 2.0, 32)
+    params = params_from_tensors(
+        config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    )
     batch, values = make_row(config, (), seed=1, lead=length)
     theirs = torch_logits(reference, batch["tokens"], values)
     np.testing.assert_allclose(apply(InternVL(config), params, batch), theirs, **TOLERANCE)
-    plain = dataclasses.replace(config, language=dataclasses.replace(config.language, rope_scaling="none"))
+    plain = dataclasses.replace(
+        config, language=dataclasses.replace(config.language, rope_scaling="none")
+    )
     off = apply(InternVL(config), params, batch, "none")
     np.testing.assert_array_equal(off, apply(InternVL(plain), params, batch))
     assert (length > 32) == (np.abs(np.asarray(off) - theirs).max() > 1e-2)
@@ -233,16 +297,20 @@ def test_positions_table_of_another_resolution():
     reference, config, params = pair()
     rng = np.random.default_rng(0)
     for grid in [(4, 4), (6, 6), (3, 8)]:
-        tile = torch.from_numpy(rng.normal(size=(1, 3, 4 * grid[0], 4 * grid[1])).astype(np.float32))
+        tile = torch.from_numpy(
+            rng.normal(size=(1, 3, 4 * grid[0], 4 * grid[1])).astype(np.float32)
+        )
         with torch.no_grad():
             embeddings = reference.model.vision_tower.embeddings
-            theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + grid[0] * grid[1], 32), 4 * grid[0], 4 * grid[1])[
-                0
-            ].numpy()
+            theirs = embeddings.interpolate_pos_encoding(
+                torch.zeros(1, 1 + grid[0] * grid[1], 32), 4 * grid[0], 4 * grid[1]
+            )[0].numpy()
             tower = reference.model.vision_tower(tile).last_hidden_state.numpy()
         table = interpolate_positions(params["vision"]["position_embedding"], grid)
         np.testing.assert_allclose(table, theirs, rtol=1e-5, atol=1e-5)
-        ours = VisionTower(config.vision, np.float32).apply({"params": params["vision"]}, tile.permute(0, 2, 3, 1).numpy())
+        ours = VisionTower(config.vision, np.float32).apply(
+            {"params": params["vision"]}, tile.permute(0, 2, 3, 1).numpy()
+        )
         np.testing.assert_allclose(ours, tower, **TOLERANCE)
 
 
@@ -254,7 +322,8 @@ def test_pixel_shuffle_order():
     ours = np.asarray(pixel_shuffle(x, 2))
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(pixel_shuffle(x, 2, "v1"), ours.swapaxes(1, 2))
-    assert ours[1, 2, 1, 13] == x[1, 5, 2, 3]  # (2 * row parity + column parity) * channels + channel = (2 * 1 + 0) * 5 + 3
+    # (2 * row parity + column parity) * channels + channel = (2 * 1 + 0) * 5 + 3
+    assert ours[1, 2, 1, 13] == x[1, 5, 2, 3]
 
 
 def test_scanned_and_unrolled_layouts_agree():
@@ -262,5 +331,7 @@ def test_scanned_and_unrolled_layouts_agree():
     batch, _ = make_row(config, (2,), seed=5)
     generator = Generator(config, params)
     unrolled = apply(generator.model, generator.params, batch)
-    np.testing.assert_allclose(unrolled, apply(InternVL(config), params, batch), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        unrolled, apply(InternVL(config), params, batch), rtol=1e-5, atol=1e-5
+    )
     assert jax.tree.leaves(generator.params)[0].dtype == np.float32

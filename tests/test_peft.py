@@ -1,4 +1,6 @@
-"""Adapters in PEFT's format: peft and transformers compute with ours what we do, and we with theirs; both released layouts."""
+"""Adapters in PEFT's format: peft and transformers compute with ours what we do, and we with
+theirs; both released layouts.
+"""
 
 import dataclasses
 import json
@@ -14,7 +16,11 @@ import torch_reference
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
-from internvl3_jax.checkpoints.hf.assemble import ConversionError, params_from_tensors, tensors_from_params
+from internvl3_jax.checkpoints.hf.assemble import (
+    ConversionError,
+    params_from_tensors,
+    tensors_from_params,
+)
 from internvl3_jax.checkpoints.hf.config import from_hf
 from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS
@@ -24,7 +30,11 @@ from internvl3_jax.io.checkpoint_paths import PEFT
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 
-EVERYWHERE = ("vision/layers/(qkv|proj|fc1|fc2)", "projector/fc[12]", "language/layers/(q|k|v|o|gate|up|down)")
+EVERYWHERE = (
+    "vision/layers/(qkv|proj|fc1|fc2)",
+    "projector/fc[12]",
+    "language/layers/(q|k|v|o|gate|up|down)",
+)
 SETTINGS = LoraConfig(rank=3, alpha=5.0, targets=EVERYWHERE)
 # transformers' own: peft asks a model for what it deprecates.
 pytestmark = [
@@ -42,13 +52,21 @@ def reference(request):
 def build(vit="300m", llm="qwen2"):
     model, values = torch_reference.build_reference(vit, llm)
     config = from_hf(values, image_token_id=120, has_head=True)
-    return model, config, params_from_tensors(config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
+    return (
+        model,
+        config,
+        params_from_tensors(
+            config, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        ),
+    )
 
 
 def drawn(params, settings):
     rng = np.random.default_rng(0)
     new = lora.init(params, settings, jax.random.key(0))
-    return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), new)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), new
+    )
 
 
 TOKENS = np.array([[1, 2, 120, 120, 120, 120, 5, 6, 7, 99]], np.int32)
@@ -57,7 +75,12 @@ TILE = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
 
 def ours(config, variables):
     positions = 256 * np.arange(TOKENS.shape[1], dtype=np.int32)[None]
-    batch = {"tokens": TOKENS, "positions": positions, "segments": np.ones_like(TOKENS), "tiles": TILE[None]}
+    batch = {
+        "tokens": TOKENS,
+        "positions": positions,
+        "segments": np.ones_like(TOKENS),
+        "tiles": TILE[None],
+    }
     return np.asarray(jax.jit(InternVL(config).apply)(variables, batch))
 
 
@@ -68,7 +91,7 @@ def theirs(model):
     return model(input_ids=torch.from_numpy(TOKENS).long(), pixel_values=pixels).logits.numpy()
 
 
-# --- ours in peft ----------------------------------------------------------------------------------------------------------------
+# --- ours in peft --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -81,7 +104,10 @@ def test_transformers_computes_with_our_adapter(reference, rslora, tmp_path):
     write_peft(tmp_path, own, settings, config, "hf", "base")
     before = theirs(model)
     found = theirs(peft.PeftModel.from_pretrained(model, tmp_path))
-    tree = params | {"projector": params["projector"] | {"norm": norm}, lora.SUBTREE: own[lora.SUBTREE]}
+    tree = params | {
+        "projector": params["projector"] | {"norm": norm},
+        lora.SUBTREE: own[lora.SUBTREE],
+    }
     expected = ours(config, lora.variables(tree, settings))
     assert np.abs(found - before).max() > 1
     np.testing.assert_allclose(expected, found, atol=1e-4)
@@ -98,13 +124,22 @@ def skeleton(tensors):
                 node.add_module(parent, torch.nn.Module())
             node = getattr(node, parent)
         if part == "weight" and tensor.dim() == 2 and "embed" not in name:
-            node.add_module(leaf, torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=f"{name[:-6]}bias" in tensors))
-    root.load_state_dict({name: tensor for name, tensor in tensors.items() if name in root.state_dict()})
+            node.add_module(
+                leaf,
+                torch.nn.Linear(
+                    tensor.shape[1], tensor.shape[0], bias=f"{name[:-6]}bias" in tensors
+                ),
+            )
+    root.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if name in root.state_dict()}
+    )
     return root
 
 
 def test_peft_merges_our_adapter_into_the_original_layout(reference, tmp_path):
-    """As we merge it: every tensor, by names that the reference in the tests writes without our table."""
+    """As we merge it: every tensor, by names that the reference in the tests writes without our
+    table.
+    """
     model, config, params = reference
     adapters = drawn(params, SETTINGS)
     write_peft(tmp_path, {lora.SUBTREE: adapters}, SETTINGS, config, "internvl", "base")
@@ -116,10 +151,15 @@ def test_peft_merges_our_adapter_into_the_original_layout(reference, tmp_path):
     assert len(changed) == 3 * (4 + 7) + 2
     for name in changed:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
-        assert np.abs(found[name].numpy() - torch_reference.original_state_dict(model)[name].numpy()).max() > 0.01, name
+        assert (
+            np.abs(
+                found[name].numpy() - torch_reference.original_state_dict(model)[name].numpy()
+            ).max()
+            > 0.01
+        ), name
 
 
-# --- peft's here -----------------------------------------------------------------------------------------------------------------
+# --- peft's here ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,7 +167,10 @@ def test_peft_merges_our_adapter_into_the_original_layout(reference, tmp_path):
     [
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj", "fc2", "linear_1"], "use_rslora": True},
-        {"target_modules": r".*language_model.*\.1\..*\.(q|down)_proj", "modules_to_save": ["linear_2"]},
+        {
+            "target_modules": r".*language_model.*\.1\..*\.(q|down)_proj",
+            "modules_to_save": ["linear_2"],
+        },
         {
             "target_modules": ["q_proj", "up_proj"],
             "rank_pattern": {"up_proj": 5},
@@ -156,12 +199,17 @@ def test_an_adapter_of_peft_computes_the_same_here(options, tmp_path):
 def test_what_is_written_is_read_again(layout, tmp_path):
     _, config, params = build()
     settings = dataclasses.replace(SETTINGS, full=("projector/norm/.*", "language/head/kernel"))
-    own = {lora.SUBTREE: drawn(params, settings), "projector": {"norm": params["projector"]["norm"]}}
+    own = {
+        lora.SUBTREE: drawn(params, settings),
+        "projector": {"norm": params["projector"]["norm"]},
+    }
     own |= {"language": {"head": params["language"]["head"]}}
     write_peft(tmp_path, own, settings, config, layout, "base")
     adapter = read_peft(tmp_path, config)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapter.lora, lora.scaled(own[lora.SUBTREE], settings)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        adapter.lora,
+        lora.scaled(own[lora.SUBTREE], settings),
     )
     jax.tree.map(np.testing.assert_array_equal, adapter.whole, lora.base_params(own))
 
@@ -170,7 +218,9 @@ def test_three_adapters_of_the_towers_qkv_become_one_of_three_times_the_rank(tmp
     """And go out again to either layout, with the ranks that PEFT must be told."""
     model, config, params = build()
     options = {"target_modules": r".*vision_tower.*\.(q|k|v)_proj", "init_lora_weights": False}
-    peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, **options)).save_pretrained(tmp_path / "theirs")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, **options)).save_pretrained(
+        tmp_path / "theirs"
+    )
     adapter = read_peft(tmp_path / "theirs", config)
     assert {path: leaf.shape for path, leaf in by_path(adapter.lora).items()} == {
         "vision/layers/qkv/a": (3, 32, 6),
@@ -180,16 +230,22 @@ def test_three_adapters_of_the_towers_qkv_become_one_of_three_times_the_rank(tmp
     for layout in ("hf", "internvl"):
         settings = LoraConfig(rank=3, alpha=3.0)
         (tmp_path / layout).mkdir()
-        write_peft(tmp_path / layout, {lora.SUBTREE: adapter.lora}, settings, config, layout, "base")
+        write_peft(
+            tmp_path / layout, {lora.SUBTREE: adapter.lora}, settings, config, layout, "base"
+        )
         values = json.loads((tmp_path / layout / PEFT).read_text())
-        assert set(values["rank_pattern"].values()) == {6} and set(values["alpha_pattern"].values()) == {6.0}
+        assert set(values["rank_pattern"].values()) == {6} and set(
+            values["alpha_pattern"].values()
+        ) == {6.0}
         again = read_peft(tmp_path / layout, config)
-        np.testing.assert_allclose(ours(config, lora.variables(params | again.parts(params))), expected, atol=1e-4)
+        np.testing.assert_allclose(
+            ours(config, lora.variables(params | again.parts(params))), expected, atol=1e-4
+        )
     found = theirs(peft.PeftModel.from_pretrained(build()[0], tmp_path / "hf"))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
 def written(directory, config, params, change=lambda tensors, values: None):
@@ -206,7 +262,9 @@ UP = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_"
 
 
 def renamed(tensors, values):
-    tensors["base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight"] = tensors.pop(f"{UP}A.weight")
+    tensors["base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight"] = (
+        tensors.pop(f"{UP}A.weight")
+    )
 
 
 def reshaped(tensors, values):
@@ -225,42 +283,92 @@ def grown(tensors, values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed, "1 tensor(s) that nothing in the model takes, such as base_model.model.model.language_model.layers.7.mlp"),
-        (lambda tensors, values: tensors.pop(f"{UP}A.weight"), f"{UP}B.weight has no lora_A beside it"),
+        (
+            renamed,
+            "1 tensor(s) that nothing in the model takes, such as base_model.model.model.language_model.layers.7.mlp",
+        ),
+        (
+            lambda tensors, values: tensors.pop(f"{UP}A.weight"),
+            f"{UP}B.weight has no lora_A beside it",
+        ),
         (reshaped, f"{UP}B.weight (5, 3) do not fit: the layer has 32 inputs and 48 outputs"),
-        (lambda tensors, values: values.update(use_dora=True), "use_dora is True; only False can be read"),
-        (lambda tensors, values: values.update(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA' can be read"),
-        (lambda tensors, values: values.update(init_lora_weights="pissa_niter_4"), "it belongs to a base that PEFT changes"),
-        (lambda tensors, values: values.update(alora_invocation_tokens=[5]), "alora_invocation_tokens is [5]; only []"),
+        (
+            lambda tensors, values: values.update(use_dora=True),
+            "use_dora is True; only False can be read",
+        ),
+        (
+            lambda tensors, values: values.update(peft_type="IA3"),
+            "peft_type is 'IA3'; only 'LORA' can be read",
+        ),
+        (
+            lambda tensors, values: values.update(init_lora_weights="pissa_niter_4"),
+            "it belongs to a base that PEFT changes",
+        ),
+        (
+            lambda tensors, values: values.update(alora_invocation_tokens=[5]),
+            "alora_invocation_tokens is [5]; only []",
+        ),
         (
             lambda tensors, values: values.update(use_rsloar=True),
             "'use_rsloar' is True; this setting is not known here, and may",
         ),
-        (lambda tensors, values: values.update(layer_replication=[[0, 1]]), "layer_replication is [[0, 1]]; only []"),
-        (lambda tensors, values: values.update(use_rslora="no"), "use_rslora is the text 'no'; expected true or false"),
-        (lambda tensors, values: values.update(r="3"), "r is the text '3'; expected a whole number"),
+        (
+            lambda tensors, values: values.update(layer_replication=[[0, 1]]),
+            "layer_replication is [[0, 1]]; only []",
+        ),
+        (
+            lambda tensors, values: values.update(use_rslora="no"),
+            "use_rslora is the text 'no'; expected true or false",
+        ),
+        (
+            lambda tensors, values: values.update(r="3"),
+            "r is the text '3'; expected a whole number",
+        ),
         (lambda tensors, values: values.update(r=4), "the rank 4, but its tensors have the rank 3"),
         (lambda tensors, values: values.update(lora_alpha=0), "lora_alpha is 0; expected from"),
         (lambda tensors, values: values.update(lora_alpha=None), "lora_alpha is missing"),
-        (lambda tensors, values: values.update(target_modules=[7]), "target_modules[0] is the number 7; expected a text"),
-        (lambda tensors, values: values.update(alpha_pattern={"(a+)+b": 1}), "is a regular expression that could take forever"),
+        (
+            lambda tensors, values: values.update(target_modules=[7]),
+            "target_modules[0] is the number 7; expected a text",
+        ),
+        (
+            lambda tensors, values: values.update(alpha_pattern={"(a+)+b": 1}),
+            "is a regular expression that could take forever",
+        ),
         (
             lambda tensors, values: values.update(alpha_pattern={"(.|.)" * 40: 1}),
             "is a regular expression that could take forever",
         ),
-        (lambda tensors, values: values.update(rank_pattern={"up_proj(": 3}), "'up_proj(' is no regular expression"),
-        (lambda tensors, values: values.update(rank_pattern={"up_proj": 0}), "rank_pattern: 'up_proj' is 0; expected from 1"),
+        (
+            lambda tensors, values: values.update(rank_pattern={"up_proj(": 3}),
+            "'up_proj(' is no regular expression",
+        ),
+        (
+            lambda tensors, values: values.update(rank_pattern={"up_proj": 0}),
+            "rank_pattern: 'up_proj' is 0; expected from 1",
+        ),
         (
             lambda tensors, values: values.update(modules_to_save=["lm_head"]),
             "lacks 1 tensor(s) of modules that adapter_config.json",
         ),
-        (without_a_layer, "such as model.language_model.layers.1.mlp.up_proj.lora_A.weight; save the adapter again"),
-        (lambda tensors, values: tensors[f"{UP}A.weight"].fill(np.nan), f"{UP}A.weight: 96 of 96 values"),
         (
-            lambda tensors, values: tensors.update({f"{UP}A.weight": tensors[f"{UP}A.weight"].astype(np.int32)}),
+            without_a_layer,
+            "such as model.language_model.layers.1.mlp.up_proj.lora_A.weight; save the adapter again",
+        ),
+        (
+            lambda tensors, values: tensors[f"{UP}A.weight"].fill(np.nan),
+            f"{UP}A.weight: 96 of 96 values",
+        ),
+        (
+            lambda tensors, values: tensors.update(
+                {f"{UP}A.weight": tensors[f"{UP}A.weight"].astype(np.int32)}
+            ),
             "is int32; expected",
         ),
-        (grown, "lm_head.weight has shape (133, 32), the base has (131, 32); its vocabulary was resized"),
+        (
+            grown,
+            "lm_head.weight has shape (133, 32), the base has (131, 32); its vocabulary was resized",
+        ),
     ],
     ids=["unknown", "half", "shape", "dora", "other", "pissa", "alora", *"abcdefghijklmnopq"],
 )
@@ -272,23 +380,43 @@ def test_what_is_no_adapter_of_this_model_is_named(change, message, tmp_path):
 
 def test_internlm2s_own_names_are_not_written(tmp_path):
     _, config, params = build()
-    config = dataclasses.replace(config, language=dataclasses.replace(config.language, family="internlm2"))
-    with pytest.raises(ConversionError, match="one interleaved matrix, for which adapters are not read or written"):
-        write_peft(tmp_path, {lora.SUBTREE: drawn(params, SETTINGS)}, SETTINGS, config, "internvl", "base")
+    config = dataclasses.replace(
+        config, language=dataclasses.replace(config.language, family="internlm2")
+    )
+    with pytest.raises(
+        ConversionError, match="one interleaved matrix, for which adapters are not read or written"
+    ):
+        write_peft(
+            tmp_path, {lora.SUBTREE: drawn(params, SETTINGS)}, SETTINGS, config, "internvl", "base"
+        )
 
 
 def test_a_module_that_was_trained_in_part_cannot_go_to_peft(tmp_path):
     _, config, params = build()
-    own = {lora.SUBTREE: drawn(params, SETTINGS), "projector": {"norm": {"scale": params["projector"]["norm"]["scale"]}}}
-    with pytest.raises(ConversionError, match="layer_norm was trained but for model.multi_modal_projector.layer_norm.bias"):
+    own = {
+        lora.SUBTREE: drawn(params, SETTINGS),
+        "projector": {"norm": {"scale": params["projector"]["norm"]["scale"]}},
+    }
+    with pytest.raises(
+        ConversionError,
+        match="layer_norm was trained but for model.multi_modal_projector.layer_norm.bias",
+    ):
         write_peft(tmp_path, own, SETTINGS, config, "hf", "base")
 
 
 def test_the_program_says_what_lacks(tmp_path, capsys):
     _, config, params = build()
-    written(tmp_path, config, params, lambda tensors, values: values.update(base_model_name_or_path=None))
+    written(
+        tmp_path,
+        config,
+        params,
+        lambda tensors, values: values.update(base_model_name_or_path=None),
+    )
     assert convert([str(tmp_path), str(tmp_path / "out"), "--to", "peft-internvl"]) == 1
-    assert "names no base_model_name_or_path; say with --base which model it is for" in capsys.readouterr().err
+    assert (
+        "names no base_model_name_or_path; say with --base which model it is for"
+        in capsys.readouterr().err
+    )
     base = str(tiny_checkpoint.directory())
     assert convert([base, str(tmp_path / "out"), "--base", base]) == 1
     assert "is no LoRA run, so it has no base" in capsys.readouterr().err

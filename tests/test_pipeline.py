@@ -1,4 +1,6 @@
-"""The stream of samples: the same for any number of workers, resumed exactly, mixed as asked, and no sample lost in silence."""
+"""The stream of samples: the same for any number of workers, resumed exactly, mixed as asked, and
+no sample lost in silence.
+"""
 
 import dataclasses
 import itertools
@@ -30,9 +32,19 @@ def mixture(tmp_path_factory):
     for number in range(6):
         picture(20 + 15 * number, 30, seed=number).save(folder / f"{number}.png")
     write_video(folder / "a.mp4", 20)
-    one = [{"image": f"{number}.png", "conversations": turns(f"What is {number}?", "That")} for number in range(6)]
-    two = [{"image": ["0.png", "5.png"], "conversations": turns("<image><image> Which?", "This", "And?", "That")}]
-    video = [{"video": "a.mp4", "clip": [0, 1.5], "conversations": turns("<video>\nWhat moves?", "That")}]
+    one = [
+        {"image": f"{number}.png", "conversations": turns(f"What is {number}?", "That")}
+        for number in range(6)
+    ]
+    two = [
+        {
+            "image": ["0.png", "5.png"],
+            "conversations": turns("<image><image> Which?", "This", "And?", "That"),
+        }
+    ]
+    video = [
+        {"video": "a.mp4", "clip": [0, 1.5], "conversations": turns("<video>\nWhat moves?", "That")}
+    ]
     text = [{"conversations": turns(f"{number}?", "Yes")} for number in range(4)]
     return write_meta(
         folder,
@@ -66,12 +78,20 @@ def assert_equal(samples, others):
 def test_any_number_of_workers_gives_the_same_stream(mixture):
     dataset = make(mixture, language_share=0.25)
     samples = take(dataset, 24)
-    assert {sample["source"] for sample in samples} == {0, 1, 2} and [s["index"] for s in samples] == list(range(24))
+    assert {sample["source"] for sample in samples} == {0, 1, 2} and [
+        s["index"] for s in samples
+    ] == list(range(24))
     for workers in (1, 2):
         found = take(dataset, 24, workers)
         assert_equal(samples, found)
-        # None of them keeps the memory that it came in, which is shared with the worker and behind an open file each.
-        assert {type(value) for sample in found for value in sample.values() if isinstance(value, np.ndarray)} == {np.ndarray}
+        # None of them keeps the memory that it came in, which is shared with the worker and behind
+        # an open file each.
+        assert {
+            type(value)
+            for sample in found
+            for value in sample.values()
+            if isinstance(value, np.ndarray)
+        } == {np.ndarray}
     # Each can be made again by its number, also by a copy as a worker has it.
     copy = pickle.loads(pickle.dumps(dataset))
     assert_equal(samples[5:9], [copy[sample["index"]] for sample in samples[5:9]])
@@ -99,11 +119,14 @@ def test_samples_differ_from_epoch_to_epoch_and_follow_their_rules(mixture):
     same = [s for s in samples if (s["source"], s["row"]) == (0, 5)]
     assert len({s["tiles"].tobytes() for s in same}) == len(same) > 3  # recompressed anew
     assert {len(s["tiles"]) for s in same} == {4}  # 95 x 30 pixels: three tiles and the thumbnail
-    assert {len(s["tiles"]) for s in samples if (s["source"], s["row"]) == (0, 6)} == {2}  # 3 // 2 tiles for either picture
+    # 3 // 2 tiles for either picture
+    assert {len(s["tiles"]) for s in samples if (s["source"], s["row"]) == (0, 6)} == {2}
     steps = {step for s in samples for step in np.diff(s["positions"]).tolist() if step < UNITS}
     assert steps == {UNITS // 2, UNITS // 4}
     for sample in samples:
-        assert (sample["tokens"] == tokenizer().token_id("<IMG_CONTEXT>")).sum() == 4 * len(sample["tiles"])
+        assert (sample["tokens"] == tokenizer().token_id("<IMG_CONTEXT>")).sum() == 4 * len(
+            sample["tiles"]
+        )
 
 
 def test_every_epoch_has_every_row_in_its_own_order(mixture):
@@ -126,7 +149,7 @@ def test_recompression():
     np.testing.assert_array_equal(changed, recompress(tiles, np.random.default_rng(0)))
 
 
-# --- mixture ---------------------------------------------------------------------------------------------------------------------
+# --- mixture -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("repeat", "expected"), [(0.5, 5), (0.7, 7), (1, 10), (2, 20), (2.35, 23)])
@@ -144,7 +167,9 @@ def test_rows_left_out():
 
 def shares(config):
     sources = open_sources(config)
-    return mixture_weights(config, sources, [len(Selection(0, len(source), source.repeat)) for source in sources])
+    return mixture_weights(
+        config, sources, [len(Selection(0, len(source), source.repeat)) for source in sources]
+    )
 
 
 def test_the_mixture_has_the_shares_asked_for(tmp_path):
@@ -160,12 +185,22 @@ def test_the_mixture_has_the_shares_asked_for(tmp_path):
     total = 90 + 40 + 10 + 40
     np.testing.assert_allclose(shares(config), np.array([90, 40, 10, 40]) / total)
     roots = np.sqrt([90, 40, 10, 40])
-    np.testing.assert_allclose(shares(dataclasses.replace(config, weights="sqrt")), roots / roots.sum())
-    np.testing.assert_allclose(shares(dataclasses.replace(config, weights="given")), [0.125, 0.125, 0.75, 0])
+    np.testing.assert_allclose(
+        shares(dataclasses.replace(config, weights="sqrt")), roots / roots.sum()
+    )
+    np.testing.assert_allclose(
+        shares(dataclasses.replace(config, weights="given")), [0.125, 0.125, 0.75, 0]
+    )
     # Text to the rest as 1 to 3; a source with some of each belongs to the rest.
-    np.testing.assert_allclose(shares(dataclasses.replace(config, language_share=0.25)), [0.675, 0.125, 0.075, 0.125])
-    np.testing.assert_allclose(shares(dataclasses.replace(config, language_share=0.0)), [0.9, 0, 0.1, 0])
-    np.testing.assert_allclose(shares(dataclasses.replace(config, language_share=1.0)), [0, 0.5, 0, 0.5])
+    np.testing.assert_allclose(
+        shares(dataclasses.replace(config, language_share=0.25)), [0.675, 0.125, 0.075, 0.125]
+    )
+    np.testing.assert_allclose(
+        shares(dataclasses.replace(config, language_share=0.0)), [0.9, 0, 0.1, 0]
+    )
+    np.testing.assert_allclose(
+        shares(dataclasses.replace(config, language_share=1.0)), [0, 0.5, 0, 0.5]
+    )
 
 
 def test_the_stream_has_the_shares_of_the_mixture_in_every_shard():
@@ -203,7 +238,11 @@ def test_the_drop_list(tmp_path):
     (tmp_path / "drop.tsv").write_text("# source\trow\treason\na\t1\tbad\na\t3\tworse\n\n")
     samples = take(make(meta, drop_list=str(tmp_path / "drop.tsv")), 40)
     assert {(s["source"], s["row"]) for s in samples} == {(0, 0), (0, 2), (1, 0), (1, 1)}
-    for line, reason in [("c\t1\tx", "no source 'c'"), ("a\t9\tx", "a has no row '9'"), ("a", "a has no row ''")]:
+    for line, reason in [
+        ("c\t1\tx", "no source 'c'"),
+        ("a\t9\tx", "a has no row '9'"),
+        ("a", "a has no row ''"),
+    ]:
         (tmp_path / "drop.tsv").write_text(f"\n{line}\n")
         with pytest.raises(ValueError, match=f"drop.tsv line 2: .*{reason}"):
             read_drop_list(str(tmp_path / "drop.tsv"), ["a", "b"], [4, 2])
@@ -212,28 +251,39 @@ def test_the_drop_list(tmp_path):
         make(meta, drop_list=str(tmp_path / "drop.tsv"))
 
 
-# --- samples that cannot be used, and long ones ----------------------------------------------------------------------------------
+# --- samples that cannot be used, and long ones --------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_sample_stops_training(tmp_path, workers):
-    meta = write_meta(tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]})
-    with pytest.raises(SampleError, match=r"^bad row 1 \(bad.jsonl line 2\): .*gone.png: no such file"):
+    meta = write_meta(
+        tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]}
+    )
+    with pytest.raises(
+        SampleError, match=r"^bad row 1 \(bad.jsonl line 2\): .*gone.png: no such file"
+    ):
         take(make(meta), 50, workers)
 
 
 def test_a_bad_sample_is_marked_where_it_may_be_skipped(tmp_path):
-    meta = write_meta(tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]})
+    meta = write_meta(
+        tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]}
+    )
     samples = take(make(meta, on_error="skip"), 50)
     marked = [sample for sample in samples if "error" in sample]
-    assert 3 < len(marked) < 25 and all((m["source"], m["row"]) == (1, 1) and "gone.png" in m["error"] for m in marked)
+    assert 3 < len(marked) < 25 and all(
+        (m["source"], m["row"]) == (1, 1) and "gone.png" in m["error"] for m in marked
+    )
     assert [sample["index"] for sample in samples] == list(range(50))
 
 
 LONG = [
     {"role": role, "content": content}
     for turn in range(6)
-    for role, content in (("user", "<image>\nWhat?" if turn % 2 == 0 else "And?"), ("assistant", f"That is number {turn}"))
+    for role, content in (
+        ("user", "<image>\nWhat?" if turn % 2 == 0 else "And?"),
+        ("assistant", f"That is number {turn}"),
+    )
 ]
 
 
@@ -243,17 +293,24 @@ def encode_long(messages, tiles):
 
 def test_truncation_keeps_whole_turns_and_whole_pictures():
     whole = encode_long(LONG, [3, 1, 2])
-    lengths = [len(encode_long(LONG[: 2 * n], [3, 1, 2][: (n + 1) // 2]).tokens) for n in range(1, 7)]
+    lengths = [
+        len(encode_long(LONG[: 2 * n], [3, 1, 2][: (n + 1) // 2]).tokens) for n in range(1, 7)
+    ]
     for limit in range(min(lengths), len(whole.tokens) + 1):
         encoded, kept = encode_within(LONG, [3, 1, 2], encode_long, limit, 99, "truncate")
         turns_kept = sum(length <= limit for length in lengths)
-        assert len(encoded.tokens) == lengths[turns_kept - 1] and kept == len(encoded.runs) == (turns_kept + 1) // 2
+        assert (
+            len(encoded.tokens) == lengths[turns_kept - 1]
+            and kept == len(encoded.runs) == (turns_kept + 1) // 2
+        )
         np.testing.assert_array_equal(encoded.tokens, whole.tokens[: len(encoded.tokens)])
     for tiles, pictures in ((6, 3), (5, 2), (4, 2), (3, 1)):
         assert encode_within(LONG, [3, 1, 2], encode_long, 999, tiles, "truncate")[1] == pictures
     with pytest.raises(TooLong, match="its first answer alone does not fit"):
         encode_within(LONG, [3, 1, 2], encode_long, min(lengths) - 1, 99, "truncate")
-    with pytest.raises(TooLong, match=r"6 tiles, a row holds 5: raise data.tiles_per_row \(set data.overlong"):
+    with pytest.raises(
+        TooLong, match=r"6 tiles, a row holds 5: raise data.tiles_per_row \(set data.overlong"
+    ):
         encode_within(LONG, [3, 1, 2], encode_long, 999, 5, "error")
     with pytest.raises(NothingTrained, match="nothing to learn"):
         encode_within(LONG[:1], [3], encode_long, 999, 5, "truncate")
@@ -261,30 +318,53 @@ def test_truncation_keeps_whole_turns_and_whole_pictures():
 
 def test_overlong_samples_in_the_stream(tmp_path):
     picture(16, 16).save(tmp_path / "a.png")
-    rows = [TEXT, {"image": "a.png", "conversations": turns("hi", "ho", "<image>\nWhat is " + "this " * 30, "That")}]
+    rows = [
+        TEXT,
+        {
+            "image": "a.png",
+            "conversations": turns("hi", "ho", "<image>\nWhat is " + "this " * 30, "That"),
+        },
+    ]
     meta = write_meta(tmp_path, a={"rows": rows})
     with pytest.raises(SampleError, match=r"a row 1 .*tokens, a row holds 30"):
         take(make(meta, tokens_per_row=30), 4)
-    dropped = [sample for sample in take(make(meta, tokens_per_row=30, overlong="drop"), 4) if "error" in sample]
+    dropped = [
+        sample
+        for sample in take(make(meta, tokens_per_row=30, overlong="drop"), 4)
+        if "error" in sample
+    ]
     assert [marker["row"] for marker in dropped] == [1, 1]
-    short = [s for s in take(make(meta, tokens_per_row=30, overlong="truncate"), 4) if s["row"] == 1]
+    short = [
+        s for s in take(make(meta, tokens_per_row=30, overlong="truncate"), 4) if s["row"] == 1
+    ]
     assert len(short) == 2 and all(len(s["tiles"]) == 0 and len(s["tokens"]) <= 30 for s in short)
 
 
 def test_loss_averages():
     trained = np.array([False, True, True, False, True, True])
     for average, weight in (("token", 1.0), ("sample", 0.25), ("square", 0.5)):
-        np.testing.assert_array_equal(average_weights(trained, average), trained * np.float32(weight))
+        np.testing.assert_array_equal(
+            average_weights(trained, average), trained * np.float32(weight)
+        )
     assert not average_weights(np.zeros(3, bool), "sample").any()
 
 
 def test_the_digits_come_through_the_same_functions():
-    config = DataConfig(source="examples.tiny_digits.recipe.data:sources", samples=50, tokens_per_row=256, tiles_per_row=16)
+    config = DataConfig(
+        source="examples.tiny_digits.recipe.data:sources",
+        samples=50,
+        tokens_per_row=256,
+        tiles_per_row=16,
+    )
     dataset = sample_dataset(config, PROCESSOR, tokenizer())
     samples = take(dataset, 60)
     assert source_names(config) == ["digits"]
-    assert [tuple(s[name] for name in SCALARS) for s in samples] == [(0, number % 50, number) for number in range(60)]
+    assert [tuple(s[name] for name in SCALARS) for s in samples] == [
+        (0, number % 50, number) for number in range(60)
+    ]
     question = open_sources(config)[0].questions[7]
     deltas = [UNITS] * len(question.pictures)
     expected = make_sample(question.messages, question.pictures, tokenizer(), PROCESSOR, deltas)
-    assert_equal([expected], [{name: value for name, value in samples[7].items() if name not in SCALARS}])
+    assert_equal(
+        [expected], [{name: value for name, value in samples[7].items() if name not in SCALARS}]
+    )

@@ -13,8 +13,12 @@ LAST_WHOLE = 8_388_607  # (2**31 - 1) // 256
 
 
 def step_by_step(length, runs, deltas):
-    """The published rule, one token at a time in float64: exact here, since every position is a small multiple of 1/256."""
-    owner = {start + k: picture for picture, (start, count) in enumerate(runs) for k in range(count)}
+    """The published rule, one token at a time in float64: exact here, since every position is a
+    small multiple of 1/256.
+    """
+    owner = {
+        start + k: picture for picture, (start, count) in enumerate(runs) for k in range(count)
+    }
     positions = []
     for index in range(length):
         previous = positions[-1] if positions else None
@@ -116,9 +120,15 @@ def test_overflow_is_an_error():
 def test_next_position():
     assert next_position(build_positions(0, [], [])) == 0
     assert next_position(build_positions(5, [], [])) == 5 * UNITS
-    assert next_position(build_positions(20, [(1, 16)], [64])) == build_positions(21, [(1, 16)], [64])[-1]
+    assert (
+        next_position(build_positions(20, [(1, 16)], [64]))
+        == build_positions(21, [(1, 16)], [64])[-1]
+    )
     for delta in (1, 64, 100, 256):
-        ends_inside_run, one_longer = build_positions(17, [(1, 16)], [delta]), build_positions(18, [(1, 16)], [delta])
+        ends_inside_run, one_longer = (
+            build_positions(17, [(1, 16)], [delta]),
+            build_positions(18, [(1, 16)], [delta]),
+        )
         assert next_position(ends_inside_run) == one_longer[-1]
 
 
@@ -150,7 +160,15 @@ def test_negative_length_is_an_error():
 
 @pytest.mark.parametrize(
     ("value", "units"),
-    [("1/4", 64), ("0.25", 64), (" 1 ", 256), (0.25, 64), (1, 256), (1.0, 256), (Fraction(1, 256), 1)]
+    [
+        ("1/4", 64),
+        ("0.25", 64),
+        (" 1 ", 256),
+        (0.25, 64),
+        (1, 256),
+        (1.0, 256),
+        (Fraction(1, 256), 1),
+    ]
     + [(np.float32(0.5), 128), (np.int64(1), 256), ("3/256", 3), ("1/256", 1)],
 )
 def test_parse_delta(value, units):
@@ -158,13 +176,17 @@ def test_parse_delta(value, units):
     assert parsed == units and type(parsed) is int
 
 
-@pytest.mark.parametrize("value", [0, -0.25, "2", 1.5, "1/3", 1 / 512, Fraction(1, 3), Fraction(257, 256)])
+@pytest.mark.parametrize(
+    "value", [0, -0.25, "2", 1.5, "1/3", 1 / 512, Fraction(1, 3), Fraction(257, 256)]
+)
 def test_delta_out_of_range_is_an_error(value):
     with pytest.raises(ValueError, match="multiple of 1/256"):
         parse_delta(value)
 
 
-@pytest.mark.parametrize("value", ["", "quarter", "1/0", None, True, float("nan"), float("inf"), [0.25]])
+@pytest.mark.parametrize(
+    "value", ["", "quarter", "1/0", None, True, float("nan"), float("inf"), [0.25]]
+)
 def test_delta_that_is_no_number_is_an_error(value):
     with pytest.raises(ValueError, match="is not a number"):
         parse_delta(value)

@@ -1,4 +1,6 @@
-"""MPO's losses: against PyTorch and trl, whose functions InternVL's training code calls; and their shift."""
+"""MPO's losses: against PyTorch and trl, whose functions InternVL's training code calls; and their
+shift.
+"""
 
 import importlib
 import types
@@ -41,7 +43,10 @@ def of_torch(name: str, policy, reference):
         rewards = config.beta * gain
         return -F.logsigmoid(rewards[..., 0] - SHIFT) - F.logsigmoid(-(rewards[..., 1] - SHIFT))
     margin = config.beta * (gain[..., 0] - gain[..., 1])
-    return -F.logsigmoid(margin) * (1 - config.label_smoothing) - F.logsigmoid(-margin) * config.label_smoothing
+    return (
+        -F.logsigmoid(margin) * (1 - config.label_smoothing)
+        - F.logsigmoid(-margin) * config.label_smoothing
+    )
 
 
 def of_ours(name: str, policy):
@@ -65,7 +70,8 @@ def trl_trainer(config: LossConfig):
     """trl's DPOTrainer without what trains: its method `dpo_loss` alone."""
     from trl import import_utils
 
-    # trl asks transformers which optional packages there are, in a way that transformers 5 answers differently.
+    # trl asks transformers which optional packages there are, in a way that transformers 5 answers
+    # differently.
     for name in vars(import_utils).copy():
         if name.startswith("is_") and name.endswith("_available"):
             setattr(import_utils, name, lambda *_, **__: False)
@@ -109,9 +115,13 @@ def test_losses_and_gradients_are_those_of_trl(name):
 
     np.testing.assert_allclose(ours(POLICY), losses.detach(), rtol=1e-5, atol=1e-6)
     pull = (
-        jax.vjp(ours, POLICY)[1] if name != "quality" else jax.vjp(lambda p: of_shift(p, own.running.mean, config), POLICY)[1]
+        jax.vjp(ours, POLICY)[1]
+        if name != "quality"
+        else jax.vjp(lambda p: of_shift(p, own.running.mean, config), POLICY)[1]
     )
-    np.testing.assert_allclose(pull(np.ones((3, 5), np.float32))[0], policy.grad, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        pull(np.ones((3, 5), np.float32))[0], policy.grad, rtol=1e-5, atol=1e-7
+    )
 
 
 def of_shift(policy, shift, config):
@@ -120,7 +130,9 @@ def of_shift(policy, shift, config):
 
 def rewards_of(mean: float):
     """Three places for pairs, of which one is empty."""
-    return jnp.array([[[mean + 1, mean - 1], [mean + 3, mean - 3], [100.0, 100.0]]]), jnp.array([[True, True, False]])
+    return jnp.array([[[mean + 1, mean - 1], [mean + 3, mean - 3], [100.0, 100.0]]]), jnp.array(
+        [[True, True, False]]
+    )
 
 
 def test_the_running_shift_is_the_mean_of_all_rewards_with_the_present_ones():
@@ -156,7 +168,9 @@ def test_sums_over_answers_and_back():
     sums = mpo.answer_sums(values, answers, 3)
     np.testing.assert_array_equal(sums, [[[3, 9], [6, 8], [0, 0]], [[11, 12], [0, 0], [0, 0]]])
     back = mpo.at_answers(sums, answers)
-    np.testing.assert_array_equal(back, [[0, 3, 3, 0, 9, 9, 6, 0, 8], [0, 0, 11, 12, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        back, [[0, 3, 3, 0, 9, 9, 6, 0, 8], [0, 0, 11, 12, 0, 0, 0, 0, 0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +180,10 @@ def test_sums_over_answers_and_back():
         ({"preference": "hinge"}, "loss.preference is 'hinge'; it must be one of sigmoid, ipo"),
         ({"shift": "none"}, "loss.shift is 'none'"),
         ({"quality_weight": -1.0}, "none may be negative"),
-        ({"preference_weight": 0.0, "quality_weight": 0.0, "generation_weight": 0.0}, "one must be above 0"),
+        (
+            {"preference_weight": 0.0, "quality_weight": 0.0, "generation_weight": 0.0},
+            "one must be above 0",
+        ),
         ({"beta": 0.0}, "loss.beta is 0.0"),
         ({"label_smoothing": 0.5}, "label_smoothing 0.5"),
     ],
@@ -176,7 +193,7 @@ def test_what_makes_no_sense_is_named(changes, message):
         mpo.check(LossConfig(**changes))
 
 
-# --- log-probabilities -----------------------------------------------------------------------------------------------------------
+# --- log-probabilities ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [("300m", "qwen2"), ("6b", "internlm3")], ids="-".join)
@@ -194,12 +211,20 @@ def test_log_probabilities_are_those_of_transformers(family, shared):
         for length in (6, 3):
             answer = rng.integers(0, config.image_token_id, length)
             sides.append(
-                Encoded(np.append(question, answer).astype(np.int32), np.arange(len(question) + length) >= len(question), runs)
+                Encoded(
+                    np.append(question, answer).astype(np.int32),
+                    np.arange(len(question) + length) >= len(question),
+                    runs,
+                )
             )
-            logits = torch.from_numpy(torch_logits(torch_model, sides[-1].tokens[None], pixels(picture, config)))
+            logits = torch.from_numpy(
+                torch_logits(torch_model, sides[-1].tokens[None], pixels(picture, config))
+            )
             each = torch.log_softmax(logits[0, len(question) - 1 : -1], dim=-1)
             expected.append(each[torch.arange(length), torch.from_numpy(answer)].sum().item())
-        samples.append(finish_pair(sides[1], sides[0], [picture], [UNITS], processor, "sample", shared))
+        samples.append(
+            finish_pair(sides[1], sides[0], [picture], [UNITS], processor, "sample", shared)
+        )
     row = join(samples, 96, 3)
     batch = {name: value[None] for name, value in row.items() if name != "sources"}
     found = MpoLoss(InternVL(config), 16, pairs=2).ref_logps(params, params, batch)

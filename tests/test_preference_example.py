@@ -41,7 +41,10 @@ def test_the_longest_pairs_fit_a_row(example, tmp_path, loss, monkeypatch):
     rows = [{"image": q["image"], "question": q["question"]} | answers for q in questions]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = get_config(loss)
-    values = vars(config.data) | {"source": str(tmp_path / "pairs.json"), "tokenizer": str(ROOT / config.data.tokenizer)}
+    values = vars(config.data) | {
+        "source": str(tmp_path / "pairs.json"),
+        "tokenizer": str(ROOT / config.data.tokenizer),
+    }
     data = DataConfig(**values)
     with BatchLoader(data, config.processor, make_tokenizer(data)) as batches:
         assert next(batches).batch["answers"].max() >= 2
@@ -49,18 +52,40 @@ def test_the_longest_pairs_fit_a_row(example, tmp_path, loss, monkeypatch):
 
 def test_the_table_counts(example, tmp_path):
     seen = {"policy": (1, 2), "generation": (2, 2), "mpo": (3, 2)}  # right of 4, of each seed
-    names = ("loss", "loss_preference", "loss_quality", "loss_generation", "reward_margin", "reward_accuracy", "reward_shift")
+    names = (
+        "loss",
+        "loss_preference",
+        "loss_quality",
+        "loss_generation",
+        "reward_margin",
+        "reward_accuracy",
+        "reward_shift",
+    )
     for seed in range(2):
         folder = tmp_path / f"seed_{seed}"
         for model, right in seen.items():
             (folder / model).mkdir(parents=True)
-            rows = [{"id": n, "answer": "6", "text": f"Answer: {6 if n < right[seed] else 7}"} for n in range(4)]
-            (folder / f"answers_{model}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [
+                {"id": n, "answer": "6", "text": f"Answer: {6 if n < right[seed] else 7}"}
+                for n in range(4)
+            ]
+            (folder / f"answers_{model}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
             log = [{"step": step} | dict.fromkeys(names, 0.5) for step in (10, 20)]
-            (folder / model / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        (folder / "pairs.jsonl.done").write_text('{"id": 0, "pairs": 2, "right": 1, "wrong": 2, "silent": 0}\n')
+            (folder / model / "log.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in log)
+            )
+        (folder / "pairs.jsonl.done").write_text(
+            '{"id": 0, "pairs": 2, "right": 1, "wrong": 2, "silent": 0}\n'
+        )
     text = example.run.summarise(tmp_path)
-    assert "| policy | 25.0 % | 50.0 % | 37.5 % |" in text and "| mpo | 75.0 % | 50.0 % | 62.5 % |" in text
-    assert "MPO less policy: +25.0 points (+50.0, +0.0, standard deviation over seeds 35.4)." in text
+    assert (
+        "| policy | 25.0 % | 50.0 % | 37.5 % |" in text
+        and "| mpo | 75.0 % | 50.0 % | 62.5 % |" in text
+    )
+    assert (
+        "MPO less policy: +25.0 points (+50.0, +0.0, standard deviation over seeds 35.4)." in text
+    )
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert "2 pairs of 1 of 1 questions" in text

@@ -15,16 +15,22 @@ def sample(folder, row, **settings):
     """The sample of a row, with PROCESSOR, whose own tile rule is the one of inference here."""
     config = data_config(write_meta(folder, a={"rows": [row]}), **settings)
     processor = type(PROCESSOR)(image_size=16, tokens_per_tile=4, max_tiles=4, system_message=None)
-    return ExampleBuilder(config, processor, tokenizer()).sample(open_sources(config)[0], 0, np.random.default_rng(0))
+    return ExampleBuilder(config, processor, tokenizer()).sample(
+        open_sources(config)[0], 0, np.random.default_rng(0)
+    )
 
 
 @pytest.mark.parametrize(
-    ("settings", "tiles"), [({}, 4), ({"tiles": "shared"}, 4), ({"tiles": "per image", "tiles_per_row": 32}, 20)]
+    ("settings", "tiles"),
+    [({}, 4), ({"tiles": "shared"}, 4), ({"tiles": "per image", "tiles_per_row": 32}, 20)],
 )
 def test_the_rule_of_tiles_in_training_is_the_datas(tmp_path, settings, tiles):
     for number in range(4):
         picture(32, 32, number).save(tmp_path / f"{number}.png")
-    row = {"image": [f"{n}.png" for n in range(4)], "conversations": turns("<image><image><image><image>", "a")}
+    row = {
+        "image": [f"{n}.png" for n in range(4)],
+        "conversations": turns("<image><image><image><image>", "a"),
+    }
     assert len(sample(tmp_path, row, **settings)["tiles"]) == tiles
 
 
@@ -36,7 +42,10 @@ def test_an_unknown_rule_of_tiles_is_refused(tmp_path):
 def test_limits_of_images_come_from_the_settings(tmp_path):
     picture(40, 30).save(tmp_path / "large.png")
     row = {"image": "large.png", "conversations": turns("<image>", "a")}
-    with pytest.raises(ValueError, match=r"large\.png: 40 x 30 pixels are more than 1,199; .*data\.max_image_pixels"):
+    with pytest.raises(
+        ValueError,
+        match=r"large\.png: 40 x 30 pixels are more than 1,199; .*data\.max_image_pixels",
+    ):
         sample(tmp_path, row, max_image_pixels=1199)
     for limit in (1200, 0):
         assert len(sample(tmp_path, row, max_image_pixels=limit)["tiles"])
@@ -50,11 +59,16 @@ def test_limits_of_images_come_from_the_settings(tmp_path):
 
 def test_rows_that_the_reference_trains_on(tmp_path):
     """Text with <image>, more tags than images, an animation."""
-    text = sample(tmp_path, {"conversations": turns("What does <image> do in SVG?", "It embeds an image.")})
+    text = sample(
+        tmp_path, {"conversations": turns("What does <image> do in SVG?", "It embeds an image.")}
+    )
     assert len(text["tiles"]) == 0 and "<image>" in tokenizer().decode(text["tokens"])
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    row = {"image": "moving.gif", "conversations": turns("<image> and <image>", "a", "<image>", "b")}
+    row = {
+        "image": "moving.gif",
+        "conversations": turns("<image> and <image>", "a", "<image>", "b"),
+    }
     moving = sample(tmp_path, row)
     assert moving["tiles"].shape == (1, 16, 16, 3) and (moving["tiles"] == (255, 0, 0)).all()
     assert tokenizer().decode(moving["tokens"]).count("<image>") == 2

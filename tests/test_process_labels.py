@@ -1,4 +1,6 @@
-"""make_process_labels.py: + where the right answer can still be reached, rows that train.py reads, and going on after a stop."""
+"""make_process_labels.py: + where the right answer can still be reached, rows that train.py reads,
+and going on after a stop.
+"""
 
 import json
 
@@ -16,8 +18,9 @@ from internvl3_jax.reward.questions import Question, read_questions, with_finger
 
 
 class Solver:
-    """Solves "a b c" by adding. Its solutions are given; it continues rightly from right steps, wrongly from wrong ones, and from a step
-    with a ? rightly in one of four continuations."""
+    """Solves "a b c" by adding. Its solutions are given; it continues rightly from right steps,
+    wrongly from wrong ones, and from a step with a ? rightly in one of four continuations.
+    """
 
     def __init__(self, solutions: dict[str, list[str]]):
         self.solutions, self.asked = solutions, []
@@ -26,7 +29,10 @@ class Solver:
         self.asked.append((len(requests), n, options))
         if not begun:
             texts = [
-                [self.solutions[question][number % len(self.solutions[question])] for number in range(n)]
+                [
+                    self.solutions[question][number % len(self.solutions[question])]
+                    for number in range(n)
+                ]
                 for question, _ in requests
             ]
         else:
@@ -57,7 +63,9 @@ def test_labels():
     )
     rows = label(solver, [QUESTION], Settings(**SMALL))
     assert [row["scores"] for row in rows] == [[1, 1, 1], [1, 0, 0, 0], [0.25, 1]]
-    labels = [[turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows]
+    labels = [
+        [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows
+    ]
     assert labels == [["+", "+", "+"], ["+", "-", "-", "-"], ["+", "+"]]
     assert rows[1]["conversations"][0] == {
         "from": "human",
@@ -69,7 +77,10 @@ def test_labels():
     assert solver.asked == [(1, 3, options | {"first": 1})] + [(2, 8, options)] * 4
     assert [row["silent"] for row in rows] == [0, 0, 0]
     stricter = label(solver, [QUESTION], Settings(**SMALL, threshold=0.25))
-    assert [turn["value"] for turn in stricter[2]["conversations"] if turn["from"] == "gpt"] == ["-", "+"]
+    assert [turn["value"] for turn in stricter[2]["conversations"] if turn["from"] == "gpt"] == [
+        "-",
+        "+",
+    ]
 
 
 def test_steps_are_merged_and_equal_solutions_count_once():
@@ -106,13 +117,23 @@ def test_goes_on_behind_the_last_whole_question(tmp_path):
     settings = Settings(**(SMALL | {"batch_size": 3}))
     questions = with_fingerprint(read_questions(questions_file(tmp_path)), settings, "")
     # A line separator of Unicode is none of JSON's.
-    solver = Solver({question.question: ["x\u2028\n\nAnswer: 6", "wrong\n\nAnswer: 7"] for question in questions})
+    solver = Solver(
+        {
+            question.question: ["x\u2028\n\nAnswer: 6", "wrong\n\nAnswer: 7"]
+            for question in questions
+        }
+    )
     output = tmp_path / "labels.jsonl"
     run(solver, questions, output, settings)
     whole = output.read_text()
     lines = [line + "\n" for line in whole.split("\n")[:-1]]
     assert len(lines) == 6 and keep_whole(output, questions) == 3
-    for kept, expected in ((lines[:3], 1), (lines[:4], 2), ([*lines[:4], lines[4][:20]], 2), ([], 0)):
+    for kept, expected in (
+        (lines[:3], 1),
+        (lines[:4], 2),
+        ([*lines[:4], lines[4][:20]], 2),
+        ([], 0),
+    ):
         output.write_text("".join(kept))
         assert keep_whole(output, questions) == expected
         run(solver, questions, output, settings)
@@ -130,10 +151,30 @@ def test_goes_on_behind_the_last_whole_question(tmp_path):
 
 
 def test_rows_are_training_data(tmp_path, capsys):
-    """From the command line with a real model; then a sample whose trained tokens are the labels and the ends of their turns."""
+    """From the command line with a real model; then a sample whose trained tokens are the labels
+    and the ends of their turns.
+    """
     path, output = questions_file(tmp_path, 2), tmp_path / "labels.jsonl"
-    arguments = ["--checkpoint", str(tiny_checkpoint.directory()), "--questions", str(path), "--output", str(output)]
-    arguments += ["--solutions", "2", "--continuations", "2", "--max_new_tokens", "8", "--batch_size", "4", "--system", "none"]
+    arguments = [
+        "--checkpoint",
+        str(tiny_checkpoint.directory()),
+        "--questions",
+        str(path),
+        "--output",
+        str(output),
+    ]
+    arguments += [
+        "--solutions",
+        "2",
+        "--continuations",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--batch_size",
+        "4",
+        "--system",
+        "none",
+    ]
     assert main(arguments) == 1  # a model with random weights states nothing
     assert "answers could not be read: wanted is" in capsys.readouterr().err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -151,7 +192,10 @@ def test_rows_are_training_data(tmp_path, capsys):
         sample = dataset[number]
         trained |= set(np.asarray(sample["targets"])[sample["loss_weights"] > 0].tolist())
         assert sample["tiles"].shape[0] == 1
-    assert trained <= {tokenizer.token_id(token) for token in ("+", "-", "<|im_end|>")} and len(trained) >= 2
+    assert (
+        trained <= {tokenizer.token_id(token) for token in ("+", "-", "<|im_end|>")}
+        and len(trained) >= 2
+    )
 
 
 def test_errors(tmp_path, capsys):
@@ -160,12 +204,21 @@ def test_errors(tmp_path, capsys):
         ('{"question": "a"}', "line 1 has no answer"),
         ('{"question": "a", "answer": null}', "line 1 has no answer"),
         ('{"prompt": "a"}', "line 1: question is missing"),
-        ('{"question": "a", "answer": 1, "images": ["a.png"]}', "line 1: unknown key 'images'; did you mean 'image'"),
+        (
+            '{"question": "a", "answer": 1, "images": ["a.png"]}',
+            "line 1: unknown key 'images'; did you mean 'image'",
+        ),
         ('{"question": "a", "answer": [1]}', "line 1: answer is the list"),
         ("", "has no questions"),
-        ('{"question": "<image>", "answer": 1, "image": ["a.png", "a.png"]}', "line 1: 2 pictures, but 1 <image> tags"),
+        (
+            '{"question": "<image>", "answer": 1, "image": ["a.png", "a.png"]}',
+            "line 1: 2 pictures, but 1 <image> tags",
+        ),
         ('{"question": "a", "answer": "1", "image": "b.png"}', "b.png does not exist"),
-        ('{"question": "a", "answer": 1, "id": 2}\n{"question": "a", "answer": 1}', "line 2: the id 2 is also that of"),
+        (
+            '{"question": "a", "answer": 1, "id": 2}\n{"question": "a", "answer": 1}',
+            "line 2: the id 2 is also that of",
+        ),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -174,6 +227,13 @@ def test_errors(tmp_path, capsys):
         Settings(solutions=0)
     with pytest.raises(ValueError, match="max_steps is 0"):
         Settings(max_steps=0)
-    arguments = ["--checkpoint", "x", "--questions", str(path), "--output", str(tmp_path / "labels.jsonl")]
+    arguments = [
+        "--checkpoint",
+        "x",
+        "--questions",
+        str(path),
+        "--output",
+        str(tmp_path / "labels.jsonl"),
+    ]
     assert main(arguments) == 1 and "the id 2 is also" in capsys.readouterr().err
     assert make_process_labels.parse(arguments).system == "visualprm"

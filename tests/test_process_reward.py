@@ -1,4 +1,6 @@
-"""examples/process_reward: its data are right and fit its recipes, and its table says what the answers say."""
+"""examples/process_reward: its data are right and fit its recipes, and its table says what the
+answers say.
+"""
 
 import json
 import pathlib
@@ -44,8 +46,14 @@ def data(example, tmp_path_factory):
         question, answer = (turn["value"] for turn in row["conversations"])
         steps = split_steps(answer)
         messages = critic_messages(question, steps, ["+"] * (len(steps) - 1) + ["-"])
-        turns = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in messages]
-        rows.append(row | {"conversations": turns, "scores": [0.5] * (len(steps) - 1) + [0.0], "solutions": 1})
+        turns = [
+            {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+            for m in messages
+        ]
+        rows.append(
+            row
+            | {"conversations": turns, "scores": [0.5] * (len(steps) - 1) + [0.0], "solutions": 1}
+        )
     (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -53,7 +61,9 @@ def data(example, tmp_path_factory):
 def read(solution: str) -> list[tuple[str, str, str, str]]:
     """(digit, verdict, marks so far, digits left) of each step after the reading."""
     _, *steps, _ = solution.split("\n\n")
-    return [re.fullmatch(r"(\d) is (even|odd): ([eo]+)(?:, (\d+))?", step).groups("") for step in steps]
+    return [
+        re.fullmatch(r"(\d) is (even|odd): ([eo]+)(?:, (\d+))?", step).groups("") for step in steps
+    ]
 
 
 def test_solutions_are_right(example):
@@ -71,8 +81,15 @@ def test_solutions_are_right(example):
 
 def test_the_teacher_is_wrong_about_two_digits(example):
     rng = np.random.default_rng(0)
-    steps = [step for _ in range(400) for step in read(example.task.solve(rng.integers(0, 10, 5).tolist(), rng))]
-    wrong = {digit: [verdict[0] != "eo"[int(digit) % 2] for d, verdict, _, _ in steps if d == digit] for digit in "0123456789"}
+    steps = [
+        step
+        for _ in range(400)
+        for step in read(example.task.solve(rng.integers(0, 10, 5).tolist(), rng))
+    ]
+    wrong = {
+        digit: [verdict[0] != "eo"[int(digit) % 2] for d, verdict, _, _ in steps if d == digit]
+        for digit in "0123456789"
+    }
     shares = {digit: sum(found) / len(found) for digit, found in wrong.items()}
     assert {digit for digit, share in shares.items() if share} == {"6", "9"}
     assert all(0.5 < shares[digit] < 0.7 for digit in "69")
@@ -81,7 +98,9 @@ def test_the_teacher_is_wrong_about_two_digits(example):
 def test_questions(data):
     for name, count in (("taught", 12), ("labelled", 12), ("test", 5)):
         questions = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
-        solved = [json.loads(line) for line in (data / f"{name}_solved.jsonl").read_text().splitlines()]
+        solved = [
+            json.loads(line) for line in (data / f"{name}_solved.jsonl").read_text().splitlines()
+        ]
         assert len(questions) == len(solved) == count
         for question, row in zip(questions, solved, strict=True):
             digits = row["conversations"][1]["value"].split("\n")[0]
@@ -92,7 +111,10 @@ def test_questions(data):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_recipes_take_the_data(stage, data):
     config = get_config(stage)
-    values = vars(config.data) | {"source": str(data / f"{stage}.json"), "tokenizer": str(ROOT / "examples" / "tiny_digits")}
+    values = vars(config.data) | {
+        "source": str(data / f"{stage}.json"),
+        "tokenizer": str(ROOT / "examples" / "tiny_digits"),
+    }
     settings = DataConfig(**(values | {"packing_buffer": 4}))
     with BatchLoader(settings, config.processor, make_tokenizer(settings)) as batches:
         batch = next(batches).batch
@@ -118,13 +140,22 @@ def test_the_table(example, data):
         candidate("4", 0.3),
     ]
     for seed, answers in enumerate([("1", "2"), ("3", "2")]):
-        rows = [{"id": n, "answer": answer, "candidates": eight} for n, answer in enumerate(answers)]
+        rows = [
+            {"id": n, "answer": answer, "candidates": eight} for n, answer in enumerate(answers)
+        ]
         (data / f"answers_{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = example.run.summarise(data)
     results = json.loads((data / "results.json").read_text())
     assert results["one answer"]["greedy"] == [0.5, 0.0]
-    assert results["of n"]["majority"] == {"1": [0.5, 0.0], "2": [0.5, 0.0], "4": [0.5, 0.5], "8": [0.5, 0.5]}
-    assert results["of n"]["critic, mean"]["8"] == [0.0, 0.5] and results["of n"]["critic, mean"]["4"] == [0.5, 0.5]
+    assert results["of n"]["majority"] == {
+        "1": [0.5, 0.0],
+        "2": [0.5, 0.0],
+        "4": [0.5, 0.5],
+        "8": [0.5, 0.5],
+    }
+    assert results["of n"]["critic, mean"]["8"] == [0.0, 0.5] and results["of n"]["critic, mean"][
+        "4"
+    ] == [0.5, 0.5]
     assert results["of n"]["critic, max"]["8"] == [0.0, 0.5]
     assert results["of n"]["any right"]["8"] == [1.0, 1.0]
     assert results["critic - majority"]["mean"] == pytest.approx(-0.25)

@@ -1,4 +1,6 @@
-"""Frozen matrices in 8 and 4 bits: how far they are from the matrix, what they take, and training beside them."""
+"""Frozen matrices in 8 and 4 bits: how far they are from the matrix, what they take, and training
+beside them.
+"""
 
 import dataclasses
 import sys
@@ -44,12 +46,18 @@ def test_normal_weights_keep_their_direction(kind, error, bits):
 
 
 def test_nf4_is_the_papers():
-    """Of a block that holds the sixteen values themselves nothing is lost; each is nearest to itself."""
+    """Of a block that holds the sixteen values themselves nothing is lost; each is nearest to
+    itself.
+    """
     values = [-1, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]
     values += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]
     kernel = np.tile(np.asarray(values, np.float32), 4).reshape(1, 64, 1) * 3
     few = quantize(jnp.asarray(kernel), "nf4")
-    assert few["nf4"].shape == (1, 32, 1) and few["nf4"].dtype == jnp.uint8 and few["scales"].shape == (1, 1, 1)
+    assert (
+        few["nf4"].shape == (1, 32, 1)
+        and few["nf4"].dtype == jnp.uint8
+        and few["scales"].shape == (1, 1, 1)
+    )
     np.testing.assert_allclose(dequantize(few, jnp.float32), kernel, atol=1e-6)
 
 
@@ -59,35 +67,60 @@ def test_the_model_computes_with_the_matrices_that_are_kept(kind):
     settings, params = prepared(kind)
     found = logits(CONFIG, lora.variables(params, settings), batch(2))
     unpacked = lora.merged(lora.base_params(params))
-    expected = logits(CONFIG, lora.variables(unpacked | {lora.SUBTREE: params[lora.SUBTREE]}, settings), batch(2))
+    expected = logits(
+        CONFIG, lora.variables(unpacked | {lora.SUBTREE: params[lora.SUBTREE]}, settings), batch(2)
+    )
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
     merged = lora.merged(params, settings)
     assert jax.tree.structure(merged) == jax.tree.structure(random_params(CONFIG))
-    np.testing.assert_allclose(logits(CONFIG, {"params": merged}, batch(2)), found, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        logits(CONFIG, {"params": merged}, batch(2)), found, atol=2e-5, rtol=1e-5
+    )
 
 
 def test_training_beside_four_bits():
-    """The same update as beside the unpacked matrices, which do not change; on devices that split them, too."""
+    """The same update as beside the unpacked matrices, which do not change; on devices that split
+    them, too.
+    """
     settings, params = prepared("nf4")
-    before, after, metrics, _ = step_of(settings, params=params, mesh=sharding.make_mesh(MESHES["all"]))
+    before, after, metrics, _ = step_of(
+        settings, params=params, mesh=sharding.make_mesh(MESHES["all"])
+    )
     unpacked = lora.merged(lora.base_params(params)) | {lora.SUBTREE: params[lora.SUBTREE]}
-    _, _, expected, _ = step_of(SETTINGS, params=unpacked, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    _, _, expected, _ = step_of(
+        SETTINGS, params=unpacked, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     assert_close(jax.device_get(metrics), jax.device_get(expected))
-    changed = [path for path, leaf in by_path(after.params).items() if (leaf != by_path(before.params)[path]).any()]
+    changed = [
+        path
+        for path, leaf in by_path(after.params).items()
+        if (leaf != by_path(before.params)[path]).any()
+    ]
     assert changed and all(path.startswith("lora/") for path in changed)
 
 
 def test_what_8b_takes():
-    """Half a byte a parameter and a little, but for embedding, head and the small ones, which stay in bfloat16."""
+    """Half a byte a parameter and a little, but for embedding, head and the small ones, which stay
+    in bfloat16.
+    """
     base = abstract_params(SIZES["8b"], jnp.bfloat16)
-    few = jax.eval_shape(lambda base: lora.prepare_base(base, dataclasses.replace(SETTINGS, quantize="nf4")), base)
-    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e9 for tree in (base, few)]
+    few = jax.eval_shape(
+        lambda base: lora.prepare_base(base, dataclasses.replace(SETTINGS, quantize="nf4")), base
+    )
+    sizes = [
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e9
+        for tree in (base, few)
+    ]
     assert sizes == pytest.approx([15.9, 6.1], rel=0.02)
 
 
 def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    config = dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, quantize="int8"))
-    with pytest.raises(ImportError, match=r"lora.quantize needs qwix: pip install -e '\.\[quant\]'"):
+    config = dataclasses.replace(
+        train_config(), lora=dataclasses.replace(SETTINGS, quantize="int8")
+    )
+    with pytest.raises(
+        ImportError, match=r"lora.quantize needs qwix: pip install -e '\.\[quant\]'"
+    ):
         lora.freeze_base(config)
     lora.freeze_base(dataclasses.replace(config, lora=SETTINGS))

@@ -1,4 +1,6 @@
-"""Annotation files that were changed, damaged or made to do harm: each is read as it is now, or refused in one line, within limits."""
+"""Annotation files that were changed, damaged or made to do harm: each is read as it is now, or
+refused in one line, within limits.
+"""
 
 import io
 import json
@@ -44,7 +46,7 @@ def rewrite(path, content: bytes, stamp) -> None:
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
-# --- change ----------------------------------------------------------------------------------------------------------------------
+# --- change --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settled", [0, row_index.SETTLED])
@@ -56,7 +58,9 @@ def test_a_file_of_the_same_size_and_time_stamp_is_noticed(tmp_path, monkeypatch
     time.sleep(0.02)  # the clock of the file system is coarse
     rewrite(path, b'{"n": 11}\n{"n": 2}\n', stamp)
     assert path.stat().st_size == stamp.st_size and path.stat().st_mtime_ns == stamp.st_mtime_ns
-    with pytest.raises(ChangedError, match=r"a.jsonl: row 1 is not where its index says: the file was changed"):
+    with pytest.raises(
+        ChangedError, match=r"a.jsonl: row 1 is not where its index says: the file was changed"
+    ):
         before[1]
     after = Rows([str(path)])
     assert [after[row][0]["n"] for row in range(2)] == [11, 2] and after.identity != before.identity
@@ -83,13 +87,31 @@ def test_identity_is_of_rows_and_their_order(tmp_path):
         return Rows(paths).identity
 
     one, other = [{"n": 1}, {"n": 2}], [{"n": 3}]
-    assert identity(one, other) == identity(one, other) and identity(one).startswith("2 rows, sha256 ")
-    different = [identity(one, other), identity(other, one), identity(one), identity(one[::-1]), identity(one + other)]
+    assert identity(one, other) == identity(one, other) and identity(one).startswith(
+        "2 rows, sha256 "
+    )
+    different = [
+        identity(one, other),
+        identity(other, one),
+        identity(one),
+        identity(one[::-1]),
+        identity(one + other),
+    ]
     assert len(set(different)) == 5
     archives = []
     for content in (b"one", b"two"):
         row = json.dumps(TEXT).encode()
-        archives.append(Rows([str(write_tar(tmp_path / f"{content}.tar", {"a.json": row, f"a.{content}": content}))]).identity)
+        archives.append(
+            Rows(
+                [
+                    str(
+                        write_tar(
+                            tmp_path / f"{content}.tar", {"a.json": row, f"a.{content}": content}
+                        )
+                    )
+                ]
+            ).identity
+        )
     assert archives[0] != archives[1]
     records = []
     for number in range(2):
@@ -102,25 +124,39 @@ def test_identity_is_of_rows_and_their_order(tmp_path):
 
 def test_identity_of_sources(tmp_path):
     def identity(**entry):
-        return OfficialSource(read_meta(write_meta(tmp_path, a={"rows": [TEXT] * 4} | entry))[0]).identity
+        return OfficialSource(
+            read_meta(write_meta(tmp_path, a={"rows": [TEXT] * 4} | entry))[0]
+        ).identity
 
     plain = identity()
     assert plain == identity(length=4) == identity(data_augment=False)
-    changed = [identity(data_augment=True), identity(repeat_time=2), identity(max_dynamic_patch=3), identity(root="")]
+    changed = [
+        identity(data_augment=True),
+        identity(repeat_time=2),
+        identity(max_dynamic_patch=3),
+        identity(root=""),
+    ]
     assert len({plain, *changed}) == 5
     source = "examples.tiny_digits.recipe.data:sources"
-    digits = [open_sources(data_config(source, samples=n, seed=seed))[0].identity for n, seed in ((4, 0), (5, 0), (4, 1))]
+    digits = [
+        open_sources(data_config(source, samples=n, seed=seed))[0].identity
+        for n, seed in ((4, 0), (5, 0), (4, 1))
+    ]
     assert len(set(digits)) == 3
 
 
-# --- JSONL -----------------------------------------------------------------------------------------------------------------------
+# --- JSONL ---------------------------------------------------------------------------------------
 
 
 def test_lines_as_other_programs_write_them(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"t": "a\u2028b"}\r\n{"t": "c\u0085d"}\r\n\r\n{"t": "e"}'.encode())
     found = Rows([str(path)])
-    assert len(found) == 4 and [found[row][0]["t"] for row in (0, 1, 3)] == ["a\u2028b", "c\u0085d", "e"]
+    assert len(found) == 4 and [found[row][0]["t"] for row in (0, 1, 3)] == [
+        "a\u2028b",
+        "c\u0085d",
+        "e",
+    ]
     for content, reason in [
         (b"  \n", "the line is empty"),
         (b'{"t": "\xff"}\n', "byte 7 is not UTF-8"),
@@ -131,7 +167,9 @@ def test_lines_as_other_programs_write_them(tmp_path):
         (b'{"t":' * 100_000 + b"\n", "nested more than"),
         (b"9" * 5000 + b"\n", "5,000 digits"),
     ]:
-        path.write_bytes(b'{"t": 1}\n' + content + (b'{"t": 1}\n' if content.endswith(b"\n") else b""))
+        path.write_bytes(
+            b'{"t": 1}\n' + content + (b'{"t": 1}\n' if content.endswith(b"\n") else b"")
+        )
         with pytest.raises(RowError, match=re.escape(reason)) as caught:
             Rows([str(path)])[1]
         assert len(str(caught.value)) < 300
@@ -166,7 +204,10 @@ def test_other_kinds_of_files_say_what_to_do(tmp_path):
         with pytest.raises(FileError, match=reason):
             Rows([str(tmp_path / name)])
     write_rows(tmp_path / "rows.jsonl", [TEXT])
-    with pytest.raises(MetaError, match=r'holds rows, not a meta JSON; write a file with .*"annotation": "rows.jsonl"'):
+    with pytest.raises(
+        MetaError,
+        match=r'holds rows, not a meta JSON; write a file with .*"annotation": "rows.jsonl"',
+    ):
         read_meta(str(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(MetaError, match="a row on each line is named .jsonl"):
@@ -180,13 +221,17 @@ def test_a_row_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(row_index, "MAX_ROW", 100)
     monkeypatch.setattr(rows, "MAX_ROW", 100)
     monkeypatch.setattr(row_index, "CHUNK", 64)
-    found = Rows([str(write_rows(tmp_path / "a.jsonl", [{"n": 1}, {"n": "x" * 1000}, {"image": "a.png"}]))])
+    found = Rows(
+        [str(write_rows(tmp_path / "a.jsonl", [{"n": 1}, {"n": "x" * 1000}, {"image": "a.png"}]))]
+    )
     assert len(found) == 3 and found.has_pictures and found[2][0] == {"image": "a.png"}
     with pytest.raises(RowError, match=r"has 1,0.. bytes; at most 100 are read"):
         found[1]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.tar", "a.array_record", "meta.json", "drop.tsv", "reference.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.tar", "a.array_record", "meta.json", "drop.tsv", "reference.jsonl"]
+)
 def test_pipes_devices_and_folders_are_refused(tmp_path, name):
     read = {
         "meta.json": read_meta,
@@ -201,7 +246,7 @@ def test_pipes_devices_and_folders_are_refused(tmp_path, name):
             read.get(name, lambda path: Rows([path]))(str(path / name))
 
 
-# --- index -----------------------------------------------------------------------------------------------------------------------
+# --- index ---------------------------------------------------------------------------------------
 
 
 def test_a_damaged_index_is_built_again_or_named(tmp_path, monkeypatch):
@@ -211,7 +256,9 @@ def test_a_damaged_index_is_built_again_or_named(tmp_path, monkeypatch):
     Rows([str(path)])
     good = place.read_bytes()
     bomb = io.BytesIO()
-    np.lib.format.write_array_header_1_0(bomb, {"descr": "<i8", "fortran_order": False, "shape": (1 << 61,)})
+    np.lib.format.write_array_header_1_0(
+        bomb, {"descr": "<i8", "fortran_order": False, "shape": (1 << 61,)}
+    )
     pickled = io.BytesIO()
     np.save(pickled, np.array([{"n": 1}], object), allow_pickle=True)
     for content in (
@@ -234,11 +281,13 @@ def test_a_damaged_index_is_built_again_or_named(tmp_path, monkeypatch):
         values = np.frombuffer(good[-8 * 6 :], np.int64).copy()
         values[row] = wrong
         place.write_bytes(good[: -8 * 6] + values.tobytes())
-        with pytest.raises(ChangedError, match=r"the index is damaged; delete .*a.jsonl.index.npy and start again"):
+        with pytest.raises(
+            ChangedError, match=r"the index is damaged; delete .*a.jsonl.index.npy and start again"
+        ):
             [Rows([str(path)])[number] for number in range(5)]
 
 
-# --- tar -------------------------------------------------------------------------------------------------------------------------
+# --- tar -----------------------------------------------------------------------------------------
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, pax: dict | None = None) -> bytes:
@@ -274,16 +323,25 @@ END = b"\0" * 1024
     ("content", "reason"),
     [
         (PADDED + sparse_header("a.png", 40 << 30) + END, "sparse"),
-        (PADDED + header("a.png", 5, pax={"size": str(1 << 45)}) + END, "claims 35,184,372,088,832 bytes"),
+        (
+            PADDED + header("a.png", 5, pax={"size": str(1 << 45)}) + END,
+            "claims 35,184,372,088,832 bytes",
+        ),
         (PADDED + header("a.png", 1 << 40) + END, "claims 1,099,511,627,776 bytes"),
-        (PADDED + header("././@LongLink", 1 << 40, tarfile.GNUTYPE_LONGNAME) + END, "claims 1,099,511,627,776 bytes"),
+        (
+            PADDED + header("././@LongLink", 1 << 40, tarfile.GNUTYPE_LONGNAME) + END,
+            "claims 1,099,511,627,776 bytes",
+        ),
         (PADDED + header("x", 1 << 42, tarfile.XHDTYPE) + END, "claims"),
         (PADDED + header("a.png", 0, tarfile.SYMTYPE) + END, "is a link, pipe or device"),
         (PADDED + header("a.png", 0, tarfile.LNKTYPE) + END, "is a link, pipe or device"),
         (PADDED + header("a.png", 0, tarfile.FIFOTYPE) + END, "is a link, pipe or device"),
         (PADDED + header("a.png", 0, tarfile.CHRTYPE) + END, "is a link, pipe or device"),
         (PADDED + negative("a.png") + END, "the archive is damaged"),
-        (PADDED + header("b.json", 9).replace(b"b.json", b"c.json") + b"\0" * 512 + END, "damaged at byte 1,024"),
+        (
+            PADDED + header("b.json", 9).replace(b"b.json", b"c.json") + b"\0" * 512 + END,
+            "damaged at byte 1,024",
+        ),
         (PADDED + b"\0" * 512 + PADDED + END, "has more behind its end"),
         (PADDED, "without an end mark"),
         (PADDED[:700], "damaged|completely"),
@@ -296,13 +354,22 @@ def test_archives_that_claim_what_they_do_not_hold(tmp_path, content, reason):
     with pytest.raises(FileError, match=rf"a.tar: .*({reason})") as caught:
         Rows([str(tmp_path / "a.tar")])
     assert len(str(caught.value)) < 400
-    if reason not in ("has more behind its end", "without an end mark") and "completely" not in reason:
+    if (
+        reason not in ("has more behind its end", "without an end mark")
+        and "completely" not in reason
+    ):
         with pytest.raises(RowError, match="its part of the tar archive: "):
             decode_tar(content)
 
 
 def test_samples_have_limits(tmp_path, monkeypatch):
-    twice = PADDED + header("a.png", 1) + b"x".ljust(512, b"\0") + header("a.png", 1) + b"y".ljust(512, b"\0")
+    twice = (
+        PADDED
+        + header("a.png", 1)
+        + b"x".ljust(512, b"\0")
+        + header("a.png", 1)
+        + b"y".ljust(512, b"\0")
+    )
     with pytest.raises(RowError, match="two files 'a.png'"):
         decode_tar(twice)
     monkeypatch.setattr(rows, "MAX_MEMBERS", 3)
@@ -322,7 +389,11 @@ def test_good_archives_of_every_format(tmp_path):
             directory = tarfile.TarInfo("folder/")
             directory.type = tarfile.DIRTYPE
             archive.addfile(directory)
-            for name, content in ((f"{long}.json", ROW), (f"{long}.png", encoded(picture())), ("b.json", ROW)):
+            for name, content in (
+                (f"{long}.json", ROW),
+                (f"{long}.png", encoded(picture())),
+                ("b.json", ROW),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -330,7 +401,7 @@ def test_good_archives_of_every_format(tmp_path):
         assert len(found) == 2 and list(found[0][1]) == [f"{long}.png"] and found[1] == (TEXT, {})
 
 
-# --- names -----------------------------------------------------------------------------------------------------------------------
+# --- names ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -361,17 +432,29 @@ def test_braces_stars_and_brackets_in_names(tmp_path):
     (folder / "a1.jsonl.index.npy").write_bytes(b"")
 
     def found(pattern):
-        return [os.path.basename(path) for path in read_meta(write_meta(folder, a={"annotation": pattern}))[0].annotation]
+        return [
+            os.path.basename(path)
+            for path in read_meta(write_meta(folder, a={"annotation": pattern}))[0].annotation
+        ]
 
-    assert found("a*") == ["a1.jsonl", "a2.jsonl", "a10.jsonl"] and found("a{1..2}.jsonl") == ["a1.jsonl", "a2.jsonl"]
-    assert found("{b,c}.jsonl") == ["{b,c}.jsonl"] and found(["a10.jsonl", "a1.jsonl"]) == ["a10.jsonl", "a1.jsonl"]
-    for pattern in ("a{2..3}.jsonl", "a{0..1}.jsonl"):  # a missing file is an error wherever it stands
+    assert found("a*") == ["a1.jsonl", "a2.jsonl", "a10.jsonl"] and found("a{1..2}.jsonl") == [
+        "a1.jsonl",
+        "a2.jsonl",
+    ]
+    assert found("{b,c}.jsonl") == ["{b,c}.jsonl"] and found(["a10.jsonl", "a1.jsonl"]) == [
+        "a10.jsonl",
+        "a1.jsonl",
+    ]
+    # a missing file is an error wherever it stands
+    for pattern in ("a{2..3}.jsonl", "a{0..1}.jsonl"):
         with pytest.raises(MetaError, match=r"a[03].jsonl is missing"):
             found(pattern)
     assert files.expand(str(folder / "a?.jsonl")) == []
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\tb", "a\nb", "\x1b[2Jx", "#a", "x" * 300, "\udce9", "a\u202eb"])
+@pytest.mark.parametrize(
+    "name", ["", " ", "a\tb", "a\nb", "\x1b[2Jx", "#a", "x" * 300, "\udce9", "a\u202eb"]
+)
 def test_names_that_no_table_and_no_list_can_hold(tmp_path, name):
     write_rows(tmp_path / "a.jsonl", [TEXT])
     (tmp_path / "meta.json").write_text(json.dumps({name: {"root": "", "annotation": "a.jsonl"}}))
@@ -380,7 +463,7 @@ def test_names_that_no_table_and_no_list_can_hold(tmp_path, name):
     assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-# --- lists and tables ------------------------------------------------------------------------------------------------------------
+# --- lists and tables ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -406,10 +489,17 @@ def test_drop_lists_name_the_line(tmp_path, line, reason):
 
 def test_tables_of_the_reference_name_the_line(tmp_path):
     path = tmp_path / "reference.jsonl"
-    lines = ['{"reference": "runs/a", "hash": "1", "dtype": "float32"}', '{"key": "00ff", "chosen": -1.5, "rejected": -2}']
+    lines = [
+        '{"reference": "runs/a", "hash": "1", "dtype": "float32"}',
+        '{"key": "00ff", "chosen": -1.5, "rejected": -2}',
+    ]
     path.write_text("\n".join(lines) + "\n")
     table = ReferenceTable(str(path))
-    assert table.keys.tolist() == [255] and table.values.tolist() == [[-1.5, -2.0]] and table.identity.startswith("sha256 ")
+    assert (
+        table.keys.tolist() == [255]
+        and table.values.tolist() == [[-1.5, -2.0]]
+        and table.identity.startswith("sha256 ")
+    )
     for wrong, reason in [
         ("", "line 3: is not JSON"),
         ('{"key": "x", "chosen": 1, "rejected": 1}', "line 3: key is 'x'"),

@@ -1,4 +1,6 @@
-"""What a row may name and say: paths stay under their root, and no image, turn or text of another trainer's row is lost in silence."""
+"""What a row may name and say: paths stay under their root, and no image, turn or text of another
+trainer's row is lost in silence.
+"""
 
 import json
 import pathlib
@@ -20,14 +22,16 @@ SAID = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "
 
 
 def read(source, row=0):
-    return source.conversation(row, lambda clip: lambda footage: middle_frames(footage, 2, clip), PROCESSOR)
+    return source.conversation(
+        row, lambda clip: lambda footage: middle_frames(footage, 2, clip), PROCESSOR
+    )
 
 
 def source(folder, rows, **entry):
     return OfficialSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
-# --- paths -----------------------------------------------------------------------------------------------------------------------
+# --- paths ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -43,7 +47,16 @@ def place(tmp_path):
     return tmp_path
 
 
-INSIDE = ["a.png", "./a.png", "sub/../a.png", "sub/b.png", "sub//b.png", "{root}/a.png", "{root}/sub/../a.png", "link/c.png"]
+INSIDE = [
+    "a.png",
+    "./a.png",
+    "sub/../a.png",
+    "sub/b.png",
+    "sub//b.png",
+    "{root}/a.png",
+    "{root}/sub/../a.png",
+    "link/c.png",
+]
 OUTSIDE = [
     "../secret.png",
     "../root/a.png",
@@ -68,21 +81,37 @@ def test_paths_stay_under_their_root(place):
     rows = [{"image": name.format(root=root), **TEXT} for name in INSIDE]
     found = source(place, rows, root="root")
     assert [len(read(found, row).pictures) for row in range(len(rows))] == [1] * len(rows)
-    for key, wrap in (("image", str), ("image", lambda name: [name]), ("images", lambda name: [name]), ("video", str)):
+    for key, wrap in (
+        ("image", str),
+        ("image", lambda name: [name]),
+        ("images", lambda name: [name]),
+        ("video", str),
+    ):
         rows = [{key: wrap(name.format(root=root)), **TEXT} for name in OUTSIDE]
         found = source(place, rows, root="root")
         for row in range(len(rows)):
-            with pytest.raises(RowError, match=r'is outside of the source\'s root, .*"allow_outside_root": true'):
+            with pytest.raises(
+                RowError, match=r'is outside of the source\'s root, .*"allow_outside_root": true'
+            ):
                 read(found, row)
 
 
 def test_the_root_may_be_left_where_the_meta_file_says_so(place):
-    names = ["../secret.png", str(place / "secret.png"), str(place / "root/a.png"), f"file://{place}/secret.png"]
-    found = source(place, [{"image": name, **TEXT} for name in names], root="root", allow_outside_root=True)
+    names = [
+        "../secret.png",
+        str(place / "secret.png"),
+        str(place / "root/a.png"),
+        f"file://{place}/secret.png",
+    ]
+    found = source(
+        place, [{"image": name, **TEXT} for name in names], root="root", allow_outside_root=True
+    )
     assert [len(read(found, row).pictures) for row in range(4)] == [1] * 4
     # Without a root paths are whole; relative ones are beside the meta file, and stay there.
     found = source(
-        place / "root", [{"image": name, **TEXT} for name in [str(place / "secret.png"), "a.png", "../secret.png"]], root=""
+        place / "root",
+        [{"image": name, **TEXT} for name in [str(place / "secret.png"), "a.png", "../secret.png"]],
+        root="",
     )
     assert [len(read(found, row).pictures) for row in range(2)] == [1, 1]
     with pytest.raises(RowError, match="outside of the source's root"):
@@ -92,9 +121,21 @@ def test_the_root_may_be_left_where_the_meta_file_says_so(place):
 def test_rows_from_an_address_name_no_files_of_this_machine(place, monkeypatch):
     monkeypatch.setenv("INTERNVL3_JAX_CACHE", str(place / "cache"))
     memory = fsspec.filesystem("memory")
-    names = ["memory://paths/a.png", "a.png", str(place / "secret.png"), f"file://{place}/secret.png", "../other/a.png"]
+    names = [
+        "memory://paths/a.png",
+        "a.png",
+        str(place / "secret.png"),
+        f"file://{place}/secret.png",
+        "../other/a.png",
+    ]
     rows = "\n".join(json.dumps({"image": name, **TEXT}) for name in names)
-    memory.pipe({"/paths/rows.jsonl": rows.encode(), "/paths/a.png": encoded(picture()), "/other/a.png": encoded(picture())})
+    memory.pipe(
+        {
+            "/paths/rows.jsonl": rows.encode(),
+            "/paths/a.png": encoded(picture()),
+            "/other/a.png": encoded(picture()),
+        }
+    )
     for root, annotation, folder in (
         ("", "rows.jsonl", "memory://paths"),
         ("memory://paths/", "memory://paths/rows.jsonl", str(place)),
@@ -114,9 +155,15 @@ def test_rows_from_an_address_name_no_files_of_this_machine(place, monkeypatch):
 def test_rows_of_archives_name_files_of_their_archive(place, root, outside):
     for name in ("{place}/secret.png", "secret.png", "../secret.png", "b.png", "memory://x"):
         row = {"image": name.format(place=place), **TEXT}
-        write_tar(place / "a.tar", {"a.json": json.dumps(row).encode(), "a.png": encoded(picture())})
-        meta = write_meta(place, a={"root": root, "annotation": "a.tar", "allow_outside_root": outside})
-        with pytest.raises(RowError, match="is not in the row's sample of the archive, which holds a.png"):
+        write_tar(
+            place / "a.tar", {"a.json": json.dumps(row).encode(), "a.png": encoded(picture())}
+        )
+        meta = write_meta(
+            place, a={"root": root, "annotation": "a.tar", "allow_outside_root": outside}
+        )
+        with pytest.raises(
+            RowError, match="is not in the row's sample of the archive, which holds a.png"
+        ):
             read(OfficialSource(read_meta(meta)[0]))
 
 
@@ -144,7 +191,7 @@ def test_what_is_no_path_is_said_in_short(place, key, value):
     assert len(str(caught.value)) < 400 and "\0" not in str(caught.value)
 
 
-# --- other trainers' rows --------------------------------------------------------------------------------------------------------
+# --- other trainers' rows ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,12 +199,43 @@ def test_what_is_no_path_is_said_in_short(place, key, value):
     [
         ({"images": ["root/a.png"], "messages": SAID}, 1),
         ({"images": "root/a.png", "messages": SAID}, 1),
-        ({"images": [{"path": "root/a.png", "bytes": None}], "conversations": turns("<image>What?", "That")}, 1),
+        (
+            {
+                "images": [{"path": "root/a.png", "bytes": None}],
+                "conversations": turns("<image>What?", "That"),
+            },
+            1,
+        ),
         ({"image": {"path": "root/a.png"}, **TEXT}, 1),
-        ({"images": ["root/a.png"] * 2, "messages": [{"role": "user", "content": "<image><image>?"}, SAID[1]]}, 2),
+        (
+            {
+                "images": ["root/a.png"] * 2,
+                "messages": [{"role": "user", "content": "<image><image>?"}, SAID[1]],
+            },
+            2,
+        ),
         ({"videos": ["root/frames"], "messages": SAID}, 2),
-        ({"images": [], "videos": None, "system": "", "tools": [], "messages": [{"role": "system", "content": "s"}, *SAID]}, 0),
-        ({"image": "root/a.png", "image_url": "http://x", "image_name": "x", "width": 3, "image_size": [3, 4], **TEXT}, 1),
+        (
+            {
+                "images": [],
+                "videos": None,
+                "system": "",
+                "tools": [],
+                "messages": [{"role": "system", "content": "s"}, *SAID],
+            },
+            0,
+        ),
+        (
+            {
+                "image": "root/a.png",
+                "image_url": "http://x",
+                "image_name": "x",
+                "width": 3,
+                "image_size": [3, 4],
+                **TEXT,
+            },
+            1,
+        ),
         (
             {
                 "image_id": 5,
@@ -176,7 +254,10 @@ def test_what_is_no_path_is_said_in_short(place, key, value):
 )
 def test_other_spellings_are_read(place, row, images):
     found = read(source(place, [row], root="."))
-    assert len(found.pictures) == images and sum(m["content"].count("<image>") for m in found.messages) == images
+    assert (
+        len(found.pictures) == images
+        and sum(m["content"].count("<image>") for m in found.messages) == images
+    )
     assert [m["role"] for m in found.messages][-2:] == ["user", "assistant"]
 
 
@@ -194,7 +275,19 @@ LOOKALIKES = [
         "images_list",
         "image1",
     ),
-    *("image_2", "image_url", "image_base64", "imgae", "iamge", "imge", "vidoe", "vedio", "video_path", "videos_path", "clips"),
+    *(
+        "image_2",
+        "image_url",
+        "image_base64",
+        "imgae",
+        "iamge",
+        "imge",
+        "vidoe",
+        "vedio",
+        "video_path",
+        "videos_path",
+        "clips",
+    ),
     *(
         "audio",
         "audios",
@@ -212,7 +305,9 @@ LOOKALIKES = [
 
 @pytest.mark.parametrize("key", LOOKALIKES)
 def test_keys_that_look_like_images_are_never_dropped(key):
-    with pytest.raises(RowError, match=f"unknown key '{key}' = 'a.png'; (did you mean|images go under)"):
+    with pytest.raises(
+        RowError, match=f"unknown key '{key}' = 'a.png'; (did you mean|images go under)"
+    ):
         check_keys({key: "a.png", **TEXT})
     check_keys({key: None, **TEXT})
 
@@ -225,7 +320,10 @@ def test_keys_that_look_like_images_are_never_dropped(key):
         ({"videos": ["a.mp4", "b.mp4"], **TEXT}, "one for a row"),
         ({"image": "root/a.png", "image2": "b.png", **TEXT}, "unknown key 'image2'"),
         ({"image": "root/a.png", "audio": "b.wav", **TEXT}, "unknown key 'audio'"),
-        ({"system": "Be brief.", **TEXT}, "the key system = 'Be brief.' is not read; make it the first turn"),
+        (
+            {"system": "Be brief.", **TEXT},
+            "the key system = 'Be brief.' is not read; make it the first turn",
+        ),
         ({"tools": "[]x", **TEXT}, "the key tools"),
         ({"objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}, **TEXT}, "the key objects"),
         ({"history": [["a", "b"]], **TEXT}, "the key history"),
@@ -237,16 +335,28 @@ def test_keys_that_look_like_images_are_never_dropped(key):
             "conversations is None; expected a list of turns; it has instruction, output: write them",
         ),
         ({"conversatoins": turns("a", "b")}, "did you mean 'conversations'?"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "turn 1 is from 'tool'; expected system, human, gpt"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "turn 1 is from 'tool'; expected system, human, gpt",
+        ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1 is from ['user']"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
             "turn 1: its content is a list of parts",
         ),
-        ({"messages": [SAID[0], {**SAID[1], "loss": False}]}, "turn 2: the key loss = False is not read"),
+        (
+            {"messages": [SAID[0], {**SAID[1], "loss": False}]},
+            "turn 2: the key loss = False is not read",
+        ),
         ({"messages": [SAID[0], {**SAID[1], "tool_calls": [1]}]}, "turn 2: the key tool_calls"),
-        ({"conversations": [{**turns("a")[0], "image": "a.png"}, *turns("a", "b")[1:]]}, "turn 1: image belongs to the row"),
-        ({"conversations": turns("a", "b\ud83d")}, r"turn 2: its value holds half a character, \ud83d at 1"),
+        (
+            {"conversations": [{**turns("a")[0], "image": "a.png"}, *turns("a", "b")[1:]]},
+            "turn 1: image belongs to the row",
+        ),
+        (
+            {"conversations": turns("a", "b\ud83d")},
+            r"turn 2: its value holds half a character, \ud83d at 1",
+        ),
         ({"conversations": "x" * 2_000_000}, "expected a list of turns"),
         ({"conversations": [{"x" * 2_000_000: 1}]}, "turn 1 is {"),
         ({"conversations": [{"from": "x" * 2_000_000, "value": "a"}]}, "turn 1 is from 'xxx"),
@@ -269,19 +379,30 @@ def test_empty_answers():
 def test_pairs_and_their_images(place):
     row = {"images": ["root/a.png"], "question": "What?", "chosen": "b", "rejected": "c"}
     found = read(source(place, [row], root="."))
-    assert len(found.pictures) == 1 and found.rejected == "c" and found.messages[0]["content"] == "<image>\nWhat?"
+    assert (
+        len(found.pictures) == 1
+        and found.rejected == "c"
+        and found.messages[0]["content"] == "<image>\nWhat?"
+    )
 
 
 def test_a_file_of_rows_of_other_spellings_has_pictures(tmp_path):
     for number, key in enumerate(("images", "videos")):
-        rows = OfficialSource(read_meta(write_meta(tmp_path, a={"rows": [TEXT, {key: ["x"], "messages": SAID}]}))[0])
+        rows = OfficialSource(
+            read_meta(write_meta(tmp_path, a={"rows": [TEXT, {key: ["x"], "messages": SAID}]}))[0]
+        )
         assert rows.has_pictures, (number, key)
     assert not source(tmp_path, [{"images": [], **TEXT}]).has_pictures
 
 
 def test_the_documented_rows_and_sources_are_read(tmp_path):
-    page = (pathlib.Path(__file__).resolve().parents[1] / "docs/data.md").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in re.search(r"```jsonl\n(.*?)```", page, re.DOTALL)[1].splitlines()]
+    page = (pathlib.Path(__file__).resolve().parents[1] / "docs/data.md").read_text(
+        encoding="utf-8"
+    )
+    rows = [
+        json.loads(line)
+        for line in re.search(r"```jsonl\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    ]
     for name in ("0007.jpg", "a.jpg", "b.jpg", "0011.jpg", "0012.jpg"):
         picture().save(tmp_path / name)
     found = source(tmp_path, rows, root=".")
@@ -295,7 +416,9 @@ def test_the_documented_rows_and_sources_are_read(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     specs = read_meta(str(tmp_path / "meta.json"))
-    assert [len(spec.annotation) for spec in specs] == [1, 129] and specs[0].root == str(tmp_path / "receipts/images")
+    assert [len(spec.annotation) for spec in specs] == [1, 129] and specs[0].root == str(
+        tmp_path / "receipts/images"
+    )
     keys = set(re.findall(r"^\| `(\w+)` \|", page.partition("## The path rule")[0], re.MULTILINE))
     assert keys == {
         "root",
@@ -309,7 +432,9 @@ def test_the_documented_rows_and_sources_are_read(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["file_name", "decoded_image", "input_image", "jpg", "path", "file", "url", "whatever"])
+@pytest.mark.parametrize(
+    "name", ["file_name", "decoded_image", "input_image", "jpg", "path", "file", "url", "whatever"]
+)
 @pytest.mark.parametrize("value", ["nowhere.png", ["a/b.JPG"], {"path": "clip.mp4"}])
 def test_an_image_under_another_key_is_not_dropped(name, value):
     with pytest.raises(RowError, match=f"unknown key '{name}' = "):
@@ -317,7 +442,9 @@ def test_an_image_under_another_key_is_not_dropped(name, value):
     check_keys({"id": 1, "image": "a.png", "conversations": [], "source_file": value})
 
 
-@pytest.mark.parametrize("turn", [{"image_path": "a.png"}, {"img": "a.png"}, {"images": ["a.png"]}, {"other": "a.jpeg"}])
+@pytest.mark.parametrize(
+    "turn", [{"image_path": "a.png"}, {"img": "a.png"}, {"images": ["a.png"]}, {"other": "a.jpeg"}]
+)
 def test_an_image_of_a_turn_is_not_dropped(turn):
     with pytest.raises(RowError, match="belongs to the row"):
         read_messages({"conversations": [{"from": "human", "value": "x"} | turn]})

@@ -24,9 +24,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\).*config.json"):
+    with pytest.raises(
+        OSError, match=r"cannot be written \(No space left on device\).*config.json"
+    ):
         safe_files.replace(path, b"newer")
-    assert path.read_bytes() == b"new" and [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+    assert path.read_bytes() == b"new" and [entry.name for entry in tmp_path.iterdir()] == [
+        "config.json"
+    ]
 
 
 def test_a_link_stays_a_link_when_its_file_is_replaced(tmp_path):
@@ -48,7 +52,9 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     holder = context.Process(target=_hold, args=(tmp_path / "lock", ready))
     holder.start()
     assert ready.wait(60)
-    with pytest.raises(InUse, match=rf"the run is in use by another process \(process {holder.pid} on "):
+    with pytest.raises(
+        InUse, match=rf"the run is in use by another process \(process {holder.pid} on "
+    ):
         Lock(tmp_path / "lock", "the run").acquire()
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
@@ -68,7 +74,9 @@ def test_only_marked_directories_are_deleted(tmp_path):
     (tmp_path / "link").symlink_to(ours)
     (ours / "out").symlink_to(theirs)
     assert not safe_files.remove_own(theirs) and (theirs / "deep/er/file").exists()
-    assert not safe_files.remove_own(tmp_path / "link") and not safe_files.remove_own(tmp_path / "nothing")
+    assert not safe_files.remove_own(tmp_path / "link") and not safe_files.remove_own(
+        tmp_path / "nothing"
+    )
     assert safe_files.remove_own(ours) and not ours.exists() and (theirs / "deep/er/file").exists()
 
 
@@ -81,7 +89,10 @@ def test_text_cannot_drive_a_terminal():
 def test_a_file_that_is_no_lock_is_left_as_it_is(tmp_path):
     path = tmp_path / "some.lock"
     path.write_bytes(b"notes")
-    with pytest.raises(safe_files.FileError, match="some.lock: is no lock of this program"), safe_files.Lock(path, "it"):
+    with (
+        pytest.raises(safe_files.FileError, match="some.lock: is no lock of this program"),
+        safe_files.Lock(path, "it"),
+    ):
         pass
     assert path.read_bytes() == b"notes"
     path.write_bytes(b'{"hos')  # its holder was killed while it wrote

@@ -1,4 +1,6 @@
-"""What a run may be configured with: types, ranges and contradictions, and --config on a command line."""
+"""What a run may be configured with: types, ranges and contradictions, and --config on a command
+line.
+"""
 
 import dataclasses
 import re
@@ -9,7 +11,14 @@ from tiny_checkpoint import CONFIG, train_config
 
 from configs.common import RELEASED
 from internvl3_jax import config as config_module
-from internvl3_jax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from internvl3_jax.config import (
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from internvl3_jax.io import limits, typed
 from internvl3_jax.io.command_line import UsageError
 from internvl3_jax.training import checks, settings
@@ -17,7 +26,7 @@ from internvl3_jax.training import checks, settings
 pytestmark = pytest.mark.smoke
 
 
-# --- types and ranges ------------------------------------------------------------------------------------------------------------
+# --- types and ranges ----------------------------------------------------------------------------
 
 
 def put(config, path: str, value):
@@ -152,17 +161,21 @@ def test_a_dict_of_wrong_types_is_refused(values, message):
 
 def test_a_dict_comes_back_as_it_was():
     assert from_dict(ModelConfig, to_dict(CONFIG)) == CONFIG
-    assert from_dict(LoraConfig, {"alpha": 8, "targets": ["a"]}) == LoraConfig(alpha=8.0, targets=("a",))
+    assert from_dict(LoraConfig, {"alpha": 8, "targets": ["a"]}) == LoraConfig(
+        alpha=8.0, targets=("a",)
+    )
     with pytest.raises(ConfigError, match="ModelConfig: field 'vision' is missing"):
         from_dict(ModelConfig, {})
     damaged = to_dict(CONFIG)
     damaged["language"]["num_kv_heads"] = 0
-    with pytest.raises(ConfigError, match="here: ModelConfig.language.num_kv_heads is 0; it must be from 1"):
+    with pytest.raises(
+        ConfigError, match="here: ModelConfig.language.num_kv_heads is 0; it must be from 1"
+    ):
         from_dict(ModelConfig, damaged, "here")
     assert typed.typed(None, str | None, "here") is None
 
 
-# --- the command line ------------------------------------------------------------------------------------------------------------
+# --- the command line ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -203,9 +216,16 @@ def test_values_are_read_by_their_fields_types(load):
         "--config.processor.system_message=None",
     )
     config = chosen.config
-    assert (config.steps, config.optimizer.learning_rate, config.data.source) == (12, 1e-4, "meta.json")
+    assert (config.steps, config.optimizer.learning_rate, config.data.source) == (
+        12,
+        1e-4,
+        "meta.json",
+    )
     assert (config.keep_best, config.tensorboard, config.profile_steps) == (False, True, (2, 3))
-    assert config.optimizer.freeze == ("vision/.*", "projector/.*") and config.data.deltas == ("1", "1/2")
+    assert config.optimizer.freeze == ("vision/.*", "projector/.*") and config.data.deltas == (
+        "1",
+        "1/2",
+    )
     assert config.processor.system_message is None
     assert chosen.overrides["steps"] == (30, 12)
     assert "  steps = 12 (recipe: 30)\n" in chosen.overview(config)

@@ -20,7 +20,8 @@ from internvl3_jax.parallel import sharding
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.optimizer import make_optimizer
 
-# 300M style with 4 query and 2 key heads; 6B style with 3 vision heads, and 14 query heads that no even tensor axis above 2 divides.
+# 300M style with 4 query and 2 key heads; 6B style with 3 vision heads, and 14 query heads that no
+# even tensor axis above 2 divides.
 VISION_6B = dataclasses.replace(CONFIG.vision, norm="rms_norm", qkv_bias=False, qk_norm=True)
 LANGUAGE_14 = dataclasses.replace(CONFIG.language, hidden_size=64, num_heads=14, num_kv_heads=2)
 STYLES = {"300m": CONFIG, "6b": dataclasses.replace(CONFIG, vision=VISION_6B, language=LANGUAGE_14)}
@@ -50,7 +51,7 @@ def mesh_of(sizes: dict) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------------------
+# --- rules ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -77,7 +78,10 @@ def test_every_matrix_is_split_over_all_of_fsdp_and_tensor(size, sizes):
 
 
 def test_what_does_not_split_is_named():
-    with pytest.raises(ValueError, match=r"3200 does not split over mesh.fsdp = 256; take 128 and give the rest to mesh.data"):
+    with pytest.raises(
+        ValueError,
+        match=r"3200 does not split over mesh.fsdp = 256; take 128 and give the rest to mesh.data",
+    ):
         sharding.param_shardings(abstract_params(SIZES["78b"]), mesh_of({"fsdp": 256}))
     with pytest.raises(ValueError, match=r"vision/layers/new/kernel: 0 sharding rules match it"):
         sharding.spec("vision/layers/new/kernel", (2, 8, 8), mesh_of({}))
@@ -85,13 +89,21 @@ def test_what_does_not_split_is_named():
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_optimizers_state_follows_its_parameter(name):
-    mesh, optimizer = mesh_of({"fsdp": 4, "tensor": 2}), make_optimizer(OptimizerConfig(name=name, warmup_steps=0), 10)
+    mesh, optimizer = (
+        mesh_of({"fsdp": 4, "tensor": 2}),
+        make_optimizer(OptimizerConfig(name=name, warmup_steps=0), 10),
+    )
     params = abstract_params(CONFIG)
     state = jax.eval_shape(optimizer.init, params)
-    wanted = {path: (leaf.shape, place) for path, leaf, place in placed(params, sharding.param_shardings(params, mesh))}
+    wanted = {
+        path: (leaf.shape, place)
+        for path, leaf, place in placed(params, sharding.param_shardings(params, mesh))
+    }
     like, other = 0, 0
     for path, leaf, place in placed(state, sharding.state_shardings(state, params, mesh)):
-        shape, rule = next((value for name, value in wanted.items() if path.endswith(name)), (None, None))
+        shape, rule = next(
+            (value for name, value in wanted.items() if path.endswith(name)), (None, None)
+        )
         # A factored moment has its parameter's name and another shape: it is whole.
         assert place.spec == (rule.spec if leaf.shape == shape else jax.P()), path
         like, other = like + (leaf.shape == shape), other + (shape not in (None, leaf.shape))
@@ -101,25 +113,36 @@ def test_the_optimizers_state_follows_its_parameter(name):
 def placed(tree, places):
     leaves = jax.tree.leaves_with_path(tree)
     return [
-        (sharding.path_name(path), leaf, place) for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)
+        (sharding.path_name(path), leaf, place)
+        for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)
     ]
 
 
 @pytest.mark.parametrize("width, axes", [(24, ("context", "fsdp")), (20, "fsdp")])
 def test_a_gradient_lies_where_its_parameter_does(width, axes):
-    """Also where context and fsdp together do not divide the width, as of the 6B tower on 256 devices."""
+    """Also where context and fsdp together do not divide the width, as of the 6B tower on 256
+    devices.
+    """
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, context=2))
     path, kernel = "vision/layers/fc1/kernel", jnp.ones((width, 16))
     place = jax.NamedSharding(mesh, sharding.spec(path, kernel.shape, mesh))
     assert place.spec[0] == axes
     with jax.set_mesh(mesh):
-        slope = jax.jit(jax.grad(lambda kernel, x: (x @ sharding.all_gather_weight(kernel, path)).sum()))
+        slope = jax.jit(
+            jax.grad(lambda kernel, x: (x @ sharding.all_gather_weight(kernel, path)).sum())
+        )
         found = slope(jax.device_put(kernel, place), jnp.ones((8, width)))
     assert found.sharding.is_equivalent_to(place, 2)
 
 
 def test_mesh_sizes():
-    assert sharding.mesh_shape(MeshConfig(tensor=2), 8) == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    assert sharding.mesh_shape(MeshConfig(tensor=2), 8) == {
+        "slice": 1,
+        "data": 1,
+        "fsdp": 4,
+        "tensor": 2,
+        "context": 1,
+    }
     with pytest.raises(ValueError, match="is for a multiple of 3 devices; there are 8"):
         sharding.mesh_shape(MeshConfig(tensor=3), 8)
     with pytest.raises(ValueError, match="is for 4 devices; there are 8"):
@@ -132,7 +155,8 @@ def test_what_a_batch_must_be():
     mesh = mesh_of({"data": 2, "fsdp": 2, "context": 2, "tensor": 2})
     sharding.check_batch(mesh, 8, 2, 64, 4)
     with pytest.raises(
-        ValueError, match="data.rows is 6; it must be a multiple of 8: 2 micro-batches over slice 1 x data 2 x fsdp 2"
+        ValueError,
+        match="data.rows is 6; it must be a multiple of 8: 2 micro-batches over slice 1 x data 2 x fsdp 2",
     ):
         sharding.check_batch(mesh, 6, 2, 64, 4)
     with pytest.raises(ValueError, match="tokens_per_row is 63"):
@@ -146,7 +170,7 @@ def test_a_mesh_must_be_there():
         sharding.require_mesh()
 
 
-# --- the same update -------------------------------------------------------------------------------------------------------------
+# --- the same update -----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -163,9 +187,13 @@ def descend(style, values, mesh, **settings):
     else:
         rows = len(values["tokens"])
         values = sharding.global_batch(mesh, rows, values, list(range(rows)))
-        state = state._replace(params=jax.device_put(state.params, sharding.param_shardings(state.params, mesh)))
+        state = state._replace(
+            params=jax.device_put(state.params, sharding.param_shardings(state.params, mesh))
+        )
         with jax.set_mesh(mesh):
-            step = compiled_step(GRADIENT, state, values, InternVL(config), num_sources=3, **settings)
+            step = compiled_step(
+                GRADIENT, state, values, InternVL(config), num_sources=3, **settings
+            )
     state, metrics = step(state, values, jax.random.key(0))
     return jax.device_get(state.params), jax.device_get(metrics), step.as_text()
 
@@ -176,7 +204,8 @@ def widened(values):
     return values | {"tiles": np.pad(values["tiles"], ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)))}
 
 
-# Two micro-batches only where a device has two rows; the second style where it differs, in heads and in what a matrix's bias does.
+# Two micro-batches only where a device has two rows; the second style where it differs, in heads
+# and in what a matrix's bias does.
 @pytest.mark.parametrize(
     ("style", "name", "micro_batches"),
     [("300m", name, 1) for name in MESHES]
@@ -190,27 +219,38 @@ def test_every_mesh_is_one_device(style, name, micro_batches):
     assert_close((params, metrics), (wanted_params, wanted_metrics))
 
 
-# --- what travels ----------------------------------------------------------------------------------------------------------------
+# --- what travels --------------------------------------------------------------------------------
 
 
 def groups_of(line: str) -> set[tuple[int, ...]]:
     """Devices that exchange something, of a line of a compiled program."""
     if spelled := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
-        return {tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", spelled[1])}
-    shape, dimensions, order = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line).groups()
+        return {
+            tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", spelled[1])
+        }
+    shape, dimensions, order = re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
+    ).groups()
     devices = np.arange(8).reshape([int(size) for size in dimensions.split(",")])
     devices = devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
-    return {tuple(group) for group in devices.reshape([int(size) for size in shape.split(",")]).tolist()}
+    return {
+        tuple(group) for group in devices.reshape([int(size) for size in shape.split(",")]).tolist()
+    }
 
 
 def test_visual_features_stay_with_their_rows():
-    """From tiles that are spread over all devices to merged rows: what is exchanged, the devices of a row exchange."""
+    """From tiles that are spread over all devices to merged rows: what is exchanged, the devices of
+    a row exchange.
+    """
     mesh = sharding.make_mesh(MESHES["all"])
-    params = jax.tree.map(jnp.asarray, random_params(CONFIG))  # whole on every device: what travels is no parameter
+    # whole on every device: what travels is no parameter
+    params = jax.tree.map(jnp.asarray, random_params(CONFIG))
     values = sharding.global_batch(mesh, 8, widened(batch(8)), list(range(8)))
 
     def merged(batch):
-        _, state = InternVL(CONFIG).apply({"params": params}, batch, method=InternVL.hidden, mutable="intermediates")
+        _, state = InternVL(CONFIG).apply(
+            {"params": params}, batch, method=InternVL.hidden, mutable="intermediates"
+        )
         return state["intermediates"]["merged"][0]
 
     with jax.set_mesh(mesh):
@@ -219,12 +259,18 @@ def test_visual_features_stay_with_their_rows():
     np.testing.assert_allclose(compiled(values), wanted, rtol=1e-5, atol=1e-5)
     fields, visual = (mesh.devices.reshape(2, -1), CONFIG.language.hidden_size)
     rows_devices = [{device.id for device in members} for members in fields]
-    lines = [line for line in compiled.as_text().splitlines() if re.search(r"= \S+ (all-|collective-|reduce-scatter)", line)]
+    lines = [
+        line
+        for line in compiled.as_text().splitlines()
+        if re.search(r"= \S+ (all-|collective-|reduce-scatter)", line)
+    ]
     features = [line for line in lines if re.search(rf"f32\[[\d,]*{visual}\]", line)]
     gathers = [line for line in features if " all-gather" in line]
     assert gathers, "a row's features are gathered from the four devices that made them"
     for line in gathers:
-        assert all(any(set(group) <= members for members in rows_devices) for group in groups_of(line)), line
+        assert all(
+            any(set(group) <= members for members in rows_devices) for group in groups_of(line)
+        ), line
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -246,9 +292,12 @@ def test_fsdp_gathers_each_matrix_at_most_twice_and_scatters_its_gradient(style)
     shapes = abstract_params(config)
     places = sharding.param_shardings(shapes, mesh)
     split = [
-        leaf.size * 4 for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True) if any(place.spec)
+        leaf.size * 4
+        for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
+        if any(place.spec)
     ]
-    table = shapes["language"]["embedding"].size * 4  # looked up where it lies: its rows travel, not the table
+    # looked up where it lies: its rows travel, not the table
+    table = shapes["language"]["embedding"].size * 4
     matrices = (sum(split) - table) * 7 / 8
     print(style, dict(received), sum(split), matrices)
     assert 0.9 * matrices <= received["all-gather"] <= 2.2 * matrices

@@ -1,4 +1,6 @@
-"""One update: micro-batches, devices, packing, remat, what is frozen, and what happens to a step that is not finite."""
+"""One update: micro-batches, devices, packing, remat, what is frozen, and what happens to a step
+that is not finite.
+"""
 
 import dataclasses
 import functools
@@ -20,12 +22,27 @@ from internvl3_jax.training.losses import chunked_cross_entropy
 from internvl3_jax.training.objective import SftLoss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.param_table import frozen_hash
-from internvl3_jax.training.step import TrainState, init_state, train_step, trained_paths, trains_tower
+from internvl3_jax.training.step import (
+    TrainState,
+    init_state,
+    train_step,
+    trained_paths,
+    trains_tower,
+)
 
 MODEL, PARAMS = InternVL(CONFIG), random_params(CONFIG)
 SETTINGS = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
 TOKENS, TILES = 48, 4
-SHAPES = [[(2, 64)], [], [(1, 1), (1, UNITS)], [(1, 128), (2, UNITS)], [], [(3, 256)], [(1, 64), (1, 32)], [(1, UNITS)]]
+SHAPES = [
+    [(2, 64)],
+    [],
+    [(1, 1), (1, UNITS)],
+    [(1, 128), (2, UNITS)],
+    [],
+    [(3, 256)],
+    [(1, 64), (1, 32)],
+    [(1, UNITS)],
+]
 
 
 def sample(pictures, seed, average="square", source=0):
@@ -34,7 +51,9 @@ def sample(pictures, seed, average="square", source=0):
     rng = np.random.default_rng(seed)
     targets = np.append(row["tokens"][0, 1:], 0).astype(np.int32)
     trained = (
-        (rng.random(len(targets)) < 0.4) & (np.arange(len(targets)) < len(targets) - 1) & (targets != CONFIG.image_token_id)
+        (rng.random(len(targets)) < 0.4)
+        & (np.arange(len(targets)) < len(targets) - 1)
+        & (targets != CONFIG.image_token_id)
     )
     trained[0] = True
     weights = average_weights(trained, average)
@@ -44,8 +63,19 @@ def sample(pictures, seed, average="square", source=0):
 
 def padded(row):
     extra = TOKENS - row["tokens"].shape[1]
-    rest = {name: np.pad(row[name], ((0, 0), (0, extra))) for name in ("targets", "loss_weights", "sources")}
-    return pad({name: row[name] for name in ("tokens", "positions", "segments", "tiles")}, TOKENS, TILES, 0) | rest
+    rest = {
+        name: np.pad(row[name], ((0, 0), (0, extra)))
+        for name in ("targets", "loss_weights", "sources")
+    }
+    return (
+        pad(
+            {name: row[name] for name in ("tokens", "positions", "segments", "tiles")},
+            TOKENS,
+            TILES,
+            0,
+        )
+        | rest
+    )
 
 
 def stack(rows):
@@ -54,7 +84,9 @@ def stack(rows):
 
 @functools.cache
 def batch(count=4):
-    return stack([padded(sample(shape, seed, source=seed % 3)) for seed, shape in enumerate(SHAPES[:count])])
+    return stack(
+        [padded(sample(shape, seed, source=seed % 3)) for seed, shape in enumerate(SHAPES[:count])]
+    )
 
 
 def first_state(optimizer, params=PARAMS) -> TrainState:
@@ -66,7 +98,9 @@ def compiled_step(optimizer, state, values, model=MODEL, **settings):
     loss_fn = SftLoss(model, drop_path=trains_tower(optimizer, state.params), **settings)
     step = jax.jit(functools.partial(train_step, loss_fn, optimizer, micro_batches=micro_batches))
     # These programs run once or twice: the compiler's optimisations would take longer.
-    return step.lower(state, values, jax.random.key(0)).compile({"xla_backend_optimization_level": 0})
+    return step.lower(state, values, jax.random.key(0)).compile(
+        {"xla_backend_optimization_level": 0}
+    )
 
 
 def update(values, config=SETTINGS, model=MODEL, steps=1, **settings):
@@ -79,14 +113,19 @@ def update(values, config=SETTINGS, model=MODEL, steps=1, **settings):
     return state, metrics
 
 
-# Adds the gradient and does nothing else; unlike AdamW's, its step is not at the mercy of the sign of a gradient that is nearly zero.
-GRADIENT = make_optimizer(SETTINGS, 100)._replace(init=lambda _: (), update=lambda gradients, state, _: (gradients, state))
+# Adds the gradient and does nothing else; unlike AdamW's, its step is not at the mercy of the sign
+# of a gradient that is nearly zero.
+GRADIENT = make_optimizer(SETTINGS, 100)._replace(
+    init=lambda _: (), update=lambda gradients, state, _: (gradients, state)
+)
 
 
 def descent(values, model=MODEL, **settings):
     """(updated parameters, metrics) with the optimizer above."""
     state = first_state(GRADIENT)
-    state, metrics = compiled_step(GRADIENT, state, values, model, **settings)(state, values, jax.random.key(0))
+    state, metrics = compiled_step(GRADIENT, state, values, model, **settings)(
+        state, values, jax.random.key(0)
+    )
     return state.params, metrics
 
 
@@ -103,7 +142,7 @@ def expected(count=4):
     return descent(batch(count), num_sources=3)
 
 
-# --- the same update in other ways -----------------------------------------------------------------------------------------------
+# --- the same update in other ways ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -117,7 +156,9 @@ def test_micro_batches_must_divide_the_rows():
 
 
 def test_several_devices_are_one():
-    """Two rows a device in two micro-batches; with parameters on each of them, no collective but sums."""
+    """Two rows a device in two micro-batches; with parameters on each of them, no collective but
+    sums.
+    """
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
     state = jax.device_put(first_state(GRADIENT), everywhere)
@@ -128,7 +169,9 @@ def test_several_devices_are_one():
     assert_close((done.params, metrics), expected(8))
     text = step.as_text()
     assert "all-reduce(" in text
-    assert not any(f"{kind}(" in text for kind in ("all-gather", "all-to-all", "collective-permute"))
+    assert not any(
+        f"{kind}(" in text for kind in ("all-gather", "all-to-all", "collective-permute")
+    )
 
 
 def test_packed_rows_are_separate_rows():
@@ -137,43 +180,64 @@ def test_packed_rows_are_separate_rows():
     assert_close(descent(pack(samples), num_sources=3), expected())
 
 
-@pytest.mark.parametrize(("policy", "unroll"), [*((policy, 1) for policy in POLICIES[1:]), ("full", 2)])
+@pytest.mark.parametrize(
+    ("policy", "unroll"), [*((policy, 1) for policy in POLICIES[1:]), ("full", 2)]
+)
 def test_recomputing_changes_no_gradient(policy, unroll):
     model = InternVL(CONFIG, scan_unroll=unroll, remat_vision=policy, remat_language=policy)
     assert_close(descent(batch(), model, num_sources=3), expected())
 
 
 def test_recomputing_saves_memory():
-    """As the compiler counts it: the less is kept, the less is held, in the tower and in the decoder alike."""
+    """As the compiler counts it: the less is kept, the less is held, in the tower and in the
+    decoder alike.
+    """
     deep = {"num_layers": 12, "intermediate_size": 128}
     config = dataclasses.replace(
-        CONFIG, vision=dataclasses.replace(CONFIG.vision, **deep), language=dataclasses.replace(CONFIG.language, **deep)
+        CONFIG,
+        vision=dataclasses.replace(CONFIG.vision, **deep),
+        language=dataclasses.replace(CONFIG.language, **deep),
     )
     params = jax.eval_shape(lambda: random_params(config))
 
     def held(**policies):
         state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, ())
-        return compiled_step(GRADIENT, state, batch(), InternVL(config, **policies)).memory_analysis().temp_size_in_bytes
+        return (
+            compiled_step(GRADIENT, state, batch(), InternVL(config, **policies))
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
-    none, language, both = held(), held(remat_language="full"), held(remat_vision="full", remat_language="full")
+    none, language, both = (
+        held(),
+        held(remat_language="full"),
+        held(remat_vision="full", remat_language="full"),
+    )
     assert language < 0.95 * none and both < 0.8 * language and both < 0.6 * none
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(ValueError, match="'all' is not one of none, dots, attention, full, offload"):
+    with pytest.raises(
+        ValueError, match="'all' is not one of none, dots, attention, full, offload"
+    ):
         jax.eval_shape(InternVL(CONFIG, remat_vision="all").init, jax.random.key(0), batch())
 
 
-# --- who learns from whom --------------------------------------------------------------------------------------------------------
+# --- who learns from whom ------------------------------------------------------------------------
 
 
 def test_a_sample_learns_nothing_from_its_neighbours():
-    """The gradient of one sample's loss by the tiles and by the words of the others in its row is exactly zero."""
+    """The gradient of one sample's loss by the tiles and by the words of the others in its row is
+    exactly zero.
+    """
     samples = [sample([(1, 64)], 1), sample([(1, UNITS)], 2), sample([(1, 128)], 3)]
     row, ours = pack(samples), 2
     words = row["tokens"][0] != CONFIG.image_token_id
-    row["tokens"][0, words] = row["segments"][0, words] * 100 + np.arange(words.sum()) % 100  # each sample has its own
-    row["loss_weights"] = np.where(row["segments"] == ours, row["loss_weights"], 0).astype(np.float32)
+    # each sample has its own
+    row["tokens"][0, words] = row["segments"][0, words] * 100 + np.arange(words.sum()) % 100
+    row["loss_weights"] = np.where(row["segments"] == ours, row["loss_weights"], 0).astype(
+        np.float32
+    )
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
@@ -181,10 +245,16 @@ def test_a_sample_learns_nothing_from_its_neighbours():
         params = PARAMS | {"language": PARAMS["language"] | {"embedding": embedding}}
         hidden = MODEL.apply({"params": params}, row | {"tiles": tiles}, method=InternVL.hidden)
         kernel = params["language"]["head"]["kernel"]
-        return chunked_cross_entropy(hidden, kernel, row["targets"], row["loss_weights"], CONFIG.language.vocab_size)[0]
+        return chunked_cross_entropy(
+            hidden, kernel, row["targets"], row["loss_weights"], CONFIG.language.vocab_size
+        )[0]
 
-    by_word, by_tile = gradients(PARAMS["language"]["embedding"], row["tiles"].astype(np.float32) / 255)
-    assert np.abs(by_tile[0, ours - 1]).max() > 0 and not np.delete(by_tile[0], ours - 1, axis=0).any()
+    by_word, by_tile = gradients(
+        PARAMS["language"]["embedding"], row["tiles"].astype(np.float32) / 255
+    )
+    assert (
+        np.abs(by_tile[0, ours - 1]).max() > 0 and not np.delete(by_tile[0], ours - 1, axis=0).any()
+    )
     touched = np.flatnonzero(np.abs(by_word).max(axis=1))
     assert len(touched) and set(touched) <= set(range(100 * ours, 100 * ours + 100))
 
@@ -194,18 +264,27 @@ def test_the_losses_of_sources():
     _, metrics = expected()
     values = batch()
     for source in range(3):
-        only = values | {"loss_weights": np.where(values["sources"] == source, values["loss_weights"], 0).astype(np.float32)}
+        only = values | {
+            "loss_weights": np.where(values["sources"] == source, values["loss_weights"], 0).astype(
+                np.float32
+            )
+        }
         _, alone = descent(only)
-        np.testing.assert_allclose(metrics["source_loss"][source], alone["loss"] * alone["weight"], rtol=1e-5)
+        np.testing.assert_allclose(
+            metrics["source_loss"][source], alone["loss"] * alone["weight"], rtol=1e-5
+        )
         np.testing.assert_allclose(metrics["source_weight"][source], alone["weight"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["source_loss"].sum() / metrics["weight"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["source_loss"].sum() / metrics["weight"], metrics["loss"], rtol=1e-5
+    )
     norms = [metrics[f"grad_norm_{name}"] for name in ("vision", "projector", "language")]
     np.testing.assert_allclose(np.linalg.norm(norms), metrics["grad_norm"], rtol=1e-5)
 
 
-# --- what is frozen --------------------------------------------------------------------------------------------------------------
+# --- what is frozen ------------------------------------------------------------------------------
 
-UNROLLED = InternVL(CONFIG, scan_unroll=2)  # the compiler counts the operations of a loop's body once
+# the compiler counts the operations of a loop's body once
+UNROLLED = InternVL(CONFIG, scan_unroll=2)
 
 
 def test_frozen_parts_stay_as_they_are():
@@ -214,7 +293,9 @@ def test_frozen_parts_stay_as_they_are():
     assert frozen_hash(state.params, freeze) == frozen_hash(PARAMS, freeze)
     before, after = by_path(PARAMS), by_path(state.params)
     assert {path for path in before if np.array_equal(before[path], after[path])} == {
-        path for path in before if path.startswith(("vision/", "language/layers/", "language/head/"))
+        path
+        for path in before
+        if path.startswith(("vision/", "language/layers/", "language/head/"))
     }
     assert "grad_norm_vision" not in metrics and metrics["grad_norm_projector"] > 0
     assert frozen_hash(update(batch())[0].params, freeze) != frozen_hash(PARAMS, freeze)
@@ -229,29 +310,39 @@ def test_a_frozen_tower_has_no_backward_pass():
         return compiled_step(optimizer, state, batch(), UNROLLED).cost_analysis()["flops"]
 
     tiles = batch()["tiles"].reshape(-1, *batch()["tiles"].shape[2:])
-    tower = jax.jit(lambda params: UNROLLED.apply({"params": params}, tiles, method=lambda model, x: model.vision(x)))
+    tower = jax.jit(
+        lambda params: UNROLLED.apply(
+            {"params": params}, tiles, method=lambda model, x: model.vision(x)
+        )
+    )
     forward = tower.lower(PARAMS).compile().cost_analysis()["flops"]
     assert operations() - operations("vision/.*") > 1.7 * forward
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_drop_path_is_for_a_tower_that_learns(frozen):
-    model = InternVL(dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, drop_path=0.8)))
+    model = InternVL(
+        dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, drop_path=0.8))
+    )
     config = dataclasses.replace(SETTINGS, freeze=("vision/.*",) if frozen else ())
     loss = float(update(batch(), config, model)[1]["loss"])
     assert (abs(loss - float(expected()[1]["loss"])) < 1e-5) is frozen
 
 
-# --- precision, and what is wrong ------------------------------------------------------------------------------------------------
+# --- precision, and what is wrong ----------------------------------------------------------------
 
 
 def test_bfloat16_compute_with_float32_parameters():
     exact, metrics = expected()
-    params, rounded = descent(batch(), InternVL(CONFIG, jnp.bfloat16, remat_vision="dots"), num_sources=3)
+    params, rounded = descent(
+        batch(), InternVL(CONFIG, jnp.bfloat16, remat_vision="dots"), num_sources=3
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     np.testing.assert_allclose(rounded["loss"], metrics["loss"], rtol=2e-2)
     moves = [
-        np.concatenate([(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (x, PARAMS)), strict=True)])
+        np.concatenate(
+            [(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (x, PARAMS)), strict=True)]
+        )
         for x in (exact, params)
     ]
     assert np.dot(*moves) > 0.99 * np.prod([np.linalg.norm(move) for move in moves])
@@ -262,12 +353,18 @@ def test_bfloat16_parameters_keep_their_type():
     optimizer = make_optimizer(SETTINGS, 100)
     state = jax.eval_shape(lambda: init_state(MODEL, optimizer, batch(), 0, jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
-    after, _ = jax.eval_shape(functools.partial(train_step, SftLoss(MODEL), optimizer), state, batch(), jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    after, _ = jax.eval_shape(
+        functools.partial(train_step, SftLoss(MODEL), optimizer), state, batch(), jax.random.key(0)
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    """An infinity among the parameters, and a batch without a trained token; the same program goes on with the next batch."""
+    """An infinity among the parameters, and a batch without a trained token; the same program goes
+    on with the next batch.
+    """
     optimizer, key = make_optimizer(SETTINGS, 100), jax.random.key(0)
     state, _ = update(batch())
     step = compiled_step(optimizer, state, batch())

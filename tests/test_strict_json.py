@@ -70,7 +70,16 @@ def test_a_file_is_read_only_up_to_its_limit_and_only_if_it_is_regular(tmp_path)
         read("null\0character")
 
 
-FIELDS = {"text": "x", "flag": True, "count": 3, "ratio": 0.5, "whole": 2, "list": [1, 2], "object": {"a": 1}, "null": None}
+FIELDS = {
+    "text": "x",
+    "flag": True,
+    "count": 3,
+    "ratio": 0.5,
+    "whole": 2,
+    "list": [1, 2],
+    "object": {"a": 1},
+    "null": None,
+}
 
 
 def test_keys_are_read_with_their_types():
@@ -94,7 +103,10 @@ def test_keys_are_read_with_their_types():
         (lambda f: f.get("count", bool), ["count", "true or false"]),
         (lambda f: f.get("count", int, high=2), ["count", "3", "at most 2"]),
         (lambda f: f.get("list", list, low=3), ["list", "at least 3 long"]),
-        (lambda f: f.get("text", str, choices=("y", "xx")), ["text", "'y', 'xx'", "did you mean 'xx'"]),
+        (
+            lambda f: f.get("text", str, choices=("y", "xx")),
+            ["text", "'y', 'xx'", "did you mean 'xx'"],
+        ),
         (lambda f: f.get("lsit", list), ["lsit is missing", "did you mean 'list'"]),
         (lambda f: f.list_of("list", str), ["list[0]", "a text"]),
         (lambda f: f.list_of("list", int, length=3), ["2 elements", "expected 3"]),

@@ -6,7 +6,10 @@ import itertools
 import numpy as np
 import pytest
 from PIL import Image
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil, get_optimal_tiled_canvas
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+    GotOcr2ImageProcessorPil,
+    get_optimal_tiled_canvas,
+)
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.batch import cut_pictures
@@ -26,7 +29,9 @@ SIZES = [(width, height) for width in range(28, 1401, 14) for height in range(28
 
 
 def grid_by_rule(width, height, smallest, largest, side, number=float):
-    """The rule read literally: look at every grid, few tiles first, and keep a running best. `number` is the float type."""
+    """The rule read literally: look at every grid, few tiles first, and keep a running best.
+    `number` is the float type.
+    """
     picture = number(width) / number(height)
     best_grid, best_difference = (1, 1), None
     for area in range(smallest, largest + 1):
@@ -37,7 +42,10 @@ def grid_by_rule(width, height, smallest, largest, side, number=float):
             difference = abs(picture - number(columns) / number(rows))
             if best_difference is None or difference < best_difference:
                 best_grid, best_difference = (columns, rows), difference
-            elif difference == best_difference and width * height > 0.5 * side * side * columns * rows:
+            elif (
+                difference == best_difference
+                and width * height > 0.5 * side * side * columns * rows
+            ):
                 best_grid = (columns, rows)
     return best_grid
 
@@ -70,7 +78,9 @@ def test_the_table_is_large_enough():
 @pytest.mark.parametrize("limit", LIMITS)
 def test_grid_follows_the_rule(limit):
     for width, height in SIZES:
-        assert choose_grid(width, height, 1, limit, 448) == grid_by_rule(width, height, 1, limit, 448), (width, height)
+        assert choose_grid(width, height, 1, limit, 448) == grid_by_rule(
+            width, height, 1, limit, 448
+        ), (width, height)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -80,14 +90,20 @@ def test_grid_equals_transformers(limit):
         assert choose_grid(width, height, 1, limit, 448) == expected, (width, height)
 
 
-@pytest.mark.parametrize(("smallest", "largest", "side"), [(1, 12, 32), (2, 6, 448), (4, 9, 336), (5, 5, 28), (12, 24, 448)])
+@pytest.mark.parametrize(
+    ("smallest", "largest", "side"),
+    [(1, 12, 32), (2, 6, 448), (4, 9, 336), (5, 5, 28), (12, 24, 448)],
+)
 def test_grid_with_other_limits_and_tile_sizes(smallest, largest, side):
     for width, height in SIZES[::7]:
-        assert choose_grid(width, height, smallest, largest, side) == grid_by_rule(width, height, smallest, largest, side)
+        assert choose_grid(width, height, smallest, largest, side) == grid_by_rule(
+            width, height, smallest, largest, side
+        )
 
 
 def test_exact_ties_go_to_the_larger_grid_only_with_enough_pixels():
-    # 1x1, 2x2 and 3x3 are equally near to a square. A grid needs more than half of its own pixels: 2 * side**2 for 2x2.
+    # 1x1, 2x2 and 3x3 are equally near to a square. A grid needs more than half of its own pixels:
+    # 2 * side**2 for 2x2.
     assert choose_grid(448, 448, 1, 12, 448) == (1, 1)
     assert choose_grid(633, 633, 1, 12, 448) == (1, 1)  # 400,689 pixels of more than 401,408
     assert choose_grid(634, 634, 1, 12, 448) == (2, 2)
@@ -105,20 +121,42 @@ def test_exact_ties_go_to_the_larger_grid_only_with_enough_pixels():
 def test_quotients_need_float64(size):
     chosen = choose_grid(*size, 1, 12, 448)
     assert chosen == grid_by_rule(*size, 1, 12, 448)
-    assert chosen != grid_by_rule(*size, 1, 12, 448, number=np.float32), "float32 would have been enough"
+    assert chosen != grid_by_rule(*size, 1, 12, 448, number=np.float32), (
+        "float32 would have been enough"
+    )
 
 
 def test_pinned_grids():
-    """Values of the released rule, written down so that an error shared with the oracles above cannot hide."""
-    pinned = {(1920, 1080): (4, 2), (1080, 1920): (2, 4), (800, 600): (4, 3), (640, 480): (4, 3), (3000, 2000): (3, 2)}
-    pinned |= {(224, 224): (1, 1), (1, 50_000): (1, 12), (50_000, 1): (12, 1), (2480, 3508): (2, 3), (1170, 2532): (2, 4)}
+    """Values of the released rule, written down so that an error shared with the oracles above
+    cannot hide.
+    """
+    pinned = {
+        (1920, 1080): (4, 2),
+        (1080, 1920): (2, 4),
+        (800, 600): (4, 3),
+        (640, 480): (4, 3),
+        (3000, 2000): (3, 2),
+    }
+    pinned |= {
+        (224, 224): (1, 1),
+        (1, 50_000): (1, 12),
+        (50_000, 1): (12, 1),
+        (2480, 3508): (2, 3),
+        (1170, 2532): (2, 4),
+    }
     assert {size: choose_grid(*size, 1, 12, 448) for size in pinned} == pinned
 
 
 def test_equally_large_grids_are_never_equally_near():
-    """What makes the scan order within an area irrelevant: another grid always lies nearer to the point between the two."""
+    """What makes the scan order within an area irrelevant: another grid always lies nearer to the
+    point between the two.
+    """
     for limit in range(1, 41):
-        grids = [(columns, rows) for columns in range(1, limit + 1) for rows in range(1, limit // columns + 1)]
+        grids = [
+            (columns, rows)
+            for columns in range(1, limit + 1)
+            for rows in range(1, limit // columns + 1)
+        ]
         ratios = {columns / rows for columns, rows in grids}
         for (c1, r1), (c2, r2) in itertools.combinations(grids, 2):
             if c1 * r1 == c2 * r2:
@@ -131,7 +169,8 @@ def test_no_grid_within_the_limits_means_one_tile():
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "largest", "message"), [(0, 5, 12, "0 x 5"), (5, -1, 12, "5 x -1"), (5, 5, 0, "max_tiles")]
+    ("width", "height", "largest", "message"),
+    [(0, 5, 12, "0 x 5"), (5, -1, 12, "5 x -1"), (5, 5, 0, "max_tiles")],
 )
 def test_impossible_grids_are_errors(width, height, largest, message):
     with pytest.raises(ValueError, match=message):
@@ -173,17 +212,21 @@ def test_wrong_tile_rules(change, message):
 
 @pytest.mark.parametrize("count", [1, 2, 4, 11, 65])
 def test_tiles_and_pixels_of_several_images_equal_transformers(count):
-    """The processor of transformers' InternVL: each image has its own limit, however many there are."""
+    """The processor of transformers' InternVL: each image has its own limit, however many there
+    are.
+    """
     rng = np.random.default_rng(count)
     images = [noise(*(int(side) for side in rng.integers(8, 90, 2)), seed) for seed in range(count)]
     size = {"height": 14, "width": 14}
-    theirs = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=12, do_rescale=False, do_normalize=False)(
-        images, return_tensors="np"
-    )
+    theirs = GotOcr2ImageProcessorPil(
+        size=size, crop_to_patches=True, max_patches=12, do_rescale=False, do_normalize=False
+    )(images, return_tensors="np")
     ours = cut_pictures(images, ProcessorConfig(image_size=14))
     assert [len(part) for part in ours] == list(theirs["num_patches"])
     assert count < 4 or max(theirs["num_patches"]) == 13
-    np.testing.assert_array_equal(np.concatenate(ours), theirs["pixel_values"].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(
+        np.concatenate(ours), theirs["pixel_values"].transpose(0, 2, 3, 1)
+    )
 
 
 @pytest.mark.parametrize(("count", "tiles"), [(1, 13), (2, 7), (4, 1), (11, 1), (65, 1)])
@@ -192,34 +235,57 @@ def test_tiles_of_several_images_by_the_rule_of_training(count, tiles):
     shared = cut_pictures([noise(64, 48)] * count, TINY, tiles="shared")
     assert [len(part) for part in shared] == [tiles] * count
     capped = cut_pictures([noise(64, 48)] * count, TINY, max_total_tiles=64)
-    assert [len(part) - (len(part) > 1) for part in capped] == [{1: 12, 2: 12, 4: 12, 11: 4, 65: 1}[count]] * count
+    assert [len(part) - (len(part) > 1) for part in capped] == [
+        {1: 12, 2: 12, 4: 12, 11: 4, 65: 1}[count]
+    ] * count
 
 
 @pytest.mark.parametrize("limit", [1, 6, 12])
 @pytest.mark.parametrize(
-    "size", [(1, 1), (1, 300), (300, 1), (448, 448), (500, 499), (765, 540), (289, 408), (1003, 717), (97, 1201), (1344, 896)]
+    "size",
+    [
+        (1, 1),
+        (1, 300),
+        (300, 1),
+        (448, 448),
+        (500, 499),
+        (765, 540),
+        (289, 408),
+        (1003, 717),
+        (97, 1201),
+        (1344, 896),
+    ],
 )
 def test_pixels_equal_resizes_and_crops_by_pillow(size, limit):
     image = noise(*size)
-    np.testing.assert_array_equal(cut_tiles(image, PROCESSOR, limit), cut_by_hand(image, 448, limit))
+    np.testing.assert_array_equal(
+        cut_tiles(image, PROCESSOR, limit), cut_by_hand(image, 448, limit)
+    )
 
 
 @pytest.mark.parametrize(
-    "processor", [TINY, dataclasses.replace(PROCESSOR, image_size=50), dataclasses.replace(TINY, image_size=28)]
+    "processor",
+    [TINY, dataclasses.replace(PROCESSOR, image_size=50), dataclasses.replace(TINY, image_size=28)],
 )
 def test_pixels_with_other_tile_sizes(processor):
     rng = np.random.default_rng(1)
     for index in range(60):
         width, height = (int(side) for side in rng.integers(1, 400, 2))
         image, limit = noise(width, height, index), int(rng.integers(1, 25))
-        np.testing.assert_array_equal(cut_tiles(image, processor, limit), cut_by_hand(image, processor.image_size, limit))
+        np.testing.assert_array_equal(
+            cut_tiles(image, processor, limit), cut_by_hand(image, processor.image_size, limit)
+        )
 
 
 @pytest.mark.parametrize("size", [(640, 480), (90, 300), (448, 448), (765, 540)])
 def test_pixels_equal_transformers_pillow_backend(size):
     image = noise(*size)
     theirs = GotOcr2ImageProcessorPil(
-        size={"height": 448, "width": 448}, crop_to_patches=True, max_patches=12, do_rescale=False, do_normalize=False
+        size={"height": 448, "width": 448},
+        crop_to_patches=True,
+        max_patches=12,
+        do_rescale=False,
+        do_normalize=False,
     )(image, return_tensors="np")["pixel_values"]
     np.testing.assert_array_equal(cut_tiles(image, PROCESSOR), theirs.transpose(0, 2, 3, 1))
 

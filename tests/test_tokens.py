@@ -11,7 +11,14 @@ from PIL import Image
 
 from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.media.tiles import count_tiles
-from internvl3_jax.data.tokens import RELEASED_SIZES, PictureCost, cache_bytes_per_token, main, picture_cost, prompt_report
+from internvl3_jax.data.tokens import (
+    RELEASED_SIZES,
+    PictureCost,
+    cache_bytes_per_token,
+    main,
+    picture_cost,
+    prompt_report,
+)
 from internvl3_jax.positions import build_positions
 from internvl3_jax.sizes import SIZES
 
@@ -28,7 +35,9 @@ def run(capsys, *arguments):
 def test_cost_of_a_screen():
     assert picture_cost(1920, 1080, PROCESSOR) == PictureCost(1920, 1080, 4, 2, 9, 2304, 2306, 2306)
     assert picture_cost(1920, 1080, PROCESSOR, delta=64).positions == 2304 // 4 + 2
-    assert picture_cost(1920, 1080, PROCESSOR, max_tiles=1) == PictureCost(1920, 1080, 1, 1, 1, 256, 258, 258)
+    assert picture_cost(1920, 1080, PROCESSOR, max_tiles=1) == PictureCost(
+        1920, 1080, 1, 1, 1, 256, 258, 258
+    )
     assert picture_cost(1920, 1080, dataclasses.replace(PROCESSOR, delta=128)).positions == 1152 + 2
 
 
@@ -41,12 +50,19 @@ def test_positions_agree_with_the_positions_of_a_sequence():
     rng = np.random.default_rng(0)
     for processor in (PROCESSOR, TINY):
         for _ in range(50):
-            width, height, max_tiles = int(rng.integers(1, 3000)), int(rng.integers(1, 3000)), int(rng.integers(1, 13))
+            width, height, max_tiles = (
+                int(rng.integers(1, 3000)),
+                int(rng.integers(1, 3000)),
+                int(rng.integers(1, 13)),
+            )
             delta = int(rng.integers(1, UNITS + 1))
             cost = picture_cost(width, height, processor, max_tiles, delta)
             assert cost.tiles == count_tiles(width, height, processor, max_tiles)
-            assert cost.tokens == cost.visual_tokens + 2 == cost.tiles * processor.tokens_per_tile + 2
-            # One text token before <img>, so that the token after </img> is as far from it as the picture and one step.
+            assert (
+                cost.tokens == cost.visual_tokens + 2 == cost.tiles * processor.tokens_per_tile + 2
+            )
+            # One text token before <img>, so that the token after </img> is as far from it as the
+            # picture and one step.
             positions = build_positions(cost.tokens + 2, [(2, cost.visual_tokens)], [delta])
             assert positions[-1] - positions[0] == (cost.positions + 1) * UNITS
 
@@ -60,7 +76,9 @@ def test_cache_bytes_equal_a_count_of_every_number():
 
 
 def test_report_shares_the_limit_among_pictures():
-    report = prompt_report([("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10, "shared")
+    report = prompt_report(
+        [("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10, "shared"
+    )
     assert report["tile_rule"] == "shared" and report["max_tiles_per_picture"] == 6
     assert [picture["tiles"] for picture in report["pictures"]] == [3, 1]
     assert report["prompt_tokens"] == 10 + (3 * 256 + 2) + (256 + 2)
@@ -103,13 +121,26 @@ def test_limits_of_files(tmp_path, capsys):
 
 def test_report_for_tiny_uses_its_own_tiles():
     report = prompt_report([("a", 64, 64)], ["tiny"], 12, UNITS, 0)
-    assert report["pictures"][0]["visual_tokens"] == report["pictures"][0]["tiles"] * SIZES["tiny"].tokens_per_tile
+    assert (
+        report["pictures"][0]["visual_tokens"]
+        == report["pictures"][0]["tiles"] * SIZES["tiny"].tokens_per_tile
+    )
 
 
 def test_json(tmp_path, capsys):
     path = tmp_path / "picture.png"
     Image.new("RGB", (896, 448)).save(path)
-    status, out, _ = run(capsys, str(path), "100x50", "--json", "--delta", "1/4", "--size=1b,8b", "--text_tokens", "20")
+    status, out, _ = run(
+        capsys,
+        str(path),
+        "100x50",
+        "--json",
+        "--delta",
+        "1/4",
+        "--size=1b,8b",
+        "--text_tokens",
+        "20",
+    )
     assert status == 0 and out.count("\n") == 1
     report = json.loads(out)
     assert [picture["name"] for picture in report["pictures"]] == [str(path), "100x50"]
@@ -173,6 +204,8 @@ def test_command_never_imports_jax():
         "heavy = [name for name in ('jax', 'jaxlib', 'flax', 'torch', 'transformers') if name in sys.modules]\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["prompt_tokens"] == 64 + 13 * 256 + 2

@@ -1,4 +1,6 @@
-"""train.py as a program: what a run leaves behind; killed, stopped, damaged, it goes on bit for bit; what it refuses."""
+"""train.py as a program: what a run leaves behind; killed, stopped, damaged, it goes on bit for
+bit; what it refuses.
+"""
 
 import dataclasses
 import json
@@ -33,7 +35,7 @@ ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
 
 
-# --- the program -----------------------------------------------------------------------------------------------------------------
+# --- the program ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,29 @@ def command(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text("from tiny_checkpoint import train_config as get_config\n")
     # Thirty steps take less time than the compiler's optimisations.
-    environment = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
 
     def start(workdir, *flags, config=path):
-        line = [sys.executable, "-W", "error", str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *flags]
+        line = [
+            sys.executable,
+            "-W",
+            "error",
+            str(ROOT / "train.py"),
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *flags,
+        ]
         return subprocess.Popen(
-            line, cwd="/", env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
+            line,
+            cwd="/",
+            env=os.environ | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=1,
         )
 
     return start
@@ -73,7 +92,10 @@ def test_a_run_leaves_what_it_should(whole_run):
     losses = [loss for _, loss, *_ in log_of(workdir)]
     assert [step for step, *_ in log_of(workdir)] == list(range(1, STEPS + 1))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-    assert sorted(os.listdir(workdir / "checkpoints")) == [str(STEPS - STEPS % SAVE_EVERY), str(STEPS)]
+    assert sorted(os.listdir(workdir / "checkpoints")) == [
+        str(STEPS - STEPS % SAVE_EVERY),
+        str(STEPS),
+    ]
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     resolved = to_dict(train_config())
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(resolved))
@@ -86,7 +108,9 @@ def test_a_run_leaves_what_it_should(whole_run):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole_run, command, tmp_path):
-    """Killed after some checkpoints, started again: the losses of all steps and the final state are those of the whole run."""
+    """Killed after some checkpoints, started again: the losses of all steps and the final state are
+    those of the whole run.
+    """
     process = command(tmp_path / "run")
     for line in process.stdout:
         if line.startswith(f"step {3 * SAVE_EVERY + 2}/"):
@@ -105,7 +129,10 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, command, tmp_path):
     assert f"step {step + 1}/" in out and f"step {step}/" not in out
     assert log_of(tmp_path / "run") == log_of(whole_run[0])
     for part in ("params", "opt_state"):
-        ours, theirs = (leaves(workdir / "checkpoints" / str(STEPS) / part) for workdir in (tmp_path / "run", whole_run[0]))
+        ours, theirs = (
+            leaves(workdir / "checkpoints" / str(STEPS) / part)
+            for workdir in (tmp_path / "run", whole_run[0])
+        )
         assert set(ours) == set(theirs) and len(ours) > 10
         for path, leaf in ours.items():
             np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
@@ -119,13 +146,18 @@ def leaves(path):
 
 
 def test_a_finished_run_stays_as_it_is(whole_run, command):
-    """Started again it says that it is finished; another configuration in the same workdir is refused. Both change nothing."""
+    """Started again it says that it is finished; another configuration in the same workdir is
+    refused. Both change nothing.
+    """
     workdir, _ = whole_run
     before = {name: (workdir / name).stat().st_mtime_ns for name in ("log.jsonl", "config.json")}
     process = command(workdir, "--config.keep=2")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0 and err == ""
-    assert out.splitlines()[0] == f"{workdir} is finished: step {STEPS} of {STEPS}" and len(out.splitlines()) == 3
+    assert (
+        out.splitlines()[0] == f"{workdir} is finished: step {STEPS} of {STEPS}"
+        and len(out.splitlines()) == 3
+    )
     assert {name: (workdir / name).stat().st_mtime_ns for name in before} == before
     before = (workdir / "log.jsonl").read_text(), (workdir / "config.json").read_text()
     process = command(workdir, "--config.optimizer.learning_rate=1e-4")
@@ -139,7 +171,9 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
 
 
 def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
-    """A step is complete when its save ends, not when the next begins: killed right then, it is there."""
+    """A step is complete when its save ends, not when the next begins: killed right then, it is
+    there.
+    """
     path = tmp_path / "killed.py"
     path.write_text(
         "import os, signal, time\n"
@@ -162,9 +196,13 @@ def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
 
 
 def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
-    """In one line with the step and the reason, before the next save is due; the steps before it stay."""
+    """In one line with the step and the reason, before the next save is due; the steps before it
+    stay.
+    """
     config = official_config(write_official(tmp_path))
-    config = dataclasses.replace(config, steps=8, save_every=4, held_out="", evaluate_every=0, log_every=1)
+    config = dataclasses.replace(
+        config, steps=8, save_every=4, held_out="", evaluate_every=0, log_every=1
+    )
     start, seen, started = steps.start_saving_training, [], []
 
     def fails(run, step, *arguments, **options):
@@ -179,7 +217,9 @@ def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
         return saving
 
     monkeypatch.setattr(steps, "start_saving_training", fails)
-    with pytest.raises(OSError, match=r"step 4 cannot be saved \(No space left on device\); the complete steps") as raised:
+    with pytest.raises(
+        OSError, match=r"step 4 cannot be saved \(No space left on device\); the complete steps"
+    ) as raised:
         start_here(config, tmp_path / "run")
     assert seen == [4] and raised.value.filename.endswith("run/checkpoints/4")
     assert [step for step, *_ in log_of(tmp_path / "run")] == [1, 2, 3, 4]
@@ -189,7 +229,10 @@ def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda config: dataclasses.replace(config.processor, stop_tokens=("<none>",)), "has no token <none>"),
+        (
+            lambda config: dataclasses.replace(config.processor, stop_tokens=("<none>",)),
+            "has no token <none>",
+        ),
         (lambda config: dataclasses.replace(config.data, tokenizer="nosuchplace"), "nosuchplace"),
         (lambda config: dataclasses.replace(config.data, source="nosuch.json"), "nosuch.json"),
     ],
@@ -228,7 +271,10 @@ def test_a_damaged_checkpoint_is_passed_over(whole_run, command, tmp_path):
         (run / name).write_bytes((whole_run[0] / name).read_bytes())
     subprocess.run(["cp", "-r", whole_run[0] / "checkpoints", run], check=True)
     newest = run / "checkpoints" / str(STEPS)
-    victim = max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim = max(
+        (newest / "params").rglob("*"),
+        key=lambda path: path.stat().st_size if path.is_file() else 0,
+    )
     victim.write_bytes(victim.read_bytes()[:-7])
     process = command(run)
     out, err = process.communicate(timeout=500)
@@ -245,32 +291,64 @@ def start_here(config, workdir):
 
 
 def test_official_data_from_a_released_checkpoint(tmp_path, capsys):
-    """Worker processes, augmentation, micro-batches, remat, a frozen tower, losses by source, held-out loss and answers."""
+    """Worker processes, augmentation, micro-batches, remat, a frozen tower, losses by source,
+    held-out loss and answers.
+    """
     config = official_config(write_official(tmp_path), freeze=("vision/.*",))
     config = dataclasses.replace(config, init_from=str(tiny_checkpoint.directory()))
     start_here(config, tmp_path / "run")
     out = capsys.readouterr().out
-    assert "none is missing, none is initialised" in out and re.search(r"vision +[\d,]+ +0 +- ", out)
+    assert "none is missing, none is initialised" in out and re.search(
+        r"vision +[\d,]+ +0 +- ", out
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
-    assert {"loss/text", "loss/seen"} <= set().union(*trained) and "grad_norm_vision" not in trained[0]
-    for name in ("tokens_per_second", "tiles_per_second", "token_fill", "input_wait", "step_seconds", "learning_rate"):
+    assert {"loss/text", "loss/seen"} <= set().union(
+        *trained
+    ) and "grad_norm_vision" not in trained[0]
+    for name in (
+        "tokens_per_second",
+        "tiles_per_second",
+        "token_fill",
+        "input_wait",
+        "step_seconds",
+        "learning_rate",
+    ):
         assert all(row[name] >= 0 for row in trained)
-    assert [row["step"] for row in rows if "held_out" in row] == [3, 6] and "held_out/text" in rows[-1]
-    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["source"]) for row in answers] == [(3, "text"), (3, "seen"), (6, "text"), (6, "seen")]
+    assert [row["step"] for row in rows if "held_out" in row] == [3, 6] and "held_out/text" in rows[
+        -1
+    ]
+    answers = [
+        json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
+    ]
+    assert [(row["step"], row["source"]) for row in answers] == [
+        (3, "text"),
+        (3, "seen"),
+        (6, "text"),
+        (6, "seen"),
+    ]
     ours, theirs = load(tmp_path / "run").params, load(tiny_checkpoint.directory()).params
     jax.tree.map(np.testing.assert_array_equal, ours["vision"], theirs["vision"])
 
 
 def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
-    """With workers, mixture, augmentation, packing and micro-batches on: killed twice at random steps, without mercy."""
+    """With workers, mixture, augmentation, packing and micro-batches on: killed twice at random
+    steps, without mercy.
+    """
     meta = write_official(tmp_path)
     changes = {"steps": 14, "save_every": 2, "evaluate_every": 0, "held_out": ""}
     path = tmp_path / "official.py"
     lines = ["import dataclasses", "from official_run import official_config", "def get_config():"]
-    path.write_text("\n".join([*lines, f"    return dataclasses.replace(official_config({meta!r}), **{changes!r})", ""]))
+    path.write_text(
+        "\n".join(
+            [
+                *lines,
+                f"    return dataclasses.replace(official_config({meta!r}), **{changes!r})",
+                "",
+            ]
+        )
+    )
     process = command(tmp_path / "whole", "--config.data.workers=0", config=path)
     _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
@@ -293,7 +371,8 @@ def test_any_step_is_exported(whole_run, tmp_path):
     step = whole_run[0] / "checkpoints" / str(STEPS - STEPS % SAVE_EVERY)
     convert(open_model(step), tmp_path / "exported", to="internvl")
     ours, theirs = load(step).params, load(tmp_path / "exported").params
-    rows = CONFIG.language.vocab_size  # those that pad the vocabulary are trained along by weight decay, and cut off
+    # those that pad the vocabulary are trained along by weight decay, and cut off
+    rows = CONFIG.language.vocab_size
     ours["language"]["embedding"], theirs["language"]["embedding"] = (
         params["language"]["embedding"][:rows] for params in (ours, theirs)
     )
@@ -321,7 +400,8 @@ def test_what_is_not_finite_stops_the_run(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compile_step", make_broken)
         with pytest.raises(
-            FloatingPointError, match=r"loss .* at step 2; the last checkpoint is kept. Samples: .*(seen|text) row \d"
+            FloatingPointError,
+            match=r"loss .* at step 2; the last checkpoint is kept. Samples: .*(seen|text) row \d",
         ):
             start_here(dataclasses.replace(config, save_every=1), train_dir)
     assert os.listdir(train_dir / "checkpoints") == ["1"]
@@ -345,7 +425,9 @@ def test_a_frozen_leaf_that_changed_is_not_saved(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compile_step", make_leaky)
-        with pytest.raises(ValueError, match="step 3: parameters that optimizer.freeze names have changed"):
+        with pytest.raises(
+            ValueError, match="step 3: parameters that optimizer.freeze names have changed"
+        ):
             start_here(config, tmp_path / "run")
 
 
@@ -353,7 +435,9 @@ def test_another_model_is_not_started_from(tmp_path):
     config = official_config(write_official(tmp_path))
     vision = dataclasses.replace(CONFIG.vision, num_layers=3)
     config = dataclasses.replace(
-        config, init_from=str(tiny_checkpoint.directory()), model=dataclasses.replace(CONFIG, vision=vision)
+        config,
+        init_from=str(tiny_checkpoint.directory()),
+        model=dataclasses.replace(CONFIG, vision=vision),
     )
     with pytest.raises(ValueError, match="model.vision.num_layers is 2 there and 3 here"):
         start_here(config, tmp_path / "run")

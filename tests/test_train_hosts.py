@@ -1,4 +1,6 @@
-"""train.py on several processes, as on the hosts of a pod: the same run as on one, also when one of them is killed."""
+"""train.py on several processes, as on the hosts of a pod: the same run as on one, also when one of
+them is killed.
+"""
 
 import dataclasses
 import json
@@ -28,31 +30,47 @@ def hosts_config():
     config = train_config()
     data = dataclasses.replace(config.data, rows=8, shards=4, tokens_per_row=128, tiles_per_row=8)
     optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
-    return dataclasses.replace(config, data=data, optimizer=optimizer, steps=STEPS, save_every=SAVE_EVERY, agree_every=2)
+    return dataclasses.replace(
+        config, data=data, optimizer=optimizer, steps=STEPS, save_every=SAVE_EVERY, agree_every=2
+    )
 
 
 def pairs_config(source: str, init_from: str):
     """MPO on pairs, with held-out ones."""
     config = hosts_config()
-    data = dataclasses.replace(config.data, source=source, pairs=True, pairs_per_row=3, loss_average="sample", packing_buffer=2)
+    data = dataclasses.replace(
+        config.data,
+        source=source,
+        pairs=True,
+        pairs_per_row=3,
+        loss_average="sample",
+        packing_buffer=2,
+    )
     loss = LossConfig(
         kind="mpo", shift="moving"
     )  # the running one counts the parts of an update, so it knows how many there are
     held_out = {"held_out": source, "evaluate_every": 3, "evaluate_batches": 1}
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
-    return dataclasses.replace(config, data=data, optimizer=optimizer, loss=loss, init_from=init_from, steps=3, **held_out)
+    return dataclasses.replace(
+        config, data=data, optimizer=optimizer, loss=loss, init_from=init_from, steps=3, **held_out
+    )
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts train.py in `count` processes of `devices` devices each, with the configuration that the expression `config` is of."""
+    """Starts train.py in `count` processes of `devices` devices each, with the configuration that
+    the expression `config` is of.
+    """
     folder = tmp_path_factory.mktemp("config")
 
     def start(workdir, count: int, devices: int, *flags, config="hosts_config()"):
         path, address = folder / f"{workdir.name}.py", free_address()
         path.write_text(f"from test_train_hosts import *\ndef get_config(): return {config}\n")
         line = [str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}", *flags]
-        own = [[f"--coordinator={address}", f"--processes={count}", f"--process={number}"] for number in range(count)]
+        own = [
+            [f"--coordinator={address}", f"--processes={count}", f"--process={number}"]
+            for number in range(count)
+        ]
         return Processes([line + (flags if count > 1 else []) for flags in own], devices)
 
     return start
@@ -61,7 +79,9 @@ def start(tmp_path_factory):
 def finish(processes: Processes) -> list[Ended]:
     with processes:
         ended = processes.end(400)
-    assert [process.status for process in ended] == [0] * len(ended), "\n----\n".join(process.out for process in ended)
+    assert [process.status for process in ended] == [0] * len(ended), "\n----\n".join(
+        process.out for process in ended
+    )
     return ended
 
 
@@ -86,7 +106,9 @@ def alone(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(start, tmp_path_factory):
-    """(workdir, its log then, how the processes ended) of four processes of which one was killed two steps after a checkpoint."""
+    """(workdir, its log then, how the processes ended) of four processes of which one was killed
+    two steps after a checkpoint.
+    """
     workdir = tmp_path_factory.mktemp("killed")
 
     def is_time(line: str) -> bool:
@@ -112,7 +134,9 @@ def test_a_killed_process_ends_the_others(killed):
     assert ended[2].status == -signal.SIGKILL
     for number in (0, 1, 3):
         assert ended[number].status in (EXIT_PEER_LOST, -signal.SIGABRT), ended[number].out
-        assert re.search(r"process 2 \(host \S+\) (no longer answers|gives no sign of life)", ended[number].out)
+        assert re.search(
+            r"process 2 \(host \S+\) (no longer answers|gives no sign of life)", ended[number].out
+        )
     assert latest_step(workdir) % SAVE_EVERY == 0, "what was complete is kept"
 
 
@@ -123,12 +147,21 @@ def test_started_again_it_goes_on_exactly(killed, restarted, alone):
 
 
 @pytest.mark.parametrize("count, devices, mesh", [(1, 1, {}), (2, 4, {"data": 2, "context": 2})])
-def test_other_processes_go_on_from_its_checkpoint(start, restarted, alone, tmp_path, count, devices, mesh):
+def test_other_processes_go_on_from_its_checkpoint(
+    start, restarted, alone, tmp_path, count, devices, mesh
+):
     """Saved by 4 processes x 2 devices; what was computed from it there is computed here."""
     workdir = tmp_path / "run"
     shutil.copytree(restarted, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    out = finish(start(workdir, count, devices, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())))[0].out
+    out = finish(
+        start(
+            workdir,
+            count,
+            devices,
+            *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+        )
+    )[0].out
     assert f"going on from step {STEPS - SAVE_EVERY} of {workdir}" in out
     check_same(log_of(workdir), alone)
 
@@ -143,18 +176,21 @@ def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
 
 def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path):
     """Policy, reference and held-out pairs over the devices of both."""
-    from test_pairs import write_pairs  # computes where it is imported, and train.py's processes import this file
+    # computes where it is imported, and train.py's processes import this file
+    from test_pairs import write_pairs
 
     config = f"pairs_config({write_pairs(tmp_path)!r}, {str(tiny_checkpoint.directory())!r})"
     finish(start(tmp_path / "one", 1, 1, config=config))
     finish(start(tmp_path / "two", 2, 2, "--config.mesh.context=2", config=config))
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
     )
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 3]
     for ours, theirs in zip(two, one, strict=True):
         assert ours.get("batch") == theirs.get("batch")
         names = {name for name in ours if name.startswith(("loss", "reward", "held_out"))}
-        for name in names - ({"reward_accuracy"} if ours["step"] == 1 else set()):  # margins that are rounding alone
+        # margins that are rounding alone
+        for name in names - ({"reward_accuracy"} if ours["step"] == 1 else set()):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
     assert two[-1]["held_out_reward_margin"] > 0

@@ -1,4 +1,6 @@
-"""Directories that appear whole or not at all: what is replaced, what is deleted, and what a crash leaves."""
+"""Directories that appear whole or not at all: what is replaced, what is deleted, and what a crash
+leaves.
+"""
 
 import contextlib
 import os
@@ -72,7 +74,9 @@ def test_what_was_not_made_here_is_not_replaced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_crash_leaves_the_old_or_the_new(exchange, tmp_path, monkeypatch):
-    """A crash before each call that renames or deletes, with and without the system's exchange; the next attempt cleans up."""
+    """A crash before each call that renames or deletes, with and without the system's exchange; the
+    next attempt cleans up.
+    """
     if not exchange:
         monkeypatch.setattr(unfinished, "_renameat2", lambda *arguments: False)
     for crash in range(1, 13):

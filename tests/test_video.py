@@ -1,4 +1,6 @@
-"""video.py, video_file.py: the frames that training and evaluation choose, and that the pictures are those frames."""
+"""video.py, video_file.py: the frames that training and evaluation choose, and that the pictures
+are those frames.
+"""
 
 import functools
 import logging
@@ -11,7 +13,14 @@ from official_data import encoded, frame, write_video
 from PIL import Image
 
 from internvl3_jax.data.media.images import ImageError
-from internvl3_jax.data.media.video import Footage, VideoError, draw_frames, middle_frames, read_frames, training_frames
+from internvl3_jax.data.media.video import (
+    Footage,
+    VideoError,
+    draw_frames,
+    middle_frames,
+    read_frames,
+    training_frames,
+)
 
 FILE = Footage(30, 10.0, True)
 
@@ -41,11 +50,15 @@ def test_training_draws_by_the_rule(total, count):
     for seed in range(5):
         drawn = draw_frames(total, count, np.random.default_rng(seed))
         assert drawn == by_the_letter(total, count, np.random.default_rng(seed))
-        assert len(drawn) == count and drawn == sorted(drawn) and 0 <= drawn[0] and drawn[-1] < total
+        assert (
+            len(drawn) == count and drawn == sorted(drawn) and 0 <= drawn[0] and drawn[-1] < total
+        )
 
 
 def test_every_frame_but_an_intervals_last_is_drawn():
-    drawn = {index for seed in range(300) for index in draw_frames(20, 4, np.random.default_rng(seed))}
+    drawn = {
+        index for seed in range(300) for index in draw_frames(20, 4, np.random.default_rng(seed))
+    }
     assert drawn == set(range(20)) - {4, 9, 14, 19}
 
 
@@ -64,7 +77,8 @@ def test_a_clip_is_in_seconds():
     for seed in range(20):
         drawn = training_frames(FILE, np.random.default_rng(seed), 4, 4, [1.0, 2.0])
         assert all(10 <= index < 20 for index in drawn)
-    assert max(training_frames(FILE, np.random.default_rng(0), 8, 8, [2.5, 9])) < 30  # ends with the video
+    # ends with the video
+    assert max(training_frames(FILE, np.random.default_rng(0), 8, 8, [2.5, 9])) < 30
 
 
 @pytest.mark.parametrize("clip", [[3.5, 4.0], [1.0, 1.0], [-1, 2], [1], "0-1", [0, "1"]], ids=str)
@@ -105,7 +119,8 @@ def test_a_video_file_gives_the_frames_asked_for(tmp_path):
     assert (seen[0].total, seen[0].fps, seen[0].repeats) == (40, 10.0, True)
     everything = read_frames(str(path), lambda footage: range(footage.total))
     assert numbers(everything) == list(range(40))
-    # Jumping to key frames gives the same pixels as decoding from the beginning, and bytes the same as a path.
+    # Jumping to key frames gives the same pixels as decoding from the beginning, and bytes the same
+    # as a path.
     for index, jumped in zip([3, 0, 13, 39, 13, 25], pictures, strict=True):
         np.testing.assert_array_equal(np.asarray(jumped), np.asarray(everything[index]))
     from_bytes = read_frames(path.read_bytes(), lambda footage: [25])
@@ -123,7 +138,9 @@ def test_a_folder_of_frames_in_order_of_their_numbers(tmp_path):
     for number in range(12):
         frame(number).save(tmp_path / f"frame_{number}.png")
     (tmp_path / "notes.txt").write_text("not a frame")
-    assert numbers(read_frames(str(tmp_path), lambda footage: range(footage.total))) == list(range(12))
+    assert numbers(read_frames(str(tmp_path), lambda footage: range(footage.total))) == list(
+        range(12)
+    )
 
 
 def test_a_gif(tmp_path):
@@ -144,7 +161,11 @@ def test_damaged_videos_are_named(tmp_path, name):
     path.write_bytes(b"nothing to see here" * 20)
     with pytest.raises(VideoError, match=name):
         read_frames(str(path), lambda footage: [0])
-    whole = write_video(tmp_path / "whole.mp4", 10).read_bytes() if name == "a.mp4" else encoded(frame(1), "GIF")
+    whole = (
+        write_video(tmp_path / "whole.mp4", 10).read_bytes()
+        if name == "a.mp4"
+        else encoded(frame(1), "GIF")
+    )
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VideoError, match=name):
         read_frames(str(path), lambda footage: [footage.total - 1])
@@ -158,7 +179,7 @@ def test_an_empty_folder_and_frames_that_do_not_exist(tmp_path):
         read_frames(str(tmp_path), lambda footage: [7])
 
 
-# --- files as phones, recorders and damage leave them -------------------------------------------------------------------------
+# --- files as phones, recorders and damage leave them --------------------------------------------
 
 
 def scene(number, width=64, height=48):
@@ -173,7 +194,9 @@ def record(path, codec="libx264", frames=30, options=None):
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options or {"crf": "1", "g": "12", "bf": "2"})
+        stream = container.add_stream(
+            codec, rate=10, options=options or {"crf": "1", "g": "12", "bf": "2"}
+        )
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_image(scene(number))))
@@ -190,7 +213,9 @@ def shown(path):
 
 
 def with_matrix(path, *matrix):
-    """The file with another display matrix, which players and decord turn frames by; a, b, c, d in whole numbers or fractions."""
+    """The file with another display matrix, which players and decord turn frames by; a, b, c, d in
+    whole numbers or fractions.
+    """
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 44
     a, b, c, d = (round(value * 65536) for value in matrix)
@@ -201,7 +226,8 @@ def with_matrix(path, *matrix):
 
 TURNS = {
     (1, 0, 0, 1): None,
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # as ffmpeg: a phone held upright, turned clockwise to be shown
+    # as ffmpeg: a phone held upright, turned clockwise to be shown
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -229,12 +255,16 @@ def test_frames_are_upright(tmp_path, matrix):
     if a * d - b * c > 0 and not a * b:  # PyAV knows the angle where nothing is mirrored
         with av.open(str(path)) as container:
             angle = next(container.decode(video=0)).rotation
-        np.testing.assert_array_equal(np.asarray(picture), np.asarray(stored.rotate(angle, expand=True)))
+        np.testing.assert_array_equal(
+            np.asarray(picture), np.asarray(stored.rotate(angle, expand=True))
+        )
 
 
 def cut_between_keys(tmp_path):
     """A recording whose first seven frames lack their key frame; as from a camera's ring buffer."""
-    path = record(tmp_path / "whole.ts", options={"g": "12", "bf": "0", "x264-params": "repeat-headers=1"})
+    path = record(
+        tmp_path / "whole.ts", options={"g": "12", "bf": "0", "x264-params": "repeat-headers=1"}
+    )
     import av
 
     with av.open(str(path)) as container:
@@ -266,7 +296,8 @@ RECORDINGS = {
     "hidden frames of VP8": lambda folder: record(folder / "a.webm", "libvpx", 40, ALTERNATE),
     "hidden frames of VP9": lambda folder: record(folder / "a.webm", "libvpx-vp9", 40, ALTERNATE),
     "open groups": lambda folder: record(
-        folder / "a.ts", options={"bf": "2", "g": "10", "x264-params": "open-gop=1:repeat-headers=1"}
+        folder / "a.ts",
+        options={"bf": "2", "g": "10", "x264-params": "open-gop=1:repeat-headers=1"},
     ),
     "MPEG-4 in AVI": lambda folder: record(folder / "a.avi", "mpeg4", 30, {"bf": "2", "g": "10"}),
     "MPEG-2": lambda folder: record(folder / "a.mpg", "mpeg2video", 30, {"bf": "2", "g": "10"}),
@@ -306,7 +337,9 @@ def test_a_damaged_middle_is_usable_whatever_is_drawn(tmp_path, ending, caplog):
 
     for seed in range(12):
         with caplog.at_level(logging.WARNING):
-            pictures = read_frames(str(path), functools.partial(choose, np.random.default_rng(seed)))
+            pictures = read_frames(
+                str(path), functools.partial(choose, np.random.default_rng(seed))
+            )
         assert {picture.size for picture in pictures} == {(64, 48)}
     assert len(totals) == 1
 
@@ -322,10 +355,16 @@ def test_a_truncated_file_is_refused_unless_that_is_allowed(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_image(scene(number))))
         container.mux(stream.encode())
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    with pytest.raises(VideoError, match=r"a\.mp4: the last \d+ of 60 frames are missing: .* --allow_truncated"):
+    with pytest.raises(
+        VideoError, match=r"a\.mp4: the last \d+ of 60 frames are missing: .* --allow_truncated"
+    ):
         read_frames(str(path), lambda footage: [0])
     seen = []
-    pictures = read_frames(str(path), lambda footage: seen.append(footage.total) or range(footage.total), allow_truncated=True)
+    pictures = read_frames(
+        str(path),
+        lambda footage: seen.append(footage.total) or range(footage.total),
+        allow_truncated=True,
+    )
     assert 10 < seen[0] < 60 and len(pictures) == seen[0]
 
 
@@ -351,7 +390,9 @@ def test_the_limit_of_pixels(tmp_path):
     path = record(tmp_path / "a.mp4")
     frame(0).save(tmp_path / "a.gif")
     for name in ("a.mp4", "a.gif"):
-        with pytest.raises(ImageError, match=rf"{name}: 64 x 48 pixels are more than 3,071; .*--max_image_pixels"):
+        with pytest.raises(
+            ImageError, match=rf"{name}: 64 x 48 pixels are more than 3,071; .*--max_image_pixels"
+        ):
             read_frames(str(tmp_path / name), lambda footage: [0], max_pixels=3071)
     for limit in (0, None, 3072):
         assert read_frames(str(path), lambda footage: [0], max_pixels=limit)[0].size == (64, 48)
@@ -359,7 +400,10 @@ def test_the_limit_of_pixels(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.ts\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile secret.ts\n"],
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.ts\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile secret.ts\n",
+    ],
     ids=["m3u8", "concat"],
 )
 def test_playlists_that_name_other_files_are_refused(tmp_path, text):

@@ -1,4 +1,6 @@
-"""A run's directory: what may be in it, whose it is, which configuration it binds, and what is cut back when a run is resumed."""
+"""A run's directory: what may be in it, whose it is, which configuration it binds, and what is cut
+back when a run is resumed.
+"""
 
 import dataclasses
 import json
@@ -29,12 +31,18 @@ pytestmark = pytest.mark.smoke
 
 def changed(config, **changes):
     """The configuration with other settings of it and, as optimizer__NAME, of its optimizer."""
-    inner = {name.removeprefix("optimizer__"): value for name, value in changes.items() if name.startswith("optimizer__")}
+    inner = {
+        name.removeprefix("optimizer__"): value
+        for name, value in changes.items()
+        if name.startswith("optimizer__")
+    }
     outer = {name: value for name, value in changes.items() if not name.startswith("optimizer__")}
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **inner), **outer)
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, **inner), **outer
+    )
 
 
-# --- the directory ---------------------------------------------------------------------------------------------------------------
+# --- the directory -------------------------------------------------------------------------------
 
 
 def test_a_place_where_no_run_can_be_is_refused_before_anything(tmp_path):
@@ -64,9 +72,16 @@ def test_one_process_has_it_at_a_time(tmp_path):
     code = "import sys, time, pathlib; from internvl3_jax.training.workdir import held\nwith held(pathlib.Path(sys.argv[1])):\n"
     code += "    print('held', flush=True); time.sleep(600)"
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(workdir.__file__).parent.parent)}
-    with subprocess.Popen([sys.executable, "-c", code, place], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, place], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(InUse, match=rf"run is in use by another process .process {process.pid} on .*"), workdir.held(place):
+        with (
+            pytest.raises(
+                InUse, match=rf"run is in use by another process .process {process.pid} on .*"
+            ),
+            workdir.held(place),
+        ):
             pass
         process.kill()
     for _ in range(2):
@@ -74,7 +89,7 @@ def test_one_process_has_it_at_a_time(tmp_path):
             assert os.listdir(place) == [workdir.LOCK]
 
 
-# --- the configuration -----------------------------------------------------------------------------------------------------------
+# --- the configuration ---------------------------------------------------------------------------
 
 
 def test_a_configuration_binds_once_there_is_a_checkpoint(tmp_path):
@@ -82,7 +97,10 @@ def test_a_configuration_binds_once_there_is_a_checkpoint(tmp_path):
     workdir.save_config(config, tmp_path)
     other = changed(config, optimizer__learning_rate=1e-4)
     assert workdir.same_run(other, tmp_path, None) == other
-    with pytest.raises(ConfigError, match="another configuration .*optimizer.learning_rate is 0.003 there and 0.0001 here"):
+    with pytest.raises(
+        ConfigError,
+        match="another configuration .*optimizer.learning_rate is 0.003 there and 0.0001 here",
+    ):
         workdir.same_run(other, tmp_path, 4)
     assert workdir.same_run(changed(config, log_every=7), tmp_path, 4).log_every == 7
 
@@ -92,11 +110,18 @@ def test_a_configuration_saved_before_a_field_was_there(tmp_path):
     config, path = train_config(), tmp_path / "config.json"
     workdir.save_config(config, tmp_path)
     saved = json.loads(path.read_text())
-    del saved["loss"], saved["data"]["pairs"], saved["offload_optimizer"], saved["optimizer"]["warmup_fraction"]
+    del (
+        saved["loss"],
+        saved["data"]["pairs"],
+        saved["offload_optimizer"],
+        saved["optimizer"]["warmup_fraction"],
+    )
     path.write_text(json.dumps(saved))
     assert workdir.same_run(config, tmp_path, 4) == config
     with pytest.raises(ValueError, match=r"data.pairs is False there and True here"):
-        workdir.same_run(changed(config, data=dataclasses.replace(config.data, pairs=True)), tmp_path, 4)
+        workdir.same_run(
+            changed(config, data=dataclasses.replace(config.data, pairs=True)), tmp_path, 4
+        )
 
 
 @pytest.mark.parametrize("content, message", [
@@ -128,7 +153,10 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path):
 
 def test_files_of_something_else_are_not_written_over(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(FileError, match=r"log.jsonl exists, but .* holds no run .config.json.; name another --workdir"):
+    with pytest.raises(
+        FileError,
+        match=r"log.jsonl exists, but .* holds no run .config.json.; name another --workdir",
+    ):
         workdir.same_run(train_config(), tmp_path, None)
     with pytest.raises(FileError, match=r"log.jsonl line 1: is no row of a run"):
         run_log.Log(tmp_path, train_config(), 0)
@@ -143,12 +171,18 @@ def test_a_run_is_lengthened_where_its_schedule_allows_it(tmp_path, capsys):
     assert workdir.same_run(longer, tmp_path, 20) == longer
     assert capsys.readouterr().out == f"{tmp_path} is lengthened from 30 to 60 steps\n"
     assert workdir.same_run(longer, tmp_path, 30) == longer
-    assert "from step 26 on its learning rate had decayed, and it rises again now" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="is a run of 30 steps, and steps is 10: step 30 is done already"):
+    assert (
+        "from step 26 on its learning rate had decayed, and it rises again now"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(
+        ConfigError, match="is a run of 30 steps, and steps is 10: step 30 is done already"
+    ):
         workdir.same_run(changed(config, steps=10), tmp_path, 30)
     workdir.save_config(changed(config, optimizer__schedule="cosine"), tmp_path)
     with pytest.raises(
-        ConfigError, match="optimizer.schedule=cosine the steps done so far would have had other learning rates"
+        ConfigError,
+        match="optimizer.schedule=cosine the steps done so far would have had other learning rates",
     ):
         workdir.same_run(changed(longer, optimizer__schedule="cosine"), tmp_path, 30)
     with pytest.raises(ConfigError, match="another configuration"):
@@ -156,7 +190,9 @@ def test_a_run_is_lengthened_where_its_schedule_allows_it(tmp_path, capsys):
 
 
 def test_warm_up_stays_what_it_was(tmp_path):
-    """A fraction gave it: with more steps, or from a version with another rule, the run is resumed with the number it began with."""
+    """A fraction gave it: with more steps, or from a version with another rule, the run is resumed
+    with the number it began with.
+    """
     config = changed(train_config(), optimizer__schedule="wsd", optimizer__warmup_fraction=0.1)
     begun = workdir.same_run(config, tmp_path, None)
     assert (begun.optimizer.warmup_steps, begun.optimizer.warmup_fraction) == (3, 0.0)
@@ -164,10 +200,12 @@ def test_warm_up_stays_what_it_was(tmp_path):
     assert workdir.same_run(config, tmp_path, 4) == begun
     assert workdir.same_run(changed(config, steps=300), tmp_path, 4).optimizer.warmup_steps == 3
     with pytest.raises(ConfigError, match="optimizer.warmup_steps is 3 there and 5 here"):
-        workdir.same_run(changed(config, optimizer__warmup_fraction=0.0, optimizer__warmup_steps=5), tmp_path, 4)
+        workdir.same_run(
+            changed(config, optimizer__warmup_fraction=0.0, optimizer__warmup_steps=5), tmp_path, 4
+        )
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------------------
+# --- the end -------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_says_so(tmp_path):
@@ -175,16 +213,24 @@ def test_a_finished_run_says_so(tmp_path):
     for step in (4, 30):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     past = {"best": 1.23456, "best_step": 4}
-    (tmp_path / "checkpoints" / "30" / "training.json").write_text(json.dumps({"step": 30, "past": past}))
+    (tmp_path / "checkpoints" / "30" / "training.json").write_text(
+        json.dumps({"step": 30, "past": past})
+    )
     assert is_finished(config, tmp_path, 30) and not is_finished(config, tmp_path, 29)
     lines = farewell(config, tmp_path).splitlines()
-    assert lines[0] == f"{tmp_path} is finished: step 30 of 30; the lowest held-out loss, 1.235, is that of step 4"
+    assert (
+        lines[0]
+        == f"{tmp_path} is finished: step 30 of 30; the lowest held-out loss, 1.235, is that of step 4"
+    )
     assert lines[1] == f"ask it:    python infer.py --checkpoint {tmp_path}/checkpoints/4"
     assert lines[2] == f"export it: python -m convert {tmp_path}/checkpoints/4 DIRECTORY --to hf"
-    assert farewell(train_config(), tmp_path).splitlines()[0] == f"{tmp_path} is finished: step 30 of 30"
+    assert (
+        farewell(train_config(), tmp_path).splitlines()[0]
+        == f"{tmp_path} is finished: step 30 of 30"
+    )
 
 
-# --- what is cut back ------------------------------------------------------------------------------------------------------------
+# --- what is cut back ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [run_log.LOG, run_log.ANSWERS])
@@ -203,7 +249,8 @@ def test_rows_of_steps_that_are_repeated_are_dropped(tmp_path, name):
 def test_a_number_that_is_not_finite_leaves_the_log_readable(tmp_path):
     run_log.append(tmp_path / "log.jsonl", [{"step": 1, "loss": float("nan")}])
     assert run_log.read_rows(tmp_path / "log.jsonl") == [{"step": 1, "loss": None}]
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": NaN}\n')  # as earlier versions wrote it
+    # as earlier versions wrote it
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": NaN}\n')
     run_log.cut_back(tmp_path / "log.jsonl", 1)
     assert run_log.read_rows(tmp_path / "log.jsonl") == [{"step": 1, "loss": None}]
 
@@ -214,8 +261,13 @@ def test_reasons_are_noted_once(tmp_path):
     path.write_bytes(b"of an earlier version\n3\tearly\n5\tlate\n5\tto")
     (tmp_path / "skipped.1.txt").write_bytes(b"3\tother\n5\tgone\n")
     skipped = SkipLog(tmp_path, 4)
-    assert path.read_text() == "of an earlier version\n3\tearly\n" and (tmp_path / "skipped.1.txt").read_text() == "3\tother\n"
-    prepared = types.SimpleNamespace(skipped=["early", "late", "of an earlier version", "two\nlines"], skipped_count=4)
+    assert (
+        path.read_text() == "of an earlier version\n3\tearly\n"
+        and (tmp_path / "skipped.1.txt").read_text() == "3\tother\n"
+    )
+    prepared = types.SimpleNamespace(
+        skipped=["early", "late", "of an earlier version", "two\nlines"], skipped_count=4
+    )
     assert skipped.note(6, prepared) == 4
     skipped.note(8, prepared)
     assert path.read_text() == "of an earlier version\n3\tearly\n6\tlate\n6\ttwo\\nlines\n"
@@ -231,36 +283,54 @@ def test_no_curve_without_matplotlib(tmp_path, monkeypatch, capsys):
 
 def test_a_package_for_the_log_is_missed_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set"):
+    with pytest.raises(
+        ImportError,
+        match=r"tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set",
+    ):
         run_log.check_extras(changed(train_config(), tensorboard=True))
     run_log.check_extras(train_config())
 
 
-# --- what the samples are made of ------------------------------------------------------------------------------------------------
+# --- what the samples are made of ----------------------------------------------------------------
 
 
 def test_changed_data_are_named(tmp_path):
     rows = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(4)]
-    data = dataclasses.replace(train_config().data, source=write_meta(tmp_path, text={"rows": rows}))
+    data = dataclasses.replace(
+        train_config().data, source=write_meta(tmp_path, text={"rows": rows})
+    )
     tokenizer = Tokenizer.from_files(tokenizer_files())
     saved = json.loads(json.dumps(data_identity(data, open_sources(data), tokenizer)))
     check_identity(saved, data_identity(data, open_sources(data), tokenizer), 4, accept=False)
     write_meta(tmp_path, text={"rows": rows[::-1]})
-    with pytest.raises(DataChanged, match=r"since step 4 was saved, source 'text' of .*meta.json has changed .*sha256"):
+    with pytest.raises(
+        DataChanged,
+        match=r"since step 4 was saved, source 'text' of .*meta.json has changed .*sha256",
+    ):
         check_identity(saved, data_identity(data, open_sources(data), tokenizer), 4, accept=False)
     write_meta(tmp_path, text={"rows": rows, "repeat_time": 2})
     with pytest.raises(DataChanged, match=r"source 'text'"):
         check_identity(saved, data_identity(data, open_sources(data), tokenizer), 4, accept=False)
     write_meta(tmp_path, text={"rows": rows}, more={"rows": rows})
-    with pytest.raises(DataChanged, match=r"order of the sources has changed .was: text; is: text, more.; source 'more'"):
+    with pytest.raises(
+        DataChanged,
+        match=r"order of the sources has changed .was: text; is: text, more.; source 'more'",
+    ):
         check_identity(saved, data_identity(data, open_sources(data), tokenizer), 4, accept=False)
 
 
 def test_a_step_says_what_its_data_were(tmp_path):
-    """It is compared before anything of the step is read; one of an earlier version does not say it."""
-    step, now = tmp_path / "checkpoints" / "4", types.SimpleNamespace(identity={"tokenizer t": "sha256 2"})
+    """It is compared before anything of the step is read; one of an earlier version does not say
+    it.
+    """
+    step, now = (
+        tmp_path / "checkpoints" / "4",
+        types.SimpleNamespace(identity={"tokenizer t": "sha256 2"}),
+    )
     step.mkdir(parents=True)
-    (step / "training.json").write_text(json.dumps({"step": 4, "identity": {"tokenizer t": "sha256 1"}}))
+    (step / "training.json").write_text(
+        json.dumps({"step": 4, "identity": {"tokenizer t": "sha256 1"}})
+    )
     with pytest.raises(DataChanged, match="since step 4 was saved, tokenizer t has changed"):
         run.check_data(train_config(), tmp_path, now, 4)
     run.check_data(changed(train_config(), accept_changed_data=True), tmp_path, now, 4)
@@ -272,8 +342,12 @@ def test_a_step_says_what_its_data_were(tmp_path):
 def test_what_a_run_remembers_comes_back(best):
     past = RunHistory(seconds=3.0, best=best, best_step=4, frozen="x")
     assert RunHistory.of_saved(json.loads(json.dumps(past.saved(), allow_nan=False))) == past
-    assert RunHistory.of_saved(json.loads(json.dumps(dataclasses.asdict(past)))) == past, "as earlier versions wrote it"
-    with pytest.raises(ConfigError, match="past.best_step is the text '4'; expected a whole number"):
+    assert RunHistory.of_saved(json.loads(json.dumps(dataclasses.asdict(past)))) == past, (
+        "as earlier versions wrote it"
+    )
+    with pytest.raises(
+        ConfigError, match="past.best_step is the text '4'; expected a whole number"
+    ):
         RunHistory.of_saved(past.saved() | {"best_step": "4"})
 
 
@@ -285,14 +359,21 @@ def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
     (tmp_path / "drop.tsv").write_text("digits\t3\tno\n")
     vocab = json.loads(files["vocab.json"])
     vocab["I"], vocab["n"] = vocab["n"], vocab["I"]
-    now = data_identity(data, open_sources(data), Tokenizer.from_files(files | {"vocab.json": json.dumps(vocab).encode()}))
-    with pytest.raises(DataChanged, match=r"tokenizer .*tiny_digits has changed .*; data.drop_list .*drop.tsv has changed"):
+    now = data_identity(
+        data,
+        open_sources(data),
+        Tokenizer.from_files(files | {"vocab.json": json.dumps(vocab).encode()}),
+    )
+    with pytest.raises(
+        DataChanged,
+        match=r"tokenizer .*tiny_digits has changed .*; data.drop_list .*drop.tsv has changed",
+    ):
         check_identity(saved, now, 4, accept=False)
     check_identity(saved, now, 4, accept=True)
     assert "resuming from step 4 with other data: tokenizer" in capsys.readouterr().out
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------------------
+# --- signals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -301,7 +382,9 @@ def test_a_signal_ends_the_run_after_its_step(number, capfd):
         assert not stops(1)
         os.kill(os.getpid(), number)
         assert stops(2) == number
-    assert ("press Ctrl-C again to stop at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+    assert ("press Ctrl-C again to stop at once" in capfd.readouterr().err) == (
+        number == signal.SIGINT
+    )
 
 
 def test_a_second_interrupt_ends_it_at_once():
@@ -310,23 +393,31 @@ def test_a_second_interrupt_ends_it_at_once():
         "with preemption_signal():\n    [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n    time.sleep(60)"
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(workdir.__file__).parent.parent)}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert ended.returncode == multihost.INTERRUPTED == 130
     assert (
-        ended.stderr.splitlines()[-1] == "stopped at once; the last complete step is kept" and "Traceback" not in ended.stderr
+        ended.stderr.splitlines()[-1] == "stopped at once; the last complete step is kept"
+        and "Traceback" not in ended.stderr
     )
 
 
 def test_the_saved_configuration_is_all_of_it(tmp_path):
     workdir.save_config(train_config(), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(to_dict(train_config())))
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        json.dumps(to_dict(train_config()))
+    )
 
 
 def test_a_model_is_no_workdir(tmp_path):
     """And nothing is left in it, such as a lock."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(FileError, match="holds a model, not a training run"), workdir.held(tmp_path):
+    with (
+        pytest.raises(FileError, match="holds a model, not a training run"),
+        workdir.held(tmp_path),
+    ):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 

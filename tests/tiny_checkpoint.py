@@ -1,4 +1,6 @@
-"""A tiny model with random weights and the digits tokenizer, in memory and as a checkpoint directory."""
+"""A tiny model with random weights and the digits tokenizer, in memory and as a checkpoint
+directory.
+"""
 
 import atexit
 import functools
@@ -24,7 +26,9 @@ from internvl3_jax.model.internvl import abstract_params
 
 TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"
 
-VISION = VisionConfig(image_size=16, patch_size=4, hidden_size=24, num_layers=2, num_heads=3, intermediate_size=40)
+VISION = VisionConfig(
+    image_size=16, patch_size=4, hidden_size=24, num_layers=2, num_heads=3, intermediate_size=40
+)
 LANGUAGE = LanguageConfig(
     vocab_size=460,
     hidden_size=32,
@@ -41,9 +45,11 @@ PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, syste
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict:
-    """Every parameter drawn, f32: scales around 1, layer scales around 0.5, the rest so that activations stay near 1.
+    """Every parameter drawn, f32: scales around 1, layer scales around 0.5, the rest so that
+    activations stay near 1.
 
-    Freshly initialised parameters would hide mistakes: their biases are zero and their scales are constant.
+    Freshly initialised parameters would hide mistakes: their biases are zero and their scales are
+    constant.
     """
     rng = np.random.default_rng(seed)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config))

@@ -1,9 +1,11 @@
-"""Tiny random transformers models of every member of the family, and the two ways they are released on disk.
+"""Tiny random transformers models of every member of the family, and the two ways they are released
+on disk.
 
-`build_reference` randomises every parameter: transformers starts class and position embeddings at zero, biases at zero, norms
-and layer scales at constants, and a mapping error in any of them would go unseen. `save_reference(layout="internvl")` writes
-the original layout from its own list of names, independent of the table in internvl3_jax/checkpoints/hf/mapping.py, so that the
-two check one another.
+`build_reference` randomises every parameter: transformers starts class and position embeddings at
+zero, biases at zero, norms and layer scales at constants, and a mapping error in any of them would
+go unseen. `save_reference(layout="internvl")` writes the original layout from its own list of
+names, independent of the table in internvl3_jax/checkpoints/hf/mapping.py, so that the two check
+one another.
 """
 
 import copy
@@ -23,7 +25,13 @@ VISION = {
         "use_qk_norm": False,
     },
     # The 6B tower has 25 heads, which no power of two divides; five stand for them here.
-    "6b": {"hidden_size": 40, "num_attention_heads": 5, "norm_type": "rms_norm", "attention_bias": False, "use_qk_norm": True},
+    "6b": {
+        "hidden_size": 40,
+        "num_attention_heads": 5,
+        "norm_type": "rms_norm",
+        "attention_bias": False,
+        "use_qk_norm": True,
+    },
 }
 TEXT = {
     "qwen2": {
@@ -55,7 +63,8 @@ def build_reference(
     text: dict | None = None,
     **overrides,
 ):
-    """A tiny InternVL of transformers in eval mode with every parameter random, and its configuration as a dict.
+    """A tiny InternVL of transformers in eval mode with every parameter random, and its
+    configuration as a dict.
 
     Args:
       vit: "300m" (LayerNorm, qkv bias) or "6b" (RMSNorm, q/k norm, no qkv bias, five heads).
@@ -64,7 +73,8 @@ def build_reference(
       vision, text: fields of vision_config and text_config to replace.
       overrides: top-level fields of InternVLConfig to replace.
 
-    The default is a 16 px tile of 4 px patches: 4 x 4 patches, 4 tokens a tile, `image_token_id` 120 of a vocabulary of 131.
+    The default is a 16 px tile of 4 px patches: 4 x 4 patches, 4 tokens a tile, `image_token_id`
+    120 of a vocabulary of 131.
     """
     vision_config = {
         "num_hidden_layers": 3,
@@ -87,7 +97,12 @@ def build_reference(
         **(text or {}),
     }
     grid = vision_config["image_size"][0] // vision_config["patch_size"][0]
-    fields = {"image_token_id": 120, "image_seq_length": (grid // 2) ** 2, "tie_word_embeddings": tied, **overrides}
+    fields = {
+        "image_token_id": 120,
+        "image_seq_length": (grid // 2) ** 2,
+        "tie_word_embeddings": tied,
+        **overrides,
+    }
     config = InternVLConfig(vision_config=vision_config, text_config=text_config, **fields)
     # Eager everywhere: the plainest formula is the one to compare with.
     config._attn_implementation = "eager"
@@ -98,13 +113,20 @@ def build_reference(
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draws every parameter: norm weights around 1, layer scales around 0.5, the rest so that activations stay near 1."""
+    """Draws every parameter: norm weights around 1, layer scales around 0.5, the rest so that
+    activations stay near 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "lambda_" in name:
             value = 0.5 + 0.1 * noise
-        elif parameter.dim() == 1 and name.endswith("norm.weight") or "layernorm" in name and name.endswith("weight"):
+        elif (
+            parameter.dim() == 1
+            and name.endswith("norm.weight")
+            or "layernorm" in name
+            and name.endswith("weight")
+        ):
             value = 1.0 + 0.2 * noise
         elif parameter.dim() == 1:
             value = 0.2 * noise
@@ -115,8 +137,12 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         parameter.copy_(value)
 
 
-def save_reference(model: torch.nn.Module, directory, layout: str = "hf", max_shard_size: str = "5GB") -> pathlib.Path:
-    """Writes weights and config.json: layout "hf" as transformers saves, "internvl" as the original repositories are."""
+def save_reference(
+    model: torch.nn.Module, directory, layout: str = "hf", max_shard_size: str = "5GB"
+) -> pathlib.Path:
+    """Writes weights and config.json: layout "hf" as transformers saves, "internvl" as the original
+    repositories are.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if layout == "hf":
@@ -124,32 +150,47 @@ def save_reference(model: torch.nn.Module, directory, layout: str = "hf", max_sh
         return directory
     if layout != "internvl":
         raise ValueError(f"layout is 'hf' or 'internvl', not {layout!r}")
-    save_file(original_state_dict(model), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        original_state_dict(model), directory / "model.safetensors", metadata={"format": "pt"}
+    )
     (directory / "config.json").write_text(json.dumps(original_config(model), indent=2))
     return directory
 
 
 def original_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names of the original repositories; a tied head is written out, as that code never ties."""
+    """The model's tensors under the names of the original repositories; a tied head is written out,
+    as that code never ties.
+    """
     source = model.state_dict()
     tensors = {}
     head = source.get("lm_head.weight", source["model.language_model.embed_tokens.weight"])
     tensors["language_model.lm_head.weight"] = head.clone()
     for name, tensor in source.items():
         if name.startswith("model.language_model."):
-            tensors[name.replace("model.language_model.", "language_model.model.", 1)] = tensor.clone()
+            tensors[name.replace("model.language_model.", "language_model.model.", 1)] = (
+                tensor.clone()
+            )
     vision = "model.vision_tower.embeddings."
     tensors["vision_model.embeddings.class_embedding"] = source[vision + "cls_token"].clone()
-    tensors["vision_model.embeddings.position_embedding"] = source[vision + "position_embeddings"].clone()
+    tensors["vision_model.embeddings.position_embedding"] = source[
+        vision + "position_embeddings"
+    ].clone()
     for part in ("weight", "bias"):
         tensors[f"vision_model.embeddings.patch_embedding.{part}"] = source[
             f"{vision}patch_embeddings.projection.{part}"
         ].clone()
         for index, name in ((0, "layer_norm"), (1, "linear_1"), (3, "linear_2")):
-            tensors[f"mlp1.{index}.{part}"] = source[f"model.multi_modal_projector.{name}.{part}"].clone()
+            tensors[f"mlp1.{index}.{part}"] = source[
+                f"model.multi_modal_projector.{name}.{part}"
+            ].clone()
     for layer in range(len(model.model.vision_tower.encoder.layer)):
         block = model.model.vision_tower.encoder.layer[layer]
-        tensors.update({f"vision_model.encoder.layers.{layer}.{name}": value for name, value in _original_block(block).items()})
+        tensors.update(
+            {
+                f"vision_model.encoder.layers.{layer}.{name}": value
+                for name, value in _original_block(block).items()
+            }
+        )
     return tensors
 
 
@@ -180,13 +221,17 @@ def _original_block(block: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def original_config(model: torch.nn.Module) -> dict:
-    """config.json as the original repositories write it: llm_config and vision_config, rope in the style of transformers 4."""
+    """config.json as the original repositories write it: llm_config and vision_config, rope in the
+    style of transformers 4.
+    """
     vision, text = model.config.vision_config, model.config.text_config
     rope = dict(text.rope_parameters)
     theta = rope.pop("rope_theta")
     kind = rope["rope_type"]
     llm_config = {
-        "architectures": ["Qwen2ForCausalLM" if text.model_type == "qwen2" else "InternLM3ForCausalLM"],
+        "architectures": [
+            "Qwen2ForCausalLM" if text.model_type == "qwen2" else "InternLM3ForCausalLM"
+        ],
         "bos_token_id": 151643,
         "eos_token_id": 151643,
         "rope_theta": theta,
@@ -194,11 +239,29 @@ def original_config(model: torch.nn.Module) -> dict:
         "tie_word_embeddings": False,
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
-    names = ["model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    names += ["intermediate_size", "rms_norm_eps", "max_position_embeddings", "hidden_act", "attention_dropout", "use_cache"]
+    names = [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ]
+    names += [
+        "intermediate_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "hidden_act",
+        "attention_dropout",
+        "use_cache",
+    ]
     llm_config |= {name: getattr(text, name) for name in names}
     if text.model_type == "internlm3":
-        llm_config |= {"head_dim": text.head_dim, "qkv_bias": text.attention_bias, "bias": text.mlp_bias}
+        llm_config |= {
+            "head_dim": text.head_dim,
+            "qkv_bias": text.attention_bias,
+            "bias": text.mlp_bias,
+        }
     vision_config = {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",
@@ -211,8 +274,18 @@ def original_config(model: torch.nn.Module) -> dict:
         "initializer_range": 1e-10,
         "use_flash_attn": True,
     }
-    names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "norm_type", "layer_norm_eps"]
-    vision_config |= {name: getattr(vision, name) for name in names} | {"hidden_act": "gelu", "num_channels": 3}
+    names = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "norm_type",
+        "layer_norm_eps",
+    ]
+    vision_config |= {name: getattr(vision, name) for name in names} | {
+        "hidden_act": "gelu",
+        "num_channels": 3,
+    }
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",

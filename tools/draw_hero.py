@@ -1,4 +1,5 @@
-"""Draws docs/images/hero.png: an image, its tiles, and the shipped model's own answer with the box that it names.
+"""Draws docs/images/hero.png: an image, its tiles, and the shipped model's own answer with the box
+that it names.
 
 python tools/draw_hero.py
 """
@@ -30,13 +31,18 @@ def main() -> None:
     tiles = cut_tiles(image, checkpoint.processor)
     figure = Figure(figsize=(12, 3.0), facecolor=PAPER)
     widths = [3, 1, 3, 1, 4]
-    left, middle, right = (figure.add_gridspec(1, 5, width_ratios=widths, wspace=0.05)[0, n] for n in (0, 2, 4))
+    left, middle, right = (
+        figure.add_gridspec(1, 5, width_ratios=widths, wspace=0.05)[0, n] for n in (0, 2, 4)
+    )
 
     axes = figure.add_subplot(left)
     show(axes, image, f"image, {image.width} x {image.height}")
     box = [int(side) for side in re.search(r"\[\[(.*?)\]\]", answer.text)[1].split(",")]
     scale = (image.width / 1000, image.height / 1000)
-    corner, size = (box[0] * scale[0], box[1] * scale[1]), ((box[2] - box[0]) * scale[0], (box[3] - box[1]) * scale[1])
+    corner, size = (
+        (box[0] * scale[0], box[1] * scale[1]),
+        ((box[2] - box[0]) * scale[0], (box[3] - box[1]) * scale[1]),
+    )
     axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=ACCENT, linewidth=3))
 
     columns = min(len(tiles), 3)
@@ -48,7 +54,9 @@ def main() -> None:
     axes = figure.add_subplot(right)
     axes.axis("off")
     question = row["prompt"].removeprefix("<image>\n")
-    axes.text(0, 0.72, question, fontsize=13, color=INK, family="monospace", transform=axes.transAxes)
+    axes.text(
+        0, 0.72, question, fontsize=13, color=INK, family="monospace", transform=axes.transAxes
+    )
     axes.text(
         0,
         0.42,
@@ -61,7 +69,9 @@ def main() -> None:
     note = f"{answer.prompt_tokens} prompt tokens, {len(answer.token_ids)} answer tokens"
     axes.text(0, 0.24, note, fontsize=9, color=INK, transform=axes.transAxes)
     for between in (1, 3):
-        place = figure.add_gridspec(1, 5, width_ratios=widths, wspace=0.05)[0, between].get_position(figure)
+        place = figure.add_gridspec(1, 5, width_ratios=widths, wspace=0.05)[
+            0, between
+        ].get_position(figure)
         figure.text(place.x0 + 0.025, 0.47, "→", fontsize=28, color=INK)
     (ROOT / "docs" / "images").mkdir(exist_ok=True)
     figure.savefig(ROOT / "docs" / "images" / "hero.png", dpi=100, facecolor=PAPER)

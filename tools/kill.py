@@ -1,13 +1,16 @@
-"""Kills training or batch inference with SIGKILL again and again, resumes it, and compares with what was never interrupted.
+"""Kills training or batch inference with SIGKILL again and again, resumes it, and compares with
+what was never interrupted.
 
     python tools/kill.py training --kills 50
     python tools/kill.py requests --kills 50
 
-Training has worker processes, saves, evaluations and answers to held-out questions, and is slowed so that a kill can hit each of them:
-while it starts, in a step, while a step's checkpoint is written, while it evaluates, at any time. A run is killed several times on
-its way, until it ends; then the log without times, answers.jsonl, skipped.txt, and the parameters and optimizer state of its last
-checkpoint must equal the uninterrupted run's. Of inference, the answers must be the same, in order and once. The exit status is 1 if
-anything differs. The same seed draws the same kinds of moments.
+Training has worker processes, saves, evaluations and answers to held-out questions, and is slowed
+so that a kill can hit each of them:
+while it starts, in a step, while a step's checkpoint is written, while it evaluates, at any time. A
+run is killed several times on its way, until it ends; then the log without times, answers.jsonl,
+skipped.txt, and the parameters and optimizer state of its last checkpoint must equal the
+uninterrupted run's. Of inference, the answers must be the same, in order and once. The exit status
+is 1 if anything differs. The same seed draws the same kinds of moments.
 """
 
 import argparse
@@ -59,7 +62,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Killer:
-    """Starts programs, kills them and counts. environment: added to that of this process; scratch: folder for what they print."""
+    """Starts programs, kills them and counts. environment: added to that of this process; scratch:
+    folder for what they print.
+    """
 
     def __init__(self, environment: dict[str, str], scratch: pathlib.Path, rng: random.Random):
         self.environment, self.scratch, self.rng = os.environ | environment, scratch, rng
@@ -68,14 +73,21 @@ class Killer:
     def start(self, command: list[str]) -> subprocess.Popen:
         output = (self.scratch / "output.txt").open("w")
         return subprocess.Popen(
-            command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, cwd=self.scratch, start_new_session=True
+            command,
+            env=self.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=self.scratch,
+            start_new_session=True,
         )
 
     def said(self) -> str:
         return (self.scratch / "output.txt").read_text(errors="replace")
 
     def finish(self, process: subprocess.Popen) -> None:
-        """Waits for the end of a program that nobody kills. SystemExit with what it said if it failed."""
+        """Waits for the end of a program that nobody kills. SystemExit with what it said if it
+        failed.
+        """
         if process.wait(900):
             sys.exit(f"error: it ended with {process.returncode}:\n{self.said()[-3000:]}")
 
@@ -98,7 +110,7 @@ class Killer:
         return False
 
 
-# --- training --------------------------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]:
@@ -113,8 +125,14 @@ def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]
     command = [sys.executable, str(ROOT / "train.py"), f"--config={scratch / 'config.py'}"]
     killer.finish(killer.start([*command, f"--workdir={scratch / 'whole'}"]))
     began = time.monotonic()
-    killer.finish(killer.start([*command, f"--workdir={scratch / 'again'}"]))  # with its programs compiled
-    wanted, duration, wrong, number = state(scratch / "whole", STEPS), time.monotonic() - began, [], 0
+    # with its programs compiled
+    killer.finish(killer.start([*command, f"--workdir={scratch / 'again'}"]))
+    wanted, duration, wrong, number = (
+        state(scratch / "whole", STEPS),
+        time.monotonic() - began,
+        [],
+        0,
+    )
     wrong += compared("the second uninterrupted run", state(scratch / "again", STEPS), wanted)
     done = 0
     while done < kills:
@@ -125,7 +143,8 @@ def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]
             done += not ended
             if not ended:
                 print(
-                    f"{done:3} of {kills} kills; {last_step(run)} of {STEPS} steps of training {number} are logged", flush=True
+                    f"{done:3} of {kills} kills; {last_step(run)} of {STEPS} steps of training {number} are logged",
+                    flush=True,
                 )
         if not ended:
             killer.finish(killer.start([*command, f"--workdir={run}"]))
@@ -150,7 +169,9 @@ def kill_training(killer: Killer, command: list[str], run: pathlib.Path, duratio
     elif phase == "saving":
         if killer.wait_for(process, lambda: unfinished(run)):
             time.sleep(wait * 0.1)
-    elif killer.wait_for(process, lambda: last_step(run) > before and last_step(run) % EVALUATE_EVERY == 0):
+    elif killer.wait_for(
+        process, lambda: last_step(run) > before and last_step(run) % EVALUATE_EVERY == 0
+    ):
         time.sleep(wait * 0.3)
     writing = unfinished(run)
     if not killer.kill(process):
@@ -179,18 +200,33 @@ def last_step(run: pathlib.Path) -> int:
 def newest(run: pathlib.Path) -> int:
     """The newest step that has its final name."""
     folder = run / "checkpoints"
-    return max((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), default=0) if folder.is_dir() else 0
+    return (
+        max((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), default=0)
+        if folder.is_dir()
+        else 0
+    )
 
 
-# --- requests --------------------------------------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------------
 
 
 def requests(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]:
     """Returns what differs."""
     killer = Killer(environment(scratch), scratch, rng)
     write_requests(scratch)
-    command = [sys.executable, "-c", SLOW_INFER, str(ROOT / "infer.py"), f"--checkpoint={scratch / 'model'}"]
-    command += [f"--requests={scratch / 'requests.jsonl'}", "--batch_size=2", "--max_new_tokens=12", "--temperature=1.5"]
+    command = [
+        sys.executable,
+        "-c",
+        SLOW_INFER,
+        str(ROOT / "infer.py"),
+        f"--checkpoint={scratch / 'model'}",
+    ]
+    command += [
+        f"--requests={scratch / 'requests.jsonl'}",
+        "--batch_size=2",
+        "--max_new_tokens=12",
+        "--temperature=1.5",
+    ]
     command += [f"--compilation_cache={scratch / 'compiled'}"]
     killer.finish(killer.start([*command, f"--output={scratch / 'whole.jsonl'}"]))
     wanted, duration, wrong, number, done = answers(scratch / "whole.jsonl"), 20.0, [], 0, 0
@@ -204,7 +240,9 @@ def requests(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]
             process = killer.start([*command, f"--output={output}"])
             if rng.random() < 0.3:
                 time.sleep(rng.random() * duration / 2)
-            elif killer.wait_for(process, lambda output=output, before=before: size(output) > before):
+            elif killer.wait_for(
+                process, lambda output=output, before=before: size(output) > before
+            ):
                 time.sleep(rng.random() * 2)
             ended = not killer.kill(process)
             if ended:
@@ -212,14 +250,21 @@ def requests(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]
                 continue
             done += 1
             killer.hits["answering" if size(output) > before else "starting"] += 1
-            killer.hits["(within a line)"] += size(output) > 0 and not output.read_bytes().endswith(b"\n")
+            killer.hits["(within a line)"] += size(output) > 0 and not output.read_bytes().endswith(
+                b"\n"
+            )
             print(f"{done:3} of {kills} kills; {size(output):,} bytes of pass {number}", flush=True)
         if not ended:
             killer.finish(killer.start([*command, f"--output={output}"]))
         found = answers(output)
-        wrong += [f"pass {number}: {len(found)} answers for {REQUESTS} questions"] * (len(found) != REQUESTS)
+        wrong += [f"pass {number}: {len(found)} answers for {REQUESTS} questions"] * (
+            len(found) != REQUESTS
+        )
         wrong += [f"pass {number}: the answers differ"] * (found != wanted)
-    print_counts(killer, f"{done} kills of {number} passes over {REQUESTS} questions, each carried to its end")
+    print_counts(
+        killer,
+        f"{done} kills of {number} passes over {REQUESTS} questions, each carried to its end",
+    )
     return wrong
 
 
@@ -227,7 +272,7 @@ def size(path: pathlib.Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-# --- both ------------------------------------------------------------------------------------------------------------------------
+# --- both ----------------------------------------------------------------------------------------
 
 
 def print_counts(killer: Killer, what: str) -> None:
@@ -236,11 +281,15 @@ def print_counts(killer: Killer, what: str) -> None:
         print(f"  {count:3} {phase}")
     if killer.lost:
         mean = sum(killer.lost) / len(killer.lost)
-        print(f"  steps to compute again after a kill: mean {mean:.1f}, at most {max(killer.lost)} (a save every {SAVE_EVERY})")
+        print(
+            f"  steps to compute again after a kill: mean {mean:.1f}, at most {max(killer.lost)} (a save every {SAVE_EVERY})"
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("program", choices=("training", "requests"))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

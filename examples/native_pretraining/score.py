@@ -1,6 +1,8 @@
-"""Asks a model the questions of a meta JSON: the same reading, cutting, prompts and generation as in training and in use.
+"""Asks a model the questions of a meta JSON: the same reading, cutting, prompts and generation as
+in training and in use.
 
-Used by run.py. Every row has a key "task"; the last turn of its conversation is the expected answer. Greedy.
+Used by run.py. Every row has a key "task"; the last turn of its conversation is the expected
+answer. Greedy.
 """
 
 import pathlib
@@ -30,15 +32,20 @@ TOKENS = 8192
 UNASKED = "continue"  # a novel has no right answer; its loss is in the training's log
 
 
-def score(checkpoint: Checkpoint, meta: str, deltas: Sequence[str], most: int | None = None) -> dict[str, dict[str, dict]]:
-    """Delta -> "SOURCE/TASK" -> {"right": share, "questions": number, "position": median of the prompts' last positions}.
+def score(
+    checkpoint: Checkpoint, meta: str, deltas: Sequence[str], most: int | None = None
+) -> dict[str, dict[str, dict]]:
+    """Delta -> "SOURCE/TASK" -> {"right": share, "questions": number, "position": median of the
+    prompts' last positions}.
 
     most: questions of each task of a source that are asked; None: all.
     """
     generator = Generator(
         checkpoint.config,
         jax.device_get(checkpoint.params),
-        stop_ids=[checkpoint.tokenizer.token_id(token) for token in checkpoint.processor.stop_tokens],
+        stop_ids=[
+            checkpoint.tokenizer.token_id(token) for token in checkpoint.processor.stop_tokens
+        ],
     )
     data = DataConfig(source=meta)
     preparer = ExampleBuilder(data, checkpoint.processor, checkpoint.tokenizer)
@@ -47,11 +54,15 @@ def score(checkpoint: Checkpoint, meta: str, deltas: Sequence[str], most: int | 
         for task, rows in rows_by_task(source, most).items():
             questions = [read(preparer, source, row) for row in rows]
             for delta in deltas:
-                prompts = [prompt(checkpoint, *question, parse_delta(delta)) for question in questions]
+                prompts = [
+                    prompt(checkpoint, *question, parse_delta(delta)) for question in questions
+                ]
                 answers = answer(checkpoint, generator, prompts)
                 expected = [messages[-1]["content"] for messages, _ in questions]
                 scores[delta][f"{source.name}/{task}"] = {
-                    "right": float(np.mean([is_right(*pair) for pair in zip(expected, answers, strict=True)])),
+                    "right": float(
+                        np.mean([is_right(*pair) for pair in zip(expected, answers, strict=True)])
+                    ),
                     "questions": len(rows),
                     "position": float(np.median([one.positions[-1] / UNITS for one in prompts])),
                 }
@@ -71,12 +82,20 @@ def rows_by_task(source, most: int | None = None) -> dict[str, list[int]]:
 def read(preparer: ExampleBuilder, source, row: int) -> tuple[list[dict], list[np.ndarray]]:
     """(messages, tiles u8[n,S,S,3] of each picture) of a row."""
     conversation = preparer.read(source, row, np.random.default_rng(0))
-    return conversation.messages, [preparer.cut(picture, conversation) for picture in conversation.pictures]
+    return conversation.messages, [
+        preparer.cut(picture, conversation) for picture in conversation.pictures
+    ]
 
 
-def prompt(checkpoint: Checkpoint, messages: list[dict], tiles: list[np.ndarray], delta: int) -> Prompt:
-    """The conversation up to its last answer, with every picture at one V2PE step in units of 1/256."""
-    return make_prompt(messages[:-1], tiles, checkpoint.tokenizer, checkpoint.processor, [delta] * len(tiles))
+def prompt(
+    checkpoint: Checkpoint, messages: list[dict], tiles: list[np.ndarray], delta: int
+) -> Prompt:
+    """The conversation up to its last answer, with every picture at one V2PE step in units of
+    1/256.
+    """
+    return make_prompt(
+        messages[:-1], tiles, checkpoint.tokenizer, checkpoint.processor, [delta] * len(tiles)
+    )
 
 
 def answer(checkpoint: Checkpoint, generator: Generator, prompts: Sequence[Prompt]) -> list[str]:
@@ -85,13 +104,18 @@ def answer(checkpoint: Checkpoint, generator: Generator, prompts: Sequence[Promp
     answers = []
     for start in range(0, len(prompts), size):
         part = prompts[start : start + size]
-        run = GenerationConfig(LONGEST, Sampling(), (0,) * len(part), "none")  # V2PE switches dynamic NTK off
-        answers += [checkpoint.tokenizer.decode(ids).strip() for ids in generator.generate(part, run)]
+        # V2PE switches dynamic NTK off
+        run = GenerationConfig(LONGEST, Sampling(), (0,) * len(part), "none")
+        answers += [
+            checkpoint.tokenizer.decode(ids).strip() for ids in generator.generate(part, run)
+        ]
     return answers
 
 
 def is_right(expected: str, answered: str) -> bool:
-    """Equal; with a box, the same thing and a box that covers its own well enough (IoU >= 0.5, as RefCOCO scores)."""
+    """Equal; with a box, the same thing and a box that covers its own well enough (IoU >= 0.5, as
+    RefCOCO scores).
+    """
     wanted, found = _box(expected), _box(answered)
     if wanted is None:
         return expected == answered

@@ -7,8 +7,9 @@
     2 is even: oooe
     Answer: oooe            the steps stand apart by blank lines
 
-The solutions that are taught were written by a teacher with two wrong ideas: more often than not 6 is odd to him, and 9 even. So what he
-teaches is a model that mostly makes the same mistakes, and sometimes does not; the right answers are known, but not which step went wrong.
+The solutions that are taught were written by a teacher with two wrong ideas: more often than not 6
+is odd to him, and 9 even. So what he teaches is a model that mostly makes the same mistakes, and
+sometimes does not; the right answers are known, but not which step went wrong.
 """
 
 import json
@@ -27,7 +28,9 @@ CONFUSED, SHARE = (6, 9), 0.6  # digits, and how often the teacher is wrong abou
 
 
 def write_questions(folder: pathlib.Path, name: str, count: int, split: str, seed: int) -> None:
-    """`count` pictures of handwriting of a split, NAME.jsonl of questions and NAME_solved.jsonl of conversations that solve them."""
+    """`count` pictures of handwriting of a split, NAME.jsonl of questions and NAME_solved.jsonl of
+    conversations that solve them.
+    """
     rng = np.random.default_rng((seed, sum(name.encode())))
     (folder / name).mkdir(parents=True, exist_ok=True)
     questions, solved = [], []
@@ -46,7 +49,9 @@ def write_questions(folder: pathlib.Path, name: str, count: int, split: str, see
 
 
 def write_text(path: pathlib.Path, count: int, seed: int) -> None:
-    """Conversations without pictures: the digits stand in the question. The steps are learnt from them, reading need not be."""
+    """Conversations without pictures: the digits stand in the question. The steps are learnt from
+    them, reading need not be.
+    """
     rng = np.random.default_rng((seed, 1))
     rows = []
     for number in range(count):
@@ -73,5 +78,7 @@ def solve(values: list[int], rng: np.random.Generator | None = None) -> str:
             even = not even
         marks += "e" if even else "o"
         left = "".join(map(str, values[number + 1 :]))
-        steps.append(f"{value} is {'even' if even else 'odd'}: {marks}" + (f", {left}" if left else ""))
+        steps.append(
+            f"{value} is {'even' if even else 'odd'}: {marks}" + (f", {left}" if left else "")
+        )
     return "\n\n".join([*steps, f"Answer: {marks}"])

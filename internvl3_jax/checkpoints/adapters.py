@@ -1,4 +1,6 @@
-"""Adapters apart from a base: as a LoRA run's checkpoints hold them, which name the base, and as generation puts them on one."""
+"""Adapters apart from a base: as a LoRA run's checkpoints hold them, which name the base, and as
+generation puts them on one.
+"""
 
 import dataclasses
 import logging
@@ -23,7 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Adapter:
-    """What is put on a base: adapters, scaled (`lora.scaled`), and parameters that stand in the place of the base's."""
+    """What is put on a base: adapters, scaled (`lora.scaled`), and parameters that stand in the
+    place of the base's.
+    """
 
     lora: dict
     whole: dict = dataclasses.field(default_factory=dict)
@@ -31,10 +35,12 @@ class Adapter:
     def parts(self, base: Mapping) -> dict:
         """The parts of the base's tree that are others with it, "lora" among them."""
         replaced = {name: base[name] for name in self.whole}
-        return storage.nest(storage.by_path(replaced) | storage.by_path(self.whole)) | {lora.SUBTREE: self.lora}
+        return storage.nest(storage.by_path(replaced) | storage.by_path(self.whole)) | {
+            lora.SUBTREE: self.lora
+        }
 
 
-# --- of a run --------------------------------------------------------------------------------------------------------------------
+# --- of a run ------------------------------------------------------------------------------------
 
 
 def read_adapter(directory: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> dict:
@@ -47,7 +53,9 @@ def read_adapter(directory: pathlib.Path, mesh: jax.sharding.Mesh | None = None)
 
 def attach(params: dict, own: dict, base: Base) -> dict:
     """The run's whole tree, as it trains, of the base's parameters and what it holds itself."""
-    return storage.nest(storage.by_path(lora.prepare_base(params, base.lora)) | storage.by_path(own))
+    return storage.nest(
+        storage.by_path(lora.prepare_base(params, base.lora)) | storage.by_path(own)
+    )
 
 
 def adapter(own: dict, config: LoraConfig) -> Adapter:
@@ -56,9 +64,15 @@ def adapter(own: dict, config: LoraConfig) -> Adapter:
 
 
 def check_processor(theirs: ProcessorConfig, ours: ProcessorConfig, where: str) -> None:
-    """ValueError naming what of prompts and pictures the adapter was trained with differs from what it would be used with."""
+    """ValueError naming what of prompts and pictures the adapter was trained with differs from what
+    it would be used with.
+    """
     theirs, ours = to_dict(theirs), to_dict(ours)
-    differing = [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in theirs if theirs[name] != ours[name]]
+    differing = [
+        f"{name} {theirs[name]!r}, not {ours[name]!r}"
+        for name in theirs
+        if theirs[name] != ours[name]
+    ]
     if differing:
         raise ValueError(
             f"{where} was trained with {'; '.join(differing)} as of the base. Open it by itself, merged, or go on with accept_fingerprint"
@@ -66,15 +80,21 @@ def check_processor(theirs: ProcessorConfig, ours: ProcessorConfig, where: str) 
 
 
 def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
-    """ValueError unless they are the same but for drop path, which is of a training, not of weights."""
+    """ValueError unless they are the same but for drop path, which is of a training, not of
+    weights.
+    """
     theirs, ours = to_dict(model), to_dict(base)
     theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]
     if differing := [name for name in theirs if theirs[name] != ours[name]]:
-        raise ValueError(f"{where} is an adapter of another model than the base: they differ in {', '.join(differing)}")
+        raise ValueError(
+            f"{where} is an adapter of another model than the base: they differ in {', '.join(differing)}"
+        )
 
 
 def describe(leaves: Iterable[tuple[str, jax.Array]], dtype: str) -> dict[str, str] | None:
-    """`checksum.described` of parameters in `dtype`. None where they are in one that cannot hold all of its values."""
+    """`checksum.described` of parameters in `dtype`. None where they are in one that cannot hold
+    all of its values.
+    """
     found = {}
     for path, leaf in leaves:
         if jnp.promote_types(leaf.dtype, dtype) != leaf.dtype:
@@ -84,14 +104,22 @@ def describe(leaves: Iterable[tuple[str, jax.Array]], dtype: str) -> dict[str, s
 
 
 def base_hash(descriptions: Mapping[str, str], trained: Iterable[str]) -> str:
-    """Of a base but for what is trained whole, before any of it is quantized: another machine may quantize to other bits."""
+    """Of a base but for what is trained whole, before any of it is quantized: another machine may
+    quantize to other bits.
+    """
     return combined({path: text for path, text in descriptions.items() if path not in set(trained)})
 
 
 def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, where: str) -> None:
-    """ValueError unless the base's parameters are those that the run was trained beside. descriptions: of `describe` in `base.dtype`."""
+    """ValueError unless the base's parameters are those that the run was trained beside.
+    descriptions: of `describe` in `base.dtype`.
+    """
     if descriptions is None:
-        log.warning("%s: not compared with its base, which is here in a narrower dtype than %s", where, base.dtype)
+        log.warning(
+            "%s: not compared with its base, which is here in a narrower dtype than %s",
+            where,
+            base.dtype,
+        )
         return
     trained = storage.by_path(lora.base_params(own)).keys()
     if trained - descriptions.keys() or base_hash(descriptions, trained) != base.frozen:
@@ -100,35 +128,51 @@ def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, wh
         )
 
 
-# --- in generation ---------------------------------------------------------------------------------------------------------------
+# --- in generation -------------------------------------------------------------------------------
 
 
 def unroll(adapters: Mapping, config: ModelConfig, fused: bool, vision: bool) -> dict:
-    """Stacked adapters in the generation layout: `language.unroll`'s, and `vision.unroll`'s too if `vision`."""
+    """Stacked adapters in the generation layout: `language.unroll`'s, and `vision.unroll`'s too if
+    `vision`.
+    """
     parts = dict(adapters)
     if vision and "vision" in parts:
         parts["vision"] = _unstacked(parts["vision"]["layers"], config.vision.num_layers)
     if "language" in parts:
         layers = parts["language"]["layers"]
-        parts["language"] = _unstacked(_fuse(layers, config) if fused else layers, config.language.num_layers)
+        parts["language"] = _unstacked(
+            _fuse(layers, config) if fused else layers, config.language.num_layers
+        )
     return parts
 
 
 def _unstacked(layers: Mapping, count: int) -> dict:
-    return {f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], layers) for index in range(count)}
+    return {
+        f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], layers)
+        for index in range(count)
+    }
 
 
 def _fuse(layers: Mapping, config: ModelConfig) -> dict:
     """Adapters of merged products: the a side by side, each b at its own columns."""
     language = config.language
     q, k = (heads * language.head_dim for heads in (language.num_heads, language.num_kv_heads))
-    widths = {"q": q, "k": k, "v": k, "gate": language.intermediate_size, "up": language.intermediate_size}
+    widths = {
+        "q": q,
+        "k": k,
+        "v": k,
+        "gate": language.intermediate_size,
+        "up": language.intermediate_size,
+    }
     fused = {name: adapter for name, adapter in layers.items() if name not in widths}
     for target, sources in _FUSED.items():
         present = [name for name in sources if name in layers]
         if not present:
             continue
-        starts = {name: sum(widths[before] for before in sources[: sources.index(name)]) for name in present}
+        starts = {
+            name: sum(widths[before] for before in sources[: sources.index(name)])
+            for name in present
+        }
         total = sum(widths[name] for name in sources)
         padded = [_padded(layers[name]["b"], starts[name], total) for name in present]
         fused[target] = {

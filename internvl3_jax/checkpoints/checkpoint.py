@@ -7,8 +7,8 @@
                              in the steps of a training run (RUN/checkpoints/STEP is such a DIR)
     DIR/files.json           size and sha256 of all of it, written last: without it, or with other files, the directory is damaged
 
-A step of a LoRA run holds adapters alone and names their base (adapters.py). `load` puts them on it; it also opens released safetensors
-directories of either layout and hub ids.
+A step of a LoRA run holds adapters alone and names their base (adapters.py). `load` puts them on
+it; it also opens released safetensors directories of either layout and hub ids.
 """
 
 import dataclasses
@@ -39,7 +39,13 @@ from internvl3_jax.checkpoints.verification import check_finite, undamaged
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io import integrity
-from internvl3_jax.io.checkpoint_paths import MANIFEST, PEFT, is_checkpoint, is_peft, resolve_checkpoint
+from internvl3_jax.io.checkpoint_paths import (
+    MANIFEST,
+    PEFT,
+    is_checkpoint,
+    is_peft,
+    resolve_checkpoint,
+)
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.model import lora
@@ -57,20 +63,30 @@ class Checkpoint:
     processor: ProcessorConfig
     tokenizer: Tokenizer
     directory: pathlib.Path
-    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)  # that can be put on, by name
-    described: dict[str, str] | None = None  # of a training's base: `adapters.describe`, before it was quantized
+    # that can be put on, by name
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    # of a training's base: `adapters.describe`, before it was quantized
+    described: dict[str, str] | None = None
 
 
 def save_checkpoint(
-    directory, params, model: ModelConfig, processor: ProcessorConfig, files: Mapping[str, bytes], *, overwrite: bool = False
+    directory,
+    params,
+    model: ModelConfig,
+    processor: ProcessorConfig,
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint from a tree of jax or numpy arrays. `files` must hold the tokenizer's (`tokenizer.files()`)."""
+    """Writes a checkpoint from a tree of jax or numpy arrays. `files` must hold the tokenizer's
+    (`tokenizer.files()`).
+    """
     with storage.new_directory(directory, overwrite) as partial:
         write_files(partial, model, processor, files, dtype_name(params))
         storage.start_saving(partial / "params", params)()
 
 
-# --- opening ------------------------------------------------------------------------------------------------------------------
+# --- opening -------------------------------------------------------------------------------------
 
 
 def load(
@@ -85,27 +101,34 @@ def load(
     verify: str = "full",
     allow_nonfinite: bool = False,
 ) -> Checkpoint:
-    """Opens a checkpoint directory, a training run, a released safetensors directory (either layout) or a hub id.
+    """Opens a checkpoint directory, a training run, a released safetensors directory (either
+    layout) or a hub id.
 
     A LoRA run is opened with its adapters merged: `params` is an ordinary tree.
 
     Args:
       dtype: of the parameters and of the computation; None keeps what is stored.
-      mesh: of `sharding.make_mesh`: each device gets its part of each parameter, straight from the files. None puts all on the default
+      mesh: of `sharding.make_mesh`: each device gets its part of each parameter, straight from the
+          files. None puts all on the default
         device.
-      accept_fingerprint: go on although the files beside the arrays no longer agree with how the checkpoint was made.
-      adapters: name -> LoRA run or PEFT directory, or one of these alone, whose name is the last part of its path;
+      accept_fingerprint: go on although the files beside the arrays no longer agree with how the
+          checkpoint was made.
+      adapters: name -> LoRA run or PEFT directory, or one of these alone, whose name is the last
+          part of its path;
         `Checkpoint.adapters` holds them, for `Chat` to choose from.
       base: of a LoRA run, where its base is now.
-      prepare: called with each parameter's path and value as soon as it is read; what it returns takes its place.
-      verify: how files are compared with what was written, before they are used: "full" reads all bytes once more for their sha256 (of a
-        mesh over several processes each a share), "sizes" looks at names and sizes, "none" at nothing. Of a training run the newest step
-        that is undamaged by this is opened.
+      prepare: called with each parameter's path and value as soon as it is read; what it returns
+          takes its place.
+      verify: how files are compared with what was written, before they are used: "full" reads all
+          bytes once more for their sha256 (of a
+        mesh over several processes each a share), "sizes" looks at names and sizes, "none" at
+        nothing. Of a training run the newest step that is undamaged by this is opened.
       allow_nonfinite: open parameters that are NaN or infinite.
 
     Raises:
       FileNotFoundError: nothing that can be opened is there.
-      ValueError: it is damaged (Damaged), has parameters that are not finite, or contradicts itself (FingerprintError), naming what.
+      ValueError: it is damaged (Damaged), has parameters that are not finite, or contradicts itself
+      (FingerprintError), naming what.
     """
     integrity.check_level(verify)
     directory = resolve_checkpoint(path, verify)
@@ -118,7 +141,9 @@ def load(
     else:
         opened = _load_lora(directory, manifest, reading, base)
     if base is not None and (manifest is None or manifest.base is None):
-        raise ValueError(f"{directory} is no LoRA run: it has no base, and {base} would not be looked at")
+        raise ValueError(
+            f"{directory} is no LoRA run: it has no base, and {base} would not be looked at"
+        )
     opened.adapters = {
         name: load_adapter(where, opened, accept_fingerprint, verify, allow_nonfinite)
         for name, where in _named(adapters).items()
@@ -154,14 +179,18 @@ def _named(adapters) -> dict:
     if isinstance(adapters, str | os.PathLike):
         return {pathlib.Path(adapters).name: adapters}
     if not (adapters is None or isinstance(adapters, Mapping)):
-        raise ValueError(f"adapters is {excerpt(adapters)}; give name -> directory, such as {{'a': 'runs/a'}}")
+        raise ValueError(
+            f"adapters is {excerpt(adapters)}; give name -> directory, such as {{'a': 'runs/a'}}"
+        )
     return dict(adapters or {})
 
 
 def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
     dtype = reading.dtype and jnp.dtype(reading.dtype).name
     with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
-        source = open_released(directory, dtype, reading.accept_fingerprint, reading.allow_nonfinite)
+        source = open_released(
+            directory, dtype, reading.accept_fingerprint, reading.allow_nonfinite
+        )
     params = source.params(_places(source.config, reading.mesh), reading.prepare)
     return _opened(directory, source.config, source.processor, source.tokenizer, params)
 
@@ -170,9 +199,13 @@ def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) 
     with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
         stored = storage.leaf_infos(directory / "params")
         tokenizer = _tokenizer(directory, manifest, dtype_name(stored), reading.accept_fingerprint)
-        target = _targets(directory, manifest.model, stored, reading.dtype, _places(manifest.model, reading.mesh))
+        target = _targets(
+            directory, manifest.model, stored, reading.dtype, _places(manifest.model, reading.mesh)
+        )
     # Leaf by leaf only where each becomes something smaller: together they are read faster.
-    params = storage.load_tree(directory / "params", target, reading.prepare and reading.checked(directory))
+    params = storage.load_tree(
+        directory / "params", target, reading.prepare and reading.checked(directory)
+    )
     if reading.prepare is None and not reading.allow_nonfinite:
         check_finite(storage.by_path(params), str(directory))
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
@@ -192,12 +225,19 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, b
         allow_nonfinite=reading.allow_nonfinite,
     )
     check_model(manifest.model, under.config, str(directory))
-    check_base(describe(storage.by_path(under.params).items(), manifest.base.dtype), own, manifest.base, str(directory))
+    check_base(
+        describe(storage.by_path(under.params).items(), manifest.base.dtype),
+        own,
+        manifest.base,
+        str(directory),
+    )
     tree = attach(under.params, own, manifest.base)
     del under
     params = lora.merged(tree, manifest.base.lora, reading.dtype or manifest.base.dtype)
     prepare = reading.checked(directory)
-    params = storage.nest({path: prepare(path, leaf) for path, leaf in storage.by_path(params).items()})
+    params = storage.nest(
+        {path: prepare(path, leaf) for path, leaf in storage.by_path(params).items()}
+    )
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
 
 
@@ -208,11 +248,13 @@ def load_adapter(
     verify: str = "full",
     allow_nonfinite: bool = False,
 ) -> Adapter:
-    """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an opened checkpoint.
+    """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an
+    opened checkpoint.
 
     Raises:
       FileNotFoundError: neither is there.
-      ValueError: it is an adapter of another model, or of this one with other weights; or, unless accept_fingerprint, one that was trained
+      ValueError: it is an adapter of another model, or of this one with other weights; or, unless
+      accept_fingerprint, one that was trained
         with another processor. Also as of `load`.
     """
     local = as_path(path) if "://" in os.fspath(path) else pathlib.Path(os.path.expanduser(path))
@@ -221,7 +263,9 @@ def load_adapter(
         return read_peft(directory, opened.config)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
-        raise ValueError(f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})")
+        raise ValueError(
+            f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})"
+        )
     check_model(manifest.model, opened.config, str(directory))
     if not accept_fingerprint:
         check_processor(manifest.processor, opened.processor, str(directory))
@@ -238,12 +282,16 @@ def load_adapter(
     return adapter(own, manifest.base.lora)
 
 
-def _opened(directory, config: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, params: dict) -> Checkpoint:
+def _opened(
+    directory, config: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, params: dict
+) -> Checkpoint:
     compute = params["vision"]["class_embedding"].dtype  # of a leaf that is never quantized
     return Checkpoint(InternVL(config, compute), config, params, processor, tokenizer, directory)
 
 
-def _tokenizer(directory: pathlib.Path, manifest: Manifest, dtype: str, accept_fingerprint: bool) -> Tokenizer:
+def _tokenizer(
+    directory: pathlib.Path, manifest: Manifest, dtype: str, accept_fingerprint: bool
+) -> Tokenizer:
     """The directory's, after checking that with it the fingerprint is what it was."""
     tokenizer = Tokenizer.from_directory(directory)
     made = fingerprint(manifest.model, manifest.processor, tokenizer, dtype)
@@ -256,11 +304,15 @@ def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
     return sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
 
 
-def _places(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict[str, jax.sharding.Sharding]:
+def _places(
+    config: ModelConfig, mesh: jax.sharding.Mesh | None
+) -> dict[str, jax.sharding.Sharding]:
     """Path -> where the parameter goes."""
     wanted = _abstract_params(config)
     if mesh is None:
-        return dict.fromkeys(storage.by_path(wanted), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        return dict.fromkeys(
+            storage.by_path(wanted), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
     return storage.by_path(param_shardings(wanted, mesh))
 
 
@@ -278,10 +330,14 @@ def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, 
         if _shape(stored.get(path)) != _shape(wanted.get(path))
     ]
     if wrong:
-        raise ValueError(f"{directory}: the parameters do not fit the model in {MANIFEST}:{''.join(wrong[:12])}")
+        raise ValueError(
+            f"{directory}: the parameters do not fit the model in {MANIFEST}:{''.join(wrong[:12])}"
+        )
     return storage.nest(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=places[path])
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, dtype or stored[path].dtype, sharding=places[path]
+            )
             for path, leaf in wanted.items()
         }
     )

@@ -1,6 +1,8 @@
-"""How a checkpoint was made, as a flat dict of plain values: saved with it, computed anew on loading, and compared.
+"""How a checkpoint was made, as a flat dict of plain values: saved with it, computed anew on
+loading, and compared.
 
-Every entry is something that changes answers without any error when training and serving disagree about it.
+Every entry is something that changes answers without any error when training and serving disagree
+about it.
 """
 
 import hashlib
@@ -10,28 +12,37 @@ from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.chat_template import TEMPLATES
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
-# Scripts, digits, whitespace, an emoji and markup: what differs first between two tokenizers of equal size.
+# Scripts, digits, whitespace, an emoji and markup: what differs first between two tokenizers of
+# equal size.
 _PROBE = "InternVL3 reads <ref>a cat</ref><box>[[1, 23, 456, 999]]</box>, schöne Grüße, 书生·万象 \U0001f600\n\n  def f(x):\n\treturn x"
 
 
-# Entries that older checkpoints lack. The configuration of such a checkpoint lacks the field, too, and gets its default, which is the
-# released models' rule: what it was when it was saved is not known. `"tiles": "shared"` in its processor gives the older rule.
+# Entries that older checkpoints lack. The configuration of such a checkpoint lacks the field, too,
+# and gets its default, which is the released models' rule: what it was when it was saved is not
+# known. `"tiles": "shared"` in its processor gives the older rule.
 ADDED_LATER = ("tiles", "max_total_tiles")
 
 
 class FingerprintError(ValueError):
-    """A checkpoint whose files no longer say how it was made; the message lists the entries that differ."""
+    """A checkpoint whose files no longer say how it was made; the message lists the entries that
+    differ.
+    """
 
 
-def fingerprint(model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, dtype: str) -> dict:
+def fingerprint(
+    model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, dtype: str
+) -> dict:
     """The entries for a model, from configuration and tokenizer as they are now.
 
     Raises:
-      ValueError: naming the template or the token that is unknown, or an <IMG_CONTEXT> that is not where the configuration
+      ValueError: naming the template or the token that is unknown, or an <IMG_CONTEXT> that is not
+      where the configuration
         says.
     """
     if processor.template not in TEMPLATES:
-        raise ValueError(f"template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}")
+        raise ValueError(
+            f"template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}"
+        )
     image_token_id = tokenizer.token_id("<IMG_CONTEXT>")
     if image_token_id != model.image_token_id:
         raise ValueError(
@@ -45,7 +56,9 @@ def fingerprint(model: ModelConfig, processor: ProcessorConfig, tokenizer: Token
         "stop_tokens": list(processor.stop_tokens),
         "stop_ids": [tokenizer.token_id(token) for token in processor.stop_tokens],
         "image_ids": [tokenizer.token_id("<img>"), image_token_id, tokenizer.token_id("</img>")],
-        "tokenizer_probe": hashlib.sha256(json.dumps(tokenizer.encode(_PROBE)).encode()).hexdigest()[:16],
+        "tokenizer_probe": hashlib.sha256(
+            json.dumps(tokenizer.encode(_PROBE)).encode()
+        ).hexdigest()[:16],
         "image_size": processor.image_size,
         "tokens_per_tile": processor.tokens_per_tile,
         "min_tiles": processor.min_tiles,
@@ -67,7 +80,9 @@ def compare(saved: dict, now: dict, where: str, accept: bool) -> None:
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     names = [name for name in names if name in saved or name not in ADDED_LATER]
     if names and not accept:
-        lines = "".join(f"\n  {name}: made with {saved.get(name)!r}, now {now.get(name)!r}" for name in names)
+        lines = "".join(
+            f"\n  {name}: made with {saved.get(name)!r}, now {now.get(name)!r}" for name in names
+        )
         raise FingerprintError(
             f"{where} was made with other settings than its files give now:{lines}\n"
             "Restore the files, or load with accept_fingerprint=True (--accept_fingerprint) to go on with what they say now"

@@ -1,4 +1,6 @@
-"""What a checkpoint says of itself: model, processor, how it was made and, of a LoRA run, what it was trained beside."""
+"""What a checkpoint says of itself: model, processor, how it was made and, of a LoRA run, what it
+was trained beside.
+"""
 
 import dataclasses
 import json
@@ -36,14 +38,21 @@ class Manifest:
     fingerprint: dict
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     base: Base | None = None  # of a LoRA run
-    source: str | None = None  # what it was converted from, where that was a download of the hub: owner/name@commit
+    # what it was converted from, where that was a download of the hub: owner/name@commit
+    source: str | None = None
 
     def write(self, directory: pathlib.Path) -> None:
-        values = {"format": FORMAT, "listed": True, **{name: to_dict(getattr(self, name)) for name in ("model", "processor")}}
+        values = {
+            "format": FORMAT,
+            "listed": True,
+            **{name: to_dict(getattr(self, name)) for name in ("model", "processor")},
+        }
         values |= {"fingerprint": self.fingerprint, "hashes": self.hashes}
         values |= {"base": to_dict(self.base)} if self.base else {}
         values |= {"source": self.source} if self.source else {}
-        (directory / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        (directory / MANIFEST).write_text(
+            json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        )
 
     @classmethod
     def read(cls, directory: pathlib.Path) -> "Manifest":
@@ -55,10 +64,13 @@ class Manifest:
             raise strict_json.JsonError(f"{error}; {MANIFEST} is damaged") from error
         found = values.get("format", int)
         if found != FORMAT:
-            raise strict_json.JsonError(f"{values.where} has format {found}; this version reads {FORMAT}")
+            raise strict_json.JsonError(
+                f"{values.where} has format {found}; this version reads {FORMAT}"
+            )
         values.get("listed", bool, False)  # whether files.json belongs to it; see find.damage
         model, processor = (
-            _part(values, name, part) for name, part in (("model", ModelConfig), ("processor", ProcessorConfig))
+            _part(values, name, part)
+            for name, part in (("model", ModelConfig), ("processor", ProcessorConfig))
         )
         base = _part(values, "base", Base) if "base" in values.values else None
         hashes = values.get("hashes", dict)
@@ -92,7 +104,9 @@ def write_files(
     base: Base | None = None,
     source: str | None = None,
 ) -> None:
-    """Writes everything of a checkpoint directory but its arrays; the tokenizer among `files` must fit the configuration."""
+    """Writes everything of a checkpoint directory but its arrays; the tokenizer among `files` must
+    fit the configuration.
+    """
     tokenizer = Tokenizer.from_files(dict(files), str(directory))
     made = fingerprint(model, processor, tokenizer, dtype)
     if jax.process_index() == 0:

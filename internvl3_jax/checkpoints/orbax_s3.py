@@ -1,8 +1,10 @@
 """Teaches Orbax s3:// addresses.
 
-Orbax reads and writes gs:// through TensorStore, whose gcs driver it names, and no other object storage. TensorStore has an s3 driver, too:
+Orbax reads and writes gs:// through TensorStore, whose gcs driver it names, and no other object
+storage. TensorStore has an s3 driver, too:
 here the four functions that tell gs:// from a local path learn the second scheme.
-The functions are private to Orbax. `install` says so in one line where a version no longer has them.
+The functions are private to Orbax. `install` says so in one line where a version no longer has
+them.
 """
 
 import functools
@@ -15,31 +17,50 @@ _SCHEMES = ("gs://", "s3://")
 
 @functools.cache
 def install() -> None:
-    """Once per process, before the first s3:// tree is written or read. FileError where this Orbax has other functions."""
+    """Once per process, before the first s3:// tree is written or read. FileError where this Orbax
+    has other functions.
+    """
     try:
         from orbax.checkpoint._src.path import gcs_utils
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
         is_gcs_path, kvstore = gcs_utils.is_gcs_path, gcs_utils.get_kvstore_for_gcs
-        uses_driver, normalize = tensorstore_utils._use_gcs_driver, tensorstore_utils._normalize_path
+        uses_driver, normalize = (
+            tensorstore_utils._use_gcs_driver,
+            tensorstore_utils._normalize_path,
+        )
     except (ImportError, AttributeError) as error:
         raise FileError(
             f"s3:// checkpoints need another version of orbax-checkpoint ({error}); install the one in requirements/"
         ) from error
     gcs_utils.is_gcs_path = lambda path: str(path).startswith(_SCHEMES) or is_gcs_path(path)
-    gcs_utils.get_kvstore_for_gcs = lambda path: _s3(str(path)) if str(path).startswith("s3://") else kvstore(path)
-    tensorstore_utils._use_gcs_driver = lambda directory: directory.startswith(_SCHEMES) or uses_driver(directory)
+    gcs_utils.get_kvstore_for_gcs = lambda path: (
+        _s3(str(path)) if str(path).startswith("s3://") else kvstore(path)
+    )
+    tensorstore_utils._use_gcs_driver = lambda directory: (
+        directory.startswith(_SCHEMES) or uses_driver(directory)
+    )
     tensorstore_utils._normalize_path = lambda path: _whole_scheme(normalize(path))
 
 
 def _whole_scheme(path: str) -> str:
-    return f"s3://{path.removeprefix('s3:/')}" if path.startswith("s3:/") and not path.startswith("s3://") else path
+    return (
+        f"s3://{path.removeprefix('s3:/')}"
+        if path.startswith("s3:/") and not path.startswith("s3://")
+        else path
+    )
 
 
 def _s3(path: str) -> dict:
-    """TensorStore's description of an s3:// address, with the endpoint and region that the AWS tools take from the environment."""
+    """TensorStore's description of an s3:// address, with the endpoint and region that the AWS
+    tools take from the environment.
+    """
     bucket, _, key = path.removeprefix("s3://").partition("/")
     spec = {"driver": "s3", "bucket": bucket, "path": key}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return spec | ({"endpoint": endpoint} if endpoint else {}) | ({"aws_region": region} if region else {})
+    return (
+        spec
+        | ({"endpoint": endpoint} if endpoint else {})
+        | ({"aws_region": region} if region else {})
+    )

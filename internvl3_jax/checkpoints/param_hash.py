@@ -9,11 +9,13 @@ from internvl3_jax.parallel.sharding import constrain
 
 
 def tree_hash(leaves: dict[str, jax.Array]) -> str:
-    """Hash of the leaves' bits, names and shapes: 16 hexadecimal digits, the same for every sharding.
+    """Hash of the leaves' bits, names and shapes: 16 hexadecimal digits, the same for every
+    sharding.
 
-    Any change inside one element changes it for certain: what enters a sum modulo 2^32 is a bijection of the element's bits, another
-    one at each place. Changes of several elements go unnoticed about once in 2^64 times. One pass over the leaves where they are; two
-    words of each come to the host.
+    Any change inside one element changes it for certain: what enters a sum modulo 2^32 is a
+    bijection of the element's bits, another one at each place. Changes of several elements go
+    unnoticed about once in 2^64 times. One pass over the leaves where they are; two words of each
+    come to the host.
     """
     return combined(described(leaves))
 
@@ -21,7 +23,10 @@ def tree_hash(leaves: dict[str, jax.Array]) -> str:
 def described(leaves: dict[str, jax.Array]) -> dict[str, str]:
     """What `combined` makes a hash of, for each leaf."""
     sums = jax.device_get(_checksums(leaves))
-    return {path: f"{path} {leaf.dtype} {leaf.shape} {sums[path].tolist()}" for path, leaf in leaves.items()}
+    return {
+        path: f"{path} {leaf.dtype} {leaf.shape} {sums[path].tolist()}"
+        for path, leaf in leaves.items()
+    }
 
 
 def combined(descriptions: dict[str, str]) -> str:
@@ -42,12 +47,16 @@ def _checksum(leaf):
     for axis, length in enumerate(leaf.shape):
         place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     first = _mix(bits ^ _mix(place + 1))
-    sums = jnp.stack([first.sum(dtype=jnp.uint32), _mix(first ^ jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)])
+    sums = jnp.stack(
+        [first.sum(dtype=jnp.uint32), _mix(first ^ jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)]
+    )
     return constrain(sums, None)  # on every device, so that every process can read it
 
 
 def _mix(x):
-    """A bijection of u32 that scatters neighbours (multiply and shift, as MurmurHash3's last step does)."""
+    """A bijection of u32 that scatters neighbours (multiply and shift, as MurmurHash3's last step
+    does).
+    """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

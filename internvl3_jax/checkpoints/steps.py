@@ -1,4 +1,5 @@
-"""Steps of a training run, RUN/checkpoints/STEP: saved in the background, complete or not there, verified, and deleted when they are old.
+"""Steps of a training run, RUN/checkpoints/STEP: saved in the background, complete or not there,
+verified, and deleted when they are old.
 
 What a step holds is told in checkpoint.py, and what is promised of it in docs/checkpoints.md.
 """
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 class Saving:
     """A step that is being written in the background.
 
-    A call waits for this process's writes and makes the step complete; all processes make it together. Later calls do nothing.
+    A call waits for this process's writes and makes the step complete; all processes make it
+    together. Later calls do nothing.
     """
 
     def __init__(self, write: Callable[[], None], commit: Callable[[], None]):
@@ -40,7 +42,9 @@ class Saving:
         executor.shutdown(wait=False)
 
     def done(self) -> bool:
-        """Whether this process's writes are finished; never waits. Raises what made them fail, as often as it is asked."""
+        """Whether this process's writes are finished; never waits. Raises what made them fail, as
+        often as it is asked.
+        """
         if not self._written.done():
             return False
         self._written.result()
@@ -69,13 +73,15 @@ def start_saving_training(
 ) -> Saving:
     """Starts saving a step; training may go on (also donate the arrays) when this returns.
 
-    Call the result, in every process, as soon as its `done()` is true and before the next save: that makes the step complete.
+    Call the result, in every process, as soon as its `done()` is true and before the next save:
+    that makes the step complete.
 
     Args:
       extra: JSON values needed to resume, the same in every process.
       data: states of this process's data streams, by shard.
       base: of a LoRA run, of whose parameters `params` are those that it trains.
-      keep: delete all but this many of the newest steps once the new one is complete; None keeps all.
+      keep: delete all but this many of the newest steps once the new one is complete; None keeps
+          all.
       keep_also: steps that are kept whatever their age.
     """
     unfinished = storage.start_step(steps_of(run) / str(step))
@@ -87,8 +93,12 @@ def start_saving_training(
         for shard, state in (data or {}).items():
             (partial / DATA).mkdir(exist_ok=True)
             (partial / DATA / f"{shard}.json").write_text(_dumps(state))
-        # Last: Orbax is done in one process when every process has come here and all of their arrays are written.
-        waits = [storage.start_saving(partial / "params", params), storage.start_saving(partial / "opt_state", opt_state)]
+        # Last: Orbax is done in one process when every process has come here and all of their
+        # arrays are written.
+        waits = [
+            storage.start_saving(partial / "params", params),
+            storage.start_saving(partial / "opt_state", opt_state),
+        ]
     except BaseException:
         unfinished.abandon()
         raise
@@ -101,7 +111,9 @@ def start_saving_training(
                 integrity.seal(partial)
         except Exception as error:
             unfinished.abandon()
-            raise OSError(f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are whole") from error
+            raise OSError(
+                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are whole"
+            ) from error
 
     def commit() -> None:
         storage.commit_directory(unfinished)
@@ -121,10 +133,13 @@ def save_training(run, step, params, opt_state, **options) -> None:
     start_saving_training(run, step, params, opt_state, **options)()
 
 
-def restore_training(run: str | os.PathLike, step: int, abstract_params, abstract_opt_state, verify: str = "full") -> tuple:
+def restore_training(
+    run: str | os.PathLike, step: int, abstract_params, abstract_opt_state, verify: str = "full"
+) -> tuple:
     """(params, opt_state, extra) of a step; extra["data"] holds the states of all data streams.
 
-    The abstract trees give dtypes and shardings (`jax.eval_shape` of what made the arrays). verify: as of `load`.
+    The abstract trees give dtypes and shardings (`jax.eval_shape` of what made the arrays). verify:
+    as of `load`.
 
     Raises:
       FileNotFoundError: there is no such step.
@@ -132,13 +147,17 @@ def restore_training(run: str | os.PathLike, step: int, abstract_params, abstrac
     """
     directory = steps_of(run) / str(step)
     if not is_checkpoint(directory):
-        raise FileNotFoundError(f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}")
+        raise FileNotFoundError(
+            f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}"
+        )
     with undamaged(directory, verify, False, None):
         values = read_training(run, step)
         data = {path.stem: _loads(path) for path in sorted((directory / DATA).glob("*.json"))}
         found = strict_json.Object(values, str(directory / TRAINING)).get("step", int)
         if found != step:
-            raise integrity.Damaged(f"{directory / TRAINING}: is of step {found}; bring the step's own file back")
+            raise integrity.Damaged(
+                f"{directory / TRAINING}: is of step {found}; bring the step's own file back"
+            )
     params = storage.load_tree(directory / "params", abstract_params)
     opt_state = storage.load_tree(directory / "opt_state", abstract_opt_state)
     return params, opt_state, values | {"data": data}
@@ -149,8 +168,11 @@ def read_training(run: str | os.PathLike, step: int) -> dict:
     return _loads(steps_of(run) / str(step) / TRAINING)
 
 
-def delete_old_steps(run: str | os.PathLike, keep: int, keep_also: Callable[[int], bool] = lambda step: False) -> None:
-    """Removes all complete steps of a run but the `keep` newest (one at least) and those that `keep_also` names.
+def delete_old_steps(
+    run: str | os.PathLike, keep: int, keep_also: Callable[[int], bool] = lambda step: False
+) -> None:
+    """Removes all complete steps of a run but the `keep` newest (one at least) and those that
+    `keep_also` names.
 
     A step that is damaged, or that holds files of others, is left alone and named in the log.
     """
@@ -164,7 +186,11 @@ def delete_old_steps(run: str | os.PathLike, keep: int, keep_also: Callable[[int
             whole.append(step)
     for step in whole[: -max(keep, 1)]:
         if not keep_also(step) and (foreign := remove_finished(directory / str(step))):
-            log.warning("%s is not deleted: it holds %s, which was not saved with it", directory / str(step), foreign)
+            log.warning(
+                "%s is not deleted: it holds %s, which was not saved with it",
+                directory / str(step),
+                foreign,
+            )
 
 
 def steps_of(run: str | os.PathLike) -> pathlib.Path:
@@ -172,7 +198,7 @@ def steps_of(run: str | os.PathLike) -> pathlib.Path:
     return absolute(run) / "checkpoints"
 
 
-# --- JSON with numbers that are not finite, such as the best loss so far before there is one -----------------------------------------
+# --- JSON with numbers that are not finite, such as the best loss so far before there is one -----
 
 _NONFINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
@@ -180,7 +206,11 @@ _NONFINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 def _dumps(values) -> str:
     def encoded(value):
         if isinstance(value, float) and not math.isfinite(value):
-            return {"nonfinite": next(name for name, number in _NONFINITE.items() if repr(number) == repr(value))}
+            return {
+                "nonfinite": next(
+                    name for name, number in _NONFINITE.items() if repr(number) == repr(value)
+                )
+            }
         if isinstance(value, Mapping):
             return {name: encoded(inner) for name, inner in value.items()}
         return [encoded(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -193,10 +223,18 @@ def _loads(path: pathlib.Path) -> dict:
         if isinstance(value, dict):
             name = value.get("nonfinite")
             is_number = len(value) == 1 and isinstance(name, str) and name in _NONFINITE
-            return _NONFINITE[name] if is_number else {key: decoded(inner) for key, inner in value.items()}
+            return (
+                _NONFINITE[name]
+                if is_number
+                else {key: decoded(inner) for key, inner in value.items()}
+            )
         return [decoded(inner) for inner in value] if isinstance(value, list) else value
 
-    text = strict_json.decode(safe_files.read_bytes(path, max_bytes=strict_json.MAX_BYTES), str(path))
+    text = strict_json.decode(
+        safe_files.read_bytes(path, max_bytes=strict_json.MAX_BYTES), str(path)
+    )
     # Steps that were saved earlier have them as Python writes them.
-    text = re.sub(r"(?<=: )-?(?:Infinity|NaN)(?=,?$)", r'{"nonfinite": "\g<0>"}', text, flags=re.MULTILINE)
+    text = re.sub(
+        r"(?<=: )-?(?:Infinity|NaN)(?=,?$)", r'{"nonfinite": "\g<0>"}', text, flags=re.MULTILINE
+    )
     return strict_json.check(decoded(strict_json.loads(text, str(path))), dict, str(path))

@@ -1,7 +1,8 @@
-"""Directories that appear whole or not at all, and parameter trees in them. The only file that imports Orbax.
+"""Directories that appear whole or not at all, and parameter trees in them. The only file that
+imports Orbax.
 
-Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a time keep one parameter in
-memory.
+Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a
+time keep one parameter in memory.
 """
 
 import contextlib
@@ -24,28 +25,40 @@ from internvl3_jax.io.checkpoint_paths import damage
 from internvl3_jax.io.integrity import FILES, publish, seal
 from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.safe_files import mark_own
-from internvl3_jax.io.unfinished import InPlace, Unfinished, absolute, check_replaceable, clean, set_aside
+from internvl3_jax.io.unfinished import (
+    InPlace,
+    Unfinished,
+    absolute,
+    check_replaceable,
+    clean,
+    set_aside,
+)
 
 try:
     import orbax.checkpoint.experimental.v1 as ocp
 except ImportError:  # where it has left experimental
     import orbax.checkpoint.v1 as ocp
 
-LARGEST_CHUNK = 512 << 20  # bytes of one stored block, the least that a reader of a shard has to touch
+# bytes of one stored block, the least that a reader of a shard has to touch
+LARGEST_CHUNK = 512 << 20
 SMALL = 64 << 20  # bytes of leaves that are written together
 
 
-# --- directories ----------------------------------------------------------------------------------------------------------------
+# --- directories ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def new_directory(directory: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()):
-    """Yields an empty directory to fill; it becomes `directory` when the block ends well and is removed when it does not.
+def new_directory(
+    directory: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
+):
+    """Yields an empty directory to fill; it becomes `directory` when the block ends well and is
+    removed when it does not.
 
     With several processes every one enters the block; the first creates and moves.
 
     Args:
-      overwrite: replace what is there, if it was made here, holds nothing else, and is none of `sources`.
+      overwrite: replace what is there, if it was made here, holds nothing else, and is none of
+          `sources`.
 
     Raises:
       FileExistsError: something is there, and it is not to be replaced or must not be.
@@ -68,13 +81,17 @@ def new_directory(directory: str | os.PathLike, overwrite: bool = False, sources
 
 @contextlib.contextmanager
 def _new_remote(final, overwrite: bool, sources: Iterable[str | os.PathLike]):
-    """The same in object storage, by one process: filled on a local disk, which needs room for it, then copied."""
+    """The same in object storage, by one process: filled on a local disk, which needs room for it,
+    then copied.
+    """
     if jax.process_count() > 1:
         raise ValueError(f"{final}: one process alone writes a checkpoint to object storage")
     clean(final.parent, final.name)
     before = remote_files.objects(final)
     if before and not overwrite:
-        raise FileExistsError(f"{final} exists; choose another place or allow overwriting (--overwrite)")
+        raise FileExistsError(
+            f"{final} exists; choose another place or allow overwriting (--overwrite)"
+        )
     if before:
         check_replaceable(final, sources)
     with tempfile.TemporaryDirectory(prefix="internvl3_jax_") as local:
@@ -92,19 +109,25 @@ def _new_remote(final, overwrite: bool, sources: Iterable[str | os.PathLike]):
             raise
 
 
-def start_directory(final: pathlib.Path, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()) -> Unfinished:
+def start_directory(
+    final: pathlib.Path, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
+) -> Unfinished:
     """Creates the empty directory to fill; what killed processes left of it is removed."""
     if jax.process_index() == 0:
         clean(final.parent, final.name)
     if os.path.lexists(final):
         if not overwrite:
-            raise FileExistsError(f"{final} exists; choose another place or allow overwriting (--overwrite)")
+            raise FileExistsError(
+                f"{final} exists; choose another place or allow overwriting (--overwrite)"
+            )
         check_replaceable(final, sources)
     return _create(final)
 
 
 def start_step(final: pathlib.Path) -> Unfinished | InPlace:
-    """The same for a step of a training run. A damaged one that is there makes room; FileExistsError if it is whole."""
+    """The same for a step of a training run. A damaged one that is there makes room;
+    FileExistsError if it is whole.
+    """
     if jax.process_index() == 0:
         clean(final.parent)
     # Every process asks before the first one moves it.
@@ -150,11 +173,13 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-# --- trees ------------------------------------------------------------------------------------------------------------------------
+# --- trees ---------------------------------------------------------------------------------------
 
 
 class _LiteralPath(type(epath.Path("/"))):
-    """A path whose `glob` takes [ ] * ? in the directory's own name as they are; Orbax looks for its parts with it."""
+    """A path whose `glob` takes [ ] * ? in the directory's own name as they are; Orbax looks for
+    its parts with it.
+    """
 
     def glob(self, pattern: str):
         entries = self.iterdir() if self.is_dir() else ()
@@ -164,9 +189,12 @@ class _LiteralPath(type(epath.Path("/"))):
 def _storage_options(path, leaf):
     if math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize <= LARGEST_CHUNK:
         return None
-    # Of layers on the first axis each gets blocks of its own, so that a block is contiguous in the array.
+    # Of layers on the first axis each gets blocks of its own, so that a block is contiguous in the
+    # array.
     layers = (0,) if np.ndim(leaf) == 3 else ()
-    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=LARGEST_CHUNK, shard_axes=layers)
+    return ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=LARGEST_CHUNK, shard_axes=layers
+    )
 
 
 def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
@@ -197,11 +225,16 @@ def nest(leaves: Mapping[str, object]) -> dict:
 
 def by_path(tree: Mapping) -> dict[str, object]:
     """{"a": {"b": x}} -> {"a/b": x}"""
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 class TreeWriter:
-    """Writes a tree leaf by leaf; small leaves wait for one another, as each write has a cost of its own."""
+    """Writes a tree leaf by leaf; small leaves wait for one another, as each write has a cost of
+    its own.
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -226,7 +259,8 @@ class TreeWriter:
 
 
 def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
-    """Copies a tree of arrays to the host and writes it in the background; the returned function waits for the end.
+    """Copies a tree of arrays to the host and writes it in the background; the returned function
+    waits for the end.
 
     The caller may donate jax arrays when this returns, and change numpy arrays.
     """
@@ -243,7 +277,9 @@ def leaf_infos(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 class TreeReader:
-    """Reads a stored tree leaf by leaf as numpy arrays, in the order of `names`; small neighbours are read together."""
+    """Reads a stored tree leaf by leaf as numpy arrays, in the order of `names`; small neighbours
+    are read together.
+    """
 
     def __init__(self, path: pathlib.Path, names: list[str]):
         self.path, self.names = path, names
@@ -266,9 +302,11 @@ class TreeReader:
 
 
 def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
-    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it goes to the default device.
+    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it
+    goes to the default device.
 
-    prepare: makes of each leaf's path and value what takes its place; the leaves are then read one by one.
+    prepare: makes of each leaf's path and value what takes its place; the leaves are then read one
+        by one.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -283,4 +321,9 @@ def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
     if prepare is None:
         return read(abstract)
     names = by_path(abstract)
-    return nest({name: prepare(name, by_path(read(nest({name: leaf})))[name]) for name, leaf in names.items()})
+    return nest(
+        {
+            name: prepare(name, by_path(read(nest({name: leaf})))[name])
+            for name, leaf in names.items()
+        }
+    )

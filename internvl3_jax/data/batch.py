@@ -1,4 +1,5 @@
-"""The contract between the numpy side and the jax side: `Batch`, and how one conversation becomes a `Sample`.
+"""The contract between the numpy side and the jax side: `Batch`, and how one conversation becomes a
+`Sample`.
 
 B rows, T tokens a row, N tiles a row, S pixels along a tile's side, P tokens per tile.
 """
@@ -23,7 +24,8 @@ AVERAGES = {
 
 
 class Batch(TypedDict):
-    """What the model and the loss take. A row holds one or several samples; nothing refers to another row.
+    """What the model and the loss take. A row holds one or several samples; nothing refers to
+    another row.
 
     tokens        i32[B,T]       ids; P * tiles of them are <IMG_CONTEXT>, in the order of the row's tiles
     targets       i32[B,T]       the id that should follow each token
@@ -50,10 +52,12 @@ class Batch(TypedDict):
 
 
 class Sample(TypedDict, total=False):
-    """One conversation: a row of `Batch` before packing and without segments; arrays of [T] and u8[N,S,S,3].
+    """One conversation: a row of `Batch` before packing and without segments; arrays of [T] and
+    u8[N,S,S,3].
 
-    Those of the pipeline also say where they come from: `source`, the number of the source in the mixture; `row`, the row in its
-    source; `index`, the place in the mixture, by which the pipeline can make the sample again.
+    Those of the pipeline also say where they come from: `source`, the number of the source in the
+    mixture; `row`, the row in its source; `index`, the place in the mixture, by which the pipeline
+    can make the sample again.
     """
 
     tokens: np.ndarray
@@ -80,7 +84,8 @@ def cut_pictures(
 ) -> list[np.ndarray]:
     """Tiles u8[n,S,S,3] of each image of one prompt, thumbnails included, by `tiles.image_limit`.
 
-    max_tiles, tiles, max_total_tiles: in place of the processor's fields of these names, unless None.
+    max_tiles, tiles, max_total_tiles: in place of the processor's fields of these names, unless
+        None.
 
     Raises:
       ValueError: for an unknown rule or a limit out of range.
@@ -105,17 +110,29 @@ def make_sample(
 ) -> Sample:
     """Messages and PIL pictures to a training sample; `deltas` are V2PE units, one per picture.
 
-    max_tiles: processor.max_tiles when None; processor.tiles says whether of each picture or of all. loss_average: see
+    max_tiles: processor.max_tiles when None; processor.tiles says whether of each picture or of
+        all. loss_average: see
       `average_weights`.
     """
     tiles = cut_pictures(pictures, processor, max_tiles)
     encoded = encode_chat(
-        messages, [len(part) for part in tiles], tokenizer, processor, add_generation_prompt=False, where=where
+        messages,
+        [len(part) for part in tiles],
+        tokenizer,
+        processor,
+        add_generation_prompt=False,
+        where=where,
     )
     return finish_sample(encoded, tiles, deltas, processor, loss_average)
 
 
-def finish_sample(encoded: Encoded, tiles: Sequence[np.ndarray], deltas: Sequence[int], processor, loss_average: str) -> Sample:
+def finish_sample(
+    encoded: Encoded,
+    tiles: Sequence[np.ndarray],
+    deltas: Sequence[int],
+    processor,
+    loss_average: str,
+) -> Sample:
     """An encoded conversation and the tiles of its pictures to a training sample."""
     trained = np.append(encoded.loss_mask[1:], False)
     return {
@@ -128,7 +145,9 @@ def finish_sample(encoded: Encoded, tiles: Sequence[np.ndarray], deltas: Sequenc
 
 
 def average_weights(trained: np.ndarray, average: str) -> np.ndarray:
-    """Weights f32[T] of a sample with x trained tokens: "token" 1 each, "sample" 1 / x, "square" 1 / sqrt(x) (InternVL2.5 and 3)."""
+    """Weights f32[T] of a sample with x trained tokens: "token" 1 each, "sample" 1 / x, "square" 1
+    / sqrt(x) (InternVL2.5 and 3).
+    """
     return (trained * max(1.0, trained.sum()) ** AVERAGES[average]).astype(np.float32)
 
 
@@ -140,8 +159,8 @@ def join_tiles(tiles: Sequence[np.ndarray], size: int) -> np.ndarray:
 class Prompt:
     """A conversation up to the point where the model answers.
 
-    tokens i32[T]; positions i32[T] in units of 1/256; runs: (first token, number of tokens) of each picture; tiles: u8[n,S,S,3] of each
-    picture.
+    tokens i32[T]; positions i32[T] in units of 1/256; runs: (first token, number of tokens) of each
+    picture; tiles: u8[n,S,S,3] of each picture.
     """
 
     tokens: np.ndarray
@@ -150,10 +169,24 @@ class Prompt:
     tiles: list[np.ndarray]
 
 
-def make_prompt(messages, tiles: Sequence[np.ndarray], tokenizer, processor, deltas: Sequence[int], where: str = "") -> Prompt:
-    """Messages ending with a user turn to a `Prompt`. `tiles` are those of each picture in order, `deltas` their V2PE units."""
+def make_prompt(
+    messages,
+    tiles: Sequence[np.ndarray],
+    tokenizer,
+    processor,
+    deltas: Sequence[int],
+    where: str = "",
+) -> Prompt:
+    """Messages ending with a user turn to a `Prompt`. `tiles` are those of each picture in order,
+    `deltas` their V2PE units.
+    """
     encoded = encode_chat(
-        messages, [len(part) for part in tiles], tokenizer, processor, add_generation_prompt=True, where=where
+        messages,
+        [len(part) for part in tiles],
+        tokenizer,
+        processor,
+        add_generation_prompt=True,
+        where=where,
     )
     positions = build_positions(len(encoded.tokens), encoded.runs, deltas)
     return Prompt(encoded.tokens, positions, list(encoded.runs), list(tiles))

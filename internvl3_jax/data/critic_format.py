@@ -1,11 +1,13 @@
-r"""Solutions as steps, and the conversation in which a process reward model (critic) judges them one after the other.
+r"""Solutions as steps, and the conversation in which a process reward model (critic) judges them
+one after the other.
 
     user       ### Question:\n{question}\n\n### Solution Process:\n{first step}
     assistant  + or -
     user       {second step}
     assistant  + or -
 
-as VisualPRM was trained; see InternVL's tools/reasoning_data_pipeline (visualprm_data_pipeline*.py, utils/constants.py).
+as VisualPRM was trained; see InternVL's tools/reasoning_data_pipeline (visualprm_data_pipeline*.py,
+utils/constants.py).
 """
 
 from collections.abc import Sequence
@@ -32,17 +34,18 @@ Please note:
 
 Your task is to verify the accuracy and correctness of each step in the given solution process."""
 
-# The same as the public trainer made it of a row with one image: it looks for <image> in the first turn, which is the system's, and puts
-# one in front of it. There it is text, and so is it here.
+# The same as the public trainer made it of a row with one image: it looks for <image> in the first
+# turn, which is the system's, and puts one in front of it. There it is text, and so is it here.
 SYSTEM_AS_TRAINED = f"{PICTURE_TAG}\n{SYSTEM}"
-SYSTEMS = {"visualprm": SYSTEM, "visualprm_trained": SYSTEM_AS_TRAINED}  # by the names that programs take
+# by the names that programs take
+SYSTEMS = {"visualprm": SYSTEM, "visualprm_trained": SYSTEM_AS_TRAINED}
 
 
 def split_steps(solution: str, max_steps: int | None = None) -> list[str]:
     """The steps of a solution: what stands between blank lines; at least one.
 
-    max_steps: neighbours are merged, as many into each as it takes to leave at most that many. Steps without text are left out: the
-    reference would give them a turn without content.
+    max_steps: neighbours are merged, as many into each as it takes to leave at most that many.
+        Steps without text are left out: the reference would give them a turn without content.
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; it must be at least 1, or None for all steps")
@@ -52,16 +55,22 @@ def split_steps(solution: str, max_steps: int | None = None) -> list[str]:
 
 
 def critic_messages(
-    question: str, steps: Sequence[str], labels: Sequence[str] | None = None, system: str | None = None
+    question: str,
+    steps: Sequence[str],
+    labels: Sequence[str] | None = None,
+    system: str | None = None,
 ) -> list[Message]:
     """The conversation about a solution. The question holds the pictures' tags.
 
-    labels: GOOD or BAD for each step; without them GOOD stands everywhere, as a placeholder: what a critic thinks of a step is read where
-    its answer would begin, and whatever came before is taken as right.
+    labels: GOOD or BAD for each step; without them GOOD stands everywhere, as a placeholder: what a
+        critic thinks of a step is read where its answer would begin, and whatever came before is
+        taken as right.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     for number, (step, label) in enumerate(zip(steps, labels or [GOOD] * len(steps), strict=True)):
-        text = f"### Question:\n{question}\n\n### Solution Process:\n{step}" if number == 0 else step
+        text = (
+            f"### Question:\n{question}\n\n### Solution Process:\n{step}" if number == 0 else step
+        )
         turn = {"role": "user", "content": text}
         if PICTURE_TAG in step:  # written by a model: it is no place of an image
             turn["images"] = question.count(PICTURE_TAG) if number == 0 else 0

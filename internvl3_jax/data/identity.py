@@ -1,6 +1,8 @@
-"""What a run's samples are made of, as short texts that change with it: saved with every step, compared when the run is resumed.
+"""What a run's samples are made of, as short texts that change with it: saved with every step,
+compared when the run is resumed.
 
-A stream of samples resumes by numbers alone, so with other rows, or rows in another order, it would silently be another one.
+A stream of samples resumes by numbers alone, so with other rows, or rows in another order, it would
+silently be another one.
 """
 
 import hashlib
@@ -37,7 +39,8 @@ def check_identity(saved: dict[str, str], now: dict[str, str], step: int, accept
     if not changed:
         return
     texts = "; ".join(
-        f"{name} has changed (was: {saved.get(name, 'absent')}; is: {now.get(name, 'absent')})" for name in changed
+        f"{name} has changed (was: {saved.get(name, 'absent')}; is: {now.get(name, 'absent')})"
+        for name in changed
     )
     if accept:
         print(f"resuming from step {step} with other data: {texts}", flush=True)
@@ -50,7 +53,9 @@ def check_identity(saved: dict[str, str], now: dict[str, str], step: int, accept
 
 def _tokenizer(tokenizer: Tokenizer) -> str:
     files = sorted(tokenizer.files().items())
-    return _digest(b"".join(f"{name} {len(content)}\n".encode() + content for name, content in files))
+    return _digest(
+        b"".join(f"{name} {len(content)}\n".encode() + content for name, content in files)
+    )
 
 
 def _digest(content: bytes) -> str:

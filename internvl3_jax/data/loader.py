@@ -1,8 +1,10 @@
-"""From streams of samples to the batches of one process, prepared ahead of time, with a state that resumes exactly.
+"""From streams of samples to the batches of one process, prepared ahead of time, with a state that
+resumes exactly.
 
-The rows of a global batch come from `data.shards` streams, rows/shards from each, and every stream packs its own. A process prepares
-the streams whose rows its devices compute (placement.py), so any number of processes sees the same global sequence of batches, and a
-run may go on with another number of them.
+The rows of a global batch come from `data.shards` streams, rows/shards from each, and every stream
+packs its own. A process prepares the streams whose rows its devices compute (placement.py), so any
+number of processes sees the same global sequence of batches, and a run may go on with another
+number of them.
 """
 
 import dataclasses
@@ -36,14 +38,24 @@ class HostBatch:
 
 
 class BatchLoader:
-    """Endless iterator of `HostBatch`. Close it, or use it as a context manager: it owns threads and maybe processes."""
+    """Endless iterator of `HostBatch`. Close it, or use it as a context manager: it owns threads
+    and maybe processes.
+    """
 
     def __init__(
-        self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, shards: Sequence[int] | None = None
+        self,
+        config: DataConfig,
+        processor: ProcessorConfig,
+        tokenizer: Tokenizer,
+        shards: Sequence[int] | None = None,
     ):
-        """shards: the streams to prepare; None: all. `identity` says what the samples are made of; see data/identity.py."""
+        """shards: the streams to prepare; None: all. `identity` says what the samples are made of;
+        see data/identity.py.
+        """
         if config.shards < 1 or config.rows % config.shards:
-            raise ValueError(f"data.rows is {config.rows}; it must be a multiple of data.shards ({config.shards})")
+            raise ValueError(
+                f"data.rows is {config.rows}; it must be a multiple of data.shards ({config.shards})"
+            )
         self.shards = range(config.shards) if shards is None else shards
         self.rows = config.rows // config.shards
         sources = open_sources(config)
@@ -66,12 +78,16 @@ class BatchLoader:
         self.thread: threading.Thread | None = None
 
     def restore(self, states: dict[str, dict]) -> None:
-        """Goes on after the batch whose `states` these are; those of other processes' shards may be among them."""
+        """Goes on after the batch whose `states` these are; those of other processes' shards may be
+        among them.
+        """
         if self.thread:
             raise RuntimeError("restore comes before the first batch")
         missing = [shard for shard in self.shards if str(shard) not in states]
         if missing:
-            raise ValueError(f"the checkpoint has data streams {sorted(states)}, not {missing}: data.shards has changed")
+            raise ValueError(
+                f"the checkpoint has data streams {sorted(states)}, not {missing}: data.shards has changed"
+            )
         for shard, packer in self.packers.items():
             packer.set_state(states[str(shard)])
 
@@ -114,8 +130,16 @@ class BatchLoader:
                 origins.append(origin)
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         states = {str(shard): packer.get_state() for shard, packer in self.packers.items()}
-        skipped = [str(marker["error"]) for packer in self.packers.values() for marker in packer.skipped]
-        return HostBatch(batch, origins, states, skipped, sum(packer.skipped_count for packer in self.packers.values()))
+        skipped = [
+            str(marker["error"]) for packer in self.packers.values() for marker in packer.skipped
+        ]
+        return HostBatch(
+            batch,
+            origins,
+            states,
+            skipped,
+            sum(packer.skipped_count for packer in self.packers.values()),
+        )
 
     def close(self) -> None:
         self.closing.set()

@@ -1,11 +1,12 @@
 """Packs samples into rows under a token budget and a tile budget at once. A sample is never split.
 
-Samples wait in a buffer. A row begins with the one that has waited longest, so none waits for ever, and is then filled from the
-buffer by a rule:
+Samples wait in a buffer. A row begins with the one that has waited longest, so none waits for ever,
+and is then filled from the buffer by a rule:
 
     first_fit   the next sample in order of arrival that fits
     balanced    of those that fit, the one that best uses what is left of both budgets: the largest dot product of its size with the
-                room left, both in units of the whole row (Panigrahy et al. 2011, "Heuristics for Vector Bin Packing")
+                room left, both in units of the whole row (Panigrahy et al. 2011, "Heuristics for
+                Vector Bin Packing")
 
 The stream resumes exactly: its state names the waiting samples by number, and they are made again.
 """
@@ -19,7 +20,12 @@ from internvl3_jax.data.batch import Batch, Sample
 from internvl3_jax.data.pairs import NO_END
 
 RULES = ("balanced", "first_fit")
-_FIELDS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "positions": np.int32}
+_FIELDS = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "loss_weights": np.float32,
+    "positions": np.int32,
+}
 _PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32}
 _GIVEN_FIELDS = {"until": np.int32, "reference": np.float32}  # where the samples have them
 
@@ -27,7 +33,8 @@ _GIVEN_FIELDS = {"until": np.int32, "reference": np.float32}  # where the sample
 def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
     """Which of the waiting samples form the next row.
 
-    sizes i64[n,2]: tokens and tiles of each, in order of arrival; budgets i64[2]. Returns indices, 0 first.
+    sizes i64[n,2]: tokens and tiles of each, in order of arrival; budgets i64[2]. Returns indices,
+    0 first.
     """
     chosen, room = [0], budgets - sizes[0]
     free = np.ones(len(sizes), bool)
@@ -50,7 +57,9 @@ def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
     """One row [T] of a Batch from samples that fit in it, padded with zeros."""
     pairs = "answers" in samples[0]
     fields = (
-        _FIELDS | (_PAIR_FIELDS if pairs else {}) | {name: _GIVEN_FIELDS[name] for name in _GIVEN_FIELDS if name in samples[0]}
+        _FIELDS
+        | (_PAIR_FIELDS if pairs else {})
+        | {name: _GIVEN_FIELDS[name] for name in _GIVEN_FIELDS if name in samples[0]}
     )
     row = {name: np.zeros(tokens, dtype) for name, dtype in fields.items()}
     row |= {"segments": np.zeros(tokens, np.int32), "sources": np.zeros(tokens, np.int32)}
@@ -62,16 +71,24 @@ def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
             row[name][place] = sample[name]
         row["sources"][place] = sample.get("source", 0)
         if pairs:
-            _renumber({name: row[name][place] for name in fields}, segment, 2 * number, feature, token)
+            _renumber(
+                {name: row[name][place] for name in fields}, segment, 2 * number, feature, token
+            )
             feature += int(sample["features"].max()) + 1 if len(sample["tiles"]) else 0
         else:
             row["segments"][place] = segment + 1
         row["tiles"][tile : tile + len(sample["tiles"])] = sample["tiles"]
-        token, tile, segment = place.stop, tile + len(sample["tiles"]), int(row["segments"][place].max(initial=0))
+        token, tile, segment = (
+            place.stop,
+            tile + len(sample["tiles"]),
+            int(row["segments"][place].max(initial=0)),
+        )
     return row
 
 
-def _renumber(part: dict[str, np.ndarray], segment: int, answer: int, feature: int, token: int) -> None:
+def _renumber(
+    part: dict[str, np.ndarray], segment: int, answer: int, feature: int, token: int
+) -> None:
     """Makes the numbers of a pair those of its place in the row."""
     part["segments"] += segment
     part["answers"][part["answers"] > 0] += answer
@@ -83,8 +100,8 @@ def _renumber(part: dict[str, np.ndarray], segment: int, answer: int, feature: i
 class Packer(grain.DatasetIterator):
     """Rows (`Batch` without the batch axis) from an iterator of samples, and what they are made of.
 
-    Each item is (row, origins): origins are the (source, row) of its samples. `skipped` holds the newest error markers (see
-    pipeline.py) that came along, `skipped_count` how many there were.
+    Each item is (row, origins): origins are the (source, row) of its samples. `skipped` holds the
+    newest error markers (see pipeline.py) that came along, `skipped_count` how many there were.
     """
 
     def __init__(
@@ -97,13 +114,21 @@ class Packer(grain.DatasetIterator):
         size: int,
         most: int | None = None,
     ):
-        """make: a sample by its "index", to fill the buffer again on resuming; size: of the buffer, in samples; most: samples a row."""
+        """make: a sample by its "index", to fill the buffer again on resuming; size: of the buffer,
+        in samples; most: samples a row.
+        """
         super().__init__(samples)
         if rule not in RULES:
             raise ValueError(f"data.packing is {rule!r}; it must be one of {', '.join(RULES)}")
         if size < 1:
             raise ValueError(f"data.packing_buffer is {size}; at least one sample must wait")
-        self.make, self.budgets, self.rule, self.size, self.most = make, np.array([tokens, tiles]), rule, size, most
+        self.make, self.budgets, self.rule, self.size, self.most = (
+            make,
+            np.array([tokens, tiles]),
+            rule,
+            size,
+            most,
+        )
         self.waiting: list[Sample] = []
         self.skipped: list[dict] = []
         self.skipped_count = 0
@@ -115,8 +140,12 @@ class Packer(grain.DatasetIterator):
         sizes = np.array([(len(sample["tokens"]), len(sample["tiles"])) for sample in self.waiting])
         chosen = choose(sizes, self.budgets, self.rule)[: self.most]
         samples = [self.waiting[index] for index in chosen]
-        self.waiting = [sample for index, sample in enumerate(self.waiting) if index not in set(chosen)]
-        return join(samples, *map(int, self.budgets)), [(int(s.get("source", 0)), int(s.get("row", 0))) for s in samples]
+        self.waiting = [
+            sample for index, sample in enumerate(self.waiting) if index not in set(chosen)
+        ]
+        return join(samples, *map(int, self.budgets)), [
+            (int(s.get("source", 0)), int(s.get("row", 0))) for s in samples
+        ]
 
     def _fill(self) -> None:
         while len(self.waiting) < self.size:
@@ -135,12 +164,18 @@ class Packer(grain.DatasetIterator):
         for name, limit in zip(("tokens", "tiles"), self.budgets, strict=True):
             if len(sample[name]) > limit:
                 where = f"source {sample.get('source', 0)} row {sample.get('row', 0)}"
-                raise ValueError(f"{where} has {len(sample[name])} {name}, a row holds {limit}: raise data.{name}_per_row")
+                raise ValueError(
+                    f"{where} has {len(sample[name])} {name}, a row holds {limit}: raise data.{name}_per_row"
+                )
 
     def get_state(self) -> dict:
         # As text, since grain expects a state's arrays to keep their shapes.
         waiting = " ".join(str(int(sample["index"])) for sample in self.waiting)
-        return {"samples": self._parent.get_state(), "waiting": waiting, "skipped": self.skipped_count}
+        return {
+            "samples": self._parent.get_state(),
+            "waiting": waiting,
+            "skipped": self.skipped_count,
+        }
 
     def set_state(self, state: dict) -> None:
         self._parent.set_state(state["samples"])

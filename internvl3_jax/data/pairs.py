@@ -1,7 +1,9 @@
-"""Pairs for preference optimisation: one question with a chosen and a rejected answer, as one sample.
+"""Pairs for preference optimisation: one question with a chosen and a rejected answer, as one
+sample.
 
-Both answers stand in one row, so that each picture of the question is encoded once. Either the question stands there twice, and the
-two conversations are segments of their own, as packed samples are:
+Both answers stand in one row, so that each picture of the question is encoded once. Either the
+question stands there twice, and the two conversations are segments of their own, as packed samples
+are:
 
     question chosen | question rejected          segments 1 and 2
 
@@ -9,7 +11,8 @@ or, with `shared`, once, and the decoder computes it once:
 
     question, then chosen and rejected           one segment; `until` hides chosen from rejected
 
-In the second form the question's last token, whose target is the answer's first, stands before each of the answers.
+In the second form the question's last token, whose target is the answer's first, stands before each
+of the answers.
 """
 
 import numpy as np
@@ -25,11 +28,15 @@ class PairError(ValueError):
     """A pair that cannot be used."""
 
 
-def finish_pair(rejected: Encoded, chosen: Encoded, tiles, deltas, processor, loss_average: str, shared: bool) -> Sample:
-    """Two encoded conversations that differ in their answer, and the tiles of their pictures, to one sample of [T] tokens.
+def finish_pair(
+    rejected: Encoded, chosen: Encoded, tiles, deltas, processor, loss_average: str, shared: bool
+) -> Sample:
+    """Two encoded conversations that differ in their answer, and the tiles of their pictures, to
+    one sample of [T] tokens.
 
-    Beside the fields of a conversation's sample (data/batch.py; `loss_weights` are of the chosen answer alone) it has those of `Batch` that
-    are of pairs: answers, features, until; and segments, counted from 1.
+    Beside the fields of a conversation's sample (data/batch.py; `loss_weights` are of the chosen
+    answer alone) it has those of `Batch` that are of pairs: answers, features, until; and segments,
+    counted from 1.
     """
     sides = [_side(encoded, deltas, number) for number, encoded in enumerate((chosen, rejected), 1)]
     sides[0]["loss_weights"] = average_weights(sides[0]["answers"] > 0, loss_average)
@@ -72,7 +79,10 @@ def _side(encoded: Encoded, deltas, number: int) -> Sample:
 def _share(chosen: Sample, rejected: Sample) -> list[Sample]:
     """The question without its last token; then, with it, the two answers."""
     end = int(np.argmax(chosen["answers"] > 0))
-    if end != int(np.argmax(rejected["answers"] > 0)) or (chosen["tokens"][: end + 1] != rejected["tokens"][: end + 1]).any():
+    if (
+        end != int(np.argmax(rejected["answers"] > 0))
+        or (chosen["tokens"][: end + 1] != rejected["tokens"][: end + 1]).any()
+    ):
         raise PairError("the two answers do not follow the same tokens")
     question = {name: value[:end] for name, value in chosen.items()}
     answers = [{name: value[end:] for name, value in side.items()} for side in (chosen, rejected)]

@@ -1,6 +1,8 @@
-"""Log-probabilities of pairs under MPO's reference model, computed beforehand (make_reference.py) and looked up by what the pair is.
+"""Log-probabilities of pairs under MPO's reference model, computed beforehand (make_reference.py)
+and looked up by what the pair is.
 
-A JSONL file: first {"reference": path, "hash": of its parameters, "dtype"}, then for each pair {"key", "chosen", "rejected"}.
+A JSONL file: first {"reference": path, "hash": of its parameters, "dtype"}, then for each pair
+{"key", "chosen", "rejected"}.
 """
 
 import hashlib
@@ -45,16 +47,22 @@ class ReferenceTable:
         try:
             header = Object(loads(lines[0] if lines else b"", f"{path} line 1"), f"{path} line 1")
             self.hash, self.made_of = header.get("hash", str), header.get("reference", str)
-            rows = [_read_row(line, f"{path} line {number}") for number, line in enumerate(lines[1:], 2)]
+            rows = [
+                _read_row(line, f"{path} line {number}") for number, line in enumerate(lines[1:], 2)
+            ]
         except ValueError as error:
-            raise ReferenceError(f"{error}; expected a file of internvl3_jax.training.make_reference, whole") from error
+            raise ReferenceError(
+                f"{error}; expected a file of internvl3_jax.training.make_reference, whole"
+            ) from error
         keys = np.array([row[0] for row in rows], np.uint64)
         values = np.array([row[1:] for row in rows], np.float32).reshape(-1, 2)
         order = np.argsort(keys)
         self.keys, self.values = keys[order], values[order]
 
     def added_to(self, sample: Sample) -> Sample:
-        """The pair with "reference", as `Batch` has it. ReferenceError if the table does not know it."""
+        """The pair with "reference", as `Batch` has it. ReferenceError if the table does not know
+        it.
+        """
         key = np.uint64(int(key_of(sample), 16))
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key:
@@ -75,4 +83,6 @@ def _read_row(line: bytes, where: str) -> tuple[int, float, float]:
     key = row.get("key", str, low=1, high=16)
     if not re.fullmatch("[0-9a-f]+", key):
         raise ReferenceError(f"{where}: key is {excerpt(key)}; expected 16 hex digits")
-    return int(key, 16), *(float(row.get(name, float, low=-LARGEST, high=LARGEST)) for name in ("chosen", "rejected"))
+    return int(key, 16), *(
+        float(row.get(name, float, low=-LARGEST, high=LARGEST)) for name in ("chosen", "rejected")
+    )

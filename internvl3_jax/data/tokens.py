@@ -2,8 +2,9 @@
 
     python -m internvl3_jax.data.tokens IMAGE_OR_SIZE... [--max_tiles 12] [--delta 1/4] [--size 1b,8b] [--text_tokens 64] [--json]
 
-Each argument is an image file or a size such as 1920x1080. All of them together make one prompt. Each image may have --max_tiles
-tiles, as at inference; with --tiles shared all images together, as in training.
+Each argument is an image file or a size such as 1920x1080. All of them together make one prompt.
+Each image may have --max_tiles tiles, as at inference; with --tiles shared all images together, as
+in training.
 """
 
 import dataclasses
@@ -46,14 +47,19 @@ class PictureCost:
 
 
 def picture_cost(
-    width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None, delta: int | None = None
+    width: int,
+    height: int,
+    processor: ProcessorConfig,
+    max_tiles: int | None = None,
+    delta: int | None = None,
 ) -> PictureCost:
     """Cost of a picture of width x height pixels.
 
     Args:
       processor: tile rule and tokens per tile.
       max_tiles: limit of this picture without its thumbnail; processor.max_tiles when None.
-      delta: step of a visual token in units of 1/256 (see `positions.parse_delta`); processor.delta when None.
+      delta: step of a visual token in units of 1/256 (see `positions.parse_delta`); processor.delta
+          when None.
 
     Raises:
       ValueError: for a picture without pixels or a limit below one tile.
@@ -63,7 +69,9 @@ def picture_cost(
     visual_tokens = tiles * processor.tokens_per_tile
     travelled = visual_tokens * (processor.delta if delta is None else delta)
     positions = -(-travelled // UNITS) + 2  # the end of the run is rounded up to a whole position
-    return PictureCost(width, height, columns, rows, tiles, visual_tokens, visual_tokens + 2, positions)
+    return PictureCost(
+        width, height, columns, rows, tiles, visual_tokens, visual_tokens + 2, positions
+    )
 
 
 def cache_bytes_per_token(language: LanguageConfig, bytes_per_value: int = 2) -> int:
@@ -85,13 +93,18 @@ def prompt_report(
     tiles, max_total_tiles: as in `ProcessorConfig`.
 
     Raises:
-      ValueError: for an unknown model size, or sizes that cut pictures differently (tiny and the released ones).
+      ValueError: for an unknown model size, or sizes that cut pictures differently (tiny and the
+      released ones).
     """
     models = [_model(size) for size in model_sizes]
     processor = _common_processor(models, model_sizes)
-    processor = dataclasses.replace(processor, max_tiles=max_tiles, tiles=tiles, max_total_tiles=max_total_tiles)
+    processor = dataclasses.replace(
+        processor, max_tiles=max_tiles, tiles=tiles, max_total_tiles=max_total_tiles
+    )
     limit = image_limit(processor, len(named_sizes))
-    costs = [picture_cost(width, height, processor, limit, delta) for _, width, height in named_sizes]
+    costs = [
+        picture_cost(width, height, processor, limit, delta) for _, width, height in named_sizes
+    ]
     prompt_tokens = text_tokens + sum(cost.tokens for cost in costs)
     positions = text_tokens + sum(cost.positions for cost in costs)
     caches = {
@@ -108,7 +121,10 @@ def prompt_report(
         "max_tiles": max_tiles,
         "max_total_tiles": max_total_tiles,
         "max_tiles_per_picture": limit,
-        "pictures": [{"name": name} | dataclasses.asdict(cost) for (name, _, _), cost in zip(named_sizes, costs, strict=True)],
+        "pictures": [
+            {"name": name} | dataclasses.asdict(cost)
+            for (name, _, _), cost in zip(named_sizes, costs, strict=True)
+        ],
         "text_tokens": text_tokens,
         "prompt_tokens": prompt_tokens,
         "positions": positions,
@@ -125,7 +141,9 @@ def _model(size: str) -> ModelConfig:
 def _common_processor(models: Sequence[ModelConfig], model_sizes: Sequence[str]) -> ProcessorConfig:
     shapes = {(model.vision.image_size, model.tokens_per_tile) for model in models}
     if len(shapes) > 1:
-        raise ValueError(f"sizes {', '.join(model_sizes)} cut pictures into different tiles; ask for them one at a time")
+        raise ValueError(
+            f"sizes {', '.join(model_sizes)} cut pictures into different tiles; ask for them one at a time"
+        )
     image_size, tokens_per_tile = shapes.pop()
     return ProcessorConfig(image_size=image_size, tokens_per_tile=tokens_per_tile)
 
@@ -144,13 +162,19 @@ def print_report(report: dict) -> None:
         pictures.add_row(one_line(cost["name"]), pixels, grid, *(f"{count:,}" for count in counts))
     text = f"{report['text_tokens']:,}"
     pictures.add_row("text", "", "", "", "", text, text)
-    tiles, visual = (sum(cost[key] for cost in report["pictures"]) for key in ("tiles", "visual_tokens"))
+    tiles, visual = (
+        sum(cost[key] for cost in report["pictures"]) for key in ("tiles", "visual_tokens")
+    )
     totals = (tiles, visual, report["prompt_tokens"], report["positions"])
     pictures.add_row("prompt", "", "", *(f"{total:,}" for total in totals))
     console.print(pictures)
-    console.print(f"grid: columns x rows, at most {report['max_tiles_per_picture']} tiles; tiles: with the thumbnail")
+    console.print(
+        f"grid: columns x rows, at most {report['max_tiles_per_picture']} tiles; tiles: with the thumbnail"
+    )
     total = f", at most {report['max_total_tiles']} in all" if report["max_total_tiles"] else ""
-    console.print(f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, thumbnails apart")
+    console.print(
+        f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, thumbnails apart"
+    )
     console.print(f"positions: at delta {report['delta']}\n")
 
     caches = Table("model", box=style, pad_edge=False)
@@ -158,12 +182,19 @@ def print_report(report: dict) -> None:
         caches.add_column(heading, justify="right")
     for size, cache in report["kv_cache"].items():
         share = f"{report['positions'] / cache['max_position']:.1%}"
-        caches.add_row(size, f"{cache['bytes'] / 2**20:,.1f} MiB", f"{cache['bytes_per_token'] / 2**10:,.0f} KiB", share)
+        caches.add_row(
+            size,
+            f"{cache['bytes'] / 2**20:,.1f} MiB",
+            f"{cache['bytes_per_token'] / 2**10:,.0f} KiB",
+            share,
+        )
     console.print(caches)
 
 
 def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
-    """(name, width, height) of an image file, or of an argument like 1920x1080 that names no file. limits: of `open_image`."""
+    """(name, width, height) of an image file, or of an argument like 1920x1080 that names no file.
+    limits: of `open_image`.
+    """
     size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", argument)
     if size and not Path(argument).exists():
         return argument, int(size[1]), int(size[2])
@@ -174,17 +205,45 @@ def _picture_size(argument: str, limits: dict) -> tuple[str, int, int]:
 def _define_flags() -> flags.FlagValues:
     # Flags of this module's own: importing it must not claim names that other programs define.
     values = flags.FlagValues()
-    flags.DEFINE_integer("max_tiles", 12, "Tiles, thumbnails apart; of what, --tiles says.", 1, 10_000, flag_values=values)
+    flags.DEFINE_integer(
+        "max_tiles",
+        12,
+        "Tiles, thumbnails apart; of what, --tiles says.",
+        1,
+        10_000,
+        flag_values=values,
+    )
     rule = "What --max_tiles limits: each image (inference) or all images together (training)."
     flags.DEFINE_enum("tiles", "per image", [*TILE_RULES, "per_image"], rule, flag_values=values)
     flags.DEFINE_integer(
-        "max_total_tiles", 0, "Tiles of all images together, thumbnails apart; 0: no limit.", 0, flag_values=values
+        "max_total_tiles",
+        0,
+        "Tiles of all images together, thumbnails apart; 0: no limit.",
+        0,
+        flag_values=values,
     )
-    flags.DEFINE_integer("max_image_pixels", MAX_PIXELS, "Larger images are refused; 0: no limit.", 0, flag_values=values)
-    flags.DEFINE_bool("allow_truncated", False, "Read images whose end is missing.", flag_values=values)
-    flags.DEFINE_string("delta", "1", "Position step of a visual token, such as 1/4.", flag_values=values)
-    flags.DEFINE_string("size", "all", f"Model sizes, such as 1b,8b, from {', '.join(SIZES)}; or all.", flag_values=values)
-    flags.DEFINE_integer("text_tokens", 64, "Tokens of the text around the pictures.", 0, flag_values=values)
+    flags.DEFINE_integer(
+        "max_image_pixels",
+        MAX_PIXELS,
+        "Larger images are refused; 0: no limit.",
+        0,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "allow_truncated", False, "Read images whose end is missing.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "delta", "1", "Position step of a visual token, such as 1/4.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "size",
+        "all",
+        f"Model sizes, such as 1b,8b, from {', '.join(SIZES)}; or all.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "text_tokens", 64, "Tokens of the text around the pictures.", 0, flag_values=values
+    )
     flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.", flag_values=values)
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)
     return values
@@ -196,7 +255,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = values(argv)[1:]
         if values.help or not arguments:
-            print(f"{__doc__}\n{values.module_help(sys.modules[__name__])}", file=sys.stdout if values.help else sys.stderr)
+            print(
+                f"{__doc__}\n{values.module_help(sys.modules[__name__])}",
+                file=sys.stdout if values.help else sys.stderr,
+            )
             return 0 if values.help else 2
         model_sizes = RELEASED_SIZES if values.size == "all" else values.size.split(",")
         delta = parse_delta(values.delta)

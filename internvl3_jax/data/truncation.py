@@ -15,13 +15,20 @@ class NothingTrained(ValueError):
     """A sample without a trained token."""
 
 
-Encode = Callable[[Sequence[Message], Sequence[int]], Encoded]  # messages and tiles of each of their pictures
+# messages and tiles of each of their pictures
+Encode = Callable[[Sequence[Message], Sequence[int]], Encoded]
 
 
 def encode_within(
-    messages: Sequence[Message], tiles: Sequence[int], encode: Encode, max_tokens: int, max_tiles: int, rule: str
+    messages: Sequence[Message],
+    tiles: Sequence[int],
+    encode: Encode,
+    max_tokens: int,
+    max_tiles: int,
+    rule: str,
 ) -> tuple[Encoded, int]:
-    """(the encoded conversation, number of its pictures), shortened to a row where `rule` is "truncate".
+    """(the encoded conversation, number of its pictures), shortened to a row where `rule` is
+    "truncate".
 
     Args:
       tiles: number of tiles of each picture.
@@ -48,7 +55,9 @@ def encode_within(
 
 
 def _longest(messages, tiles, encode: Encode, fits) -> tuple[Encoded, int] | None:
-    """The most whole turns that fit, by bisection over the ends of the answers; None if not even one does."""
+    """The most whole turns that fit, by bisection over the ends of the answers; None if not even
+    one does.
+    """
     ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
     best, low, high = None, 0, len(ends)
     while low < high:
@@ -64,12 +73,20 @@ def _longest(messages, tiles, encode: Encode, fits) -> tuple[Encoded, int] | Non
 
 
 def _complaint(tokens: int, tiles: int, max_tokens: int, max_tiles: int, rule: str) -> str:
-    advice = "set data.overlong to truncate or drop" if rule == "error" else "its first answer alone does not fit"
+    advice = (
+        "set data.overlong to truncate or drop"
+        if rule == "error"
+        else "its first answer alone does not fit"
+    )
     advice = "data.overlong is drop" if rule == "drop" else advice
-    return complaint("a conversation", [("tokens", tokens, max_tokens), ("tiles", tiles, max_tiles)], advice)
+    return complaint(
+        "a conversation", [("tokens", tokens, max_tokens), ("tiles", tiles, max_tiles)], advice
+    )
 
 
 def complaint(what: str, sizes: Sequence[tuple[str, int, int]], advice: str) -> str:
     """sizes: (name, count, limit) of what a row holds, one of them over its limit."""
     name, count, limit = next(size for size in sizes if size[1] > size[2])
-    return f"{what} has {count:,} {name}, a row holds {limit:,}: raise data.{name}_per_row ({advice})"
+    return (
+        f"{what} has {count:,} {name}, a row holds {limit:,}: raise data.{name}_per_row ({advice})"
+    )

@@ -7,8 +7,9 @@
     python -m internvl3_jax.fit --config configs/sft.py:8b --topology v5e:16x16 --search
     python -m internvl3_jax.fit --config configs/lora.py:8b --topology h100:1x1x1 --config.lora.quantize=nf4 --analytic
 
-Configuration and overrides are those of train.py. What is compiled is train.py's step, from shapes; docs/fit.md says how to read the
-answer. Status 0: it fits. 1: it does not. 2: the question was wrong.
+Configuration and overrides are those of train.py. What is compiled is train.py's step, from shapes;
+docs/fit.md says how to read the answer. Status 0: it fits. 1: it does not. 2: the question was
+wrong.
 """
 
 import json
@@ -36,14 +37,23 @@ from internvl3_jax.training import checks, settings
 
 flags.adopt_module_key_flags(settings)
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Devices, such as v5e:16x16, v5p:4x4x8, tpu7x:4x4x4 or h100:1x16x8.", required=True
+    "topology",
+    None,
+    "Devices, such as v5e:16x16, v5p:4x4x8, tpu7x:4x4x4 or h100:1x16x8.",
+    required=True,
 )
 ANALYTIC = flags.DEFINE_bool("analytic", False, "By the analysis alone: no compiler is needed.")
-SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, remat and number of micro-batches that fit.")
-CONFIRM = flags.DEFINE_integer("confirm", 3, "With --search: compile so many of the best, until one fits.")
+SEARCH = flags.DEFINE_bool(
+    "search", False, "Find the fastest mesh, remat and number of micro-batches that fit."
+)
+CONFIRM = flags.DEFINE_integer(
+    "confirm", 3, "With --search: compile so many of the best, until one fits."
+)
 INFER = flags.DEFINE_bool("infer", False, "Generation in place of the train step.")
 ROWS = flags.DEFINE_integer("infer_rows", 8, "With --infer: answers side by side.")
-PROMPT = flags.DEFINE_integer("infer_prompt", 4096, "With --infer: tokens of each prompt, pictures included.")
+PROMPT = flags.DEFINE_integer(
+    "infer_prompt", 4096, "With --infer: tokens of each prompt, pictures included."
+)
 NEW = flags.DEFINE_integer("infer_new", 1024, "With --infer: tokens of each answer.")
 TILES = flags.DEFINE_integer("infer_tiles", 8, "With --infer: tiles encoded at a time.")
 JSON = flags.DEFINE_string("json", "", "Also write the answer to this file.")
@@ -58,7 +68,9 @@ def main(argv) -> int:
     checks.validate(config)
     config = lora.freeze_base(config)
     if topology.chip is None and (SEARCH.value or ANALYTIC.value):
-        raise ValueError(f"--topology is {topology.name}; floors and memory are known of accelerators only")
+        raise ValueError(
+            f"--topology is {topology.name}; floors and memory are known of accelerators only"
+        )
     if INFER.value:
         requests = Requests(ROWS.value, PROMPT.value, NEW.value, TILES.value)
         fits, row = generation.answer(config, topology, requests, ANALYTIC.value, print)
@@ -90,11 +102,17 @@ def train(config, topology) -> tuple[bool, dict]:
     work = train_work(share, memory)
     print(report.heading(config, topology, share.mesh, "train step"))
     print(report.settings(config), flush=True)
-    built = None if ANALYTIC.value else build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
+    built = (
+        None
+        if ANALYTIC.value
+        else build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
+    )
     if built is not None and TEXT.value:
         safe_files.replace(pathlib.Path(os.path.expanduser(TEXT.value)), built.text)
     if topology.chip is None:
-        print("\n".join([*report.memory_lines(memory, None, built), *report.collective_lines(built)]))
+        print(
+            "\n".join([*report.memory_lines(memory, None, built), *report.collective_lines(built)])
+        )
         return True, {"compiler": report.compiler_row(built)}
     usable = built.available if built else topology.chip.usable
     compiled = built is not None and not built.refused
@@ -104,7 +122,11 @@ def train(config, topology) -> tuple[bool, dict]:
     lines += report.time_lines(work, taken, built)
     lines += report.collective_lines(built) if compiled else []
     lines += report.alive_lines(built) if compiled and share.tpu else []
-    lines += [] if fits else report.advice_lines(advice.changes(config, topology, memory), memory.peak, usable)
+    lines += (
+        []
+        if fits
+        else report.advice_lines(advice.changes(config, topology, memory), memory.peak, usable)
+    )
     print("\n".join(lines))
     return fits, report.row(share, memory, work, taken, built)
 

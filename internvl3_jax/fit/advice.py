@@ -1,4 +1,6 @@
-"""What to change where a run does not fit: each change by itself, and what the analysis says that it saves."""
+"""What to change where a run does not fit: each change by itself, and what the analysis says that
+it saves.
+"""
 
 import dataclasses
 import math
@@ -61,8 +63,13 @@ def _candidates(config: TrainConfig, topology: Topology):
             if mesh["fsdp"] % factor == 0:
                 grown = mesh["fsdp"] // factor
                 micro = config.micro_batches
-                # The rows of a device grow as the axes of rows shrink; as many parts keep it at the rows that it has now.
-                yield {f"mesh.{axis}": mesh[axis] * factor, "mesh.fsdp": grown, "micro_batches": micro * factor}
+                # The rows of a device grow as the axes of rows shrink; as many parts keep it at the
+                # rows that it has now.
+                yield {
+                    f"mesh.{axis}": mesh[axis] * factor,
+                    "mesh.fsdp": grown,
+                    "micro_batches": micro * factor,
+                }
     if config.optimizer.name == "adamw" and config.optimizer.moment_dtype == "float32":
         yield {"optimizer.moment_dtype": "bfloat16"}
     if config.optimizer.name != "adafactor":

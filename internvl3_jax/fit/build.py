@@ -49,7 +49,8 @@ def build(lowered, topology: Topology) -> Built:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Built(
         seconds=time.perf_counter() - began,
-        # What lies with the host from the beginning is counted as well, though not what comes there.
+        # What lies with the host from the beginning is counted as well, though not what comes
+        # there.
         peak=memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         available=available,

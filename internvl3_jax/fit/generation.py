@@ -40,7 +40,11 @@ class Need:
 
 
 def answer(
-    config: TrainConfig, topology: Topology, requests: Requests, analytic: bool, show: Callable[[str], None]
+    config: TrainConfig,
+    topology: Topology,
+    requests: Requests,
+    analytic: bool,
+    show: Callable[[str], None],
 ) -> tuple[bool, dict]:
     """Shows the answer: (whether all three programs fit, a row of a table)."""
     sizes = mesh_shape(config.mesh, topology.count)
@@ -50,7 +54,9 @@ def answer(
         f"  {requests.rows} answers at a time: prompts of {requests.prompt:,} tokens (padded to {requests.length:,}), {requests.new:,} new "
         f"ones, {requests.slots:,} slots of cache; {requests.tiles} tiles at a time; {config.compute_dtype}"
     )
-    show(f"\nmemory of one device, GiB\n  parameters {need.params / GIB:.2f}, cache {need.cache / GIB:.2f}")
+    show(
+        f"\nmemory of one device, GiB\n  parameters {need.params / GIB:.2f}, cache {need.cache / GIB:.2f}"
+    )
     built, fits = {}, True
     if not analytic:
         lowered = lower_generation(config, make_mesh(config.mesh, topology.devices()), requests)
@@ -66,7 +72,9 @@ def answer(
         "requests": dataclasses.asdict(requests),
         "analysis": {program: need.peak(program) for program in PROGRAMS}
         | {"parameters": need.params, "cache": need.cache, "beside": need.beside},
-        "floor_seconds": {program: need.seconds(program, topology.chip) for program in PROGRAMS} if topology.chip else {},
+        "floor_seconds": {program: need.seconds(program, topology.chip) for program in PROGRAMS}
+        if topology.chip
+        else {},
         "compiler": {program: report.compiler_row(found) for program, found in built.items()},
     }
     return fits, row
@@ -81,12 +89,19 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
 
     def size_of(tree) -> int:
         leaves = jax.tree.leaves(tree)
-        return sum(stored(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize, tpu) for leaf in leaves)
+        return sum(
+            stored(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize, tpu)
+            for leaf in leaves
+        )
 
     language, tensor = config.model.language, sizes["tensor"]
     parts = math.prod(sizes[axis] for axis in BATCH_AXES)
     rows = requests.rows // parts if requests.rows % parts == 0 else requests.rows
-    tiles = math.ceil(requests.tiles / topology.count) if requests.tiles % topology.count == 0 else requests.tiles
+    tiles = (
+        math.ceil(requests.tiles / topology.count)
+        if requests.tiles % topology.count == 0
+        else requests.tiles
+    )
     decoder = size_of(params["language"])
     tower = size_of(params["vision"]) + size_of(params["projector"])
     return Need(
@@ -97,7 +112,12 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
             "encode": _encode_work(config, tiles),
             "prefill": _layer_work(config, rows * requests.length, tensor)
             + rows * language.padded_vocab_size // tensor * 4
-            + (size_of(_turned(params["language"])) if tpu and sizes["fsdp"] * sizes["context"] > 1 else 0) // 2,
+            + (
+                size_of(_turned(params["language"]))
+                if tpu and sizes["fsdp"] * sizes["context"] > 1
+                else 0
+            )
+            // 2,
             "decode": _layer_work(config, rows, tensor) + rows * language.padded_vocab_size * 4,
         },
         flops=_flops(config, topology, requests),
@@ -112,8 +132,9 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
 
 
 def _turned(decoder: dict) -> list:
-    """Matrices that a TPU's compiler brings into another layout where they come from other devices, about half of them before they are
-    needed: seen in the compiled texts."""
+    """Matrices that a TPU's compiler brings into another layout where they come from other devices,
+    about half of them before they are needed: seen in the compiled texts.
+    """
     layers = [layer for name, layer in decoder.items() if name.startswith("layer_")]
     return [layer[name]["kernel"] for layer in layers for name in ("up", "down") if name in layer]
 
@@ -132,11 +153,15 @@ def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[
 
 
 def _layer_work(config: TrainConfig, tokens: int, tensor: int) -> int:
-    """Arrays of one layer: the stream, what pictures put into it, queries, keys, values, the MLP's halves."""
+    """Arrays of one layer: the stream, what pictures put into it, queries, keys, values, the MLP's
+    halves.
+    """
     language = config.model.language
     width = language.hidden_size
     attention = (2 * language.num_heads + 2 * language.num_kv_heads) * language.head_dim // tensor
-    return tokens * (3 * width + attention + 2 * language.intermediate_size // tensor) * _size(config)
+    return (
+        tokens * (3 * width + attention + 2 * language.intermediate_size // tensor) * _size(config)
+    )
 
 
 def _encode_work(config: TrainConfig, tiles: int) -> int:
@@ -157,7 +182,9 @@ def _fits(program: str, need: Need, topology: Topology, built: Built | None) -> 
     return not built.refused and built.peak + need.beside[program] <= built.available
 
 
-def _line(program: str, need: Need, topology: Topology, requests: Requests, built: Built | None) -> str:
+def _line(
+    program: str, need: Need, topology: Topology, requests: Requests, built: Built | None
+) -> str:
     line = f"  {program:<8} peak by the analysis {need.peak(program) / GIB:.2f}"
     if built is not None:
         refused = ", refused" if built.refused else ""
@@ -167,7 +194,9 @@ def _line(program: str, need: Need, topology: Topology, requests: Requests, buil
     available = topology.chip.usable if built is None else built.available
     verdict = "fits" if _fits(program, need, topology, built) else "DOES NOT FIT"
     compiled = built is not None and not built.refused
-    seconds = max(need.seconds(program, topology.chip), _network(built, topology) if compiled else 0.0)
+    seconds = max(
+        need.seconds(program, topology.chip), _network(built, topology) if compiled else 0.0
+    )
     token = seconds / generator.TOKENS_PER_CALL
     what = {
         "encode": f"{requests.tiles / seconds:,.0f} tiles/s",
@@ -182,7 +211,10 @@ def _line(program: str, need: Need, topology: Topology, requests: Requests, buil
 
 
 def _network(built: Built, topology: Topology) -> float:
-    """Seconds of a call's collectives. The one loop whose rounds the text may not tell is that over tokens."""
+    """Seconds of a call's collectives. The one loop whose rounds the text may not tell is that over
+    tokens.
+    """
     return sum(
-        topology.seconds(row.bytes * (generator.TOKENS_PER_CALL if row.unknown else 1), row.group) for row in built.collectives
+        topology.seconds(row.bytes * (generator.TOKENS_PER_CALL if row.unknown else 1), row.group)
+        for row in built.collectives
     )

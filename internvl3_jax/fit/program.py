@@ -11,10 +11,24 @@ from internvl3_jax.inference import generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import kv_cache, language
 from internvl3_jax.model.internvl import InternVL, abstract_params
-from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, abstract, batch_sharding, check_batch, param_shardings
+from internvl3_jax.parallel.sharding import (
+    BATCH_AXES,
+    TILE_AXES,
+    abstract,
+    batch_sharding,
+    check_batch,
+    param_shardings,
+)
 from internvl3_jax.training import mpo
 from internvl3_jax.training.optimizer import make_optimizer
-from internvl3_jax.training.step import TrainState, init_loss_state, init_state, make_model, make_step, shardings_of
+from internvl3_jax.training.step import (
+    TrainState,
+    init_loss_state,
+    init_state,
+    make_model,
+    make_step,
+    shardings_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Requests:
         return generator.bucket(self.length + self.new + generator.TOKENS_PER_CALL)
 
 
-# --- training --------------------------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -57,7 +71,11 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> TrainState:
-    settings = {"param_dtype": jnp.dtype(config.param_dtype), "adapters": config.lora, "loss_state": init_loss_state(config)}
+    settings = {
+        "param_dtype": jnp.dtype(config.param_dtype),
+        "adapters": config.lora,
+        "loss_state": init_loss_state(config),
+    }
     init = functools.partial(init_state, model, optimizer, seed=0, **settings)
     return jax.eval_shape(init, batch_shapes(config))
 
@@ -71,11 +89,16 @@ def reference_shapes(config: TrainConfig, mesh):
 
 
 def lower_train_step(config: TrainConfig, mesh):
-    """The train step of train.py on a mesh, traced; `.compile()` compiles it. ValueError where something does not split.
+    """The train step of train.py on a mesh, traced; `.compile()` compiles it. ValueError where
+    something does not split.
 
     Without the losses by source, sums whose number only the data knows.
     """
-    model, optimizer, data = make_model(config), make_optimizer(config.optimizer, config.steps), config.data
+    model, optimizer, data = (
+        make_model(config),
+        make_optimizer(config.optimizer, config.steps),
+        config.data,
+    )
     check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
     batch = batch_shapes(config)
     batch = abstract(batch, {name: batch_sharding(mesh, name) for name in batch})
@@ -83,7 +106,9 @@ def lower_train_step(config: TrainConfig, mesh):
     places = shardings_of(shapes, mesh, config.offload_optimizer)
     with jax.set_mesh(mesh):
         step = make_step(config, model, optimizer, 0, places)
-        return step.lower(abstract(shapes, places), batch, _key(places.step), reference_shapes(config, mesh))
+        return step.lower(
+            abstract(shapes, places), batch, _key(places.step), reference_shapes(config, mesh)
+        )
 
 
 def _key(place):
@@ -91,11 +116,13 @@ def _key(place):
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
 
 
-# --- generation ------------------------------------------------------------------------------------------------------------------
+# --- generation ----------------------------------------------------------------------------------
 
 
 def generation_params(config: TrainConfig, mesh):
-    """The parameters as `generate.Generator` holds them: in the compute dtype, the decoder's layers one by one."""
+    """The parameters as `generate.Generator` holds them: in the compute dtype, the decoder's layers
+    one by one.
+    """
     fused = mesh.shape["tensor"] == 1
     params = abstract_params(config.model, jnp.dtype(config.compute_dtype))
     unroll = functools.partial(language.unroll, config=config.model.language, fused=fused)
@@ -105,13 +132,18 @@ def generation_params(config: TrainConfig, mesh):
 
 def cache_shapes(config: TrainConfig, mesh, requests: Requests):
     dtype = jnp.dtype(config.compute_dtype)
-    cache = jax.eval_shape(lambda: kv_cache.init_cache(config.model.language, requests.rows, requests.slots, dtype))
-    return jax.tree.map(lambda leaf: _placed(mesh, leaf.shape, dtype, BATCH_AXES, None, "tensor"), cache)
+    cache = jax.eval_shape(
+        lambda: kv_cache.init_cache(config.model.language, requests.rows, requests.slots, dtype)
+    )
+    return jax.tree.map(
+        lambda leaf: _placed(mesh, leaf.shape, dtype, BATCH_AXES, None, "tensor"), cache
+    )
 
 
 def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str, object]:
-    """The programs of generate.py, traced: "encode" of so many tiles, "prefill" of all prompts, "decode" of generate.TOKENS_PER_CALL
-    tokens a row."""
+    """The programs of generate.py, traced: "encode" of so many tiles, "prefill" of all prompts,
+    "decode" of generate.TOKENS_PER_CALL tokens a row.
+    """
     model_config, dtype = config.model, jnp.dtype(config.compute_dtype)
     fused = mesh.shape["tensor"] == 1
     model = InternVL(model_config, dtype, unrolled=True, fused=fused)
@@ -131,18 +163,32 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
     with jax.set_mesh(mesh):
         return {
             "encode": generator._encode.lower(model, tower, tiles),
-            "prefill": generator._prefill.lower(model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling),
+            "prefill": generator._prefill.lower(
+                model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling
+            ),
             "decode": generator._decode.lower(
-                model, params, (one, one, one, one, done, cache), keys, generator.TOKENS_PER_CALL, (0,), Sampling(), scaling
+                model,
+                params,
+                (one, one, one, one, done, cache),
+                keys,
+                generator.TOKENS_PER_CALL,
+                (0,),
+                Sampling(),
+                scaling,
             ),
         }
 
 
 def _placed(mesh, shape: tuple[int, ...], dtype, *axes):
-    """A ShapeDtypeStruct; a dimension that does not divide over its axes is whole, as in `sharding.constrain`."""
+    """A ShapeDtypeStruct; a dimension that does not divide over its axes is whole, as in
+    `sharding.constrain`.
+    """
     axes = axes + (None,) * (len(shape) - len(axes))
     names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
-    fitting = [each if size % _size(mesh, each) == 0 else None for size, each in zip(shape, names, strict=True)]
+    fitting = [
+        each if size % _size(mesh, each) == 0 else None
+        for size, each in zip(shape, names, strict=True)
+    ]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*fitting)))
 
 

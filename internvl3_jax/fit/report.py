@@ -35,7 +35,11 @@ def memory_lines(memory: Memory, available: float | None, built: Built | None) -
     """The analysis' parts and, where it was compiled, the compiler's peak beside its own."""
     saved = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.saved.items() if size)
     work = memory.work[memory.phase]
-    rows = [("parameters", memory.params), ("optimizer state", memory.opt_state), ("batch", memory.batch)]
+    rows = [
+        ("parameters", memory.params),
+        ("optimizer state", memory.opt_state),
+        ("batch", memory.batch),
+    ]
     rows += [(name, size) for name, size in memory.held.items() if size]
     lines = ["", "memory of one device, GiB"]
     lines += [f"  {name:<34}{size / GIB:9.2f}" for name, size in rows]
@@ -45,7 +49,9 @@ def memory_lines(memory: Memory, available: float | None, built: Built | None) -
     lines.append(f"  {'peak by the analysis':<34}{memory.peak / GIB:9.2f}")
     if built is not None:
         name = "needed, as the compiler refuses it" if built.refused else "peak by the compiler"
-        lines.append(f"  {name:<34}{built.peak / GIB:9.2f}   {memory.peak / built.peak - 1:+.1%} in the analysis")
+        lines.append(
+            f"  {name:<34}{built.peak / GIB:9.2f}   {memory.peak / built.peak - 1:+.1%} in the analysis"
+        )
     if host := built.host if built is not None and not built.refused else memory.host:
         lines.append(
             f"  {'beside it in the memory of the host':<34}{host / GIB:9.2f}   and on the way between them: not in the floors"
@@ -60,7 +66,9 @@ def memory_lines(memory: Memory, available: float | None, built: Built | None) -
 def time_lines(work: StepCost, times: Times, built: Built | None) -> list[str]:
     computed = sum(work.computed.values())
     again = sum(size for name, size in work.computed.items() if "recomputed" in name)
-    source = "of the compiled program" if built is not None and not built.refused else "by the analysis"
+    source = (
+        "of the compiled program" if built is not None and not built.refused else "by the analysis"
+    )
     used = f"{again / computed:.0%} of them recomputed; the model needs {work.needed:.3g}"
     return [
         "",
@@ -76,9 +84,15 @@ def time_lines(work: StepCost, times: Times, built: Built | None) -> list[str]:
 def collective_lines(built: Built) -> list[str]:
     lines = ["", "collectives of one device in one step, by the compiled text"]
     for row in built.collectives:
-        where = " x ".join(row.axes) if row.axes and not row.axes[0].startswith("axis_") else "a group"
-        note = "   in a loop whose rounds the text does not tell: one counted" if row.unknown else ""
-        lines.append(f"  {row.kind:<19}{row.count:7,} times{row.bytes / 1e9:12.3f} GB received   {where} of {row.group}{note}")
+        where = (
+            " x ".join(row.axes) if row.axes and not row.axes[0].startswith("axis_") else "a group"
+        )
+        note = (
+            "   in a loop whose rounds the text does not tell: one counted" if row.unknown else ""
+        )
+        lines.append(
+            f"  {row.kind:<19}{row.count:7,} times{row.bytes / 1e9:12.3f} GB received   {where} of {row.group}{note}"
+        )
     return lines if built.collectives else [*lines, "  none"]
 
 
@@ -87,19 +101,28 @@ def alive_lines(built: Built, shown: int = 12) -> list[str]:
     lines = ["", "largest arrays alive at the peak, GiB"]
     for count, array in grouped(alive_at_peak(built.text))[:shown]:
         times = f"{count} x " if count > 1 else ""
-        lines.append(f"  {count * array.bytes / GIB:8.2f}   {times}{array.shape}   {array.source[-80:]}")
+        lines.append(
+            f"  {count * array.bytes / GIB:8.2f}   {times}{array.shape}   {array.source[-80:]}"
+        )
     return lines
 
 
 def advice_lines(found: list[Change], before: int, available: float) -> list[str]:
-    lines = ["", f"what would make it smaller than {before / GIB:.2f} GiB, each by itself, by the analysis"]
+    lines = [
+        "",
+        f"what would make it smaller than {before / GIB:.2f} GiB, each by itself, by the analysis",
+    ]
     for change in found:
         fits = "fits" if change.peak <= available else ""
-        lines.append(f"  {(change.peak - before) / GIB:+8.2f} GiB to {change.peak / GIB:7.2f}   {fits:<5}{change.text}")
+        lines.append(
+            f"  {(change.peak - before) / GIB:+8.2f} GiB to {change.peak / GIB:7.2f}   {fits:<5}{change.text}"
+        )
     return lines if found else [*lines, "  nothing: take more devices, or a larger kind"]
 
 
-def search_lines(found: list[Setting], tried: int, smallest: Setting | None, shown: int) -> list[str]:
+def search_lines(
+    found: list[Setting], tried: int, smallest: Setting | None, shown: int
+) -> list[str]:
     lines = ["", f"{len(found)} of {tried} settings fit by the analysis; the fastest:"]
     for setting in found[:shown]:
         times = setting.times
@@ -107,11 +130,15 @@ def search_lines(found: list[Setting], tried: int, smallest: Setting | None, sho
             f"  {times.floor:8.3f} s floor, MFU at most {times.mfu:4.0%}, {setting.memory.peak / GIB:6.2f} GiB   {setting.text}"
         )
     if not found and smallest is not None:
-        lines.append(f"  none; the smallest needs {smallest.memory.peak / GIB:.2f} GiB   {smallest.text}")
+        lines.append(
+            f"  none; the smallest needs {smallest.memory.peak / GIB:.2f} GiB   {smallest.text}"
+        )
     return lines
 
 
-def row(share: PerDevice, memory: Memory, work: StepCost, times: Times, built: Built | None) -> dict:
+def row(
+    share: PerDevice, memory: Memory, work: StepCost, times: Times, built: Built | None
+) -> dict:
     """One row of a table: bytes, seconds and FLOPs of one device."""
     found = {
         "topology": share.topology.name,

@@ -1,4 +1,6 @@
-"""The fastest setting that fits: every mesh, remat and number of micro-batches, ranked by the analysis."""
+"""The fastest setting that fits: every mesh, remat and number of micro-batches, ranked by the
+analysis.
+"""
 
 import dataclasses
 import itertools
@@ -24,8 +26,9 @@ class Setting:
 
     @property
     def seconds(self) -> float:
-        """What settings are ranked by: the largest floor, and what overlapping leaves of the others. What a product waits for counts whole,
-        the rest by a tenth."""
+        """What settings are ranked by: the largest floor, and what overlapping leaves of the
+        others. What a product waits for counts whole, the rest by a tenth.
+        """
         times = self.times
         parts = (times.compute, times.memory, times.network - times.awaited)
         return max(parts) + 0.1 * (sum(parts) - max(parts)) + times.awaited
@@ -38,7 +41,9 @@ class Setting:
 def search(
     config: TrainConfig, topology: Topology, policies: tuple[str, ...] = ON_DEVICE
 ) -> tuple[list[Setting], int, Setting | None]:
-    """(settings that fit by the analysis, the fastest first; how many were tried; the smallest of those that do not fit)."""
+    """(settings that fit by the analysis, the fastest first; how many were tried; the smallest of
+    those that do not fit).
+    """
     fitting, tried, smallest = [], 0, None
     for flags, share in _settings(config, topology, policies):
         tried += 1
@@ -48,7 +53,11 @@ def search(
             fitting.append(setting)
         elif smallest is None or memory.peak < smallest.memory.peak:
             smallest = setting
-    return sorted(fitting, key=lambda setting: (setting.seconds, setting.memory.peak)), tried, smallest
+    return (
+        sorted(fitting, key=lambda setting: (setting.seconds, setting.memory.peak)),
+        tried,
+        smallest,
+    )
 
 
 def _settings(
@@ -65,7 +74,10 @@ def _settings(
         parts = [count for count in range(1, rows + 1) if rows % count == 0]
         for vision, language, micro in itertools.product(of_tower, policies, parts):
             flags = {"remat_vision": vision, "remat_language": language, "micro_batches": micro}
-            yield mesh | flags, dataclasses.replace(share, config=dataclasses.replace(share.config, **flags))
+            yield (
+                mesh | flags,
+                dataclasses.replace(share, config=dataclasses.replace(share.config, **flags)),
+            )
 
 
 def _meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -73,4 +85,9 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
         left = devices // (tensor * context)
         for data in (2**power for power in range(left.bit_length())):
             if left * tensor * context == devices and left % data == 0:
-                yield {"mesh.data": data, "mesh.fsdp": left // data, "mesh.tensor": tensor, "mesh.context": context}
+                yield {
+                    "mesh.data": data,
+                    "mesh.fsdp": left // data,
+                    "mesh.tensor": tensor,
+                    "mesh.context": context,
+                }

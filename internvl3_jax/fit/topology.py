@@ -1,10 +1,12 @@
-"""Devices that are not there: a TPU slice or GPU hosts by name, for the compilers that come with jax[tpu] and with jax's CUDA plugin.
+"""Devices that are not there: a TPU slice or GPU hosts by name, for the compilers that come with
+jax[tpu] and with jax's CUDA plugin.
 
     v5e:16x16  v5p:4x4x8  v6e:8x8  tpu7x:4x4x4     chips along each side of the torus; a tpu7x chip is two devices
     h100:1x16x8                                    1 slice of 16 hosts with 8 GPUs each
     cpu:8                                          this machine's CPU as so many devices, to try something out
 
-Neither compiler needs a device or a driver: the TPU's is libtpu, CUDA's takes the description of the GPU from `h100.txtpb`.
+Neither compiler needs a device or a driver: the TPU's is libtpu, CUDA's takes the description of
+the GPU from `h100.txtpb`.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ from internvl3_jax.training.hardware import CHIPS, Chip
 TPUS = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}  # devices of a chip
 GPUS = {"h100": "h100.txtpb"}
 EXAMPLES = "v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 or h100:1x16x8"
-# libtpu asks Google's metadata server for the machine it runs on, and locks the TPU that it thinks it has.
+# libtpu asks Google's metadata server for the machine it runs on, and locks the TPU that it thinks
+# it has.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -49,10 +52,12 @@ class Topology:
         return self.sides[-1] if self.kind in GPUS else self.count
 
     def seconds(self, size: float, group: int, stride: int = 1) -> float:
-        """To receive so many bytes from the other devices of a group, at the most that its links can carry.
+        """To receive so many bytes from the other devices of a group, at the most that its links
+        can carry.
 
-        On a torus a group has the links of the fewest sides that hold it. Among GPUs what comes from other hosts comes over each member's
-        own adapter to one of its host's members, and from there over the fast links.
+        On a torus a group has the links of the fewest sides that hold it. Among GPUs what comes
+        from other hosts comes over each member's own adapter to one of its host's members, and from
+        there over the fast links.
         """
         if group <= 1 or not size:
             return 0.0
@@ -61,33 +66,56 @@ class Topology:
             outside = size * (1 - local / group) / local / self.chip.outside_bytes
             return max(size / self.chip.network_bytes, outside)
         longest = sorted(self.sides, reverse=True)
-        held = next(count for count in range(1, len(longest) + 1) if math.prod(longest[:count]) * TPUS[self.kind] >= group)
+        held = next(
+            count
+            for count in range(1, len(longest) + 1)
+            if math.prod(longest[:count]) * TPUS[self.kind] >= group
+        )
         return size / (self.chip.network_bytes * held / len(longest))
 
     def gathers_by_sums(self, group: int) -> bool:
-        """Whether the compiler gathers over the group by summing arrays that are zero but for one part, which moves twice the bytes. Seen
-        in compiled programs for v5p and tpu7x: over all of a slice whose three sides close to rings."""
-        return len(self.sides) == 3 and self.kind in TPUS and group == self.count and min(self.sides) >= 4
+        """Whether the compiler gathers over the group by summing arrays that are zero but for one
+        part, which moves twice the bytes. Seen in compiled programs for v5p and tpu7x: over all of
+        a slice whose three sides close to rings.
+        """
+        return (
+            len(self.sides) == 3
+            and self.kind in TPUS
+            and group == self.count
+            and min(self.sides) >= 4
+        )
 
     def devices(self) -> list:
-        """For `sharding.make_mesh`. ImportError that says what to install where the compiler is missing."""
+        """For `sharding.make_mesh`. ImportError that says what to install where the compiler is
+        missing.
+        """
         if self.kind == "cpu":
             return jax.devices("cpu")[: self.count]
         from jax.experimental import topologies
 
-        os.environ.update({name: value for name, value in _LIBTPU.items() if name not in os.environ})
+        os.environ.update(
+            {name: value for name, value in _LIBTPU.items() if name not in os.environ}
+        )
         try:
             if self.kind in TPUS:
                 return topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices
             target = (pathlib.Path(__file__).parent / GPUS[self.kind]).read_text(encoding="utf-8")
             sides = "x".join(map(str, self.sides))
-            return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target, topology=sides).devices
+            return topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=target, topology=sides
+            ).devices
         except (RuntimeError, NotImplementedError) as error:
-            raise ImportError(f"{self.name} cannot be compiled for here: {_first_line(error)}; {self._missing()}") from error
+            raise ImportError(
+                f"{self.name} cannot be compiled for here: {_first_line(error)}; {self._missing()}"
+            ) from error
 
     def options(self) -> dict:
         """Of `lowered.compile`: without a GPU there is nothing to tune kernels on."""
-        return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False} if self.kind in GPUS else {}
+        return (
+            {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
+            if self.kind in GPUS
+            else {}
+        )
 
     def _missing(self) -> str:
         what = "libtpu (pip install 'jax[tpu]')"
@@ -104,13 +132,17 @@ def parse(text: str) -> Topology:
     if not shape or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ValueError(f"--topology is {text!r}; it must be like {EXAMPLES}")
     if kind not in (*TPUS, *GPUS, "cpu"):
-        raise ValueError(f"--topology is {text!r}; known are {', '.join((*TPUS, *GPUS))}, as in {EXAMPLES}")
+        raise ValueError(
+            f"--topology is {text!r}; known are {', '.join((*TPUS, *GPUS))}, as in {EXAMPLES}"
+        )
     wanted = 1 if kind == "cpu" else 3 if kind in GPUS else CHIPS[kind].torus
     if len(sides) != wanted:
         meaning = {1: "devices", 2: "sides of the torus"}.get(
             wanted, "slices x hosts x GPUs" if kind in GPUS else "sides of the torus"
         )
-        raise ValueError(f"--topology is {text!r}; {kind} has {wanted} numbers: {meaning}, as in {EXAMPLES}")
+        raise ValueError(
+            f"--topology is {text!r}; {kind} has {wanted} numbers: {meaning}, as in {EXAMPLES}"
+        )
     return Topology(text, CHIPS.get(kind), tuple(map(int, sides)))
 
 

@@ -1,4 +1,5 @@
-"""The file that answers go to, one a line in the order asked: never one of somebody else, never of two models, resumed after a kill.
+"""The file that answers go to, one a line in the order asked: never one of somebody else, never of
+two models, resumed after a kill.
 
 OUTPUT.lock     held while a process writes; the system releases it when the process ends
 OUTPUT.settings.json     what the answers depend on; each line has its hash as "run"
@@ -38,7 +39,9 @@ class AnswerFile:
         self.sidecar = beside(self.path, "settings.json")
         self.answers: list[dict] = []
         self._lock = safe_files.lock_at(
-            beside(self.path, "lock"), one_line(str(self.path)), lambda text: print(text, file=sys.stderr)
+            beside(self.path, "lock"),
+            one_line(str(self.path)),
+            lambda text: print(text, file=sys.stderr),
         )
         self._size, self._file, self._run = 0, None, ""
 
@@ -52,7 +55,8 @@ class AnswerFile:
         self._lock.release()
 
     def check(self, requests: Sequence[dict], settings: dict) -> None:
-        """FileError unless what is there is ours, of the same requests, and made with these settings, as far as they are known yet.
+        """FileError unless what is there is ours, of the same requests, and made with these
+        settings, as far as they are known yet.
 
         Nothing is written. `self.answers` are the answers that are there.
         """
@@ -63,7 +67,9 @@ class AnswerFile:
         self._run = known["run"] if known else ""
 
     def start(self, requests: Sequence[dict], settings: dict) -> None:
-        """`check` with all settings; then the file is open for `add`, without a last line that was cut off."""
+        """`check` with all settings; then the file is open for `add`, without a last line that was
+        cut off.
+        """
         self.check(requests, settings)
         if not self._run:
             self._run = settings_hash(settings)
@@ -73,7 +79,9 @@ class AnswerFile:
                     f"--output"
                 )
             content = {"kind": KIND, "run": self._run, "settings": settings}
-            safe_files.replace(self.sidecar, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+            safe_files.replace(
+                self.sidecar, json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+            )
         self._file = jsonl.Appender(self.path, self._size)
         self._file.__enter__()
 
@@ -84,8 +92,13 @@ class AnswerFile:
         self.answers += rows
 
     def correct(self, rows: dict[int, dict]) -> None:
-        """Puts other rows in the place of answers, by their index; a kill leaves the file before or after that."""
-        self.answers = [rows[number] | {"run": self._run} if number in rows else row for number, row in enumerate(self.answers)]
+        """Puts other rows in the place of answers, by their index; a kill leaves the file before or
+        after that.
+        """
+        self.answers = [
+            rows[number] | {"run": self._run} if number in rows else row
+            for number, row in enumerate(self.answers)
+        ]
         lines = [jsonl.dumps(row) for row in self.answers]
         self._file.__exit__(None, None, None)
         jsonl.rewrite(self.path, lines)
@@ -94,10 +107,16 @@ class AnswerFile:
 
     def _recorded(self) -> dict | None:
         """What the sidecar says; None if there is none, or no answers. FileError if it is not ours."""
-        if not (self.sidecar.exists() if is_remote(self.sidecar) else os.path.lexists(self.sidecar)):
+        if not (
+            self.sidecar.exists() if is_remote(self.sidecar) else os.path.lexists(self.sidecar)
+        ):
             return None
         values = strict_json.read(self.sidecar, max_bytes=1 << 20)
-        ours = isinstance(values, dict) and values.get("kind") == KIND and isinstance(values.get("settings"), dict)
+        ours = (
+            isinstance(values, dict)
+            and values.get("kind") == KIND
+            and isinstance(values.get("settings"), dict)
+        )
         if not ours or not isinstance(values.get("run"), str):
             raise FileError(f"{one_line(str(self.sidecar))}: is no {KIND}; name another --output")
         # Of answers that were moved away nothing need be kept.
@@ -107,7 +126,9 @@ class AnswerFile:
 
 
 def check_place(path: pathlib.Path, inputs: Sequence[str | os.PathLike], flag: str) -> None:
-    """FileError unless a file can be at `path`: its folder is there and can be written to, and it is none of the files that are read."""
+    """FileError unless a file can be at `path`: its folder is there and can be written to, and it
+    is none of the files that are read.
+    """
     name = one_line(str(path))
     if is_remote(path):
         if any(str(source) == str(path) for source in inputs):
@@ -117,18 +138,24 @@ def check_place(path: pathlib.Path, inputs: Sequence[str | os.PathLike], flag: s
         raise FileError(f"{flag} {name}: a name cannot have a null character in it")
     folder = path.parent
     if not folder.is_dir():
-        raise FileError(f"{flag} {name}: there is no folder {one_line(str(folder))}; make it, or name another place")
+        raise FileError(
+            f"{flag} {name}: there is no folder {one_line(str(folder))}; make it, or name another place"
+        )
     if path.is_dir():
         raise FileError(f"{flag} {name}: is a folder; name a file in it")
     if path.is_symlink() and not path.exists():
         raise FileError(f"{flag} {name}: is a link to nothing; remove it, or name another place")
     if path.exists() and not path.is_file():
-        raise FileError(f"{flag} {name}: is not a regular file (a pipe, socket or device); name a regular file")
+        raise FileError(
+            f"{flag} {name}: is not a regular file (a pipe, socket or device); name a regular file"
+        )
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise FileError(f"{flag} {name}: cannot be written (no permission); name another place")
     for source in inputs:
         if os.path.exists(source) and path.exists() and os.path.samefile(source, path):
-            raise FileError(f"{flag} {name}: is {one_line(os.fspath(source))}, which is read; name another file")
+            raise FileError(
+                f"{flag} {name}: is {one_line(os.fspath(source))}, which is read; name another file"
+            )
 
 
 def check_ours(path: pathlib.Path) -> None:
@@ -144,7 +171,9 @@ def check_ours(path: pathlib.Path) -> None:
 
 
 def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
-    """A file of ours beside an output: beside what a link names, so that every name of one output has the same lock."""
+    """A file of ours beside an output: beside what a link names, so that every name of one output
+    has the same lock.
+    """
     real = path if is_remote(path) else pathlib.Path(os.path.realpath(path))
     return real.with_name(f"{real.name}.{ending}")
 
@@ -157,9 +186,16 @@ def settings_hash(settings: dict) -> str:
 def compare(there: dict, here: dict, output: str) -> None:
     """FileError naming the settings that differ; only those in `here` are looked at."""
     # A setting that a later version added is not recorded; it was as None and False say.
-    differing = [name for name in here if (there[name] != _plain(here[name]) if name in there else here[name])]
+    differing = [
+        name
+        for name in here
+        if (there[name] != _plain(here[name]) if name in there else here[name])
+    ]
     if differing:
-        listed = "; ".join(f"{name} {excerpt(there.get(name, UNSAID))} there, {excerpt(here[name])} here" for name in differing)
+        listed = "; ".join(
+            f"{name} {excerpt(there.get(name, UNSAID))} there, {excerpt(here[name])} here"
+            for name in differing
+        )
         raise FileError(
             f"{one_line(output)} holds answers of another model or other settings: {listed}; use the same, move it away or name another "
             f"--output"

@@ -1,4 +1,6 @@
-"""The flags of infer.py, which of them go together, and what they say to `Chat`, `Critic` and `best_of_many`."""
+"""The flags of infer.py, which of them go together, and what they say to `Chat`, `Critic` and
+`best_of_many`.
+"""
 
 from absl import flags
 
@@ -7,15 +9,24 @@ from internvl3_jax.io.command_line import UsageError
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
-    "checkpoint", None, "Checkpoint directory, training run, released safetensors directory or hub id.", required=True
+    "checkpoint",
+    None,
+    "Checkpoint directory, training run, released safetensors directory or hub id.",
+    required=True,
 )
 flags.DEFINE_multi_string(
-    "adapter", [], "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first is used."
+    "adapter",
+    [],
+    "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first is used.",
 )
 flags.DEFINE_string("use", None, "Name of the adapter to use in place of the first; empty: none.")
-flags.DEFINE_multi_string("image", [], "Image file; may be repeated. <image> in the prompt marks the places.")
+flags.DEFINE_multi_string(
+    "image", [], "Image file; may be repeated. <image> in the prompt marks the places."
+)
 flags.DEFINE_string(
-    "prompt", None, r"The question; \n is a line break, @FILE a file, - stdin. Without it and --requests a conversation starts."
+    "prompt",
+    None,
+    r"The question; \n is a line break, @FILE a file, - stdin. Without it and --requests a conversation starts.",
 )
 flags.DEFINE_string("requests", None, "JSONL file of questions.")
 flags.DEFINE_string("output", None, "Where the answers to --requests go (JSONL).")
@@ -29,17 +40,39 @@ flags.DEFINE_bool("retry_errors", False, "Ask the requests again that have an er
 flags.DEFINE_integer("batch_size", 8, "Answers written together with --requests.", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer, in tokens.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 is greedy decoding.", lower_bound=0.0)
-flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together reach this probability.")
+flags.DEFINE_float(
+    "top_p", 1.0, "Sample from the likeliest tokens that together reach this probability."
+)
 flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 is all.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
-flags.DEFINE_multi_string("delta", [], "V2PE step of the images' tokens, such as 1/4; once, or once per image.")
-flags.DEFINE_integer(
-    "max_tiles", None, "Largest number of tiles of an image, or of all with --tiles shared, without thumbnails.", lower_bound=1
+flags.DEFINE_multi_string(
+    "delta", [], "V2PE step of the images' tokens, such as 1/4; once, or once per image."
 )
-flags.DEFINE_enum("tiles", None, ["per image", "shared"], "Whether --max_tiles is for each image or shared by all.")
-flags.DEFINE_integer("max_total_tiles", None, "Largest number of tiles of all images of a turn; 0: no limit.", lower_bound=0)
-flags.DEFINE_integer("max_image_pixels", None, "Larger images are refused; 0: no limit. Default: 89 million.", lower_bound=0)
+flags.DEFINE_integer(
+    "max_tiles",
+    None,
+    "Largest number of tiles of an image, or of all with --tiles shared, without thumbnails.",
+    lower_bound=1,
+)
+flags.DEFINE_enum(
+    "tiles",
+    None,
+    ["per image", "shared"],
+    "Whether --max_tiles is for each image or shared by all.",
+)
+flags.DEFINE_integer(
+    "max_total_tiles",
+    None,
+    "Largest number of tiles of all images of a turn; 0: no limit.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "max_image_pixels",
+    None,
+    "Larger images are refused; 0: no limit. Default: 89 million.",
+    lower_bound=0,
+)
 flags.DEFINE_bool("allow_truncated", False, "Accept truncated images; the missing part is gray.")
 
 IMAGE_FLAGS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
@@ -73,26 +106,47 @@ flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=1024,
 )
-flags.DEFINE_string("critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own.")
+flags.DEFINE_string(
+    "critic", None, "Checkpoint of the critic that chooses; --checkpoint itself if it is its own."
+)
 flags.DEFINE_bool("majority", False, "Choose the most frequent final answer, without a critic.")
-flags.DEFINE_enum("aggregate", "mean", ["mean", "min", "max", "product"], "How the critic's scores of the steps are combined.")
-flags.DEFINE_integer("max_steps", None, "Largest number of steps to score; more are merged.", lower_bound=1)
+flags.DEFINE_enum(
+    "aggregate",
+    "mean",
+    ["mean", "min", "max", "product"],
+    "How the critic's scores of the steps are combined.",
+)
+flags.DEFINE_integer(
+    "max_steps", None, "Largest number of steps to score; more are merged.", lower_bound=1
+)
 flags.DEFINE_string(
     "critic_system",
     None,
     "System message for the critic in place of its checkpoint's; visualprm: its data's; visualprm_trained: as its trainer showed it.",
 )
-flags.DEFINE_bool("json", False, "Print one JSON object per answer, on a line of its own, in place of the text.")
+flags.DEFINE_bool(
+    "json", False, "Print one JSON object per answer, on a line of its own, in place of the text."
+)
 flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
-flags.DEFINE_bool("accept_fingerprint", False, "Use a checkpoint whose files no longer agree with how it was made.")
+flags.DEFINE_bool(
+    "accept_fingerprint",
+    False,
+    "Use a checkpoint whose files no longer agree with how it was made.",
+)
 flags.DEFINE_enum(
     "verify",
     "full",
     ["full", "sizes", "none"],
     "How a checkpoint's files are compared with what was written, before they are used.",
 )
-flags.DEFINE_bool("allow_nonfinite", False, "Open a checkpoint that has NaN or infinite parameters.")
-flags.DEFINE_string("compilation_cache", "~/.cache/internvl3_jax/xla", "Directory that keeps compiled programs; empty: none.")
+flags.DEFINE_bool(
+    "allow_nonfinite", False, "Open a checkpoint that has NaN or infinite parameters."
+)
+flags.DEFINE_string(
+    "compilation_cache",
+    "~/.cache/internvl3_jax/xla",
+    "Directory that keeps compiled programs; empty: none.",
+)
 
 
 # As -h shows them.
@@ -100,10 +154,25 @@ SECTIONS = {
     "Model": ["checkpoint", "adapter", "use", "dtype", "system"],
     "Question": ["prompt", "image", "json", "stats"],
     "Answer": ["max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop"],
-    "Images": ["max_tiles", "tiles", "max_total_tiles", "delta", "max_image_pixels", "allow_truncated"],
+    "Images": [
+        "max_tiles",
+        "tiles",
+        "max_total_tiles",
+        "delta",
+        "max_image_pixels",
+        "allow_truncated",
+    ],
     "Many questions": ["requests", "output", "batch_size", "on_error", "retry_errors"],
     "Best of N": ["best_of", "critic", "majority", "aggregate", "max_steps", "critic_system"],
-    "Devices": ["devices", "fsdp", "hosts", "coordinator", "processes", "process", "compilation_cache"],
+    "Devices": [
+        "devices",
+        "fsdp",
+        "hosts",
+        "coordinator",
+        "processes",
+        "process",
+        "compilation_cache",
+    ],
     "Checks": ["verify", "accept_fingerprint", "allow_nonfinite"],
 }
 
@@ -111,11 +180,15 @@ SECTIONS = {
 def check_flags() -> None:
     """UsageError for flags that do not go together."""
     if FLAGS.requests and (FLAGS.prompt is not None or FLAGS.image or not FLAGS.output):
-        raise UsageError("--requests needs --output, and takes prompts and images from the file alone")
+        raise UsageError(
+            "--requests needs --output, and takes prompts and images from the file alone"
+        )
     if FLAGS.output and not FLAGS.requests:
         raise UsageError("--output is for the answers to --requests; give that, too")
     if FLAGS.requests and FLAGS.json:
-        raise UsageError("--json is about what is printed; the answers to --requests are JSON already")
+        raise UsageError(
+            "--json is about what is printed; the answers to --requests are JSON already"
+        )
     if FLAGS.image and FLAGS.prompt is None:
         raise UsageError("--image needs --prompt; in a conversation write /image PATH")
     if FLAGS.retry_errors and (FLAGS.hosts or not FLAGS.requests):
@@ -131,16 +204,25 @@ def check_best_of() -> None:
             raise UsageError("--critic and --majority choose among --best_of N answers; give N")
     elif bool(FLAGS.critic) == FLAGS.majority:
         raise UsageError("--best_of needs --critic DIR or --majority, one of them, to choose by")
-    of_critic = [name for name in ("aggregate", "max_steps", "critic_system") if not FLAGS[name].using_default_value]
+    of_critic = [
+        name
+        for name in ("aggregate", "max_steps", "critic_system")
+        if not FLAGS[name].using_default_value
+    ]
     if of_critic and not FLAGS.critic:
         raise UsageError(f"--{of_critic[0]} is about a critic's scores; give --critic DIR")
     if FLAGS.best_of and not FLAGS.requests and FLAGS.prompt is None:
-        raise UsageError("--best_of needs --prompt or --requests; a conversation takes one answer at a time")
+        raise UsageError(
+            "--best_of needs --prompt or --requests; a conversation takes one answer at a time"
+        )
 
 
 def chat_options() -> dict:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "system", *IMAGE_FLAGS)
-    return {name: FLAGS[name].value for name in names} | {"stop": tuple(FLAGS.stop), "delta": tuple(FLAGS.delta) or None}
+    return {name: FLAGS[name].value for name in names} | {
+        "stop": tuple(FLAGS.stop),
+        "delta": tuple(FLAGS.delta) or None,
+    }
 
 
 def critic_options() -> dict:
@@ -156,7 +238,9 @@ def best_of_options() -> dict:
     from internvl3_jax.inference.options import CANDIDATE_SAMPLING
 
     return {"n": FLAGS.best_of} | {
-        name: FLAGS[name].value for name in CANDIDATE_SAMPLING if not FLAGS[name].using_default_value
+        name: FLAGS[name].value
+        for name in CANDIDATE_SAMPLING
+        if not FLAGS[name].using_default_value
     }
 
 
@@ -165,5 +249,9 @@ def asked_settings() -> dict:
     settings = chat_options()
     if FLAGS.best_of:
         settings |= {"best_of": best_of_options(), "majority": FLAGS.majority}
-        settings |= {f"critic.{name}": value for name, value in critic_options().items()} if FLAGS.critic else {}
+        settings |= (
+            {f"critic.{name}": value for name, value in critic_options().items()}
+            if FLAGS.critic
+            else {}
+        )
     return settings

@@ -1,4 +1,6 @@
-"""A file of requests to a file of answers: in batches, resumed after a kill, and with an error in the place of what cannot be answered."""
+"""A file of requests to a file of answers: in batches, resumed after a kill, and with an error in
+the place of what cannot be answered.
+"""
 
 import dataclasses
 import sys
@@ -22,7 +24,9 @@ def as_json(answer: Answer) -> dict:
 
 
 def weights_of(checkpoint, adapter: str | None = None) -> str:
-    """A hash of the parameters that answer, the same wherever they are stored and however they are split."""
+    """A hash of the parameters that answer, the same wherever they are stored and however they are
+    split.
+    """
     found = tree_hash(by_path(checkpoint.params))
     if adapter is None:
         return found
@@ -31,9 +35,16 @@ def weights_of(checkpoint, adapter: str | None = None) -> str:
 
 
 def model_settings(checkpoint, adapter: str | None) -> dict:
-    """What answers depend on beside the questions and options: parameters, precision, the rule for tiles and prompts."""
-    processor = {f"processor.{name}": value for name, value in to_dict(checkpoint.processor).items()}
-    return {"weights": weights_of(checkpoint, adapter), "dtype": checkpoint.model.dtype.name} | processor
+    """What answers depend on beside the questions and options: parameters, precision, the rule for
+    tiles and prompts.
+    """
+    processor = {
+        f"processor.{name}": value for name, value in to_dict(checkpoint.processor).items()
+    }
+    return {
+        "weights": weights_of(checkpoint, adapter),
+        "dtype": checkpoint.model.dtype.name,
+    } | processor
 
 
 @dataclasses.dataclass
@@ -42,10 +53,12 @@ class Asking:
 
     Attributes:
       chat: Reads the requests and, without `choose`, answers them.
-      choose: Answers a list of (question, images) pairs with the best of `candidates` answers each, such as
+      choose: Answers a list of (question, images) pairs with the best of `candidates` answers each,
+          such as
         `reward.best_of_n.best_of_many`. Each result has `as_json()`. None: one answer each.
       candidates: Answers that `choose` generates for each question.
-      on_error: "note" writes a row with the error for a request that cannot be answered; "stop" ends the run.
+      on_error: "note" writes a row with the error for a request that cannot be answered; "stop"
+          ends the run.
       batch_size: Answers that are generated and written together.
       hosts: Whether several hosts answer together.
     """
@@ -66,18 +79,25 @@ class Asking:
         prompts, errors = {}, {}
         for number, request in enumerate(batch):
             try:
-                prompts[number] = self.chat.prepare(request["prompt"], request["image"], where=_where(request))
+                prompts[number] = self.chat.prepare(
+                    request["prompt"], request["image"], where=_where(request)
+                )
             except (ValueError, OSError) as error:
                 errors[number] = self._noted(request, error)
         if self.hosts:
-            multihost.assert_same_on_all_hosts(first, {"requests that cannot be read": str(sorted(errors))}, seconds=3600)
+            multihost.assert_same_on_all_hosts(
+                first, {"requests that cannot be read": str(sorted(errors))}, seconds=3600
+            )
         found = {}
         if prompts:
             try:
                 found = dict(zip(prompts, self._answers(batch, prompts), strict=True))
             except (ValueError, OSError) as error:
                 found = self._one_by_one(batch, prompts, error)
-        return [request["asked"] | (found.get(number) or errors[number]) for number, request in enumerate(batch)]
+        return [
+            request["asked"] | (found.get(number) or errors[number])
+            for number, request in enumerate(batch)
+        ]
 
     def _one_by_one(self, batch: Sequence[dict], prompts: dict, error: Exception) -> dict:
         """Rows of requests of which at least one failed while it was answered."""
@@ -110,7 +130,9 @@ def _where(request: dict) -> str:
 
 
 def ask_again(asking: Asking, requests: Sequence[dict], output: AnswerFile) -> int:
-    """Asks the requests once more that have an error in the output, batch by batch; returns how many there were."""
+    """Asks the requests once more that have an error in the output, batch by batch; returns how
+    many there were.
+    """
     failed = [number for number, row in enumerate(output.answers) if "error" in row]
     size = asking.requests_per_batch
     for start in range(0, len(failed), size):
@@ -120,8 +142,11 @@ def ask_again(asking: Asking, requests: Sequence[dict], output: AnswerFile) -> i
     return len(failed)
 
 
-def answer_all(asking: Asking, requests: Sequence[dict], output: AnswerFile | None, answered: int) -> None:
-    """Answers the requests from number `answered` (from 0) on and adds them to the output, batch by batch.
+def answer_all(
+    asking: Asking, requests: Sequence[dict], output: AnswerFile | None, answered: int
+) -> None:
+    """Answers the requests from number `answered` (from 0) on and adds them to the output, batch by
+    batch.
 
     output: None on all hosts but the first.
     """
@@ -129,7 +154,9 @@ def answer_all(asking: Asking, requests: Sequence[dict], output: AnswerFile | No
 
     size = asking.requests_per_batch
     batches = range(answered, len(requests), size)
-    for start in track(batches, description="answering", disable=not (sys.stderr.isatty() and output is not None)):
+    for start in track(
+        batches, description="answering", disable=not (sys.stderr.isatty() and output is not None)
+    ):
         rows = asking.rows(requests[start : start + size], start + 1)
         if output is not None:
             output.add(rows)

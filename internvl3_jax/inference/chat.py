@@ -1,5 +1,5 @@
-"""Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many` and `candidates` take independent
-questions, the latter with several answers to each.
+"""Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many`
+and `candidates` take independent questions, the latter with several answers to each.
 
 chat = Chat(load("checkpoints/internvl3-1b"))
 chat("What is in the picture?", images=["cat.jpg"])
@@ -59,25 +59,41 @@ class _Cached:
 
 
 class Chat:
-    """A conversation with a checkpoint from `internvl3_jax.load`. Keyword arguments are those of `Options`.
+    """A conversation with a checkpoint from `internvl3_jax.load`. Keyword arguments are those of
+    `Options`.
 
-    adapter: of those that `load` was given, the name of the one that is put on; None for the base. `use` changes it.
+    adapter: of those that `load` was given, the name of the one that is put on; None for the base.
+        `use` changes it.
     """
 
     def __init__(self, checkpoint, adapter: str | None = None, **options):
         if not hasattr(checkpoint, "params"):
-            given = excerpt(checkpoint) if isinstance(checkpoint, str | os.PathLike) else type(checkpoint).__name__
-            raise TypeError(f"Chat needs what internvl3_jax.load returns, not {given}; write Chat(load(...))")
+            given = (
+                excerpt(checkpoint)
+                if isinstance(checkpoint, str | os.PathLike)
+                else type(checkpoint).__name__
+            )
+            raise TypeError(
+                f"Chat needs what internvl3_jax.load returns, not {given}; write Chat(load(...))"
+            )
         self.options = Options().with_changes(options)
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         stop_ids = [self.tokenizer.token_id(token) for token in self.processor.stop_tokens]
-        self.generator = Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype, stop_ids, checkpoint.adapters)
+        self.generator = Generator(
+            checkpoint.config,
+            checkpoint.params,
+            checkpoint.model.dtype,
+            stop_ids,
+            checkpoint.adapters,
+        )
         self.use(adapter)
 
     def use(self, adapter: str | None) -> None:
         """Resumes with another adapter, in a new conversation. ValueError if none has this name."""
         if adapter is not None and not isinstance(adapter, str):
-            raise ValueError(f"adapter is {excerpt(adapter)}; give the name of one, as `load` was given it")
+            raise ValueError(
+                f"adapter is {excerpt(adapter)}; give the name of one, as `load` was given it"
+            )
         self.generator.use(adapter)
         self.reset()
 
@@ -94,7 +110,8 @@ class Chat:
 
         Args:
           question: a text; `<image>` in it marks the images' places.
-          images: one image or a list of them, each a path (a text is one path), bytes, an array u8[H,W,3] or a PIL image.
+          images: one image or a list of them, each a path (a text is one path), bytes, an array
+              u8[H,W,3] or a PIL image.
           options: as of `Options`, for this answer alone.
         """
         for _ in self.stream(question, images, **options):
@@ -104,12 +121,15 @@ class Chat:
     def stream(self, question: str, images=(), **options) -> Iterator[str]:
         """Yields the answer piece by piece; `self.last` is the whole `Answer` afterwards.
 
-        A turn that fails, or that the caller leaves before its end, does not enter the conversation.
+        A turn that fails, or that the caller leaves before its end, does not enter the
+        conversation.
         """
         began = time.perf_counter()
         options = self.options.with_changes(options)
         tiles, deltas = _pictures(images, self.processor, options)
-        messages = (self.messages or _opening(options)) + insert_missing_tags([_user(question)], len(tiles))
+        messages = (self.messages or _opening(options)) + insert_missing_tags(
+            [_user(question)], len(tiles)
+        )
         tiles, deltas = self.tiles + tiles, self.deltas + deltas
         prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas)
         run = options.run(1, self._scaling(options, deltas))
@@ -128,20 +148,33 @@ class Chat:
         seconds = time.perf_counter() - began
         counts = [len(part) for part in tiles]
         finish = self._finish(reader, options)
-        self.last = Answer(reader.text.strip(), reader.ids, len(prompt.tokens), counts, seconds, first_token, keep, finish)
+        self.last = Answer(
+            reader.text.strip(),
+            reader.ids,
+            len(prompt.tokens),
+            counts,
+            seconds,
+            first_token,
+            keep,
+            finish,
+        )
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         self.tiles, self.deltas = tiles, deltas
         self._cached = _remember(state, prompt, reader.ids, run.scaling)
 
-    def prepare(self, question: str, images=(), *, where: str = "", begun: str = "", **options) -> Prompt:
-        """The prompt of a question as a conversation of its own, for `answer_many` and `candidates`.
+    def prepare(
+        self, question: str, images=(), *, where: str = "", begun: str = "", **options
+    ) -> Prompt:
+        """The prompt of a question as a conversation of its own, for `answer_many` and
+        `candidates`.
 
         Args:
           where: what errors call the question.
           begun: text that its answer starts with.
 
         Raises:
-          ChatError, ImageError, ContextError, OSError: it cannot be asked: its text or tags, an image, or its length.
+          ChatError, ImageError, ContextError, OSError: it cannot be asked: its text or tags, an
+          image, or its length.
         """
         options = self.options.with_changes(options)
         tiles, deltas = _pictures(images, self.processor, options)
@@ -152,11 +185,14 @@ class Chat:
         self.generator.check_room(prompt, options.run(1, self._scaling(options, [])), where)
         return prompt
 
-    def answer_many(self, requests: Sequence[tuple[str, Sequence] | Prompt], first: int = 1, **options) -> list[Answer]:
-        """Answers (question, images) pairs, or prompts of `prepare`, in one batch, each as a conversation of its own; this one stays.
+    def answer_many(
+        self, requests: Sequence[tuple[str, Sequence] | Prompt], first: int = 1, **options
+    ) -> list[Answer]:
+        """Answers (question, images) pairs, or prompts of `prepare`, in one batch, each as a
+        conversation of its own; this one stays.
 
-        Every answer is the one that its question alone would get. Seconds are those of the whole batch. Errors number the requests
-        from `first`.
+        Every answer is the one that its question alone would get. Seconds are those of the whole
+        batch. Errors number the requests from `first`.
         """
         return [answer for (answer,) in self.candidates(requests, 1, first=first, **options)]
 
@@ -170,12 +206,14 @@ class Chat:
         first: int = 1,
         **options,
     ) -> list[list[Answer]]:
-        """n answers to each of the (question, images) pairs, or prompts of `prepare`, in one batch; a question is run once for all of its
-        answers.
+        """n answers to each of the (question, images) pairs, or prompts of `prepare`, in one batch;
+        a question is run once for all of its answers.
 
         Args:
-          greedy_first: the first answer takes the likeliest tokens, only the others are drawn. Answer k is drawn with seed + k.
-          begun: text that each request's answers start with; they are what follows it, with the space or line break they begin with.
+          greedy_first: the first answer takes the likeliest tokens, only the others are drawn.
+              Answer k is drawn with seed + k.
+          begun: text that each request's answers start with; they are what follows it, with the
+              space or line break they begin with.
           first: number of the first request in errors.
         """
         if n < 1:
@@ -184,7 +222,9 @@ class Chat:
             return []
         began = time.perf_counter()
         given, options = options, self.options.with_changes(options)
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0)
+        sampling = Sampling(
+            options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0
+        )
         seeds = tuple((options.seed + number) % 2**32 for number in range(n)) * len(requests)
         run = GenerationConfig(options.max_new_tokens, sampling, seeds, self._scaling(options, []))
         prompts = []
@@ -230,8 +270,8 @@ class Chat:
     def _reusable(self, prompt: Prompt, scaling: str) -> int:
         """How many leading tokens of the prompt have their keys and values in the cache.
 
-        Tokens, positions and pictures are compared, so that the answer is the one without reuse, even where an earlier answer's text is
-        tokenised differently from how it was generated.
+        Tokens, positions and pictures are compared, so that the answer is the one without reuse,
+        even where an earlier answer's text is tokenised differently from how it was generated.
         """
         cached, language = self._cached, self.generator.config.language
         if cached is None or cached.scaling != scaling:
@@ -239,23 +279,31 @@ class Chat:
         if scaling == "dynamic" and prompt.positions[-1] // UNITS >= language.max_position:
             return 0  # the frequencies depend on the length, which has changed
         length = min(len(cached.tokens), len(prompt.tokens) - 1)
-        same = (cached.tokens[:length] == prompt.tokens[:length]) & (cached.positions[:length] == prompt.positions[:length])
+        same = (cached.tokens[:length] == prompt.tokens[:length]) & (
+            cached.positions[:length] == prompt.positions[:length]
+        )
         keep = length if same.all() else int(np.argmin(same))
         for number, (start, count) in enumerate(prompt.runs):
-            known = number < len(cached.prompt.tiles) and _digest(cached.prompt.tiles[number]) == _digest(prompt.tiles[number])
+            known = number < len(cached.prompt.tiles) and _digest(
+                cached.prompt.tiles[number]
+            ) == _digest(prompt.tiles[number])
             if start < keep and (not known or keep < start + count):
                 return start
         return keep
 
 
-def _pictures(images, processor: ProcessorConfig, options: Options) -> tuple[list[np.ndarray], list[int]]:
+def _pictures(
+    images, processor: ProcessorConfig, options: Options
+) -> tuple[list[np.ndarray], list[int]]:
     """Tiles and V2PE units of the images of one turn."""
     opened = open_images(images, processor, options)
     deltas = [processor.delta] if options.delta is None else units(options.delta)
     if len(deltas) == 1:
         deltas = deltas * len(opened)
     if len(deltas) != len(opened):
-        raise ChatError(f"{len(deltas)} deltas for {len(opened)} pictures; give one, or one per picture")
+        raise ChatError(
+            f"{len(deltas)} deltas for {len(opened)} pictures; give one, or one per picture"
+        )
     limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
     return cut_pictures(opened, processor, options.max_tiles, **limits), deltas
 
@@ -277,7 +325,9 @@ def _continued(prompt: Prompt, ids: Sequence[int]) -> Prompt:
 def _followed(prompt: Prompt, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and positions of a prompt and of text after it."""
     following = prompt.positions[-1] + UNITS * np.arange(1, len(ids) + 1, dtype=np.int32)
-    return np.concatenate([prompt.tokens, np.asarray(ids, np.int32)]), np.concatenate([prompt.positions, following])
+    return np.concatenate([prompt.tokens, np.asarray(ids, np.int32)]), np.concatenate(
+        [prompt.positions, following]
+    )
 
 
 def _remember(state: State, prompt: Prompt, ids: Sequence[int], scaling: str) -> _Cached:

@@ -39,7 +39,9 @@ class Conversation:
         self.chat, self.ask, self.images = chat, ask, []
 
     def run(self) -> None:
-        """Reads lines from the terminal until they end. What is wrong with one ends that turn, not the conversation."""
+        """Reads lines from the terminal until they end. What is wrong with one ends that turn, not
+        the conversation.
+        """
         interactive = sys.stdin.isatty()
         if interactive:
             print("Ask a question; /help lists the commands.", file=sys.stderr)
@@ -65,7 +67,9 @@ class Conversation:
                 print(f"error: {printable(str(error))}", file=sys.stderr)
 
     def take(self, line: str) -> bool:
-        """One line; False if it ends the conversation. The images of a question that fails stay for the next one."""
+        """One line; False if it ends the conversation. The images of a question that fails stay for
+        the next one.
+        """
         if line.startswith("/"):
             return self._command(line.strip())
         question = typed(line.strip())
@@ -112,7 +116,9 @@ class Conversation:
 
 
 def image_paths(text: str) -> list[str]:
-    """The path, or the paths, of a line: as typed, or with the quotes and backslashes of a shell, as terminals write dragged files."""
+    """The path, or the paths, of a line: as typed, or with the quotes and backslashes of a shell,
+    as terminals write dragged files.
+    """
     whole = os.path.expanduser(text)
     if os.path.exists(whole):
         return [whole]

@@ -1,7 +1,9 @@
-"""Generation: pictures to features, prompt to cache (prefill), then a decode loop on the device. Shapes come from a few buckets.
+"""Generation: pictures to features, prompt to cache (prefill), then a decode loop on the device.
+Shapes come from a few buckets.
 
-Rows are right-padded: a row's tokens sit in cache slots 0, 1, 2 ... and a query sees only slots up to its own, so neither padding nor a
-longer neighbour changes what a row computes. Positions are separate from slots, since under V2PE they differ.
+Rows are right-padded: a row's tokens sit in cache slots 0, 1, 2 ... and a query sees only slots up
+to its own, so neither padding nor a longer neighbour changes what a row computes. Positions are
+separate from slots, since under V2PE they differ.
 
 B rows, T prompt tokens, S cache slots, D width, V vocabulary, P tokens per tile.
 """
@@ -25,7 +27,9 @@ from internvl3_jax.parallel.sharding import BATCH_AXES, constrain, param_shardin
 from internvl3_jax.positions import next_position
 
 TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded
-LENGTH_BUCKETS = tuple(quarters * 2 ** (power - 2) for power in range(6, 24) for quarters in (4, 5, 6, 7))
+LENGTH_BUCKETS = tuple(
+    quarters * 2 ** (power - 2) for power in range(6, 24) for quarters in (4, 5, 6, 7)
+)
 TOKENS_PER_CALL = 16  # tokens decoded before the host looks at them
 
 
@@ -44,8 +48,8 @@ class NotFiniteError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How a batch is generated. `seeds` has one entry per row; several rows may continue one prompt (see `Generator.start`). `scaling` is
-    the rope scaling, "none" under V2PE.
+    """How a batch is generated. `seeds` has one entry per row; several rows may continue one prompt
+    (see `Generator.start`). `scaling` is the rope scaling, "none" under V2PE.
     """
 
     limit: int  # tokens per answer
@@ -56,7 +60,9 @@ class GenerationConfig:
 
 @dataclasses.dataclass
 class State:
-    """Where a generation stands. `cache` holds the keys and values of every token but the last sampled one."""
+    """Where a generation stands. `cache` holds the keys and values of every token but the last
+    sampled one.
+    """
 
     cache: kv_cache.Cache
     token: jax.Array  # i32[B] sampled and not yet run
@@ -71,8 +77,10 @@ class Generator:
 
     Args:
       config: of the model.
-      params: the canonical (stacked) tree. The decoder's layers are copied into the unrolled layout, so drop your reference to the
-        original to free it. If they are split over a mesh (`load(..., mesh=)`), they stay so, and the cache is split, too.
+      params: the canonical (stacked) tree. The decoder's layers are copied into the unrolled
+          layout, so drop your reference to the
+        original to free it. If they are split over a mesh (`load(..., mesh=)`), they stay so, and
+        the cache is split, too.
       dtype: of parameters, computation and cache.
       stop_ids: ids that end an answer.
       named_adapters: that `use` can put on.
@@ -92,17 +100,30 @@ class Generator:
         # The tower of an accelerator scans: it compiles faster, and the copies cost little there.
         self.mesh = _mesh_of(params)
         self.fused = self.mesh is None or self.mesh.shape["tensor"] == 1
-        self.model = InternVL(config, self.dtype, unrolled=True, unrolled_vision=_on_cpu(), fused=self.fused)
+        self.model = InternVL(
+            config, self.dtype, unrolled=True, unrolled_vision=_on_cpu(), fused=self.fused
+        )
         self.base = self._unrolled(params)
-        self.adapters = {name: self._unrolled(adapter.parts(params)) for name, adapter in (named_adapters or {}).items()}
+        self.adapters = {
+            name: self._unrolled(adapter.parts(params))
+            for name, adapter in (named_adapters or {}).items()
+        }
         self.use(None)
 
     def use(self, name: str | None) -> None:
-        """Answers come from the base with this adapter from now on, or from the base alone. Nothing is loaded or copied."""
+        """Answers come from the base with this adapter from now on, or from the base alone. Nothing
+        is loaded or copied.
+        """
         if name is not None and name not in self.adapters:
-            raise ValueError(f"there is no adapter {name!r}; loaded are: {', '.join(self.adapters) or 'none'}")
+            raise ValueError(
+                f"there is no adapter {name!r}; loaded are: {', '.join(self.adapters) or 'none'}"
+            )
         self.params = self.base if name is None else self.base | self.adapters[name]
-        self.vision_params = {part: self.params[part] for part in ("vision", "projector", lora.SUBTREE) if part in self.params}
+        self.vision_params = {
+            part: self.params[part]
+            for part in ("vision", "projector", lora.SUBTREE)
+            if part in self.params
+        }
 
     def _unrolled(self, params: dict) -> dict:
         parts = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
@@ -111,15 +132,21 @@ class Generator:
         if "language" in parts:
             parts["language"] = language.unroll(parts["language"], self.config.language, self.fused)
         if lora.SUBTREE in parts:
-            parts[lora.SUBTREE] = adapters.unroll(parts[lora.SUBTREE], self.config, self.fused, _on_cpu())
-        return parts if self.mesh is None else jax.device_put(parts, param_shardings(parts, self.mesh))
+            parts[lora.SUBTREE] = adapters.unroll(
+                parts[lora.SUBTREE], self.config, self.fused, _on_cpu()
+            )
+        return (
+            parts if self.mesh is None else jax.device_put(parts, param_shardings(parts, self.mesh))
+        )
 
     def on_mesh(self):
         """The context in which the model's programs are called."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def check_room(self, prompt: Prompt, run: "GenerationConfig", where: str = "") -> None:
-        """ContextError if the prompt and `run.limit` new tokens do not fit into the positions that the model knows."""
+        """ContextError if the prompt and `run.limit` new tokens do not fit into the positions that
+        the model knows.
+        """
         settings = self.config.language
         known = settings.max_position * (settings.rope_factor if run.scaling == "dynamic" else 1)
         last = next_position(prompt.positions) // UNITS + run.limit
@@ -131,21 +158,29 @@ class Generator:
             )
 
     def start(
-        self, prompts: Sequence[Prompt], run: "GenerationConfig", cache: kv_cache.Cache | None = None, keep: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        run: "GenerationConfig",
+        cache: kv_cache.Cache | None = None,
+        keep: int = 0,
     ) -> State:
         """Encodes the pictures, runs the prompts and draws each row's first token.
 
-        With n times as many seeds as prompts each prompt is run once, and the state has n rows for it, one after the other: each draws its
-        own tokens and has its own copy of the cache.
+        With n times as many seeds as prompts each prompt is run once, and the state has n rows for
+        it, one after the other: each draws its own tokens and has its own copy of the cache.
 
-        cache, keep: of an earlier `State` of one row, and how many of its slots already hold this prompt's beginning.
+        cache, keep: of an earlier `State` of one row, and how many of its slots already hold this
+            prompt's beginning.
         """
         copies, rest = divmod(len(run.seeds), len(prompts))
         if rest or not copies:
-            raise ValueError(f"{len(run.seeds)} seeds for {len(prompts)} prompts; each needs the same number, one or more")
+            raise ValueError(
+                f"{len(run.seeds)} seeds for {len(prompts)} prompts; each needs the same number, one or more"
+            )
         new = [len(prompt.tokens) - keep for prompt in prompts]
         length = bucket(max(new))
-        slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)  # an accelerator's last call may draw past the limit
+        # an accelerator's last call may draw past the limit
+        slots = bucket(keep + length + run.limit + TOKENS_PER_CALL)
         if cache is None:
             cache = self.empty_cache(len(prompts), slots)
         elif cache[0]["k"].shape[1] < slots:
@@ -159,7 +194,15 @@ class Generator:
         last = np.asarray(new, np.int32) - 1
         visual = self.features(prompts, length, keep)
         with self.on_mesh():
-            inputs = (tokens, visual, positions, places, last, _keys(np.asarray(run.seeds, np.uint32)), cache)
+            inputs = (
+                tokens,
+                visual,
+                positions,
+                places,
+                last,
+                _keys(np.asarray(run.seeds, np.uint32)),
+                cache,
+            )
             token, cache = _prefill(self.model, self.params, *inputs, run.sampling, run.scaling)
             done = _is_stop(token, self.stop_ids)
         cache = self.repeat(cache, copies)
@@ -179,8 +222,9 @@ class Generator:
             return _repeat(cache, copies)
 
     def stream(self, state: State, run: "GenerationConfig") -> Iterator[list[list[int]]]:
-        """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a time, until all rows have stopped or
-        hold `run.limit` ids. A stop id ends its row and is yielded. `state` is updated in place. NotFiniteError if no token can be drawn.
+        """Yields each row's new ids, the first token at once and then up to TOKENS_PER_CALL at a
+        time, until all rows have stopped or hold `run.limit` ids. A stop id ends its row and is
+        yielded. `state` is updated in place. NotFiniteError if no token can be drawn.
         """
         with self.on_mesh():
             keys = _keys(np.asarray(run.seeds, np.uint32))
@@ -192,12 +236,24 @@ class Generator:
             count = min(TOKENS_PER_CALL, run.limit - drawn)
             carry = (state.token, state.position, state.slot, state.drawn, state.done, state.cache)
             with self.on_mesh():
-                tokens, carry = _decode(self.model, self.params, carry, keys, count, self.stop_ids, run.sampling, run.scaling)
+                tokens, carry = _decode(
+                    self.model,
+                    self.params,
+                    carry,
+                    keys,
+                    count,
+                    self.stop_ids,
+                    run.sampling,
+                    run.scaling,
+                )
             state.token, state.position, state.slot, state.drawn, state.done, state.cache = carry
             drawn += count
             tokens = np.asarray(tokens)[:, :count]
             _check_finite(np.where(stopped[:, None], 0, tokens), drawn - count + 1)
-            yield [[] if done else _until_stop(row, self.stop_ids) for row, done in zip(tokens, stopped, strict=True)]
+            yield [
+                [] if done else _until_stop(row, self.stop_ids)
+                for row, done in zip(tokens, stopped, strict=True)
+            ]
 
     def generate(self, prompts: Sequence[Prompt], run: "GenerationConfig") -> list[list[int]]:
         """Answer ids of each prompt, its stop id included when one was drawn."""
@@ -208,9 +264,11 @@ class Generator:
         return answers
 
     def features(self, prompts, length: int, keep: int):
-        """Features of the new pictures at the places of their tokens: [B,T,D]; None where there are no pictures.
+        """Features of the new pictures at the places of their tokens: [B,T,D]; None where there are
+        no pictures.
 
-        The tiles of all rows are encoded as one line of tiles, so that a batch of small pictures runs in large pieces, too.
+        The tiles of all rows are encoded as one line of tiles, so that a batch of small pictures
+        runs in large pieces, too.
         """
         per_tile = self.config.tokens_per_tile
         tiles, rows, places = [], [], []
@@ -222,9 +280,15 @@ class Generator:
                     places += [start - keep + number * per_tile for number in range(len(picture))]
         if not tiles:
             return None
-        tiles, rows, places = np.concatenate(tiles), np.asarray(rows, np.int32), np.asarray(places, np.int32)
+        tiles, rows, places = (
+            np.concatenate(tiles),
+            np.asarray(rows, np.int32),
+            np.asarray(places, np.int32),
+        )
         with self.on_mesh():
-            visual = _no_features(len(prompts), length, self.config.language.hidden_size, self.dtype)
+            visual = _no_features(
+                len(prompts), length, self.config.language.hidden_size, self.dtype
+            )
         done = 0
         for count in tile_pieces(len(tiles)):
             piece = slice(done, done + count)
@@ -238,7 +302,11 @@ class Generator:
 def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
     """The mesh of several devices that the parameters are split over."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return sharding.mesh if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1 else None
+    return (
+        sharding.mesh
+        if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1
+        else None
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -248,8 +316,9 @@ def _init_cache(config, rows, slots, dtype):
 
 @jax.jit
 def _keys(seeds):
-    """Of u32[B] seeds. This and what else the host reads or starts from lies whole on every device of the mesh: with several processes each
-    has it."""
+    """Of u32[B] seeds. This and what else the host reads or starts from lies whole on every device
+    of the mesh: with several processes each has it.
+    """
     return constrain(jax.vmap(jax.random.key)(seeds), None)
 
 
@@ -270,21 +339,28 @@ def _encode(model, params, tiles):
 
 @functools.partial(jax.jit, static_argnums=(0, 9, 10), donate_argnums=8)
 def _prefill(model, params, tokens, visual, positions, slots, last, keys, cache, sampling, scaling):
-    """Runs i32[B,T] tokens and draws one more for each key: (i32[keys], cache). The head runs at each row's last token alone."""
+    """Runs i32[B,T] tokens and draws one more for each key: (i32[keys], cache). The head runs at
+    each row's last token alone.
+    """
     variables = lora.variables(params)
-    hidden, cache = model.apply(variables, tokens, visual, positions, slots, cache, scaling, method=InternVL.step)
+    hidden, cache = model.apply(
+        variables, tokens, visual, positions, slots, cache, scaling, method=InternVL.step
+    )
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
     logits = jnp.repeat(logits, len(keys) // len(logits), axis=0)
-    return constrain(sample(logits, _fold(keys, jnp.zeros(len(keys), jnp.int32)), sampling), None), cache
+    return constrain(
+        sample(logits, _fold(keys, jnp.zeros(len(keys), jnp.int32)), sampling), None
+    ), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
 def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
     """Up to TOKENS_PER_CALL tokens without the host: (i32[B,TOKENS_PER_CALL], carry).
 
-    On a CPU the loop ends after `count` tokens or when every row is done. On an accelerator it always runs to the end: a loop whose
-    length is known needs no word from the device between its steps, and the host cuts what is too much.
+    On a CPU the loop ends after `count` tokens or when every row is done. On an accelerator it
+    always runs to the end: a loop whose length is known needs no word from the device between its
+    steps, and the host cuts what is too much.
     """
     variables = lora.variables(params)
 
@@ -297,7 +373,14 @@ def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
         # A finished row stands still: it writes its last token over and over into one slot.
         moved = jnp.where(done, 0, 1)
         done = done | _is_stop(token, stop_ids)
-        return tokens.at[:, index].set(token), (token, position + UNITS * moved, slot + moved, drawn + moved, done, cache)
+        return tokens.at[:, index].set(token), (
+            token,
+            position + UNITS * moved,
+            slot + moved,
+            drawn + moved,
+            done,
+            cache,
+        )
 
     tokens = jnp.zeros((carry[0].shape[0], TOKENS_PER_CALL), jnp.int32)
     if _on_cpu():
@@ -307,14 +390,18 @@ def _decode(model, params, carry, keys, count, stop_ids, sampling, scaling):
             (0, tokens, carry),
         )
     else:
-        tokens, carry = jax.lax.fori_loop(0, TOKENS_PER_CALL, lambda index, loop: one(index, *loop), (tokens, carry))
+        tokens, carry = jax.lax.fori_loop(
+            0, TOKENS_PER_CALL, lambda index, loop: one(index, *loop), (tokens, carry)
+        )
     *rest, done, cache = carry
     return constrain(tokens, None, None), (*rest, constrain(done, None), cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _place(visual, features, rows, places):
-    """Writes the features [n,P,D] of n tiles into visual [B,T,D], each at its row and from its place on."""
+    """Writes the features [n,P,D] of n tiles into visual [B,T,D], each at its row and from its
+    place on.
+    """
     columns = places[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
     return visual.at[rows[:, None], columns].set(features, unique_indices=True)
 

@@ -19,7 +19,8 @@ CANDIDATE_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 
 @dataclasses.dataclass
 class Options:
-    """How to answer. `delta` is the V2PE step: one value or one per picture, such as "1/4"; None is the checkpoint's own.
+    """How to answer. `delta` is the V2PE step: one value or one per picture, such as "1/4"; None is
+    the checkpoint's own.
 
     ValueError, at once, for a value of a wrong type or out of its range.
     """
@@ -32,9 +33,11 @@ class Options:
     stop: str | Sequence[str] = ()  # text or texts that end an answer and are not part of it
     delta: str | float | Sequence | None = None
     max_tiles: int | None = None  # in place of the checkpoint's, as are the next two
-    tiles: str | None = None  # "per image": each image has its own max_tiles; "shared": all images of a turn together
+    # "per image": each image has its own max_tiles; "shared": all images of a turn together
+    tiles: str | None = None
     max_total_tiles: int | None = None  # of all images of a turn; 0 is no limit
-    max_image_pixels: int | None = None  # larger images are refused; 0 is no limit; None: PIL.Image.MAX_IMAGE_PIXELS
+    # larger images are refused; 0 is no limit; None: PIL.Image.MAX_IMAGE_PIXELS
+    max_image_pixels: int | None = None
     allow_truncated: bool = False  # use images whose end is missing; the missing part is gray
     system: str | None = None  # in place of the checkpoint's system message
 
@@ -42,21 +45,28 @@ class Options:
         self.max_new_tokens = whole("max_new_tokens", self.max_new_tokens, 1)
         self.top_k = whole("top_k", self.top_k, 0)
         self.seed = whole("seed", self.seed, 0, 2**32)
-        self.temperature, self.top_p = _number("temperature", self.temperature), _number("top_p", self.top_p)
+        self.temperature, self.top_p = (
+            _number("temperature", self.temperature),
+            _number("top_p", self.top_p),
+        )
         if self.max_tiles is not None:
             self.max_tiles = whole("max_tiles", self.max_tiles, 1, MOST_TILES + 1)
         for name in ("max_total_tiles", "max_image_pixels"):
             if getattr(self, name) is not None:
                 setattr(self, name, whole(name, getattr(self, name), 0))
         if not isinstance(self.allow_truncated, bool):
-            raise ValueError(f"allow_truncated is {excerpt(self.allow_truncated)}; it must be True or False")
+            raise ValueError(
+                f"allow_truncated is {excerpt(self.allow_truncated)}; it must be True or False"
+            )
         if self.tiles is not None:
             check_tile_rule(self.tiles, "tiles")
         if self.system is not None and not isinstance(self.system, str):
             raise ValueError(f"system is {excerpt(self.system)}; it must be a text or None")
         if self.stop is None or isinstance(self.stop, str):
             self.stop = (self.stop,) if self.stop else ()
-        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) for text in self.stop):
+        if not isinstance(self.stop, Sequence) or not all(
+            isinstance(text, str) for text in self.stop
+        ):
             raise ValueError(f"stop is {excerpt(self.stop)}; it must be a text or a list of texts")
         if self.delta is not None:
             units(self.delta)
@@ -73,7 +83,10 @@ class Options:
 
     def run(self, rows: int, scaling: str) -> GenerationConfig:
         return GenerationConfig(
-            self.max_new_tokens, Sampling(self.temperature, self.top_k, self.top_p), (self.seed,) * rows, scaling
+            self.max_new_tokens,
+            Sampling(self.temperature, self.top_k, self.top_p),
+            (self.seed,) * rows,
+            scaling,
         )
 
 
@@ -82,7 +95,9 @@ def whole(name: str, value, low: int, below: float = math.inf) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number")
     if not low <= value < below:
-        raise ValueError(f"{name} is {value}; it must be at least {low}{f' and below {below:,}' if below < math.inf else ''}")
+        raise ValueError(
+            f"{name} is {value}; it must be at least {low}{f' and below {below:,}' if below < math.inf else ''}"
+        )
     return int(value)
 
 
@@ -94,4 +109,6 @@ def _number(name: str, value) -> float:
 
 def units(delta) -> list[int]:
     """V2PE units of one delta or a list of them."""
-    return [parse_delta(value) for value in (delta if isinstance(delta, (list, tuple)) else [delta])]
+    return [
+        parse_delta(value) for value in (delta if isinstance(delta, (list, tuple)) else [delta])
+    ]

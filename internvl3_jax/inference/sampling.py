@@ -8,18 +8,22 @@ import jax.numpy as jnp
 
 from internvl3_jax.model.ops.attention import MASKED
 
-SMALLEST_TEMPERATURE = 1e-6  # below it the likeliest token is taken: float32 logits divided by less overflow
+# below it the likeliest token is taken: float32 logits divided by less overflow
+SMALLEST_TEMPERATURE = 1e-6
 NOT_FINITE = -1  # what `sample` gives for a row whose logits are NaN or infinite
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0, or below `SMALLEST_TEMPERATURE`, is greedy, the default of the reference."""
+    """How tokens are drawn. Temperature 0, or below `SMALLEST_TEMPERATURE`, is greedy, the default
+    of the reference.
+    """
 
     temperature: float = 0.0
     top_k: int = 0  # only the k likeliest tokens; 0 is all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
-    greedy_every: int = 0  # row 0 and every so many rows one is greedy: the first candidate of each question; 0: none
+    # row 0 and every so many rows one is greedy: the first candidate of each question; 0: none
+    greedy_every: int = 0
 
     def __post_init__(self):
         checks = [
@@ -34,9 +38,11 @@ class Sampling:
 
 
 def sample(logits, keys, sampling: Sampling):
-    """i32[B] from logits f32[B,V] and one key per row, so that a row's draw does not depend on its neighbours.
+    """i32[B] from logits f32[B,V] and one key per row, so that a row's draw does not depend on its
+    neighbours.
 
-    Temperature, then top_k, then top_p, in the order of transformers' generate. NOT_FINITE for a row with a NaN or an infinity above:
+    Temperature, then top_k, then top_p, in the order of transformers' generate. NOT_FINITE for a
+    row with a NaN or an infinity above:
     nothing can be drawn from it.
     """
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
@@ -60,9 +66,11 @@ def _drawn(logits, keys, sampling: Sampling):
 
 
 def _nucleus(logits, top_p: float):
-    """Masks all but the likeliest tokens up to and including the one that reaches top_p (Holtzman et al. 2020).
+    """Masks all but the likeliest tokens up to and including the one that reaches top_p (Holtzman
+    et al. 2020).
 
-    Tokens as likely as the last one that is kept are kept too. The likeliest is kept whatever top_p is.
+    Tokens as likely as the last one that is kept are kept too. The likeliest is kept whatever top_p
+    is.
     """
     descending = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)

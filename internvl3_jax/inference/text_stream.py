@@ -6,7 +6,9 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 
 
 class TextStreamer:
-    """Turns ids into text as they come, and watches for stop texts: what may be the beginning of one is held back."""
+    """Turns ids into text as they come, and watches for stop texts: what may be the beginning of
+    one is held back.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
         self.ids: list[int] = []

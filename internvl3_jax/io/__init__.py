@@ -1,1 +1,3 @@
-"""Reading and writing outside of the process: files, buckets, JSON, command lines and text for a terminal."""
+"""Reading and writing outside of the process: files, buckets, JSON, command lines and text for a
+terminal.
+"""

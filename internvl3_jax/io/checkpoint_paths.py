@@ -1,4 +1,6 @@
-"""From what a user names to a directory: a checkpoint, the newest step of a run, a released model, a hub id."""
+"""From what a user names to a directory: a checkpoint, the newest step of a run, a released model,
+a hub id.
+"""
 
 import logging
 import os
@@ -18,7 +20,9 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"
 
 # owner/name, or with a branch, a tag or a commit: owner/name@revision
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_SNAPSHOT = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
+_SNAPSHOT = re.compile(
+    r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$"
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,8 @@ def is_peft(directory: pathlib.Path) -> bool:
 
 
 def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathlib.Path:
-    """The directory that a user's path means: itself, the newest undamaged step of a training run, or a download of a hub id.
+    """The directory that a user's path means: itself, the newest undamaged step of a training run,
+    or a download of a hub id.
 
     Args:
       verify: how the steps of a training run are looked at, as in `integrity.damage`.
@@ -62,7 +67,11 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
     step = latest_step(runs.parent, verify) if runs.is_dir() else None
     if step is not None:
         return runs / str(step)
-    held = ", ".join(sorted(entry.name for entry in directory.iterdir())[:10]) if directory.is_dir() else "a file"
+    held = (
+        ", ".join(sorted(entry.name for entry in directory.iterdir())[:10])
+        if directory.is_dir()
+        else "a file"
+    )
     raise FileNotFoundError(
         f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or saved here); checkpoints/STEP with these "
         f"(a training run); config.json and *.safetensors (a released model). It holds: {held or 'nothing'}"
@@ -87,7 +96,9 @@ def _find_remote(directory, verify: str):
 
 
 def check_exists(path: str | os.PathLike) -> None:
-    """Raises FileNotFoundError unless a local directory is there, or the name may be a hub id or an address. Reads nothing."""
+    """Raises FileNotFoundError unless a local directory is there, or the name may be a hub id or an
+    address. Reads nothing.
+    """
     if "://" in str(path) or HUB_ID.fullmatch(str(path)):
         return
     directory = pathlib.Path(os.path.expanduser(path)).absolute()
@@ -105,7 +116,9 @@ def resolve_hub_dir(path: str | os.PathLike) -> pathlib.Path:
     if directory.exists():
         return directory
     if not HUB_ID.fullmatch(str(path)):
-        raise FileNotFoundError(f"{one_line(str(directory))} does not exist; give a directory or a hub id (owner/name)")
+        raise FileNotFoundError(
+            f"{one_line(str(directory))} does not exist; give a directory or a hub id (owner/name)"
+        )
     return _download(str(path))
 
 
@@ -115,7 +128,9 @@ def _download(hub_id: str) -> pathlib.Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        found = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(HUB_PATTERNS)
+        )
     except Exception as error:  # the hub's own errors, network errors, bad ids: all end here
         offline = getattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         why = (
@@ -140,11 +155,13 @@ def hub_source(directory: pathlib.Path) -> str | None:
 
 
 def damage(directory: pathlib.Path, verify: str = "full", **options) -> str | None:
-    """What is wrong with a checkpoint or a step of a training run: not one at all, or files that are not as they were written. None if
-    nothing. verify and options: of `integrity.damage`."""
+    """What is wrong with a checkpoint or a step of a training run: not one at all, or files that
+    are not as they were written. None if nothing. verify and options: of `integrity.damage`.
+    """
     if not is_checkpoint(directory):
         return f"not a complete checkpoint ({MANIFEST} or params/ is missing)"
-    if verify != "none" and not (directory / integrity.FILES).is_file() and not is_own(directory):  # or it is being written
+    # or it is being written
+    if verify != "none" and not (directory / integrity.FILES).is_file() and not is_own(directory):
         try:
             values = strict_json.read_object(directory / MANIFEST)
             if values.get("listed", bool, False):
@@ -155,9 +172,12 @@ def damage(directory: pathlib.Path, verify: str = "full", **options) -> str | No
 
 
 def latest_step(
-    run: str | os.PathLike, verify: str = "full", damage: Callable[[pathlib.Path, str], str | None] = damage
+    run: str | os.PathLike,
+    verify: str = "full",
+    damage: Callable[[pathlib.Path, str], str | None] = damage,
 ) -> int | None:
-    """The newest undamaged step under RUN/checkpoints, None if none was ever completed. What is passed over is named in the log.
+    """The newest undamaged step under RUN/checkpoints, None if none was ever completed. What is
+    passed over is named in the log.
 
     Args:
       verify: as in `integrity.damage`; older steps than the one that is returned are not looked at.
@@ -171,7 +191,10 @@ def latest_step(
     entries = sorted(directory.iterdir()) if directory.is_dir() else []
     for entry in entries:
         if not is_step(entry):
-            log.warning("ignoring %s: no complete checkpoint (a write was interrupted, or is under way)", one_line(str(entry)))
+            log.warning(
+                "ignoring %s: no complete checkpoint (a write was interrupted, or is under way)",
+                one_line(str(entry)),
+            )
     steps = sorted((int(entry.name) for entry in entries if is_step(entry)), reverse=True)
     wrong = None
     for step in steps:
@@ -188,6 +211,10 @@ def latest_step(
 
 
 def is_step(entry: pathlib.Path) -> bool:
-    """Whether a directory below RUN/checkpoints is a step that was completed: by its name, or in object storage by its files.json."""
+    """Whether a directory below RUN/checkpoints is a step that was completed: by its name, or in
+    object storage by its files.json.
+    """
     named = re.fullmatch(r"0|[1-9][0-9]{0,17}", entry.name) is not None
-    return named and (not is_remote(entry) or (entry / integrity.FILES).exists() or not (entry / OWN).exists())
+    return named and (
+        not is_remote(entry) or (entry / integrity.FILES).exists() or not (entry / OWN).exists()
+    )

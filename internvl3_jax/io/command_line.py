@@ -1,12 +1,13 @@
-"""How every program of this repository meets its user: usage errors and refusals in one line, help with status 0, no tracebacks for what
-the user can fix.
+"""How every program of this repository meets its user: usage errors and refusals in one line, help
+with status 0, no tracebacks for what the user can fix.
 
     if __name__ == "__main__":
         command_line.run(main)                      # a program with absl's flags: infer.py, train.py, fit, make_reference
         sys.exit(command_line.call(lambda: ...))    # a program with `Parser`: convert, doctor, make_pairs, make_process_labels
 
-Status 0: done; 1: refused, with a line "error: ..."; 2: the command line is wrong; 130: interrupted by Ctrl-C; 141: the reader of the
-output is gone (`| head`). Anything that is no ValueError and no OSError is our fault and keeps its traceback.
+Status 0: done; 1: refused, with a line "error: ..."; 2: the command line is wrong; 130: interrupted
+by Ctrl-C; 141: the reader of the output is gone (`| head`). Anything that is no ValueError and no
+OSError is our fault and keeps its traceback.
 """
 
 import argparse
@@ -36,40 +37,55 @@ class UsageError(ValueError):
     """A command line that cannot be used: `error: ...` in one line and status 2."""
 
 
-# --- what an error becomes ----------------------------------------------------------------------------------------------------
+# --- what an error becomes -----------------------------------------------------------------------
 
 
 def message(error: BaseException) -> str:
     """An error as one line that is fit for a terminal. An OSError begins with its file's name."""
     if isinstance(error, OSError) and error.filename is not None:
-        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+        names = [
+            os.fsdecode(name)
+            for name in (error.filename, error.filename2)
+            if isinstance(name, str | bytes | os.PathLike)
+        ]
         text = f"{' -> '.join(map(one_line, names)) or error.filename}: {error.strerror or error}"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
     else:
         text = str(error) or type(error).__name__
     lines = [line.strip() for line in printable(text).splitlines() if line.strip()]
-    text = " ".join(line if number == len(lines) or line[-1] in ".:;," else f"{line};" for number, line in enumerate(lines, 1))
+    text = " ".join(
+        line if number == len(lines) or line[-1] in ".:;," else f"{line};"
+        for number, line in enumerate(lines, 1)
+    )
     # An image in base64 that was given as a path would fill the terminal.
     return _UNBROKEN.sub(lambda match: short_name(match[0], 300), text)
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Gives an OSError that names no file, such as "No space left on device" from a write, this one."""
+    """Gives an OSError that names no file, such as "No space left on device" from a write, this
+    one.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None and not isinstance(error, BrokenPipeError):
+        if (
+            error.filename is None
+            and error.errno is not None
+            and not isinstance(error, BrokenPipeError)
+        ):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 
 @contextlib.contextmanager
 def errors_in_one_line(*also: type[Exception], failed: int = 1) -> Iterator[None]:
-    """Turns ValueError, OSError, the errors in `also` and Ctrl-C into SystemExit, as the top of this file says.
+    """Turns ValueError, OSError, the errors in `also` and Ctrl-C into SystemExit, as the top of
+    this file says.
 
-    failed: status of a refusal, if not 1. With 1 the exit's code is the text "error: ...", which Python prints, and which
+    failed: status of a refusal, if not 1. With 1 the exit's code is the text "error: ...", which
+        Python prints, and which
         `distributed.together` tells the other processes.
     """
     try:
@@ -99,12 +115,15 @@ def _forget_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
-            if stream is sys.stdout or os.fstat(stream.fileno()).st_ino == os.fstat(sys.stdout.fileno()).st_ino:
+            if (
+                stream is sys.stdout
+                or os.fstat(stream.fileno()).st_ino == os.fstat(sys.stdout.fileno()).st_ino
+            ):
                 os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
-# --- programs with argparse ---------------------------------------------------------------------------------------------------
+# --- programs with argparse ----------------------------------------------------------------------
 
 
 def expanded(path: str) -> pathlib.Path:
@@ -113,11 +132,14 @@ def expanded(path: str) -> pathlib.Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the file's docstring as it is, defaults in the help, and usage errors in one line."""
+    """argparse with the file's docstring as it is, defaults in the help, and usage errors in one
+    line.
+    """
 
     def __init__(self, *arguments, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        options.setdefault("allow_abbrev", False)  # a new option must not change what an old command means
+        # a new option must not change what an old command means
+        options.setdefault("allow_abbrev", False)
         super().__init__(*arguments, **options)
 
     def error(self, text: str):
@@ -135,7 +157,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def call(body: Callable[[], int | None], *also: type[Exception], failed: int = 1) -> int:
-    """The status of a program: what `body` returns (None is 0), or that of the error, which is printed."""
+    """The status of a program: what `body` returns (None is 0), or that of the error, which is
+    printed.
+    """
     try:
         with errors_in_one_line(*also, failed=failed):
             return body() or 0
@@ -146,7 +170,7 @@ def call(body: Callable[[], int | None], *also: type[Exception], failed: int = 1
         return ended.code or 0
 
 
-# --- programs with absl's flags -----------------------------------------------------------------------------------------------
+# --- programs with absl's flags ------------------------------------------------------------------
 
 
 def run(
@@ -157,7 +181,8 @@ def run(
 ) -> None:
     """Parses the flags, calls `main` with what is left of the command line, and ends the process.
 
-    sections: Heading -> names of flags, in the order in which -h shows them; None shows all flags under one heading.
+    sections: Heading -> names of flags, in the order in which -h shows them; None shows all flags
+        under one heading.
     """
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
         with errors_in_one_line():
@@ -171,11 +196,17 @@ def run(
     app.run(guarded, flags_parser=_parse)
 
 
-def help_text(description: str, sections: Mapping[str, Sequence[str]] | None = None, width: int | None = None) -> str:
-    """Returns the help of a program with absl's flags. sections: As of `run`. width: None takes that of the terminal."""
+def help_text(
+    description: str, sections: Mapping[str, Sequence[str]] | None = None, width: int | None = None
+) -> str:
+    """Returns the help of a program with absl's flags. sections: As of `run`. width: None takes
+    that of the terminal.
+    """
     width = width or min(shutil.get_terminal_size().columns, 110)
     if sections is None:
-        sections = {"Options": [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]}
+        sections = {
+            "Options": [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+        }
     lines = [description.strip()]
     for heading, names in sections.items():
         lines += ["", f"{heading}:"]
@@ -191,8 +222,17 @@ def _flag_help(flag, width: int) -> list[str]:
     if "enum" in kind:
         value = f" {{{','.join(flag.parser.enum_values)}}}"
     # absl's own additions, which are about enums and flags that may be repeated
-    meaning = re.sub(r"^<[^>]*>: |; repeat this option to specify a list of values$", "", " ".join(flag.help.split()))
-    if flag.default not in (None, "") and flag.default is not False and flag.default != [] and "efault" not in meaning:
+    meaning = re.sub(
+        r"^<[^>]*>: |; repeat this option to specify a list of values$",
+        "",
+        " ".join(flag.help.split()),
+    )
+    if (
+        flag.default not in (None, "")
+        and flag.default is not False
+        and flag.default != []
+        and "efault" not in meaning
+    ):
         meaning += f" Default: {flag.default}."
     left = f"  --{flag.name}{value}"
     text = textwrap.wrap(meaning, width - 26)
@@ -202,7 +242,9 @@ def _flag_help(flag, width: int) -> list[str]:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are no flags. Ends the process after help, or after one line about what is wrong."""
+    """The arguments that are no flags. Ends the process after help, or after one line about what is
+    wrong.
+    """
     try:
         with contextlib.suppress(BrokenPipeError):
             return flags.FLAGS(list(arguments))
@@ -216,7 +258,9 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         known = [name for name in flags.FLAGS if not name.startswith("no")]
         text = f"--{one_line(error.flagname)}: there is no such option{suggestion(error.flagname, known)}"
     except flags.Error as error:
-        missing = re.match(r"flag --(\S+)=None: Flag --\S+ must have a value other than None", str(error))
+        missing = re.match(
+            r"flag --(\S+)=None: Flag --\S+ must have a value other than None", str(error)
+        )
         text = f"--{missing[1]} is missing" if missing else message(error).removeprefix("flag ")
     print(f"error: {text}; {_HELP}", file=sys.stderr)
     raise SystemExit(USAGE)

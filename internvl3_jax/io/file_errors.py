@@ -2,7 +2,9 @@
 
 
 class FileError(ValueError):
-    """A file that is missing, unreadable, ambiguous, too large or of an unknown kind. The message names it."""
+    """A file that is missing, unreadable, ambiguous, too large or of an unknown kind. The message
+    names it.
+    """
 
 
 class InUse(FileError):

@@ -1,8 +1,10 @@
-"""files.json: sizes and sha256 of every file of a directory, written last, so that any damage is found before it is used.
+"""files.json: sizes and sha256 of every file of a directory, written last, so that any damage is
+found before it is used.
 
     {"format": 2, "made_by": "internvl3_jax", "files": {"params/...": {"bytes": 123, "sha256": "..."}}}
 
-In object storage (remote_files.py) the list has the storage's own checksums, which listings give: "full" and "sizes" read no array there.
+In object storage (remote_files.py) the list has the storage's own checksums, which listings give:
+"full" and "sizes" read no array there.
 
 Older directories have {"params/...": 123}, sizes alone, or no list.
 """
@@ -28,14 +30,18 @@ MADE_BY = "internvl3_jax"
 LEVELS = ("full", "sizes", "none")  # of verification: all bytes, names and sizes, nothing
 _MAX_DEPTH = 16  # of folders; a symbolic link to its own parent has no end
 _THREADS = min(16, os.cpu_count() or 1)
-_SETTLED = 2.0  # seconds; a file that changed later may change again within the resolution of its time stamp
-_Entry = collections.namedtuple("_Entry", "bytes sha256 checksum", defaults=("", ""))  # "" where it is not known
+# seconds; a file that changed later may change again within the resolution of its time stamp
+_SETTLED = 2.0
+# "" where it is not known
+_Entry = collections.namedtuple("_Entry", "bytes sha256 checksum", defaults=("", ""))
 
 _seen: dict[str, tuple] = {}  # file -> what of it was hashed and found right
 
 
 class Damaged(FileError):
-    """A checkpoint or step whose files are not those that were written. The message names the first one."""
+    """A checkpoint or step whose files are not those that were written. The message names the first
+    one.
+    """
 
 
 def check_level(level: str) -> None:
@@ -43,8 +49,12 @@ def check_level(level: str) -> None:
         raise ValueError(f"verify is {level!r}; expected one of {', '.join(LEVELS)}")
 
 
-def files_of(directory: pathlib.Path, depth: int = _MAX_DEPTH) -> Iterator[tuple[str, os.stat_result]]:
-    """(path with "/" below the directory, status) of all that is not a folder, through symbolic links; FileError where they do not end."""
+def files_of(
+    directory: pathlib.Path, depth: int = _MAX_DEPTH
+) -> Iterator[tuple[str, os.stat_result]]:
+    """(path with "/" below the directory, status) of all that is not a folder, through symbolic
+    links; FileError where they do not end.
+    """
     for entry in sorted(directory.iterdir()):
         try:
             status = entry.stat()
@@ -59,14 +69,18 @@ def files_of(directory: pathlib.Path, depth: int = _MAX_DEPTH) -> Iterator[tuple
                 yield f"{entry.name}/{name}", below
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def seal(directory: pathlib.Path) -> None:
     """Writes files.json, after every other file has reached the disk."""
     if is_remote(directory):
         found = remote_files.objects(directory)
-        listed = {name: _Entry(*known[:1], checksum=known[1]) for name, known in found.items() if name not in (FILES, OWN)}
+        listed = {
+            name: _Entry(*known[:1], checksum=known[1])
+            for name, known in found.items()
+            if name not in (FILES, OWN)
+        }
         remote_files.write_bytes(directory / FILES, json.dumps(_values(listed), indent=1).encode())
         return
     names = [name for name, _ in files_of(directory) if name not in (FILES, OWN)]
@@ -81,12 +95,17 @@ def seal(directory: pathlib.Path) -> None:
 
 
 def _values(listed: dict[str, _Entry]) -> dict:
-    files = {name: {key: value for key, value in entry._asdict().items() if value != ""} for name, entry in listed.items()}
+    files = {
+        name: {key: value for key, value in entry._asdict().items() if value != ""}
+        for name, entry in listed.items()
+    }
     return {"format": FORMAT, "made_by": MADE_BY, "files": files}
 
 
 def publish(directory: pathlib.Path, remote) -> None:
-    """Puts a sealed local directory below an address; it is complete there when its files.json is, which is written last."""
+    """Puts a sealed local directory below an address; it is complete there when its files.json is,
+    which is written last.
+    """
     listed = listed_files(directory)
     remote_files.upload(directory, remote, list(listed))
     there = remote_files.objects(remote)
@@ -97,7 +116,9 @@ def publish(directory: pathlib.Path, remote) -> None:
 
 def _sealed(path: pathlib.Path) -> _Entry:
     with open_regular(path) as file:
-        found = _Entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        found = _Entry(
+            os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        )
         os.fsync(file.fileno())
     return found
 
@@ -108,24 +129,32 @@ def _spread(function: Callable, items: list) -> list:
         return list(threads.map(function, items))
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 def listed_files(directory: pathlib.Path) -> dict[str, _Entry] | None:
-    """What files.json lists (sha256 is "" where it is not known); None if there is none. JsonError if it is damaged."""
+    """What files.json lists (sha256 is "" where it is not known); None if there is none. JsonError
+    if it is damaged.
+    """
     path = directory / FILES
     if not (remote_files.exists(path) if is_remote(path) else os.path.lexists(path)):
         return None
     values = strict_json.read_object(path)
     if "format" not in values.values:
-        return {name: _Entry(strict_json.check(size, int, f"{path}: {name}", low=0)) for name, size in values.values.items()}
+        return {
+            name: _Entry(strict_json.check(size, int, f"{path}: {name}", low=0))
+            for name, size in values.values.items()
+        }
     values.get("format", int, low=FORMAT, high=FORMAT)
     values.get("made_by", str)
     files = values.object("files")
     found = {}
     for name in files.values:
         entry = files.object(name)
-        sha256, checksum = entry.get("sha256", str, "", low=64, high=64), entry.get("checksum", str, "")
+        sha256, checksum = (
+            entry.get("sha256", str, "", low=64, high=64),
+            entry.get("checksum", str, ""),
+        )
         if not sha256 and not checksum:
             raise strict_json.JsonError(f"{entry.where} has neither sha256 nor checksum")
         found[name] = _Entry(entry.get("bytes", int, low=0), sha256, checksum)
@@ -139,11 +168,13 @@ def damage(
     only: Callable[[str], bool] = lambda name: True,
     share: tuple[int, int] = (0, 1),
 ) -> str | None:
-    """How a directory's files differ from its files.json: the first that is missing, of another size or content, no regular file, or, in
-    a folder, not listed. None if nothing differs or nothing is listed.
+    """How a directory's files differ from its files.json: the first that is missing, of another
+    size or content, no regular file, or, in a folder, not listed. None if nothing differs or
+    nothing is listed.
 
     Args:
-      level: "full" reads all bytes, unless this process has done so before; "sizes" names and sizes; "none" nothing.
+      level: "full" reads all bytes, unless this process has done so before; "sizes" names and
+          sizes; "none" nothing.
       only: which files, by name, to look at.
       share: (index, count): hashes only every count-th file, from the index on.
     """
@@ -175,7 +206,9 @@ def damage(
         if "/" in name and name.split("/")[0] in folders and name not in listed and only(name):
             return f"{name} was not written with it"
     return (
-        _differing(directory, {name: listed[name] for name in names if listed[name].sha256}, present, share)
+        _differing(
+            directory, {name: listed[name] for name in names if listed[name].sha256}, present, share
+        )
         if level == "full"
         else None
     )
@@ -194,12 +227,20 @@ def _remote_damage(directory, level: str, only: Callable[[str], bool]) -> str | 
         if size != entry.bytes and only(name):
             return f"{name} has {size} bytes, {entry.bytes} were written"
         same_kind = entry.checksum.partition(":")[0] == checksum.partition(":")[0]
-        if level == "full" and only(name) and entry.checksum and same_kind and entry.checksum != checksum:
+        if (
+            level == "full"
+            and only(name)
+            and entry.checksum
+            and same_kind
+            and entry.checksum != checksum
+        ):
             return f"{name} has other content than was written (its checksum differs)"
     return None
 
 
-def _differing(directory: pathlib.Path, listed: dict[str, _Entry], present: dict, share: tuple[int, int]) -> str | None:
+def _differing(
+    directory: pathlib.Path, listed: dict[str, _Entry], present: dict, share: tuple[int, int]
+) -> str | None:
     index, count = share
     mine = sorted(listed, key=lambda name: (-listed[name].bytes, name))[index::count]
     wrong = _spread(lambda name: _wrong(directory / name, listed[name].sha256, present[name]), mine)
@@ -223,16 +264,29 @@ def _wrong(path: pathlib.Path, sha256: str, status: os.stat_result) -> str | Non
 
 
 def stamp(directory: pathlib.Path) -> str:
-    """The same in two processes if they see the same files, and not copies of them. Of local directories."""
-    found = [f"{name} {status.st_size} {status.st_ino} {status.st_mtime_ns}" for name, status in files_of(directory)]
+    """The same in two processes if they see the same files, and not copies of them. Of local
+    directories.
+    """
+    found = [
+        f"{name} {status.st_size} {status.st_ino} {status.st_mtime_ns}"
+        for name, status in files_of(directory)
+    ]
     return "\n".join(found)
 
 
 def unlisted(directory: pathlib.Path) -> list[str] | None:
-    """Files in a directory of ours that were not written with it; None if it has no list that says so."""
+    """Files in a directory of ours that were not written with it; None if it has no list that says
+    so.
+    """
     try:
         listed = listed_files(directory)
     except FileError:
         return None
-    present = remote_files.objects(directory) if is_remote(directory) else [name for name, _ in files_of(directory)]
-    return None if listed is None else [name for name in present if name not in {*listed, FILES, OWN}]
+    present = (
+        remote_files.objects(directory)
+        if is_remote(directory)
+        else [name for name, _ in files_of(directory)]
+    )
+    return (
+        None if listed is None else [name for name in present if name not in {*listed, FILES, OWN}]
+    )

@@ -1,8 +1,9 @@
 """Files of one JSON value per line (JSONL): read strictly, added to durably, resumed after a kill.
 
-A line is complete when its line break is there. `read` is for files that people wrote: a last line without a break counts. `whole_lines`
-is for files that a program of ours was writing when it may have been killed: what follows the last line break is torn, even within a
-character, and is no line. `Appender` adds whole lines and makes them durable.
+A line is complete when its line break is there. `read` is for files that people wrote: a last line
+without a break counts. `whole_lines` is for files that a program of ours was writing when it may
+have been killed: what follows the last line break is torn, even within a character, and is no line.
+`Appender` adds whole lines and makes them durable.
 """
 
 import json
@@ -22,24 +23,34 @@ MAX_LINE = 64 << 20  # bytes of one line
 
 
 def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[int, str]]:
-    """(number from 1, text) of each line that is not blank, without its end, which is LF or CRLF; a byte order mark is left out.
+    """(number from 1, text) of each line that is not blank, without its end, which is LF or CRLF; a
+    byte order mark is left out.
 
     Only LF ends a line: U+2028 and the like may stand inside a JSON string.
 
     Raises:
-      FileError: the file is missing, no regular file, too large, or not UTF-8; the message names the line.
+      FileError: the file is missing, no regular file, too large, or not UTF-8; the message names
+      the line.
     """
     name = one_line(os.fspath(path))
     data = safe_files.read_bytes(path, max_bytes=max_bytes)
     check_kind(data[:4096], data[-4096:].rstrip()[-1:], name)
     text = strict_json.decode(data, name)
     if len(text) > MAX_LINE and any(len(line) > MAX_LINE for line in text.split("\n")):
-        raise FileError(f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per line?")
-    return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        raise FileError(
+            f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per line?"
+        )
+    return [
+        (number, line.rstrip("\r"))
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def check_kind(start: bytes, last: bytes, name: str) -> None:
-    """Raises FileError for what is no file of lines of JSON at all. start: Its first bytes. last: Its last byte that is no white space."""
+    """Raises FileError for what is no file of lines of JSON at all. start: Its first bytes. last:
+    Its last byte that is no white space.
+    """
     if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
         raise FileError(f"{name}: is compressed; unpack it")
     if b"\0" in start[:4] or start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -47,7 +58,9 @@ def check_kind(start: bytes, last: bytes, name: str) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise FileError(f"{name}: is a Git LFS pointer; fetch the file itself with git lfs pull")
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and last == b"]":
-        raise FileError(f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl")
+        raise FileError(
+            f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl"
+        )
 
 
 def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, object]]:
@@ -62,14 +75,18 @@ def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[tup
         yield where, strict_json.loads(line, where)
 
 
-def read_objects(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[strict_json.Object]:
+def read_objects(
+    path: str | os.PathLike, *, max_bytes: int = MAX_BYTES
+) -> Iterator[strict_json.Object]:
     """Each line as an object; its `where` names file and line."""
     for where, value in read(path, max_bytes=max_bytes):
         yield strict_json.Object(value, where)
 
 
 def whole_lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[bytes]:
-    """The lines of a file that a kill may have torn, with their ends; without what follows the last line break."""
+    """The lines of a file that a kill may have torn, with their ends; without what follows the last
+    line break.
+    """
     data = safe_files.read_bytes(path, max_bytes=max_bytes)
     return [line + b"\n" for line in data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]]
 
@@ -91,18 +108,22 @@ def parse(parts: Sequence[bytes], path: str | os.PathLike) -> list[strict_json.O
 
 
 def dumps(value) -> str:
-    r"""The value in one line, letters of all languages as they are; what could drive a terminal, end a line of text or not be UTF-8 is
-    written as \uXXXX, which is the same JSON. ValueError for NaN and infinities, which are no JSON."""
+    r"""The value in one line, letters of all languages as they are; what could drive a terminal,
+    end a line of text or not be UTF-8 is written as \uXXXX, which is the same JSON. ValueError for
+    NaN and infinities, which are no JSON.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Appender:
-    """Adds whole lines to a file; a context manager. OSError names the file, also when the disk is full.
+    """Adds whole lines to a file; a context manager. OSError names the file, also when the disk is
+    full.
 
     Args:
       path: the file; made if it is missing, its folder must exist.
-      keep: bytes to keep of an existing file, counted with `whole_lines` after checking that they are ours; the rest, which is torn,
+      keep: bytes to keep of an existing file, counted with `whole_lines` after checking that they
+          are ours; the rest, which is torn,
         is cut off when the file is opened. None refuses a file that exists.
     """
 
@@ -114,11 +135,21 @@ class Appender:
         if is_remote(self.path):
             if self.keep is None and remote_files.exists(self.path):
                 raise FileExistsError(f"{self.path} exists; name another one")
-            whole = safe_files.read_bytes(self.path, max_bytes=MAX_BYTES)[: self.keep] if self.keep else b""
+            whole = (
+                safe_files.read_bytes(self.path, max_bytes=MAX_BYTES)[: self.keep]
+                if self.keep
+                else b""
+            )
             safe_files.replace(self.path, whole)
             return self
         with naming(self.path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_EXCL if self.keep is None else 0)
+            flags = (
+                os.O_RDWR
+                | os.O_CREAT
+                | os.O_CLOEXEC
+                | os.O_NONBLOCK
+                | (os.O_EXCL if self.keep is None else 0)
+            )
             self._file = os.open(self.path, flags, 0o644)
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 os.close(self._file)
@@ -131,8 +162,9 @@ class Appender:
         return self
 
     def write(self, texts: Sequence[str]) -> None:
-        """Adds lines given without their ends. They are on the disk, or an OSError was raised, when this returns; in object storage
-        a few seconds later (remote_files.append)."""
+        """Adds lines given without their ends. They are on the disk, or an OSError was raised, when
+        this returns; in object storage a few seconds later (remote_files.append).
+        """
         data = memoryview("".join(f"{text}\n" for text in texts).encode("utf-8"))
         if is_remote(self.path):
             remote_files.append(self.path, bytes(data))
@@ -152,7 +184,9 @@ class Appender:
 
 
 def append(path: pathlib.Path, texts: Sequence[str]) -> None:
-    """Adds lines, given without their ends, to a file that is made if it is missing. OSError names the file."""
+    """Adds lines, given without their ends, to a file that is made if it is missing. OSError names
+    the file.
+    """
     data = "".join(f"{text}\n" for text in texts)
     if is_remote(path):
         remote_files.append(path, data.encode("utf-8"))
@@ -162,5 +196,7 @@ def append(path: pathlib.Path, texts: Sequence[str]) -> None:
 
 
 def rewrite(path: str | os.PathLike, texts: Sequence[str]) -> None:
-    """The file with exactly these lines, given without their ends: a kill leaves the old or the new one."""
+    """The file with exactly these lines, given without their ends: a kill leaves the old or the new
+    one.
+    """
     safe_files.replace(path, "".join(f"{text}\n" for text in texts))

@@ -1,6 +1,7 @@
 """What each setting may be, in one table: the class and field, and the values allowed.
 
-`problems` checks a whole configuration by it, and by the annotations. What two settings say together is checked where they meet:
+`problems` checks a whole configuration by it, and by the annotations. What two settings say
+together is checked where they meet:
 config.validate for the model, checks.validate for a run.
 """
 
@@ -24,7 +25,8 @@ def _from(low, high=None) -> Rule:
     if high is None:
         return Rule(lambda value: value >= low, f"at least {low}")
     return Rule(
-        lambda value: low <= value <= high, f"from {low} to {high:,}" if isinstance(high, int) else f"from {low} to {high}"
+        lambda value: low <= value <= high,
+        f"from {low} to {high:,}" if isinstance(high, int) else f"from {low} to {high}",
     )
 
 
@@ -54,7 +56,10 @@ _EPSILON = _from(0.0, 1.0)
 _SEED = _from(0, 2**32 - 1)
 _RATE = _from(0.0, 1e4)
 _SHARE = _from(0.0, 1.0)
-_AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "at least 1, or -1 for what the other axes leave")
+_AXIS = Rule(
+    lambda value: value == -1 or 1 <= value <= 2**20,
+    "at least 1, or -1 for what the other axes leave",
+)
 
 LIMITS: dict[str, dict[str, Rule]] = {
     "VisionConfig": {
@@ -104,7 +109,9 @@ LIMITS: dict[str, dict[str, Rule]] = {
     "DataConfig": {
         "samples": _from(1, 2**40),
         "weights": one_of("length", "sqrt", "given"),
-        "language_share": Rule(lambda value: value <= 1, "a share from 0 to 1, or negative for the mixture as it comes"),
+        "language_share": Rule(
+            lambda value: value <= 1, "a share from 0 to 1, or negative for the mixture as it comes"
+        ),
         "on_error": one_of("stop", "skip"),
         "pairs_per_row": _from(1, 4_096),
         "overlong": one_of("error", "truncate", "drop"),
@@ -178,14 +185,17 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "evaluate_batches": _from(1, 1_000_000),
         "evaluate_answers": _from(0, 1_000_000),
         "profile_steps": Rule(
-            lambda value: not value or (len(value) == 2 and 1 <= value[0] <= value[1]), "empty, or the first and the last step"
+            lambda value: not value or (len(value) == 2 and 1 <= value[0] <= value[1]),
+            "empty, or the first and the last step",
         ),
     },
 }
 
 
 def problems(config, where: str = "") -> list[str]:
-    """One line for each setting of a dataclass, and of those in it, whose type or value is not allowed. where: "data." before a name."""
+    """One line for each setting of a dataclass, and of those in it, whose type or value is not
+    allowed. where: "data." before a name.
+    """
     found, rules = [], LIMITS.get(type(config).__name__, {})
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), f"{where}{field.name}"

@@ -1,11 +1,14 @@
-"""Object storage as directories: gs:// (Google Cloud Storage) and s3:// (Amazon S3 and what speaks its protocol).
+"""Object storage as directories: gs:// (Google Cloud Storage) and s3:// (Amazon S3 and what speaks
+its protocol).
 
-`as_path` makes of what a user names a `pathlib.Path` or, of an address, an `etils.epath.Path`, which has the same methods. An object
-appears whole or not at all, so writing one is atomic. A directory cannot be renamed: what belongs together is complete when its last
-object, files.json, is there. Nothing can be added to an object: `append` collects what is added and writes the object anew from time to
-time, and `flush` at once.
+`as_path` makes of what a user names a `pathlib.Path` or, of an address, an `etils.epath.Path`,
+which has the same methods. An object appears whole or not at all, so writing one is atomic. A
+directory cannot be renamed: what belongs together is complete when its last object, files.json, is
+there. Nothing can be added to an object: `append` collects what is added and writes the object anew
+from time to time, and `flush` at once.
 
-Credentials and endpoints are those of gcsfs and s3fs, and of TensorStore for arrays: the machine's own on Google Cloud and AWS;
+Credentials and endpoints are those of gcsfs and s3fs, and of TensorStore for arrays: the machine's
+own on Google Cloud and AWS;
 STORAGE_EMULATOR_HOST with TENSORSTORE_GCS_HTTP_URL, or AWS_ENDPOINT_URL, name any other server.
 """
 
@@ -37,7 +40,8 @@ def is_remote(path) -> bool:
 
 
 def as_path(path: str | os.PathLike):
-    """A local path, absolute and with ~ expanded, or the epath.Path of a gs:// or s3:// address. file:// is local.
+    """A local path, absolute and with ~ expanded, or the epath.Path of a gs:// or s3:// address.
+    file:// is local.
 
     Raises:
       FileError: another scheme, an address without a bucket, or a driver that is not installed.
@@ -48,10 +52,14 @@ def as_path(path: str | os.PathLike):
     if "://" not in text:
         return pathlib.Path(os.path.expanduser(text)).absolute()
     if not text.startswith(SCHEMES):
-        raise FileError(f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path")
+        raise FileError(
+            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path"
+        )
     bucket = text.partition("://")[2].partition("/")[0]
     if not bucket or "@" in bucket:  # credentials belong into the environment, not into logs
-        raise FileError(f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or s3://BUCKET/PATH")
+        raise FileError(
+            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or s3://BUCKET/PATH"
+        )
     check_driver(text)
     from etils import epath  # takes long to import, and local paths do not need it
 
@@ -62,7 +70,9 @@ def check_driver(path) -> None:
     """FileError if the packages that an address needs are not installed."""
     driver = _DRIVERS[str(path).partition("://")[0]]
     if missing := [name for name in ("fsspec", driver) if importlib.util.find_spec(name) is None]:
-        raise FileError(f"{one_line(str(path))}: needs {' and '.join(missing)}: pip install -e '.[storage]'")
+        raise FileError(
+            f"{one_line(str(path))}: needs {' and '.join(missing)}: pip install -e '.[storage]'"
+        )
 
 
 def filesystem(path):
@@ -86,7 +96,9 @@ def _filesystem(scheme: str):
 
 @contextlib.contextmanager
 def named(path) -> Iterator[None]:
-    """Turns whatever a driver raises into an OSError, or a FileNotFoundError, that names the address."""
+    """Turns whatever a driver raises into an OSError, or a FileNotFoundError, that names the
+    address.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -94,11 +106,15 @@ def named(path) -> Iterator[None]:
     except FileError:
         raise
     except Exception as error:  # every driver has exceptions of its own
-        raise OSError(f"{path}: {type(error).__name__}: {excerpt(str(error), 200)[1:-1]}") from error
+        raise OSError(
+            f"{path}: {type(error).__name__}: {excerpt(str(error), 200)[1:-1]}"
+        ) from error
 
 
 def _tried(path, call: Callable):
-    """The result of a call, tried again where the network or the server failed. What is missing or forbidden is not tried again."""
+    """The result of a call, tried again where the network or the server failed. What is missing or
+    forbidden is not tried again.
+    """
     for left in reversed(range(_TRIES)):
         try:
             with named(path):
@@ -136,7 +152,8 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def objects(directory) -> dict[str, tuple[int, str]]:
-    """Path below a directory -> (bytes, checksum as the storage knows it) of every object, from listings alone.
+    """Path below a directory -> (bytes, checksum as the storage knows it) of every object, from
+    listings alone.
 
     The checksum is "crc32c:..." of gs:// and "etag:..." of s3://. It changes with the content.
     """
@@ -159,17 +176,23 @@ def _checksum(info: dict) -> str:
 def upload(local: pathlib.Path, remote, names: list[str]) -> None:
     """Puts files of a local directory below an address, in this order."""
     for name in names:
-        _tried(remote / name, lambda name=name: filesystem(remote).put_file(str(local / name), str(remote / name)))
+        _tried(
+            remote / name,
+            lambda name=name: filesystem(remote).put_file(str(local / name), str(remote / name)),
+        )
 
 
 def remove(directory, names: list[str]) -> None:
     """Deletes objects below a directory, in this order; those that are gone already do not matter."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            _tried(directory / name, lambda name=name: filesystem(directory).rm_file(str(directory / name)))
+            _tried(
+                directory / name,
+                lambda name=name: filesystem(directory).rm_file(str(directory / name)),
+            )
 
 
-# --- adding to an object --------------------------------------------------------------------------------------------------------
+# --- adding to an object -------------------------------------------------------------------------
 
 
 class _Growing:
@@ -196,7 +219,9 @@ _growing: dict[str, _Growing] = {}
 
 
 def append(path, data: bytes) -> None:
-    """Adds to an object, which is made if it is missing. A kill may lose what was added since the last `flush`."""
+    """Adds to an object, which is made if it is missing. A kill may lose what was added since the
+    last `flush`.
+    """
     known = _growing.get(str(path))
     if known is None:
         try:
@@ -224,15 +249,17 @@ def _flush_at_exit() -> None:
         flush()
 
 
-# --- one process at a time ------------------------------------------------------------------------------------------------------
+# --- one process at a time -----------------------------------------------------------------------
 
 
 class Lease:
-    """Held by one process at a time, for as long as it gives signs of life; a context manager like safe_files.Lock.
+    """Held by one process at a time, for as long as it gives signs of life; a context manager like
+    safe_files.Lock.
 
-    The holder writes an object anew several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE of the environment, the same for all).
-    Whoever finds the object watches it that long and takes it over if it does not change meanwhile. So a holder that was killed blocks
-    nobody for longer, and no clocks are compared.
+    The holder writes an object anew several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE
+    of the environment, the same for all).
+    Whoever finds the object watches it that long and takes it over if it does not change meanwhile.
+    So a holder that was killed blocks nobody for longer, and no clocks are compared.
 
     Args:
       path: address of the lease's object.
@@ -250,12 +277,17 @@ class Lease:
 
     def acquire(self) -> None:
         if (found := self._read()) is not None:
-            self.note(f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for a sign of life")
+            self.note(
+                f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for a sign of life"
+            )
             self._watch(found)
         self._write(0)
-        time.sleep(min(1.0, self.patience / 10))  # of two that begin at once the one that wrote last stays
+        # of two that begin at once the one that wrote last stays
+        time.sleep(min(1.0, self.patience / 10))
         if self.token not in (self._read() or b"").decode(errors="replace"):
-            raise InUse(f"{self.what} is in use by another process that began at the same time; use another place")
+            raise InUse(
+                f"{self.what} is in use by another process that began at the same time; use another place"
+            )
         self.stopped.clear()
         self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self.thread.start()
@@ -300,12 +332,19 @@ class Lease:
             return None
 
     def _write(self, count: int) -> None:
-        values = {"host": socket.gethostname(), "process": os.getpid(), "token": self.token, "beat": count}
+        values = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "token": self.token,
+            "beat": count,
+        }
         write_bytes(self.path, json.dumps(values).encode())
 
 
 def holder(content: bytes) -> str:
-    """ " (process 12 on host)" of what a lock's holder wrote into it; nothing if that cannot be read."""
+    """ " (process 12 on host)" of what a lock's holder wrote into it; nothing if that cannot be
+    read.
+    """
     try:
         values = json.loads(content)
         return f" (process {int(values['process'])} on {one_line(str(values['host']))})"

@@ -1,9 +1,10 @@
 """Local files, handled so that nothing is lost and nothing hangs.
 
-`open_regular` and `read_bytes` refuse pipes, devices and files beyond a limit. `replace` writes a file so that a crash at any moment
-leaves the old or the new one. `Lock` lets one process at a time work on a directory or file; the system releases it when its holder
-dies, however that dies. `mark_own`, `is_own` and `remove_own` are the one rule of deletion: a directory is deleted only if it holds the
-marker that was put into it when it was created here.
+`open_regular` and `read_bytes` refuse pipes, devices and files beyond a limit. `replace` writes a
+file so that a crash at any moment leaves the old or the new one. `Lock` lets one process at a time
+work on a directory or file; the system releases it when its holder dies, however that dies.
+`mark_own`, `is_own` and `remove_own` are the one rule of deletion: a directory is deleted only if
+it holds the marker that was put into it when it was created here.
 """
 
 import contextlib
@@ -24,14 +25,17 @@ from internvl3_jax.io.file_errors import FileError, InUse
 from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.terminal import one_line
 
-OWN = ".internvl3_jax_unfinished"  # marker in a directory that is being filled, or that is about to be deleted
+# marker in a directory that is being filled, or that is about to be deleted
+OWN = ".internvl3_jax_unfinished"
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A regular file open for reading in binary. FileError if there is none; it never waits for a pipe or device."""
+    """A regular file open for reading in binary. FileError if there is none; it never waits for a
+    pipe or device.
+    """
     name = one_line(os.fspath(path))
     try:
         # A FIFO without a writer blocks in open() unless it is asked not to.
@@ -41,35 +45,46 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     kind = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(kind):
         os.close(descriptor)
-        what = "a directory" if stat.S_ISDIR(kind) else "not a regular file (a pipe, socket or device)"
+        what = (
+            "a directory" if stat.S_ISDIR(kind) else "not a regular file (a pipe, socket or device)"
+        )
         raise FileError(f"{name}: is {what}; name a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(path: str | os.PathLike, *, max_bytes: int) -> bytes:
-    """All bytes of a regular file, or of an object (remote_files.py). FileError if it has more than `max_bytes`."""
+    """All bytes of a regular file, or of an object (remote_files.py). FileError if it has more than
+    `max_bytes`.
+    """
     if is_remote(path):
         return remote_files.read_bytes(path, max_bytes=max_bytes)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            raise FileError(f"{one_line(os.fspath(path))}: has {size:,} bytes; at most {max_bytes:,} are read")
+            raise FileError(
+                f"{one_line(os.fspath(path))}: has {size:,} bytes; at most {max_bytes:,} are read"
+            )
         return file.read(size)  # a larger number would be allocated
 
 
 def reason(error: BaseException) -> str:
     """Why the system refused something, without the path, which the caller names."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return (
+        (error.strerror if isinstance(error, OSError) else None)
+        or str(error)
+        or type(error).__name__
+    )
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def replace(path: str | os.PathLike, content: bytes | str) -> None:
-    """Writes a file whole: a crash at any moment leaves the old one or the new one. OSError names the file.
+    """Writes a file whole: a crash at any moment leaves the old one or the new one. OSError names
+    the file.
 
-    A symbolic link stays one, and what it names is replaced; the permissions of an existing file stay. Objects (remote_files.py) are
-    written whole by themselves.
+    A symbolic link stays one, and what it names is replaced; the permissions of an existing file
+    stay. Objects (remote_files.py) are written whole by themselves.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_remote(path):
@@ -103,7 +118,7 @@ def sync_directory(path: str | os.PathLike) -> None:
             os.close(descriptor)
 
 
-# --- one process at a time ----------------------------------------------------------------------------------------------------
+# --- one process at a time -----------------------------------------------------------------------
 
 
 _HOLDER = b'{"host": '  # how a lock's file begins, unless it is empty
@@ -112,7 +127,8 @@ _HOLDER = b'{"host": '  # how a lock's file begins, unless it is empty
 class Lock:
     """Held by one process at a time, in a file that stays; a context manager.
 
-    The system releases it when the process ends, also by kill -9, so a lock is never stale. Its file names the holder.
+    The system releases it when the process ends, also by kill -9, so a lock is never stale. Its
+    file names the holder.
 
     Args:
       path: the lock's file; its directory must exist.
@@ -128,9 +144,14 @@ class Lock:
 
     def acquire(self) -> None:
         try:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+b")
+            file = open(
+                os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644),
+                "r+b",
+            )
         except OSError as error:
-            raise OSError(error.errno, f"cannot be locked ({reason(error)})", str(self.path)) from error
+            raise OSError(
+                error.errno, f"cannot be locked ({reason(error)})", str(self.path)
+            ) from error
         content = file.read(4096)
         if content and not content.startswith(_HOLDER[: len(content)]):
             file.close()
@@ -141,7 +162,9 @@ class Lock:
             holder = remote_files.holder(content)
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise OSError(error.errno, f"cannot be locked ({reason(error)})", str(self.path)) from error
+                raise OSError(
+                    error.errno, f"cannot be locked ({reason(error)})", str(self.path)
+                ) from error
             raise InUse(
                 f"{self.what} is in use by another process{holder}; wait for it or end it, or use another place"
             ) from error
@@ -164,12 +187,14 @@ class Lock:
         self.release()
 
 
-def lock_at(path: str | os.PathLike, what: str, note: Callable[[str], None] = lambda text: None) -> "Lock | remote_files.Lease":
+def lock_at(
+    path: str | os.PathLike, what: str, note: Callable[[str], None] = lambda text: None
+) -> "Lock | remote_files.Lease":
     """A `Lock`, or in object storage a `remote_files.Lease`; note: of the lease."""
     return remote_files.Lease(path, what, note) if is_remote(path) else Lock(path, what)
 
 
-# --- deleting -----------------------------------------------------------------------------------------------------------------
+# --- deleting ------------------------------------------------------------------------------------
 
 
 def mark_own(directory: str | os.PathLike) -> None:

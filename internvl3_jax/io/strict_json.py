@@ -1,8 +1,10 @@
-"""Strict, bounded reading of JSON. Every JSON that people hand in or that a crash may have damaged is read here.
+"""Strict, bounded reading of JSON. Every JSON that people hand in or that a crash may have damaged
+is read here.
 
-`loads` refuses what Python's parser lets pass and what eats the machine: NaN and infinities, a key that occurs twice in an object, numbers
-beyond a float's range, nesting beyond `MAX_DEPTH`, text that is not UTF-8. `Object` reads the keys of one object with their types and
-ranges. Every error is a JsonError, one line that names the file and, where it is known, the line or the key.
+`loads` refuses what Python's parser lets pass and what eats the machine: NaN and infinities, a key
+that occurs twice in an object, numbers beyond a float's range, nesting beyond `MAX_DEPTH`, text
+that is not UTF-8. `Object` reads the keys of one object with their types and ranges. Every error is
+a JsonError, one line that names the file and, where it is known, the line or the key.
 """
 
 import difflib
@@ -16,11 +18,19 @@ from typing import NamedTuple
 from internvl3_jax.io.safe_files import FileError, read_bytes
 from internvl3_jax.io.terminal import LONGEST, excerpt, one_line
 
-MAX_BYTES = 256 << 20  # of a JSON file, by default; a tokenizer.json has about 11 MB, an index of the 78B model 100 kB
+# of a JSON file, by default; a tokenizer.json has about 11 MB, an index of the 78B model 100 kB
+MAX_BYTES = 256 << 20
 MAX_DEPTH = 64
 MAX_DIGITS = 400  # of a number
 
-_KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+_KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
 _REQUIRED = object()
 # A string, or a bracket: enough to measure nesting before the parser recurses.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
@@ -67,7 +77,9 @@ def loads(data: bytes | str, where: str):
         if len(values) < len(items):
             names = [name for name, _ in items]
             twice = next(name for name in names if names.count(name) > 1)
-            raise JsonError(f"{where}: the key {excerpt(twice)} occurs twice in one object; remove one of them")
+            raise JsonError(
+                f"{where}: the key {excerpt(twice)} occurs twice in one object; remove one of them"
+            )
         return values
 
     try:
@@ -86,7 +98,9 @@ def loads(data: bytes | str, where: str):
     except (ValueError, RecursionError) as error:
         empty = not text.strip()
         reason = "the file is empty" if empty else str(error)
-        raise JsonError(f"{where}: is not JSON ({reason}); was it written or downloaded completely?") from error
+        raise JsonError(
+            f"{where}: is not JSON ({reason}); was it written or downloaded completely?"
+        ) from error
 
 
 class _Wrong(NamedTuple):
@@ -111,7 +125,9 @@ def decode(data: bytes, where: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise JsonError(f"{where}: line {line} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise JsonError(
+            f"{where}: line {line} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def _check_depth(text: str, where: str) -> None:
@@ -129,7 +145,9 @@ def _check_depth(text: str, where: str) -> None:
 
 
 def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES):
-    """The value of a local JSON file. JsonError if it is missing, no regular file, too large, or not strict JSON."""
+    """The value of a local JSON file. JsonError if it is missing, no regular file, too large, or
+    not strict JSON.
+    """
     return loads(read_bytes(path, max_bytes=max_bytes), str(path))
 
 
@@ -145,7 +163,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 class Object:
-    """One JSON object, read key by key; remembers the names that were asked for, so that `finish` can refuse the rest.
+    """One JSON object, read key by key; remembers the names that were asked for, so that `finish`
+    can refuse the rest.
 
     Args:
       values: what `loads` gave; JsonError unless it is an object.
@@ -157,11 +176,21 @@ class Object:
             raise JsonError(f"{where}: is {describe(values)}; expected an object")
         self.values, self.where, self.asked = values, where, set()
 
-    def get(self, name: str, kind: type | tuple[type, ...], default=_REQUIRED, *, low=None, high=None, choices=None):
+    def get(
+        self,
+        name: str,
+        kind: type | tuple[type, ...],
+        default=_REQUIRED,
+        *,
+        low=None,
+        high=None,
+        choices=None,
+    ):
         """A key's value; null counts as absent.
 
         Args:
-          kind: str, bool, int, float (takes whole numbers), dict or list, or several of them. A bool is never a number.
+          kind: str, bool, int, float (takes whole numbers), dict or list, or several of them. A
+              bool is never a number.
           default: for an absent key; without it the key must be there.
           low, high: bounds of a number, or of the length of a text, list or object; both inclusive.
           choices: all values that are allowed.
@@ -178,19 +207,28 @@ class Object:
             return default
         return check(value, kind, f"{self.where}: {name}", low=low, high=high, choices=choices)
 
-    def list_of(self, name: str, kind, default=_REQUIRED, *, length: int | None = None, **bounds) -> list:
+    def list_of(
+        self, name: str, kind, default=_REQUIRED, *, length: int | None = None, **bounds
+    ) -> list:
         """A key's list, every element checked as by `get`. length: how many elements it must have."""
         values = self.get(name, list, default)
         if values is default:
             return default
         if length is not None and len(values) != length:
             raise JsonError(f"{self.where}: {name} has {len(values)} elements; expected {length}")
-        return [check(value, kind, f"{self.where}: {name}[{index}]", **bounds) for index, value in enumerate(values)]
+        return [
+            check(value, kind, f"{self.where}: {name}[{index}]", **bounds)
+            for index, value in enumerate(values)
+        ]
 
     def object(self, name: str, default=_REQUIRED) -> "Object":
         """A key's object as another `Object`."""
         values = self.get(name, dict, default)
-        return values if values is default and not isinstance(values, dict) else Object(values, f"{self.where}: {name}")
+        return (
+            values
+            if values is default and not isinstance(values, dict)
+            else Object(values, f"{self.where}: {name}")
+        )
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Refuses every key that was neither asked for nor is in `ignored`."""
@@ -198,23 +236,41 @@ class Object:
         for name in self.values:
             if name not in known:
                 value = excerpt(self.values[name])
-                raise JsonError(f"{self.where}: unknown key {excerpt(name)} = {value}{suggestion(name, known)}")
+                raise JsonError(
+                    f"{self.where}: unknown key {excerpt(name)} = {value}{suggestion(name, known)}"
+                )
 
 
 def check(value, kind: type | tuple[type, ...], where: str, *, low=None, high=None, choices=None):
-    """`value`, if it has the kind and lies within the bounds; see `Object.get`. JsonError otherwise."""
+    """`value`, if it has the kind and lies within the bounds; see `Object.get`. JsonError
+    otherwise.
+    """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not _is_kind(value, kinds):
-        raise JsonError(f"{where} is {describe(value)}; expected {' or '.join(_KINDS[one] for one in kinds)}")
+        raise JsonError(
+            f"{where} is {describe(value)}; expected {' or '.join(_KINDS[one] for one in kinds)}"
+        )
     if choices is not None and value not in choices:
         near = suggestion(value, choices) if isinstance(value, str) else ""
-        raise JsonError(f"{where} is {excerpt(value)}; expected one of {', '.join(map(repr, choices))}{near}")
+        raise JsonError(
+            f"{where} is {excerpt(value)}; expected one of {', '.join(map(repr, choices))}{near}"
+        )
     if low is None and high is None:
         return value
     is_number = isinstance(value, int | float)
     measured, unit = (value, "") if is_number else (len(value), " long")
-    if (low is not None and measured < low) or (high is not None and measured > high) or measured != measured:
-        bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+    if (
+        (low is not None and measured < low)
+        or (high is not None and measured > high)
+        or measured != measured
+    ):
+        bounds = (
+            f"at least {low}"
+            if high is None
+            else f"at most {high}"
+            if low is None
+            else f"from {low} to {high}"
+        )
         raise JsonError(f"{where} is {excerpt(value)}; expected {bounds}{unit}")
     return value
 

@@ -1,21 +1,30 @@
-"""Text that comes from files, models and other people, made fit for a terminal and for error messages."""
+"""Text that comes from files, models and other people, made fit for a terminal and for error
+messages.
+"""
 
 import itertools
 import re
 
 LONGEST = 100  # characters that a message quotes of a value
 
-# C0 but for tabs and line breaks, DEL, C1; separators of lines; marks that reorder what is shown; half surrogates.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 but for tabs and line breaks, DEL, C1; separators of lines; marks that reorder what is shown;
+# half surrogates.
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:
-    r"""The text with everything that could drive a terminal written as \x1b, \u202e and so on; line breaks and tabs stay."""
+    r"""The text with everything that could drive a terminal written as \x1b, \u202e and so on; line
+    breaks and tabs stay.
+    """
     return UNSAFE.sub(lambda match: _escaped(match[0]), text)
 
 
 def one_line(text: str) -> str:
-    r"""`printable`, with line breaks and tabs written as \n and \t, too: for names in tables and messages."""
+    r"""`printable`, with line breaks and tabs written as \n and \t, too: for names in tables and
+    messages.
+    """
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 

@@ -1,7 +1,9 @@
-"""Dataclasses of settings to dicts and back, with the types of their annotations, so that no value of a wrong kind gets further.
+"""Dataclasses of settings to dicts and back, with the types of their annotations, so that no value
+of a wrong kind gets further.
 
-Annotations are int, float (takes whole numbers), str, bool, tuple[X, ...], X | None and other dataclasses. What comes from a file
-(manifests, adapters, config.json of a run) and what a configuration in Python holds is checked by the same function, `typed`.
+Annotations are int, float (takes whole numbers), str, bool, tuple[X, ...], X | None and other
+dataclasses. What comes from a file (manifests, adapters, config.json of a run) and what a
+configuration in Python holds is checked by the same function, `typed`.
 """
 
 import dataclasses
@@ -16,7 +18,9 @@ _LARGEST = 2**63 - 1
 
 
 class ConfigError(ValueError):
-    """A setting that makes no sense. The message names it, its value and what it may be; a line for each if there are several."""
+    """A setting that makes no sense. The message names it, its value and what it may be; a line for
+    each if there are several.
+    """
 
 
 def to_dict(config) -> dict:
@@ -27,7 +31,8 @@ def from_dict(cls, values, where: str = ""):
     """A dataclass from `to_dict`'s output, or from the JSON of it.
 
     Raises:
-      ConfigError: naming a field that is unknown (and the nearest one), missing, of a wrong type, or not finite.
+      ConfigError: naming a field that is unknown (and the nearest one), missing, of a wrong type,
+      or not finite.
     """
     named, where = bool(where), where or cls.__name__
     if not isinstance(values, dict):
@@ -49,7 +54,9 @@ def from_dict(cls, values, where: str = ""):
 
 
 def typed(value, kind, where: str):
-    """`value` if it is of the annotation `kind`, lists as tuples and dicts as dataclasses. ConfigError naming `where` if it is not."""
+    """`value` if it is of the annotation `kind`, lists as tuples and dicts as dataclasses.
+    ConfigError naming `where` if it is not.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in arguments:
@@ -61,7 +68,9 @@ def typed(value, kind, where: str):
             raise ConfigError(f"{where} is {describe(value)}; expected a list")
         if len(value) > LONGEST:
             raise ConfigError(f"{where} has {len(value):,} elements; at most {LONGEST:,} are read")
-        return tuple(typed(one, arguments[0], f"{where}[{index}]") for index, one in enumerate(value))
+        return tuple(
+            typed(one, arguments[0], f"{where}[{index}]") for index, one in enumerate(value)
+        )
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, where)
     try:

@@ -1,7 +1,9 @@
-"""Directories that appear whole or not at all, and never in the place of something that was not made here.
+"""Directories that appear whole or not at all, and never in the place of something that was not
+made here.
 
-A directory is filled as .NAME.RANDOM.partial beside its place, with the marker of safe_files.py in it, which its process keeps locked, and
-is then renamed. What killed processes left is recognized by marker and lock, and by nothing else.
+A directory is filled as .NAME.RANDOM.partial beside its place, with the marker of safe_files.py in
+it, which its process keeps locked, and is then renamed. What killed processes left is recognized by
+marker and lock, and by nothing else.
 """
 
 import contextlib
@@ -15,7 +17,17 @@ from collections.abc import Iterable
 
 from internvl3_jax.io import integrity, remote_files, strict_json
 from internvl3_jax.io.remote_files import as_path, is_remote
-from internvl3_jax.io.safe_files import OWN, FileError, InUse, Lock, is_own, mark_own, reason, remove_own, sync_directory
+from internvl3_jax.io.safe_files import (
+    OWN,
+    FileError,
+    InUse,
+    Lock,
+    is_own,
+    mark_own,
+    reason,
+    remove_own,
+    sync_directory,
+)
 from internvl3_jax.io.terminal import one_line
 
 MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
@@ -30,18 +42,24 @@ _KNOWN = re.compile(
 
 
 def absolute(path: str | os.PathLike) -> pathlib.Path:
-    """Where a user's path or address is; ~ is the home directory. ValueError for names that cannot hold arrays."""
+    """Where a user's path or address is; ~ is the home directory. ValueError for names that cannot
+    hold arrays.
+    """
     final = as_path(path)
     check_name(final)
     return final
 
 
 def check_name(path: pathlib.Path) -> None:
-    """ValueError for a path with a backslash, which TensorStore takes for a slash, a null character, or bytes that are not UTF-8."""
+    """ValueError for a path with a backslash, which TensorStore takes for a slash, a null
+    character, or bytes that are not UTF-8.
+    """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another name") from error
+        raise ValueError(
+            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another name"
+        ) from error
     if "\\" in str(path) or "\0" in str(path):
         raise ValueError(
             f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; choose another name"
@@ -64,7 +82,9 @@ class Unfinished:
             self.path.mkdir()
             # Locked before it has the name by which others may delete it.
             new = self.path / f"{OWN}.new"
-            mark_own(self.path) if (lock := _locked(new)) is None else os.rename(new, self.path / OWN)
+            mark_own(self.path) if (lock := _locked(new)) is None else os.rename(
+                new, self.path / OWN
+            )
             self.lock = lock
 
     def abandon(self) -> None:
@@ -77,8 +97,9 @@ class Unfinished:
                 self._release()
 
     def commit(self, overwrite: bool) -> None:
-        """Moves it to its place, in one step where the system can; FileExistsError, and nothing happens, if something is there and it is
-        not to be overwritten."""
+        """Moves it to its place, in one step where the system can; FileExistsError, and nothing
+        happens, if something is there and it is not to be overwritten.
+        """
         if not self.creates:
             return
         if not overwrite or not os.path.lexists(self.final):
@@ -104,8 +125,10 @@ class Unfinished:
 
 
 class InPlace:
-    """A directory in object storage that is being filled where it will be: it is complete when `integrity.seal` or `publish` has written
-    its files.json. Until then it has the marker. The attributes are those of `Unfinished`."""
+    """A directory in object storage that is being filled where it will be: it is complete when
+    `integrity.seal` or `publish` has written its files.json. Until then it has the marker. The
+    attributes are those of `Unfinished`.
+    """
 
     def __init__(self, final, creates: bool):
         self.final, self.path, self.creates = final, final, creates
@@ -124,7 +147,9 @@ class InPlace:
 
 
 def remove_incomplete(directory) -> bool:
-    """Deletes a directory in object storage that has the marker and no files.json. False, and nothing happens, for any other."""
+    """Deletes a directory in object storage that has the marker and no files.json. False, and
+    nothing happens, for any other.
+    """
     present = remote_files.objects(directory)
     if OWN not in present or integrity.FILES in present:
         return False
@@ -148,12 +173,20 @@ def _move(source: pathlib.Path, target: pathlib.Path) -> None:
     if _renameat2(source, target, _NOREPLACE):
         return
     if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, "something else appeared there meanwhile; choose another place", str(target))
+        raise FileExistsError(
+            errno.EEXIST,
+            "something else appeared there meanwhile; choose another place",
+            str(target),
+        )
     os.rename(source, target)
 
 
-def _renameat2(source: pathlib.Path, target: pathlib.Path, flags: int, before=lambda target: None) -> bool:
-    """False where the system or the file system has no such call; `before` is called once it is known to have it."""
+def _renameat2(
+    source: pathlib.Path, target: pathlib.Path, flags: int, before=lambda target: None
+) -> bool:
+    """False where the system or the file system has no such call; `before` is called once it is
+    known to have it.
+    """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -164,17 +197,22 @@ def _renameat2(source: pathlib.Path, target: pathlib.Path, flags: int, before=la
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
-    raise OSError(code, f"cannot be moved to its place ({os.strerror(code)}); what was there is unchanged", str(target))
+    raise OSError(
+        code,
+        f"cannot be moved to its place ({os.strerror(code)}); what was there is unchanged",
+        str(target),
+    )
 
 
-# --- what others left behind -----------------------------------------------------------------------------------------------------
+# --- what others left behind ---------------------------------------------------------------------
 
 
 def clean(parent: pathlib.Path, name: str | None = None) -> None:
-    """Removes what killed processes of ours left of the directory `name`, or of any, in `parent`. InUse if one of them is alive.
+    """Removes what killed processes of ours left of the directory `name`, or of any, in `parent`.
+    InUse if one of them is alive.
 
-    An old directory whose replacement was interrupted comes back, where its place is free. In object storage the caller's lease says that
-    nobody else writes there.
+    An old directory whose replacement was interrupted comes back, where its place is free. In
+    object storage the caller's lease says that nobody else writes there.
     """
     if is_remote(parent):
         for entry in [parent / name] if name else remote_folders(parent):
@@ -201,7 +239,12 @@ def clean(parent: pathlib.Path, name: str | None = None) -> None:
 
 def remote_folders(parent) -> list:
     """What lies directly below an address and has something below it."""
-    return [parent / name for name in sorted({name.split("/")[0] for name in remote_files.objects(parent) if "/" in name})]
+    return [
+        parent / name
+        for name in sorted(
+            {name.split("/")[0] for name in remote_files.objects(parent) if "/" in name}
+        )
+    ]
 
 
 def _remove_dead(directory: pathlib.Path, final: pathlib.Path) -> None:
@@ -224,11 +267,13 @@ def _remove_dead(directory: pathlib.Path, final: pathlib.Path) -> None:
         lock.release()
 
 
-# --- finished ones -----------------------------------------------------------------------------------------------------------------
+# --- finished ones -------------------------------------------------------------------------------
 
 
 def remove_finished(directory: pathlib.Path) -> str | None:
-    """Deletes a directory that was made here. If it holds a file that was not written with it, nothing happens, and that is returned."""
+    """Deletes a directory that was made here. If it holds a file that was not written with it,
+    nothing happens, and that is returned.
+    """
     foreign = integrity.unlisted(directory) if is_remote(directory) else _foreign(directory)
     if foreign is None or foreign:
         return foreign[0] if foreign else "no list of its files"
@@ -247,17 +292,25 @@ def remove_finished(directory: pathlib.Path) -> str | None:
 
 
 def set_aside(directory: pathlib.Path) -> None:
-    """Gives a damaged directory another name, .NAME.RANDOM.damaged. Nothing in it is deleted: it may be all that is left."""
+    """Gives a damaged directory another name, .NAME.RANDOM.damaged. Nothing in it is deleted: it
+    may be all that is left.
+    """
     if is_remote(directory):
-        raise FileExistsError(f"{directory} is damaged, and in object storage it cannot be given another name; move it away")
+        raise FileExistsError(
+            f"{directory} is damaged, and in object storage it cannot be given another name; move it away"
+        )
     os.rename(directory, directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.damaged"))
 
 
-# --- what may be replaced --------------------------------------------------------------------------------------------------------
+# --- what may be replaced ------------------------------------------------------------------------
 
 
-def check_replaceable(final: pathlib.Path, sources: Iterable[str | os.PathLike] = (), program: str = "--overwrite") -> None:
-    """FileExistsError unless a directory was made here and holds nothing else, and is, holds and lies in none of `sources`."""
+def check_replaceable(
+    final: pathlib.Path, sources: Iterable[str | os.PathLike] = (), program: str = "--overwrite"
+) -> None:
+    """FileExistsError unless a directory was made here and holds nothing else, and is, holds and
+    lies in none of `sources`.
+    """
 
     def refuse(why: str):
         return FileExistsError(
@@ -298,7 +351,9 @@ def check_replaceable(final: pathlib.Path, sources: Iterable[str | os.PathLike] 
 
 
 def _foreign(directory: pathlib.Path) -> list[str] | None:
-    """Files of a directory that were not written by this program; None if it is no directory of ours."""
+    """Files of a directory that were not written by this program; None if it is no directory of
+    ours.
+    """
     names = [name for name, _ in integrity.files_of(directory)]
     if not names and not any(directory.iterdir()):
         return []
@@ -309,4 +364,6 @@ def _foreign(directory: pathlib.Path) -> list[str] | None:
         strict_json.read_object(directory / MANIFEST).get("format", int)
     except FileError:
         return None
-    return [name for name in names if not _KNOWN.fullmatch(name) and name not in (OWN, integrity.FILES)]
+    return [
+        name for name in names if not _KNOWN.fullmatch(name) and name not in (OWN, integrity.FILES)
+    ]

@@ -26,7 +26,8 @@ class InternVL(nn.Module):
     unrolled: bool = False  # the decoder's generation layout; see language.py
     unrolled_vision: bool = False  # the tower's; see vision.py
     fused: bool = True  # of the generation layout: q/k/v and gate/up as one matrix each
-    scan_unroll: int = 1  # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
+    # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
+    scan_unroll: int = 1
     remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
     remat_language: str = "none"
     attention_vision: str = "auto"  # implementation; see ops/attention.py
@@ -34,7 +35,12 @@ class InternVL(nn.Module):
 
     def setup(self):
         self.vision = VisionTower(
-            self.config.vision, self.dtype, self.scan_unroll, self.remat_vision, self.unrolled_vision, self.attention_vision
+            self.config.vision,
+            self.dtype,
+            self.scan_unroll,
+            self.remat_vision,
+            self.unrolled_vision,
+            self.attention_vision,
         )
         self.projector = Projector(self.config, self.dtype)
         self.language = Decoder(
@@ -48,7 +54,9 @@ class InternVL(nn.Module):
         )
 
     def __call__(self, batch, deterministic: bool = True, scaling: str | None = None):
-        """batch: a `Batch` or a dict with its fields (data/batch.py). Returns logits f32[B,T,V] without the vocabulary's padding."""
+        """batch: a `Batch` or a dict with its fields (data/batch.py). Returns logits f32[B,T,V]
+        without the vocabulary's padding.
+        """
         logits = self.language.logits(self.hidden(batch, deterministic, scaling))
         return logits[..., : self.config.language.vocab_size]
 
@@ -59,12 +67,17 @@ class InternVL(nn.Module):
         rows, count = tiles.shape[:2]
         if count:
             features = self.encode(tiles.reshape(rows * count, *tiles.shape[2:]), deterministic)
-            # Back from tiles over all devices to rows: what a row's devices made is gathered among them, nothing crosses rows.
-            features = constrain(features, TILE_AXES, None, None).reshape(rows, -1, features.shape[-1])
+            # Back from tiles over all devices to rows: what a row's devices made is gathered among
+            # them, nothing crosses rows.
+            features = constrain(features, TILE_AXES, None, None).reshape(
+                rows, -1, features.shape[-1]
+            )
             features = constrain(features, BATCH_AXES, None, None)
             x = merge(x, features, tokens == self.config.image_token_id, batch.get("features"))
         self.sow("intermediates", "merged", x)
-        x, _ = self.language(x, batch["positions"], batch["segments"], scaling=scaling, until=batch.get("until"))
+        x, _ = self.language(
+            x, batch["positions"], batch["segments"], scaling=scaling, until=batch.get("until")
+        )
         return x
 
     def encode(self, tiles, deterministic: bool = True):
@@ -76,12 +89,14 @@ class InternVL(nn.Module):
     def step(self, tokens, visual, positions, slots, cache, scaling: str | None = None):
         """Runs tokens i32[B,T] through the decoder, into `cache`.
 
-        `visual` [B,T,D] holds the features of pictures at the places of their tokens, or is None where there are none. Returns
-        (hidden [B,T,D], cache).
+        `visual` [B,T,D] holds the features of pictures at the places of their tokens, or is None
+        where there are none. Returns (hidden [B,T,D], cache).
         """
         x = self.language.embed(tokens)
         if visual is not None:
-            x = jnp.where((tokens == self.config.image_token_id)[..., None], visual.astype(x.dtype), x)
+            x = jnp.where(
+                (tokens == self.config.image_token_id)[..., None], visual.astype(x.dtype), x
+            )
         return self.language(x, positions, cache=cache, slots=slots, scaling=scaling)
 
     def head_kernel(self):
@@ -94,9 +109,11 @@ class InternVL(nn.Module):
 
 
 def merge(embeddings, features, is_visual, slot=None):
-    """Puts a row's k-th visual feature at its k-th visual token; with `slot` i32[B,T], the feature of that number at each.
+    """Puts a row's k-th visual feature at its k-th visual token; with `slot` i32[B,T], the feature
+    of that number at each.
 
-    embeddings [B,T,D], features [B,F,D], is_visual bool[B,T] -> [B,T,D]. A gather within each row: sharding rows needs no collective.
+    embeddings [B,T,D], features [B,F,D], is_visual bool[B,T] -> [B,T,D]. A gather within each row:
+    sharding rows needs no collective.
     """
     slot = jnp.cumsum(is_visual, axis=1) - 1 if slot is None else slot
     slot = jnp.clip(slot, 0, features.shape[1] - 1)
@@ -120,8 +137,13 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> dict:
 def count_params(config: ModelConfig) -> dict[str, int]:
     """Parameters of "vision", "projector" and "language", without the rows that pad the vocabulary."""
     shapes = abstract_params(config)
-    counts = {name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
+    counts = {
+        name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part))
+        for name, part in shapes.items()
+    }
     language = config.language
     matrices = 1 if language.tie_embeddings else 2
-    counts["language"] -= matrices * (language.padded_vocab_size - language.vocab_size) * language.hidden_size
+    counts["language"] -= (
+        matrices * (language.padded_vocab_size - language.vocab_size) * language.hidden_size
+    )
     return counts

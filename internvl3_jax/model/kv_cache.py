@@ -1,6 +1,8 @@
-"""Key/value cache: a list with one {"k", "v"} of [B,S,K,H] per layer, passed into the decoder and returned by it.
+"""Key/value cache: a list with one {"k", "v"} of [B,S,K,H] per layer, passed into the decoder and
+returned by it.
 
-One buffer per layer: a single stacked array would be copied at every decoding step. B rows, S slots, K key/value heads, H head width.
+One buffer per layer: a single stacked array would be copied at every decoding step. B rows, S
+slots, K key/value heads, H head width.
 """
 
 import jax
@@ -14,7 +16,10 @@ Cache = list[dict[str, jax.Array]]
 
 def init_cache(config: LanguageConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    return [{"k": _placed(jnp.zeros(shape, dtype)), "v": _placed(jnp.zeros(shape, dtype))} for _ in range(config.num_layers)]
+    return [
+        {"k": _placed(jnp.zeros(shape, dtype)), "v": _placed(jnp.zeros(shape, dtype))}
+        for _ in range(config.num_layers)
+    ]
 
 
 def _placed(x):
@@ -28,13 +33,17 @@ def cache_bytes(config: LanguageConfig, slots: int, bytes_per_value: int = 2) ->
 
 
 def write(layer: dict, k, v, slots):
-    """Puts k, v [B,T,K,H] at slots i32[B,T]; each row's slots are consecutive. The caller keeps slots + T within the buffer."""
+    """Puts k, v [B,T,K,H] at slots i32[B,T]; each row's slots are consecutive. The caller keeps
+    slots + T within the buffer.
+    """
 
     def row(buffer, new, start):
         return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (start, 0, 0))
 
     start = slots[:, 0]
-    return {name: _placed(jax.vmap(row)(layer[name], new, start)) for name, new in (("k", k), ("v", v))}
+    return {
+        name: _placed(jax.vmap(row)(layer[name], new, start)) for name, new in (("k", k), ("v", v))
+    }
 
 
 def grow(cache: Cache, slots: int) -> Cache:

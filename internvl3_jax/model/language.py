@@ -1,10 +1,12 @@
-"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3, which differ by numbers and bias flags.
+"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3, which differ by numbers and bias
+flags.
 
-Two layouts of the same layers. Stacked (canonical: checkpoints, training) keeps [L, ...] arrays and scans. Unrolled (generation) keeps
-separate arrays for every layer, with q/k/v and gate/up merged: a scan would copy every weight at every decoded token. `unroll` makes
-the second from the first.
+Two layouts of the same layers. Stacked (canonical: checkpoints, training) keeps [L, ...] arrays and
+scans. Unrolled (generation) keeps separate arrays for every layer, with q/k/v and gate/up merged: a
+scan would copy every weight at every decoded token. `unroll` makes the second from the first.
 
-B rows, T tokens, D width, V vocabulary, N query heads, K key/value heads, H head width, S cache slots.
+B rows, T tokens, D width, V vocabulary, N query heads, K key/value heads, H head width, S cache
+slots.
 """
 
 import flax.linen as nn
@@ -30,7 +32,10 @@ class DecoderLayer(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q_width, kv_width = (
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
 
         def dense(features, bias):
             return Dense(features, use_bias=bias, dtype=dtype)
@@ -50,9 +55,11 @@ class DecoderLayer(nn.Module):
         self.down = dense(config.hidden_size, config.mlp_bias)
 
     def __call__(self, x, rope, mask, slots=None, cache_layer=None):
-        """x [B,T,D] -> (x, cache_layer). With a cache the new keys and values go to `slots` first, and all its slots are keys."""
-        # Between the products tokens are split over tensor, too (Korthikanti et al. 2022): what is kept for the backward pass, and the
-        # norms, are not repeated on each of its devices.
+        """x [B,T,D] -> (x, cache_layer). With a cache the new keys and values go to `slots` first,
+        and all its slots are keys.
+        """
+        # Between the products tokens are split over tensor, too (Korthikanti et al. 2022): what is
+        # kept for the backward pass, and the norms, are not repeated on each of its devices.
         x = checkpoint_name(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
         attended, cache_layer = self.attend(self.input_norm(x), rope, mask, slots, cache_layer)
         x = x + attended
@@ -62,7 +69,10 @@ class DecoderLayer(nn.Module):
 
     def attend(self, x, rope, mask, slots, cache_layer):
         config = self.config
-        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q_width, kv_width = (
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         if self.fused:
             q, k, v = jnp.split(self.qkv(x), (q_width, q_width + kv_width), axis=-1)
         else:
@@ -78,7 +88,9 @@ class DecoderLayer(nn.Module):
         return self.o(mixed.reshape(*x.shape[:2], q_width)), cache_layer
 
     def mlp(self, x):
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1) if self.fused else (self.gate(x), self.up(x))
+        gate, up = (
+            jnp.split(self.gate_up(x), 2, axis=-1) if self.fused else (self.gate(x), self.up(x))
+        )
         return self.down(constrain(nn.silu(gate) * up, BATCH_AXES, "context", "tensor"))
 
 
@@ -86,7 +98,9 @@ class Decoder(nn.Module):
     config: LanguageConfig
     dtype: jnp.dtype
     unrolled: bool = False
-    fused: bool = True  # of the unrolled layout; False where "tensor" splits the heads, which a merged matrix would interleave
+    # of the unrolled layout; False where "tensor" splits the heads, which a merged matrix would
+    # interleave
+    fused: bool = True
     scan_unroll: int = 1  # layers per step of the scan
     remat: str = "none"  # see ops/remat.py
     attention: str = "auto"  # implementation; see ops/attention.py
@@ -94,9 +108,14 @@ class Decoder(nn.Module):
     def setup(self):
         config = self.config
         init = nn.initializers.normal(config.hidden_size**-0.5)
-        self.embedding = self.param("embedding", init, (config.padded_vocab_size, config.hidden_size))
+        self.embedding = self.param(
+            "embedding", init, (config.padded_vocab_size, config.hidden_size)
+        )
         if self.unrolled:
-            self.layer = [DecoderLayer(config, self.dtype, self.fused, self.attention) for _ in range(config.num_layers)]
+            self.layer = [
+                DecoderLayer(config, self.dtype, self.fused, self.attention)
+                for _ in range(config.num_layers)
+            ]
         else:
             self.layers = nn.scan(
                 remat(DecoderLayer, self.remat, self.scan_unroll),
@@ -112,32 +131,49 @@ class Decoder(nn.Module):
 
     def embed(self, tokens):
         """i32[B,T] -> [B,T,D]"""
-        # Every device looks its part of the width up for all rows, then they exchange: ids and features travel, the table does not.
+        # Every device looks its part of the width up for all rows, then they exchange: ids and
+        # features travel, the table does not.
         tokens = constrain(tokens, ("slice", "data"), None)
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         x = constrain(x, ("slice", "data"), None, SHARDED_AXES)
-        # One axis at a time, each an all-to-all; both at once the compiler would do by gathering everything.
+        # One axis at a time, each an all-to-all; both at once the compiler would do by gathering
+        # everything.
         x = constrain(x, BATCH_AXES, None, "context")
         x = constrain(x, BATCH_AXES, "context", None)
         return constrain(x, BATCH_AXES, ROW_AXES, None)
 
-    def __call__(self, x, positions, segments=None, cache=None, slots=None, scaling: str | None = None, until=None):
+    def __call__(
+        self,
+        x,
+        positions,
+        segments=None,
+        cache=None,
+        slots=None,
+        scaling: str | None = None,
+        until=None,
+    ):
         """Embeddings to final hidden states.
 
         Args:
           x: [B,T,D]; positions: i32[B,T] in units of 1/256.
-          segments: i32[B,T], 0 = padding; None where every row is one sequence (padding then belongs at its end).
-          cache, slots: see cache.py; slots i32[B,T] are where the T tokens go. Needs the unrolled layout.
+          segments: i32[B,T], 0 = padding; None where every row is one sequence (padding then
+              belongs at its end).
+          cache, slots: see cache.py; slots i32[B,T] are where the T tokens go. Needs the unrolled
+              layout.
           scaling: rope scaling in place of the config's ("none" under V2PE).
-          until: i32[B,T], the last place that sees each token; None: its segment's end. Without a cache only.
+          until: i32[B,T], the last place that sees each token; None: its segment's end. Without a
+              cache only.
 
         Returns ([B,T,D], cache).
         """
         scaling = self.config.rope_scaling if scaling is None else scaling
-        # Where the mesh splits rows, their tokens stand in another order between here and the end, so that all devices have equal work.
+        # Where the mesh splits rows, their tokens stand in another order between here and the end,
+        # so that all devices have equal work.
         parts = row_parts(x.shape[1]) if cache is None else 1
         given = (x, positions, segments, until)
-        x, positions, segments, until = (None if part is None else to_zigzag(part, parts) for part in given)
+        x, positions, segments, until = (
+            None if part is None else to_zigzag(part, parts) for part in given
+        )
         rope = rope_tables(self.config, positions, segments, scaling)
         if cache is None:
             mask = causal(x.shape[:2], segments, parts, until)
@@ -184,7 +220,9 @@ class Head(nn.Module):
 
 
 def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
-    """Stacked decoder parameters -> the unrolled layout. Leaves outside the layers are shared, the layers' are copied."""
+    """Stacked decoder parameters -> the unrolled layout. Leaves outside the layers are shared, the
+    layers' are copied.
+    """
     layers = params["layers"]
 
     def one(index):
@@ -193,7 +231,9 @@ def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
             return part
         merged = {name: part[name] for name in ("input_norm", "post_norm", "o", "down")}
         for target, sources in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
-            merged[target] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *(part[name] for name in sources))
+            merged[target] = jax.tree.map(
+                lambda *leaves: jnp.concatenate(leaves, axis=-1), *(part[name] for name in sources)
+            )
         return merged
 
     rest = {name: value for name, value in params.items() if name != "layers"}

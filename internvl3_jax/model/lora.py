@@ -1,12 +1,15 @@
-"""LoRA (Hu et al. 2021): beside the frozen matrix W of a linear layer two narrow ones are trained, y = x @ W + scale * (x @ a @ b).
+"""LoRA (Hu et al. 2021): beside the frozen matrix W of a linear layer two narrow ones are trained,
+y = x @ W + scale * (x @ a @ b).
 
-The adapters are a subtree of the parameters, "lora", that mirrors the paths of their layers. a f32[in,r] is drawn and b f32[r,out] is zero,
-so a model starts as its base; stacked layers have stacked adapters.
+The adapters are a subtree of the parameters, "lora", that mirrors the paths of their layers. a
+f32[in,r] is drawn and b f32[r,out] is zero, so a model starts as its base; stacked layers have
+stacked adapters.
 
     params["language"]["layers"]["q"]["kernel"]             [L,in,out], frozen; or in few bits (ops/quantize.py)
     params["lora"]["language"]["layers"]["q"]["a"], ["b"]   [L,in,r], [L,r,out], trained
 
-`variables` makes of such a tree what `model.apply` takes; `ops/dense.py` adds the products, and W + a @ b never exists in training.
+`variables` makes of such a tree what `model.apply` takes; `ops/dense.py` adds the products, and W +
+a @ b never exists in training.
 """
 
 import dataclasses
@@ -25,10 +28,11 @@ from internvl3_jax.model.ops.quantize import KINDS, dequantize, library, quantiz
 from internvl3_jax.param_tree import matching
 
 SUBTREE = "lora"
-LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")  # layers that can have an adapter
+# layers that can have an adapter
+LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")
 
 
-# --- configuration ---------------------------------------------------------------------------------------------------------------
+# --- configuration -------------------------------------------------------------------------------
 
 
 def scale(config: LoraConfig) -> float:
@@ -37,7 +41,8 @@ def scale(config: LoraConfig) -> float:
 
 
 def freeze_base(config: TrainConfig) -> TrainConfig:
-    """The configuration with everything frozen but adapters and what `lora.full` names; as it is without LoRA.
+    """The configuration with everything frozen but adapters and what `lora.full` names; as it is
+    without LoRA.
 
     Raises ValueError naming the field that makes no sense.
     """
@@ -47,11 +52,15 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
     if settings.rank < 0:
         raise ValueError(f"lora.rank is {settings.rank}; it must be 0 (no adapters) or more")
     if not settings.targets:
-        raise ValueError("lora.targets is empty and lora.rank above 0; name the layers that get adapters")
+        raise ValueError(
+            "lora.targets is empty and lora.rank above 0; name the layers that get adapters"
+        )
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"lora.dropout is {settings.dropout}; it must be at least 0 and below 1")
     if settings.quantize not in ("none", *KINDS):
-        raise ValueError(f"lora.quantize is {settings.quantize!r}; it must be none, {' or '.join(KINDS)}")
+        raise ValueError(
+            f"lora.quantize is {settings.quantize!r}; it must be none, {' or '.join(KINDS)}"
+        )
     if settings.quantize != "none":
         library()  # now rather than after the base has been read
     trained = "|".join([rf"{SUBTREE}/", *(f"(?:{pattern})$" for pattern in settings.full)])
@@ -63,15 +72,27 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
 
 
 def linear_layers(params: Mapping) -> dict[str, tuple[int, ...]]:
-    """Path of every layer that can have an adapter -> shape of its matrix, [L,in,out] or [in,out]. Not of a quantized tree."""
-    leaves = {path.removesuffix("/kernel"): leaf for path, leaf in _flat(params).items() if path.endswith("/kernel")}
+    """Path of every layer that can have an adapter -> shape of its matrix, [L,in,out] or [in,out].
+    Not of a quantized tree.
+    """
+    leaves = {
+        path.removesuffix("/kernel"): leaf
+        for path, leaf in _flat(params).items()
+        if path.endswith("/kernel")
+    }
     return {path: leaf.shape for path, leaf in leaves.items() if LINEAR.fullmatch(path)}
 
 
 def targets(params: Mapping, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """The layers that get an adapter, as of `linear_layers`. ValueError naming a pattern that matches none."""
+    """The layers that get an adapter, as of `linear_layers`. ValueError naming a pattern that
+    matches none.
+    """
     layers = linear_layers(params)
-    chosen = {path for pattern in config.targets for path in matching(pattern, layers, "lora.targets", "linear layer")}
+    chosen = {
+        path
+        for pattern in config.targets
+        for path in matching(pattern, layers, "lora.targets", "linear layer")
+    }
     for pattern in config.full:
         whole = matching(pattern, _flat(params), "lora.full")
         if both := sorted(chosen & {path.removesuffix("/kernel") for path in whole}):
@@ -81,17 +102,21 @@ def targets(params: Mapping, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     return {path: shape for path, shape in layers.items() if path in chosen}
 
 
-# --- making ----------------------------------------------------------------------------------------------------------------------
+# --- making --------------------------------------------------------------------------------------
 
 
 def init(params: Mapping, config: LoraConfig, key) -> dict:
-    """New adapters for parameters of which only the shapes are looked at: a as PEFT draws it, uniform within 1 / sqrt(in), b zero."""
+    """New adapters for parameters of which only the shapes are looked at: a as PEFT draws it,
+    uniform within 1 / sqrt(in), b zero.
+    """
 
     def one(path, shape):
         *layers, rows, columns = shape
         bound = rows**-0.5
         # By the layer's name: which other layers have adapters changes nothing.
-        drawn = jax.random.uniform(_key(key, path), (*layers, rows, config.rank), jnp.float32, -bound, bound)
+        drawn = jax.random.uniform(
+            _key(key, path), (*layers, rows, config.rank), jnp.float32, -bound, bound
+        )
         return {"a": drawn, "b": jnp.zeros((*layers, config.rank, columns), jnp.float32)}
 
     return _nested({path: one(path, shape) for path, shape in targets(params, config).items()})
@@ -103,11 +128,15 @@ def _key(key, path: str):
 
 def prepare_base(params: Mapping, config: LoraConfig) -> dict:
     """The base as it is trained beside: each leaf as of `prepare_base_leaf`."""
-    return _nested({path: prepare_base_leaf(path, leaf, config) for path, leaf in _flat(params).items()})
+    return _nested(
+        {path: prepare_base_leaf(path, leaf, config) for path, leaf in _flat(params).items()}
+    )
 
 
 def prepare_base_leaf(path: str, leaf, config: LoraConfig):
-    """A leaf in float32 if it is trained whole, and quantized if it is a matrix of the stacked layers, which are nearly all there is."""
+    """A leaf in float32 if it is trained whole, and quantized if it is a matrix of the stacked
+    layers, which are nearly all there is.
+    """
     if any(re.fullmatch(pattern, path) for pattern in config.full):
         return leaf.astype(jnp.float32)
     if config.quantize != "none" and path.endswith("/kernel") and "/layers/" in path:
@@ -118,20 +147,25 @@ def prepare_base_leaf(path: str, leaf, config: LoraConfig):
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
-# --- using -----------------------------------------------------------------------------------------------------------------------
+# --- using ---------------------------------------------------------------------------------------
 
 
 def variables(params: Mapping, config: LoraConfig | None = None, training: bool = False) -> dict:
-    """What `model.apply` takes, of a tree with or without adapters. Without the subtree "lora" in it the model is the base.
+    """What `model.apply` takes, of a tree with or without adapters. Without the subtree "lora" in
+    it the model is the base.
 
-    config: None for adapters that `scaled` has made ready. training: drops the adapters' inputs by `dropout`, with the rng "dropout".
+    config: None for adapters that `scaled` has made ready. training: drops the adapters' inputs by
+        `dropout`, with the rng "dropout".
     """
     base = base_params(params)
     if SUBTREE not in params:
         return {"params": base}
     adapters = params[SUBTREE] if config is None else scaled(params[SUBTREE], config)
     if training and config.dropout:
-        adapters = _each(lambda adapter: adapter | {"rate": jnp.full(adapter["a"].shape[:-2], config.dropout)}, adapters)
+        adapters = _each(
+            lambda adapter: adapter | {"rate": jnp.full(adapter["a"].shape[:-2], config.dropout)},
+            adapters,
+        )
     return {"params": base, SUBTREE: adapters}
 
 
@@ -151,7 +185,8 @@ def unscaled(adapters: Mapping, config: LoraConfig) -> dict:
 
 
 def merged(params: Mapping, config: LoraConfig | None = None, dtype=None) -> dict:
-    """An ordinary tree that computes the same: W + scale * a @ b, summed in float32 and rounded once; nothing is quantized any more.
+    """An ordinary tree that computes the same: W + scale * a @ b, summed in float32 and rounded
+    once; nothing is quantized any more.
 
     dtype: of all of it; None keeps each leaf's, and takes float32 for what was quantized.
     """
@@ -184,17 +219,26 @@ def merged_leaf(kernel, adapter, dtype):
 
 
 def expected_zero_grads(trained: Mapping) -> list:
-    """Of each leaf, in order, whether its gradient must be zero: it is an adapter's a, and its b is still zero. bool or bool[]"""
+    """Of each leaf, in order, whether its gradient must be zero: it is an adapter's a, and its b is
+    still zero. bool or bool[]
+    """
     leaves = _flat(trained)
 
     def one(path):
         start, _, name = path.rpartition("/")
-        return (leaves[f"{start}/b"] == 0).all() if path.startswith(f"{SUBTREE}/") and name == "a" else False
+        return (
+            (leaves[f"{start}/b"] == 0).all()
+            if path.startswith(f"{SUBTREE}/") and name == "a"
+            else False
+        )
 
-    return [one(jax.tree_util.keystr(path, simple=True, separator="/")) for path, _ in jax.tree.leaves_with_path(trained)]
+    return [
+        one(jax.tree_util.keystr(path, simple=True, separator="/"))
+        for path, _ in jax.tree.leaves_with_path(trained)
+    ]
 
 
-# --- trees -----------------------------------------------------------------------------------------------------------------------
+# --- trees ---------------------------------------------------------------------------------------
 
 
 def _is_adapter(node) -> bool:

@@ -1,4 +1,6 @@
-"""Pixel shuffle and the two-layer MLP between the vision tower and the decoder. M tiles, G patches a side, C and D widths."""
+"""Pixel shuffle and the two-layer MLP between the vision tower and the decoder. M tiles, G patches
+a side, C and D widths.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,8 +13,8 @@ from internvl3_jax.model.ops.norms import make_norm
 def pixel_shuffle(x, factor: int, version: str = "v2"):
     """[M,R,Q,C] -> [M, R/f, Q/f, f*f*C]: a block of f x f patches becomes one token.
 
-    Within a token the row inside the block is most significant, then the column, then the channel, as in InternVL. "v1" returns the
-    two spatial axes swapped, as the first released models did.
+    Within a token the row inside the block is most significant, then the column, then the channel,
+    as in InternVL. "v1" returns the two spatial axes swapped, as the first released models did.
     """
     tiles, rows, columns, channels = x.shape
     x = x.reshape(tiles, rows // factor, factor, columns // factor, factor, channels)

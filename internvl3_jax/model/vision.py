@@ -1,6 +1,8 @@
-"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm, QK-norm over all channels).
+"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm, QK-norm
+over all channels).
 
-Follows InternViT-448px-V2_5 as released with InternVL3: no final norm, CLS dropped after the tower, layer scale inside the residual.
+Follows InternViT-448px-V2_5 as released with InternVL3: no final norm, CLS dropped after the tower,
+layer scale inside the residual.
 M tiles, P = 1 + grid * grid tokens, C width.
 """
 
@@ -53,13 +55,18 @@ class VisionBlock(nn.Module):
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.reshape(tiles, length, self.config.num_heads, self.config.head_dim) for part in (q, k, v))
+        q, k, v = (
+            part.reshape(tiles, length, self.config.num_heads, self.config.head_dim)
+            for part in (q, k, v)
+        )
         q, k, v = (checkpoint_name(part, "attention_input") for part in (q, k, v))
         mixed = attention(q, k, v, implementation=self.attention)
         return self.proj(mixed.reshape(tiles, length, width))
 
     def drop_path(self, branch, rate, deterministic: bool):
-        """Stochastic depth (Huang et al. 2016): drops the branch for a whole tile, and scales what is kept."""
+        """Stochastic depth (Huang et al. 2016): drops the branch for a whole tile, and scales what
+        is kept.
+        """
         if deterministic or self.config.drop_path == 0.0:
             return branch
         keep = 1.0 - rate
@@ -72,20 +79,25 @@ class VisionTower(nn.Module):
     dtype: jnp.dtype
     scan_unroll: int = 1  # layers per step of the scan
     remat: str = "none"  # see ops/remat.py
-    unrolled: bool = (
-        False  # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked ones at every use
-    )
+    # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked
+    # ones at every use
+    unrolled: bool = False
     attention: str = "auto"  # implementation; see ops/attention.py
 
     def setup(self):
         config = self.config
         self.patch_embedding = Dense(config.hidden_size, dtype=self.dtype)
-        # From scratch, places must be as visible as content: with a deviation of 0.02 a small tower learns several times more slowly.
+        # From scratch, places must be as visible as content: with a deviation of 0.02 a small tower
+        # learns several times more slowly.
         init = nn.initializers.normal(0.5)
         self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
-        self.position_embedding = self.param("position_embedding", init, (1 + config.grid**2, config.hidden_size))
+        self.position_embedding = self.param(
+            "position_embedding", init, (1 + config.grid**2, config.hidden_size)
+        )
         if self.unrolled:
-            self.layer = [VisionBlock(config, self.dtype, self.attention) for _ in range(config.num_layers)]
+            self.layer = [
+                VisionBlock(config, self.dtype, self.attention) for _ in range(config.num_layers)
+            ]
             return
         self.layers = nn.scan(
             remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
@@ -97,12 +109,23 @@ class VisionTower(nn.Module):
         )(config, self.dtype, self.attention)
 
     def __call__(self, tiles, deterministic: bool = True):
-        """tiles u8[M,H,W,3], or float already normalised -> [M,P,C]. H and W are multiples of the patch size."""
-        x = self.patch_embedding(patches(normalize(tiles, self.config), self.config.patch_size).astype(self.dtype))
+        """tiles u8[M,H,W,3], or float already normalised -> [M,P,C]. H and W are multiples of the
+        patch size.
+        """
+        x = self.patch_embedding(
+            patches(normalize(tiles, self.config), self.config.patch_size).astype(self.dtype)
+        )
         grid = (tiles.shape[1] // self.config.patch_size, tiles.shape[2] // self.config.patch_size)
-        cls = jnp.broadcast_to(self.class_embedding.astype(self.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
+        cls = jnp.broadcast_to(
+            self.class_embedding.astype(self.dtype)[None, None], (x.shape[0], 1, x.shape[2])
+        )
         table = interpolate_positions(self.position_embedding, grid)
-        x = constrain(jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None], TILE_AXES, None, None)
+        x = constrain(
+            jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None],
+            TILE_AXES,
+            None,
+            None,
+        )
         self.sow("intermediates", "embedded", x)
         rates = jnp.linspace(0.0, self.config.drop_path, self.config.num_layers)
         if not self.unrolled:
@@ -115,7 +138,8 @@ class VisionTower(nn.Module):
 def unroll(params: dict, config: VisionConfig) -> dict:
     """Stacked parameters of the tower -> the unrolled layout. The layers' leaves are copied."""
     layers = {
-        f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"]) for index in range(config.num_layers)
+        f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
+        for index in range(config.num_layers)
     }
     return {name: value for name, value in params.items() if name != "layers"} | layers
 
@@ -129,17 +153,22 @@ def normalize(tiles, config: VisionConfig):
 
 
 def patches(tiles, size: int):
-    """[M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major; the convolution of the reference as one product."""
+    """[M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major; the convolution of the reference
+    as one product.
+    """
     count, height, width, channels = tiles.shape
     x = tiles.reshape(count, height // size, size, width // size, size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(count, (height // size) * (width // size), size * size * channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(
+        count, (height // size) * (width // size), size * size * channels
+    )
 
 
 def interpolate_positions(table, grid: tuple[int, int]):
     """Position table f32[1 + G*G, C] resampled to `grid` (rows, columns): f32[1 + rows*columns, C].
 
-    Bicubic in float32 with half-pixel centres and the kernel of torch's `interpolate(mode="bicubic", align_corners=False)` (a = -0.75,
-    edges clamped, no antialias); `jax.image.resize` has another kernel. The CLS row is not touched.
+    Bicubic in float32 with half-pixel centres and the kernel of torch's
+    `interpolate(mode="bicubic", align_corners=False)` (a = -0.75, edges clamped, no antialias);
+    `jax.image.resize` has another kernel. The CLS row is not touched.
     """
     side = int((table.shape[0] - 1) ** 0.5)
     if grid == (side, side):

@@ -26,13 +26,14 @@ from jax.experimental import multihost_utils
 from internvl3_jax.parallel.cluster import Environment, find_environment
 from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST, NEEDED, ROOT, PeerLostError, Watchdog
 
-TERMINATED = 128 + signal.SIGTERM  # the status that schedulers take for "stopped from outside": start it again
+# the status that schedulers take for "stopped from outside": start it again
+TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT  # by Ctrl-C
 
 _peers: Watchdog | None = None  # None: a single process
 
 
-# --- finding each other ----------------------------------------------------------------------------------------------------------
+# --- finding each other --------------------------------------------------------------------------
 
 
 def initialize(
@@ -43,13 +44,19 @@ def initialize(
     heartbeat_seconds: int = 60,
     give_up_seconds: float = 1800,
 ) -> None:
-    """Joins the processes of the run, by the three arguments or by what the environment says, and prints one line about it.
+    """Joins the processes of the run, by the three arguments or by what the environment says, and
+    prints one line about it.
 
-    coordinator: HOST:PORT of process 0. Without any of the three, Open MPI, SLURM, Cloud TPU (one or several slices) and Kubernetes
-        Jobs are recognised, and anything else is a single process; `processes=1` alone is one whatever the environment says.
-    start_seconds: how long to wait for the others; the process then ends with status EXIT_PEER_LOST.
-    heartbeat_seconds: how long a dead process may stay unnoticed; jax then ends all others by SIGABRT, which is status EXIT_PEER_LOST.
-    give_up_seconds: how long a process may be behind the others before all end with status EXIT_PEER_LOST.
+    coordinator: HOST:PORT of process 0. Without any of the three, Open MPI, SLURM, Cloud TPU (one
+        or several slices) and Kubernetes
+        Jobs are recognised, and anything else is a single process; `processes=1` alone is one
+        whatever the environment says.
+    start_seconds: how long to wait for the others; the process then ends with status
+        EXIT_PEER_LOST.
+    heartbeat_seconds: how long a dead process may stay unnoticed; jax then ends all others by
+        SIGABRT, which is status EXIT_PEER_LOST.
+    give_up_seconds: how long a process may be behind the others before all end with status
+        EXIT_PEER_LOST.
 
     ValueError for arguments that are incomplete or contradict each other or the environment.
     """
@@ -64,7 +71,8 @@ def initialize(
             **found.arguments,
             initialization_timeout=int(start_seconds) + 60,  # after ours, whose message is readable
             heartbeat_timeout_seconds=heartbeat_seconds,
-            shutdown_timeout_seconds=3600,  # who is ready first waits; the dead are found by their heartbeat
+            # who is ready first waits; the dead are found by their heartbeat
+            shutdown_timeout_seconds=3600,
         )
     finally:
         late.cancel()
@@ -74,7 +82,8 @@ def initialize(
 def _not_all_came(found: Environment, seconds: float) -> None:
     number = "" if found.process is None else f"process {found.process} on "
     count = "" if found.processes is None else f"{found.processes} "
-    address = found.arguments.get("coordinator_address")  # only of the arguments; jax finds the others
+    # only of the arguments; jax finds the others
+    address = found.arguments.get("coordinator_address")
     place = f"; process 0 is expected at {address}" if address else ""
     print(
         f"error: {number}{socket.gethostname()}: the {count}processes found by {found.how} did not all come within {seconds:.0f} s"
@@ -92,11 +101,16 @@ def _meet(found: Environment, seconds: float, give_up: float) -> None:
     address, store = _coordination()
     slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     how = f"{found.how}{f' ({slices} slices)' if slices > 1 else ''}"
-    print(f"process {process} of {processes} on {socket.gethostname()}, found by {how}, coordinator {address}", flush=True)
+    print(
+        f"process {process} of {processes} on {socket.gethostname()}, found by {how}, coordinator {address}",
+        flush=True,
+    )
     if processes == 1:
         return
     if not all(hasattr(store, name) for name in NEEDED):
-        print(f"jax {jax.__version__} hides its key-value store: hosts are not compared", flush=True)
+        print(
+            f"jax {jax.__version__} hides its key-value store: hosts are not compared", flush=True
+        )
         return
     peers = Watchdog(store, process, [], give_up)
     peers.put(f"host/{process}", socket.gethostname())
@@ -104,7 +118,10 @@ def _meet(found: Environment, seconds: float, give_up: float) -> None:
     hosts = peers.read("host")
     peers.hosts = [hosts[str(number)] for number in range(processes)]
     if process == 0:
-        print("hosts: " + ", ".join(f"{number} {host}" for number, host in enumerate(peers.hosts)), flush=True)
+        print(
+            "hosts: " + ", ".join(f"{number} {host}" for number, host in enumerate(peers.hosts)),
+            flush=True,
+        )
     _peers = peers
     peers.thread.start()
     atexit.register(peers.stop_watching)  # later than jax registered its own, so it runs earlier
@@ -116,18 +133,22 @@ def _coordination():
         from jax._src.distributed import global_state
     except ImportError:
         return "unknown", None
-    return getattr(global_state, "coordinator_address", "unknown"), getattr(global_state, "client", None)
+    return getattr(global_state, "coordinator_address", "unknown"), getattr(
+        global_state, "client", None
+    )
 
 
-# --- ending together -------------------------------------------------------------------------------------------------------------
+# --- ending together -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def abort_together():
-    """Around all that the process does after `initialize`. An error in it is told to the other processes, which end with its status.
+    """Around all that the process does after `initialize`. An error in it is told to the other
+    processes, which end with its status.
 
-    Without this they would wait, in a computation that needs this process, for as long as their scheduler lets them. Leaving with
-    status 0, TERMINATED or, where it is alone, INTERRUPTED is no error: then all processes leave, and wait for each other.
+    Without this they would wait, in a computation that needs this process, for as long as their
+    scheduler lets them. Leaving with status 0, TERMINATED or, where it is alone, INTERRUPTED is no
+    error: then all processes leave, and wait for each other.
     """
     try:
         yield
@@ -149,11 +170,11 @@ def _status(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def preemption_signal():
-    """Yields a function from a step to the signal, SIGTERM or SIGINT (Ctrl-C), after which to stop, or 0. Neither ends the process any
-    more at once, but for a second Ctrl-C, which does.
+    """Yields a function from a step to the signal, SIGTERM or SIGINT (Ctrl-C), after which to stop,
+    or 0. Neither ends the process any more at once, but for a second Ctrl-C, which does.
 
-    One process of several tells the others, and all get the same answer at the same step, within about a second. For that each
-    must ask at every step.
+    One process of several tells the others, and all get the same answer at the same step, within
+    about a second. For that each must ask at every step.
     """
     several, came = jax.process_count() > 1, []
 
@@ -161,21 +182,29 @@ def preemption_signal():
         if signal.SIGINT in came:
             os.write(2, b"\nstopped at once; the last complete step is kept\n")
             os._exit(INTERRUPTED)
-        os.write(2, b"\nstopping when this step is done and saved; press Ctrl-C again to stop at once\n")
+        os.write(
+            2, b"\nstopping when this step is done and saved; press Ctrl-C again to stop at once\n"
+        )
         came.append(number)
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = {signal.SIGINT: interrupt}
     if not several:
-        # Of several jax has caught SIGTERM since `initialize`; a handler of Python's would take it away from there.
+        # Of several jax has caught SIGTERM since `initialize`; a handler of Python's would take it
+        # away from there.
         handlers[signal.SIGTERM] = lambda number, frame: came.append(number)
-    # Only the main thread may set handlers; in a notebook's or test's thread the signals stay as they are.
+    # Only the main thread may set handlers; in a notebook's or test's thread the signals stay as
+    # they are.
     mine = handlers if threading.current_thread() is threading.main_thread() else {}
     before = {number: signal.signal(number, handler) for number, handler in mine.items()}
     try:
         if several:
-            yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+            yield (
+                lambda step: (
+                    signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+                )
+            )
         else:
             yield lambda step: came[0] if came else 0
     finally:
@@ -183,7 +212,7 @@ def preemption_signal():
             signal.signal(number, handler)
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------------------
+# --- comparing -----------------------------------------------------------------------------------
 
 
 def report_step(step: int) -> None:
@@ -193,13 +222,17 @@ def report_step(step: int) -> None:
 
 
 def assert_same_on_all_hosts(step: int, what: dict[str, str | int], seconds: float = 300) -> None:
-    """Compares `what` (and the step) between the processes. Every process must call it equally often; it waits for all of them.
+    """Compares `what` (and the step) between the processes. Every process must call it equally
+    often; it waits for all of them.
 
-    step: the one about to run, so that a difference is found before the devices wait for each other.
-    what: name -> value that must be the same everywhere, such as a batch's shapes and a hash of the configuration.
+    step: the one about to run, so that a difference is found before the devices wait for each
+        other.
+    what: name -> value that must be the same everywhere, such as a batch's shapes and a hash of the
+        configuration.
     seconds: how long to wait for the slowest.
 
-    ValueError, the same in every process, naming the processes that differ and in what; PeerLostError naming those that did not come.
+    ValueError, the same in every process, naming the processes that differ and in what;
+    PeerLostError naming those that did not come.
     """
     peers = _peers
     if peers is None:
@@ -216,9 +249,13 @@ def assert_same_on_all_hosts(step: int, what: dict[str, str | int], seconds: flo
     else:
         try:
             # A little longer, so that process 0 can say who is missing.
-            verdict = peers.store.blocking_key_value_get(f"{ROOT}/verdict/{check}", int((seconds + 30) * 1000))
+            verdict = peers.store.blocking_key_value_get(
+                f"{ROOT}/verdict/{check}", int((seconds + 30) * 1000)
+            )
         except jax.errors.JaxRuntimeError as error:
-            raise PeerLostError(f"{peers.name(0)} did not report within {seconds + 30:.0f} s at step {step:,}") from error
+            raise PeerLostError(
+                f"{peers.name(0)} did not report within {seconds + 30:.0f} s at step {step:,}"
+            ) from error
         late, differing = json.loads(verdict)
     if late:
         raise PeerLostError(late)
@@ -231,11 +268,17 @@ def _judge(peers: Watchdog, step: int, check: int, seconds: float) -> tuple[str,
     until, pause = time.monotonic() + seconds, 0.001
     while len(reports := peers.read(f"check/{check}")) < len(peers.hosts):
         if time.monotonic() > until:
-            late = " and ".join(peers.name(number) for number in range(len(peers.hosts)) if str(number) not in reports)
+            late = " and ".join(
+                peers.name(number)
+                for number in range(len(peers.hosts))
+                if str(number) not in reports
+            )
             return f"{late} did not report within {seconds:.0f} s at step {step:,}", ""
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-    return "", _differences(peers, [json.loads(reports[str(number)]) for number in range(len(peers.hosts))])
+    return "", _differences(
+        peers, [json.loads(reports[str(number)]) for number in range(len(peers.hosts))]
+    )
 
 
 def _differences(peers: Watchdog, values: list[dict]) -> str:

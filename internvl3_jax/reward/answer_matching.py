@@ -4,9 +4,10 @@ r"""Final answers: what a solution answers, and whether two answers are the same
     same_answer(r"\frac{1}{2}", "50%")                 # True
     same_answer("(B)", "B. twelve")                    # True
 
-Rules alone, no model: what they cannot read counts as different unless it is spelt the same. Two numbers are the same within one part in
-a million, also as products, quotients, powers and roots (expressions.py). A percent sign on one side alone may be a unit or a hundredth, so
-50% is the same as 50 and as 0.5.
+Rules alone, no model: what they cannot read counts as different unless it is spelt the same. Two
+numbers are the same within one part in a million, also as products, quotients, powers and roots
+(expressions.py). A percent sign on one side alone may be a unit or a hundredth, so 50% is the same
+as 50 and as 0.5.
 """
 
 import re
@@ -18,17 +19,25 @@ TOLERANCE = Fraction(1, 10**6)  # relative
 _LONGEST_NUMBER = 60  # characters; longer strings of digits are compared as text
 
 # With braces, or without: then the box goes to the end of the formula or word.
-_BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))")
+_BOXED = re.compile(
+    r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))"
+)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_MARKED = re.compile(r"^#{4}\s*(\S.*)$|^#{1,4}\s*(?:final\s+)?answer\s*:?\s*\n+\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+_MARKED = re.compile(
+    r"^#{4}\s*(\S.*)$|^#{1,4}\s*(?:final\s+)?answer\s*:?\s*\n+\s*(\S.*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _ASSIGNED = re.compile(r"\\?[A-Za-z][A-Za-z0-9_]{0,7}=(?=[^=])")
 _DEGREES = re.compile(r"(?<=\d)\s*(?:degrees?|deg)\b\.?", re.IGNORECASE)
 _SCALE = re.compile(r"(?<=\d)\s*(?:C(?:elsius)?|F(?:ahrenheit)?)\Z", re.IGNORECASE)
-_STATED = re.compile(r"(?:\banswer|答案)\s*\**\s*(?P<how>is\b\s*:?|:|=|：|是)\s*(?=\S)", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?:\banswer|答案)\s*\**\s*(?P<how>is\b\s*:?|:|=|：|是)\s*(?=\S)", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bProf)\.(?:\s|$)")
 _OPTION = re.compile(
-    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\(?(?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)", re.DOTALL
+    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\(?(?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)",
+    re.DOTALL,
 )
 _SEVERAL_OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:\s*(?:,|and|&|or|/)\s*|\s+|(?<=\)))\(?[A-J]\)?)+")
 _CALLED_OPTION = re.compile(r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice)\s+)(?=\(?[A-J]\b)")
@@ -59,23 +68,30 @@ _SYMBOLS = [
         (r"(?<=\d)(?=[\u00bc-\u00be\u2153\u2154])", " "),
         *(
             (sign, value)
-            for sign, value in zip("\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True)
+            for sign, value in zip(
+                "\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True
+            )
         ),
     )
 ]
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\\(|\\\)|\\\[|\\\]|\*\*|\^\s*\{?\s*\\circ\s*\}?|°")
+_NOISE = re.compile(
+    r"\\left|\\right|\\[!,;: ]|\\?\$|\\\(|\\\)|\\\[|\\\]|\*\*|\^\s*\{?\s*\\circ\s*\}?|°"
+)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else <answer>...</answer>, or what follows the
-    last "answer:" or "answer is", or a line of its own after #### or a heading "Answer".
+    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else
+    <answer>...</answer>, or what follows the last "answer:" or "answer is", or a line of its own
+    after #### or a heading "Answer".
 
     None if it states none, also if its only box was cut off before it closed.
     """
     for found in reversed(list(_BOXED.finditer(text))):
-        content = found["bare"].rstrip(".,;:") if found["bare"] else _until_closed(text, found.end())
+        content = (
+            found["bare"].rstrip(".,;:") if found["bare"] else _until_closed(text, found.end())
+        )
         if content is not None:
             return content.strip()
     if tagged := _TAGGED.findall(text):
@@ -87,13 +103,16 @@ def extract_answer(text: str) -> str | None:
     # Of a formula that is set apart, the first line that says something.
     lines = text[stated[-1].end() :].split("\n")
     answer = next((line for line in lines if _normal(line.replace("*", ""))), "")
-    if stated[-1]["how"].lower().startswith("is"):  # a sentence; what follows it is no part of the answer
+    # a sentence; what follows it is no part of the answer
+    if stated[-1]["how"].lower().startswith("is"):
         answer = _SENTENCE_END.split(answer)[0]
     return answer.strip().strip("*").strip().removesuffix(".") or None
 
 
 def final_answer(text: str) -> str | None:
-    """`extract_answer`, or else the option that the text is, its last number, or its last line. None for an empty text."""
+    """`extract_answer`, or else the option that the text is, its last number, or its last line.
+    None for an empty text.
+    """
     stated = extract_answer(text)
     if stated is not None:
         return stated
@@ -111,15 +130,26 @@ def same_answer(a: str, b: str) -> bool:
     if _same(a, b):
         return True
     assigned = [_ASSIGNED.match(side) for side in (a, b)]
-    if any(assigned) and not all(assigned):  # x = 5 answers what 5 answers; y = 5 does not answer x = 5
-        a, b = (side[found.end() :] if found else side for found, side in zip(assigned, (a, b), strict=True))
+    # x = 5 answers what 5 answers; y = 5 does not answer x = 5
+    if any(assigned) and not all(assigned):
+        a, b = (
+            side[found.end() :] if found else side
+            for found, side in zip(assigned, (a, b), strict=True)
+        )
         if _same(a, b):
             return True
     if any(_SEVERAL_OPTIONS.fullmatch(side) for side in (a, b)):
-        letters = [set(re.findall(r"\b[A-J]\b", side)) for side in (a, b) if _SEVERAL_OPTIONS.fullmatch(side)]
+        letters = [
+            set(re.findall(r"\b[A-J]\b", side))
+            for side in (a, b)
+            if _SEVERAL_OPTIONS.fullmatch(side)
+        ]
         return len(letters) == 2 and letters[0] == letters[1]
     options = [_OPTION.fullmatch(side) for side in (a, b)]
-    texts = [option["text"].strip() if option else side for option, side in zip(options, (a, b), strict=True)]
+    texts = [
+        option["text"].strip() if option else side
+        for option, side in zip(options, (a, b), strict=True)
+    ]
     if all(options):
         # One may say of an option more than the other, but nothing else.
         small, large = sorted((text.lower() for text in texts), key=len)
@@ -134,7 +164,9 @@ def _letter(option: re.Match) -> str:
 
 def _same(a: str, b: str) -> bool:
     """As text, or as numbers."""
-    return a.lower().replace(", ", ",") == b.lower().replace(", ", ",") or _same_number(_number(a), _number(b))
+    return a.lower().replace(", ", ",") == b.lower().replace(", ", ",") or _same_number(
+        _number(a), _number(b)
+    )
 
 
 def _until_closed(text: str, start: int) -> str | None:
@@ -159,12 +191,16 @@ def _normal(answer: str) -> str:
     answer = _SCALE.sub(lambda found: f" {found[0].strip()[0].upper()}", answer)
     answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").strip()
     # A space behind a comma stays: 3, 100 is no number.
-    return _CALLED_OPTION.sub("", re.sub(r"\s*([-+*/=<>^\u2264\u2265\u2260])\s*|\s+(?=,)", r"\1", answer))
+    return _CALLED_OPTION.sub(
+        "", re.sub(r"\s*([-+*/=<>^\u2264\u2265\u2260])\s*|\s+(?=,)", r"\1", answer)
+    )
 
 
 def _fraction(found: re.Match) -> str:
     parts = (found[1] or found[2], found[3] or found[4])
-    top, bottom = (part if re.fullmatch(r"\s*[-+]?[\w.]+\s*", part) else f"({part})" for part in parts)
+    top, bottom = (
+        part if re.fullmatch(r"\s*[-+]?[\w.]+\s*", part) else f"({part})" for part in parts
+    )
     mixed = found.start() and found.string[found.start() - 1].isdigit()
     return f"{' ' if mixed else ''}{top}/{bottom}"
 

@@ -1,10 +1,12 @@
-"""A process reward model (critic): how likely each step of a solution is right, in one forward pass for each solution.
+"""A process reward model (critic): how likely each step of a solution is right, in one forward pass
+for each solution.
 
 critic = Critic(load("checkpoints/visualprm-8b"))
 best = max(critic.score("How many?", ["shapes.png"], solutions), key=lambda scores: scores.score)
 
-The model is an ordinary checkpoint that was trained to answer + or - after every step (data/steps.py). Its + and - are compared where the
-answer to each step would begin. The question, its pictures included, is run once for all solutions; each goes on from a copy of the cache.
+The model is an ordinary checkpoint that was trained to answer + or - after every step
+(data/steps.py). Its + and - are compared where the answer to each step would begin. The question,
+its pictures included, is run once for all solutions; each goes on from a copy of the cache.
 
 B solutions, S steps, V vocabulary.
 """
@@ -55,14 +57,17 @@ IMAGE_OPTIONS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "a
 
 @dataclasses.dataclass
 class CriticOptions:
-    """How solutions are judged. The defaults are the reference's (`select_best_response` of VisualPRM, version soft_v2)."""
+    """How solutions are judged. The defaults are the reference's (`select_best_response` of
+    VisualPRM, version soft_v2).
+    """
 
-    max_steps: int | None = None  # neighbouring steps are merged to at most so many; VisualPRM's paper has 12
+    # neighbouring steps are merged to at most so many; VisualPRM's paper has 12
+    max_steps: int | None = None
     aggregate: str = "mean"  # of the steps; or "min", "max", "product"
     among: str = "labels"  # + against -; "vocabulary": + against all tokens
-    system: str | None = (
-        None  # in place of the checkpoint's system message; data/steps.py has SYSTEM, that of VisualPRM's training
-    )
+    # in place of the checkpoint's system message; data/steps.py has SYSTEM, that of VisualPRM's
+    # training
+    system: str | None = None
     max_tiles: int | None = None  # this and the next four as of `Chat`
     tiles: str | None = None
     max_total_tiles: int | None = None
@@ -86,7 +91,8 @@ class Critic:
 
     Args:
       checkpoint: of `internvl3_jax.load`.
-      generator: that holds the checkpoint's parameters already (`chat.generator`), if the critic is the model that answers.
+      generator: that holds the checkpoint's parameters already (`chat.generator`), if the critic is
+          the model that answers.
     """
 
     def __init__(self, checkpoint, generator: Generator | None = None, **options):
@@ -98,13 +104,19 @@ class Critic:
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         self.tokenizer.require(GOOD, BAD)
         self.labels = tuple(map(self.tokenizer.token_id, (GOOD, BAD)))
-        self.generator = generator or Generator(checkpoint.config, checkpoint.params, checkpoint.model.dtype)
+        self.generator = generator or Generator(
+            checkpoint.config, checkpoint.params, checkpoint.model.dtype
+        )
 
-    def score(self, question: str, images, solutions: Sequence[str], where: str = "") -> list[StepScores]:
-        """Judges solutions of one question. `images` as for `Chat`; where the question has no <image> they come before it.
+    def score(
+        self, question: str, images, solutions: Sequence[str], where: str = ""
+    ) -> list[StepScores]:
+        """Judges solutions of one question. `images` as for `Chat`; where the question has no
+        <image> they come before it.
 
         Raises:
-          ChatError, ContextError: the question, or a solution, cannot be read by this model; `where` names it.
+          ChatError, ContextError: the question, or a solution, cannot be read by this model;
+          `where` names it.
         """
         if isinstance(solutions, (str, bytes)):
             raise ChatError(f"solutions must be a list, such as [{solutions[:40]!r}]")
@@ -115,27 +127,51 @@ class Critic:
         (turn,) = insert_missing_tags([{"role": "user", "content": question}], len(tiles), where)
         distinct = list(dict.fromkeys(solutions))  # sampled solutions repeat
         steps = {solution: split_steps(solution, self.options.max_steps) for solution in distinct}
-        prompts = {solution: self._prompt(turn["content"], steps[solution], tiles, where) for solution in distinct}
+        prompts = {
+            solution: self._prompt(turn["content"], steps[solution], tiles, where)
+            for solution in distinct
+        }
         by_length = sorted(distinct, key=lambda solution: len(prompts[solution][0].tokens))
         found = {}
         for start in range(0, len(by_length), self.options.batch_size):
             batch = by_length[start : start + self.options.batch_size]
-            for solution, scores in zip(batch, self._judge([prompts[solution] for solution in batch]), strict=True):
-                found[solution] = StepScores(steps[solution], scores, AGGREGATES[self.options.aggregate](scores))
+            for solution, scores in zip(
+                batch, self._judge([prompts[solution] for solution in batch]), strict=True
+            ):
+                found[solution] = StepScores(
+                    steps[solution], scores, AGGREGATES[self.options.aggregate](scores)
+                )
         return [found[solution] for solution in solutions]
 
-    def _prompt(self, question: str, steps: list[str], tiles: list[np.ndarray], where: str) -> tuple[Prompt, list[int]]:
-        """The conversation about one solution, and the indices of the tokens after which its labels come."""
+    def _prompt(
+        self, question: str, steps: list[str], tiles: list[np.ndarray], where: str
+    ) -> tuple[Prompt, list[int]]:
+        """The conversation about one solution, and the indices of the tokens after which its labels
+        come.
+        """
         messages = critic_messages(question, steps, system=self.options.system)
         counts = [len(part) for part in tiles]
-        encoded = encode_chat(messages, counts, self.tokenizer, self.processor, add_generation_prompt=False, where=where)
-        positions = build_positions(len(encoded.tokens), encoded.runs, [self.processor.delta] * len(tiles))
+        encoded = encode_chat(
+            messages,
+            counts,
+            self.tokenizer,
+            self.processor,
+            add_generation_prompt=False,
+            where=where,
+        )
+        positions = build_positions(
+            len(encoded.tokens), encoded.runs, [self.processor.delta] * len(tiles)
+        )
         prompt = Prompt(encoded.tokens, positions, encoded.runs, tiles)
         reader = f"{where}, read by the critic" if where else "the critic"
-        self.generator.check_room(prompt, GenerationConfig(0, Sampling(), (), self._scaling()), reader)
+        self.generator.check_room(
+            prompt, GenerationConfig(0, Sampling(), (), self._scaling()), reader
+        )
         starts = np.flatnonzero(np.diff(encoded.loss_mask.astype(int), prepend=0) == 1)
         if (encoded.tokens[starts] != self.labels[0]).any():
-            raise ValueError(f"the tokenizer joins {GOOD} with what stands before it; this model cannot be a critic")
+            raise ValueError(
+                f"the tokenizer joins {GOOD} with what stands before it; this model cannot be a critic"
+            )
         return prompt, (starts - 1).tolist()
 
     def _scaling(self) -> str:
@@ -144,7 +180,9 @@ class Critic:
     def _judge(self, batch: list[tuple[Prompt, list[int]]]) -> list[list[float]]:
         """Scores of the steps of a batch of solutions of one question."""
         prompts, places = zip(*batch, strict=True)
-        logs = label_log_probabilities(self.generator, prompts, places, self.labels, self._scaling())
+        logs = label_log_probabilities(
+            self.generator, prompts, places, self.labels, self._scaling()
+        )
         if not all(np.isfinite(row).all() for row in logs):
             raise NotFiniteError(
                 "the critic gives NaN or infinite logits; its weights are damaged, or its dtype is too narrow: try float32"
@@ -155,16 +193,22 @@ class Critic:
 
 
 def label_log_probabilities(
-    generator: Generator, prompts: Sequence[Prompt], places: Sequence[Sequence[int]], ids: Sequence[int], scaling: str
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    places: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    scaling: str,
 ) -> list[np.ndarray]:
-    """f32[S,len(ids)] of each prompt: log-probability, over the vocabulary, of each of `ids` after the token at each place.
+    """f32[S,len(ids)] of each prompt: log-probability, over the vocabulary, of each of `ids` after
+    the token at each place.
 
     Tokens that all prompts begin with are run once.
     """
     keep = _shared(prompts, min(map(min, places)))
     if (
         scaling == "dynamic"
-        and max(prompt.positions[-1] for prompt in prompts) // UNITS >= generator.config.language.max_position
+        and max(prompt.positions[-1] for prompt in prompts) // UNITS
+        >= generator.config.language.max_position
     ):
         keep = 0  # the frequencies depend on the length of each
     rows = 1 << (len(prompts) - 1).bit_length()  # 1, 2, 4 ...: few compiled programs
@@ -173,7 +217,11 @@ def label_log_probabilities(
     slots = bucket(max(keep + length, bucket(keep) if keep else 0))
     if keep:
         cache = generator.empty_cache(1, slots)
-        shared = [dataclasses.replace(prompts[0], tokens=prompts[0].tokens[:keep], positions=prompts[0].positions[:keep])]
+        shared = [
+            dataclasses.replace(
+                prompts[0], tokens=prompts[0].tokens[:keep], positions=prompts[0].positions[:keep]
+            )
+        ]
         _, cache = _run(generator, shared, bucket(keep), 0, cache, scaling)
         cache = generator.repeat(cache, rows)
     else:
@@ -184,12 +232,18 @@ def label_log_probabilities(
     for row, found in enumerate(places):
         table[row, : len(found)] = np.asarray(found) - keep
     with generator.on_mesh():
-        logs = np.asarray(_log_probabilities(generator.model, generator.params, hidden, table, np.asarray(ids, np.int32)))
+        logs = np.asarray(
+            _log_probabilities(
+                generator.model, generator.params, hidden, table, np.asarray(ids, np.int32)
+            )
+        )
     return [row[: len(found)] for row, found in zip(logs, places, strict=False)]
 
 
 def _shared(prompts: Sequence[Prompt], limit: int) -> int:
-    """How many tokens all prompts begin with, at most `limit`; none if that would cut a picture off."""
+    """How many tokens all prompts begin with, at most `limit`; none if that would cut a picture
+    off.
+    """
     length = min(limit, *(len(prompt.tokens) for prompt in prompts))
     same = np.ones(length, bool)
     for prompt in prompts[1:]:
@@ -200,8 +254,12 @@ def _shared(prompts: Sequence[Prompt], limit: int) -> int:
     return keep if all(start + count <= keep for start, count in prompts[0].runs) else 0
 
 
-def _run(generator: Generator, prompts: Sequence[Prompt], length: int, keep: int, cache, scaling: str):
-    """Runs the prompts from token `keep` on, padded to `length`, into the cache: (hidden [B,length,D], cache)."""
+def _run(
+    generator: Generator, prompts: Sequence[Prompt], length: int, keep: int, cache, scaling: str
+):
+    """Runs the prompts from token `keep` on, padded to `length`, into the cache: (hidden
+    [B,length,D], cache).
+    """
     tokens, positions = np.zeros((2, len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         count = len(prompt.tokens) - keep
@@ -210,12 +268,23 @@ def _run(generator: Generator, prompts: Sequence[Prompt], length: int, keep: int
     slots = np.broadcast_to(keep + np.arange(length, dtype=np.int32), tokens.shape)
     visual = generator.features(prompts, length, keep)
     with generator.on_mesh():
-        return _step(generator.model, generator.params, tokens, visual, positions, slots, cache, scaling)
+        return _step(
+            generator.model, generator.params, tokens, visual, positions, slots, cache, scaling
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=6)
 def _step(model, params, tokens, visual, positions, slots, cache, scaling):
-    return model.apply(lora.variables(params), tokens, visual, positions, slots, cache, scaling, method=InternVL.step)
+    return model.apply(
+        lora.variables(params),
+        tokens,
+        visual,
+        positions,
+        slots,
+        cache,
+        scaling,
+        method=InternVL.step,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,8 @@
-r"""Values of written products, quotients, powers and roots: 1.5 \times 10^3, 2^{10}, \frac{1}{-2}, 2\pi, \sqrt{2}/2.
+r"""Values of written products, quotients, powers and roots: 1.5 \times 10^3, 2^{10}, \frac{1}{-2},
+2\pi, \sqrt{2}/2.
 
-No sums: a dash between two numbers is more often a range, a score or a date. What is not wholly of this form has no value.
+No sums: a dash between two numbers is more often a range, a score or a date. What is not wholly of
+this form has no value.
 """
 
 import math
@@ -17,20 +19,32 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 def plain(text: str) -> str:
     r"""LaTeX's and Unicode's ways to write these operations as * ^ π sqrt()."""
-    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)}])\s*[×·⋅∙]\s*(?=[\d(\\π])", "*", text)
+    text = re.sub(
+        r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)}])\s*[×·⋅∙]\s*(?=[\d(\\π])", "*", text
+    )
     text = re.sub(r"\\pi(?![A-Za-z])|(?<![A-Za-z])pi(?![A-Za-z])", "π", text)
     text = re.sub(r"\\sqrt\s*\[(\d+)\]\s*\{([^{}]*)\}", r"(\2)^(1/\1)", text)
-    text = re.sub(r"\\sqrt\s*\{([^{}]*)\}|√\s*\(([^()]*)\)", lambda found: f"sqrt({found[1] or found[2]})", text)
+    text = re.sub(
+        r"\\sqrt\s*\{([^{}]*)\}|√\s*\(([^()]*)\)",
+        lambda found: f"sqrt({found[1] or found[2]})",
+        text,
+    )
     text = re.sub(r"(?:\\sqrt|√)\s*(\d+)", r"sqrt(\1)", text)
     text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
-    text = re.sub("(?<=[0-9a-z)π])([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda found: f"^({found[1].translate(_SUPERSCRIPTS)})", text)
+    text = re.sub(
+        "(?<=[0-9a-z)π])([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)",
+        lambda found: f"^({found[1].translate(_SUPERSCRIPTS)})",
+        text,
+    )
     text = re.sub(r"(?<=[a-z)\dπ])\s*\*?\s*(?=π)|(?<=π)\s+(?=[a-z])", "", text)
     # x^2 and x_1 with or without braces
     return re.sub(r"_\{(\w)\}", r"_\1", re.sub(r"\^\((\w)\)", r"^\1", text))
 
 
 def value(text: str) -> Fraction | None:
-    """The value of a text that `plain` has been applied to; irrational ones to the precision of a float. None if it has none."""
+    """The value of a text that `plain` has been applied to; irrational ones to the precision of a
+    float. None if it has none.
+    """
     if len(text) > MAX_LENGTH:
         return None
     tokens, place = [], 0
@@ -50,7 +64,9 @@ def value(text: str) -> Fraction | None:
 
 
 class _Parser:
-    """By recursive descent; every method takes its tokens from the front. IndexError: they end too soon."""
+    """By recursive descent; every method takes its tokens from the front. IndexError: they end too
+    soon.
+    """
 
     def __init__(self, tokens: list[str]):
         self.tokens = tokens

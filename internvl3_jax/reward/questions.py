@@ -1,4 +1,6 @@
-"""Questions with known answers, that answers are drawn to: for pairs (make_pairs.py) and for a critic's labels (make_process_labels.py)."""
+"""Questions with known answers, that answers are drawn to: for pairs (make_pairs.py) and for a
+critic's labels (make_process_labels.py).
+"""
 
 import dataclasses
 import hashlib
@@ -28,9 +30,13 @@ WANTED = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the que
 
 
 def with_fingerprint(questions: Sequence[Question], settings, checkpoint: str) -> list[Question]:
-    """Each with its mark, by which a program that goes on knows its own earlier work: of the same question, model and settings but for
-    settings.batch_size, which changes no answer. checkpoint: what tells the model's parameters from others."""
-    how = {name: value for name, value in dataclasses.asdict(settings).items() if name != "batch_size"}
+    """Each with its mark, by which a program that goes on knows its own earlier work: of the same
+    question, model and settings but for settings.batch_size, which changes no answer. checkpoint:
+    what tells the model's parameters from others.
+    """
+    how = {
+        name: value for name, value in dataclasses.asdict(settings).items() if name != "batch_size"
+    }
 
     def mark(question: Question) -> str:
         asked = [question.question, question.image, question.answer, how, checkpoint]
@@ -40,20 +46,27 @@ def with_fingerprint(questions: Sequence[Question], settings, checkpoint: str) -
 
 
 def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
-    """The lines of a JSONL file; with `checked` each has an answer, otherwise an answer or an image.
+    """The lines of a JSONL file; with `checked` each has an answer, otherwise an answer or an
+    image.
 
     Raises:
-      ValueError: naming file and line of one that is no question, has keys of another meaning, whose images are missing or more than its
+      ValueError: naming file and line of one that is no question, has keys of another meaning,
+      whose images are missing or more than its
         tags, or whose id occurs twice.
     """
     path, questions, ids = pathlib.Path(os.path.expanduser(path)), [], {}
     for row in jsonl.read_objects(path):
         where, number = row.where, int(row.where.rpartition(" ")[2])
         text = row.get("question", str)
-        image, answer = row.get("image", (str, list), None), row.get("answer", (str, int, float), None)
+        image, answer = (
+            row.get("image", (str, list), None),
+            row.get("answer", (str, int, float), None),
+        )
         names = [image] if isinstance(image, str) else image or []
         if not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"{where}: image is {excerpt(image)}; expected a path or a list of paths")
+            raise ValueError(
+                f"{where}: image is {excerpt(image)}; expected a path or a list of paths"
+            )
         refuse_unknown(row, ("question", "id", "image", *KEPT))
         files = [path.parent / os.path.expanduser(name) for name in names]
         missing = [file for file in files if not os.path.isfile(file)]
@@ -62,7 +75,9 @@ def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
                 f"{where}: {short_name(str(missing[0]))} does not exist; relative paths start at the folder of the questions"
             )
         if answer is None and (checked or not files):
-            raise ValueError(f"{where} has no answer{'' if checked else ' and no image'}: what is right is not known")
+            raise ValueError(
+                f"{where} has no answer{'' if checked else ' and no image'}: what is right is not known"
+            )
         (turn,) = insert_missing_tags([{"role": "user", "content": text}], len(files), where)
         if (tags := turn["content"].count(PICTURE_TAG)) < len(files):
             raise ValueError(f"{where}: {len(files)} pictures, but {tags} {PICTURE_TAG} tags")
@@ -85,6 +100,12 @@ def is_correct(solution: str, answer: str) -> bool:
 
 
 def may_be_torn(torn: bytes, question: Question | None) -> bool:
-    """Whether what follows the last line break of an output may be the beginning of a row about this question."""
-    start = b'{"id": ' + (b"" if question is None else json.dumps(question.id, ensure_ascii=False).encode("utf-8", "replace"))
+    """Whether what follows the last line break of an output may be the beginning of a row about
+    this question.
+    """
+    start = b'{"id": ' + (
+        b""
+        if question is None
+        else json.dumps(question.id, ensure_ascii=False).encode("utf-8", "replace")
+    )
     return torn.startswith(start) or start.startswith(torn)

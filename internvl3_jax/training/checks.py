@@ -16,9 +16,13 @@ _LARGEST_BATCH = 1 << 40  # bytes, of all processes together
 
 
 def validate(config: TrainConfig) -> None:
-    """ConfigError with a line for each setting that is of a wrong type or out of its range, or else for each that contradicts another."""
+    """ConfigError with a line for each setting that is of a wrong type or out of its range, or else
+    for each that contradicts another.
+    """
     if not isinstance(config, TrainConfig):
-        raise ConfigError(f"the configuration is a {type(config).__name__}; get_config() must return a TrainConfig")
+        raise ConfigError(
+            f"the configuration is a {type(config).__name__}; get_config() must return a TrainConfig"
+        )
     if found := limits.problems(config) or list(_together(config)):
         raise ConfigError("\n".join(found))
 
@@ -42,7 +46,10 @@ def _together(config: TrainConfig) -> Iterator[str]:
         yield f"data.min_frames is {data.min_frames}; it must be at most data.max_frames ({data.max_frames})"
     if processor.min_tiles > processor.max_tiles:
         yield f"processor.min_tiles is {processor.min_tiles}; it must be at most processor.max_tiles ({processor.max_tiles})"
-    if (processor.image_size, processor.tokens_per_tile) != (config.model.vision.image_size, config.model.tokens_per_tile):
+    if (processor.image_size, processor.tokens_per_tile) != (
+        config.model.vision.image_size,
+        config.model.tokens_per_tile,
+    ):
         yield (
             f"processor.image_size and tokens_per_tile are {processor.image_size} and {processor.tokens_per_tile}; the model's are "
             f"{config.model.vision.image_size} and {config.model.tokens_per_tile}"
@@ -56,7 +63,10 @@ def _together(config: TrainConfig) -> Iterator[str]:
             parse_delta(delta)
         except ValueError as error:
             yield f"data.deltas: {error}"
-    if len(open_axes := [f"mesh.{axis}" for axis, size in vars(config.mesh).items() if size == -1]) > 1:
+    if (
+        len(open_axes := [f"mesh.{axis}" for axis, size in vars(config.mesh).items() if size == -1])
+        > 1
+    ):
         yield f"{' and '.join(open_axes)} are -1; only one axis can take the devices that the others leave"
 
 

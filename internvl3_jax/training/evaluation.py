@@ -39,47 +39,91 @@ class Evaluator:
         self.step = jax.jit(functools.partial(_losses, loss_fn))
 
     def losses(self, params, loss_state=(), ref_params=None) -> dict[str, float]:
-        """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE" that of each source.
+        """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE"
+        that of each source.
 
-        Of pairs "held_out" is MPO's whole loss, "held_out/SOURCE" the chosen answers' cross-entropy, and beside them are the means over
-        pairs that the train step has, such as "held_out_reward_accuracy". loss_state, ref_params: as the train step's.
+        Of pairs "held_out" is MPO's whole loss, "held_out/SOURCE" the chosen answers'
+        cross-entropy, and beside them are the means over pairs that the train step has, such as
+        "held_out_reward_accuracy". loss_state, ref_params: as the train step's.
         """
-        found = [jax.device_get(self.step(params, loss_state, ref_params, batch)) for batch in self.batches]
+        found = [
+            jax.device_get(self.step(params, loss_state, ref_params, batch))
+            for batch in self.batches
+        ]
         sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *found)
         values = {"held_out": float(sums[0].sum() / sums[1].sum())}
-        values |= {name: float(total / metrics["pairs"]) for name, total in metrics.items() if name != "pairs"}
+        values |= {
+            name: float(total / metrics["pairs"])
+            for name, total in metrics.items()
+            if name != "pairs"
+        }
         if len(self.names) > 1:
-            values |= {f"held_out/{self.names[i]}": float(sums[0, i] / sums[1, i]) for i in np.flatnonzero(sums[1])}
+            values |= {
+                f"held_out/{self.names[i]}": float(sums[0, i] / sums[1, i])
+                for i in np.flatnonzero(sums[1])
+            }
         return values
 
     def answers(self, params, count: int) -> list[dict]:
-        """Greedy answers to the last turn of the first `count` conversations, taken from the sources in turn."""
+        """Greedy answers to the last turn of the first `count` conversations, taken from the
+        sources in turn.
+        """
         sources = open_sources(self.data)
-        places = [(source, row) for row in range(count) for source in sources if row < len(source)][:count]
+        places = [(source, row) for row in range(count) for source in sources if row < len(source)][
+            :count
+        ]
         preparer = ExampleBuilder(self.data, self.config.processor, self.tokenizer)
         stop_ids = [self.tokenizer.token_id(token) for token in self.config.processor.stop_tokens]
-        generator = Generator(self.config.model, jax.device_get(lora.merged(params, self.config.lora)), stop_ids=stop_ids)
+        generator = Generator(
+            self.config.model,
+            jax.device_get(lora.merged(params, self.config.lora)),
+            stop_ids=stop_ids,
+        )
         rows = []
         for source, row in places:
             read = preparer.read(source, row, np.random.default_rng(0))
             tiles = [preparer.cut(picture, read) for picture in read.pictures]
-            prompt = make_prompt(read.messages[:-1], tiles, self.tokenizer, self.config.processor, [UNITS] * len(tiles))
-            run = GenerationConfig(_LONGEST, Sampling(), (0,), self.config.model.language.rope_scaling)
+            prompt = make_prompt(
+                read.messages[:-1],
+                tiles,
+                self.tokenizer,
+                self.config.processor,
+                [UNITS] * len(tiles),
+            )
+            run = GenerationConfig(
+                _LONGEST, Sampling(), (0,), self.config.model.language.rope_scaling
+            )
             (ids,) = generator.generate([prompt], run)
             question, expected = read.messages[-2]["content"], read.messages[-1]["content"]
             answer = self.tokenizer.decode(ids).strip()
-            rows.append({"source": source.name, "row": row, "question": question, "expected": expected, "answer": answer})
+            rows.append(
+                {
+                    "source": source.name,
+                    "row": row,
+                    "question": question,
+                    "expected": expected,
+                    "answer": answer,
+                }
+            )
         return rows
 
 
 def eval_data_config(config: TrainConfig) -> DataConfig:
     """How the held-out sources are read."""
-    settings = {"drop_list": "", "shards": 1, "workers": 0, "deltas": ("1",), "language_share": -1.0}
+    settings = {
+        "drop_list": "",
+        "shards": 1,
+        "workers": 0,
+        "deltas": ("1",),
+        "language_share": -1.0,
+    }
     return dataclasses.replace(config.data, source=config.held_out, **settings)
 
 
 def _losses(loss_fn: SftLoss, params, loss_state, ref_params, batch):
-    """Returns f32[2,sources], sums of weighted losses and of weights; of pairs also f32[] sums over them, and their number."""
+    """Returns f32[2,sources], sums of weighted losses and of weights; of pairs also f32[] sums over
+    them, and their number.
+    """
     totals = batch_totals(batch)
     loss, (metrics, _) = loss_fn(params, batch, None, loss_state, totals, ref_params)
     sums = jnp.stack([metrics.pop("source_loss"), metrics.pop("source_weight")])

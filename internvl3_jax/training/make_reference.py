@@ -1,12 +1,14 @@
-r"""Log-probabilities of all pairs of a configuration, held-out ones too, under its reference model: training need not hold that model.
+r"""Log-probabilities of all pairs of a configuration, held-out ones too, under its reference model:
+training need not hold that model.
 
     python -m internvl3_jax.training.make_reference --config configs/mpo.py:runs/sft-8b \
         --config.data.source=pairs.json --output reference.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b \
         --config.data.source=pairs.json --config.data.reference=reference.jsonl ...
 
-A pair is known by its tokens, positions and pictures. So what training otherwise draws anew in every epoch (V2PE deltas, frames of a video,
-recompression) is drawn once for each row here, and in a run with data.reference. Started again, it goes on where it stopped.
+A pair is known by its tokens, positions and pictures. So what training otherwise draws anew in
+every epoch (V2PE deltas, frames of a video, recompression) is drawn once for each row here, and in
+a run with data.reference. Started again, it goes on where it stopped.
 """
 
 import dataclasses
@@ -51,7 +53,11 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     name = config.loss.reference or config.init_from
     mesh = sharding.make_mesh(config.mesh)
     source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
-    header = {"reference": str(source.directory), "hash": tree_hash(by_path(source.params)), "dtype": config.compute_dtype}
+    header = {
+        "reference": str(source.directory),
+        "hash": tree_hash(by_path(source.params)),
+        "dtype": config.compute_dtype,
+    }
     known, kept = read_known(output, header)
     params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
     tokenizer = make_tokenizer(config.data)
@@ -59,14 +65,24 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
         if not kept:
             file.write([json.dumps(header)])
         for data in (config.data, *([eval_data_config(config)] if config.held_out else [])):
-            data = dataclasses.replace(data, rows=data.rows // config.micro_batches)  # as many as training computes at a time
-            loss_fn = make_loss(dataclasses.replace(config, data=data, lora=LoraConfig()), make_model(config))
+            # as many as training computes at a time
+            data = dataclasses.replace(data, rows=data.rows // config.micro_batches)
+            loss_fn = make_loss(
+                dataclasses.replace(config, data=data, lora=LoraConfig()), make_model(config)
+            )
             compute = jax.jit(functools.partial(log_probabilities, loss_fn))
-            preparer = ExampleBuilder(dataclasses.replace(data, reference=""), config.processor, tokenizer)
+            preparer = ExampleBuilder(
+                dataclasses.replace(data, reference=""), config.processor, tokenizer
+            )
             for rows, batch in batches(data, new_samples(data, preparer, known)):
-                batch = {field: jax.device_put(value, sharding.batch_sharding(mesh, field)) for field, value in batch.items()}
+                batch = {
+                    field: jax.device_put(value, sharding.batch_sharding(mesh, field))
+                    for field, value in batch.items()
+                }
                 found = zip(rows, np.asarray(compute(params, batch)).tolist(), strict=True)
-                pairs = [pair for samples, values in found for pair in zip(samples, values, strict=False)]
+                pairs = [
+                    pair for samples, values in found for pair in zip(samples, values, strict=False)
+                ]
                 file.write(
                     [
                         jsonl.dumps({"key": key_of(sample), "chosen": chosen, "rejected": rejected})
@@ -78,14 +94,21 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
 
 def check(config: TrainConfig) -> None:
     data = config.data
-    if config.loss.kind != "mpo" or not data.pairs or not (config.loss.reference or config.init_from):
-        raise ValueError("the configuration trains on no pairs (loss.kind mpo, data.pairs, init_from)")
+    if (
+        config.loss.kind != "mpo"
+        or not data.pairs
+        or not (config.loss.reference or config.init_from)
+    ):
+        raise ValueError(
+            "the configuration trains on no pairs (loss.kind mpo, data.pairs, init_from)"
+        )
 
 
 def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
     """(keys that the file has, its bytes without a last line that was cut off). Nothing is changed.
 
-    ValueError if it is not ours or is of other parameters or another dtype; where the parameters are may have changed.
+    ValueError if it is not ours or is of other parameters or another dtype; where the parameters
+    are may have changed.
     """
     if not output.exists():
         return set(), 0
@@ -93,12 +116,15 @@ def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
     rows = [row.values for row in jsonl.parse(lines, output)]
     start = b'{"key": "' if rows else json.dumps(header).encode()
     ours = not rows or (
-        header.keys() == rows[0].keys() and all(row.keys() == {"key", "chosen", "rejected"} for row in rows[1:])
+        header.keys() == rows[0].keys()
+        and all(row.keys() == {"key", "chosen", "rejected"} for row in rows[1:])
     )
     if not ours or not (torn.startswith(start) or start.startswith(torn)):
         raise ValueError(f"{output} is no file of make_reference; name another --output")
     if rows and any(rows[0][name] != header[name] for name in ("hash", "dtype")):
-        raise ValueError(f"{output} is not of {header['reference']} with these parameters and dtype; name another --output")
+        raise ValueError(
+            f"{output} is not of {header['reference']} with these parameters and dtype; name another --output"
+        )
     return {row["key"] for row in rows[1:]}, sum(map(len, lines))
 
 
@@ -108,10 +134,16 @@ def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -
     from rich.progress import track
 
     sources = open_sources(config)
-    dropped = read_drop_list(config.drop_list, [source.name for source in sources], [len(source) for source in sources])
+    dropped = read_drop_list(
+        config.drop_list, [source.name for source in sources], [len(source) for source in sources]
+    )
     for number, source in enumerate(sources):
         rows = [row for row in range(len(source)) if row not in dropped.get(number, ())]
-        for row in track(rows, description=rich.markup.escape(one_line(source.name)), disable=not sys.stderr.isatty()):
+        for row in track(
+            rows,
+            description=rich.markup.escape(one_line(source.name)),
+            disable=not sys.stderr.isatty(),
+        ):
             try:
                 sample = preparer.sample(source, row, np.random.default_rng((config.seed, row)))
             except (ValueError, OSError) as error:
@@ -125,8 +157,12 @@ def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -
                 yield sample
 
 
-def batches(config: DataConfig, samples: Iterator[Sample]) -> Iterator[tuple[list[list[Sample]], Batch]]:
-    """(the samples of each row, batch), rows filled in order; the last batch is filled up with empty rows."""
+def batches(
+    config: DataConfig, samples: Iterator[Sample]
+) -> Iterator[tuple[list[list[Sample]], Batch]]:
+    """(the samples of each row, batch), rows filled in order; the last batch is filled up with
+    empty rows.
+    """
     limits = (config.tokens_per_row, config.tiles_per_row, config.pairs_per_row)
     rows, used = [[]], np.zeros(3, int)
     for sample in samples:
@@ -145,9 +181,14 @@ def batches(config: DataConfig, samples: Iterator[Sample]) -> Iterator[tuple[lis
 
 def _stack(rows: list[list[Sample]], config: DataConfig) -> Batch:
     filled = [join(row, config.tokens_per_row, config.tiles_per_row) for row in rows]
-    batch = {name: np.stack([row[name] for row in filled]) for name in filled[0] if name != "sources"}
+    batch = {
+        name: np.stack([row[name] for row in filled]) for name in filled[0] if name != "sources"
+    }
     missing = config.rows - len(filled)
-    return {name: np.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1))) for name, value in batch.items()}
+    return {
+        name: np.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1)))
+        for name, value in batch.items()
+    }
 
 
 def log_probabilities(loss_fn: MpoLoss, params, batch):

@@ -2,9 +2,10 @@
 
     loss_fn(params, batch, key, loss_state, totals, ref_params) -> loss, (metrics, loss_state)
 
-`SftLoss` is next-token cross-entropy; `MpoLoss` adds the preference and quality losses of mpo.py. Both are sums over a micro-batch,
-divided by the `totals` of the whole batch, so that the losses and gradients of micro-batches add up. `loss_state` is carried from one
-micro-batch and update to the next. Without a key there is no dropout and nothing is updated: this is how a model is evaluated.
+`SftLoss` is next-token cross-entropy; `MpoLoss` adds the preference and quality losses of mpo.py.
+Both are sums over a micro-batch, divided by the `totals` of the whole batch, so that the losses and
+gradients of micro-batches add up. `loss_state` is carried from one micro-batch and update to the
+next. Without a key there is no dropout and nothing is updated: this is how a model is evaluated.
 
 B rows, T tokens, K pairs a row, D width, V vocabulary.
 """
@@ -35,7 +36,9 @@ def batch_totals(batch) -> BatchTotals:
     return BatchTotals(batch["loss_weights"].sum(), (answers.sum() / 2).astype(jnp.float32))
 
 
-def make_loss(config: TrainConfig, model: InternVL, num_sources: int = 0, drop_path: bool = True) -> "SftLoss":
+def make_loss(
+    config: TrainConfig, model: InternVL, num_sources: int = 0, drop_path: bool = True
+) -> "SftLoss":
     """Returns the loss function that the configuration asks for.
 
     Args:
@@ -62,7 +65,8 @@ class SftLoss:
 
     Attributes:
       chunk: Tokens per device whose logits exist at a time.
-      num_sources: Number of data sources; above 0 the batch has "sources" i32[B,T], and the metrics hold source_loss and
+      num_sources: Number of data sources; above 0 the batch has "sources" i32[B,T], and the metrics
+          hold source_loss and
         source_weight, f32[num_sources] sums.
       scaling: Rope scaling; None takes the model's.
       adapters: Settings of the LoRA adapters in the parameters, if there are any.
@@ -86,39 +90,59 @@ class SftLoss:
         return total / totals.weight, (self.by_source(batch, losses), loss_state)
 
     def finish(self, loss_state, metrics: dict):
-        """Returns the loss state after an update, whose metrics are the sums over its micro-batches, and metrics of its own."""
+        """Returns the loss state after an update, whose metrics are the sums over its
+        micro-batches, and metrics of its own.
+        """
         return loss_state, {}
 
     def outputs(self, params, batch, key=None):
-        """Returns the hidden states [B,T,D] and the head's kernel [D,V]. Without a key: no drop path and no dropout."""
+        """Returns the hidden states [B,T,D] and the head's kernel [D,V]. Without a key: no drop
+        path and no dropout.
+        """
         variables = lora.variables(params, self.adapters, training=key is not None)
         rngs = None if key is None else {"drop_path": key, "dropout": jax.random.fold_in(key, 1)}
         deterministic = key is None or not self.drop_path
-        hidden = self.model.apply(variables, batch, deterministic, self.scaling, rngs=rngs, method=InternVL.hidden)
+        hidden = self.model.apply(
+            variables, batch, deterministic, self.scaling, rngs=rngs, method=InternVL.hidden
+        )
         return hidden, self.model.apply(variables, method=InternVL.head_kernel)
 
     def token_losses(self, hidden, kernel, batch, weights):
-        """Returns the f32[] sum of weight * loss and, without gradient, the losses f32[B,T]. weights: f32[B,T]."""
+        """Returns the f32[] sum of weight * loss and, without gradient, the losses f32[B,T].
+        weights: f32[B,T].
+        """
         vocab_size = self.model.config.language.vocab_size
-        return chunked_cross_entropy(hidden, kernel, batch["targets"], weights, vocab_size, self.chunk)
+        return chunked_cross_entropy(
+            hidden, kernel, batch["targets"], weights, vocab_size, self.chunk
+        )
 
     def by_source(self, batch, losses) -> dict:
-        """Returns the sums of weighted losses and of weights of each source; nothing if `num_sources` is 0."""
+        """Returns the sums of weighted losses and of weights of each source; nothing if
+        `num_sources` is 0.
+        """
         if not self.num_sources:
             return {}
         # Compared with a counter in place of a scatter: rows that are sharded stay where they are.
         member = batch["sources"][..., None] == jnp.arange(self.num_sources)[None, None]
-        values = {"source_loss": losses * batch["loss_weights"], "source_weight": batch["loss_weights"]}
-        return {name: jnp.where(member, value[..., None], 0.0).sum((0, 1)) for name, value in values.items()}
+        values = {
+            "source_loss": losses * batch["loss_weights"],
+            "source_weight": batch["loss_weights"],
+        }
+        return {
+            name: jnp.where(member, value[..., None], 0.0).sum((0, 1))
+            for name, value in values.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class MpoLoss(SftLoss):
-    """Mixed preference optimization (Wang et al. 2024) on a batch of pairs: DPO, BCO and the chosen answers' cross-entropy.
+    """Mixed preference optimization (Wang et al. 2024) on a batch of pairs: DPO, BCO and the chosen
+    answers' cross-entropy.
 
-    The losses are functions of the log-probabilities of whole answers, so the weight of a token is known only when all of them are.
-    The head therefore runs twice: for the log-probabilities, and for a sum of token losses whose weights make its gradient that of the
-    loss.
+    The losses are functions of the log-probabilities of whole answers, so the weight of a token is
+    known only when all of them are.
+    The head therefore runs twice: for the log-probabilities, and for a sum of token losses whose
+    weights make its gradient that of the loss.
     """
 
     config: LossConfig = LossConfig(kind="mpo")
@@ -127,12 +151,16 @@ class MpoLoss(SftLoss):
     def init(self) -> mpo.RewardShift:
         return mpo.init_reward_shift()
 
-    def __call__(self, params, batch, key, loss_state: mpo.RewardShift, totals: BatchTotals, ref_params=None):
+    def __call__(
+        self, params, batch, key, loss_state: mpo.RewardShift, totals: BatchTotals, ref_params=None
+    ):
         config, answers = self.config, batch["answers"]
         hidden, kernel = self.outputs(params, batch, key)
         policy = self.log_probabilities(hidden, kernel, batch)
         reference = self.ref_logps(params, ref_params, batch)
-        lengths = jnp.maximum(mpo.answer_sums((answers > 0).astype(jnp.float32), answers, self.pairs), 1.0)
+        lengths = jnp.maximum(
+            mpo.answer_sums((answers > 0).astype(jnp.float32), answers, self.pairs), 1.0
+        )
         present = answers.max(axis=1)[:, None] > 2 * jnp.arange(self.pairs)[None]
         rewards = config.beta * (policy - reference)
         if key is not None and config.shift == "running":
@@ -142,8 +170,13 @@ class MpoLoss(SftLoss):
             preference = mpo.preference_loss(policy, reference, lengths, config)
             quality = mpo.quality_loss(policy, reference, loss_state.mean, config.beta)
             parts = {"preference": preference, "quality": quality}
-            parts = {name: jnp.where(present, value, 0.0).sum() / totals.pairs for name, value in parts.items()}
-            return config.preference_weight * parts["preference"] + config.quality_weight * parts["quality"], parts
+            parts = {
+                name: jnp.where(present, value, 0.0).sum() / totals.pairs
+                for name, value in parts.items()
+            }
+            return config.preference_weight * parts["preference"] + config.quality_weight * parts[
+                "quality"
+            ], parts
 
         (loss, parts), slopes = jax.value_and_grad(pair_loss, has_aux=True)(policy)
         generation = batch["loss_weights"] / totals.weight
@@ -152,9 +185,14 @@ class MpoLoss(SftLoss):
         surrogate, losses = self.token_losses(hidden, kernel, batch, weights)
         parts["generation"] = (losses * generation).sum()
         loss += config.generation_weight * parts["generation"]
-        metrics = {f"loss_{name}": value for name, value in parts.items()} | _reward_metrics(rewards, present, totals)
+        metrics = {f"loss_{name}": value for name, value in parts.items()} | _reward_metrics(
+            rewards, present, totals
+        )
         # The value is the loss, the gradient that of the surrogate.
-        return loss + surrogate - jax.lax.stop_gradient(surrogate), (metrics | self.by_source(batch, losses), loss_state)
+        return loss + surrogate - jax.lax.stop_gradient(surrogate), (
+            metrics | self.by_source(batch, losses),
+            loss_state,
+        )
 
     def finish(self, loss_state: mpo.RewardShift, metrics: dict):
         used = {"reward_shift": loss_state.mean}
@@ -173,8 +211,8 @@ class MpoLoss(SftLoss):
     def ref_logps(self, params, ref_params, batch):
         """Returns the reference model's log-probabilities f32[B,K,2].
 
-        They come with the batch ("reference"), or are computed with `ref_params` or, where these are None, with `params` without
-        their adapters.
+        They come with the batch ("reference"), or are computed with `ref_params` or, where these
+        are None, with `params` without their adapters.
         """
         if "reference" in batch:
             return mpo.answer_sums(batch["reference"], batch["answers"], self.pairs)
@@ -184,5 +222,13 @@ class MpoLoss(SftLoss):
 
 def _reward_metrics(rewards, present, totals: BatchTotals) -> dict:
     chosen, rejected = rewards[..., 0], rewards[..., 1]
-    values = {"chosen": chosen, "rejected": rejected, "margin": chosen - rejected, "accuracy": chosen > rejected}
-    return {f"reward_{name}": jnp.where(present, value, 0.0).sum() / totals.pairs for name, value in values.items()}
+    values = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": chosen > rejected,
+    }
+    return {
+        f"reward_{name}": jnp.where(present, value, 0.0).sum() / totals.pairs
+        for name, value in values.items()
+    }

@@ -1,7 +1,9 @@
-"""AdamW, Muon or Adafactor from an OptimizerConfig: schedule, decay, learning rate of each leaf, and what is not trained at all.
+"""AdamW, Muon or Adafactor from an OptimizerConfig: schedule, decay, learning rate of each leaf,
+and what is not trained at all.
 
-Parameters go by their path in the tree, such as "vision/layers/fc1/kernel". `OptimizerConfig.freeze` splits the tree in two, and the
-optimizer knows only the trained part: what is frozen has no state, no gradient and no update.
+Parameters go by their path in the tree, such as "vision/layers/fc1/kernel".
+`OptimizerConfig.freeze` splits the tree in two, and the optimizer knows only the trained part: what
+is frozen has no state, no gradient and no update.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,8 @@ _NORMS_AND_BIASES = ("bias", "scale", "layer_scale1", "layer_scale2")
 class Optimizer(NamedTuple):
     """An optax transformation of the trained part of the parameters, and how to find that part.
 
-    init: parameters (all of them) -> state, which is a tree of arrays. update: (gradients, state, trained parameters) -> (updates, state).
+    init: parameters (all of them) -> state, which is a tree of arrays. update: (gradients, state,
+        trained parameters) -> (updates, state).
     split: parameters -> (trained, frozen), two trees that `join` puts together again.
     """
 
@@ -35,43 +38,64 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """Raises ValueError naming the field that makes no sense; a freeze pattern is checked when the parameters are there."""
+    """Raises ValueError naming the field that makes no sense; a freeze pattern is checked when the
+    parameters are there.
+    """
     if config.name not in NAMES:
-        raise ValueError(f"optimizer.name is {config.name!r}; it must be {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+        raise ValueError(
+            f"optimizer.name is {config.name!r}; it must be {', '.join(NAMES[:-1])} or {NAMES[-1]}"
+        )
     if config.moment_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"optimizer.moment_dtype is {config.moment_dtype!r}; it must be float32 or bfloat16")
+        raise ValueError(
+            f"optimizer.moment_dtype is {config.moment_dtype!r}; it must be float32 or bfloat16"
+        )
     schedule = make_schedule(config, steps, config.learning_rate)
     if config.name == "muon":
         peak = make_schedule(config, steps, config.muon_learning_rate)
-        parts = {"muon": _finish(_muon(config), config, peak), "adamw": _finish(_adam(config), config, schedule)}
-        update = optax.partition(parts, lambda tree: jax.tree.map(lambda x: "muon" if is_stacked_matrix(x) else "adamw", tree))
+        parts = {
+            "muon": _finish(_muon(config), config, peak),
+            "adamw": _finish(_adam(config), config, schedule),
+        }
+        update = optax.partition(
+            parts,
+            lambda tree: jax.tree.map(lambda x: "muon" if is_stacked_matrix(x) else "adamw", tree),
+        )
     else:
-        update = _finish(_adam(config) if config.name == "adamw" else _adafactor(config), config, schedule)
+        update = _finish(
+            _adam(config) if config.name == "adamw" else _adafactor(config), config, schedule
+        )
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
     def split(params):
         return split_params(params, config.freeze)
 
     def init(params):
-        # Statistics are float32 whatever the parameters are stored as, but for AdamW's first moment, if so asked.
+        # Statistics are float32 whatever the parameters are stored as, but for AdamW's first
+        # moment, if so asked.
         return chain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(params)[0]))
 
     return Optimizer(init, chain.update, split)
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """Learning rate at each update, counted from 0: linear warm-up from 0 to `peak`, then down to `final_fraction` of it at `steps`.
+    """Learning rate at each update, counted from 0: linear warm-up from 0 to `peak`, then down to
+    `final_fraction` of it at `steps`.
 
-    "cosine" falls all the way; "wsd" (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at the peak and falls on a line in the end.
+    "cosine" falls all the way; "wsd" (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at the
+    peak and falls on a line in the end.
     """
     warmup = warmup_steps(config, steps)
     if not 0 <= warmup < steps:
-        raise ValueError(f"optimizer.warmup_steps is {warmup}; it must lie between 0 and steps ({steps})")
+        raise ValueError(
+            f"optimizer.warmup_steps is {warmup}; it must lie between 0 and steps ({steps})"
+        )
     final = peak * config.final_fraction
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
     if config.schedule != "wsd":
-        raise ValueError(f"optimizer.schedule is {config.schedule!r}; it must be {' or '.join(SCHEDULES)}")
+        raise ValueError(
+            f"optimizer.schedule is {config.schedule!r}; it must be {' or '.join(SCHEDULES)}"
+        )
     falling = round(config.decay_fraction * steps)
     if not 0 <= falling <= steps - warmup:
         raise ValueError(
@@ -89,31 +113,43 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """How many of a run's steps the learning rate rises: `warmup_fraction` of them if that is set, else `warmup_steps`."""
+    """How many of a run's steps the learning rate rises: `warmup_fraction` of them if that is set,
+    else `warmup_steps`.
+    """
     return round(config.warmup_fraction * steps) if config.warmup_fraction else config.warmup_steps
 
 
-def _finish(direction, config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Direction -> update: decay (Loshchilov and Hutter 2019, so times the learning rate), then each leaf's own learning rate."""
+def _finish(
+    direction, config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Direction -> update: decay (Loshchilov and Hutter 2019, so times the learning rate), then
+    each leaf's own learning rate.
+    """
     mask = None if config.decay_norms_and_biases else _is_decayed
     return optax.chain(
         direction,
         optax.add_decayed_weights(config.weight_decay, mask),
-        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, relative_rates(updates, config))),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(jnp.multiply, updates, relative_rates(updates, config))
+        ),
         optax.scale_by_learning_rate(schedule),
     )
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    # Beside Muon, whose momentum is Nesterov's, it takes Nesterov's too, as optax.contrib.muon does.
+    # Beside Muon, whose momentum is Nesterov's, it takes Nesterov's too, as optax.contrib.muon
+    # does.
     nesterov = config.name == "muon"
-    return optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype, nesterov=nesterov)
+    return optax.scale_by_adam(
+        config.beta1, config.beta2, mu_dtype=config.moment_dtype, nesterov=nesterov
+    )
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """As for ViT-G (Zhai et al. 2021): factored second moment, a first moment, and steps that do not grow with the parameters, so that
-    a learning rate means about what it means to AdamW. A stacked leaf is factored over its matrices' axes; its steps are clipped
-    together."""
+    """As for ViT-G (Zhai et al. 2021): factored second moment, a first moment, and steps that do
+    not grow with the parameters, so that a learning rate means about what it means to AdamW. A
+    stacked leaf is factored over its matrices' axes; its steps are clipped together.
+    """
     second = optax.scale_by_factored_rms(decay_rate=0.8)  # Shazeer and Stern 2018
     parts = [second, optax.clip_by_block_rms(1.0)]
     if config.beta1:
@@ -122,12 +158,19 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Jordan et al. 2024, on every matrix of [L,in,out] by itself, with the step's size adapted to in and out."""
+    """Jordan et al. 2024, on every matrix of [L,in,out] by itself, with the step's size adapted to
+    in and out.
+    """
     whole = scale_by_muon(
         mu_dtype=config.moment_dtype,
-        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), tree),
+        weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda _: MuonDimensionNumbers(1, 2), tree
+        ),
     )
-    return optax.chain(whole, optax.stateless_with_tree_map(lambda x, _: x * max(1.0, x.shape[2] / x.shape[1]) ** 0.5))
+    return optax.chain(
+        whole,
+        optax.stateless_with_tree_map(lambda x, _: x * max(1.0, x.shape[2] / x.shape[1]) ** 0.5),
+    )
 
 
 def is_stacked_matrix(leaf) -> bool:
@@ -139,18 +182,28 @@ def _is_decayed(tree):
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in _NORMS_AND_BIASES, tree)
 
 
-# --- the learning rate of each leaf ----------------------------------------------------------------------------------------------
+# --- the learning rate of each leaf --------------------------------------------------------------
 
 
 def relative_rates(params, config: OptimizerConfig):
-    """What each leaf's learning rate is multiplied with: a tree like `params` of f32[], or f32[L,1...] for the tower's stacked layers.
+    """What each leaf's learning rate is multiplied with: a tree like `params` of f32[], or
+    f32[L,1...] for the tower's stacked layers.
 
-    Each component has its rate. In the tower each layer learns `vision_layer_decay` times as fast as the one above it; the top layer has
-    the tower's rate, and the embeddings come below the first layer (Bao et al. 2021, BEiT, counted from the tower's top).
+    Each component has its rate. In the tower each layer learns `vision_layer_decay` times as fast
+    as the one above it; the top layer has the tower's rate, and the embeddings come below the first
+    layer (Bao et al. 2021, BEiT, counted from the tower's top).
     """
     leaves, tree = jax.tree.flatten_with_path(params)
-    paths = [path_name(path).removeprefix("lora/") for path, _ in leaves]  # an adapter learns as its layer would
-    depth = next((leaf.shape[0] for path, (_, leaf) in zip(paths, leaves, strict=True) if path.startswith("vision/layers/")), 0)
+    # an adapter learns as its layer would
+    paths = [path_name(path).removeprefix("lora/") for path, _ in leaves]
+    depth = next(
+        (
+            leaf.shape[0]
+            for path, (_, leaf) in zip(paths, leaves, strict=True)
+            if path.startswith("vision/layers/")
+        ),
+        0,
+    )
     decay = np.float32(config.vision_layer_decay)
 
     def rate(path, leaf):
@@ -162,7 +215,9 @@ def relative_rates(params, config: OptimizerConfig):
             return component * (decay**below_top).reshape(-1, *(1,) * (leaf.ndim - 1))
         return component * decay**depth
 
-    return jax.tree.unflatten(tree, [rate(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)])
+    return jax.tree.unflatten(
+        tree, [rate(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+    )
 
 
 def path_name(path) -> str:
@@ -170,19 +225,23 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-# --- what is trained -------------------------------------------------------------------------------------------------------------
+# --- what is trained -----------------------------------------------------------------------------
 
 
 def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
     """(trained, frozen): a leaf whose whole path one of the regular expressions matches is frozen.
 
-    Raises ValueError naming a pattern that is no regular expression or matches nothing, and if nothing is left to train.
+    Raises ValueError naming a pattern that is no regular expression or matches nothing, and if
+    nothing is left to train.
     """
     leaves = flatten_dict(params, sep="/")
     frozen = {path for pattern in freeze for path in matching(pattern, leaves, "optimizer.freeze")}
     if len(frozen) == len(leaves):
         raise ValueError(f"optimizer.freeze {list(freeze)} leaves nothing to train")
-    parts = ({path: leaf for path, leaf in leaves.items() if (path in frozen) is wanted} for wanted in (False, True))
+    parts = (
+        {path: leaf for path, leaf in leaves.items() if (path in frozen) is wanted}
+        for wanted in (False, True)
+    )
     trained, frozen = (unflatten_dict(part, sep="/") for part in parts)
     return trained, frozen
 

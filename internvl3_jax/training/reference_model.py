@@ -1,4 +1,6 @@
-"""The model that MPO compares its policy with: what the policy was when it began, and never trained."""
+"""The model that MPO compares its policy with: what the policy was when it began, and never
+trained.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ from internvl3_jax.parallel.sharding import param_shardings
 from internvl3_jax.training import mpo
 from internvl3_jax.training.step import TrainState
 
-# How far from its value at the start the preference part may be: in bfloat16 the policy's program, which also makes gradients, rounds in
-# other places than the reference's.
+# How far from its value at the start the preference part may be: in bfloat16 the policy's program,
+# which also makes gradients, rounds in other places than the reference's.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
@@ -40,8 +42,10 @@ def check(config: TrainConfig) -> None:
 
 
 def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainState) -> dict | None:
-    """Its parameters, split over the mesh as the policy's; None where none are needed: there is no reference, its log-probabilities were
-    computed beforehand, or it is the base that adapters are trained beside."""
+    """Its parameters, split over the mesh as the policy's; None where none are needed: there is no
+    reference, its log-probabilities were computed beforehand, or it is the base that adapters are
+    trained beside.
+    """
     if config.data.reference:
         _check_table(config, state)
     if not mpo.needs_model(config):
@@ -49,24 +53,32 @@ def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainSta
     name = config.loss.reference or config.init_from
     source = checkpoint.load(name, dtype=mpo.reference_dtype(config), mesh=mesh)
     if source.config.language != config.model.language:
-        raise ValueError(f"{name} has another decoder than the configuration's: it cannot be the reference")
+        raise ValueError(
+            f"{name} has another decoder than the configuration's: it cannot be the reference"
+        )
     if jax.process_index() == 0:
         print(f"reference: {source.directory}, in {jax.tree.leaves(source.params)[0].dtype}")
     return jax.device_put(source.params, param_shardings(source.params, mesh))
 
 
 def _check_table(config: TrainConfig, state: TrainState) -> None:
-    """ValueError if the log-probabilities are of another model than the one that the run begins with."""
+    """ValueError if the log-probabilities are of another model than the one that the run begins
+    with.
+    """
     table = ReferenceTable(config.data.reference)
     if config.loss.reference:
         named = str(resolve_checkpoint(config.loss.reference))
         if named != table.made_of:
-            raise ValueError(f"{config.data.reference} was made of {table.made_of}, and loss.reference is {named}")
+            raise ValueError(
+                f"{config.data.reference} was made of {table.made_of}, and loss.reference is {named}"
+            )
         return
     if int(state.step) or config.lora.quantize != "none":
         return
     # What is trained whole beside adapters is in float32, of values in param_dtype.
-    params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), lora.base_params(state.params))
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(config.param_dtype), lora.base_params(state.params)
+    )
     theirs, ours = table.hash, tree_hash(by_path(params))
     if theirs != ours:
         raise ValueError(
@@ -76,7 +88,9 @@ def _check_table(config: TrainConfig, state: TrainState) -> None:
 
 
 def check_start(config: TrainConfig, metrics: dict) -> None:
-    """After a run's first update, whose policy was still the reference. ValueError if the losses say that it was not."""
+    """After a run's first update, whose policy was still the reference. ValueError if the losses
+    say that it was not.
+    """
     loss = config.loss
     if loss.kind != "mpo" or loss.reference or loss.drop_path or config.lora.dropout:
         return
@@ -85,7 +99,9 @@ def check_start(config: TrainConfig, metrics: dict) -> None:
         loss.preference_weight * np.asarray(metrics["loss_preference"])
         + loss.quality_weight * np.asarray(metrics["loss_quality"])
     )
-    if not abs(found - expected) <= _TOLERANCE[jnp.dtype(config.compute_dtype).name] * max(1.0, expected):
+    if not abs(found - expected) <= _TOLERANCE[jnp.dtype(config.compute_dtype).name] * max(
+        1.0, expected
+    ):
         raise ValueError(
             f"at the first step policy and reference are the same model, so the preference part is {expected:.6f}; it was {found:.6f}. Set "
             f"loss.reference_dtype to float32 if {config.init_from} is not stored in {config.compute_dtype}; if that does not mend it, "

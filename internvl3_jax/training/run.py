@@ -39,10 +39,22 @@ from internvl3_jax.training.start import (
     trainable,
     warm_start,
 )
-from internvl3_jax.training.step import TrainState, init_loss_state, init_state, shardings_of, trained_paths
+from internvl3_jax.training.step import (
+    TrainState,
+    init_loss_state,
+    init_state,
+    shardings_of,
+    trained_paths,
+)
 
 UNKNOWN = -1  # a newest step that has not been looked for
-_DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied", "Input/output error")
+_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    "Input/output error",
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,23 +68,38 @@ def restore_or_init(
     mesh: jax.sharding.Mesh,
     step: int | None,
 ) -> tuple[TrainState, RunHistory]:
-    """From a step of the run, which also sets `batches` to where they were; else from `config.init_from`, or random.
+    """From a step of the run, which also sets `batches` to where they were; else from
+    `config.init_from`, or random.
 
     step: of `agreed_step`.
 
-    Each array is made or read where it belongs on the mesh, which may be another one than the checkpoint was saved from.
+    Each array is made or read where it belongs on the mesh, which may be another one than the
+    checkpoint was saved from.
     """
     size = config.model.vision.image_size
     row = np.zeros((1, 1), np.int32)
-    example = {"tokens": row, "positions": row, "segments": row, "tiles": np.zeros((1, 1, size, size, 3), np.uint8)}
+    example = {
+        "tokens": row,
+        "positions": row,
+        "segments": row,
+        "tiles": np.zeros((1, 1, size, size, 3), np.uint8),
+    }
 
     def init():
         return init_state(
-            model, optimizer, example, config.seed, jnp.dtype(config.param_dtype), config.lora, init_loss_state(config)
+            model,
+            optimizer,
+            example,
+            config.seed,
+            jnp.dtype(config.param_dtype),
+            config.lora,
+            init_loss_state(config),
         )
 
     if config.lora.rank and not config.init_from:
-        raise ValueError("lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside")
+        raise ValueError(
+            "lora.rank is above 0 and init_from is empty: name the base that the adapters are trained beside"
+        )
     shapes = jax.eval_shape(init)
     check_adapters_learn(config, shapes.params)
     places = shardings_of(shapes, mesh, config.offload_optimizer)
@@ -101,20 +128,29 @@ def restore_or_init(
 
 
 def check_data(config: TrainConfig, workdir: pathlib.Path, batches: BatchLoader, step: int) -> None:
-    """Before any array is read: that the samples are still made of the same. Steps of earlier versions do not say of what."""
+    """Before any array is read: that the samples are still made of the same. Steps of earlier
+    versions do not say of what.
+    """
     if saved := _training(workdir, step).get("identity", dict, {}):
         check_identity(saved, batches.identity, step, config.accept_changed_data)
 
 
 def _training(workdir: pathlib.Path, step: int) -> strict_json.Object:
-    return strict_json.Object(steps.read_training(workdir, step), str(workdir / "checkpoints" / str(step) / steps.TRAINING))
+    return strict_json.Object(
+        steps.read_training(workdir, step),
+        str(workdir / "checkpoints" / str(step) / steps.TRAINING),
+    )
 
 
 def agreed_step(workdir: pathlib.Path) -> int | None:
-    """The newest complete step. An error where the processes see different ones, as they do if WORKDIR is not shared."""
+    """The newest complete step. An error where the processes see different ones, as they do if
+    WORKDIR is not shared.
+    """
     step = latest_step(workdir)
     # Their data may have been indexed until now, on one host faster than on another.
-    multihost.assert_same_on_all_hosts(0, {"newest complete step": "none" if step is None else step}, seconds=1800)
+    multihost.assert_same_on_all_hosts(
+        0, {"newest complete step": "none" if step is None else step}, seconds=1800
+    )
     return step
 
 
@@ -131,7 +167,11 @@ def farewell(config: TrainConfig, workdir: pathlib.Path) -> str:
     """What to do with a run that has reached its end, and which step is best."""
     past = RunHistory.of_saved(_training(workdir, config.steps).get("past", dict, {}))
     step = past.best_step
-    held_out = f"; the lowest held-out loss, {past.best:.4g}, is that of step {step}" if config.held_out and step else ""
+    held_out = (
+        f"; the lowest held-out loss, {past.best:.4g}, is that of step {step}"
+        if config.held_out and step
+        else ""
+    )
     is_other = bool(held_out) and step != config.steps
     there = is_other and (workdir / "checkpoints" / str(step)).is_dir()
     chosen = workdir / "checkpoints" / str(step) if there else workdir
@@ -144,7 +184,9 @@ def farewell(config: TrainConfig, workdir: pathlib.Path) -> str:
 
 
 def _wrong_log(config: TrainConfig, workdir: pathlib.Path) -> str:
-    """A line about a log that does not tell of the whole run; a finished run does not write it again."""
+    """A line about a log that does not tell of the whole run; a finished run does not write it
+    again.
+    """
     path = workdir / LOG
     try:
         reached = max((row["step"] for row in read_rows(path)), default=0)
@@ -157,7 +199,9 @@ def _wrong_log(config: TrainConfig, workdir: pathlib.Path) -> str:
 
 
 class AsyncSaver:
-    """Saves steps in the background, one at a time. A step is complete when `poll` finds its writes done, or at the latest with `wait`."""
+    """Saves steps in the background, one at a time. A step is complete when `poll` finds its writes
+    done, or at the latest with `wait`.
+    """
 
     def __init__(
         self,
@@ -168,7 +212,13 @@ class AsyncSaver:
         identity: dict[str, str],
     ):
         """identity: of the data; see data/identity.py."""
-        self.config, self.workdir, self.placement, self.files, self.identity = config, workdir, placement, files, identity
+        self.config, self.workdir, self.placement, self.files, self.identity = (
+            config,
+            workdir,
+            placement,
+            files,
+            identity,
+        )
         self.saving: steps.Saving | None = None
         self.step = 0
 
@@ -183,10 +233,16 @@ class AsyncSaver:
         self.wait()
         check_frozen(self.config, state.params, past, step)
         best = past.best_step if self.config.keep_best else 0
-        extra = {"past": past.saved(), "loss_state": [float(value) for value in state.loss_state], "identity": self.identity}
+        extra = {
+            "past": past.saved(),
+            "loss_state": [float(value) for value in state.loss_state],
+            "identity": self.identity,
+        }
 
         def keep_also(step: int) -> bool:
-            return step == best or bool(self.config.keep_every and step % self.config.keep_every == 0)
+            return step == best or bool(
+                self.config.keep_every and step % self.config.keep_every == 0
+            )
 
         self.step = step
         with self._named():
@@ -207,9 +263,11 @@ class AsyncSaver:
             )
 
     def poll(self, together: bool) -> None:
-        """Completes the step if all processes have written their parts of it; never waits for a disk.
+        """Completes the step if all processes have written their parts of it; never waits for a
+        disk.
 
-        together: whether all processes are here. Where there are several, they ask each other only then.
+        together: whether all processes are here. Where there are several, they ask each other only
+            then.
         """
         if self.saving is None or (jax.process_count() > 1 and not together):
             return
@@ -227,7 +285,9 @@ class AsyncSaver:
 
     @contextlib.contextmanager
     def _named(self):
-        """A failed save in one line that names the step, whatever raised it; the steps before it stay."""
+        """A failed save in one line that names the step, whatever raised it; the steps before it
+        stay.
+        """
         try:
             yield
         except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:
@@ -239,7 +299,9 @@ class AsyncSaver:
 
 
 def _cause(error: BaseException) -> str:
-    """What is behind an error of the libraries that write, in a few words: the system's own if it is there."""
+    """What is behind an error of the libraries that write, in a few words: the system's own if it
+    is there.
+    """
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     text = message(error)
@@ -248,7 +310,9 @@ def _cause(error: BaseException) -> str:
 
 
 class FiniteCheck:
-    """Stops the run at a step whose numbers make no sense, naming the samples that it was computed from."""
+    """Stops the run at a step whose numbers make no sense, naming the samples that it was computed
+    from.
+    """
 
     def __init__(self, params, optimizer: Optimizer, sources: list[str]):
         self.paths, self.sources, self.latest = trained_paths(params, optimizer), sources, None
@@ -259,7 +323,9 @@ class FiniteCheck:
         self.latest = (step, metrics, prepared)
 
     def check(self) -> None:
-        """Waits for the latest step. FloatingPointError at a loss or gradient that is not finite, or a trained leaf without gradient."""
+        """Waits for the latest step. FloatingPointError at a loss or gradient that is not finite,
+        or a trained leaf without gradient.
+        """
         if self.latest is None:
             return
         (step, metrics, prepared), self.latest = self.latest, None
@@ -267,16 +333,26 @@ class FiniteCheck:
             values = ", ".join(f"{name} {float(metrics[name])}" for name in ("loss", "grad_norm"))
             raise FloatingPointError(f"{values} at step {step}{self._samples(prepared)}")
         index = int(metrics["zero_gradient"])
-        if index >= 0 and (self.paths[index].removeprefix("lora/").startswith("language") or prepared.batch["tiles"].any()):
-            raise FloatingPointError(f"the gradient of {self.paths[index]} is all zero at step {step}{self._samples(prepared)}")
+        if index >= 0 and (
+            self.paths[index].removeprefix("lora/").startswith("language")
+            or prepared.batch["tiles"].any()
+        ):
+            raise FloatingPointError(
+                f"the gradient of {self.paths[index]} is all zero at step {step}{self._samples(prepared)}"
+            )
 
     def _samples(self, prepared: HostBatch) -> str:
-        rows = [", ".join(f"{self.sources[source]} row {row}" for source, row in origin) for origin in prepared.origins]
+        rows = [
+            ", ".join(f"{self.sources[source]} row {row}" for source, row in origin)
+            for origin in prepared.origins
+        ]
         return "; the last checkpoint is kept. Samples: " + " | ".join(rows)
 
 
 class SkipLog:
-    """Writes down each new reason for which a sample was left out, with the step at which it was noted."""
+    """Writes down each new reason for which a sample was left out, with the step at which it was
+    noted.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         """step: at which the run is resumed; what was noted after it is dropped."""
@@ -289,7 +365,9 @@ class SkipLog:
 
     def _cut_back(self, path: pathlib.Path, step: int) -> None:
         kept = []
-        for line in (line.decode("utf-8", "replace").rstrip("\n") for line in jsonl.whole_lines(path)):
+        for line in (
+            line.decode("utf-8", "replace").rstrip("\n") for line in jsonl.whole_lines(path)
+        ):
             number, tab, reason = line.partition("\t")
             if not (tab and number.isdigit() and int(number) > step):
                 kept.append(line)
@@ -299,7 +377,11 @@ class SkipLog:
 
     def note(self, step: int, prepared: HostBatch) -> int:
         """Samples that all processes have left out since the run began; they wait for each other."""
-        new = [reason for reason in dict.fromkeys(map(one_line, prepared.skipped)) if reason not in self.known]
+        new = [
+            reason
+            for reason in dict.fromkeys(map(one_line, prepared.skipped))
+            if reason not in self.known
+        ]
         if new:
             self.known.update(new)
             jsonl.append(self.path, [f"{step}\t{reason}" for reason in new])

@@ -1,4 +1,6 @@
-"""What a run leaves for people: log.jsonl, answers.jsonl, the loss curve, and the report of its held-out scores."""
+"""What a run leaves for people: log.jsonl, answers.jsonl, the loss curve, and the report of its
+held-out scores.
+"""
 
 import dataclasses
 import importlib
@@ -23,10 +25,11 @@ LOG, ANSWERS, CURVE = "log.jsonl", "answers.jsonl", "loss.png"
 
 
 class Log:
-    """WORKDIR/log.jsonl, one row per logged step; also the terminal and, if the configuration asks, TensorBoard, W&B and a profile.
+    """WORKDIR/log.jsonl, one row per logged step; also the terminal and, if the configuration asks,
+    TensorBoard, W&B and a profile.
 
-    Opened at a step, it drops the rows after it, which are about to be written anew. Of several processes one writes; every one of them
-    profiles its devices.
+    Opened at a step, it drops the rows after it, which are about to be written anew. Of several
+    processes one writes; every one of them profiles its devices.
     """
 
     def __init__(self, workdir: pathlib.Path, config: TrainConfig, step: int, writes: bool = True):
@@ -38,7 +41,9 @@ class Log:
             for name in (LOG, ANSWERS):
                 cut_back(workdir / name, step)
         self.progress = _progress()
-        self.task = self.progress.add_task("training", total=config.steps, completed=step, loss=float("nan"))
+        self.task = self.progress.add_task(
+            "training", total=config.steps, completed=step, loss=float("nan")
+        )
         self.mirrors: list[Mirror] = []
         local = self._mirrored(workdir / "tensorboard") if config.tensorboard else None
         self.sinks = [*_tensorboard(local, config, step), *_wandb(workdir, config)]
@@ -78,7 +83,15 @@ class Log:
         if "loss" in values:
             self.progress.update(self.task, completed=step, loss=values["loss"])
         if not sys.stdout.isatty():
-            shown = ("loss", "held_out", "tokens_per_second", "tiles_per_second", "input_wait", "mfu", "seconds")
+            shown = (
+                "loss",
+                "held_out",
+                "tokens_per_second",
+                "tiles_per_second",
+                "input_wait",
+                "mfu",
+                "seconds",
+            )
             text = " ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
             print(f"step {step}/{self.config.steps} {text}", flush=True)
 
@@ -103,12 +116,18 @@ class Log:
         return read_rows(self.path)
 
     def draw(self) -> None:
-        """Writes WORKDIR/loss.png if matplotlib can draw it: the numbers are in log.jsonl without it."""
+        """Writes WORKDIR/loss.png if matplotlib can draw it: the numbers are in log.jsonl without
+        it.
+        """
         try:
             safe_files.replace(self.path.parent / CURVE, self._drawn())
         except ImportError:
-            print(f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)", flush=True)
-        except Exception as error:  # whatever another library's version or settings raise, the run has reached its end
+            print(
+                f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)",
+                flush=True,
+            )
+        except Exception as error:
+            # whatever another library's version or settings raise, the run has reached its end
             print(f"{CURVE} is left out ({one_line(str(error))})", flush=True)
 
     def _drawn(self) -> bytes:
@@ -117,9 +136,19 @@ class Log:
         rows = [row for row in self.rows() if "loss" in row]
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, label="training")
+        axes.plot(
+            [row["step"] for row in rows],
+            [row["loss"] for row in rows],
+            linewidth=1,
+            label="training",
+        )
         if held_out := [row for row in self.rows() if "held_out" in row]:
-            axes.plot([row["step"] for row in held_out], [row["held_out"] for row in held_out], marker=".", label="held out")
+            axes.plot(
+                [row["step"] for row in held_out],
+                [row["held_out"] for row in held_out],
+                marker=".",
+                label="held out",
+            )
             axes.legend()
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
@@ -129,7 +158,9 @@ class Log:
 
 
 class Mirror:
-    """A local folder whose files are copied to object storage, where nothing can be added to a file."""
+    """A local folder whose files are copied to object storage, where nothing can be added to a
+    file.
+    """
 
     def __init__(self, remote, seconds: float = 60.0):
         self.remote, self.seconds, self.copied, self.sizes = remote, seconds, time.monotonic(), {}
@@ -141,8 +172,16 @@ class Mirror:
             self.copy()
 
     def copy(self) -> None:
-        sizes = {p.relative_to(self.local).as_posix(): p.stat().st_size for p in sorted(self.local.rglob("*")) if p.is_file()}
-        remote_files.upload(self.local, self.remote, [name for name, size in sizes.items() if self.sizes.get(name) != size])
+        sizes = {
+            p.relative_to(self.local).as_posix(): p.stat().st_size
+            for p in sorted(self.local.rglob("*"))
+            if p.is_file()
+        }
+        remote_files.upload(
+            self.local,
+            self.remote,
+            [name for name, size in sizes.items() if self.sizes.get(name) != size],
+        )
         self.sizes, self.copied = sizes, time.monotonic()
 
     def close(self) -> None:
@@ -151,16 +190,22 @@ class Mirror:
 
 
 def append(path: pathlib.Path, rows: list[dict]) -> None:
-    """Adds rows to a JSONL file. A number that is not finite is written as null. OSError names the file."""
+    """Adds rows to a JSONL file. A number that is not finite is written as null. OSError names the
+    file.
+    """
     jsonl.append(path, [jsonl.dumps(_finite(row)) for row in rows])
 
 
 def _finite(row: dict) -> dict:
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """The rows of a file of `append`, each with its "step"; a last line that a kill has torn is no row, and no file has no rows.
+    """The rows of a file of `append`, each with its "step"; a last line that a kill has torn is no
+    row, and no file has no rows.
 
     Raises:
       FileError: naming a line that a run did not write.
@@ -173,19 +218,27 @@ def read_rows(path: pathlib.Path) -> list[dict]:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             advice = "move the file away, or name another --workdir"
-            raise FileError(f"{one_line(str(path))} line {number}: is no row of a run; {advice}") from error
+            raise FileError(
+                f"{one_line(str(path))} line {number}: is no row of a run; {advice}"
+            ) from error
         rows.append(row)
     return rows
 
 
 def cut_back(path: pathlib.Path, step: int) -> None:
-    """Drops the rows after a step from a file of `append`, which are about to be written anew, and what a kill has torn."""
+    """Drops the rows after a step from a file of `append`, which are about to be written anew, and
+    what a kill has torn.
+    """
     if path.exists():
-        jsonl.rewrite(path, [jsonl.dumps(_finite(row)) for row in read_rows(path) if row["step"] <= step])
+        jsonl.rewrite(
+            path, [jsonl.dumps(_finite(row)) for row in read_rows(path) if row["step"] <= step]
+        )
 
 
 def check_extras(config: TrainConfig) -> None:
-    """ImportError if a package is missing that the run would need later on; before anything is loaded."""
+    """ImportError if a package is missing that the run would need later on; before anything is
+    loaded.
+    """
     for wanted, setting, package, remedy in (
         (
             config.tensorboard,
@@ -203,12 +256,21 @@ def check_extras(config: TrainConfig) -> None:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), disable=not sys.stdout.isatty())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(
+        *columns, TextColumn("loss {task.fields[loss]:.4f}"), disable=not sys.stdout.isatty()
+    )
 
 
 def _tensorboard(folder: pathlib.Path | None, config: TrainConfig, step: int) -> list:
-    """[(write, close)] or nothing; close takes whether the run broke off. What TensorBoard has of steps after `step` is hidden."""
+    """[(write, close)] or nothing; close takes whether the run broke off. What TensorBoard has of
+    steps after `step` is hidden.
+    """
     if not config.tensorboard:
         return []
     from tensorboardX import SummaryWriter
@@ -227,13 +289,25 @@ def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
         return []
     import wandb
 
-    # Kept beside the run, so that it goes on there too: runs are told apart by their directory, not by the last part of its name.
+    # Kept beside the run, so that it goes on there too: runs are told apart by their directory, not
+    # by the last part of its name.
     path = workdir / "wandb" / "id"
     if not path.is_file() or not path.read_text().strip():  # a kill may have left it empty
         path.parent.mkdir(exist_ok=True)
         safe_files.replace(path, uuid.uuid4().hex)
-    folder = tempfile.gettempdir() if is_remote(workdir) else workdir  # W&B uploads what it writes there
+    # W&B uploads what it writes there
+    folder = tempfile.gettempdir() if is_remote(workdir) else workdir
     run = wandb.init(
-        project=config.wandb, dir=folder, id=path.read_text(), name=str(workdir), resume="allow", config=to_dict(config)
+        project=config.wandb,
+        dir=folder,
+        id=path.read_text(),
+        name=str(workdir),
+        resume="allow",
+        config=to_dict(config),
     )
-    return [(lambda step, values: run.log(values, step=step), lambda broke_off: run.finish(exit_code=int(broke_off)))]
+    return [
+        (
+            lambda step, values: run.log(values, step=step),
+            lambda broke_off: run.finish(exit_code=int(broke_off)),
+        )
+    ]

@@ -1,13 +1,16 @@
-"""A run's configuration from the command line: --config FILE[:ARGUMENT] and, for single fields, --config.FIELD=VALUE.
+"""A run's configuration from the command line: --config FILE[:ARGUMENT] and, for single fields,
+--config.FIELD=VALUE.
 
     settings.take_overrides(sys.argv)           before absl parses the flags
     chosen = settings.load()                    in main: Chosen(config, recipe, overrides)
 
-FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. A value is read by its field's type:
+FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. A value is read by
+its field's type:
 
     --config.steps=100   --config.data.source=meta.json   --config.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
 
-A tuple may also be given by naming its field several times. Every error is a UsageError, one line that names field or file and line.
+A tuple may also be given by naming its field several times. Every error is a UsageError, one line
+that names field or file and line.
 """
 
 import ast
@@ -32,13 +35,16 @@ from internvl3_jax.io.terminal import excerpt, one_line
 from internvl3_jax.io.typed import ConfigError, typed
 
 CONFIG = flags.DEFINE_string(
-    "config", None, "File with get_config() -> TrainConfig, as FILE or FILE:ARGUMENT. --config.FIELD=VALUE sets a field."
+    "config",
+    None,
+    "File with get_config() -> TrainConfig, as FILE or FILE:ARGUMENT. --config.FIELD=VALUE sets a field.",
 )
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 # Of two fields that say the same thing in two ways, naming the one switches the other off.
 _REPLACES = {"optimizer.warmup_steps": ("optimizer.warmup_fraction", 0.0)}
 
-_overrides: list[tuple[str, str | None, bool]] = []  # field, text or None, whether its name began with "no"
+# field, text or None, whether its name began with "no"
+_overrides: list[tuple[str, str | None, bool]] = []
 
 
 @dataclasses.dataclass
@@ -51,7 +57,10 @@ class Chosen:
 
     def overview(self, config: TrainConfig) -> str:
         """The recipe and what differs from it, in a few lines. config: as the run takes it."""
-        changes = [f"  {field} = {excerpt(value)} (recipe: {excerpt(old)})" for field, (old, value) in self.overrides.items()]
+        changes = [
+            f"  {field} = {excerpt(value)} (recipe: {excerpt(old)})"
+            for field, (old, value) in self.overrides.items()
+        ]
         steps = f"  {config.steps:,} steps, of which {config.optimizer.warmup_steps:,} are warm-up; all settings: WORKDIR/config.json"
         return "\n".join([f"configuration {one_line(self.recipe)}", *changes, steps])
 
@@ -74,10 +83,14 @@ def take_overrides(arguments: list[str]) -> None:
 
 
 def load() -> Chosen:
-    """The configuration that the command line names. UsageError in one line if there is none, or a field or value makes no sense."""
+    """The configuration that the command line names. UsageError in one line if there is none, or a
+    field or value makes no sense.
+    """
     name = CONFIG.value
     if not name:
-        raise UsageError("--config is missing; name a file of configs/, such as --config configs/tiny_digits.py")
+        raise UsageError(
+            "--config is missing; name a file of configs/, such as --config configs/tiny_digits.py"
+        )
     config = copy.deepcopy(read(name))
     values: dict[str, object] = {}
     for field, text, negated in _overrides:
@@ -91,13 +104,15 @@ def load() -> Chosen:
         _set(config, field, value)
         other, neutral = _REPLACES.get(field, (None, None))
         if other in values:
-            raise UsageError(f"--config.{field} and --config.{other} say the same thing twice; give one of them")
+            raise UsageError(
+                f"--config.{field} and --config.{other} say the same thing twice; give one of them"
+            )
         if other and other not in values:
             _set(config, other, neutral)
     return Chosen(config, name, changes)
 
 
-# --- the file -----------------------------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 
 
 def read(name: str) -> TrainConfig:
@@ -106,7 +121,10 @@ def read(name: str) -> TrainConfig:
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
     path = pathlib.Path(os.path.expanduser(file))
     if not path.is_file():
-        near = suggestion(path.name, [one.name for one in path.parent.glob("*.py")] if path.parent.is_dir() else [])
+        near = suggestion(
+            path.name,
+            [one.name for one in path.parent.glob("*.py")] if path.parent.is_dir() else [],
+        )
         raise UsageError(f"--config: {one_line(str(path))}: no such file{near}")
     arguments = [argument] if ":" in name and argument is not None else []
     with _beside(path):
@@ -115,16 +133,22 @@ def read(name: str) -> TrainConfig:
         except (Exception, SystemExit, GeneratorExit) as error:
             raise UsageError(_where_it_failed(error, path)) from error
     if not isinstance(config, TrainConfig):
-        raise UsageError(f"--config: get_config() of {path} returned a {type(config).__name__}; it must return a TrainConfig")
+        raise UsageError(
+            f"--config: get_config() of {path} returned a {type(config).__name__}; it must return a TrainConfig"
+        )
     return config
 
 
 def _module(path: pathlib.Path) -> types.ModuleType:
-    """Whatever its name ends with; nothing is kept beside it, so that what was edited a moment ago is what is read."""
+    """Whatever its name ends with; nothing is kept beside it, so that what was edited a moment ago
+    is what is read.
+    """
     module = types.ModuleType("internvl3_jax_config_file")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    exec(compile(safe_files.read_bytes(path, max_bytes=1 << 20), str(path), "exec"), module.__dict__)
+    exec(
+        compile(safe_files.read_bytes(path, max_bytes=1 << 20), str(path), "exec"), module.__dict__
+    )
     return module
 
 
@@ -144,22 +168,42 @@ def _beside(path: pathlib.Path):
 
 
 def _where_it_failed(error: BaseException, path: pathlib.Path) -> str:
-    """One line: what a get_config() or recipe refuses as it says it, any other error with its kind and the line in the file."""
-    own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else own[-1] if own else None
+    """One line: what a get_config() or recipe refuses as it says it, any other error with its kind
+    and the line in the file.
+    """
+    own = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    line = (
+        error.lineno
+        if isinstance(error, SyntaxError) and error.filename == str(path)
+        else own[-1]
+        if own
+        else None
+    )
     text = error.msg if isinstance(error, SyntaxError) else message(error)
-    kind = "" if type(error) in (ValueError, ConfigError) or isinstance(error, OSError) else f"{type(error).__name__}: "
+    kind = (
+        ""
+        if type(error) in (ValueError, ConfigError) or isinstance(error, OSError)
+        else f"{type(error).__name__}: "
+    )
     return f"--config: {one_line(str(path))}{f' line {line}' if line else ''}: {kind}{text}"
 
 
-# --- fields -------------------------------------------------------------------------------------------------------------------
+# --- fields --------------------------------------------------------------------------------------
 
 
 def _kind_of(path: str, config=TrainConfig):
     """The annotation of a dotted field; None if there is no such field."""
     kind = config
     for name in path.split("."):
-        fields = {field.name: field.type for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        fields = (
+            {field.name: field.type for field in dataclasses.fields(kind)}
+            if dataclasses.is_dataclass(kind)
+            else {}
+        )
         if name not in fields:
             return None
         kind = fields[name]
@@ -177,14 +221,18 @@ def _value(config: TrainConfig, path: str, text: str | None, negated: bool):
     if kind is bool:
         return _bool(flag, text, negated)
     if negated:
-        raise UsageError(f"--noconfig.{path}: only settings that are true or false can be switched off so")
+        raise UsageError(
+            f"--noconfig.{path}: only settings that are true or false can be switched off so"
+        )
     if text is None:
         raise UsageError(f"{flag} has no value; write {flag}=VALUE")
     return _parsed(flag, kind, text)
 
 
 def _known(path: str):
-    """The annotation of a field that was named on the command line; UsageError suggests another name if there is none."""
+    """The annotation of a field that was named on the command line; UsageError suggests another
+    name if there is none.
+    """
     if (kind := _kind_of(path)) is not None:
         return kind
     known = list(_all_fields(TrainConfig))
@@ -201,7 +249,16 @@ def _all_fields(cls, start: str = ""):
 
 
 def _bool(flag: str, text: str | None, negated: bool) -> bool:
-    known = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f": False, "0": False, "no": False}
+    known = {
+        "true": True,
+        "t": True,
+        "1": True,
+        "yes": True,
+        "false": False,
+        "f": False,
+        "0": False,
+        "no": False,
+    }
     value = True if text is None else known.get(text.lower())
     if value is None:
         raise UsageError(f"{flag} is {excerpt(text)}; it must be true or false")

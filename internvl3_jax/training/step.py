@@ -1,4 +1,6 @@
-"""One update: loss, gradients of the trainable parameters, optimizer. Pure functions; the caller jits them and donates the state."""
+"""One update: loss, gradients of the trainable parameters, optimizer. Pure functions; the caller
+jits them and donates the state.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +13,12 @@ import optax
 from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import constrain, param_shardings, require_mesh, state_shardings
+from internvl3_jax.parallel.sharding import (
+    constrain,
+    param_shardings,
+    require_mesh,
+    state_shardings,
+)
 from internvl3_jax.training.mpo import RewardShift, init_reward_shift
 from internvl3_jax.training.objective import batch_totals, make_loss
 from internvl3_jax.training.optimizer import Optimizer, join, path_name
@@ -25,7 +32,14 @@ class TrainState(NamedTuple):
 
 
 def train_step(
-    loss_fn: Callable, optimizer: Optimizer, state: TrainState, batch, key, ref_params=None, *, micro_batches: int = 1
+    loss_fn: Callable,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch,
+    key,
+    ref_params=None,
+    *,
+    micro_batches: int = 1,
 ):
     """Computes one update.
 
@@ -34,14 +48,18 @@ def train_step(
       batch: A `Batch`.
       key: Seeds drop path and the adapters' dropout, folded with the step.
       ref_params: Parameters of MPO's reference model, or None; see `objective.MpoLoss.ref_logps`.
-      micro_batches: Number of parts in which the rows are computed; loss and gradients are those of the whole batch.
+      micro_batches: Number of parts in which the rows are computed; loss and gradients are those of
+          the whole batch.
 
     Returns:
-      The new state and the metrics. If the loss or a gradient is not finite, the state is the old one, so that it can be saved.
-      Metrics, f32[] unless said: loss; under MPO loss_preference, _quality, _generation, reward_chosen, _rejected, _margin,
-      _accuracy (means over pairs) and reward_shift; weight (sum of the loss weights); grad_norm before clipping and that of _vision,
-      _projector, _language, _lora if they are trained; finite bool[]; zero_gradient i32[], the index in `trained_paths` of the first
-      leaf whose gradient is zero though it need not be, or -1; source_loss and source_weight f32[num_sources].
+      The new state and the metrics. If the loss or a gradient is not finite, the state is the old
+      one, so that it can be saved.
+      Metrics, f32[] unless said: loss; under MPO loss_preference, _quality, _generation,
+      reward_chosen, _rejected, _margin, _accuracy (means over pairs) and reward_shift; weight (sum
+      of the loss weights); grad_norm before clipping and that of _vision, _projector, _language,
+      _lora if they are trained; finite bool[]; zero_gradient i32[], the index in `trained_paths` of
+      the first leaf whose gradient is zero though it need not be, or -1; source_loss and
+      source_weight f32[num_sources].
     """
     trainable, frozen = optimizer.split(state.params)
     totals, key = batch_totals(batch), jax.random.fold_in(key, state.step)
@@ -51,24 +69,42 @@ def train_step(
             params, own_key = join(trainable, frozen), jax.random.fold_in(key, index)
             return loss_fn(params, batch, own_key, loss_state, totals, ref_params)
 
-        (value, (metrics, loss_state)), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        (value, (metrics, loss_state)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            trainable
+        )
         return (metrics | {"loss": value}, gradients), loss_state
 
-    (sums, gradients), loss_state = _over_micro_batches(micro_batch, trainable, batch, micro_batches, state.loss_state)
+    (sums, gradients), loss_state = _over_micro_batches(
+        micro_batch, trainable, batch, micro_batches, state.loss_state
+    )
     loss_state, used = loss_fn.finish(loss_state, sums)
-    metrics = sums | used | {"weight": totals.weight} | _gradient_metrics(gradients, lora.expected_zero_grads(trainable))
+    metrics = (
+        sums
+        | used
+        | {"weight": totals.weight}
+        | _gradient_metrics(gradients, lora.expected_zero_grads(trainable))
+    )
     metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)  # replicated: every process reads them
+    # replicated: every process reads them
+    metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)
 
-    state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))  # if it is offloaded
+    # if it is offloaded
+    state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
     updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
     params = join(optax.apply_updates(trainable, updates), frozen)
     updated = TrainState(state.step + 1, params, opt_state, loss_state)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
 
 
-def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, num_sources: int, shardings: TrainState):
-    """Returns (state, batch, key, ref_params) -> (state, metrics), to be compiled within the mesh. The state is donated.
+def make_step(
+    config: TrainConfig,
+    model: InternVL,
+    optimizer: Optimizer,
+    num_sources: int,
+    shardings: TrainState,
+):
+    """Returns (state, batch, key, ref_params) -> (state, metrics), to be compiled within the mesh.
+    The state is donated.
 
     shardings: Those of the state, as `shardings_of` returns them.
 
@@ -76,7 +112,9 @@ def make_step(config: TrainConfig, model: InternVL, optimizer: Optimizer, num_so
       RuntimeError: No mesh is in context.
     """
     require_mesh()
-    loss_fn = make_loss(config, model, num_sources, drop_path=trains_tower(optimizer, shardings.params))
+    loss_fn = make_loss(
+        config, model, num_sources, drop_path=trains_tower(optimizer, shardings.params)
+    )
     step = functools.partial(train_step, loss_fn, optimizer, micro_batches=config.micro_batches)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -86,7 +124,7 @@ def trains_tower(optimizer: Optimizer, params: dict) -> bool:
     return "layers" in optimizer.split(params)[0].get("vision", {})
 
 
-# --- the state --------------------------------------------------------------------------------------------------------------------
+# --- the state -----------------------------------------------------------------------------------
 
 
 def make_model(config: TrainConfig) -> InternVL:
@@ -111,7 +149,9 @@ def init_state(
     adapters: LoraConfig | None = None,
     loss_state: RewardShift | tuple = (),
 ) -> TrainState:
-    """Initializes a state; with `adapters` of a rank above 0 the parameters are a base and its adapters."""
+    """Initializes a state; with `adapters` of a rank above 0 the parameters are a base and its
+    adapters.
+    """
     params = model.init(jax.random.key(seed), batch)["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
     if adapters and adapters.rank:
@@ -124,12 +164,18 @@ def init_loss_state(config: TrainConfig) -> RewardShift | tuple:
     return init_reward_shift() if config.loss.kind == "mpo" else ()
 
 
-def shardings_of(state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: bool = False) -> TrainState:
-    """Returns the NamedShardings of a state (arrays or ShapeDtypeStructs). offload_optimizer: keep its state in the hosts' memory."""
+def shardings_of(
+    state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: bool = False
+) -> TrainState:
+    """Returns the NamedShardings of a state (arrays or ShapeDtypeStructs). offload_optimizer: keep
+    its state in the hosts' memory.
+    """
     replicated = jax.NamedSharding(mesh, jax.P())
     opt_state = state_shardings(state.opt_state, state.params, mesh)
     if offload_optimizer:
-        opt_state = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), opt_state)
+        opt_state = jax.tree.map(
+            lambda sharding: sharding.with_memory_kind("pinned_host"), opt_state
+        )
     loss_state = jax.tree.map(lambda _: replicated, state.loss_state)
     return TrainState(replicated, param_shardings(state.params, mesh), opt_state, loss_state)
 
@@ -139,11 +185,13 @@ def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:
     return [path_name(path) for path, _ in jax.tree.leaves_with_path(optimizer.split(params)[0])]
 
 
-# --- parts of the step ------------------------------------------------------------------------------------------------------------
+# --- parts of the step ---------------------------------------------------------------------------
 
 
 def _over_micro_batches(function, trainable, batch, count: int, carry):
-    """Sums function(trainable, micro-batch, index, carry) over `count` micro-batches in float32; returns it and the last carry."""
+    """Sums function(trainable, micro-batch, index, carry) over `count` micro-batches in float32;
+    returns it and the last carry.
+    """
     rows = len(batch["tokens"])
     if rows % count:
         raise ValueError(f"micro_batches is {count}; it must divide the batch's {rows} rows")
@@ -151,8 +199,11 @@ def _over_micro_batches(function, trainable, batch, count: int, carry):
     if count == 1:
         sums, carry = function(trainable, batch, 0, carry)
         return jax.tree.map(lambda x: x.astype(jnp.float32), sums), carry
-    # Every count-th row, so that where rows are sharded each device takes its part of each micro-batch from its own rows.
-    parts = jax.tree.map(lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    # Every count-th row, so that where rows are sharded each device takes its part of each
+    # micro-batch from its own rows.
+    parts = jax.tree.map(
+        lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+    )
     indices = jnp.arange(count)
 
     def add(state, inputs):
@@ -160,7 +211,9 @@ def _over_micro_batches(function, trainable, batch, count: int, carry):
         sums, carry = function(trainable, *inputs, carry)
         return (jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, sums), carry), None
 
-    shapes, _ = jax.eval_shape(function, trainable, *jax.tree.map(lambda x: x[0], (parts, indices)), carry)
+    shapes, _ = jax.eval_shape(
+        function, trainable, *jax.tree.map(lambda x: x[0], (parts, indices)), carry
+    )
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     return jax.lax.scan(add, (total, carry), (parts, indices))[0]
 
@@ -169,7 +222,9 @@ def _gradient_metrics(gradients, idle: list) -> dict:
     """idle: Whether the gradient of each leaf must be zero."""
     squares = jax.tree.map(lambda x: jnp.square(x).sum(), gradients)
     leaves = jnp.stack(jax.tree.leaves(squares))
-    metrics = {f"grad_norm_{name}": jnp.sqrt(sum(jax.tree.leaves(part))) for name, part in squares.items()}
+    metrics = {
+        f"grad_norm_{name}": jnp.sqrt(sum(jax.tree.leaves(part))) for name, part in squares.items()
+    }
     metrics["grad_norm"] = jnp.sqrt(leaves.sum())
     wrong = (leaves == 0) & ~jnp.stack(jax.tree.map(jnp.asarray, idle))
     metrics["zero_gradient"] = jnp.where(wrong.any(), jnp.argmax(wrong), -1).astype(jnp.int32)

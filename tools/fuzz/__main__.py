@@ -1,14 +1,17 @@
-"""Gives damaged inputs of every kind to the programs: each must be refused in one clear line, or give the right result.
+"""Gives damaged inputs of every kind to the programs: each must be refused in one clear line, or
+give the right result.
 
     python -m tools.fuzz                                     all inputs
     python -m tools.fuzz --kinds config rows --count 200     some of two kinds
     python -m tools.fuzz --only config-1a2b3c4d              one input again, with all that the program said
     python -m tools.fuzz --list                              the number of inputs of each kind
 
-Good inputs are made from a tiny random model. Each damaged one is given to the program itself, in a process and folder of its own, with
-a limit of time and memory. Verdicts: clear, warned, rightly accepted; or SILENT (accepted, or with another result), TRACEBACK, HANG,
-MEMORY, WRONG (a good input refused, another result, or something left behind) and UNNAMED (a message without the file or field). The
-same seed makes the same inputs. The exit status is 1 if an input got one of the latter verdicts.
+Good inputs are made from a tiny random model. Each damaged one is given to the program itself, in a
+process and folder of its own, with a limit of time and memory. Verdicts: clear, warned, rightly
+accepted; or SILENT (accepted, or with another result), TRACEBACK, HANG, MEMORY, WRONG (a good input
+refused, another result, or something left behind) and UNNAMED (a message without the file or
+field). The same seed makes the same inputs. The exit status is 1 if an input got one of the latter
+verdicts.
 """
 
 import argparse
@@ -48,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'all':16} {len(work):5}")
             return 0
         if options.only and not work:
-            sys.exit(f"error: there is no input {options.only}; the seed decides about some of them")
+            sys.exit(
+                f"error: there is no input {options.only}; the seed decides about some of them"
+            )
         rows = []
         with open(options.output or os.devnull, "w", encoding="utf-8") as file:
             for row in fuzz(work, corpus, scratch, options.jobs, bool(options.only)):
@@ -60,24 +65,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="of inputs; all by default")
     parser.add_argument("--count", type=int, help="how many inputs, drawn from all of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="ID", help="this input alone")
-    parser.add_argument("--jobs", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)))), help="programs at a time")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, min(4, len(os.sched_getaffinity(0)))),
+        help="programs at a time",
+    )
     parser.add_argument("--output", metavar="FILE", help="JSONL file of all verdicts")
     parser.add_argument("--list", action="store_true", help="count the inputs and stop")
     options = parser.parse_args(arguments)
     if options.kinds and (unknown := set(options.kinds) - {kind.name for kind in all_kinds()}):
-        parser.error(f"unknown kind {sorted(unknown)[0]!r}; there are {', '.join(kind.name for kind in all_kinds())}")
+        parser.error(
+            f"unknown kind {sorted(unknown)[0]!r}; there are {', '.join(kind.name for kind in all_kinds())}"
+        )
     return options
 
 
 def all_kinds() -> list[Kind]:
-    from tools.fuzz import kinds_config, kinds_data, kinds_media, kinds_ours, kinds_requests, kinds_settings, kinds_text
+    from tools.fuzz import (
+        kinds_config,
+        kinds_data,
+        kinds_media,
+        kinds_ours,
+        kinds_requests,
+        kinds_settings,
+        kinds_text,
+    )
 
-    modules = (kinds_models, kinds_config, kinds_text, kinds_ours, kinds_media, kinds_data, kinds_requests, kinds_settings)
+    modules = (
+        kinds_models,
+        kinds_config,
+        kinds_text,
+        kinds_ours,
+        kinds_media,
+        kinds_data,
+        kinds_requests,
+        kinds_settings,
+    )
     return [kind for module in modules for kind in module.KINDS]
 
 
@@ -95,7 +126,9 @@ def prepare(scratch: pathlib.Path, kinds: list[Kind]) -> pathlib.Path:
     return folder
 
 
-def chosen(kinds: list[Kind], seed: int, count: int | None, only: str | None) -> list[tuple[Kind, Case]]:
+def chosen(
+    kinds: list[Kind], seed: int, count: int | None, only: str | None
+) -> list[tuple[Kind, Case]]:
     """Of each kind its part of `count`, in the order in which they are made."""
     work = [(kind, case) for kind in kinds for case in all_cases(kind, seed)]
     if only:
@@ -105,12 +138,20 @@ def chosen(kinds: list[Kind], seed: int, count: int | None, only: str | None) ->
     drawn = set()
     for kind in kinds:
         own = [number for number, (one, _) in enumerate(work) if one is kind]
-        drawn.update(random.Random(f"{seed}/{kind.name}/{count}").sample(own, max(1, count * len(own) // len(work))))
+        drawn.update(
+            random.Random(f"{seed}/{kind.name}/{count}").sample(
+                own, max(1, count * len(own) // len(work))
+            )
+        )
     return [work[number] for number in sorted(drawn)]
 
 
-def fuzz(work: list, corpus: pathlib.Path, scratch: pathlib.Path, jobs: int, verbose: bool = False) -> Iterator[dict]:
-    """A row of each input with its verdict. The undamaged input of each kind comes first, and must be accepted."""
+def fuzz(
+    work: list, corpus: pathlib.Path, scratch: pathlib.Path, jobs: int, verbose: bool = False
+) -> Iterator[dict]:
+    """A row of each input with its verdict. The undamaged input of each kind comes first, and must
+    be accepted.
+    """
     from tools.fuzz.judge import judge
     from tools.fuzz.server import run_all
 
@@ -123,14 +164,31 @@ def fuzz(work: list, corpus: pathlib.Path, scratch: pathlib.Path, jobs: int, ver
             if case.name == "undamaged":
                 wanted[case.kind] = outcome.result
             verdict = judge(outcome, wanted[case.kind])
-            row = {"id": case.id, "kind": case.kind, "input": case.name, "expected": case.expect, "verdict": verdict.name}
-            row |= {"message": verdict.message, "seconds": round(outcome.seconds, 2), "short": not verdict.is_good}
+            row = {
+                "id": case.id,
+                "kind": case.kind,
+                "input": case.name,
+                "expected": case.expect,
+                "verdict": verdict.name,
+            }
+            row |= {
+                "message": verdict.message,
+                "seconds": round(outcome.seconds, 2),
+                "short": not verdict.is_good,
+            }
             if verbose or row["short"]:
-                print(f"{verdict.name:10} {case.id}  {case.name[:100]!r}: {verdict.message!r}"[:400], flush=True)
+                print(
+                    f"{verdict.name:10} {case.id}  {case.name[:100]!r}: {verdict.message!r}"[:400],
+                    flush=True,
+                )
             if verbose:
                 print(outcome.out + outcome.err)
             if number % 100 == 0:
-                print(f"{number} of {len(stage)}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{number} of {len(stage)}, {time.monotonic() - started:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             yield row
 
 
@@ -140,10 +198,18 @@ def table(rows: list[dict]) -> str:
 
     counts = collections.Counter((row["kind"], row["verdict"]) for row in rows)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    lines = ["", f"| {'kind':14} | inputs | " + " | ".join((*GOOD, *BAD)) + " |", "|---|" + "---|" * (1 + len(GOOD) + len(BAD))]
+    lines = [
+        "",
+        f"| {'kind':14} | inputs | " + " | ".join((*GOOD, *BAD)) + " |",
+        "|---|" + "---|" * (1 + len(GOOD) + len(BAD)),
+    ]
     for name in (*kinds, "all"):
         cells = [
-            sum(number for (kind, what), number in counts.items() if what == one and name in (kind, "all"))
+            sum(
+                number
+                for (kind, what), number in counts.items()
+                if what == one and name in (kind, "all")
+            )
             for one in (*GOOD, *BAD)
         ]
         lines.append(f"| {name:14} | {sum(cells)} | " + " | ".join(map(str, cells)) + " |")

@@ -53,7 +53,8 @@ class Kind:
 
     Attributes:
       inputs: folders of the corpus that are copied for each input.
-      program: called in a process of its own, in the folder with the copies; ends as a program does, by returning a status, by
+      program: called in a process of its own, in the folder with the copies; ends as a program
+          does, by returning a status, by
         sys.exit or by an exception.
       cases: all damaged inputs, drawn with a generator of random numbers.
       result: text that tells whether two results are equal, of the folder after the program.
@@ -80,7 +81,9 @@ def all_cases(kind: Kind, seed: int) -> list[Case]:
     cases = list(kind.cases(random.Random(f"{seed}/{kind.name}")))
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
-        raise ValueError(f"{kind.name}: two inputs are called {next(name for name in names if names.count(name) > 1)!r}")
+        raise ValueError(
+            f"{kind.name}: two inputs are called {next(name for name in names if names.count(name) > 1)!r}"
+        )
     return cases
 
 

@@ -1,4 +1,6 @@
-"""Good inputs of every kind, made from a tiny random model. Runs in a process of its own, because it computes."""
+"""Good inputs of every kind, made from a tiny random model. Runs in a process of its own, because
+it computes.
+"""
 
 import json
 import os
@@ -56,7 +58,11 @@ def _models(corpus: pathlib.Path) -> None:
     from internvl3_jax.data.text.tokenizer import Tokenizer
 
     for name, flags in {"released": (), "sharded": ("--shard_size", "60000")}.items():
-        _checked(convert([str(tiny_checkpoint.directory()), str(corpus / name), "--to", "internvl", *flags]))
+        _checked(
+            convert(
+                [str(tiny_checkpoint.directory()), str(corpus / name), "--to", "internvl", *flags]
+            )
+        )
         (corpus / name / "internvl3_jax.json").unlink()
     _checked(convert([str(corpus / "released"), str(corpus / "conv")]))
     # The same with the tokenizer in the single file of newer releases.
@@ -81,7 +87,10 @@ def _adapter(corpus: pathlib.Path) -> None:
 
     model, rng = open_model(corpus / "conv").config, np.random.default_rng(0)
     size = model.language
-    shapes = {"a": (size.num_layers, size.hidden_size, 4), "b": (size.num_layers, 4, size.num_heads * size.head_dim)}
+    shapes = {
+        "a": (size.num_layers, size.hidden_size, 4),
+        "b": (size.num_layers, 4, size.num_heads * size.head_dim),
+    }
     factors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     own = {"lora": {"language": {"layers": {"q": factors}}}}
     (corpus / "peft").mkdir()
@@ -95,23 +104,36 @@ def _data(folder: pathlib.Path) -> None:
     for number in range(3):
         picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     text = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(6)]
-    seen = [{"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")} for n in range(6)]
+    seen = [
+        {"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")}
+        for n in range(6)
+    ]
     packed = {}
     for number in range(3):
         row = {"image": f"{number}.png", "conversations": turns("What?", "Noise.")}
-        packed |= {f"{number}.json": json.dumps(row).encode(), f"{number}.png": encoded(picture(20, 20, number))}
+        packed |= {
+            f"{number}.json": json.dumps(row).encode(),
+            f"{number}.png": encoded(picture(20, 20, number)),
+        }
     write_tar(folder / "packed.tar", packed)
     entries = {
         "text": {"rows": text, "repeat_time": 2, "weight": 1.0},
         "seen": {"rows": seen, "data_augment": True, "weight": 2.0},
     }
-    entries["packed"] = {"annotation": "packed.tar", "max_dynamic_patch": 2, "length": 3, "weight": 1.0}
+    entries["packed"] = {
+        "annotation": "packed.tar",
+        "max_dynamic_patch": 2,
+        "length": 3,
+        "weight": 1.0,
+    }
     try:
         write_video(folder / "clip.mp4", 12)
     except ImportError:
         print("no video: the package av is not installed", file=sys.stderr)
     else:
-        rows = [{"video": "clip.mp4", "conversations": turns("<video>\nWhat happens?", "It brightens.")}]
+        rows = [
+            {"video": "clip.mp4", "conversations": turns("<video>\nWhat happens?", "It brightens.")}
+        ]
         entries["video"] = {"rows": rows, "weight": 1.0}
     write_meta(folder, **entries)
     meta = json.loads((folder / "meta.json").read_text())
@@ -141,7 +163,10 @@ def _questions(folder: pathlib.Path) -> None:
 
     folder.mkdir()
     tiny_checkpoint.picture(16, 16, 2).save(folder / "small.png")
-    rows = [{"question": text, "image": "small.png", "id": number} for number, text in enumerate(("Read.", "Say hi."), 1)]
+    rows = [
+        {"question": text, "image": "small.png", "id": number}
+        for number, text in enumerate(("Read.", "Say hi."), 1)
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -167,7 +192,10 @@ def _pairs(folder: pathlib.Path) -> None:
     folder.mkdir()
     from official_data import write_meta
 
-    rows = [{"id": n, "question": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(6)]
+    rows = [
+        {"id": n, "question": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."}
+        for n in range(6)
+    ]
     write_meta(folder, pairs={"rows": rows})
     meta = json.loads((folder / "meta.json").read_text())
     meta["pairs"]["root"] = "../pairs"
@@ -175,7 +203,9 @@ def _pairs(folder: pathlib.Path) -> None:
 
 
 def train_and_answer(corpus: pathlib.Path, needed: set[str]) -> None:
-    """What needs the programs themselves: a finished run, half of the answers, the reference's log-probabilities."""
+    """What needs the programs themselves: a finished run, half of the answers, the reference's
+    log-probabilities.
+    """
     from tools.fuzz import programs
 
     os.chdir(corpus)
@@ -191,7 +221,9 @@ def train_and_answer(corpus: pathlib.Path, needed: set[str]) -> None:
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """Computes in another process: this one must never start an accelerator or a thread. RuntimeError with what it said if it failed."""
+    """Computes in another process: this one must never start an accelerator or a thread.
+    RuntimeError with what it said if it failed.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jax warns of every fork
         reader, writer = os.pipe()

@@ -34,7 +34,11 @@ def judge(outcome: Outcome, wanted: str) -> Verdict:
         return Verdict("HANG", f"killed after {outcome.seconds:.0f} s")
     if outcome.resident > MOST_RESIDENT or _OUT_OF_MEMORY.search(said):
         return Verdict("MEMORY", f"{outcome.resident >> 20} MiB; {message}")
-    if "Traceback (most recent call last)" in said or outcome.status < 0 or outcome.status not in (0, 1, 2):
+    if (
+        "Traceback (most recent call last)" in said
+        or outcome.status < 0
+        or outcome.status not in (0, 1, 2)
+    ):
         last = next((line for line in reversed(outcome.err.splitlines()) if line.strip()), "")
         return Verdict("TRACEBACK", f"status {outcome.status}: {last[:200]}")
     if "\x1b" in said:
@@ -49,7 +53,9 @@ def _refused(outcome: Outcome, message: str, said: str) -> Verdict:
     if case.expect == "accept":
         return Verdict("WRONG", f"refused: {message}")
     if outcome.changed:
-        return Verdict("WRONG", f"refused, but it left or changed {', '.join(outcome.changed)}: {message}")
+        return Verdict(
+            "WRONG", f"refused, but it left or changed {', '.join(outcome.changed)}: {message}"
+        )
     if not any(name in said for name in case.names):
         return Verdict("UNNAMED", message)
     lines = [line for line in outcome.err.splitlines() if not _BESIDE.match(line)]
@@ -72,10 +78,16 @@ def _accepted(outcome: Outcome, wanted: str, said: str) -> Verdict:
         return Verdict("SILENT", "accepted, with another result")
     if expect == "tell" and not equal:
         return (
-            Verdict("warned", _message(outcome)) if warned else Verdict("SILENT", "accepted, with another result and no word")
+            Verdict("warned", _message(outcome))
+            if warned
+            else Verdict("SILENT", "accepted, with another result and no word")
         )
     if expect == "warn":
-        return Verdict("warned", _message(outcome)) if warned else Verdict("SILENT", "accepted without a warning")
+        return (
+            Verdict("warned", _message(outcome))
+            if warned
+            else Verdict("SILENT", "accepted without a warning")
+        )
     return Verdict("rightly accepted", "")
 
 

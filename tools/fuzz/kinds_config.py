@@ -31,7 +31,9 @@ def config_cases(rng: random.Random) -> Iterator[Case]:
     kind, file = "config", "released/config.json"
     document = json.loads((corpus() / file).read_text())
     loose = {"NaN", "1e999", "object", "list of null", "own text"}
-    yield from cases_of(kind, _without_nesting(value_changes(file, document, CONFIG, loose)), "config.json")
+    yield from cases_of(
+        kind, _without_nesting(value_changes(file, document, CONFIG, loose)), "config.json"
+    )
     yield from cases_of(kind, json_changes(file, rng), "config.json", "config")
     for name, changes in {
         "heads that do not divide": {"vision_config": {"num_attention_heads": 5}},
@@ -44,19 +46,30 @@ def config_cases(rng: random.Random) -> Iterator[Case]:
         "another activation": {"llm_config": {"hidden_act": "gelu"}},
         "quantized": {"llm_config": {"quantization_config": {"quant_method": "awq"}}},
         "unmerged adapters": {"use_llm_lora": 16},
-        "another model": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"},
+        "another model": {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+        },
         "bounds crossed": {"min_dynamic_patch": 9, "max_dynamic_patch": 4},
         "an endless number of tiles": {"max_dynamic_patch": 10**9},
         "an unknown template": {"template": "internvl9"},
-        "scaling of another kind": {"llm_config": {"rope_scaling": {"type": "yarn", "factor": 2.0}}},
-        "scaling by NaN": {"llm_config": {"rope_scaling": {"type": "dynamic", "factor": float("nan")}}},
+        "scaling of another kind": {
+            "llm_config": {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+        },
+        "scaling by NaN": {
+            "llm_config": {"rope_scaling": {"type": "dynamic", "factor": float("nan")}}
+        },
         "scaling by -2": {"llm_config": {"rope_scaling": {"type": "dynamic", "factor": -2}}},
         "scaling by a text": {"llm_config": {"rope_scaling": {"type": "dynamic", "factor": "2"}}},
         "scaling a text": {"llm_config": {"rope_scaling": "dynamic"}},
         "an unknown key": {"llm_config": {"num_experts": 8}},
     }.items():
         spoil = edit_json(file, lambda values, changes=changes: _merge(values, changes))
-        named = {word for part in changes.items() for word in (part[0], *(part[1] if isinstance(part[1], dict) else ()))}
+        named = {
+            word
+            for part in changes.items()
+            for word in (part[0], *(part[1] if isinstance(part[1], dict) else ()))
+        }
         yield Case(kind, name, "refuse", spoil, (*sorted(named), "config.json", "layers", "embed"))
 
 
@@ -77,7 +90,11 @@ def small_cases(rng: random.Random) -> Iterator[Case]:
     kind, file = "preprocessor", "released/preprocessor_config.json"
     document = json.loads((corpus() / file).read_text())
     strict = {"image_mean": frozenset(), "image_std": frozenset()}
-    changes = list(value_changes(file, document, strict, {"NaN", "1e999", "text", "object", "list", "true", "negative"}))
+    changes = list(
+        value_changes(
+            file, document, strict, {"NaN", "1e999", "text", "object", "list", "true", "negative"}
+        )
+    )
     yield from cases_of(kind, changes, "preprocessor_config.json")
     yield from cases_of(kind, json_changes(file, rng, optional=True), "preprocessor_config")
     wrong = {
@@ -90,7 +107,14 @@ def small_cases(rng: random.Random) -> Iterator[Case]:
             "[1e999, 0, 0]",
         )
     }
-    wrong["image_std"] = ("[0, 0, 0]", "[-1, -1, -1]", "[0.5, 0.5]", "[NaN, 1, 1]", '["a", "b", "c"]', "[true, true, true]")
+    wrong["image_std"] = (
+        "[0, 0, 0]",
+        "[-1, -1, -1]",
+        "[0.5, 0.5]",
+        "[NaN, 1, 1]",
+        '["a", "b", "c"]',
+        "[true, true, true]",
+    )
     for key, texts in wrong.items():
         for text in texts:
             yield Case(kind, f"{key} = {text}", "refuse", set_json(file, (key,), text), (key,))

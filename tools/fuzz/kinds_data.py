@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 
 from tools.fuzz import programs
 from tools.fuzz.case import Case, Kind
-from tools.fuzz.mutate import byte_changes, edit_bytes, flip_changes, json_changes, place_changes, set_json
+from tools.fuzz.mutate import (
+    byte_changes,
+    edit_bytes,
+    flip_changes,
+    json_changes,
+    place_changes,
+    set_json,
+)
 
 ROWS, SEEN, META, TAR = "data/text.jsonl", "data/seen.jsonl", "data/meta.json", "data/packed.tar"
 
@@ -28,7 +35,9 @@ def row_value(file: str, number: int, path: tuple, text: str) -> Callable[[pathl
             lines[number] = json.dumps(row).replace('"@@"', text)
         else:
             lines[number] = text
-        (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
+        (folder / file).write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape"
+        )
 
     return spoil
 
@@ -96,28 +105,92 @@ def row_cases(rng: random.Random) -> Iterator[Case]:
             # The official code takes an empty text for no picture.
             # And a second <image> beside one image stays text there.
             expected = "either" if text in ('""', '"<image><image>"') else "refuse"
-            yield Case(kind, f"{key} = {text[:40]}", expected, row_value(SEEN, 2, path, text), names)
+            yield Case(
+                kind, f"{key} = {text[:40]}", expected, row_value(SEEN, 2, path, text), names
+            )
     for key in ("imgae", "videos"):
-        yield Case(kind, f"one key more: {key}", "warn", row_value(SEEN, 2, (key,), '"0.png"'), (key, *names))
+        yield Case(
+            kind,
+            f"one key more: {key}",
+            "warn",
+            row_value(SEEN, 2, (key,), '"0.png"'),
+            (key, *names),
+        )
     yield Case(kind, "NaN for the id", "refuse", row_value(SEEN, 2, ("id",), "NaN"), names)
     for text in ("null", "1.5", '"x"', "[]", "{}", "true", '"\\u001b[2J"'):
-        yield Case(kind, f"id = {text}", "either", row_value(SEEN, 2, ("id",), text), (*names, "id"))
+        yield Case(
+            kind, f"id = {text}", "either", row_value(SEEN, 2, ("id",), text), (*names, "id")
+        )
     file = "seen.jsonl"
-    yield Case(kind, "byte order mark", "same", edit_bytes(SEEN, lambda data: b"\xef\xbb\xbf" + data), (file,))
-    yield Case(kind, "CRLF", "same", edit_bytes(SEEN, lambda data: data.replace(b"\n", b"\r\n")), (file,))
-    yield Case(kind, "no last line break", "same", edit_bytes(SEEN, lambda data: data[:-1]), (file,))
-    yield Case(kind, "blank lines at the end", "same", edit_bytes(SEEN, lambda data: data + b"\n\n"), (file,))
-    yield Case(kind, "a blank line within", "refuse", edit_bytes(SEEN, lambda data: data.replace(b"\n", b"\n\n", 1)), ("seen",))
-    yield Case(kind, "UTF-16", "same", edit_bytes(SEEN, lambda data: data.decode().encode("utf-16")), ("seen",))
-    yield Case(kind, "Latin-1", "refuse", edit_bytes(SEEN, lambda data: data.replace(b"Noise", b"No\xefse")), ("seen",))
-    yield Case(kind, "no line break at all", "refuse", edit_bytes(SEEN, lambda data: data.replace(b"\n", b" ")), ("seen",))
-    yield Case(kind, "gzip", "refuse", edit_bytes(SEEN, lambda data: zlib.compress(data, wbits=31)), ("seen",))
-    yield from (Case(kind, *change, (file, "seen")) for change in place_changes(SEEN) if "64 GB" not in change[0])
-    yield from (Case(kind, *change, (file, "seen")) for change in flip_changes(SEEN, rng, 10, "either"))
-    yield from (Case(kind, *change, ("0.png",)) for change in byte_changes("data/0.png", rng, "either", 2))
+    yield Case(
+        kind,
+        "byte order mark",
+        "same",
+        edit_bytes(SEEN, lambda data: b"\xef\xbb\xbf" + data),
+        (file,),
+    )
+    yield Case(
+        kind, "CRLF", "same", edit_bytes(SEEN, lambda data: data.replace(b"\n", b"\r\n")), (file,)
+    )
+    yield Case(
+        kind, "no last line break", "same", edit_bytes(SEEN, lambda data: data[:-1]), (file,)
+    )
+    yield Case(
+        kind,
+        "blank lines at the end",
+        "same",
+        edit_bytes(SEEN, lambda data: data + b"\n\n"),
+        (file,),
+    )
+    yield Case(
+        kind,
+        "a blank line within",
+        "refuse",
+        edit_bytes(SEEN, lambda data: data.replace(b"\n", b"\n\n", 1)),
+        ("seen",),
+    )
+    yield Case(
+        kind,
+        "UTF-16",
+        "same",
+        edit_bytes(SEEN, lambda data: data.decode().encode("utf-16")),
+        ("seen",),
+    )
+    yield Case(
+        kind,
+        "Latin-1",
+        "refuse",
+        edit_bytes(SEEN, lambda data: data.replace(b"Noise", b"No\xefse")),
+        ("seen",),
+    )
+    yield Case(
+        kind,
+        "no line break at all",
+        "refuse",
+        edit_bytes(SEEN, lambda data: data.replace(b"\n", b" ")),
+        ("seen",),
+    )
+    yield Case(
+        kind,
+        "gzip",
+        "refuse",
+        edit_bytes(SEEN, lambda data: zlib.compress(data, wbits=31)),
+        ("seen",),
+    )
+    yield from (
+        Case(kind, *change, (file, "seen"))
+        for change in place_changes(SEEN)
+        if "64 GB" not in change[0]
+    )
+    yield from (
+        Case(kind, *change, (file, "seen")) for change in flip_changes(SEEN, rng, 10, "either")
+    )
+    yield from (
+        Case(kind, *change, ("0.png",)) for change in byte_changes("data/0.png", rng, "either", 2)
+    )
 
 
-# --- meta JSON, shards, lists ------------------------------------------------------------------------------------------------------
+# --- meta JSON, shards, lists --------------------------------------------------------------------
 
 
 def meta_cases(rng: random.Random) -> Iterator[Case]:
@@ -159,13 +232,17 @@ def meta_cases(rng: random.Random) -> Iterator[Case]:
     for key, texts in wrong.items():
         for text in texts:
             expected = "either" if text == "1000000" else "refuse"
-            yield Case(kind, f"{key} = {text[:40]}", expected, _entry("seen", key, text), (key, "seen"))
+            yield Case(
+                kind, f"{key} = {text[:40]}", expected, _entry("seen", key, text), (key, "seen")
+            )
     for key in ("anotation", "repeat", "lenght"):
         yield Case(kind, f"an unknown key {key}", "refuse", _entry("seen", key, "1"), (key,))
     for text in ("null", "[]", "5", '"x"', "{}"):
         yield Case(kind, f"entry = {text}", "refuse", set_json(META, ("seen",), text), ("seen",))
     for title in ("a\tb", "a\nb", "", "x" * 5000):
-        expected = "refuse" if title.strip() != title or "\t" in title or "\n" in title else "either"
+        expected = (
+            "refuse" if title.strip() != title or "\t" in title or "\n" in title else "either"
+        )
         yield Case(kind, f"source called {title[:10]!r}", expected, _titled(title), (name, "name"))
     for title in ("\x1b[2Jx", "[/x]", "[red]x", "a/b", "..", "x\u202ey"):
         yield Case(kind, f"source called {title!r}", "either", _titled(title), (name, "name"))
@@ -197,9 +274,26 @@ def shard_cases(rng: random.Random) -> Iterator[Case]:
             continue  # a file of any size may be indexed, which takes as long as reading it
         certain = any(
             what in change
-            for what in ("0.02", " missing", "pipe", "directory", "link", "device", "noise", "of text", "0.3", "0.7")
+            for what in (
+                "0.02",
+                " missing",
+                "pipe",
+                "directory",
+                "link",
+                "device",
+                "noise",
+                "of text",
+                "0.3",
+                "0.7",
+            )
         )
-        yield Case(kind, change, "refuse" if certain and "last byte" not in change else "either", spoil, names)
+        yield Case(
+            kind,
+            change,
+            "refuse" if certain and "last byte" not in change else "either",
+            spoil,
+            names,
+        )
     for title, members in {
         "a link out": [("5.json", b"{}", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})],
         "a hard link": [("5.json", b"", {"type": tarfile.LNKTYPE, "linkname": "0.json"})],
@@ -238,7 +332,9 @@ def shard_cases(rng: random.Random) -> Iterator[Case]:
         "a row that is no JSON": [("5.json", b"{", {})],
     }.items():
         yield Case(kind, title, "refuse", _append(members), names)
-    yield Case(kind, "a member called ../../x", "either", _append([("../../x.json", b"{}", {})]), names)
+    yield Case(
+        kind, "a member called ../../x", "either", _append([("../../x.json", b"{}", {})]), names
+    )
     for name, content in {
         "empty": b"",
         "text": b"x" * 100,

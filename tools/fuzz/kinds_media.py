@@ -34,7 +34,11 @@ def picture_cases(rng: random.Random) -> Iterator[Case]:
                     "64 GB",
                 )
             )
-            expected = "refuse" if certain and "last byte" not in change and "second half" not in change else "either"
+            expected = (
+                "refuse"
+                if certain and "last byte" not in change and "second half" not in change
+                else "either"
+            )
             yield Case(kind, change, expected, spoil, (path.name,))
     for name, content in _strange().items():
         for suffix in ("png", "jpg"):
@@ -54,7 +58,9 @@ def _strange() -> dict[str, bytes]:
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     return {
         "EPS": eps,
-        "EPS with a preview": b"\xc5\xd0\xd3\xc6" + struct.pack("<7I", 32, len(eps), 0, 0, 0, 0, 0xFFFF) + eps,
+        "EPS with a preview": b"\xc5\xd0\xd3\xc6"
+        + struct.pack("<7I", 32, len(eps), 0, 0, 0, 0, 0xFFFF)
+        + eps,
         "PDF": b"%PDF-1.4\n1 0 obj<<>>endobj\ntrailer<<>>\n%%EOF",
         "SVG": svg,
         "HTML": b"<!DOCTYPE html><html><body>404</body></html>",
@@ -64,7 +70,10 @@ def _strange() -> dict[str, bytes]:
         "bomb of 60,000 x 60,000": _png(60_000, 60_000, zlib.compress(bytes(10_000_000))),
         "bomb of 2^31 x 1": _png(2**31 - 1, 1, zlib.compress(bytes(1000))),
         "bomb in a text chunk": _png(
-            8, 8, zlib.compress(bytes(8 * 25)), _chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(3 << 30 >> 4)) * 16)
+            8,
+            8,
+            zlib.compress(bytes(8 * 25)),
+            _chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(3 << 30 >> 4)) * 16),
         ),
         "no width": _png(0, 10, zlib.compress(b"")),
         "GIF bomb": b"GIF89a"
@@ -80,7 +89,13 @@ def _strange() -> dict[str, bytes]:
 
 def _png(width: int, height: int, packed: bytes, *more: bytes) -> bytes:
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(more)
+        + _chunk(b"IDAT", packed)
+        + _chunk(b"IEND", b"")
+    )
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
@@ -94,16 +109,37 @@ def video_cases(rng: random.Random) -> Iterator[Case]:
     for change, _, spoil in byte_changes(file, rng, "either", 12):
         certain = any(
             what in change
-            for what in ("empty", "0.02", " missing", "pipe", "directory", "link", "device", "noise", "of text", "of zeros")
+            for what in (
+                "empty",
+                "0.02",
+                " missing",
+                "pipe",
+                "directory",
+                "link",
+                "device",
+                "noise",
+                "of text",
+                "of zeros",
+            )
         )
-        expected = "refuse" if certain and "last byte" not in change and "second half" not in change else "either"
+        expected = (
+            "refuse"
+            if certain and "last byte" not in change and "second half" not in change
+            else "either"
+        )
         yield Case(kind, change, expected, spoil, ("clip.mp4", "video"))
     for name, text in {
         "a playlist": "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n",
         "a list of files": "ffconcat version 1.0\nfile /etc/passwd\n",
         "a description": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
     }.items():
-        yield Case(kind, name, "refuse", edit_bytes(file, lambda data, text=text: text.encode()), ("clip.mp4",))
+        yield Case(
+            kind,
+            name,
+            "refuse",
+            edit_bytes(file, lambda data, text=text: text.encode()),
+            ("clip.mp4",),
+        )
     for text in (
         "[]",
         "[1]",
@@ -117,7 +153,13 @@ def video_cases(rng: random.Random) -> Iterator[Case]:
         "[1e300, 1e301]",
         "true",
     ):
-        yield Case(kind, f"clip = {text}", "refuse", row_value("data/video.jsonl", 0, ("clip",), text), ("clip", "video"))
+        yield Case(
+            kind,
+            f"clip = {text}",
+            "refuse",
+            row_value("data/video.jsonl", 0, ("clip",), text),
+            ("clip", "video"),
+        )
     for text in (
         "5",
         "[]",

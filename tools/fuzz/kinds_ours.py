@@ -17,31 +17,77 @@ def checkpoint_cases(rng: random.Random) -> Iterator[Case]:
     """What `load` opens."""
     kind = "checkpoint"
     document = json.loads((corpus() / MANIFEST).read_text())
-    fields = {f"model.{part}.{name}" for part in ("vision", "language") for name in document["model"][part]}
-    fields |= {f"processor.{name}" for name in document["processor"]} | {"model", "processor", "fingerprint", "format"}
+    fields = {
+        f"model.{part}.{name}"
+        for part in ("vision", "language")
+        for name in document["model"][part]
+    }
+    fields |= {f"processor.{name}" for name in document["processor"]} | {
+        "model",
+        "processor",
+        "fingerprint",
+        "format",
+    }
     fields |= {"model.image_token_id", "model.downsample", "model.ps_version"}
     strict = {name: _allowed(name) for name in fields}
-    changes = [change for change in value_changes(MANIFEST, document, strict) if ".0 " not in change[0]]
+    changes = [
+        change for change in value_changes(MANIFEST, document, strict) if ".0 " not in change[0]
+    ]
     rng.shuffle(changes)
     yield from cases_of(kind, changes[:150], "internvl3_jax.json")
     yield from cases_of(kind, json_changes(MANIFEST, rng, 6), "internvl3_jax.json", "no checkpoint")
-    for path in (("hashes",), ("fingerprint", "image_ids"), ("fingerprint", "tokenizer_probe"), ("base",)):
+    for path in (
+        ("hashes",),
+        ("fingerprint", "image_ids"),
+        ("fingerprint", "tokenizer_probe"),
+        ("base",),
+    ):
         for text in ('"x"', "[]", "5", "{}", "[null]", "NaN"):
             expected = "refuse" if text == "NaN" or path[0] == "fingerprint" else "either"
-            yield Case(kind, f"{path[-1]} = {text}", expected, _set(path, text), (path[-1], "internvl3_jax.json"))
+            yield Case(
+                kind,
+                f"{path[-1]} = {text}",
+                expected,
+                _set(path, text),
+                (path[-1], "internvl3_jax.json"),
+            )
     for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"):
-        yield from (Case(kind, *change, (name, "fingerprint")) for change in byte_changes(f"conv/{name}", rng, "same", 1))
-    arrays = sorted(path.relative_to(corpus()).as_posix() for path in (corpus() / "conv/params").rglob("*") if path.is_file())
+        yield from (
+            Case(kind, *change, (name, "fingerprint"))
+            for change in byte_changes(f"conv/{name}", rng, "same", 1)
+        )
+    arrays = sorted(
+        path.relative_to(corpus()).as_posix()
+        for path in (corpus() / "conv/params").rglob("*")
+        if path.is_file()
+    )
     for number, name in enumerate(arrays):
-        # Names that Orbax draws differ from one corpus to the next: inputs are named by their place in the order.
+        # Names that Orbax draws differ from one corpus to the next: inputs are named by their place
+        # in the order.
         for change, expected, spoil in rng.sample(list(byte_changes(name, rng, "same", 3)), 7):
             what = f"array file {number} of {len(arrays)}{change.removeprefix(name)}"
             yield Case(kind, what, expected, spoil, (pathlib.Path(name).name, "conv", "params"))
-    yield Case(kind, "params missing", "refuse", replaced("conv/params", lambda path: None), ("conv", "params"))
     yield Case(
-        kind, "params a file", "refuse", replaced("conv/params", lambda path: path.write_bytes(b"x")), ("conv", "params")
+        kind,
+        "params missing",
+        "refuse",
+        replaced("conv/params", lambda path: None),
+        ("conv", "params"),
     )
-    yield Case(kind, "state missing", "refuse", replaced("conv/params/state", lambda path: None), ("conv", "params"))
+    yield Case(
+        kind,
+        "params a file",
+        "refuse",
+        replaced("conv/params", lambda path: path.write_bytes(b"x")),
+        ("conv", "params"),
+    )
+    yield Case(
+        kind,
+        "state missing",
+        "refuse",
+        replaced("conv/params/state", lambda path: None),
+        ("conv", "params"),
+    )
 
 
 def _allowed(name: str) -> set[str]:
@@ -62,14 +108,21 @@ def _set(path: tuple, text: str):
     return spoil
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------------------
+# --- runs ----------------------------------------------------------------------------------------
 
 
 def run_cases(rng: random.Random) -> Iterator[Case]:
     """Of a finished run, which the same command finds complete, or takes up from an older step."""
     kind, newest = "run", "run/checkpoints/4"
     yield from cases_of(kind, json_changes("run/config.json", rng, 2, optional=True), "config.json")
-    for name in ("steps", "model", "optimizer.learning_rate", "data.rows", "init_from", "model.vision.hidden_size"):
+    for name in (
+        "steps",
+        "model",
+        "optimizer.learning_rate",
+        "data.rows",
+        "init_from",
+        "model.vision.hidden_size",
+    ):
         for text in ('"x"', "[]", "{}", "NaN", "-1"):
             yield Case(
                 kind,
@@ -78,7 +131,11 @@ def run_cases(rng: random.Random) -> Iterator[Case]:
                 set_json("run/config.json", tuple(name.split(".")), text),
                 (name.split(".")[-1], "config.json"),
             )
-    files = sorted(path.relative_to(corpus() / newest).as_posix() for path in (corpus() / newest).rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(corpus() / newest).as_posix()
+        for path in (corpus() / newest).rglob("*")
+        if path.is_file()
+    )
     for number, name in enumerate(files):
         changes = list(byte_changes(f"{newest}/{name}", rng, "same", 2))
         shown = name if "/" not in name else f"array file {number} of {len(files)}"
@@ -93,15 +150,33 @@ def run_cases(rng: random.Random) -> Iterator[Case]:
             set_json(f"{newest}/training.json", (), text),
             ("training.json", "checkpoints"),
         )
-    for text in ("{}", "null", "[]", '{"x": 5}', '{"../../../etc/passwd": 5}', '{"training.json": "5"}', "NaN"):
+    for text in (
+        "{}",
+        "null",
+        "[]",
+        '{"x": 5}',
+        '{"../../../etc/passwd": 5}',
+        '{"training.json": "5"}',
+        "NaN",
+    ):
         yield Case(
-            kind, f"files.json = {text}", "same", set_json(f"{newest}/files.json", (), text), ("files.json", "checkpoints")
+            kind,
+            f"files.json = {text}",
+            "same",
+            set_json(f"{newest}/files.json", (), text),
+            ("files.json", "checkpoints"),
         )
     yield Case(kind, "every step damaged", "refuse", _every_step, ("checkpoints",))
     yield Case(
-        kind, "checkpoints a file", "refuse", replaced("run/checkpoints", lambda path: path.write_bytes(b"x")), ("checkpoints",)
+        kind,
+        "checkpoints a file",
+        "refuse",
+        replaced("run/checkpoints", lambda path: path.write_bytes(b"x")),
+        ("checkpoints",),
     )
-    yield Case(kind, "run a file", "refuse", replaced("run", lambda path: path.write_bytes(b"x")), ("run",))
+    yield Case(
+        kind, "run a file", "refuse", replaced("run", lambda path: path.write_bytes(b"x")), ("run",)
+    )
     for name in ("8", "08", "-1", "5.partial", "x", "٣"):
         yield Case(kind, f"a foreign directory {name}", "same", _foreign(name), ("checkpoints",))
     for number, change in enumerate(byte_changes("run/log.jsonl", rng, "tell", 2)):

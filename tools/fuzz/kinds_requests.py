@@ -9,7 +9,11 @@ from tools.fuzz import programs
 from tools.fuzz.case import Case, Kind
 from tools.fuzz.mutate import byte_changes, edit_bytes, flip_changes, place_changes
 
-REQUESTS, ANSWERS, QUESTIONS = "ask/requests.jsonl", "ask/answers.jsonl", "questions/questions.jsonl"
+REQUESTS, ANSWERS, QUESTIONS = (
+    "ask/requests.jsonl",
+    "ask/answers.jsonl",
+    "questions/questions.jsonl",
+)
 REFERENCE = "pairs/reference.jsonl"
 
 
@@ -44,11 +48,23 @@ def _line_changes(file: str) -> Iterator[tuple]:
     yield f"{file} byte order mark", "same", edit_bytes(file, lambda data: b"\xef\xbb\xbf" + data)
     yield f"{file} CRLF", "same", edit_bytes(file, lambda data: data.replace(b"\n", b"\r\n"))
     yield f"{file} no last line break", "same", edit_bytes(file, lambda data: data[:-1])
-    yield f"{file} blank lines", "either", edit_bytes(file, lambda data: data.replace(b"\n", b"\n\n"))
+    yield (
+        f"{file} blank lines",
+        "either",
+        edit_bytes(file, lambda data: data.replace(b"\n", b"\n\n")),
+    )
     yield f"{file} UTF-16", "same", edit_bytes(file, lambda data: data.decode().encode("utf-16"))
-    yield f"{file} Latin-1", "refuse", edit_bytes(file, lambda data: data.replace(b"Read", b"R\xe9ad").replace(b"hi", b"h\xef"))
+    yield (
+        f"{file} Latin-1",
+        "refuse",
+        edit_bytes(file, lambda data: data.replace(b"Read", b"R\xe9ad").replace(b"hi", b"h\xef")),
+    )
     yield f"{file} one line", "refuse", edit_bytes(file, lambda data: data.replace(b"\n", b" "))
-    yield f"{file} a list", "refuse", edit_bytes(file, lambda data: b"[" + b",".join(data.split(b"\n")[:-1]) + b"]\n")
+    yield (
+        f"{file} a list",
+        "refuse",
+        edit_bytes(file, lambda data: b"[" + b",".join(data.split(b"\n")[:-1]) + b"]\n"),
+    )
     yield f"{file} binary", "refuse", edit_bytes(file, lambda data: bytes(range(256)) * 10)
     yield f"{file} zeros", "refuse", edit_bytes(file, lambda data: bytes(5000))
     yield from place_changes(file)
@@ -102,14 +118,22 @@ def request_cases(rng: random.Random) -> Iterator[Case]:
     for key, texts in wrong.items():
         for text in texts:
             expected = "either" if "<image>" in text else "refuse"  # a tag that is text
-            yield Case(kind, f"{key} = {text[:30]}", expected, _field(REQUESTS, 1, key, text), (*names, key))
+            yield Case(
+                kind,
+                f"{key} = {text[:30]}",
+                expected,
+                _field(REQUESTS, 1, key, text),
+                (*names, key),
+            )
     for text in ("[]", "{}", "null", "1.5", "true", '"\\u001b[2J"', '"a"'):
         yield Case(kind, f"id = {text}", "either", _field(REQUESTS, 1, "id", text), (*names, "id"))
     for number, change in enumerate(byte_changes("ask/wide.png", rng, "refuse", 0)):
         if number < 3 or "pipe" in change[0] or "missing" in change[0]:
             # The last byte of a PNG is of a checksum behind all pixels.
             name, expected, edit = change
-            yield Case(kind, name, "either" if "last byte" in name else expected, edit, ("wide.png",))
+            yield Case(
+                kind, name, "either" if "last byte" in name else expected, edit, ("wide.png",)
+            )
 
 
 def answer_cases(rng: random.Random) -> Iterator[Case]:
@@ -117,13 +141,23 @@ def answer_cases(rng: random.Random) -> Iterator[Case]:
     kind, names = "answers", ("answers.jsonl",)
     for name, expected, spoil in _line_changes(ANSWERS):
         # Whoever takes an empty or missing file for a new one is right.
-        yield Case(kind, name, "same" if "missing" in name or "link to nothing" in name else expected, spoil, names)
+        yield Case(
+            kind,
+            name,
+            "same" if "missing" in name or "link to nothing" in name else expected,
+            spoil,
+            names,
+        )
     yield from (Case(kind, *change, names) for change in flip_changes(ANSWERS, rng, 6, "either"))
     for text in WRONG_LINES:
         yield Case(kind, f"line is {text[:20]!r}", "refuse", line_text(ANSWERS, 0, text), names)
     for key, text in {"id": '"z"', "prompt": '"other"', "text": "5", "token_ids": '"x"'}.items():
         yield Case(
-            kind, f"{key} = {text}", "refuse" if key in ("id", "prompt") else "either", _field(ANSWERS, 0, key, text), names
+            kind,
+            f"{key} = {text}",
+            "refuse" if key in ("id", "prompt") else "either",
+            _field(ANSWERS, 0, key, text),
+            names,
         )
     for title, change in {
         "cut in a character": lambda data: data + '{"id": "生'.encode()[:-1],
@@ -151,8 +185,17 @@ def answer_cases(rng: random.Random) -> Iterator[Case]:
         # Asked again or refused; two settings' answers in one file are wrong.
         expected = "either" if "seed" in flag else "refuse"
         yield Case(kind, f"resumed with {flag}", expected, nothing, names, (flag,))
-    yield Case(kind, "output is the requests", "refuse", nothing, ("requests.jsonl", "output"), (f"--output={REQUESTS}",))
-    yield Case(kind, "output is a picture", "refuse", nothing, ("wide.png",), ("--output=ask/wide.png",))
+    yield Case(
+        kind,
+        "output is the requests",
+        "refuse",
+        nothing,
+        ("requests.jsonl", "output"),
+        (f"--output={REQUESTS}",),
+    )
+    yield Case(
+        kind, "output is a picture", "refuse", nothing, ("wide.png",), ("--output=ask/wide.png",)
+    )
 
 
 def question_cases(rng: random.Random) -> Iterator[Case]:
@@ -172,7 +215,9 @@ def question_cases(rng: random.Random) -> Iterator[Case]:
     for key, texts in wrong.items():
         for text in texts:
             expected = "either" if "<image>" in text else "refuse"
-            yield Case(kind, f"{key} = {text}", expected, _field(QUESTIONS, 0, key, text), (*names, key))
+            yield Case(
+                kind, f"{key} = {text}", expected, _field(QUESTIONS, 0, key, text), (*names, key)
+            )
 
 
 def reference_cases(rng: random.Random) -> Iterator[Case]:
@@ -180,8 +225,12 @@ def reference_cases(rng: random.Random) -> Iterator[Case]:
     for name, expected, spoil in _line_changes(REFERENCE):
         yield Case(kind, name, "either" if "Latin" in name else expected, spoil, names)
     for text in WRONG_LINES:
-        yield Case(kind, f"first line is {text[:20]!r}", "refuse", line_text(REFERENCE, 0, text), names)
-        yield Case(kind, f"second line is {text[:20]!r}", "refuse", line_text(REFERENCE, 1, text), names)
+        yield Case(
+            kind, f"first line is {text[:20]!r}", "refuse", line_text(REFERENCE, 0, text), names
+        )
+        yield Case(
+            kind, f"second line is {text[:20]!r}", "refuse", line_text(REFERENCE, 1, text), names
+        )
     for key, texts in {
         "key": ('"x"', "5", "null", '"' + "f" * 40 + '"', '"-1"'),
         "chosen": ('"x"', "null", "NaN", "1e999", "[]"),
@@ -193,13 +242,32 @@ def reference_cases(rng: random.Random) -> Iterator[Case]:
         for text in ('"x"', "5", "null", "[]"):
             expected = "either" if (key, text) == ("reference", '"x"') else "refuse"
             yield Case(kind, f"{key} = {text}", expected, _field(REFERENCE, 0, key, text), names)
-    yield Case(kind, "a pair twice", "either", edit_bytes(REFERENCE, lambda data: data + data.splitlines(True)[1]), names)
-    yield Case(kind, "a pair missing", "refuse", edit_bytes(REFERENCE, lambda data: b"".join(data.splitlines(True)[:2])), names)
+    yield Case(
+        kind,
+        "a pair twice",
+        "either",
+        edit_bytes(REFERENCE, lambda data: data + data.splitlines(True)[1]),
+        names,
+    )
+    yield Case(
+        kind,
+        "a pair missing",
+        "refuse",
+        edit_bytes(REFERENCE, lambda data: b"".join(data.splitlines(True)[:2])),
+        names,
+    )
 
 
 KINDS = [
     Kind("requests", ("ask", "conv"), programs.infer, request_cases, programs.answered),
-    Kind("answers", ("ask", "conv"), programs.resume, answer_cases, programs.answered, (ANSWERS, REQUESTS, "ask/wide.png")),
+    Kind(
+        "answers",
+        ("ask", "conv"),
+        programs.resume,
+        answer_cases,
+        programs.answered,
+        (ANSWERS, REQUESTS, "ask/wide.png"),
+    ),
     Kind("questions", ("questions", "conv"), programs.make_pairs, question_cases),
     Kind(
         "reference",

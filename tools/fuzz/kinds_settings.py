@@ -106,7 +106,8 @@ def _table(text: str) -> dict[str, list[str]]:
 def training_cases(rng: random.Random) -> Iterator[Case]:
     """Overrides of a configuration that trains."""
     kind = "training"
-    # A run of other settings is all right; only its message is looked at. So is one without a save but the last.
+    # A run of other settings is all right; only its message is looked at. So is one without a save
+    # but the last.
     fine = {
         ("keep_every", "-1"),
         ("lora.rank", "4"),
@@ -131,7 +132,9 @@ def training_cases(rng: random.Random) -> Iterator[Case]:
         for value in (*values, *more.get(field, ())):
             expected = "either" if (field, value) in fine else "refuse"
             words = (field.split(".")[-1], field.split(".")[0] + ".") if "." in field else (field,)
-            yield Case(kind, f"{field}={value!r}", expected, nothing, words, (f"--config.{field}={value}",))
+            yield Case(
+                kind, f"{field}={value!r}", expected, nothing, words, (f"--config.{field}={value}",)
+            )
     for name, content in {
         "without get_config": "x = 1",
         "of another type": "def get_config():\n    return {'steps': 1}",
@@ -140,14 +143,27 @@ def training_cases(rng: random.Random) -> Iterator[Case]:
         "that returns nothing": "def get_config():\n    pass",
     }.items():
         spoil = edit_bytes("tiny.py", lambda data, content=content: content.encode())
-        yield Case(kind, f"a configuration file {name}", "refuse", spoil, ("tiny.py", "get_config", "config"))
+        yield Case(
+            kind,
+            f"a configuration file {name}",
+            "refuse",
+            spoil,
+            ("tiny.py", "get_config", "config"),
+        )
     yield from (
         Case(kind, name, expected, spoil, ("tiny.py", "config"))
         for name, expected, spoil in place_changes("tiny.py")
         if name.endswith((" missing", " a directory"))
     )
     yield Case(kind, "no configuration", "refuse", nothing, ("--config",), ("--config=",))
-    yield Case(kind, "a configuration that is not there", "refuse", nothing, ("gone.py",), ("--config=gone.py",))
+    yield Case(
+        kind,
+        "a configuration that is not there",
+        "refuse",
+        nothing,
+        ("gone.py",),
+        ("--config=gone.py",),
+    )
     yield Case(kind, "a word too many", "refuse", nothing, ("word",), ("word",))
     yield Case(kind, "an unknown flag", "refuse", nothing, ("wrkdir",), ("--wrkdir=x",))
 
@@ -173,7 +189,13 @@ def drop_cases(rng: random.Random) -> Iterator[Case]:
         yield Case(kind, f"line is {text[:20]!r}", expected, line_text(DROP, 1, text), names)
     for name, expected, spoil in (*place_changes(DROP), *flip_changes(DROP, rng, 4, "either")):
         yield Case(kind, name, expected, spoil, names)
-    yield Case(kind, "UTF-16", "either", edit_bytes(DROP, lambda data: data.decode().encode("utf-16")), names)
+    yield Case(
+        kind,
+        "UTF-16",
+        "either",
+        edit_bytes(DROP, lambda data: data.decode().encode("utf-16")),
+        names,
+    )
 
 
 # Flag, then values that it cannot have.
@@ -207,7 +229,11 @@ bach_size 2
 
 def flag_cases(rng: random.Random) -> Iterator[Case]:
     """Of infer.py."""
-    more = {"checkpoint": ["", "x" * 5000, "a\0b", "\x1b[2J"], "image": ["\x1b[2J.png"], "prompt": ["x" * 20_000]}
+    more = {
+        "checkpoint": ["", "x" * 5000, "a\0b", "\x1b[2J"],
+        "image": ["\x1b[2J.png"],
+        "prompt": ["x" * 20_000],
+    }
     fine = {
         ("output", "x.jsonl"),
         ("prompt", "x" * 20_000),
@@ -238,13 +264,27 @@ def flag_cases(rng: random.Random) -> Iterator[Case]:
 
 def drop(arguments: tuple[str, ...]) -> None:
     few = ("--config.data.min_frames=2", "--config.data.max_frames=4")
-    programs.train(("--config.data.source=data/meta.json", f"--config.data.drop_list={DROP}", *few, *arguments))
+    programs.train(
+        ("--config.data.source=data/meta.json", f"--config.data.drop_list={DROP}", *few, *arguments)
+    )
 
 
 KINDS = [
     Kind(
-        "training", ("tiny.py",), programs.train, training_cases, untouched=("run/config.json", "run/checkpoints"), seconds=180
+        "training",
+        ("tiny.py",),
+        programs.train,
+        training_cases,
+        untouched=("run/config.json", "run/checkpoints"),
+        seconds=180,
     ),
-    Kind("drop list", ("data", "tiny.py"), drop, drop_cases, untouched=("run/config.json",), seconds=180),
+    Kind(
+        "drop list",
+        ("data", "tiny.py"),
+        drop,
+        drop_cases,
+        untouched=("run/config.json",),
+        seconds=180,
+    ),
     Kind("flags", ("conv", "ask"), programs.ask, flag_cases),
 ]

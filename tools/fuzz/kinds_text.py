@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from tools.fuzz import programs
 from tools.fuzz.case import Case, Kind
 from tools.fuzz.kinds_models import CONVERT, cases_of, corpus, edit_header, poison
-from tools.fuzz.mutate import byte_changes, edit_bytes, edit_json, json_changes, place_changes, set_json, value_changes
+from tools.fuzz.mutate import (
+    byte_changes,
+    edit_bytes,
+    edit_json,
+    json_changes,
+    place_changes,
+    set_json,
+    value_changes,
+)
 
 FACTOR = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight"
 ADAPTER = "peft/adapter_config.json"
@@ -30,7 +38,13 @@ def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
         '{"470": null}',
         '{"-1": {"content": "<x>"}}',
     ):
-        yield Case(kind, f"added_tokens_decoder = {text}", "refuse", set_json(file, ("added_tokens_decoder",), text), names)
+        yield Case(
+            kind,
+            f"added_tokens_decoder = {text}",
+            "refuse",
+            set_json(file, ("added_tokens_decoder",), text),
+            names,
+        )
     for key, text in (
         ("content", "5"),
         ("content", "null"),
@@ -41,17 +55,46 @@ def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
     ):
         expected = "either" if (key, text) == ("content", '""') else "refuse"
         yield Case(
-            kind, f"453 {key} = {text}", expected, set_json(file, ("added_tokens_decoder", "453", key), text), (*names, "453")
+            kind,
+            f"453 {key} = {text}",
+            expected,
+            set_json(file, ("added_tokens_decoder", "453", key), text),
+            (*names, "453"),
         )
     for key in ("tokenizer_class", "eos_token", "model_max_length", "add_bos_token"):
         for text in ("5", "[]", "{}", "NaN", "1e999"):
             expected = "refuse" if text in ("NaN", "1e999") else "either"
-            yield Case(kind, f"{key} = {text}", expected, set_json(file, (key,), text), (key, "tokenizer_config.json"))
+            yield Case(
+                kind,
+                f"{key} = {text}",
+                expected,
+                set_json(file, (key,), text),
+                (key, "tokenizer_config.json"),
+            )
     file = "released/vocab.json"
     yield from cases_of(kind, json_changes(file, rng, 4), "vocab.json")
     some = sorted(json.loads((corpus() / file).read_text()))[100]
-    for text in ('"5"', "null", "[]", "{}", "-1", "1.5", "true", "NaN", "1e999", "1" * 400, "440", "100000000000"):
-        yield Case(kind, f"vocab {some!r} = {text[:20]}", "refuse", set_json(file, (some,), text), ("vocab.json",))
+    for text in (
+        '"5"',
+        "null",
+        "[]",
+        "{}",
+        "-1",
+        "1.5",
+        "true",
+        "NaN",
+        "1e999",
+        "1" * 400,
+        "440",
+        "100000000000",
+    ):
+        yield Case(
+            kind,
+            f"vocab {some!r} = {text[:20]}",
+            "refuse",
+            set_json(file, (some,), text),
+            ("vocab.json",),
+        )
     yield Case(
         kind,
         "vocab entry missing",
@@ -77,7 +120,13 @@ def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
             edit_bytes(file, lambda data, content=content: content),
             ("merges.txt", "vocab.json"),
         )
-    yield Case(kind, "merges cut", "either", edit_bytes(file, lambda data: data[: len(data) // 2]), ("merges.txt",))
+    yield Case(
+        kind,
+        "merges cut",
+        "either",
+        edit_bytes(file, lambda data: data[: len(data) // 2]),
+        ("merges.txt",),
+    )
     file = "released/added_tokens.json"
     names = ("added_tokens.json", "<img>", "tokenizer_config.json")
     yield from (
@@ -95,9 +144,17 @@ def single_cases(rng: random.Random) -> Iterator[Case]:
     for key in ("added_tokens", "model", "pre_tokenizer", "decoder", "normalizer"):
         for text in ('"x"', "[]", "5", "[1]", '{"type": "Nothing"}', "{}", "NaN", "true"):
             expected = (
-                "either" if (key, text) in (("added_tokens", "[]"), ("normalizer", "{}"), ("decoder", "{}")) else "refuse"
+                "either"
+                if (key, text) in (("added_tokens", "[]"), ("normalizer", "{}"), ("decoder", "{}"))
+                else "refuse"
             )
-            yield Case(kind, f"{key} = {text}", expected, set_json(file, (key,), text), (key, "tokenizer.json"))
+            yield Case(
+                kind,
+                f"{key} = {text}",
+                expected,
+                set_json(file, (key,), text),
+                (key, "tokenizer.json"),
+            )
     for key, texts in {
         "id": ('"x"', "null", "-1", "1.5", "true", "451"),
         "content": ("5", "null", "[]"),
@@ -106,11 +163,21 @@ def single_cases(rng: random.Random) -> Iterator[Case]:
         for text in texts:
             spoil = set_json(file, ("added_tokens", 5, key), text)
             yield Case(
-                kind, f"an added token's {key} = {text}", "refuse", spoil, ("added_tokens", "tokenizer.json", "<IMG_CONTEXT>")
+                kind,
+                f"an added token's {key} = {text}",
+                "refuse",
+                spoil,
+                ("added_tokens", "tokenizer.json", "<IMG_CONTEXT>"),
             )
     for key in ("id", "content"):
         spoil = edit_json(file, lambda values, key=key: values["added_tokens"][5].pop(key) and None)
-        yield Case(kind, f"an added token without {key}", "refuse", spoil, ("added_tokens", "tokenizer.json"))
+        yield Case(
+            kind,
+            f"an added token without {key}",
+            "refuse",
+            spoil,
+            ("added_tokens", "tokenizer.json"),
+        )
     yield Case(
         kind,
         "added tokens are texts",
@@ -125,7 +192,11 @@ def single_cases(rng: random.Random) -> Iterator[Case]:
     }.items():
         for text in texts:
             yield Case(
-                kind, f"model.{key} = {text}", "refuse", set_json(file, ("model", key), text), (key, "model", "tokenizer.json")
+                kind,
+                f"model.{key} = {text}",
+                "refuse",
+                set_json(file, ("model", key), text),
+                (key, "model", "tokenizer.json"),
             )
     yield Case(
         kind,
@@ -155,7 +226,9 @@ def adapter_cases(rng: random.Random) -> Iterator[Case]:
     }
     strict["r"] = frozenset()
     yield from cases_of(
-        kind, value_changes(ADAPTER, document, strict, {"NaN", "1e999", "object", "text"}), "adapter_config.json"
+        kind,
+        value_changes(ADAPTER, document, strict, {"NaN", "1e999", "object", "text"}),
+        "adapter_config.json",
     )
     yield from cases_of(kind, json_changes(ADAPTER, rng, 4), "adapter_config.json")
     for name, value in {
@@ -179,7 +252,8 @@ def adapter_cases(rng: random.Random) -> Iterator[Case]:
         "arrow_config": {"a": 1},
         "use_bdlora": {"a": 1},
     }.items():
-        # An adapter that says another rank than its tensors have may be read by the tensors; nothing may be dropped.
+        # An adapter that says another rank than its tensors have may be read by the tensors;
+        # nothing may be dropped.
         expected = "either" if name in ("megatron_config", "modules_to_save") else "refuse"
         yield Case(
             kind,
@@ -191,27 +265,55 @@ def adapter_cases(rng: random.Random) -> Iterator[Case]:
     bomb = {"(a+)+$": 4.0, "(" * 40 + "a*" + ")*" * 40: 4.0, "[": 4.0, "x" * 100_000: 4.0}
     for number, pattern in enumerate(bomb):
         for key in ("alpha_pattern", "rank_pattern"):
-            spoil = edit_json(ADAPTER, lambda values, key=key, pattern=pattern: values.update({key: {pattern: 4}}))
+            spoil = edit_json(
+                ADAPTER, lambda values, key=key, pattern=pattern: values.update({key: {pattern: 4}})
+            )
             yield Case(kind, f"{key} pattern {number}", "either", spoil, (key, "pattern"))
     weights = f"peft/{file}"
     for value in (float("nan"), float("inf")):
         for where in ("first", "all"):
-            yield Case(kind, f"{value} {where}", "refuse", poison(value, FACTOR, where, weights), (FACTOR, "q_proj", file))
+            yield Case(
+                kind,
+                f"{value} {where}",
+                "refuse",
+                poison(value, FACTOR, where, weights),
+                (FACTOR, "q_proj", file),
+            )
     for name, change in {
         "a factor missing": lambda header: header.pop(FACTOR) and None,
-        "an unknown module": lambda header: header.update({FACTOR.replace("q_proj", "z_proj"): header.pop(FACTOR)}),
-        "a layer too many": lambda header: header.update({FACTOR.replace("layers.0", "layers.9"): header.pop(FACTOR)}),
+        "an unknown module": lambda header: header.update(
+            {FACTOR.replace("q_proj", "z_proj"): header.pop(FACTOR)}
+        ),
+        "a layer too many": lambda header: header.update(
+            {FACTOR.replace("layers.0", "layers.9"): header.pop(FACTOR)}
+        ),
         "another shape": lambda header: header[FACTOR].update(shape=[32, 4]),
-        "another prefix": lambda header: header.update({FACTOR.removeprefix("base_model.model."): header.pop(FACTOR)}),
+        "another prefix": lambda header: header.update(
+            {FACTOR.removeprefix("base_model.model."): header.pop(FACTOR)}
+        ),
         "no tensors": lambda header: b"{}",
     }.items():
-        yield Case(kind, name, "refuse", edit_header(change, weights), (file, "q_proj", "z_proj", "layers.9"))
-    yield from (Case(kind, *change, (file, "base_model")) for change in byte_changes(weights, rng, "refuse", 4, "either"))
+        yield Case(
+            kind,
+            name,
+            "refuse",
+            edit_header(change, weights),
+            (file, "q_proj", "z_proj", "layers.9"),
+        )
+    yield from (
+        Case(kind, *change, (file, "base_model"))
+        for change in byte_changes(weights, rng, "refuse", 4, "either")
+    )
 
 
 single = functools.partial(programs.convert, source="single")
 KINDS = [
     Kind("tokenizer", ("released",), cases=tokenizer_cases, **CONVERT),
     Kind("tokenizer.json", ("single",), cases=single_cases, **CONVERT | {"program": single}),
-    Kind("adapter", ("released", "peft"), cases=adapter_cases, **CONVERT | {"program": programs.load_adapter}),
+    Kind(
+        "adapter",
+        ("released", "peft"),
+        cases=adapter_cases,
+        **CONVERT | {"program": programs.load_adapter},
+    ),
 ]

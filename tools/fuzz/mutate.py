@@ -14,7 +14,7 @@ DEEP = 100_000
 _MARK = "@@ value @@"
 
 
-# --- JSON values -----------------------------------------------------------------------------------------------------------------
+# --- JSON values ---------------------------------------------------------------------------------
 
 
 def value_at(document, path: tuple):
@@ -67,7 +67,14 @@ def edit_json(file: str, change: Callable) -> Spoil:
     return spoil
 
 
-_NOT_A_NUMBER = {"text": '"x"', "list": "[]", "object": "{}", "NaN": "NaN", "infinity": "Infinity", "1e999": "1e999"}
+_NOT_A_NUMBER = {
+    "text": '"x"',
+    "list": "[]",
+    "object": "{}",
+    "NaN": "NaN",
+    "infinity": "Infinity",
+    "1e999": "1e999",
+}
 
 
 def wrong_values(value) -> dict[str, str]:
@@ -76,24 +83,46 @@ def wrong_values(value) -> dict[str, str]:
     if isinstance(value, bool):
         return {"text": '"no"', "list": "[]", "object": "{}", "number": "2", "NaN": "NaN"}
     if isinstance(value, int | float):
-        wrong = _NOT_A_NUMBER | {"own text": f'"{own}"', "own list": f"[{own}]", "true": "true", "negative": f"-{own}"}
+        wrong = _NOT_A_NUMBER | {
+            "own text": f'"{own}"',
+            "own list": f"[{own}]",
+            "true": "true",
+            "negative": f"-{own}",
+        }
         if isinstance(value, int):
             wrong |= {"half": f"{value}.5", "huge": "1" + "0" * 30, "long": "1" * 5000}
         return wrong
     if isinstance(value, str):
-        return {"number": "5", "list": "[]", "own list": f"[{own}]", "object": "{}", "true": "true", "NaN": "NaN"}
+        return {
+            "number": "5",
+            "list": "[]",
+            "own list": f"[{own}]",
+            "object": "{}",
+            "true": "true",
+            "NaN": "NaN",
+        }
     if isinstance(value, list):
-        return {"text": '"x"', "number": "5", "object": "{}", "true": "true", "of null": "[null]", "of objects": "[{}]"}
+        return {
+            "text": '"x"',
+            "number": "5",
+            "object": "{}",
+            "true": "true",
+            "of null": "[null]",
+            "of objects": "[{}]",
+        }
     if isinstance(value, dict):
         return {"text": '"x"', "number": "5", "list": "[]", "true": "true", "NaN": "NaN"}
     return {"object of a key": '{"x": 1}', "list of null": "[null]", "NaN": "NaN"}
 
 
-def value_changes(file: str, document: dict, strict: dict[str, set[str]], loose: set[str] = frozenset()) -> Iterator[Change]:
+def value_changes(
+    file: str, document: dict, strict: dict[str, set[str]], loose: set[str] = frozenset()
+) -> Iterator[Change]:
     """Changes of every value of a document.
 
     Args:
-      strict: dotted path of a value that decides something -> names of `wrong_values` that may be accepted there.
+      strict: dotted path of a value that decides something -> names of `wrong_values` that may be
+          accepted there.
       loose: names of wrong values that are tried of all others, where "either" is expected.
     """
     for path in paths_of(document):
@@ -107,12 +136,18 @@ def value_changes(file: str, document: dict, strict: dict[str, set[str]], loose:
             if isinstance(path[-1], str):
                 # A setting that is off by default, and off, is missed by nobody.
                 off = value_at(document, path) in (False, None, [], {}, "none")
-                yield f"{name} misspelt", "either" if off else "refuse", edit_json(file, _rename(path))
+                yield (
+                    f"{name} misspelt",
+                    "either" if off else "refuse",
+                    edit_json(file, _rename(path)),
+                )
         else:
             for what, text in wrong_values(value_at(document, path)).items():
                 if what in loose:
                     # What is no JSON at all is refused wherever it stands.
-                    expected = "refuse" if what in ("NaN", "1e999", "infinity", "long") else "either"
+                    expected = (
+                        "refuse" if what in ("NaN", "1e999", "infinity", "long") else "either"
+                    )
                     yield f"{name} = {what}", expected, set_json(file, path, text)
 
 
@@ -131,7 +166,7 @@ def _rename(path: tuple):
     return change
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------------------
+# --- texts ---------------------------------------------------------------------------------------
 
 
 def edit_bytes(file: str, change: Callable[[bytes], bytes]) -> Spoil:
@@ -142,7 +177,9 @@ def edit_bytes(file: str, change: Callable[[bytes], bytes]) -> Spoil:
     return spoil
 
 
-def json_changes(file: str, rng: random.Random, flips: int = 6, optional: bool = False) -> Iterator[Change]:
+def json_changes(
+    file: str, rng: random.Random, flips: int = 6, optional: bool = False
+) -> Iterator[Change]:
     """Changes of a whole JSON file; an optional one may be missing."""
     for name, content in {
         "empty": b"",
@@ -165,12 +202,20 @@ def json_changes(file: str, rng: random.Random, flips: int = 6, optional: bool =
         )
     yield f"{file} last byte missing", "refuse", edit_bytes(file, lambda data: data.rstrip()[:-1])
     yield f"{file} UTF-16", "refuse", edit_bytes(file, lambda data: data.decode().encode("utf-16"))
-    yield f"{file} not UTF-8", "refuse", edit_bytes(file, lambda data: data[:-2] + b', "x": "\xff"' + data[-2:])
+    yield (
+        f"{file} not UTF-8",
+        "refuse",
+        edit_bytes(file, lambda data: data[:-2] + b', "x": "\xff"' + data[-2:]),
+    )
     yield f"{file} byte order mark", "same", edit_bytes(file, lambda data: b"\xef\xbb\xbf" + data)
     yield f"{file} CRLF", "same", edit_bytes(file, lambda data: data.replace(b"\n", b"\r\n"))
     yield f"{file} more behind it", "refuse", edit_bytes(file, lambda data: data.rstrip() + b"}")
     yield f"{file} twice", "refuse", edit_bytes(file, lambda data: data + data)
-    yield f"{file} of single quotes", "refuse", edit_bytes(file, lambda data: data.replace(b'"', b"'"))
+    yield (
+        f"{file} of single quotes",
+        "refuse",
+        edit_bytes(file, lambda data: data.replace(b'"', b"'")),
+    )
     yield f"{file} first key twice", "refuse", edit_bytes(file, _first_key_twice)
     yield from flip_changes(file, rng, flips, "either")
     for name, expected, spoil in place_changes(file):
@@ -183,7 +228,7 @@ def _first_key_twice(data: bytes) -> bytes:
     return data.rstrip()[:-1].rstrip() + f", {json.dumps(key)}: {json.dumps(value)}}}".encode()
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------------------
+# --- bytes ---------------------------------------------------------------------------------------
 
 
 def flip_changes(file: str, rng: random.Random, count: int, expected: str) -> Iterator[Change]:
@@ -202,11 +247,17 @@ def _flip(place: float, bit: int):
     return change
 
 
-def byte_changes(file: str, rng: random.Random, expected: str, flips: int = 4, flipped: str | None = None) -> Iterator[Change]:
+def byte_changes(
+    file: str, rng: random.Random, expected: str, flips: int = 4, flipped: str | None = None
+) -> Iterator[Change]:
     """Changes of a binary file."""
     yield f"{file} empty", expected, edit_bytes(file, lambda data: b"")
     for share in (0.02, 0.3, 0.7, 0.99):
-        yield f"{file} cut at {share}", expected, edit_bytes(file, lambda data, share=share: data[: int(len(data) * share)])
+        yield (
+            f"{file} cut at {share}",
+            expected,
+            edit_bytes(file, lambda data, share=share: data[: int(len(data) * share)]),
+        )
     yield f"{file} last byte missing", expected, edit_bytes(file, lambda data: data[:-1])
     yield f"{file} longer by one", expected, edit_bytes(file, lambda data: data + b"x")
     yield f"{file} longer by 64 kB", expected, edit_bytes(file, lambda data: data + bytes(1 << 16))
@@ -216,17 +267,23 @@ def byte_changes(file: str, rng: random.Random, expected: str, flips: int = 4, f
         flipped or expected,
         edit_bytes(file, lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2)),
     )
-    yield f"{file} of noise", expected, edit_bytes(file, lambda data: random.Random(len(data)).randbytes(len(data)))
+    yield (
+        f"{file} of noise",
+        expected,
+        edit_bytes(file, lambda data: random.Random(len(data)).randbytes(len(data))),
+    )
     yield (
         f"{file} of text",
         expected,
-        edit_bytes(file, lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        edit_bytes(
+            file, lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
     )
     yield from flip_changes(file, rng, flips, flipped or expected)
     yield from place_changes(file, expected)
 
 
-# --- what stands in a file's place ------------------------------------------------------------------------------------------------
+# --- what stands in a file's place ---------------------------------------------------------------
 
 
 def replaced(file: str, make: Callable[[pathlib.Path], object]) -> Spoil:
@@ -246,8 +303,16 @@ def place_changes(file: str, expected: str = "refuse") -> Iterator[Change]:
     yield f"{file} missing", expected, replaced(file, lambda path: None)
     yield f"{file} a pipe", expected, replaced(file, os.mkfifo)
     yield f"{file} a directory", expected, replaced(file, pathlib.Path.mkdir)
-    yield f"{file} a link to nothing", expected, replaced(file, lambda path: path.symlink_to("nowhere"))
-    yield f"{file} a link to itself", expected, replaced(file, lambda path: path.symlink_to(path.name))
+    yield (
+        f"{file} a link to nothing",
+        expected,
+        replaced(file, lambda path: path.symlink_to("nowhere")),
+    )
+    yield (
+        f"{file} a link to itself",
+        expected,
+        replaced(file, lambda path: path.symlink_to(path.name)),
+    )
     yield f"{file} a device", expected, replaced(file, lambda path: path.symlink_to("/dev/zero"))
     yield f"{file} of 64 GB", expected, replaced(file, _sparse)
 

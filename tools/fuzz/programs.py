@@ -1,4 +1,6 @@
-"""The programs, started as they are from a shell: each in a fresh process, in a folder with the inputs."""
+"""The programs, started as they are from a shell: each in a fresh process, in a folder with the
+inputs.
+"""
 
 import hashlib
 import json
@@ -46,7 +48,9 @@ def convert(arguments: tuple[str, ...], source: str = "released") -> int:
 
 def converted(folder: pathlib.Path) -> str:
     """The tensors and what is said of them."""
-    return digest_of(*sorted((folder / "out").glob("*.safetensors")), folder / "out/internvl3_jax.json")
+    return digest_of(
+        *sorted((folder / "out").glob("*.safetensors")), folder / "out/internvl3_jax.json"
+    )
 
 
 def load(arguments: tuple[str, ...]) -> int:
@@ -58,7 +62,9 @@ def load(arguments: tuple[str, ...]) -> int:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     words = opened.tokenizer._backend._tokenizer.to_str()
-    pathlib.Path("loaded").write_text(json.dumps([str(opened.config), str(opened.processor), words, _hash_of(opened.params)]))
+    pathlib.Path("loaded").write_text(
+        json.dumps([str(opened.config), str(opened.processor), words, _hash_of(opened.params)])
+    )
     print("loaded")
 
 
@@ -98,22 +104,37 @@ def trained(folder: pathlib.Path) -> str:
     last = (
         folder
         / "run/checkpoints"
-        / str(max(int(path.parent.name) for path in (folder / "run/checkpoints").glob("[0-9]/params")))
+        / str(
+            max(int(path.parent.name) for path in (folder / "run/checkpoints").glob("[0-9]/params"))
+        )
     )
     arrays = [
-        _hash_of(storage.load_tree(last / part, storage.ocp.metadata(last / part).metadata)) for part in ("params", "opt_state")
+        _hash_of(storage.load_tree(last / part, storage.ocp.metadata(last / part).metadata))
+        for part in ("params", "opt_state")
     ]
     return json.dumps([steps, last.name, *arrays])
 
 
 def infer(arguments: tuple[str, ...]) -> None:
-    mine = ("--checkpoint=conv", "--requests=ask/requests.jsonl", "--output=answers.jsonl", "--max_new_tokens=3")
+    mine = (
+        "--checkpoint=conv",
+        "--requests=ask/requests.jsonl",
+        "--output=answers.jsonl",
+        "--max_new_tokens=3",
+    )
     _script("infer.py", *mine, f"--compilation_cache={_cache}", *arguments)
 
 
 def ask(arguments: tuple[str, ...]) -> None:
     """One question."""
-    _script("infer.py", f"--compilation_cache={_cache}", "--checkpoint=conv", "--prompt=hi", "--max_new_tokens=2", *arguments)
+    _script(
+        "infer.py",
+        f"--compilation_cache={_cache}",
+        "--checkpoint=conv",
+        "--prompt=hi",
+        "--max_new_tokens=2",
+        *arguments,
+    )
 
 
 def resume(arguments: tuple[str, ...]) -> None:
@@ -121,16 +142,22 @@ def resume(arguments: tuple[str, ...]) -> None:
 
 
 def answered(folder: pathlib.Path) -> str:
-    output = next(path for path in (folder / "answers.jsonl", folder / "ask/answers.jsonl") if path.exists())
+    output = next(
+        path for path in (folder / "answers.jsonl", folder / "ask/answers.jsonl") if path.exists()
+    )
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8-sig").splitlines()]
-    return json.dumps([[row["id"], row.get("text"), row.get("token_ids"), row.get("error")] for row in rows])
+    return json.dumps(
+        [[row["id"], row.get("text"), row.get("token_ids"), row.get("error")] for row in rows]
+    )
 
 
 def doctor(arguments: tuple[str, ...]) -> int:
     from internvl3_jax.data.doctor.examine import main
 
     limits = ("--tokens_per_row", "256", "--tiles_per_row", "16", "--max_frames", "8")
-    return main(["data/meta.json", "--tokenizer", "conv", *limits, "--report", "report", *arguments])
+    return main(
+        ["data/meta.json", "--tokenizer", "conv", *limits, "--report", "report", *arguments]
+    )
 
 
 def examined(folder: pathlib.Path) -> str:

@@ -1,7 +1,8 @@
-"""Runs a program on a damaged input in a process of its own, with limits of time and memory, and keeps what it said.
+"""Runs a program on a damaged input in a process of its own, with limits of time and memory, and
+keeps what it said.
 
-The parent has imported the libraries and started no thread and no accelerator, so a forked child begins where a program begins but for
-the seconds of its imports.
+The parent has imported the libraries and started no thread and no accelerator, so a forked child
+begins where a program begins but for the seconds of its imports.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ MOST_RESIDENT = 1800 << 20  # bytes in memory
 
 @dataclasses.dataclass
 class Outcome:
-    """What a program did. status: that of its exit, or minus the signal that ended it; None: it ran out of time."""
+    """What a program did. status: that of its exit, or minus the signal that ended it; None: it ran
+    out of time.
+    """
 
     case: Case
     status: int | None
@@ -68,10 +71,14 @@ def preload() -> None:
         import av  # noqa: F401
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
-        raise RuntimeError(f"the imports left {threads} threads; children of this process could hang")
+        raise RuntimeError(
+            f"the imports left {threads} threads; children of this process could hang"
+        )
 
 
-def run_all(work: Iterable[tuple[Kind, Case]], corpus: pathlib.Path, scratch: pathlib.Path, jobs: int) -> Iterator[Outcome]:
+def run_all(
+    work: Iterable[tuple[Kind, Case]], corpus: pathlib.Path, scratch: pathlib.Path, jobs: int
+) -> Iterator[Outcome]:
     """The outcome of every input, in the order in which they end."""
     waiting, running = iter(work), {}
     for number, (kind, case) in enumerate(waiting):
@@ -84,7 +91,9 @@ def run_all(work: Iterable[tuple[Kind, Case]], corpus: pathlib.Path, scratch: pa
         yield from _collect(running)
 
 
-def _start(kind: Kind, case: Case, corpus: pathlib.Path, folder: pathlib.Path) -> tuple[int, _Running]:
+def _start(
+    kind: Kind, case: Case, corpus: pathlib.Path, folder: pathlib.Path
+) -> tuple[int, _Running]:
     folder.mkdir()
     for name in kind.inputs:
         source = corpus / name
@@ -115,7 +124,9 @@ def _child(kind: Kind, case: Case, folder: pathlib.Path):
         for number, name in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        taken = (
+            int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        )
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         status = _status_of(kind, case)
@@ -163,15 +174,23 @@ def _collect(running: dict) -> Iterator[Outcome]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process, signal.SIGKILL)  # what it left behind
         del running[process]
-        yield _outcome(job, None if not ended else os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10)
+        yield _outcome(
+            job, None if not ended else os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10
+        )
         shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _outcome(job: _Running, status: int | None, resident: int) -> Outcome:
     out, err = (_text(job.folder / name) for name in (".out", ".err"))
-    changed = [name for name, state in job.before.items() if _state(job.folder / name) != state] if status else []
+    changed = (
+        [name for name, state in job.before.items() if _state(job.folder / name) != state]
+        if status
+        else []
+    )
     result = _text(job.folder / RESULT) if status == 0 else ""
-    return Outcome(job.case, status, out, err, time.monotonic() - job.started, resident, changed, result)
+    return Outcome(
+        job.case, status, out, err, time.monotonic() - job.started, resident, changed, result
+    )
 
 
 def _text(path: pathlib.Path) -> str:

@@ -1,8 +1,10 @@
-"""Pictures of real handwritten digits with questions about them: the data of configs/tiny_digits.py.
+"""Pictures of real handwritten digits with questions about them: the data of
+configs/tiny_digits.py.
 
-The handwriting is scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, UCI Optical Recognition of Handwritten Digits). It is split
-by scan: the test scans are never seen in training. Pictures of varied sizes and shapes are composed from them, so that they take
-one or several tiles, and every picture comes with a conversation in the form that the big models use.
+The handwriting is scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, UCI Optical Recognition
+of Handwritten Digits). It is split by scan: the test scans are never seen in training. Pictures of
+varied sizes and shapes are composed from them, so that they take one or several tiles, and every
+picture comes with a conversation in the form that the big models use.
 """
 
 import dataclasses
@@ -29,7 +31,9 @@ _SPLIT_SEED = 0
 
 @dataclasses.dataclass
 class Scene:
-    """A picture and what is on it: each digit's value and its box (left, top, right, bottom) in pixels."""
+    """A picture and what is on it: each digit's value and its box (left, top, right, bottom) in
+    pixels.
+    """
 
     image: Image.Image
     digits: list[int]
@@ -66,8 +70,9 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(data.images[chosen] * 16, 255).astype(np.uint8), data.target[chosen]
 
 
-# A curriculum: first single digits are read, then numbers, then everything is asked. Pictures and questions of all kinds from the start
-# would take a tower with random weights several times longer to see its first digit.
+# A curriculum: first single digits are read, then numbers, then everything is asked. Pictures and
+# questions of all kinds from the start would take a tower with random weights several times longer
+# to see its first digit.
 _SINGLE_UNTIL = 5_000  # items
 _READ_UNTIL = 10_000
 _MOST = 5
@@ -75,7 +80,9 @@ _SHEETS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3))  # rows and columns o
 
 
 class DigitsSource:
-    """Random-access source of training conversations: item i depends on (seed, i) alone, not on the order of reading."""
+    """Random-access source of training conversations: item i depends on (seed, i) alone, not on the
+    order of reading.
+    """
 
     def __init__(self, length: int, seed: int, split: str = "train"):
         self.length, self.seed, self.split = length, seed, split
@@ -87,14 +94,20 @@ class DigitsSource:
         rng = np.random.default_rng((self.seed, index))
         if index < _READ_UNTIL:
             return ask("read", rng, self.split, 1 if index < _SINGLE_UNTIL else _MOST)
-        task = rng.choice(["read", "compare", "compare in words", "conversation"], p=[0.3, 0.17, 0.08, 0.45])
+        task = rng.choice(
+            ["read", "compare", "compare in words", "conversation"], p=[0.3, 0.17, 0.08, 0.45]
+        )
         if task == "compare in words":
             return compare_in_words(rng)
-        return conversation(rng, self.split) if task == "conversation" else ask(task, rng, self.split)
+        return (
+            conversation(rng, self.split) if task == "conversation" else ask(task, rng, self.split)
+        )
 
 
 class DigitsConversations:
-    """The questions as a source of training conversations; see `internvl3_jax.data.sources.catalog.Source`."""
+    """The questions as a source of training conversations; see
+    `internvl3_jax.data.sources.catalog.Source`.
+    """
 
     name, has_pictures, repeat, weight = "digits", True, 1.0, None
     ordered = True  # the curriculum
@@ -112,9 +125,13 @@ class DigitsConversations:
     def locate(self, row: int) -> str:
         return f"{self.name} row {row}"
 
-    def conversation(self, row: int, choose, processor: ProcessorConfig, limits=None) -> Conversation:
+    def conversation(
+        self, row: int, choose, processor: ProcessorConfig, limits=None
+    ) -> Conversation:
         question = self.questions[row]
-        return Conversation(question.messages, question.pictures, image_limit(processor, len(question.pictures)))
+        return Conversation(
+            question.messages, question.pictures, image_limit(processor, len(question.pictures))
+        )
 
 
 def sources(config: DataConfig) -> list[DigitsConversations]:
@@ -124,20 +141,29 @@ def sources(config: DataConfig) -> list[DigitsConversations]:
 
 def held_out(per_task: int, seed: int = 1) -> list[Question]:
     """`per_task` questions of each task on test handwriting, one turn each."""
-    return [ask(task, np.random.default_rng((seed, t, i)), "test") for t, task in enumerate(TASKS) for i in range(per_task)]
+    return [
+        ask(task, np.random.default_rng((seed, t, i)), "test")
+        for t, task in enumerate(TASKS)
+        for i in range(per_task)
+    ]
 
 
 def ask(task: str, rng: np.random.Generator, split: str, most: int = _MOST) -> Question:
     """One question of a given task about a fresh picture, or about two for "compare"."""
     if task == "compare":
         scenes = [_number(rng, split, 2) for _ in range(2)]
-        turn = [_user(PROMPTS["compare"]), _assistant(_comparison(*(scene.number for scene in scenes)))]
+        turn = [
+            _user(PROMPTS["compare"]),
+            _assistant(_comparison(*(scene.number for scene in scenes))),
+        ]
         return Question(task, turn, [scene.image for scene in scenes])
     return _about(_scene(task, rng, split, most), [task], rng)
 
 
 def compare_in_words(rng: np.random.Generator) -> Question:
-    """The comparison without pictures: text-only samples teach the language model what the pictures need not."""
+    """The comparison without pictures: text-only samples teach the language model what the pictures
+    need not.
+    """
     numbers = [str(rng.integers(10 ** int(rng.integers(1, 3)))) for _ in range(2)]
     question = PROMPTS["compare"].replace("<image>", "{}").format(*numbers)
     return Question("compare in words", [_user(question), _assistant(_comparison(*numbers))], [])
@@ -154,7 +180,11 @@ def conversation(rng: np.random.Generator, split: str) -> Question:
 def _scene(task: str, rng: np.random.Generator, split: str, most: int) -> Scene:
     """A picture that the task can be asked about."""
     while True:
-        scene = line(rng, split, most) if task == "read" or rng.random() < 0.5 else sheet(rng, split, most)
+        scene = (
+            line(rng, split, most)
+            if task == "read" or rng.random() < 0.5
+            else sheet(rng, split, most)
+        )
         if task != "locate" or _single(scene):
             return scene
 
@@ -195,8 +225,15 @@ def _single(scene: Scene) -> list[int]:
     return [digit for digit in scene.digits if scene.digits.count(digit) == 1]
 
 
-def _cells(rng: np.random.Generator, split: str, filled: list[tuple[int, int]], shape: tuple[int, int] | None = None) -> Scene:
-    """Digits in the given (row, column) cells, each somewhere in its own; sizes, margins and proportions vary from picture to picture."""
+def _cells(
+    rng: np.random.Generator,
+    split: str,
+    filled: list[tuple[int, int]],
+    shape: tuple[int, int] | None = None,
+) -> Scene:
+    """Digits in the given (row, column) cells, each somewhere in its own; sizes, margins and
+    proportions vary from picture to picture.
+    """
     rows, columns = shape or (1, len(filled))
     size = rng.uniform(20, 36)
     width, height = size * rng.uniform(1.02, 1.1) * rng.uniform(0.98, 1.02, 2)
@@ -204,7 +241,10 @@ def _cells(rng: np.random.Generator, split: str, filled: list[tuple[int, int]], 
     boxes = []
     for row, column in filled:
         own = min(size * rng.uniform(0.95, 1.02), width, height)
-        x, y = left + column * width + rng.uniform(0, width - own), top + row * height + rng.uniform(0, height - own)
+        x, y = (
+            left + column * width + rng.uniform(0, width - own),
+            top + row * height + rng.uniform(0, height - own),
+        )
         boxes.append((x, y, x + own, y + own))
     size = (round(left + columns * width + right), round(top + rows * height + bottom))
     return Scene(*_draw(rng, split, boxes, size), boxes, is_line=shape is None)
@@ -222,13 +262,20 @@ def _draw(rng, split: str, boxes: list, size: tuple[int, int]) -> tuple[Image.Im
 
 
 def _stamp(image: Image.Image, ink: Image.Image, box, pen, rng) -> None:
-    """Draws one scan into its box; with an rng (training only) slightly turned, slanted and stretched."""
+    """Draws one scan into its box; with an rng (training only) slightly turned, slanted and
+    stretched.
+    """
     width, height = round(box[2] - box[0]), round(box[3] - box[1])
     mask = ink.resize((4 * width, 4 * height), Image.Resampling.BICUBIC)
     if rng is not None:
         turn, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)
         stretch = rng.uniform(0.9, 1.15, 2)
-        a, b, c, d = stretch[0] * np.cos(turn), np.sin(turn) + slant, -np.sin(turn), stretch[1] * np.cos(turn)
+        a, b, c, d = (
+            stretch[0] * np.cos(turn),
+            np.sin(turn) + slant,
+            -np.sin(turn),
+            stretch[1] * np.cos(turn),
+        )
         cx, cy = 2 * width, 2 * height
         matrix = (a, b, cx - a * cx - b * cy, c, d, cy - c * cx - d * cy)
         mask = mask.transform(mask.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
@@ -243,20 +290,35 @@ def _turn(task: str, scene: Scene, wanted: int | None) -> list[dict]:
         return [_user(PROMPTS["count"]), _assistant(str(len(scene.digits)))]
     place = scene.digits.index(wanted)
     box = format_box(scene.boxes[place], scene.image.size)
-    # It reads until it meets the digit, and then says where that is: without these steps a model this small never learns to search.
+    # It reads until it meets the digit, and then says where that is: without these steps a model
+    # this small never learns to search.
     read = "".join(map(str, scene.digits[: place + 1]))
-    return [_user(PROMPTS["locate"].format(wanted)), _assistant(f"{read}: <ref>{wanted}</ref><box>[{box}]</box>")]
+    return [
+        _user(PROMPTS["locate"].format(wanted)),
+        _assistant(f"{read}: <ref>{wanted}</ref><box>[{box}]</box>"),
+    ]
 
 
 def format_box(box, size: tuple[int, int]) -> str:
     """Integers 0..1000 relative to the whole picture, as InternVL writes boxes; rounded to tens."""
     scale = (size[0], size[1], size[0], size[1])
-    return str([min(1000, max(0, round(100 * side / whole) * 10)) for side, whole in zip(box, scale, strict=True)])
+    return str(
+        [
+            min(1000, max(0, round(100 * side / whole) * 10))
+            for side, whole in zip(box, scale, strict=True)
+        ]
+    )
 
 
 def _comparison(first: str, second: str) -> str:
     """Both numbers are written before they are compared."""
-    verdict = "Image-1" if int(first) > int(second) else "Image-2" if int(first) < int(second) else "Neither"
+    verdict = (
+        "Image-1"
+        if int(first) > int(second)
+        else "Image-2"
+        if int(first) < int(second)
+        else "Neither"
+    )
     return f"{first}, {second}: {verdict}"
 
 
@@ -269,18 +331,26 @@ def _assistant(text: str) -> dict:
 
 
 def is_right(task: str, expected: str, answered: str) -> bool:
-    """Exact match; for boxes the same digit, as many boxes, and each at least half over its own (IoU >= 0.5, as RefCOCO scores)."""
+    """Exact match; for boxes the same digit, as many boxes, and each at least half over its own
+    (IoU >= 0.5, as RefCOCO scores).
+    """
     if task != "locate":
         return expected == answered
     (label, boxes), (said, found) = _parse(expected), _parse(answered)
-    return label == said and len(boxes) == len(found) and all(iou(a, b) >= 0.5 for a, b in zip(boxes, found, strict=True))
+    return (
+        label == said
+        and len(boxes) == len(found)
+        and all(iou(a, b) >= 0.5 for a, b in zip(boxes, found, strict=True))
+    )
 
 
 def _parse(text: str) -> tuple[str, list[tuple[int, ...]]]:
     match = re.fullmatch(r"\d+: <ref>(.*)</ref><box>(.*)</box>", text)
     if not match:
         return "", []
-    return match[1], [tuple(map(int, box)) for box in re.findall(r"\[(\d+), (\d+), (\d+), (\d+)\]", match[2])]
+    return match[1], [
+        tuple(map(int, box)) for box in re.findall(r"\[(\d+), (\d+), (\d+), (\d+)\]", match[2])
+    ]
 
 
 def iou(a, b) -> float:

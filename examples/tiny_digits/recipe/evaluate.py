@@ -1,4 +1,5 @@
-"""Scores a run of configs/tiny_digits.py on handwriting that it never saw, and writes RUN/report.json.
+"""Scores a run of configs/tiny_digits.py on handwriting that it never saw, and writes
+RUN/report.json.
 
     python examples/tiny_digits/recipe/evaluate.py runs/tiny_digits
 
@@ -29,20 +30,30 @@ _LIMIT = 96  # tokens; the longest answer names five boxes
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=pathlib.Path, help="the --workdir of the training")
-    parser.add_argument("--per_task", type=int, default=500, help="questions of each task (%(default)s)")
+    parser.add_argument(
+        "--per_task", type=int, default=500, help="questions of each task (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         scores = evaluate(load(options.run), options.per_task)
         write(options.run, scores, options.per_task)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print("\n".join(["held-out handwriting"] + [f"  {name:<8} {100 * value:6.2f} %" for name, value in scores.items()]))
+    print(
+        "\n".join(
+            ["held-out handwriting"]
+            + [f"  {name:<8} {100 * value:6.2f} %" for name, value in scores.items()]
+        )
+    )
 
 
 def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) -> dict[str, float]:
-    """Returns the share of right greedy answers by task, and by "digit" that of single digits read right, place by place.
+    """Returns the share of right greedy answers by task, and by "digit" that of single digits read
+    right, place by place.
 
     delta: V2PE units, in place of the processor's.
     """
@@ -52,8 +63,13 @@ def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) ->
     questions = data.held_out(per_task)
     answers = []
     for start in range(0, len(questions), _BATCH):
-        prompts = [_prompt(question, tokenizer, processor, delta) for question in questions[start : start + _BATCH]]
-        run = GenerationConfig(_LIMIT, Sampling(), (0,) * len(prompts), checkpoint.config.language.rope_scaling)
+        prompts = [
+            _prompt(question, tokenizer, processor, delta)
+            for question in questions[start : start + _BATCH]
+        ]
+        run = GenerationConfig(
+            _LIMIT, Sampling(), (0,) * len(prompts), checkpoint.config.language.rope_scaling
+        )
         answers += [tokenizer.decode(ids).strip() for ids in generator.generate(prompts, run)]
     return score(questions, answers)
 
@@ -61,11 +77,21 @@ def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) ->
 def score(questions: list[data.Question], answers: list[str]) -> dict[str, float]:
     scores = {}
     for task in data.TASKS:
-        right = [data.is_right(q.task, q.answer, a) for q, a in zip(questions, answers, strict=True) if q.task == task]
+        right = [
+            data.is_right(q.task, q.answer, a)
+            for q, a in zip(questions, answers, strict=True)
+            if q.task == task
+        ]
         scores[task] = sum(right) / len(right)
     read = [(q.answer, a) for q, a in zip(questions, answers, strict=True) if q.task == "read"]
-    hits = sum(wanted == found for expected, answered in read for wanted, found in zip(expected, answered, strict=False))
-    return scores | {"digit": hits / sum(max(len(expected), len(answered)) for expected, answered in read)}
+    hits = sum(
+        wanted == found
+        for expected, answered in read
+        for wanted, found in zip(expected, answered, strict=False)
+    )
+    return scores | {
+        "digit": hits / sum(max(len(expected), len(answered)) for expected, answered in read)
+    }
 
 
 def write(run: pathlib.Path, scores: dict[str, float], per_task: int) -> None:
@@ -85,7 +111,13 @@ def write(run: pathlib.Path, scores: dict[str, float], per_task: int) -> None:
 
 def _prompt(question: data.Question, tokenizer, processor, delta: int | None):
     units = [processor.delta if delta is None else delta] * len(question.pictures)
-    return make_prompt(question.messages[:-1], cut_pictures(question.pictures, processor), tokenizer, processor, units)
+    return make_prompt(
+        question.messages[:-1],
+        cut_pictures(question.pictures, processor),
+        tokenizer,
+        processor,
+        units,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The tokenizer of the digits model: Qwen2.5's construction with 448 entries, learnt from the prompts themselves.
+"""The tokenizer of the digits model: Qwen2.5's construction with 448 entries, learnt from the
+prompts themselves.
 
-Same normaliser, split rule, byte-level alphabet and added tokens as the released models, so that it runs through the same code.
+Same normaliser, split rule, byte-level alphabet and added tokens as the released models, so that it
+runs through the same code.
 """
 
 import json
@@ -20,7 +22,9 @@ Read the number from left to right and locate every digit. Compare both pictures
 
 
 def build() -> dict[str, bytes]:
-    """File name -> content: vocab.json, merges.txt, added_tokens.json, special_tokens_map.json, tokenizer_config.json."""
+    """File name -> content: vocab.json, merges.txt, added_tokens.json, special_tokens_map.json,
+    tokenizer_config.json.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
@@ -29,7 +33,9 @@ def build() -> dict[str, bytes]:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=ENTRIES, initial_alphabet=alphabet, show_progress=False, min_frequency=1)
+    trainer = trainers.BpeTrainer(
+        vocab_size=ENTRIES, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
     tokenizer.train_from_iterator(_corpus(), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     if len(model["vocab"]) != ENTRIES:
@@ -54,16 +60,27 @@ def build() -> dict[str, bytes]:
         "special_tokens_map.json": names | {"additional_special_tokens": list(ADDED[3:] + MARKUP)},
         "tokenizer_config.json": settings,
     }
-    encoded = {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in files.items()}
+    encoded = {
+        name: json.dumps(content, ensure_ascii=False, indent=1).encode()
+        for name, content in files.items()
+    }
     return encoded | {"merges.txt": b"#version: 0.2\n" + merges.encode()}
 
 
 def _added_entry(token: str) -> dict:
-    return {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "content": token,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
 
 
 def _corpus():
-    # Repeated so that the words of the chat format and of the tasks become single tokens before anything else.
+    # Repeated so that the words of the chat format and of the tasks become single tokens before
+    # anything else.
     yield from ["system\n", "user\n", "assistant\n"] * 50
     yield from [prompt.replace("{}", "") for prompt in digits.PROMPTS.values()] * 50
     yield from [

@@ -1,15 +1,24 @@
 """config.json of the two released layouts, read into our dataclasses and written back.
 
-"internvl" is the original layout (`internvl_chat`, with `llm_config` and a `vision_config` of type `intern_vit_6b` for both towers);
-"hf" is the one built into transformers (`internvl`, with `text_config` and `internvl_vision`). Reading is strict: every field is either
-used, known to change nothing, or an error that names it, and a field the computation depends on is never filled from a class
-default where those defaults differ between releases (layers of the tower, rope base, tying).
+"internvl" is the original layout (`internvl_chat`, with `llm_config` and a `vision_config` of type
+`intern_vit_6b` for both towers);
+"hf" is the one built into transformers (`internvl`, with `text_config` and `internvl_vision`).
+Reading is strict: every field is either used, known to change nothing, or an error that names it,
+and a field the computation depends on is never filled from a class default where those defaults
+differ between releases (layers of the tower, rope base, tying).
 """
 
 import difflib
 
 from internvl3_jax.checkpoints.hf.fields import TOP_IGNORED, VISION_IGNORED, Fields
-from internvl3_jax.checkpoints.hf.language import CHANNELS, EPSILON, HEADS, LAYERS, VOCABULARY, read_language
+from internvl3_jax.checkpoints.hf.language import (
+    CHANNELS,
+    EPSILON,
+    HEADS,
+    LAYERS,
+    VOCABULARY,
+    read_language,
+)
 from internvl3_jax.config import UNITS, ModelConfig, ProcessorConfig, VisionConfig
 from internvl3_jax.io.strict_json import JsonError, Object, check
 from internvl3_jax.io.terminal import excerpt
@@ -36,7 +45,9 @@ PROCESSOR_FIELDS = frozenset(
 
 
 def layout_of(config: dict, place: str = "") -> str:
-    """ "internvl" or "hf", by `model_type`. place: the directory that errors name before the file, with its slash."""
+    """ "internvl" or "hf", by `model_type`. place: the directory that errors name before the file,
+    with its slash.
+    """
     kinds = {"internvl_chat": "internvl", "internvl": "hf"}
     model_type = Object(config, f"{place}config.json").get("model_type", str, None)
     if model_type not in kinds:
@@ -59,20 +70,28 @@ def from_hf(
 
     Args:
       config: the parsed file.
-      image_token_id: id of <IMG_CONTEXT> in the checkpoint's tokenizer. The original layout does not store it; where the file
+      image_token_id: id of <IMG_CONTEXT> in the checkpoint's tokenizer. The original layout does
+          not store it; where the file
         has it too, the two must agree.
-      has_head: whether the weights hold an output head, None if unknown. Decides tying where the file says nothing.
-      preprocessor_config: the parsed preprocessor_config.json, for the mean and deviation of pixels; ImageNet's without it.
+      has_head: whether the weights hold an output head, None if unknown. Decides tying where the
+          file says nothing.
+      preprocessor_config: the parsed preprocessor_config.json, for the mean and deviation of
+          pixels; ImageNet's without it.
       place: what errors put before a file's name: the directory with its slash.
 
     Raises:
-      ValueError: naming the field that is unknown, missing, of a wrong type or size, contradictory or not supported.
+      ValueError: naming the field that is unknown, missing, of a wrong type or size, contradictory
+      or not supported.
     """
     layout = layout_of(config, place)
     where = f"{place}config.json: config"
     top = Fields(config, where)
     top.get("model_type", str)
-    stated = top.get("image_token_id", int, None, low=0, high=VOCABULARY["high"]) if layout == "hf" else None
+    stated = (
+        top.get("image_token_id", int, None, low=0, high=VOCABULARY["high"])
+        if layout == "hf"
+        else None
+    )
     if None not in (stated, image_token_id) and stated != image_token_id:
         top.refuse("image_token_id", f"the tokenizer has <IMG_CONTEXT> at {image_token_id}")
     image_token_id = stated if image_token_id is None else image_token_id
@@ -85,7 +104,9 @@ def from_hf(
     vision.mean, vision.std = _pixels(preprocessor_config, vision, place)
     name = "llm_config" if layout == "internvl" else "text_config"
     text = top.get(name, dict)
-    language = read_language(text, f"{where}.{name}", tied=_tied(top, Fields(text, f"{where}.{name}"), layout, has_head))
+    language = read_language(
+        text, f"{where}.{name}", tied=_tied(top, Fields(text, f"{where}.{name}"), layout, has_head)
+    )
     downsample = _downsample(top)
     if layout == "internvl":
         _original_fields(top, vision)
@@ -98,7 +119,9 @@ def from_hf(
         language=language,
         image_token_id=image_token_id,
         downsample=downsample,
-        ps_version=top.get("ps_version", str, "v1", choices=("v1", "v2")) if layout == "internvl" else "v2",
+        ps_version=top.get("ps_version", str, "v1", choices=("v1", "v2"))
+        if layout == "internvl"
+        else "v2",
     )
     if layout == "hf":
         top.expect("image_seq_length", model.tokens_per_tile)
@@ -114,8 +137,12 @@ def _downsample(top: Fields) -> int:
     return downsample
 
 
-def _pixels(values: dict | None, vision: VisionConfig, place: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, deviation) of pixels, from preprocessor_config.json, after checking that it asks for nothing that is not done here."""
+def _pixels(
+    values: dict | None, vision: VisionConfig, place: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, deviation) of pixels, from preprocessor_config.json, after checking that it asks for
+    nothing that is not done here.
+    """
     pictures = Fields({} if values is None else values, f"{place}preprocessor_config.json")
     mean = pictures.list_of("image_mean", float, list(vision.mean), length=3, low=-1e3, high=1e3)
     std = pictures.list_of("image_std", float, list(vision.std), length=3, low=1e-6, high=1e3)
@@ -130,7 +157,9 @@ def _pixels(values: dict | None, vision: VisionConfig, place: str) -> tuple[tupl
 
 
 def _refuse_misspelt(pictures: Fields) -> None:
-    """Unknown settings of an image processor are many, and ignored; one that is nearly the name of one that decides is an error."""
+    """Unknown settings of an image processor are many, and ignored; one that is nearly the name of
+    one that decides is an error.
+    """
     deciding = (
         "image_mean",
         "image_std",
@@ -149,12 +178,15 @@ def _refuse_misspelt(pictures: Fields) -> None:
 
 
 def _original_fields(top: Fields, vision: VisionConfig) -> None:
-    """The original layout's own fields: those that pick another computation are refused, the processor's are read elsewhere."""
+    """The original layout's own fields: those that pick another computation are refused, the
+    processor's are read elsewhere.
+    """
     top.expect("select_layer", -1)
     top.expect("pad2square", False)
     top.expect("use_backbone_lora", 0, remedy=_MERGE)
     top.expect("use_llm_lora", 0, remedy=_MERGE)
-    # Where the two sizes differ the original code resizes the position table; the released checkpoints are saved after that.
+    # Where the two sizes differ the original code resizes the position table; the released
+    # checkpoints are saved after that.
     top.expect("force_image_size", vision.image_size)
     top.asked |= PROCESSOR_FIELDS
 
@@ -162,9 +194,10 @@ def _original_fields(top: Fields, vision: VisionConfig) -> None:
 def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool:
     """Whether the output head is the embedding.
 
-    The original code forces an untied head whatever its fields say, so there only a file without a head can be tied.
-    transformers 5 ties when the key is absent, while released files without the key hold a head of their own: then the weights
-    decide.
+    The original code forces an untied head whatever its fields say, so there only a file without a
+    head can be tied.
+    transformers 5 ties when the key is absent, while released files without the key hold a head of
+    their own: then the weights decide.
     """
     stated, inner = (fields.get("tie_word_embeddings", bool, None) for fields in (top, text))
     if layout == "internvl":
@@ -180,8 +213,12 @@ def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool
     )
 
 
-def read_vision(values: dict, layout: str, where: str = "config.json: config.vision_config") -> VisionConfig:
-    """InternViT's configuration in either layout; both towers call themselves intern_vit_6b in the original one."""
+def read_vision(
+    values: dict, layout: str, where: str = "config.json: config.vision_config"
+) -> VisionConfig:
+    """InternViT's configuration in either layout; both towers call themselves intern_vit_6b in the
+    original one.
+    """
     fields = Fields(values, where)
     fields.expect("model_type", "intern_vit_6b" if layout == "internvl" else "internvl_vision")
     fields.expect("hidden_act", "gelu")
@@ -190,7 +227,10 @@ def read_vision(values: dict, layout: str, where: str = "config.json: config.vis
     if layout == "internvl":
         qkv_bias, qk_norm = fields.get("qkv_bias", bool), fields.get("qk_normalization", bool)
     else:
-        qkv_bias, qk_norm = (fields.get("attention_bias", bool), fields.get("use_qk_norm", bool, False))
+        qkv_bias, qk_norm = (
+            fields.get("attention_bias", bool),
+            fields.get("use_qk_norm", bool, False),
+        )
         fields.expect("use_mask_token", False)
         fields.expect("use_absolute_position_embeddings", True)
         fields.expect("use_mean_pooling", True)  # otherwise a last LayerNorm follows the tower
@@ -228,29 +268,40 @@ def _square(fields: Fields, name: str) -> int:
     return fields.get(name, int, **_SIDE)
 
 
-def processor_from_hf(config: dict, preprocessor_config: dict | None = None, place: str = "") -> ProcessorConfig:
-    """How the released system prepares pictures and prompts, from config.json (original layout) or preprocessor_config.json
-    (hf).
+def processor_from_hf(
+    config: dict, preprocessor_config: dict | None = None, place: str = ""
+) -> ProcessorConfig:
+    """How the released system prepares pictures and prompts, from config.json (original layout) or
+    preprocessor_config.json (hf).
 
-    `system_message: null` means the template's text: that is what the models were trained with. The transformers layout knows
-    neither template nor system text; both are the defaults there, as in the original files of the same weights.
+    `system_message: null` means the template's text: that is what the models were trained with. The
+        transformers layout knows neither template nor system text; both are the defaults there, as
+        in the original files of the same weights.
     """
     layout = layout_of(config, place)
     fields = Fields(config, f"{place}config.json: config")
     vision = read_vision(fields.get("vision_config", dict), layout, f"{fields.where}.vision_config")
-    processor = ProcessorConfig(image_size=vision.image_size, tokens_per_tile=(vision.grid // _downsample(fields)) ** 2)
+    processor = ProcessorConfig(
+        image_size=vision.image_size, tokens_per_tile=(vision.grid // _downsample(fields)) ** 2
+    )
     if layout == "hf":
-        pictures = Fields({} if preprocessor_config is None else preprocessor_config, f"{place}preprocessor_config.json")
+        pictures = Fields(
+            {} if preprocessor_config is None else preprocessor_config,
+            f"{place}preprocessor_config.json",
+        )
         processor.min_tiles, processor.max_tiles = _tiles(pictures, "min_patches", "max_patches")
         _check_size(pictures, vision.image_size)
         return processor
     processor.template = fields.get("template", str, low=1, high=100)
     processor.system_message = fields.get("system_message", str, "default", high=1 << 20)
     processor.use_thumbnail = fields.get("use_thumbnail", bool, False)
-    processor.min_tiles, processor.max_tiles = _tiles(fields, "min_dynamic_patch", "max_dynamic_patch")
+    processor.min_tiles, processor.max_tiles = _tiles(
+        fields, "min_dynamic_patch", "max_dynamic_patch"
+    )
     if not fields.get("dynamic_image_size", bool, True):
         processor.min_tiles = processor.max_tiles = 1
-    # Written by V2PE training code: a fixed step in units of 1/256, or "v2pe_rnd" for training with drawn ones.
+    # Written by V2PE training code: a fixed step in units of 1/256, or "v2pe_rnd" for training with
+    # drawn ones.
     fields.expect("rope_pos_id_version", "default", "v2pe_fix", "v2pe_rnd")
     if fields.get("rope_pos_id_version", str, "default") == "v2pe_fix":
         processor.delta = fields.get("rope_pos_id_stride", int, low=1, high=UNITS)

@@ -1,4 +1,6 @@
-"""Strict reading of one JSON object of a released config.json, and the names in it that change nothing."""
+"""Strict reading of one JSON object of a released config.json, and the names in it that change
+nothing.
+"""
 
 from internvl3_jax.io.strict_json import JsonError, Object, describe
 from internvl3_jax.io.terminal import excerpt
@@ -8,9 +10,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Fields that any transformers configuration may carry and that do not change what the network computes. Token ids of begin, end
-# and padding are among them: the stop token comes from the template and the tokenizer (llm_config names another eos than the
-# real one).
+# Fields that any transformers configuration may carry and that do not change what the network
+# computes. Token ids of begin, end and padding are among them: the stop token comes from the
+# template and the tokenizer (llm_config names another eos than the real one).
 GENERIC = _words(
     """_attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures attn_implementation auto_map
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
@@ -28,7 +30,9 @@ VISION_IGNORED = GENERIC | _words(
     noisy_gate_policy num_experts num_routed_experts num_shared_experts projection_dropout shared_expert_intermediate_size
     tie_word_embeddings use_flash_attn use_residual use_rts use_weighted_residual"""
 )
-LANGUAGE_IGNORED = GENERIC | _words("attention_dropout max_window_layers rope_pos_id_version rope_pos_id_stride sliding_window")
+LANGUAGE_IGNORED = GENERIC | _words(
+    "attention_dropout max_window_layers rope_pos_id_version rope_pos_id_stride sliding_window"
+)
 TOP_IGNORED = GENERIC | _words("image_fold hidden_size")
 # Fields of GENERIC that would change the network if they had another value than these.
 _NEUTRAL = {
@@ -41,7 +45,9 @@ _REQUIRED = object()
 
 
 class Fields(Object):
-    """One JSON object of the configuration: `strict_json.Object`, and what else a configuration's fields need."""
+    """One JSON object of the configuration: `strict_json.Object`, and what else a configuration's
+    fields need.
+    """
 
     def __init__(self, values, where: str):
         if values is None:
@@ -50,16 +56,23 @@ class Fields(Object):
 
     def fields(self, name: str, default=_REQUIRED) -> "Fields":
         """A field's object."""
-        return Fields(self.get(name, dict) if default is _REQUIRED else self.get(name, dict, default), f"{self.where}.{name}")
+        return Fields(
+            self.get(name, dict) if default is _REQUIRED else self.get(name, dict, default),
+            f"{self.where}.{name}",
+        )
 
     def expect(self, name: str, *supported, default=None, remedy: str = "") -> None:
-        """Refuses a value that this implementation does not compute; `default` is what an absent field means."""
+        """Refuses a value that this implementation does not compute; `default` is what an absent
+        field means.
+        """
         self.asked.add(name)
         value = self.values.get(name)
         value = (supported[0] if default is None else default) if value is None else value
         if not any(_equal(value, choice) for choice in supported):
             wanted = " or ".join(repr(choice) for choice in supported)
-            raise JsonError(f"{self.where}: {name} is {excerpt(value)}; this implementation has {wanted} only{remedy}")
+            raise JsonError(
+                f"{self.where}: {name} is {excerpt(value)}; this implementation has {wanted} only{remedy}"
+            )
 
     def same(self, names: tuple[str, ...], kind: type, default=_REQUIRED, **bounds):
         """A field with several spellings; they must agree where more than one is given."""

@@ -1,10 +1,12 @@
 """InternLM2's spelling of the original layout, in both directions.
 
-The table calls a decoder's tensors as Qwen2 and InternLM3 do. InternLM2 (InternVL2.5-8B, and VisualPRM which is built like it) has other
-names, and one wqkv in place of q, k and v: for each key head its query heads, then the key head, then the value head. `table_source`
-makes a checkpoint of it look as the table wants it, `FileWriter` undoes that.
+The table calls a decoder's tensors as Qwen2 and InternLM3 do. InternLM2 (InternVL2.5-8B, and
+VisualPRM which is built like it) has other names, and one wqkv in place of q, k and v: for each key
+head its query heads, then the key head, then the value head. `table_source` makes a checkpoint of
+it look as the table wants it, `FileWriter` undoes that.
 
-Shapes: K key heads, G query heads for each of them, d head width, D width; wqkv is [K * (G + 2) * d, D].
+Shapes: K key heads, G query heads for each of them, d head width, D width; wqkv is [K * (G + 2) *
+d, D].
 """
 
 from collections.abc import Iterable
@@ -12,7 +14,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from internvl3_jax.checkpoints.hf.assemble import ConversionError, Source, TensorInfo
-from internvl3_jax.checkpoints.hf.mapping import INTERNLM2_QKV, QKV, bits, file_name, internlm2_names
+from internvl3_jax.checkpoints.hf.mapping import (
+    INTERNLM2_QKV,
+    QKV,
+    bits,
+    file_name,
+    internlm2_names,
+)
 from internvl3_jax.config import LanguageConfig, ModelConfig
 from internvl3_jax.io.terminal import one_line
 
@@ -29,16 +37,21 @@ class _TableSource:
 
     def __init__(self, source: Source, language: LanguageConfig):
         self.source, self.language = source, language
-        self.stored, self.found = {}, {}  # by the table's name: the name in the file, and shape and dtype
+        # by the table's name: the name in the file, and shape and dtype
+        self.stored, self.found = {}, {}
         height = (language.num_heads + 2 * language.num_kv_heads) * language.head_dim
         for name, info in source.infos().items():
             names = internlm2_names(name)
             rows = info.shape[0] if info.shape else 0
             if len(names) > 1 and rows != height:
-                raise ConversionError(f"{one_line(name)} has {rows} rows; the heads in config.json need {height}")
+                raise ConversionError(
+                    f"{one_line(name)} has {rows} rows; the heads in config.json need {height}"
+                )
             for part in names:
                 if part in self.found:
-                    raise ConversionError(f"given twice: {one_line(self.stored[part])} and {one_line(name)}")
+                    raise ConversionError(
+                        f"given twice: {one_line(self.stored[part])} and {one_line(name)}"
+                    )
                 shape = (_rows(part, language), *info.shape[1:]) if len(names) > 1 else info.shape
                 self.stored[part], self.found[part] = name, TensorInfo(shape, info.dtype)
 
@@ -55,7 +68,9 @@ class _TableSource:
 
 
 class FileWriter:
-    """Takes tensors under the table's names to a writer with the file's; q and k of a layer wait in memory for its v."""
+    """Takes tensors under the table's names to a writer with the file's; q and k of a layer wait in
+    memory for its v.
+    """
 
     def __init__(self, writer, config: ModelConfig, layout: str):
         self.writer, self.config, self.layout = writer, config, layout
@@ -87,7 +102,9 @@ def join(parts: dict[str, np.ndarray], language: LanguageConfig) -> np.ndarray:
     return joined.view(first.dtype)
 
 
-def file_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], config: ModelConfig, layout: str) -> list:
+def file_tensors(
+    tensors: Iterable[tuple[str, tuple[int, ...]]], config: ModelConfig, layout: str
+) -> list:
     """(name, shape) of the files' tensors from those of the table's."""
     shapes = {}
     for key, shape in tensors:
@@ -104,11 +121,15 @@ def _by_heads(tensor: np.ndarray, language: LanguageConfig) -> np.ndarray:
 def _heads(name: str, language: LanguageConfig) -> slice:
     """Where the heads of q_proj, k_proj or v_proj lie in a group."""
     group = language.num_heads // language.num_kv_heads
-    return {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[_letter(name)]
+    return {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[
+        _letter(name)
+    ]
 
 
 def _rows(name: str, language: LanguageConfig) -> int:
-    return (language.num_heads if _letter(name) == "q" else language.num_kv_heads) * language.head_dim
+    return (
+        language.num_heads if _letter(name) == "q" else language.num_kv_heads
+    ) * language.head_dim
 
 
 def _letter(name: str) -> str:

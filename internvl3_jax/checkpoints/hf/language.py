@@ -1,12 +1,15 @@
-"""The decoder's part of a released config.json, of Qwen2, InternLM2 or InternLM3, read into our dataclass."""
+"""The decoder's part of a released config.json, of Qwen2, InternLM2 or InternLM3, read into our
+dataclass.
+"""
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.io.strict_json import JsonError
 from internvl3_jax.io.terminal import excerpt
 
-# What a model can have at most. The largest released one has 8,192 channels, 80 layers and 151,674 entries; beyond these bounds a number
-# is a slip, and the machine would be out of memory before anything else said so.
+# What a model can have at most. The largest released one has 8,192 channels, 80 layers and 151,674
+# entries; beyond these bounds a number is a slip, and the machine would be out of memory before
+# anything else said so.
 CHANNELS = {"low": 1, "high": 1 << 18}
 LAYERS = {"low": 1, "high": 1024}
 HEADS = {"low": 1, "high": 4096}
@@ -15,8 +18,12 @@ POSITIONS = {"low": 1, "high": 1 << 30}
 EPSILON = {"low": 1e-20, "high": 0.1}
 
 
-def read_language(values: dict, where: str = "config.json: config", *, tied: bool) -> LanguageConfig:
-    """A Qwen2, InternLM2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and converted 9B checkpoints say so)."""
+def read_language(
+    values: dict, where: str = "config.json: config", *, tied: bool
+) -> LanguageConfig:
+    """A Qwen2, InternLM2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and
+    converted 9B checkpoints say so).
+    """
     fields = Fields(values, where)
     fields.expect("model_type", "qwen2", "internlm2", "internlm3", "llama", default="absent")
     family = "internlm3" if values["model_type"] == "llama" else values["model_type"]
@@ -27,7 +34,9 @@ def read_language(values: dict, where: str = "config.json: config", *, tied: boo
     layers = fields.get("num_hidden_layers", int, **LAYERS)
     kinds = fields.list_of("layer_types", str, [], choices=("full_attention",))
     if len(kinds) not in (0, layers):
-        raise JsonError(f"{where}: layer_types has {len(kinds)} elements, but num_hidden_layers is {layers}")
+        raise JsonError(
+            f"{where}: layer_types has {len(kinds)} elements, but num_hidden_layers is {layers}"
+        )
     if fields.get("moe_config", dict, None):
         fields.refuse("moe_config", "mixture of experts is not supported")
     qkv_bias, o_bias, mlp_bias = _biases(fields, family)
@@ -38,7 +47,10 @@ def read_language(values: dict, where: str = "config.json: config", *, tied: boo
         fields.refuse("num_key_value_heads", f"it does not divide num_attention_heads {heads}")
     head_dim = fields.get("head_dim", int, None, low=2, high=1 << 14)
     if head_dim is None and hidden % heads:
-        fields.refuse("num_attention_heads", f"it does not divide hidden_size {hidden}, and head_dim is missing")
+        fields.refuse(
+            "num_attention_heads",
+            f"it does not divide hidden_size {hidden}, and head_dim is missing",
+        )
     max_position = fields.get("max_position_embeddings", int, **POSITIONS)
     theta, scaling, factor = _rope(fields, max_position)
     fields.get("tie_word_embeddings", bool, None)
@@ -81,7 +93,9 @@ def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
 
 
 def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
-    """(theta, scaling, factor) from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5)."""
+    """(theta, scaling, factor) from rope_theta and rope_scaling (transformers 4) or rope_parameters
+    (transformers 5).
+    """
     base, factors = {"low": 1, "high": 1e15}, {"low": 1, "high": 1e6}
     blocks = [fields.fields(name, {}) for name in ("rope_parameters", "rope_scaling")]
     thetas, kinds = {fields.get("rope_theta", float, None, **base)}, set()
@@ -89,7 +103,9 @@ def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
         thetas.add(block.get("rope_theta", float, None, **base))
         kind = block.same(("rope_type", "type"), str, default="default")
         if kind not in ("default", "dynamic"):
-            raise JsonError(f"{block.where} asks for {excerpt(kind)} rope; default and dynamic are supported")
+            raise JsonError(
+                f"{block.where} asks for {excerpt(kind)} rope; default and dynamic are supported"
+            )
         if kind == "dynamic":
             kinds.add((kind, block.get("factor", float, **factors)))
             block.expect("original_max_position_embeddings", max_position)
@@ -100,6 +116,8 @@ def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
     thetas.discard(None)
     if len(thetas) != 1 or len(kinds) > 1:
         what = f"give {sorted(thetas)} with {sorted(kinds)}" if thetas else "give no base"
-        raise JsonError(f"{fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one is needed")
+        raise JsonError(
+            f"{fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one is needed"
+        )
     scaling, factor = kinds.pop() if kinds else ("none", 1.0)
     return thetas.pop(), scaling, factor

@@ -1,12 +1,14 @@
-"""The one table between our parameter tree and the tensors of the two released layouts; it runs in both directions.
+"""The one table between our parameter tree and the tensors of the two released layouts; it runs in
+both directions.
 
-Each row names a leaf of the tree, the shape of one layer of it, what it is called in either layout, and how the bytes are
-rearranged. A layout may keep one leaf in several tensors (q, k and v of the vision tower in transformers): they are joined
-along their first axis. `{}` is the layer's number. Rows whose `when` is false for a configuration do not exist for it.
+Each row names a leaf of the tree, the shape of one layer of it, what it is called in either layout,
+and how the bytes are rearranged. A layout may keep one leaf in several tensors (q, k and v of the
+vision tower in transformers): they are joined along their first axis. `{}` is the layer's number.
+Rows whose `when` is false for a configuration do not exist for it.
 
-Shapes are of one layer, without the padding of the vocabulary (see `assemble.py`): C, M, P, N width, inner width, pixels of a
-patch and positions of the vision tower; D, F, V width, inner width and vocabulary of the decoder; Q and K widths of its queries
-and keys; S width after pixel shuffle.
+Shapes are of one layer, without the padding of the vocabulary (see `assemble.py`): C, M, P, N
+width, inner width, pixels of a patch and positions of the vision tower; D, F, V width, inner width
+and vocabulary of the decoder; Q and K widths of its queries and keys; S width after pixel shuffle.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ from internvl3_jax.config import ModelConfig
 
 
 class Transform(enum.Enum):
-    """How a tensor in a file (joined, where it is several) becomes a leaf. The inverse is computed, not written twice."""
+    """How a tensor in a file (joined, where it is several) becomes a leaf. The inverse is computed,
+    not written twice.
+    """
 
     VECTOR = "as it is; leading axes of length 1 are dropped"
     LINEAR = "torch weight [out, in] -> kernel [in, out]"
@@ -43,7 +47,12 @@ class Row:
 
 
 def _rows() -> list[Row]:
-    vector, linear, conv, rows = (Transform.VECTOR, Transform.LINEAR, Transform.CONV, Transform.ROWS)
+    vector, linear, conv, rows = (
+        Transform.VECTOR,
+        Transform.LINEAR,
+        Transform.CONV,
+        Transform.ROWS,
+    )
     table = []
 
     def row(target, shape, transform, internvl, *hf, when=""):
@@ -51,48 +60,134 @@ def _rows() -> list[Row]:
 
     old, new = "vision_model.embeddings.", "model.vision_tower.embeddings."
     row(
-        "vision/patch_embedding/kernel", "P C", conv, old + "patch_embedding.weight", new + "patch_embeddings.projection.weight"
+        "vision/patch_embedding/kernel",
+        "P C",
+        conv,
+        old + "patch_embedding.weight",
+        new + "patch_embeddings.projection.weight",
     )
-    row("vision/patch_embedding/bias", "C", vector, old + "patch_embedding.bias", new + "patch_embeddings.projection.bias")
+    row(
+        "vision/patch_embedding/bias",
+        "C",
+        vector,
+        old + "patch_embedding.bias",
+        new + "patch_embeddings.projection.bias",
+    )
     row("vision/class_embedding", "C", vector, old + "class_embedding", new + "cls_token")
-    row("vision/position_embedding", "N C", vector, old + "position_embedding", new + "position_embeddings")
+    row(
+        "vision/position_embedding",
+        "N C",
+        vector,
+        old + "position_embedding",
+        new + "position_embeddings",
+    )
 
-    ours, old, new = ("vision/layers/", "vision_model.encoder.layers.{}.", "model.vision_tower.encoder.layer.{}.")
+    ours, old, new = (
+        "vision/layers/",
+        "vision_model.encoder.layers.{}.",
+        "model.vision_tower.encoder.layer.{}.",
+    )
     qkv = tuple(f"{new}attention.{name}_proj." for name in "qkv")
-    row(ours + "qkv/kernel", "C 3C", linear, old + "attn.qkv.weight", *(name + "weight" for name in qkv))
-    row(ours + "qkv/bias", "3C", vector, old + "attn.qkv.bias", *(name + "bias" for name in qkv), when="qkv_bias")
+    row(
+        ours + "qkv/kernel",
+        "C 3C",
+        linear,
+        old + "attn.qkv.weight",
+        *(name + "weight" for name in qkv),
+    )
+    row(
+        ours + "qkv/bias",
+        "3C",
+        vector,
+        old + "attn.qkv.bias",
+        *(name + "bias" for name in qkv),
+        when="qkv_bias",
+    )
     for name in ("q_norm", "k_norm"):
-        row(f"{ours}{name}/scale", "C", vector, f"{old}attn.{name}.weight", f"{new}attention.{name}.weight", when="qk_norm")
-    row(ours + "proj/kernel", "C C", linear, old + "attn.proj.weight", new + "attention.projection_layer.weight")
-    row(ours + "proj/bias", "C", vector, old + "attn.proj.bias", new + "attention.projection_layer.bias")
+        row(
+            f"{ours}{name}/scale",
+            "C",
+            vector,
+            f"{old}attn.{name}.weight",
+            f"{new}attention.{name}.weight",
+            when="qk_norm",
+        )
+    row(
+        ours + "proj/kernel",
+        "C C",
+        linear,
+        old + "attn.proj.weight",
+        new + "attention.projection_layer.weight",
+    )
+    row(
+        ours + "proj/bias",
+        "C",
+        vector,
+        old + "attn.proj.bias",
+        new + "attention.projection_layer.bias",
+    )
     for index, name in ((1, "layernorm_before"), (2, "layernorm_after")):
-        row(f"{ours}norm{index}/scale", "C", vector, f"{old}norm{index}.weight", f"{new}{name}.weight")
-        row(f"{ours}norm{index}/bias", "C", vector, f"{old}norm{index}.bias", f"{new}{name}.bias", when="layer_norm")
+        row(
+            f"{ours}norm{index}/scale",
+            "C",
+            vector,
+            f"{old}norm{index}.weight",
+            f"{new}{name}.weight",
+        )
+        row(
+            f"{ours}norm{index}/bias",
+            "C",
+            vector,
+            f"{old}norm{index}.bias",
+            f"{new}{name}.bias",
+            when="layer_norm",
+        )
         row(f"{ours}layer_scale{index}", "C", vector, f"{old}ls{index}", f"{new}lambda_{index}")
     for name, shape, bias in (("fc1", "C M", "M"), ("fc2", "M C", "C")):
-        row(f"{ours}{name}/kernel", shape, linear, f"{old}mlp.{name}.weight", f"{new}mlp.{name}.weight")
+        row(
+            f"{ours}{name}/kernel",
+            shape,
+            linear,
+            f"{old}mlp.{name}.weight",
+            f"{new}mlp.{name}.weight",
+        )
         row(f"{ours}{name}/bias", bias, vector, f"{old}mlp.{name}.bias", f"{new}mlp.{name}.bias")
 
     new = "model.multi_modal_projector."
     for part in ("weight", "bias"):
         ours = "scale" if part == "weight" else "bias"
         row(f"projector/norm/{ours}", "S", vector, f"mlp1.0.{part}", f"{new}layer_norm.{part}")
-    for name, shape, old, linear_name in (("fc1", "S D", "mlp1.1.", "linear_1."), ("fc2", "D D", "mlp1.3.", "linear_2.")):
+    for name, shape, old, linear_name in (
+        ("fc1", "S D", "mlp1.1.", "linear_1."),
+        ("fc2", "D D", "mlp1.3.", "linear_2."),
+    ):
         row(f"projector/{name}/kernel", shape, linear, old + "weight", new + linear_name + "weight")
         row(f"projector/{name}/bias", "D", vector, old + "bias", new + linear_name + "bias")
 
     ours, old, new = "language/", "language_model.model.", "model.language_model."
     row(ours + "embedding", "V D", rows, old + "embed_tokens.weight", new + "embed_tokens.weight")
     row(ours + "norm/scale", "D", vector, old + "norm.weight", new + "norm.weight")
-    row(ours + "head/kernel", "D V", linear, "language_model.lm_head.weight", "lm_head.weight", when="head")
+    row(
+        ours + "head/kernel",
+        "D V",
+        linear,
+        "language_model.lm_head.weight",
+        "lm_head.weight",
+        when="head",
+    )
     ours, old, new = ours + "layers/", old + "layers.{}.", new + "layers.{}."
-    for name, theirs in (("input_norm", "input_layernorm"), ("post_norm", "post_attention_layernorm")):
+    for name, theirs in (
+        ("input_norm", "input_layernorm"),
+        ("post_norm", "post_attention_layernorm"),
+    ):
         row(f"{ours}{name}/scale", "D", vector, f"{old}{theirs}.weight", f"{new}{theirs}.weight")
     shapes = {"q": ("D Q", "Q"), "k": ("D K", "K"), "v": ("D K", "K"), "o": ("Q D", "D")}
     shapes |= {"gate": ("D F", "F"), "up": ("D F", "F"), "down": ("F D", "D")}
     for name, (shape, bias) in shapes.items():
         block, flag = (
-            ("self_attn", "language_qkv_bias" if name in "qkv" else "o_bias") if len(name) == 1 else ("mlp", "mlp_bias")
+            ("self_attn", "language_qkv_bias" if name in "qkv" else "o_bias")
+            if len(name) == 1
+            else ("mlp", "mlp_bias")
         )
         tail = f"{block}.{name}_proj."
         row(f"{ours}{name}/kernel", shape, linear, f"{old}{tail}weight", f"{new}{tail}weight")
@@ -114,7 +209,9 @@ OLD_HF_NAMES = (
 
 
 def canonical_key(name: str, layout: str) -> str:
-    """The table's spelling of a tensor's name: older names of the transformers layout are brought up to date."""
+    """The table's spelling of a tensor's name: older names of the transformers layout are brought
+    up to date.
+    """
     if layout == "hf":
         for old, new in OLD_HF_NAMES:
             if name.startswith(old):
@@ -122,7 +219,8 @@ def canonical_key(name: str, layout: str) -> str:
     return name
 
 
-# InternLM2's names in the original layout -> the table's. One of its tensors holds q, k and v; see internlm2.py.
+# InternLM2's names in the original layout -> the table's. One of its tensors holds q, k and v; see
+# internlm2.py.
 QKV = ("q_proj", "k_proj", "v_proj")
 INTERNLM2_QKV = re.compile(r"\.attention\.wqkv\.")
 INTERNLM2_NAMES = (
@@ -150,7 +248,11 @@ def internlm2_names(name: str) -> list[str]:
 
 def file_name(key: str, config: ModelConfig, layout: str) -> str:
     """The name that a layout's files have for the table's."""
-    if config.language.family != "internlm2" or layout != "internvl" or not key.startswith("language_model."):
+    if (
+        config.language.family != "internlm2"
+        or layout != "internvl"
+        or not key.startswith("language_model.")
+    ):
         return key
     for part in QKV:
         key = key.replace(f".self_attn.{part}.", ".attention.wqkv.")
@@ -179,7 +281,9 @@ def layers_of(row: Row, config: ModelConfig) -> int | None:
     """How many layers a leaf stacks on its first axis, None for a leaf without one."""
     if "/layers/" not in row.target:
         return None
-    return config.vision.num_layers if row.target.startswith("vision/") else config.language.num_layers
+    return (
+        config.vision.num_layers if row.target.startswith("vision/") else config.language.num_layers
+    )
 
 
 def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
@@ -219,7 +323,11 @@ def source_shape(row: Row, config: ModelConfig, layout: str) -> tuple[int, ...]:
 
 def to_leaf(row: Row, tensors: list[np.ndarray], config: ModelConfig) -> np.ndarray:
     """The tensors of one layer -> that layer of the leaf. May return a view."""
-    tensor = tensors[0] if len(tensors) == 1 else np.concatenate([bits(part) for part in tensors]).view(tensors[0].dtype)
+    tensor = (
+        tensors[0]
+        if len(tensors) == 1
+        else np.concatenate([bits(part) for part in tensors]).view(tensors[0].dtype)
+    )
     if row.transform is Transform.LINEAR:
         return tensor.T
     if row.transform is Transform.CONV:
@@ -228,7 +336,9 @@ def to_leaf(row: Row, tensors: list[np.ndarray], config: ModelConfig) -> np.ndar
 
 
 def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> list[np.ndarray]:
-    """One layer of a leaf -> the tensors a layout keeps it in, contiguous; the exact inverse of `to_leaf`."""
+    """One layer of a leaf -> the tensors a layout keeps it in, contiguous; the exact inverse of
+    `to_leaf`.
+    """
     if row.transform is Transform.LINEAR:
         leaf = leaf.T
     elif row.transform is Transform.CONV:
@@ -236,9 +346,14 @@ def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> l
         leaf = leaf.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
     shape = source_shape(row, config, layout)
     parts = len(row.keys(layout, 0))
-    return [np.ascontiguousarray(bits(part)).view(leaf.dtype).reshape(shape) for part in np.split(leaf, parts)]
+    return [
+        np.ascontiguousarray(bits(part)).view(leaf.dtype).reshape(shape)
+        for part in np.split(leaf, parts)
+    ]
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The array as unsigned integers of its width: numpy moves those many times faster than bfloat16."""
+    """The array as unsigned integers of its width: numpy moves those many times faster than
+    bfloat16.
+    """
     return array.view(f"u{array.dtype.itemsize}")

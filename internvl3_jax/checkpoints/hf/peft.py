@@ -1,9 +1,12 @@
-"""Adapters between our tree and PEFT's directories, for both released layouts, through the table in mapping.py.
+"""Adapters between our tree and PEFT's directories, for both released layouts, through the table in
+mapping.py.
 
 DIR/adapter_config.json         rank, alpha, names of the layers
-DIR/adapter_model.safetensors   base_model.model.LAYER.lora_A.weight [r,in], .lora_B.weight [out,r]; modules trained whole as they are
+DIR/adapter_model.safetensors   base_model.model.LAYER.lora_A.weight [r,in], .lora_B.weight [out,r];
+modules trained whole as they are
 
-A layer here that a layout keeps in several tensors (q, k, v of the vision tower in transformers) has one a and, side by side, their b.
+A layer here that a layout keeps in several tensors (q, k, v of the vision tower in transformers)
+has one a and, side by side, their b.
 Read from three adapters with an a each, it has all three, and thrice the rank.
 """
 
@@ -28,7 +31,14 @@ from internvl3_jax.checkpoints.hf.assemble import (
     leaf_tensors,
     padded_shape,
 )
-from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, canonical_key, layers_of, leaf_shape, source_shape
+from internvl3_jax.checkpoints.hf.mapping import (
+    Row,
+    active_rows,
+    canonical_key,
+    layers_of,
+    leaf_shape,
+    source_shape,
+)
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS, Settings, ends_with, settings_of
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
 from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
@@ -43,15 +53,21 @@ LAYOUTS = ("internvl", "hf")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def write_peft(
-    directory: pathlib.Path, own: Mapping, config: LoraConfig, model: ModelConfig, layout: str, base: str
+    directory: pathlib.Path,
+    own: Mapping,
+    config: LoraConfig,
+    model: ModelConfig,
+    layout: str,
+    base: str,
 ) -> dict[str, np.ndarray]:
     """Writes what a LoRA run trained, or an adapter of scale 1, as PEFT does; returns the tensors.
 
-    own: "lora" with a and b as they are trained, and parameters trained whole. base: what adapter_config.json calls the model.
+    own: "lora" with a and b as they are trained, and parameters trained whole. base: what
+        adapter_config.json calls the model.
     """
     _check_names(model, layout)
     rows = {row.target: row for row in active_rows(model)}
@@ -68,7 +84,9 @@ def write_peft(
     whole = _whole_tensors(lora.base_params(own), rows, model, layout)
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / PEFT).write_text(json.dumps(_config(config, ranks, whole, layout, base), indent=2) + "\n")
+    (directory / PEFT).write_text(
+        json.dumps(_config(config, ranks, whole, layout, base), indent=2) + "\n"
+    )
     return tensors
 
 
@@ -84,13 +102,22 @@ def _pairs(adapters: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Layer's path -> (a, b) as float32."""
     leaves = by_path(adapters)
     names = sorted({path.rpartition("/")[0] for path in leaves})
-    return {name: tuple(np.asarray(leaves[f"{name}/{part}"], np.float32) for part in "ab") for name in names}
+    return {
+        name: tuple(np.asarray(leaves[f"{name}/{part}"], np.float32) for part in "ab")
+        for name in names
+    }
 
 
-def _whole_tensors(whole: Mapping, rows: Mapping[str, Row], model: ModelConfig, layout: str) -> dict[str, np.ndarray]:
-    """Tensors of what was trained whole. ConversionError where they are not all of some torch modules, which is all PEFT can take."""
+def _whole_tensors(
+    whole: Mapping, rows: Mapping[str, Row], model: ModelConfig, layout: str
+) -> dict[str, np.ndarray]:
+    """Tensors of what was trained whole. ConversionError where they are not all of some torch
+    modules, which is all PEFT can take.
+    """
     if model.language.tie_embeddings and "language/embedding" in by_path(whole):
-        raise ConversionError("a tied embedding that was trained whole has no place in a PEFT adapter; merge the run instead")
+        raise ConversionError(
+            "a tied embedding that was trained whole has no place in a PEFT adapter; merge the run instead"
+        )
     tensors = {}
     for path, leaf in by_path(whole).items():
         tensors |= dict(leaf_tensors(model, rows[path], np.asarray(leaf, np.float32), layout))
@@ -110,8 +137,15 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _config(config: LoraConfig, ranks: Mapping[Row, int], whole: Mapping, layout: str, base: str) -> dict:
-    other = {_suffix(name): rank for row, rank in ranks.items() if rank != config.rank for name in row.keys(layout, "")}
+def _config(
+    config: LoraConfig, ranks: Mapping[Row, int], whole: Mapping, layout: str, base: str
+) -> dict:
+    other = {
+        _suffix(name): rank
+        for row, rank in ranks.items()
+        if rank != config.rank
+        for name in row.keys(layout, "")
+    }
     root = math.sqrt if config.rslora else float
     return {
         "peft_type": "LORA",
@@ -132,11 +166,13 @@ def _config(config: LoraConfig, ranks: Mapping[Row, int], whole: Mapping, layout
 
 
 def _suffix(name: str) -> str:
-    """What the layer is called in every block: "self_attn.q_proj" of "language_model.model.layers..self_attn.q_proj.weight"."""
+    """What the layer is called in every block: "self_attn.q_proj" of
+    "language_model.model.layers..self_attn.q_proj.weight".
+    """
     return _module(name).rpartition("..")[2]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 class _Named(NamedTuple):
@@ -148,11 +184,14 @@ class _Named(NamedTuple):
     unknown: list[str]
 
 
-def read_peft(directory: pathlib.Path, model: ModelConfig, allow_nonfinite: bool = False) -> Adapter:
+def read_peft(
+    directory: pathlib.Path, model: ModelConfig, allow_nonfinite: bool = False
+) -> Adapter:
     """An adapter that PEFT or `write_peft` saved, of either layout, which the names decide.
 
     Raises:
-      ConversionError: naming the tensors that nothing in the model takes, that lack their other factor, that are missing, NaN or infinite
+      ConversionError: naming the tensors that nothing in the model takes, that lack their other
+      factor, that are missing, NaN or infinite
         (unless allowed) or have another shape; and what of its settings is more than LoRA.
     """
     settings = settings_of(directory)
@@ -164,9 +203,17 @@ def read_peft(directory: pathlib.Path, model: ModelConfig, allow_nonfinite: bool
             )
     if not allow_nonfinite:
         refuse_nonfinite((name, source.read(name)) for name in source.infos())
-    named = min((_match(source.infos(), model, layout) for layout in LAYOUTS), key=lambda named: len(named.unknown))
+    named = min(
+        (_match(source.infos(), model, layout) for layout in LAYOUTS),
+        key=lambda named: len(named.unknown),
+    )
     if named.unknown:
-        _check_names(model, "internvl" if any("wqkv" in name or "feed_forward" in name for name in named.unknown) else "hf")
+        _check_names(
+            model,
+            "internvl"
+            if any("wqkv" in name or "feed_forward" in name for name in named.unknown)
+            else "hf",
+        )
         raise ConversionError(
             f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as "
             f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, with the layers of the original layout or of "
@@ -174,16 +221,24 @@ def read_peft(directory: pathlib.Path, model: ModelConfig, allow_nonfinite: bool
         )
     layers = {}
     for row in active_rows(model):
-        modules = [[named.factors.get(key) for key in row.keys(named.layout, layer)] for layer in layer_numbers(row, model)]
+        modules = [
+            [named.factors.get(key) for key in row.keys(named.layout, layer)]
+            for layer in layer_numbers(row, model)
+        ]
         if any(any(layer) for layer in modules):
-            found = [[_factors(source, names, settings, row, model, named.layout) for names in layer] for layer in modules]
+            found = [
+                [_factors(source, names, settings, row, model, named.layout) for names in layer]
+                for layer in modules
+            ]
             layers[row.target.removesuffix("/kernel")] = _stacked(found, row, model)
     whole = _whole(directory, source, named, model)
     _check_complete(directory, settings, named, model)
     return Adapter(nest(layers), whole)
 
 
-def _check_complete(directory: pathlib.Path, settings: Settings, named: _Named, model: ModelConfig) -> None:
+def _check_complete(
+    directory: pathlib.Path, settings: Settings, named: _Named, model: ModelConfig
+) -> None:
     """ConversionError naming what adapter_config.json says was trained and the tensors do not have."""
     missing = []
     for row in active_rows(model):
@@ -191,9 +246,15 @@ def _check_complete(directory: pathlib.Path, settings: Settings, named: _Named, 
         for layer in layer_numbers(row, model):
             for key in row.keys(named.layout, layer):
                 module = _module(key)
-                if adapts and key not in named.factors and any(ends_with(module, end) for end in settings.targets):
+                if (
+                    adapts
+                    and key not in named.factors
+                    and any(ends_with(module, end) for end in settings.targets)
+                ):
                     missing.append(f"{module}.lora_A.weight")
-                if key not in named.whole and any(f".{end}." in f".{module}." for end in settings.whole):
+                if key not in named.whole and any(
+                    f".{end}." in f".{module}." for end in settings.whole
+                ):
                     missing.append(key)
     if missing:
         raise ConversionError(
@@ -203,13 +264,23 @@ def _check_complete(directory: pathlib.Path, settings: Settings, named: _Named, 
 
 
 def _match(names, model: ModelConfig, layout: str) -> _Named:
-    rows = {key: row for row in active_rows(model) for layer in layer_numbers(row, model) for key in row.keys(layout, layer)}
+    rows = {
+        key: row
+        for row in active_rows(model)
+        for layer in layer_numbers(row, model)
+        for key in row.keys(layout, layer)
+    }
     named = _Named(layout, collections.defaultdict(dict), {}, [])
     for name in names:
         factor = _FACTOR.fullmatch(name)
-        key = canonical_key((f"{factor[1]}.weight" if factor else name).removeprefix(PREFIX), layout)
-        ours = name.startswith(PREFIX) and key in rows  # PEFT itself loads no other name, without a word
-        if not ours or (factor and not lora.LINEAR.fullmatch(rows[key].target.removesuffix("/kernel"))):
+        key = canonical_key(
+            (f"{factor[1]}.weight" if factor else name).removeprefix(PREFIX), layout
+        )
+        # PEFT itself loads no other name, without a word
+        ours = name.startswith(PREFIX) and key in rows
+        if not ours or (
+            factor and not lora.LINEAR.fullmatch(rows[key].target.removesuffix("/kernel"))
+        ):
             named.unknown.append(name)
         elif factor:
             named.factors[key][factor[2]] = name
@@ -218,7 +289,14 @@ def _match(names, model: ModelConfig, layout: str) -> _Named:
     return named
 
 
-def _factors(source, names: dict[str, str] | None, settings: Settings, row: Row, model: ModelConfig, layout: str):
+def _factors(
+    source,
+    names: dict[str, str] | None,
+    settings: Settings,
+    row: Row,
+    model: ModelConfig,
+    layout: str,
+):
     """(a [in,r], b [r,out] with the scale in it) of one torch module; None where it has no adapter."""
     if names is None:
         return None
@@ -226,15 +304,25 @@ def _factors(source, names: dict[str, str] | None, settings: Settings, row: Row,
         raise ConversionError(f"{next(iter(names.values()))} has no lora_{lacking.pop()} beside it")
     a, b = (source.read(names[factor]).astype(np.float32).T for factor in "AB")
     columns, rows = source_shape(row, model, layout)
-    if (a.ndim, b.ndim) != (2, 2) or not a.shape[1] or a.shape[0] != rows or b.shape[1] != columns or a.shape[1] != b.shape[0]:
+    if (
+        (a.ndim, b.ndim) != (2, 2)
+        or not a.shape[1]
+        or a.shape[0] != rows
+        or b.shape[1] != columns
+        or a.shape[1] != b.shape[0]
+    ):
         shapes = f"{names['A']} {a.T.shape} and {names['B']} {b.T.shape}"
-        raise ConversionError(f"{shapes} do not fit: the layer has {rows} inputs and {columns} outputs")
+        raise ConversionError(
+            f"{shapes} do not fit: the layer has {rows} inputs and {columns} outputs"
+        )
     module = _FACTOR.fullmatch(names["A"])[1].removeprefix(PREFIX)
     return a, b * np.float32(settings.scale(module, a.shape[1]))
 
 
 def _stacked(layers: list, row: Row, model: ModelConfig) -> dict[str, np.ndarray]:
-    """{"a": [L,in,r], "b": [L,r,out]} of each layer's modules' factors. A module or layer without gets zeros."""
+    """{"a": [L,in,r], "b": [L,r,out]} of each layer's modules' factors. A module or layer without
+    gets zeros.
+    """
     rows, columns = leaf_shape(row, model)
     joined = [_joined(modules, rows, columns) for modules in layers]
     rank = max(a.shape[1] for a, _ in joined)
@@ -261,23 +349,37 @@ def _joined(modules: list, rows: int, columns: int) -> tuple[np.ndarray, np.ndar
 
 def _whole(directory: pathlib.Path, source, named: _Named, model: ModelConfig) -> dict:
     """Parameters that were trained whole (PEFT's modules_to_save)."""
-    plan, leaves = Plan(model, named.layout, named.whole, DTYPES["float32"], allow_nonfinite=True), {}  # looked at before
+    # looked at before
+    plan, leaves = (
+        Plan(model, named.layout, named.whole, DTYPES["float32"], allow_nonfinite=True),
+        {},
+    )
     for row in active_rows(model):
         keys = [key for layer in layer_numbers(row, model) for key in row.keys(named.layout, layer)]
         if not any(key in named.whole for key in keys):
             continue
         if missing := [key for key in keys if key not in named.whole]:
-            raise ConversionError(f"{directory} replaces {row.target} in part: {missing[0]} is missing")
+            raise ConversionError(
+                f"{directory} replaces {row.target} in part: {missing[0]} is missing"
+            )
         _check_shapes(directory, source, named, row, [named.whole[key] for key in keys], model)
         leaves[row.target] = np.empty(padded_shape(row, model), np.float32)
         fill_leaf(plan, source, row, leaves[row.target])
     return nest(leaves)
 
 
-def _check_shapes(directory: pathlib.Path, source, named: _Named, row: Row, names: list[str], model: ModelConfig) -> None:
+def _check_shapes(
+    directory: pathlib.Path, source, named: _Named, row: Row, names: list[str], model: ModelConfig
+) -> None:
     expected = source_shape(row, model, named.layout)
     for name in names:
         if (found := tuple(source.infos()[name].shape)) != expected:
             grown = "V" in row.shape.split() and found[1:] == expected[1:]
-            why = "; its vocabulary was resized, so give the base whose embeddings were resized as well" if grown else ""
-            raise ConversionError(f"{directory / WEIGHTS}: {name} has shape {found}, the base has {expected}{why}")
+            why = (
+                "; its vocabulary was resized, so give the base whose embeddings were resized as well"
+                if grown
+                else ""
+            )
+            raise ConversionError(
+                f"{directory / WEIGHTS}: {name} has shape {found}, the base has {expected}{why}"
+            )

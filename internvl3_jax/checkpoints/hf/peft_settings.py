@@ -1,7 +1,9 @@
-"""adapter_config.json of PEFT: which settings are read, which change nothing, and all others refused.
+"""adapter_config.json of PEFT: which settings are read, which change nothing, and all others
+refused.
 
-The file says more than the tensors do: a setting may change the base's weights or what the tensors mean. So each field is on a list here
-with the values that are known to be plain LoRA, and a field that is on none is an error unless it is off.
+The file says more than the tensors do: a setting may change the base's weights or what the tensors
+mean. So each field is on a list here with the values that are known to be plain LoRA, and a field
+that is on none is an error unless it is off.
 """
 
 import functools
@@ -23,7 +25,8 @@ _INFORMATIVE = frozenset(
     """task_type auto_mapping peft_version revision inference_mode lora_dropout runtime_config megatron_core qalora_group_size eva_config
     layers_to_transform layers_pattern exclude_modules""".split()
 )
-# Fields that make another adapter of it than x @ a @ b * scale, or another base, and the values with which they do not.
+# Fields that make another adapter of it than x @ a @ b * scale, or another base, and the values
+# with which they do not.
 _PLAIN = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
@@ -49,7 +52,8 @@ _PLAIN = {
 # How the factors began; with other beginnings PEFT takes something out of the base's matrices.
 _INITS = (True, False, "gaussian", "eva", "orthogonal", "kaiming", "xavier")
 _OFF = (None, False, [], {}, "")
-# What a pattern may consist of: no group with a quantifier, no reference, no counted repetition. Its matching time then has a bound.
+# What a pattern may consist of: no group with a quantifier, no reference, no counted repetition.
+# Its matching time then has a bound.
 _HARMLESS = re.compile(
     r"(?:[\w.\-/]|\\[.dwDWsS\-]|\[\^?[\w.\-]+\]|\((?:\?:)?|\)(?![*+?{])|[|^$]|(?<=[\w.\-\]])[*+?](?![*+?]))*"
 )
@@ -75,22 +79,30 @@ class Settings(NamedTuple):
     spent: list[float]  # one number: seconds that matching patterns took so far
 
     def scale(self, module: str, rank: int) -> float:
-        """What an adapter's product is multiplied with. ConversionError if the settings give the module another rank than `rank`."""
+        """What an adapter's product is multiplied with. ConversionError if the settings give the
+        module another rank than `rank`.
+        """
         expected = self._by_pattern(self.ranks, module, self.rank)
         if rank != expected:
             raise ConversionError(
                 f"{self.path}: gives {one_line(module)} the rank {expected}, but its tensors have the rank {rank}"
             )
-        return self._by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return self._by_pattern(self.alphas, module, self.alpha) / (
+            math.sqrt(rank) if self.rslora else rank
+        )
 
     def _by_pattern(self, patterns: dict[str, float], module: str, default: float) -> float:
-        """The value of the first pattern that is the module's name or the end of it after a dot, as PEFT matches them."""
+        """The value of the first pattern that is the module's name or the end of it after a dot, as
+        PEFT matches them.
+        """
         for pattern, value in patterns.items():
             started = time.monotonic()
             found = _compiled(pattern).match(module)
             self.spent[0] += time.monotonic() - started
             if self.spent[0] > _SECONDS:
-                raise ConversionError(f"{self.path}: its patterns take more than {_SECONDS} s to match; write names of modules")
+                raise ConversionError(
+                    f"{self.path}: its patterns take more than {_SECONDS} s to match; write names of modules"
+                )
             if found:
                 return value
         return default
@@ -100,7 +112,8 @@ def settings_of(directory: pathlib.Path) -> Settings:
     """adapter_config.json, after checking that it is plain LoRA and that the weights are there.
 
     Raises:
-      ConversionError, FileError: naming the field that is wrong, unknown or not supported, with its value.
+      ConversionError, FileError: naming the field that is wrong, unknown or not supported, with its
+      value.
     """
     path = directory / PEFT
     where = one_line(str(path))
@@ -108,11 +121,16 @@ def settings_of(directory: pathlib.Path) -> Settings:
     for name, plain in _PLAIN.items():
         fields.asked.add(name)
         value = fields.values.get(name)
-        if value is not None and not any(value == one and type(value) is type(one) for one in plain):
-            raise ConversionError(f"{where}: {name} is {excerpt(value)}; only {plain[0]!r} can be read")
+        if value is not None and not any(
+            value == one and type(value) is type(one) for one in plain
+        ):
+            raise ConversionError(
+                f"{where}: {name} is {excerpt(value)}; only {plain[0]!r} can be read"
+            )
     _check_start(fields, where)
     restricted = any(
-        fields.values.get(name) not in _OFF for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+        fields.values.get(name) not in _OFF
+        for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
     )
     targets = _names(fields, "target_modules", (str, list))
     settings = Settings(
@@ -135,7 +153,9 @@ def settings_of(directory: pathlib.Path) -> Settings:
                 f"{where}: {excerpt(name)} is {excerpt(value)}; this setting is not known here, and may change what the adapter means{near}"
             )
     if not exists(directory / WEIGHTS):
-        raise ConversionError(f"{directory} has no {WEIGHTS}; let PEFT save it with safe_serialization=True")
+        raise ConversionError(
+            f"{directory} has no {WEIGHTS}; let PEFT save it with safe_serialization=True"
+        )
     return settings
 
 
@@ -151,7 +171,11 @@ def _check_start(fields: Object, where: str) -> None:
 
 def _names(fields: Object, name: str, kinds: tuple) -> str | list[str]:
     value = fields.get(name, kinds, [], high=_MOST_PATTERNS)
-    return value if isinstance(value, str) else fields.list_of(name, str, [], low=1, high=_LONGEST_PATTERN)
+    return (
+        value
+        if isinstance(value, str)
+        else fields.list_of(name, str, [], low=1, high=_LONGEST_PATTERN)
+    )
 
 
 def _patterns(fields: Object, name: str, kind: type, **bounds) -> dict[str, float]:
@@ -159,7 +183,11 @@ def _patterns(fields: Object, name: str, kind: type, **bounds) -> dict[str, floa
     for pattern, value in patterns.items():
         check(value, kind, f"{fields.where}: {name}: {excerpt(pattern)}", **bounds)
         paths = float(_NAME) ** sum(map(pattern.count, "*+")) * 2.0 ** sum(map(pattern.count, "?|"))
-        if len(pattern) > _LONGEST_PATTERN or paths > _MOST_PATHS or not _HARMLESS.fullmatch(pattern):
+        if (
+            len(pattern) > _LONGEST_PATTERN
+            or paths > _MOST_PATHS
+            or not _HARMLESS.fullmatch(pattern)
+        ):
             raise ConversionError(
                 f"{fields.where}: {name}: {excerpt(pattern)} is a regular expression that could take forever; write names of modules, or a "
                 f"short pattern without repeated groups"
@@ -173,9 +201,13 @@ def _compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise ConversionError(f"{PEFT}: {excerpt(pattern)} is no regular expression ({error})") from error
+        raise ConversionError(
+            f"{PEFT}: {excerpt(pattern)} is no regular expression ({error})"
+        ) from error
 
 
 def ends_with(module: str, end: str) -> bool:
-    """Whether PEFT takes a module for one of target_modules: by its whole name, or the end of it after a dot."""
+    """Whether PEFT takes a module for one of target_modules: by its whole name, or the end of it
+    after a dot.
+    """
     return module == end or module.endswith(f".{end}")

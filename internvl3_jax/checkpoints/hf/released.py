@@ -1,8 +1,10 @@
-"""Released safetensors directories and our own checkpoints as the sources of a conversion, behind one interface.
+"""Released safetensors directories and our own checkpoints as the sources of a conversion, behind
+one interface.
 
-An opened model has `config`, `processor`, `tokenizer`, `files` (all that travels, by name), `dtype` (name), `hashes` (what was
-stored with it), `leaf(row, hashes)`, which reads one leaf of the parameter tree and adds the hashes of its tensors, and
-`hash_leaf(row, hashes)`, which only adds them.
+An opened model has `config`, `processor`, `tokenizer`, `files` (all that travels, by name), `dtype`
+(name), `hashes` (what was stored with it), `leaf(row, hashes)`, which reads one leaf of the
+parameter tree and adds the hashes of its tensors, and `hash_leaf(row, hashes)`, which only adds
+them.
 """
 
 import dataclasses
@@ -50,7 +52,8 @@ from internvl3_jax.io.model_files import exists, read_file
 from internvl3_jax.io.strict_json import Object, loads
 from internvl3_jax.io.terminal import excerpt, one_line
 
-# Beside the tokenizer's files. The python files are the original layout's model code, which its config.json points to.
+# Beside the tokenizer's files. The python files are the original layout's model code, which its
+# config.json points to.
 TRAVELLING = (
     "config.json",
     "generation_config.json",
@@ -60,8 +63,8 @@ TRAVELLING = (
     "LICENSE*",
     "*.py",
 )
-# Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside it keeps it
-# (transformers calls the decoder of several families "llama").
+# Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside
+# it keeps it (transformers calls the decoder of several families "llama").
 UNSAID = ("vision.drop_path", "language.vocab_multiple", "language.family", "projector_norm_eps")
 _LARGE = 1 << 30  # bytes; a leaf beyond is assembled in a file that the system may page out
 
@@ -69,8 +72,9 @@ log = logging.getLogger(__name__)
 
 
 class Hashes(dict):
-    """Tensor name in the original layout, as the table spells it, -> sha256 of its bytes, in the dtype of the conversion. The same for
-    every layout."""
+    """Tensor name in the original layout, as the table spells it, -> sha256 of its bytes, in the
+    dtype of the conversion. The same for every layout.
+    """
 
     def add(self, key: str, tensors: Iterable[np.ndarray]) -> None:
         """`tensors` are the parts of one tensor, joined along their first axis."""
@@ -82,7 +86,9 @@ class Hashes(dict):
     def add_leaf(self, config: ModelConfig, row: Row, leaf: np.ndarray) -> None:
         """Adds all tensors of one leaf."""
         for layer in layer_numbers(row, config):
-            self.add(row.keys("internvl", layer)[0], layer_tensors(config, row, leaf, layer, "internvl"))
+            self.add(
+                row.keys("internvl", layer)[0], layer_tensors(config, row, leaf, layer, "internvl")
+            )
 
 
 @dataclasses.dataclass
@@ -106,26 +112,42 @@ class Released:
     def allow_nonfinite(self) -> bool:
         return self.checked.allow_nonfinite
 
-    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+    def leaf(
+        self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
+    ) -> np.ndarray:
         out = allocate(padded_shape(row, self.config), self.checked.dtype, scratch)
         fill_leaf(self.checked, self.tensors, row, out, hashes.add if hashes is not None else None)
         return out
 
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
         for layer in layer_numbers(row, self.config):
-            hashes.add(row.keys("internvl", layer)[0], read_tensors(self.checked, self.tensors, row, layer))
+            hashes.add(
+                row.keys("internvl", layer)[0], read_tensors(self.checked, self.tensors, row, layer)
+            )
 
-    def params(self, places: Mapping[str, jax.sharding.Sharding], prepare: Callable | None = None) -> dict:
-        """The parameter tree as jax arrays, each where `places` (by path) puts it. A process holds one tensor of the files and its own
-        devices' parts of one leaf at a time. prepare: makes of a leaf's path and value what takes its place."""
+    def params(
+        self, places: Mapping[str, jax.sharding.Sharding], prepare: Callable | None = None
+    ) -> dict:
+        """The parameter tree as jax arrays, each where `places` (by path) puts it. A process holds
+        one tensor of the files and its own devices' parts of one leaf at a time. prepare: makes of
+        a leaf's path and value what takes its place.
+        """
         prepare = prepare or (lambda path, leaf: leaf)
         rows = active_rows(self.config)
-        return storage.nest({row.target: prepare(row.target, self._placed(row, places[row.target])) for row in rows})
+        return storage.nest(
+            {row.target: prepare(row.target, self._placed(row, places[row.target])) for row in rows}
+        )
 
     def _placed(self, row: Row, place: jax.sharding.Sharding) -> jax.Array:
         shape = padded_shape(row, self.config)
-        indices = {device: _bounds(index, shape) for device, index in place.addressable_devices_indices_map(shape).items()}
-        parts = {bounds: np.empty([stop - start for start, stop in bounds], self.checked.dtype) for bounds in indices.values()}
+        indices = {
+            device: _bounds(index, shape)
+            for device, index in place.addressable_devices_indices_map(shape).items()
+        }
+        parts = {
+            bounds: np.empty([stop - start for start, stop in bounds], self.checked.dtype)
+            for bounds in indices.values()
+        }
         fill_parts(self.checked, self.tensors, row, parts)
         arrays = [jax.device_put(parts[bounds], device) for device, bounds in indices.items()]
         return jax.make_array_from_single_device_arrays(shape, place, arrays)
@@ -149,11 +171,15 @@ class Converted:
     def dtype(self) -> str:
         return self.target.name
 
-    def leaf(self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None) -> np.ndarray:
+    def leaf(
+        self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
+    ) -> np.ndarray:
         leaf = self.reader.read(row.target)
         if not self.allow_nonfinite and nonfinite(leaf):
             names = self.reader.names
-            refuse_nonfinite((name, leaf if name == row.target else self.reader.read(name)) for name in names)
+            refuse_nonfinite(
+                (name, leaf if name == row.target else self.reader.read(name)) for name in names
+            )
         if leaf.dtype != self.target:
             leaf = cast(leaf, self.target, row.target)
         if hashes is not None:
@@ -179,7 +205,9 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
 
 
 def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Name -> content of everything beside the weights that belongs to a model. FileError as `model_files.read_file`."""
+    """Name -> content of everything beside the weights that belongs to a model. FileError as
+    `model_files.read_file`.
+    """
     patterns = (*FILES, *TRAVELLING)  # not by glob, which passes over a link to nothing
     names = [
         name
@@ -187,16 +215,22 @@ def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     ]
     return {
-        name: read_file(directory / name) for name in names if exists(directory / name) and not _passed_over(directory / name)
+        name: read_file(directory / name)
+        for name in names
+        if exists(directory / name) and not _passed_over(directory / name)
     }
 
 
 def _passed_over(path: pathlib.Path) -> bool:
-    """A folder whose name only a pattern matches, such as LICENSES; one in the place of a file is an error."""
+    """A folder whose name only a pattern matches, such as LICENSES; one in the place of a file is
+    an error.
+    """
     return path.is_dir() and path.name not in (*FILES, *TRAVELLING)
 
 
-def read_json(files: dict[str, bytes], name: str, directory: str | pathlib.Path = "") -> dict | None:
+def read_json(
+    files: dict[str, bytes], name: str, directory: str | pathlib.Path = ""
+) -> dict | None:
     """The object that a file holds, None if there is none. JsonError names it, in its directory."""
     if name not in files:
         return None
@@ -205,20 +239,30 @@ def read_json(files: dict[str, bytes], name: str, directory: str | pathlib.Path 
 
 
 def preprocessor_config(files: dict[str, bytes], directory: str | pathlib.Path = "") -> dict | None:
-    """Settings of the image processor: a file of its own, or a part of processor_config.json as transformers 5 saves it."""
+    """Settings of the image processor: a file of its own, or a part of processor_config.json as
+    transformers 5 saves it.
+    """
     values, name = read_json(files, "processor_config.json", directory), "processor_config.json"
     whole = Object(values or {}, one_line(os.path.join(directory, name)))
-    return read_json(files, "preprocessor_config.json", directory) or whole.get("image_processor", dict, None)
+    return read_json(files, "preprocessor_config.json", directory) or whole.get(
+        "image_processor", dict, None
+    )
 
 
 def open_released(
-    directory: pathlib.Path, dtype: str | None = None, accept_fingerprint: bool = False, allow_nonfinite: bool = False
+    directory: pathlib.Path,
+    dtype: str | None = None,
+    accept_fingerprint: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Released:
     """Opens a safetensors directory of either released layout; see `convert.open.open_model`."""
     files = travelling_files(directory)
     if "config.json" not in files:
         raise FileNotFoundError(f"{directory} has no config.json")
-    values, pictures = read_json(files, "config.json", directory), preprocessor_config(files, directory)
+    values, pictures = (
+        read_json(files, "config.json", directory),
+        preprocessor_config(files, directory),
+    )
     read_json(files, "generation_config.json", directory)
     place = one_line(os.path.join(directory, ""))
     layout = layout_of(values, place)
@@ -227,10 +271,14 @@ def open_released(
     head = has_head(tensors.infos())
     if layout == "hf" and values.get("tie_word_embeddings") is None:
         log.warning(
-            "%s does not say whether the output head is tied; the weights decide: %s", "config.json", "own" if head else "tied"
+            "%s does not say whether the output head is tied; the weights decide: %s",
+            "config.json",
+            "own" if head else "tied",
         )
     token = tokenizer.token_id("<IMG_CONTEXT>")
-    config = from_hf(values, image_token_id=token, has_head=head, preprocessor_config=pictures, place=place)
+    config = from_hf(
+        values, image_token_id=token, has_head=head, preprocessor_config=pictures, place=place
+    )
     processor = processor_from_hf(values, pictures, place)
     if processor.template not in TEMPLATES:
         raise ConversionError(
@@ -264,9 +312,13 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, directory: pathl
 def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> ModelConfig:
     """Our own record of an exported model, after checking that config.json still says the same."""
     said, kept = storage.by_path(_plain(config)), storage.by_path(_plain(ours))
-    wrong = [name for name in kept if name.replace("/", ".") not in UNSAID and said[name] != kept[name]]
+    wrong = [
+        name for name in kept if name.replace("/", ".") not in UNSAID and said[name] != kept[name]
+    ]
     if wrong:
-        differing = ", ".join(f"{name.replace('/', '.')} ({said[name]} and {kept[name]})" for name in wrong)
+        differing = ", ".join(
+            f"{name.replace('/', '.')} ({said[name]} and {kept[name]})" for name in wrong
+        )
         raise ValueError(
             f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove {MANIFEST} if config.json is right"
         )
@@ -280,13 +332,19 @@ def _plain(config: ModelConfig) -> dict:
     return values
 
 
-def open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, allow_nonfinite: bool) -> Converted:
+def open_converted(
+    directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, allow_nonfinite: bool
+) -> Converted:
     manifest = Manifest.read(directory)
-    reader = storage.TreeReader(directory / "params", [row.target for row in active_rows(manifest.model)])
+    reader = storage.TreeReader(
+        directory / "params", [row.target for row in active_rows(manifest.model)]
+    )
     check_params(manifest.model, reader.infos)
     names = sorted({info.dtype.name for info in reader.infos.values()})
     if dtype is None and len(names) > 1:
-        raise ConversionError(f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with --dtype")
+        raise ConversionError(
+            f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with --dtype"
+        )
     tokenizer = Tokenizer.from_directory(directory)
     check_vocabulary(manifest.model, tokenizer, directory)
     compare(
@@ -298,4 +356,14 @@ def open_converted(directory: pathlib.Path, dtype: str | None, accept_fingerprin
     target = DTYPES[dtype or names[0]]
     hashes = manifest.hashes if [target.name] == names else {}
     files = travelling_files(directory)
-    return Converted(directory, manifest.model, manifest.processor, tokenizer, files, reader, target, hashes, allow_nonfinite)
+    return Converted(
+        directory,
+        manifest.model,
+        manifest.processor,
+        tokenizer,
+        files,
+        reader,
+        target,
+        hashes,
+        allow_nonfinite,
+    )

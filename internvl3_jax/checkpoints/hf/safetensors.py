@@ -1,8 +1,10 @@
-"""Safetensors files, one tensor at a time: a directory to read from and a set of shards to fill in any order.
+"""Safetensors files, one tensor at a time: a directory to read from and a set of shards to fill in
+any order.
 
-The format is a little-endian u64 with the length of a JSON header, the header (name -> dtype, shape, byte range), then the
-bytes. Reading and writing by position keeps one tensor in memory and lets damage be reported by the names of the tensors it
-hits. Tensors are checked against the header and the header against the file's length before any is read.
+The format is a little-endian u64 with the length of a JSON header, the header (name -> dtype,
+shape, byte range), then the bytes. Reading and writing by position keeps one tensor in memory and
+lets damage be reported by the names of the tensors it hits. Tensors are checked against the header
+and the header against the file's length before any is read.
 """
 
 import json
@@ -49,7 +51,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
     """(name -> {dtype, shape, data_offsets}, where the bytes begin).
 
     Raises:
-      ConversionError, FileError: the file is no safetensors file by the library's own rules, or is shorter than its header says; names
+      ConversionError, FileError: the file is no safetensors file by the library's own rules, or is
+      shorter than its header says; names
         the tensors concerned.
     """
     where = one_line(str(path))
@@ -74,14 +77,18 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
     for name, text in Object(header, f"{where}: header").get("__metadata__", dict, {}).items():
         check(text, str, f"{where}: header: __metadata__: {excerpt(name)}")
     entries = {
-        name: _entry(entry, f"{where}: header: {one_line(name)}") for name, entry in header.items() if name != "__metadata__"
+        name: _entry(entry, f"{where}: header: {one_line(name)}")
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
     _check_ranges(where, entries, size - 8 - length)
     try:
         with safetensors.safe_open(path, "np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        raise ConversionError(f"{where} is refused by the safetensors library: {one_line(str(error))}; {_AGAIN}") from error
+        raise ConversionError(
+            f"{where} is refused by the safetensors library: {one_line(str(error))}; {_AGAIN}"
+        ) from error
     return entries, 8 + length
 
 
@@ -90,7 +97,9 @@ def _entry(values, where: str) -> dict:
     fields = Object(values, where)
     code = fields.get("dtype", str)
     if code not in DTYPES:
-        raise ConversionError(f"{where}: dtype is {excerpt(code)}, which is not known here; known are {', '.join(DTYPES)}")
+        raise ConversionError(
+            f"{where}: dtype is {excerpt(code)}, which is not known here; known are {', '.join(DTYPES)}"
+        )
     shape = fields.list_of("shape", int, low=0, high=_LARGEST)
     first, last = fields.list_of("data_offsets", int, length=2, low=0, high=_LARGEST)
     fields.finish()
@@ -106,16 +115,26 @@ def _check_ranges(where: str, entries: dict[str, dict], size: int) -> None:
     cut = [one_line(name) for name, entry in entries.items() if entry["data_offsets"][1] > size]
     if cut:
         shown = ", ".join(cut[:12]) + (f" and {len(cut) - 12} more" if len(cut) > 12 else "")
-        raise ConversionError(f"{where} is truncated, {size} bytes of tensors are left; cut off or missing: {shown}; {_AGAIN}")
+        raise ConversionError(
+            f"{where} is truncated, {size} bytes of tensors are left; cut off or missing: {shown}; {_AGAIN}"
+        )
     end, before = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
         if first != end:
-            what = f"overlaps with {before}" if first < end else f"leaves a gap of {first - end} bytes after {before}"
-            raise ConversionError(f"{where}: header: {one_line(name)} {what} (data_offsets {first}, {last}); {_AGAIN}")
+            what = (
+                f"overlaps with {before}"
+                if first < end
+                else f"leaves a gap of {first - end} bytes after {before}"
+            )
+            raise ConversionError(
+                f"{where}: header: {one_line(name)} {what} (data_offsets {first}, {last}); {_AGAIN}"
+            )
         end, before = last, one_line(name)
     if end != size:
-        raise ConversionError(f"{where}: {size - end} bytes after the last tensor belong to none; {_AGAIN}")
+        raise ConversionError(
+            f"{where}: {size - end} bytes after the last tensor belong to none; {_AGAIN}"
+        )
 
 
 def read_index(directory: pathlib.Path) -> dict[str, str]:
@@ -135,13 +154,19 @@ def read_index(directory: pathlib.Path) -> dict[str, str]:
 def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
     """The weight files of a directory, and the index that says what is in which, if it counts.
 
-    As in transformers model.safetensors counts where it is there, the index otherwise, and the only *.safetensors without either.
+    As in transformers model.safetensors counts where it is there, the index otherwise, and the only
+    *.safetensors without either.
     """
     if exists(directory / SINGLE):
-        others = sorted(path.name for path in directory.glob("*.safetensors*") if path.name != SINGLE)
+        others = sorted(
+            path.name for path in directory.glob("*.safetensors*") if path.name != SINGLE
+        )
         if others:
             log.warning(
-                "%s: opening %s, as transformers does; ignoring %s", directory, SINGLE, one_line(", ".join(others[:12]))
+                "%s: opening %s, as transformers does; ignoring %s",
+                directory,
+                SINGLE,
+                one_line(", ".join(others[:12])),
             )
         return [directory / SINGLE], None
     if exists(directory / INDEX):
@@ -149,8 +174,12 @@ def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
         names = sorted(set(index.values()))
         missing = [name for name in names if not exists(directory / name)]
         if missing:
-            shown = one_line(", ".join(missing[:12])) + (f" and {len(missing) - 12} more" if len(missing) > 12 else "")
-            raise ConversionError(f"{directory / INDEX} names files that are not there: {shown}; download the model again")
+            shown = one_line(", ".join(missing[:12])) + (
+                f" and {len(missing) - 12} more" if len(missing) > 12 else ""
+            )
+            raise ConversionError(
+                f"{directory / INDEX} names files that are not there: {shown}; download the model again"
+            )
         return [directory / name for name in names], index
     files = sorted(path for path in directory.glob("*.safetensors") if exists(path))
     if len(files) > 1:
@@ -162,14 +191,20 @@ def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
 
 
 class SafetensorsSource:
-    """The tensors of a directory as a `Source` (see assemble.py). Peak memory of `read` is the tensor it returns.
+    """The tensors of a directory as a `Source` (see assemble.py). Peak memory of `read` is the
+    tensor it returns.
 
     Args:
       rename: may give a tensor another name, for parts of other models; None hides it.
       file: the only file to read, where it is not for the directory to say.
     """
 
-    def __init__(self, directory: pathlib.Path, rename: Callable[[str], str | None] | None = None, file: str | None = None):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        rename: Callable[[str], str | None] | None = None,
+        file: str | None = None,
+    ):
         self.directory = pathlib.Path(directory)
         self.entries = {}  # name -> (file, where its bytes begin, header entry)
         paths, index = ([self.directory / file], None) if file else shard_files(self.directory)
@@ -196,11 +231,14 @@ class SafetensorsSource:
         for name in sorted(listed ^ header.keys()):
             placed = f"in {one_line(index[name])}" if name in index else "nowhere"
             found = f"it is in {one_line(file)}" if name in header else "that file does not have it"
-            raise ConversionError(f"{self.directory / INDEX} places {one_line(name)} {placed}, but {found}")
+            raise ConversionError(
+                f"{self.directory / INDEX} places {one_line(name)} {placed}, but {found}"
+            )
 
     def infos(self) -> dict[str, TensorInfo]:
         return {
-            name: TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]].name) for name, (_, _, entry) in self.entries.items()
+            name: TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]].name)
+            for name, (_, _, entry) in self.entries.items()
         }
 
     def read(self, name: str) -> np.ndarray:
@@ -213,7 +251,9 @@ class SafetensorsSource:
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
-                    raise ConversionError(f"{path} ended while {one_line(name)} was read; it changed during the conversion")
+                    raise ConversionError(
+                        f"{path} ended while {one_line(name)} was read; it changed during the conversion"
+                    )
                 done += count
         return tensor.reshape(entry["shape"])
 
@@ -229,7 +269,11 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, directory: pathlib.Path, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: np.dtype, shard_size: int
+        self,
+        directory: pathlib.Path,
+        tensors: Iterable[tuple[str, tuple[int, ...]]],
+        dtype: np.dtype,
+        shard_size: int,
     ):
         self.dtype = dtype
         shards, filled = [{}], 0
@@ -238,24 +282,37 @@ class SafetensorsWriter:
             if shards[-1] and filled + size > shard_size:
                 shards.append({})
                 filled = 0
-            entry = {"dtype": CODES[dtype.name], "shape": list(shape), "data_offsets": [filled, filled + size]}
+            entry = {
+                "dtype": CODES[dtype.name],
+                "shape": list(shape),
+                "data_offsets": [filled, filled + size],
+            }
             shards[-1][name] = entry
             filled += size
         names = (
-            [SINGLE] if len(shards) == 1 else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
         )
         self.waiting = {}  # name -> (file, where its bytes go, header entry)
         for file, shard in zip(names, shards, strict=True):
             self._start(directory / file, shard)
         if len(shards) > 1:
-            total = sum(math.prod(entry["shape"]) * dtype.itemsize for shard in shards for entry in shard.values())
-            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            total = sum(
+                math.prod(entry["shape"]) * dtype.itemsize
+                for shard in shards
+                for entry in shard.values()
+            )
+            weight_map = {
+                name: file for file, shard in zip(names, shards, strict=True) for name in shard
+            }
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def _start(self, path: pathlib.Path, shard: dict) -> None:
         header = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()
-        header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8, as the reference implementation writes
+        # tensors begin at a multiple of 8, as the reference implementation writes
+        header += b" " * (-len(header) % 8)
         with path.open("wb") as file:
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
@@ -265,10 +322,14 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Puts one tensor in its place; each name once."""
         if name not in self.waiting:
-            raise ConversionError(f"{name} is not among the tensors to write, or was written before")
+            raise ConversionError(
+                f"{name} is not among the tensors to write, or was written before"
+            )
         path, offset, entry = self.waiting.pop(name)
         if list(tensor.shape) != entry["shape"] or tensor.dtype != self.dtype:
-            raise ConversionError(f"{name} is {tensor.dtype}{tensor.shape}, planned as {self.dtype}{tuple(entry['shape'])}")
+            raise ConversionError(
+                f"{name} is {tensor.dtype}{tensor.shape}, planned as {self.dtype}{tuple(entry['shape'])}"
+            )
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))

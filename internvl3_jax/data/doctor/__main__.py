@@ -1,6 +1,7 @@
 import sys
 
-from internvl3_jax.data.doctor.examine import main  # worker processes can import what is in a module with a name
+# worker processes can import what is in a module with a name
+from internvl3_jax.data.doctor.examine import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,14 +1,17 @@
-"""Reads every sample of a training mixture once, before training does, and says what is wrong with which.
+"""Reads every sample of a training mixture once, before training does, and says what is wrong with
+which.
 
     python -m internvl3_jax.data.doctor META --tokenizer CHECKPOINT [--tokens_per_row 16384] [--tiles_per_row 48]
 
-It opens and decodes all pictures and videos, counts tags, tiles and tokens, and encodes every conversation as training will. Of a
-video it takes the largest number of frames. It prints a table and writes report.json, histogram.png and errors.tsv to META.doctor
-or another folder; errors.tsv can be given to training as data.drop_list. The exit status is 1 if there are errors.
+It opens and decodes all pictures and videos, counts tags, tiles and tokens, and encodes every
+conversation as training will. Of a video it takes the largest number of frames. It prints a table
+and writes report.json, histogram.png and errors.tsv to META.doctor or another folder; errors.tsv
+can be given to training as data.drop_list. The exit status is 1 if there are errors.
 
-Errors: a row, picture or video that cannot be read; tags that do not match the pictures; roles that do not take turns; nothing to
-learn; more tokens or tiles than a row holds (with --overlong truncate or drop: a warning). Warnings: ids that occur twice; empty
-answers; a length in the meta JSON that is not the number of rows.
+Errors: a row, picture or video that cannot be read; tags that do not match the pictures; roles that
+do not take turns; nothing to learn; more tokens or tiles than a row holds (with --overlong truncate
+or drop: a warning). Warnings: ids that occur twice; empty answers; a length in the meta JSON that
+is not the number of rows.
 """
 
 import argparse
@@ -62,11 +65,20 @@ class Finding:
 class Examiner:
     """Examines rows; every worker process has its own."""
 
-    def __init__(self, config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, sources: list | None = None):
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: ProcessorConfig,
+        tokenizer: Tokenizer,
+        sources: list | None = None,
+    ):
         # Videos at their longest.
-        self.preparer = ExampleBuilder(dataclasses.replace(config, min_frames=config.max_frames), processor, tokenizer)
+        self.preparer = ExampleBuilder(
+            dataclasses.replace(config, min_frames=config.max_frames), processor, tokenizer
+        )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the main process reports what opening the sources warns of
+            # the main process reports what opening the sources warns of
+            warnings.simplefilter("ignore")
             self.sources = open_sources(config) if sources is None else sources
 
     def examine(self, number: int, row: int) -> Finding:
@@ -82,12 +94,10 @@ class Examiner:
             if preparer.config.pairs:
                 finding.tokens += len(preparer.rejected(conversation, encoded).tokens)
             if len(encoded.tokens) < len(whole.tokens):
-                finding.warning = (
-                    f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} pictures"
-                )
-        except (
-            Exception
-        ) as error:  # a row that a decoder trips over is an error of that row, and not the end of the examination
+                finding.warning = f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} pictures"
+        except Exception as error:
+            # a row that a decoder trips over is an error of that row, and not the end of the
+            # examination
             if isinstance(error, TooLong) and preparer.config.overlong == "drop":
                 finding.warning = _told(error)
             else:
@@ -101,7 +111,9 @@ def _told(error: Exception) -> str:
     """One line of an error, without what could drive a terminal."""
     known = isinstance(error, ValueError | OSError)
     text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
-    return one_line(text[: LONGEST + 1]) if len(text) <= LONGEST else f"{one_line(text[:LONGEST])}..."
+    return (
+        one_line(text[: LONGEST + 1]) if len(text) <= LONGEST else f"{one_line(text[:LONGEST])}..."
+    )
 
 
 def examine_all(examiner: Examiner, workers: int) -> Iterator[tuple[int, list[Finding]]]:
@@ -109,9 +121,13 @@ def examine_all(examiner: Examiner, workers: int) -> Iterator[tuple[int, list[Fi
     tasks = []
     for number, source in enumerate(examiner.sources):
         rows = len(Selection(number, len(source), min(1.0, source.repeat)))
-        tasks += [(number, range(start, min(rows, start + CHUNK))) for start in range(0, rows, CHUNK)]
+        tasks += [
+            (number, range(start, min(rows, start + CHUNK))) for start in range(0, rows, CHUNK)
+        ]
     if not workers:
-        yield from ((number, [examiner.examine(number, row) for row in rows]) for number, rows in tasks)
+        yield from (
+            (number, [examiner.examine(number, row) for row in rows]) for number, rows in tasks
+        )
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _start_worker, (examiner,)) as pool:
@@ -169,11 +185,19 @@ class Summary:
             "duplicate_ids": len(duplicates),
             "first_duplicate_ids": dict(list(duplicates.items())[:10]),
             "first_errors": [{"row": row, "reason": reason} for _, row, reason in self.errors[:10]],
-            "first_warnings": [{"row": row, "reason": reason} for row, reason in self.warnings[:10]],
+            "first_warnings": [
+                {"row": row, "reason": reason} for row, reason in self.warnings[:10]
+            ],
         }
 
 
-def examine(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer, folder: str, workers: int = 0) -> dict:
+def examine(
+    config: DataConfig,
+    processor: ProcessorConfig,
+    tokenizer: Tokenizer,
+    folder: str,
+    workers: int = 0,
+) -> dict:
     """Examines all of `config.source`, writes the report to `folder` and returns it."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -183,7 +207,9 @@ def examine(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer
     claim_folder(pathlib.Path(folder))
     examiner = Examiner(config, processor, tokenizer, sources)
     summaries = [Summary(s.name, len(Selection(0, len(s), min(1.0, s.repeat)))) for s in sources]
-    with Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+    with Progress(
+        *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()
+    ) as progress:
         bar = progress.add_task("samples", total=sum(summary.rows for summary in summaries))
         for number, findings in examine_all(examiner, workers):
             for finding in findings:
@@ -193,13 +219,19 @@ def examine(config: DataConfig, processor: ProcessorConfig, tokenizer: Tokenizer
         "meta": config.source,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "settings": {"data": dataclasses.asdict(config), "processor": dataclasses.asdict(processor)},
+        "settings": {
+            "data": dataclasses.asdict(config),
+            "processor": dataclasses.asdict(processor),
+        },
         "errors": sum(len(summary.errors) for summary in summaries),
         "warnings": [str(warning.message) for warning in caught],
         "sources": {summary.name: summary.report() for summary in summaries},
     }
     errors = [error for summary in summaries for error in summary.errors]
-    numbers = [np.asarray([n for s in summaries for n in getattr(s, name)], np.int64) for name in ("tokens", "tiles")]
+    numbers = [
+        np.asarray([n for s in summaries for n in getattr(s, name)], np.int64)
+        for name in ("tokens", "tiles")
+    ]
     write_report(pathlib.Path(folder), report, errors, *numbers)
     return report
 
@@ -209,12 +241,16 @@ def read_processor(directory: str | os.PathLike, max_tiles: int | None) -> Proce
     path = pathlib.Path(directory) / MANIFEST
     processor = ProcessorConfig()
     if path.is_file():
-        processor = from_dict(ProcessorConfig, read_object(path).get("processor", dict), f"{path}: processor")
+        processor = from_dict(
+            ProcessorConfig, read_object(path).get("processor", dict), f"{path}: processor"
+        )
     return processor if max_tiles is None else dataclasses.replace(processor, max_tiles=max_tiles)
 
 
 def find_tokenizer(path: str) -> pathlib.Path:
-    """The directory that a user means: one with a tokenizer's files, or what `resolve_checkpoint` finds."""
+    """The directory that a user means: one with a tokenizer's files, or what `resolve_checkpoint`
+    finds.
+    """
     directory = pathlib.Path(os.path.expanduser(path))
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
         return directory
@@ -237,22 +273,62 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_line.Parser(description=__doc__)
     flag = parser.add_argument
     flag("meta", help="meta JSON")
-    flag("--tokenizer", required=True, help="checkpoint, training run, released model, hub id, or a tokenizer's directory")
+    flag(
+        "--tokenizer",
+        required=True,
+        help="checkpoint, training run, released model, hub id, or a tokenizer's directory",
+    )
     flag(
         "--max_tiles",
         type=whole(1, 1024),
         help="tiles of an image, or of a sample's images together; see --tiles (the checkpoint's)",
     )
-    flag("--tiles", default=DataConfig.tiles, choices=TILE_RULES, help="as data.tiles: whose the limit is (%(default)s)")
-    flag("--tokens_per_row", type=whole(1), default=DataConfig.tokens_per_row, help="as data.tokens_per_row (%(default)s)")
-    flag("--tiles_per_row", type=whole(0), default=DataConfig.tiles_per_row, help="as data.tiles_per_row (%(default)s)")
-    flag("--max_frames", type=whole(1, 100_000), default=DataConfig.max_frames, help="of a video (%(default)s)")
     flag(
-        "--max_image_pixels", type=whole(0), default=DataConfig.max_image_pixels, help="as data.max_image_pixels (%(default)s)"
+        "--tiles",
+        default=DataConfig.tiles,
+        choices=TILE_RULES,
+        help="as data.tiles: whose the limit is (%(default)s)",
     )
-    flag("--allow_truncated", action="store_true", help="as data.allow_truncated: images whose end is missing are used")
-    flag("--overlong", default=DataConfig.overlong, choices=RULES, help="as data.overlong (%(default)s)")
-    flag("--pairs", action="store_true", help="as data.pairs: rows are a question, a chosen and a rejected answer")
+    flag(
+        "--tokens_per_row",
+        type=whole(1),
+        default=DataConfig.tokens_per_row,
+        help="as data.tokens_per_row (%(default)s)",
+    )
+    flag(
+        "--tiles_per_row",
+        type=whole(0),
+        default=DataConfig.tiles_per_row,
+        help="as data.tiles_per_row (%(default)s)",
+    )
+    flag(
+        "--max_frames",
+        type=whole(1, 100_000),
+        default=DataConfig.max_frames,
+        help="of a video (%(default)s)",
+    )
+    flag(
+        "--max_image_pixels",
+        type=whole(0),
+        default=DataConfig.max_image_pixels,
+        help="as data.max_image_pixels (%(default)s)",
+    )
+    flag(
+        "--allow_truncated",
+        action="store_true",
+        help="as data.allow_truncated: images whose end is missing are used",
+    )
+    flag(
+        "--overlong",
+        default=DataConfig.overlong,
+        choices=RULES,
+        help="as data.overlong (%(default)s)",
+    )
+    flag(
+        "--pairs",
+        action="store_true",
+        help="as data.pairs: rows are a question, a chosen and a rejected answer",
+    )
     flag("--workers", type=whole(0, 1024), default=0, help="processes; 0: this one")
     flag("--report", help="folder to write to (META.doctor, where training looks)")
     options = parser.parse_args(arguments)
@@ -262,7 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name shows its code
+            # a terminal that cannot show a name shows its code
+            stream.reconfigure(errors="backslashreplace")
     config = DataConfig(
         source=options.meta,
         tokenizer=options.tokenizer,

@@ -1,4 +1,5 @@
-"""What the doctor found, on disk: report.json, errors.tsv, histogram.png; and training's refusal to start on unresolved errors.
+"""What the doctor found, on disk: report.json, errors.tsv, histogram.png; and training's refusal to
+start on unresolved errors.
 
 errors.tsv has the format of data.drop_list: source, row and reason with tabs between.
 """
@@ -28,19 +29,27 @@ class UnresolvedErrors(ValueError):
 
 
 def report_folder(meta: str) -> str:
-    """Where the doctor writes and training looks: beside the meta JSON, or in the working directory for one that is remote."""
+    """Where the doctor writes and training looks: beside the meta JSON, or in the working directory
+    for one that is remote.
+    """
     return f"{os.path.basename(meta) if is_remote(meta) else expand_user(meta)}.doctor"
 
 
 def check_report(config: DataConfig) -> None:
-    """Raises UnresolvedErrors if a doctor's report beside the meta JSON has errors that `config.drop_list` does not name.
+    """Raises UnresolvedErrors if a doctor's report beside the meta JSON has errors that
+    `config.drop_list` does not name.
 
-    Does nothing where there is no report, or where data.on_error is skip: then training counts such samples and goes on.
+    Does nothing where there is no report, or where data.on_error is skip: then training counts such
+    samples and goes on.
     """
     folder = report_folder(config.source)
     if config.on_error == "skip" or not exists(f"{folder}/{REPORT}"):
         return
-    dropped = {(source, row) for _, source, row, _ in drop_lines(config.drop_list)} if config.drop_list else set()
+    dropped = (
+        {(source, row) for _, source, row, _ in drop_lines(config.drop_list)}
+        if config.drop_list
+        else set()
+    )
     count, first = 0, None
     for _, source, row, reason in drop_lines(f"{folder}/{ERRORS}"):
         if (source, row) not in dropped:
@@ -73,13 +82,19 @@ def claim_folder(folder: pathlib.Path) -> None:
     for name in (REPORT, ERRORS, HISTOGRAM):
         path = folder / name
         if os.path.lexists(path) and not _is_ours(folder, name):
-            raise FileError(f"{one_line(str(path))}: is no file of the doctor's; name another folder with --report")
+            raise FileError(
+                f"{one_line(str(path))}: is no file of the doctor's; name another folder with --report"
+            )
 
 
 def _is_ours(folder: pathlib.Path, name: str) -> bool:
-    """Whether a file of the folder is part of a report. The image, which cannot say it, is if another file is."""
+    """Whether a file of the folder is part of a report. The image, which cannot say it, is if
+    another file is.
+    """
     if name == HISTOGRAM:
-        return any((folder / other).is_file() and _is_ours(folder, other) for other in (REPORT, ERRORS))
+        return any(
+            (folder / other).is_file() and _is_ours(folder, other) for other in (REPORT, ERRORS)
+        )
     try:
         with open_regular(folder / name) as file:
             start = file.read(len(_HEADER) + 2)
@@ -88,7 +103,9 @@ def _is_ours(folder: pathlib.Path, name: str) -> bool:
     return start.startswith((_HEADER if name == ERRORS else '{\n "meta":').encode()) or not start
 
 
-def write_report(folder: pathlib.Path, report: dict, errors: list[tuple[str, int, str]], tokens, tiles) -> None:
+def write_report(
+    folder: pathlib.Path, report: dict, errors: list[tuple[str, int, str]], tokens, tiles
+) -> None:
     """Writes the three files; the report's warnings say so if one of them is left out.
 
     errors: source, row, reason, each of one line; tokens, tiles: numbers of each readable sample.
@@ -100,7 +117,8 @@ def write_report(folder: pathlib.Path, report: dict, errors: list[tuple[str, int
         report["warnings"].append(f"{HISTOGRAM} is left out: {picture}")
     else:
         replace(folder / HISTOGRAM, picture)
-    # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as JSON escapes them.
+    # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as
+    # JSON escapes them.
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     replace(folder / REPORT, text.encode("utf-8", "backslashreplace"))
 
@@ -111,7 +129,9 @@ def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | str:
         return _drawn(tokens, tiles)
     except ImportError:
         return "matplotlib is not installed (pip install matplotlib)"
-    except Exception as error:  # whatever another library's version or settings raise, the report does not depend on a picture
+    except Exception as error:
+        # whatever another library's version or settings raise, the report does not depend on a
+        # picture
         return f"matplotlib cannot draw it ({one_line(str(error))})"
 
 
@@ -119,7 +139,9 @@ def _drawn(tokens: np.ndarray, tiles: np.ndarray) -> bytes:
     from matplotlib.figure import Figure  # only here: nothing else of the data needs it
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, values, name in zip(figure.subplots(1, 2), (tokens, tiles), ("tokens", "tiles"), strict=True):
+    for axes, values, name in zip(
+        figure.subplots(1, 2), (tokens, tiles), ("tokens", "tiles"), strict=True
+    ):
         axes.hist(values, bins=min(60, max(1, len(np.unique(values)))))
         axes.set(xlabel=f"{name} of a sample", ylabel="samples")
         axes.grid(alpha=0.3)

@@ -12,15 +12,33 @@ def print_report(report: dict, folder: str) -> None:
     from rich.text import Text
 
     console = Console(emoji=False)
-    table = Table(title=Text(one_line(report["meta"])))  # of plain text: brackets in it are no markup
+    # of plain text: brackets in it are no markup
+    table = Table(title=Text(one_line(report["meta"])))
     table.add_column("source", overflow="fold")
-    for name in ("rows", "errors", "cut or dropped", "same id", "pictures", "tokens mean", "max", "tiles mean", "max"):
+    for name in (
+        "rows",
+        "errors",
+        "cut or dropped",
+        "same id",
+        "pictures",
+        "tokens mean",
+        "max",
+        "tiles mean",
+        "max",
+    ):
         table.add_column(name, justify="right")
     for name, source in report["sources"].items():
         tokens, tiles = source["tokens"], source["tiles"]
-        counts = [source[key] for key in ("rows", "errors", "shortened_or_dropped", "duplicate_ids", "pictures")]
+        counts = [
+            source[key]
+            for key in ("rows", "errors", "shortened_or_dropped", "duplicate_ids", "pictures")
+        ]
         table.add_row(
-            Text(one_line(name)), *(f"{n:,}" for n in [*counts, tokens["mean"], tokens["max"], tiles["mean"], tiles["max"]])
+            Text(one_line(name)),
+            *(
+                f"{n:,}"
+                for n in [*counts, tokens["mean"], tokens["max"], tiles["mean"], tiles["max"]]
+            ),
         )
     console.print(table)
 
@@ -37,7 +55,11 @@ def print_report(report: dict, folder: str) -> None:
             )
     for warning in report["warnings"]:
         say(f"warning: {warning}")
-    say(f"{report['errors']:,} errors; all of them in {folder}/{ERRORS}" if report["errors"] else "0 errors")
+    say(
+        f"{report['errors']:,} errors; all of them in {folder}/{ERRORS}"
+        if report["errors"]
+        else "0 errors"
+    )
     data = report["settings"]["data"]
     room = f"{data['tokens_per_row']:,} tokens and {data['tiles_per_row']} tiles"
     if any(source["pictures"] for source in report["sources"].values()):
@@ -49,7 +71,9 @@ def print_report(report: dict, folder: str) -> None:
 
 
 def rows_of(report: dict) -> int:
-    """Packed rows that one sample of each row of the files would fill if packing lost nothing: divided by data.rows, an epoch's steps."""
+    """Packed rows that one sample of each row of the files would fill if packing lost nothing:
+    divided by data.rows, an epoch's steps.
+    """
     needed = [
         sum(source[name]["sum"] for source in report["sources"].values())
         / max(1, report["settings"]["data"][f"{name}_per_row"])

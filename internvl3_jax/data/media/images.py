@@ -1,13 +1,16 @@
-"""Opening pictures: whatever holds one becomes an RGB image with the pixels the released model sees, or a clear error.
+"""Opening pictures: whatever holds one becomes an RGB image with the pixels the released model
+sees, or a clear error.
 
 The rule is Pillow's `convert("RGB")`, as in the InternVL code, with these decisions on top:
 
   transparency           dropped: a transparent pixel shows the colour stored beneath it, no background is blended in
   palette, CMYK, 1-bit   as Pillow converts them
   16-bit greyscale       the high byte, which is what Pillow keeps of 16-bit colour too. Pillow itself clips 16-bit grey at 255,
-                         which turns most pictures white. 12-bit data in 16-bit files is for the caller to stretch.
+                         which turns most pictures white. 12-bit data in 16-bit files is for the
+                         caller to stretch.
   32-bit integer, float  refused: their range is unknown
-  several frames, pages  the first one, unless `frame` says which; a GIF can also be read as a video (video.py)
+  several frames, pages  the first one, unless `frame` says which; a GIF can also be read as a video
+  (video.py)
   EXIF orientation       ignored, as the released code does, unless asked for; Pillow itself always turns TIFF files
   formats                those that hold pixels; EPS, PostScript, WMF and the like are refused, whatever the file is called: Pillow
                          hands them to other programs
@@ -38,7 +41,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit, for programs that want a number
 MAX_REMOTE_BYTES = 512 << 20  # of an image in object storage, which is read at once
 WIDE_GREY_FORMATS = ("PNG", "PPM")
 
-# Pillow refuses twice MAX_IMAGE_PIXELS and warns below that; the warning is an exception where warnings are errors.
+# Pillow refuses twice MAX_IMAGE_PIXELS and warns below that; the warning is an exception where
+# warnings are errors.
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 TOO_LARGE_REMEDY = (
     "scale it down, or, if you trust it, raise the limit: --max_image_pixels of the programs, data.max_image_pixels in training, "
@@ -68,7 +72,8 @@ def open_image(
     """An RGB image of its own memory, decoded completely.
 
     Args:
-      source: a path, the bytes of a file, an open binary file (read from its beginning), a PIL image (its current frame), or an
+      source: a path, the bytes of a file, an open binary file (read from its beginning), a PIL
+          image (its current frame), or an
         array: u8[H, W], u8[H, W, 1], u8[H, W, 3], u8[H, W, 4] or u16[H, W].
       apply_exif: turn the picture as its EXIF orientation says.
       frame: which frame of an animation or page of a document, from 0; the first one when None.
@@ -86,7 +91,9 @@ def open_image(
     with pillow.allows(max_pixels is not None, allow_truncated), contextlib.ExitStack() as opened:
         if isinstance(source, Image.Image):
             if source.format is not None and source.format not in FORMATS:
-                raise ImageError(f"{name}: is {one_line(source.format)}, not an image of pixels; convert it to PNG or JPEG")
+                raise ImageError(
+                    f"{name}: is {one_line(source.format)}, not an image of pixels; convert it to PNG or JPEG"
+                )
             return _decode(source, apply_exif, frame, name)
         image = opened.enter_context(_identify(_open_file(source, name, opened), name))
         check_pixels(image.width, image.height, limit, name)
@@ -96,7 +103,9 @@ def open_image(
 def check_pixels(width: int, height: int, limit: int | None, name: str) -> None:
     """ImageError if there are more than `limit` pixels; None and 0: no limit."""
     if limit and width * height > limit:
-        raise ImageError(f"{name}: {width} x {height} pixels are more than {limit:,}; {TOO_LARGE_REMEDY}")
+        raise ImageError(
+            f"{name}: {width} x {height} pixels are more than {limit:,}; {TOO_LARGE_REMEDY}"
+        )
 
 
 def _describe(source) -> str:
@@ -105,7 +114,10 @@ def _describe(source) -> str:
     if isinstance(source, bytes):
         return f"picture of {len(source)} bytes"
     if isinstance(source, Image.Image):
-        return getattr(source, "filename", "") or f"{source.mode} picture of {source.width} x {source.height} pixels"
+        return (
+            getattr(source, "filename", "")
+            or f"{source.mode} picture of {source.width} x {source.height} pixels"
+        )
     if isinstance(source, np.ndarray):
         return f"array {source.dtype}{list(source.shape)}"
     return str(getattr(source, "name", type(source).__name__))
@@ -117,7 +129,9 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     colour = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4)
     grey = array.dtype in (np.uint8, np.uint16) and array.ndim == 2
     if not colour and not grey:
-        raise ImageError(f"{name}: is no picture array; give uint8 [height, width, 3] with values from 0 to 255, channels last")
+        raise ImageError(
+            f"{name}: is no picture array; give uint8 [height, width, 3] with values from 0 to 255, channels last"
+        )
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels; give at least one row and one column")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -141,7 +155,9 @@ def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
             raise ImageError(f"{name}: is empty; was it read or downloaded completely?")
         return io.BytesIO(source)
     if not hasattr(source, "read"):
-        raise ImageError(f"{name}: not something to open; give a path, bytes, a binary file, a PIL image or a numpy array")
+        raise ImageError(
+            f"{name}: not something to open; give a path, bytes, a binary file, a PIL image or a numpy array"
+        )
     if isinstance(source, io.TextIOBase):
         raise ImageError(f"{name}: is open as text; open it in binary mode, 'rb'")
     try:
@@ -158,9 +174,13 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
     except TOO_LARGE as error:
         raise ImageError(f"{name}: {_reason(error)}; {TOO_LARGE_REMEDY}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: is not an image of pixels that Pillow can read; {_advice(file)}") from error
+        raise ImageError(
+            f"{name}: is not an image of pixels that Pillow can read; {_advice(file)}"
+        ) from error
     except Exception as error:  # damaged headers make decoders raise nearly anything
-        raise ImageError(f"{name}: cannot be opened ({_reason(error)}); is it complete and readable?") from error
+        raise ImageError(
+            f"{name}: cannot be opened ({_reason(error)}); is it complete and readable?"
+        ) from error
 
 
 def _advice(file: BinaryIO) -> str:
@@ -177,15 +197,23 @@ def _advice(file: BinaryIO) -> str:
 
 def _check_path(path: pathlib.Path, name: str) -> None:
     if name.startswith("data:"):
-        raise ImageError(f"{name}: is an image written as text; store it in a file, or pass its bytes")
+        raise ImageError(
+            f"{name}: is an image written as text; store it in a file, or pass its bytes"
+        )
     try:
         status = path.stat()
     except FileNotFoundError as error:
         if "://" in name:
-            raise ImageError(f"{name}: addresses are not fetched; download the picture first") from error
-        raise ImageError(f"{name}: no such file in {short_name(str(path.absolute().parent))}; check the path") from error
+            raise ImageError(
+                f"{name}: addresses are not fetched; download the picture first"
+            ) from error
+        raise ImageError(
+            f"{name}: no such file in {short_name(str(path.absolute().parent))}; check the path"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise ImageError(f"{name}: is not a usable path ({_reason(error)}); check its spelling and permissions") from error
+        raise ImageError(
+            f"{name}: is not a usable path ({_reason(error)}); check its spelling and permissions"
+        ) from error
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{name}: is a directory; name the picture inside it")
     if not stat.S_ISREG(status.st_mode):
@@ -196,7 +224,9 @@ def _check_path(path: pathlib.Path, name: str) -> None:
 
 def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str) -> Image.Image:
     if image.width < 1 or image.height < 1:
-        raise ImageError(f"{name}: has no pixels ({image.width} x {image.height}); give at least one row and one column")
+        raise ImageError(
+            f"{name}: has no pixels ({image.width} x {image.height}); give at least one row and one column"
+        )
     file_format = image.format
     try:
         if frame is not None:
@@ -211,7 +241,9 @@ def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str) 
         raise ImageError(f"{name}: {_reason(error)}; {TOO_LARGE_REMEDY}") from error
     except Exception as error:  # damaged pixels make decoders raise nearly anything
         advice = f"; {TRUNCATED_REMEDY}" if "truncated" in str(error) else ""
-        raise ImageError(f"{name}: cannot be decoded ({_reason(error)}); the file is damaged or incomplete{advice}") from error
+        raise ImageError(
+            f"{name}: cannot be decoded ({_reason(error)}); the file is damaged or incomplete{advice}"
+        ) from error
 
 
 def _seek(image: Image.Image, frame: int, name: str) -> None:
@@ -232,9 +264,12 @@ def _to_rgb(image: Image.Image, file_format: str | None, name: str) -> Image.Ima
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
-        raise ImageError(f"{name}: holds {kind} of unknown range; scale them to 0..255 and save or pass 8-bit values")
+        raise ImageError(
+            f"{name}: holds {kind} of unknown range; scale them to 0..255 and save or pass 8-bit values"
+        )
     if isinstance(image.info.get("transparency"), bytes):
-        # Pillow would warn that the transparency is lost, which is what the rule asks for. The pixels are the same without it.
+        # Pillow would warn that the transparency is lost, which is what the rule asks for. The
+        # pixels are the same without it.
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")

@@ -1,4 +1,6 @@
-"""What of Pillow's behavior is a matter of the whole process, or of chance, made a matter of one call."""
+"""What of Pillow's behavior is a matter of the whole process, or of chance, made a matter of one
+call.
+"""
 
 import contextlib
 import functools
@@ -11,9 +13,27 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile
 
-# What Pillow decodes by itself. Missing on purpose: EPS (runs Ghostscript), WMF, stubs for other programs, containers of containers.
+# What Pillow decodes by itself. Missing on purpose: EPS (runs Ghostscript), WMF, stubs for other
+# programs, containers of containers.
 FORMATS = (
-    *("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "CUR", "ICNS", "TGA", "PCX"),
+    *(
+        "PNG",
+        "JPEG",
+        "MPO",
+        "GIF",
+        "WEBP",
+        "BMP",
+        "DIB",
+        "TIFF",
+        "PPM",
+        "AVIF",
+        "JPEG2000",
+        "ICO",
+        "CUR",
+        "ICNS",
+        "TGA",
+        "PCX",
+    ),
     *("PSD", "SGI", "SUN", "DDS", "QOI", "MSP", "XBM", "XPM", "IM"),
 )
 
@@ -23,7 +43,9 @@ LONGEST_TEXTS = 2**24  # of a file; well below Pillow's MAX_TEXT_MEMORY
 
 
 class _Raised:
-    """Settings of Pillow, which hold for the whole process, while at least one thread needs them otherwise."""
+    """Settings of Pillow, which hold for the whole process, while at least one thread needs them
+    otherwise.
+    """
 
     lock = threading.Lock()
     users: dict = {}  # (module, name) -> [number of users, the value before]
@@ -64,7 +86,9 @@ def readable() -> tuple[str, ...]:
 
 
 def without_long_texts(file: BinaryIO) -> BinaryIO:
-    """The file; of a PNG with texts or a color profile that Pillow refuses as too long, a copy in memory without these."""
+    """The file; of a PNG with texts or a color profile that Pillow refuses as too long, a copy in
+    memory without these.
+    """
     file.seek(0)
     if file.read(8) != PNG:
         return file
@@ -72,7 +96,11 @@ def without_long_texts(file: BinaryIO) -> BinaryIO:
     while len(header := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            size = LONGEST_TEXT + 1 if length > LONGEST_TEXT else _unpacked_size(kind, file.read(length))
+            size = (
+                LONGEST_TEXT + 1
+                if length > LONGEST_TEXT
+                else _unpacked_size(kind, file.read(length))
+            )
             if size > LONGEST_TEXT or total + size > LONGEST_TEXTS:
                 long.append((place, place + 12 + length))
             else:

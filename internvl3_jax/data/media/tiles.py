@@ -1,9 +1,11 @@
-"""Dynamic tiling: a picture becomes a grid of square tiles and a thumbnail, equal bit for bit to the released model's.
+"""Dynamic tiling: a picture becomes a grid of square tiles and a thumbnail, equal bit for bit to
+the released model's.
 
-The rule is that of `dynamic_preprocess` in the InternVL code (internvl_chat/internvl/train/dataset.py): the grid of at most
-`max_tiles` tiles whose aspect is nearest to the picture's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
-reading order, and the whole picture squeezed into one more tile at the end. Other bicubic filters (torchvision, jax.image) give
-different pixels.
+The rule is that of `dynamic_preprocess` in the InternVL code
+(internvl_chat/internvl/train/dataset.py): the grid of at most `max_tiles` tiles whose aspect is
+nearest to the picture's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
+reading order, and the whole picture squeezed into one more tile at the end. Other bicubic filters
+(torchvision, jax.image) give different pixels.
 """
 
 import functools
@@ -18,7 +20,8 @@ from internvl3_jax.config import ProcessorConfig
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) with min_tiles <= columns * rows <= max_tiles, fewest tiles first.
 
-    The order of grids with equally many tiles is free: for limits up to 40 no picture is equally near to two of them.
+    The order of grids with equally many tiles is free: for limits up to 40 no picture is equally
+    near to two of them.
     """
     grids = [
         (columns, rows)
@@ -29,19 +32,24 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_size: int) -> tuple[int, int]:
+def choose_grid(
+    width: int, height: int, min_tiles: int, max_tiles: int, image_size: int
+) -> tuple[int, int]:
     """(columns, rows) of the grid whose columns / rows is nearest to width / height.
 
-    Distances are differences of quotients in float64, as the released code computes them; in float32 765 x 540 and 289 x 408,
-    among others, get another grid. Between exactly equal distances the grid with more tiles wins if the picture has more than
-    half of that grid's pixels. Where no grid has min_tiles to max_tiles tiles, as when `image_limit` leaves a picture fewer
-    than min_tiles, the grid is (1, 1), as in the released code.
+    Distances are differences of quotients in float64, as the released code computes them; in
+    float32 765 x 540 and 289 x 408, among others, get another grid. Between exactly equal distances
+    the grid with more tiles wins if the picture has more than half of that grid's pixels. Where no
+    grid has min_tiles to max_tiles tiles, as when `image_limit` leaves a picture fewer than
+    min_tiles, the grid is (1, 1), as in the released code.
 
     Raises:
       ValueError: for a picture without pixels or a limit below one tile.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width} x {height} pixels cannot be tiled; both sides must be at least 1")
+        raise ValueError(
+            f"a picture of {width} x {height} pixels cannot be tiled; both sides must be at least 1"
+        )
     if max_tiles < 1:
         raise ValueError(f"max_tiles is {max_tiles}; a picture needs at least 1 tile")
     aspect = width / height
@@ -57,8 +65,9 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, image_s
 def image_limit(processor: ProcessorConfig, n_images: int, max_tiles: int | None = None) -> int:
     """Most tiles of each image of a prompt with n_images, thumbnails not counted, at least 1.
 
-    It is max_tiles by the rule "per image" and an equal part of it, rounded down, by "shared". An equal part of
-    processor.max_total_tiles limits it by either rule (VLMEvalKit has 64 in all; InternVL's README, transformers and vLLM none).
+    It is max_tiles by the rule "per image" and an equal part of it, rounded down, by "shared". An
+    equal part of processor.max_total_tiles limits it by either rule (VLMEvalKit has 64 in all;
+    InternVL's README, transformers and vLLM none).
 
     max_tiles: processor.max_tiles when None.
     """
@@ -71,13 +80,20 @@ def image_limit(processor: ProcessorConfig, n_images: int, max_tiles: int | None
     return max(1, limit)
 
 
-def count_tiles(width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None) -> int:
-    """Number of tiles `cut_tiles` makes of a picture, thumbnail included. max_tiles as in `cut_tiles`."""
+def count_tiles(
+    width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None
+) -> int:
+    """Number of tiles `cut_tiles` makes of a picture, thumbnail included. max_tiles as in
+    `cut_tiles`.
+    """
     return grid_tiles(*picture_grid(width, height, processor, max_tiles), processor)
 
 
-def cut_tiles(image: Image.Image, processor: ProcessorConfig, max_tiles: int | None = None) -> np.ndarray:
-    """Tiles u8[n, S, S, 3] of an RGB picture with S = processor.image_size: the grid in reading order, then the thumbnail.
+def cut_tiles(
+    image: Image.Image, processor: ProcessorConfig, max_tiles: int | None = None
+) -> np.ndarray:
+    """Tiles u8[n, S, S, 3] of an RGB picture with S = processor.image_size: the grid in reading
+    order, then the thumbnail.
 
     A grid of one tile has no thumbnail, nor has any grid when processor.use_thumbnail is off.
 
@@ -103,7 +119,9 @@ def cut_tiles(image: Image.Image, processor: ProcessorConfig, max_tiles: int | N
     return tiles
 
 
-def picture_grid(width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None) -> tuple[int, int]:
+def picture_grid(
+    width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None
+) -> tuple[int, int]:
     """`choose_grid` with the settings of a processor."""
     limit = processor.max_tiles if max_tiles is None else max_tiles
     return choose_grid(width, height, processor.min_tiles, limit, processor.image_size)

@@ -1,13 +1,16 @@
-"""Frames of a video: a file that FFmpeg reads (video_file.py), a GIF, or a folder with one picture a frame.
+"""Frames of a video: a file that FFmpeg reads (video_file.py), a GIF, or a folder with one picture
+a frame.
 
-Training draws them as InternVL does (internvl/train/dataset.py): a number of frames n, drawn uniformly; the video in n equal
-intervals; one frame of each, drawn from all but the interval's last. Evaluation takes the middle of n segments, as its MVBench
-program does. A clip [start, end] is in seconds. Deviations, each where the original fails or ignores the request:
+Training draws them as InternVL does (internvl/train/dataset.py): a number of frames n, drawn
+uniformly; the video in n equal intervals; one frame of each, drawn from all but the interval's
+last. Evaluation takes the middle of n segments, as its MVBench program does. A clip [start, end] is
+in seconds. Deviations, each where the original fails or ignores the request:
 
   clip of a GIF       honoured, by its frame durations (the original reads the whole GIF)
   clip of a folder    refused: its pictures carry no times (the original reads the whole folder)
   clip past the end   ends with the video (the original fails if it happens to draw a frame there)
-  order in a folder   by name, numbers by value (the original needs names ending in _NUMBER.jpg and leaves others unsorted)
+  order in a folder   by name, numbers by value (the original needs names ending in _NUMBER.jpg and
+  leaves others unsorted)
 """
 
 import dataclasses
@@ -36,13 +39,18 @@ class Footage:
 
     total: int  # frames
     fps: float | None  # frames a second, on average; None: unknown
-    repeats: bool  # whether a video too short for the number drawn repeats its last frame: the original does so for files only
+    # whether a video too short for the number drawn repeats its last frame: the original does so
+    # for files only
+    repeats: bool
 
 
-Choose = Callable[[Footage], Sequence[int]]  # indices of the frames wanted, in any order, some maybe twice
+# indices of the frames wanted, in any order, some maybe twice
+Choose = Callable[[Footage], Sequence[int]]
 
 
-def training_frames(footage: Footage, rng: np.random.Generator, fewest: int, most: int, clip=None) -> list[int]:
+def training_frames(
+    footage: Footage, rng: np.random.Generator, fewest: int, most: int, clip=None
+) -> list[int]:
     """Indices of a number of frames drawn from fewest..most, by the rule of training."""
     start, total = _clip_frames(footage, clip)
     count = int(rng.integers(fewest, most + 1))
@@ -52,7 +60,9 @@ def training_frames(footage: Footage, rng: np.random.Generator, fewest: int, mos
 
 
 def draw_frames(total: int, count: int, rng: np.random.Generator) -> list[int]:
-    """`count` ascending indices below `total`, one of each interval; a short video's last one is repeated."""
+    """`count` ascending indices below `total`, one of each interval; a short video's last one is
+    repeated.
+    """
     parts = min(count, total)
     edges = np.linspace(0, total, parts + 1).astype(int)
     first, last = edges[:-1], edges[1:] - 1
@@ -64,23 +74,33 @@ def draw_frames(total: int, count: int, rng: np.random.Generator) -> list[int]:
 
 
 def middle_frames(footage: Footage, count: int, clip=None) -> list[int]:
-    """Indices of the middle of each of `count` equal segments of the video or clip: the rule of evaluation."""
+    """Indices of the middle of each of `count` equal segments of the video or clip: the rule of
+    evaluation.
+    """
     first, last = 0, footage.total - 1
     if clip is not None:
         start, end, fps = _clip_seconds(footage, clip)
         first, last = round(start * fps), min(round(end * fps), last)
         if first > last:
-            raise VideoError(f"clip {list(clip)} begins after the end of the video, at {footage.total / fps:.1f} s")
+            raise VideoError(
+                f"clip {list(clip)} begins after the end of the video, at {footage.total / fps:.1f} s"
+            )
     segment = (last - first) / count
     return [int(first + segment / 2 + np.round(segment * k)) for k in range(count)]
 
 
 def _clip_seconds(footage: Footage, clip) -> tuple[float, float, float]:
-    numbers = isinstance(clip, (list, tuple)) and all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in clip)
+    numbers = isinstance(clip, (list, tuple)) and all(
+        isinstance(t, (int, float)) and not isinstance(t, bool) for t in clip
+    )
     if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1]:
-        raise VideoError(f"clip is {excerpt(clip)}; expected [start, end] in seconds with 0 <= start < end")
+        raise VideoError(
+            f"clip is {excerpt(clip)}; expected [start, end] in seconds with 0 <= start < end"
+        )
     if not footage.fps:
-        raise VideoError("clip: the frame rate is unknown, as always of a folder of pictures; leave the clip out")
+        raise VideoError(
+            "clip: the frame rate is unknown, as always of a folder of pictures; leave the clip out"
+        )
     return clip[0], clip[1], footage.fps
 
 
@@ -99,7 +119,11 @@ def _clip_frames(footage: Footage, clip) -> tuple[int, int]:
 
 
 def read_frames(
-    video: str | bytes, choose: Choose, name: str = "", max_pixels: int | None = MAX_PIXELS, allow_truncated: bool = False
+    video: str | bytes,
+    choose: Choose,
+    name: str = "",
+    max_pixels: int | None = MAX_PIXELS,
+    allow_truncated: bool = False,
 ) -> list[Image.Image]:
     """RGB pictures of the frames that `choose` picks, in its order.
 
@@ -124,7 +148,9 @@ def read_frames(
             _check_path(video)
         if is_gif:
             return _read_gif(video, choose, name, *limits)
-        return read_file(video, lambda total, fps: _checked(choose, Footage(total, fps, True)), name, *limits)
+        return read_file(
+            video, lambda total, fps: _checked(choose, Footage(total, fps, True)), name, *limits
+        )
     except VideoError as error:
         raise VideoError(f"{name}: {error}") from error
 
@@ -149,16 +175,25 @@ def _check_path(path: str) -> None:
         raise VideoError("is not a regular file (a pipe, socket or device)")
 
 
-def _read_folder(folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool) -> list[Image.Image]:
+def _read_folder(
+    folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool
+) -> list[Image.Image]:
     names = [name for name in list_folder(folder) if name.lower().endswith(PICTURES)]
     if not names:
         raise VideoError(f"the folder holds no pictures ({', '.join(PICTURES)})")
-    paths = [join(folder, names[index]) for index in _checked(choose, Footage(len(names), None, False))]
+    paths = [
+        join(folder, names[index]) for index in _checked(choose, Footage(len(names), None, False))
+    ]
     limits = {"max_pixels": max_pixels or 0, "allow_truncated": allow_truncated}
-    return [open_image(read_bytes(path) if is_remote(path) else path, name=path, **limits) for path in paths]
+    return [
+        open_image(read_bytes(path) if is_remote(path) else path, name=path, **limits)
+        for path in paths
+    ]
 
 
-def _read_gif(video: str | bytes, choose: Choose, name: str, max_pixels: int | None, truncated: bool) -> list[Image.Image]:
+def _read_gif(
+    video: str | bytes, choose: Choose, name: str, max_pixels: int | None, truncated: bool
+) -> list[Image.Image]:
     source = io.BytesIO(video) if isinstance(video, bytes) else video
     try:
         with pillow.allows(True, truncated), Image.open(source, formats=("GIF",)) as gif:
@@ -168,7 +203,9 @@ def _read_gif(video: str | bytes, choose: Choose, name: str, max_pixels: int | N
             if len(seconds) > MOST_FRAMES:
                 raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
             total = len(seconds)
-            wanted = _checked(choose, Footage(total, total / sum(seconds) if sum(seconds) > 0 else None, False))
+            wanted = _checked(
+                choose, Footage(total, total / sum(seconds) if sum(seconds) > 0 else None, False)
+            )
             found = {}
             for index in sorted(set(wanted)):
                 gif.seek(index)

@@ -1,4 +1,5 @@
-"""Frames of a video file, by PyAV: counted without decoding where that is safe, upright, and the same ones whatever else is drawn.
+"""Frames of a video file, by PyAV: counted without decoding where that is safe, upright, and the
+same ones whatever else is drawn.
 
 As decord, the reader of the InternVL code, and ffmpeg:
 
@@ -67,7 +68,9 @@ def read_file(
         if not keys:  # the packets do not tell: count the frames by decoding them all
             times = file.numbers({})
         if not times:
-            raise VideoError("holds no frame that can be decoded; the file is damaged or incomplete")
+            raise VideoError(
+                "holds no frame that can be decoded; the file is damaged or incomplete"
+            )
         wanted = choose(len(times), rate)
         distinct = sorted({times[index] for index in wanted})
         if keys:
@@ -76,33 +79,57 @@ def read_file(
             found = dict.fromkeys(distinct)
             file.numbers(found)
     except av.FFmpegError as error:
-        raise VideoError(f"cannot be decoded ({error.strerror}); the file is damaged, incomplete or no video") from error
+        raise VideoError(
+            f"cannot be decoded ({error.strerror}); the file is damaged, incomplete or no video"
+        ) from error
     return [found[times[index]] for index in wanted]
 
 
 class _File:
     """One file, opened as often as its frames need."""
 
-    def __init__(self, av, video: str | bytes, name: str, max_pixels: int | None, allow_truncated: bool):
+    def __init__(
+        self, av, video: str | bytes, name: str, max_pixels: int | None, allow_truncated: bool
+    ):
         self.av, self.video, self.name = av, video, name
         self.max_pixels, self.allow_truncated = max_pixels, allow_truncated
 
     def open(self):
         # The prefix keeps FFmpeg from taking the beginning of a name for a protocol.
-        source = io.BytesIO(self.video) if isinstance(self.video, bytes) else f"file:{os.fspath(self.video)}"
-        return self.av.open(source, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        source = (
+            io.BytesIO(self.video)
+            if isinstance(self.video, bytes)
+            else f"file:{os.fspath(self.video)}"
+        )
+        return self.av.open(
+            source, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        )
 
     def stream(self, container):
-        streams = [stream for stream in container.streams.video if "attached_pic" not in str(stream.disposition)]
+        streams = [
+            stream
+            for stream in container.streams.video
+            if "attached_pic" not in str(stream.disposition)
+        ]
         if not streams:
-            raise VideoError("has no video stream" + (", only a cover picture" if container.streams.video else ""))
+            raise VideoError(
+                "has no video stream"
+                + (", only a cover picture" if container.streams.video else "")
+            )
         best = container.streams.best("video")
-        stream = next((stream for stream in streams if best is not None and stream.index == best.index), streams[0])
-        check_pixels(stream.codec_context.width, stream.codec_context.height, self.max_pixels, self.name)
+        stream = next(
+            (stream for stream in streams if best is not None and stream.index == best.index),
+            streams[0],
+        )
+        check_pixels(
+            stream.codec_context.width, stream.codec_context.height, self.max_pixels, self.name
+        )
         return stream
 
     def check_whole(self, container, stream) -> None:
-        """VideoError if the index names bytes beyond the end of the file (MP4, MOV). FFmpeg would just stop there."""
+        """VideoError if the index names bytes beyond the end of the file (MP4, MOV). FFmpeg would
+        just stop there.
+        """
         size = len(self.video) if isinstance(self.video, bytes) else os.path.getsize(self.video)
         entries = [entry for entry in stream.index_entries if entry.pos >= 0]
         missing = sum(entry.pos + entry.size > size for entry in entries)
@@ -112,7 +139,9 @@ class _File:
             )
 
     def times(self, container, stream) -> tuple[list[int], list[int]]:
-        """Times of all frames and of the key frames in the stream's unit, ascending, without decoding; [], [] if they are not sure."""
+        """Times of all frames and of the key frames in the stream's unit, ascending, without
+        decoding; [], [] if they are not sure.
+        """
         codec = stream.codec_context.name
         packets = []
         for packet in self._packets(container, stream):
@@ -124,18 +153,27 @@ class _File:
                 raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
         times = [time for time, _, _ in packets]
         keys = sorted(time for time, is_key, _ in packets if is_key and time is not None)
-        if not keys or None in times or len(set(times)) != len(times) or any(corrupt for _, _, corrupt in packets):
+        if (
+            not keys
+            or None in times
+            or len(set(times)) != len(times)
+            or any(corrupt for _, _, corrupt in packets)
+        ):
             return [], []
-        # Frames that come before the first key frame, in the file or when shown, may lack what they are made from.
+        # Frames that come before the first key frame, in the file or when shown, may lack what they
+        # are made from.
         if not packets[0][1] or min(times) < packets[0][0]:
             return [], []
-        # AVI numbers its packets in the order of decoding, which is not that of showing where frames depend on later ones.
+        # AVI numbers its packets in the order of decoding, which is not that of showing where
+        # frames depend on later ones.
         if stream.codec_context.has_b_frames and times == sorted(times):
             return [], []
         return sorted(times), keys
 
     def by_time(self, wanted: list[int], keys: list[int]) -> dict[int, Image.Image]:
-        """Images by time. Between wanted frames it jumps to the last key frame before the next one, if that is ahead."""
+        """Images by time. Between wanted frames it jumps to the last key frame before the next one,
+        if that is ahead.
+        """
         found, now, frames = {}, None, iter(())
         with self.open() as container:
             stream = self.stream(container)
@@ -154,7 +192,9 @@ class _File:
         return found
 
     def _from_the_beginning(self, wanted: list[int]) -> dict[int, Image.Image]:
-        """As `by_time`, by decoding up to the last frame wanted; in the place of a missing one the last one before it."""
+        """As `by_time`, by decoding up to the last frame wanted; in the place of a missing one the
+        last one before it.
+        """
         found, missing, before, remaining = {}, 0, None, list(wanted)
         with self.open() as container:
             for frame in self._frames(container, self.stream(container)):
@@ -216,9 +256,11 @@ class _File:
 
 
 def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """A frame [H, W, 3] as its display matrix i32[3, 3] shows it: turned by a multiple of 90 degrees and mirrored, or as it is.
+    """A frame [H, W, 3] as its display matrix i32[3, 3] shows it: turned by a multiple of 90
+    degrees and mirrored, or as it is.
 
-    The matrix maps (x, y), y downwards, to (a x + c y, b x + d y), with a, b and c, d at the beginnings of its first two rows.
+    The matrix maps (x, y), y downwards, to (a x + c y, b x + d y), with a, b and c, d at the
+    beginnings of its first two rows.
     """
     (a, b), (c, d) = matrix[:2, :2].astype(float)
     degree = np.tan(np.radians(1))  # ffmpeg's tolerance
@@ -234,7 +276,8 @@ def _is_hidden(codec: str, packet) -> bool:
     data = memoryview(packet)
     if codec in ("vp8", "libvpx"):
         return not data[0] >> 4 & 1
-    if codec not in ("vp9", "libvpx-vp9") or data[-1] >> 5 == 0b110:  # a superframe ends with a frame that is shown
+    # a superframe ends with a frame that is shown
+    if codec not in ("vp9", "libvpx-vp9") or data[-1] >> 5 == 0b110:
         return False
     header = data[0] if data[0] >> 4 & 3 != 3 else data[0] << 1  # profile 3 has one bit more
     return not header >> 3 & 1 and not header >> 1 & 1

@@ -36,7 +36,9 @@ class Source(Protocol):
     def locate(self, row: int) -> str:
         """Names a row in messages."""
 
-    def conversation(self, row: int, choose, processor: ProcessorConfig, limits=None) -> Conversation:
+    def conversation(
+        self, row: int, choose, processor: ProcessorConfig, limits=None
+    ) -> Conversation:
         """Reads a row."""
 
 

@@ -76,13 +76,22 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(path: str) -> list[str]:
-    """Names in a folder, those that begin with a dot left out; numbers in them sort by value: frame_9 before frame_10."""
-    names = os.listdir(path) if not is_remote(path) else [os.path.basename(p) for p in filesystem(path).ls(path, detail=False)]
+    """Names in a folder, those that begin with a dot left out; numbers in them sort by value:
+    frame_9 before frame_10.
+    """
+    names = (
+        os.listdir(path)
+        if not is_remote(path)
+        else [os.path.basename(p) for p in filesystem(path).ls(path, detail=False)]
+    )
     return sorted((name for name in names if name and not name.startswith(".")), key=natural)
 
 
 def natural(name: str) -> list[str | int]:
-    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d{1,4000})", name))]
+    return [
+        int(part) if number % 2 else part
+        for number, part in enumerate(re.split(r"(\d{1,4000})", name))
+    ]
 
 
 def join(folder: str, name: str) -> str:
@@ -98,7 +107,9 @@ def folder_of(path: str) -> str:
 
 
 def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """All bytes of a file. FileError if it is missing, no regular file, or has more than `max_bytes`."""
+    """All bytes of a file. FileError if it is missing, no regular file, or has more than
+    `max_bytes`.
+    """
     if not is_remote(path):
         return safe_files.read_bytes(path, max_bytes=max_bytes)
     size = _remote(path, lambda: filesystem(path).size(path))
@@ -108,8 +119,14 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def open_binary(path: str):
-    """A binary file open for reading. FileError if there is none, or it is a pipe, device or folder."""
-    return _remote(path, lambda: filesystem(path).open(path, "rb")) if is_remote(path) else open_regular(path)
+    """A binary file open for reading. FileError if there is none, or it is a pipe, device or
+    folder.
+    """
+    return (
+        _remote(path, lambda: filesystem(path).open(path, "rb"))
+        if is_remote(path)
+        else open_regular(path)
+    )
 
 
 def _remote(path: str, call):
@@ -120,16 +137,24 @@ def _remote(path: str, call):
     except FileNotFoundError as error:
         raise FileError(f"{one_line(path)}: no such file") from error
     except Exception as error:  # every driver has exceptions of its own
-        raise FileError(f"{one_line(path)}: cannot be read ({type(error).__name__}: {one_line(str(error))})") from error
+        raise FileError(
+            f"{one_line(path)}: cannot be read ({type(error).__name__}: {one_line(str(error))})"
+        ) from error
 
 
 def fingerprint(path: str) -> tuple[int, int, int]:
-    """(bytes, a number that changes when the file is written, another that no program can set back), without reading the file."""
+    """(bytes, a number that changes when the file is written, another that no program can set
+    back), without reading the file.
+    """
     if is_remote(path):
         info = _remote(path, lambda: filesystem(path).info(path))
         key = _remote(path, lambda: filesystem(path).ukey(path))
         told = [str(key), *(f"{name}={info[name]}" for name in _CHANGING if name in info)]
-        return int(info["size"] or 0), int(hashlib.sha256("\n".join(told).encode()).hexdigest()[:15], 16), 0
+        return (
+            int(info["size"] or 0),
+            int(hashlib.sha256("\n".join(told).encode()).hexdigest()[:15], 16),
+            0,
+        )
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -138,22 +163,30 @@ def fingerprint(path: str) -> tuple[int, int, int]:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes start..stop of a file. It is opened each time: sources may have more shards than a process may have open files."""
+    """Bytes start..stop of a file. It is opened each time: sources may have more shards than a
+    process may have open files.
+    """
     if is_remote(path):
         data = _remote(path, lambda: filesystem(path).cat_file(path, start=start, end=stop))
     else:
         with open_binary(path) as file:
-            if os.fstat(file.fileno()).st_size < stop:  # before memory is taken for what is not there
-                raise ChangedError(f"{one_line(path)}: ends before byte {stop:,}; it was changed while in use")
+            # before memory is taken for what is not there
+            if os.fstat(file.fileno()).st_size < stop:
+                raise ChangedError(
+                    f"{one_line(path)}: ends before byte {stop:,}; it was changed while in use"
+                )
             file.seek(start)
             data = file.read(stop - start)
     if len(data) != stop - start:
-        raise ChangedError(f"{one_line(path)}: ends before byte {stop:,}; it was changed while in use")
+        raise ChangedError(
+            f"{one_line(path)}: ends before byte {stop:,}; it was changed while in use"
+        )
     return data
 
 
 def resolve(name: str, base: str, find: Callable[[str], list[str]] | None = None) -> str:
-    """The path or address that a file in folder `base` means by `name`: relative to `base`. Patterns of `expand` stay in it.
+    """The path or address that a file in folder `base` means by `name`: relative to `base`.
+    Patterns of `expand` stay in it.
 
     find: what is there of a path; by default `expand`.
 
@@ -178,10 +211,12 @@ def resolve(name: str, base: str, find: Callable[[str], list[str]] | None = None
 
 
 def expand(pattern: str) -> list[str]:
-    """Existing files or folders of a path with {000..127} or {a,b} (all must exist) and * (as many as there are).
+    """Existing files or folders of a path with {000..127} or {a,b} (all must exist) and * (as many
+    as there are).
 
     Raises:
-      FileError: if some of the files of the braces are missing, or they stand for more than `MAX_FILES`.
+      FileError: if some of the files of the braces are missing, or they stand for more than
+      `MAX_FILES`.
     """
     if exists(pattern):  # braces and stars may be part of a name
         return [pattern]
@@ -200,7 +235,9 @@ def expand(pattern: str) -> list[str]:
 
 
 def _split(pattern: str) -> tuple[str, str]:
-    """(folders that exist as they are written, the rest), so that braces and stars in the names of folders stay what they are."""
+    """(folders that exist as they are written, the rest), so that braces and stars in the names of
+    folders stay what they are.
+    """
     if is_remote(pattern):
         scheme, _, rest = pattern.partition("://")
         return f"{scheme}://", rest
@@ -216,10 +253,14 @@ def _glob(folder: str, name: str) -> list[str]:
     # Of the signs that a glob knows, * alone is one here, and in the name alone.
     escaped = glob.escape(folder) + re.sub(r"([\[?])", r"[\1]", name)
     if not is_remote(folder):
-        return sorted((path for path in glob.glob(escaped) if not path.endswith(INDEX)), key=natural)
+        return sorted(
+            (path for path in glob.glob(escaped) if not path.endswith(INDEX)), key=natural
+        )
     address = folder + re.sub(r"([\[?])", r"[\1]", name)
     found = _remote(address, lambda: filesystem(folder + name).glob(address))
-    return sorted((path if path.startswith(folder) else folder + path for path in found), key=natural)
+    return sorted(
+        (path if path.startswith(folder) else folder + path for path in found), key=natural
+    )
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -227,10 +268,14 @@ def _braces(pattern: str) -> Iterator[str]:
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(part, pattern) for part in parts[1::2]]
     if math.prod(map(len, choices)) > MAX_FILES:
-        raise FileError(f"{excerpt(pattern)}: its braces stand for more than {MAX_FILES:,} files; use * or list fewer")
+        raise FileError(
+            f"{excerpt(pattern)}: its braces stand for more than {MAX_FILES:,} files; use * or list fewer"
+        )
     texts = parts[0::2]
     for chosen in itertools.product(*choices):
-        yield texts[0] + "".join(choice + text for choice, text in zip(chosen, texts[1:], strict=True))
+        yield texts[0] + "".join(
+            choice + text for choice, text in zip(chosen, texts[1:], strict=True)
+        )
 
 
 def _choices(braces: str, pattern: str):
@@ -239,7 +284,11 @@ def _choices(braces: str, pattern: str):
         return braces.split(",")
     first, last = int(numbers[1]), int(numbers[2])
     if last - first >= MAX_FILES:
-        raise FileError(f"{excerpt(pattern)}: {{{braces}}} stands for more than {MAX_FILES:,} files; use * or list fewer")
+        raise FileError(
+            f"{excerpt(pattern)}: {{{braces}}} stands for more than {MAX_FILES:,} files; use * or list fewer"
+        )
     if last < first:
-        raise FileError(f"{excerpt(pattern)}: {{{braces}}} counts down; write the smaller number first")
+        raise FileError(
+            f"{excerpt(pattern)}: {{{braces}}} counts down; write the smaller number first"
+        )
     return [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]

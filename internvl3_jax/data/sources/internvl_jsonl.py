@@ -3,17 +3,21 @@
     {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"], "video": "c.mp4", "clip": [start, end],
      "conversations": [{"from": "system", "value": text}, {"from": "human", "value": text}, {"from": "gpt", "value": text}, ...]}
 
-Pairs for preference optimisation have, in place of conversations, two answers to one question (MMPR):
+Pairs for preference optimisation have, in place of conversations, two answers to one question
+(MMPR):
 
     {"image": ..., "question": text, "chosen": text, "rejected": text}
 
-No picture and no video: text only. One picture: if no human turn has <image>, it goes in front of the first one, as <image> and a
-line break. Several pictures: one <image> each. A video: <video> in the first human turn, or its start, becomes a line for each frame.
-Everything else in the text, such as <ref> and <box>, stays as it is. Other keys of a row are ignored, unless they look like images or
-mean something to other trainers (row_fields.py, which also reads some spellings of theirs).
+No picture and no video: text only. One picture: if no human turn has <image>, it goes in front of
+the first one, as <image> and a line break. Several pictures: one <image> each. A video: <video> in
+the first human turn, or its start, becomes a line for each frame.
+Everything else in the text, such as <ref> and <box>, stays as it is. Other keys of a row are
+ignored, unless they look like images or mean something to other trainers (row_fields.py, which also
+reads some spellings of theirs).
 
-Pictures are looked up under the source's root (row_paths.py), or among the files that came with the row in its tar archive. In an
-archive a row may also leave its pictures out: then they are the other files of the sample, in order.
+Pictures are looked up under the source's root (row_paths.py), or among the files that came with the
+row in its tar archive. In an archive a row may also leave its pictures out: then they are the other
+files of the sample, in order.
 """
 
 import dataclasses
@@ -27,7 +31,13 @@ from internvl3_jax.data.media.tiles import image_limit
 from internvl3_jax.data.media.video import Choose, read_frames
 from internvl3_jax.data.sources.files import is_remote, join, read_bytes
 from internvl3_jax.data.sources.meta import MetaError, SourceSpec
-from internvl3_jax.data.sources.row_fields import check_keys, is_pair, read_media, read_messages, read_pair
+from internvl3_jax.data.sources.row_fields import (
+    check_keys,
+    is_pair,
+    read_media,
+    read_messages,
+    read_pair,
+)
 from internvl3_jax.data.sources.row_paths import locate
 from internvl3_jax.data.sources.rows import RowError, Rows
 from internvl3_jax.data.text.chat_template import PICTURE_TAG, Message, insert_missing_tags
@@ -53,7 +63,9 @@ class Conversation:
 
 
 class OfficialSource:
-    """One entry of a meta JSON: random access to its conversations. Threads may share it, and it can be sent to other processes."""
+    """One entry of a meta JSON: random access to its conversations. Threads may share it, and it
+    can be sent to other processes.
+    """
 
     ordered = False
 
@@ -63,7 +75,11 @@ class OfficialSource:
         self.name, self.repeat, self.weight = spec.name, spec.repeat, spec.weight
         if not len(self.rows):
             raise MetaError(f"source {spec.name!r}: {', '.join(spec.annotation)} has no rows")
-        if spec.root_error and self.has_pictures and any(path.endswith(".jsonl") for path in spec.annotation):
+        if (
+            spec.root_error
+            and self.has_pictures
+            and any(path.endswith(".jsonl") for path in spec.annotation)
+        ):
             raise MetaError(spec.root_error)
 
     @property
@@ -73,7 +89,9 @@ class OfficialSource:
 
     @property
     def identity(self) -> str:
-        """A short text that differs if the samples do, as far as rows and settings of the entry say; pictures are not looked at."""
+        """A short text that differs if the samples do, as far as rows and settings of the entry
+        say; pictures are not looked at.
+        """
         spec = self.spec
         return (
             f"{self.rows.identity}, root {spec.written_root!r}, augment {spec.augment}, repeat {spec.repeat}, "
@@ -87,7 +105,11 @@ class OfficialSource:
         return f"{self.name} row {row} ({self.rows.locate(row)})"
 
     def conversation(
-        self, row: int, choose: Callable[[list | None], Choose], processor: ProcessorConfig, limits: Mapping | None = None
+        self,
+        row: int,
+        choose: Callable[[list | None], Choose],
+        processor: ProcessorConfig,
+        limits: Mapping | None = None,
     ) -> Conversation:
         """Reads a row and its pictures.
 
@@ -107,7 +129,11 @@ class OfficialSource:
         video = None if video is None else locate(video, self.spec, archive)
         where = _Place(self.spec.root, files, processor.apply_exif, limits or {})
         number = values.get("id")
-        common = {"augment": self.spec.augment, "id": None if number is None else str(number), "rejected": rejected}
+        common = {
+            "augment": self.spec.augment,
+            "id": None if number is None else str(number),
+            "rejected": rejected,
+        }
         if video is not None:
             frames = where.video(video, choose(values.get("clip")))
             messages = insert_frames(messages, len(frames), processor.frame_label)
@@ -130,9 +156,16 @@ class _Place:
 
     def picture(self, name: str) -> Image.Image:
         if name in self.files:
-            return open_image(self.files[name], apply_exif=self.apply_exif, name=name, **self.limits)
+            return open_image(
+                self.files[name], apply_exif=self.apply_exif, name=name, **self.limits
+            )
         path = join(self.root, name)
-        return open_image(read_bytes(path) if is_remote(path) else path, apply_exif=self.apply_exif, name=path, **self.limits)
+        return open_image(
+            read_bytes(path) if is_remote(path) else path,
+            apply_exif=self.apply_exif,
+            name=path,
+            **self.limits,
+        )
 
     def video(self, name: str, choose: Choose) -> list[Image.Image]:
         if name in self.files:
@@ -141,12 +174,17 @@ class _Place:
 
 
 def insert_frames(messages: list[Message], count: int, label: str) -> list[Message]:
-    r"""Puts a line `label<image>` for each frame of a video in the place of <video>, or before the first user message.
+    r"""Puts a line `label<image>` for each frame of a video in the place of <video>, or before the
+    first user message.
 
     label: with {} for the frame's number from 1. A line break after <video> stays the only one.
     """
-    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
-    tags = sum(message["content"].count(VIDEO_TAG) for message in messages if message["role"] == "user")
+    first = next(
+        (number for number, message in enumerate(messages) if message["role"] == "user"), None
+    )
+    tags = sum(
+        message["content"].count(VIDEO_TAG) for message in messages if message["role"] == "user"
+    )
     if first is None:
         return messages  # encode_chat says what is missing
     text = messages[first]["content"]

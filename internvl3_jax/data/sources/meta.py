@@ -9,17 +9,28 @@
                 "weight": 3.0,                        its part of the mixture where data.weights is "given"; not in the original
                 "allow_outside_root": false}}         whether rows may name files outside of the root; not in the original
 
-A fractional repeat_time above 1 takes whole repeats and a head slice for the rest. InternVL's fine-tuning refuses such a number,
-its pre-training and MPO code drop the fraction, and MPO takes a random subset in place of the head slice. The original would sample
-repeats one after the other as listed; here every epoch over them is shuffled as a whole.
+A fractional repeat_time above 1 takes whole repeats and a head slice for the rest. InternVL's
+fine-tuning refuses such a number, its pre-training and MPO code drop the fraction, and MPO takes a
+random subset in place of the head slice. The original would sample repeats one after the other as
+listed; here every epoch over them is shuffled as a whole.
 
-Relative paths are relative to the meta file, also a root of "." or "" and what it stands for. docs/data.md has the whole format.
+Relative paths are relative to the meta file, also a root of "." or "" and what it stands for.
+docs/data.md has the whole format.
 """
 
 import dataclasses
 import os
 
-from internvl3_jax.data.sources.files import FileError, exists, expand, folder_of, is_folder, is_remote, read_bytes, resolve
+from internvl3_jax.data.sources.files import (
+    FileError,
+    exists,
+    expand,
+    folder_of,
+    is_folder,
+    is_remote,
+    read_bytes,
+    resolve,
+)
 from internvl3_jax.data.sources.rows import KINDS
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.strict_json import JsonError, Object
@@ -27,7 +38,8 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 MAX_BYTES = 64 << 20  # of a meta JSON
 MAX_NAME = 200  # characters of a source's name
-# Far above any use; beyond them counts of samples and tiles leave the range of their types, or of the machine.
+# Far above any use; beyond them counts of samples and tiles leave the range of their types, or of
+# the machine.
 MOST_REPEATS, MOST_WEIGHT, MOST_TILES, MOST_ROWS = 10**6, 10**12, 1024, 2**53
 
 
@@ -49,7 +61,9 @@ class SourceSpec:
     length: int | None = None
     weight: float | None = None
     written_root: str = ""  # as the meta JSON has it
-    outside: str = "no"  # what rows may name outside of the root: no, whole (paths and addresses), addresses, yes (everything)
+    # what rows may name outside of the root: no, whole (paths and addresses), addresses, yes
+    # (everything)
+    outside: str = "no"
 
 
 def read_meta(path: str) -> list[SourceSpec]:
@@ -64,21 +78,33 @@ def read_meta(path: str) -> list[SourceSpec]:
     try:
         data = read_bytes(path, max_bytes=MAX_BYTES)
     except FileError as error:
-        raise MetaError(f"data.source: {error}; it is the path of a meta JSON, or MODULE:FUNCTION") from error
+        raise MetaError(
+            f"data.source: {error}; it is the path of a meta JSON, or MODULE:FUNCTION"
+        ) from error
     try:
         entries = strict_json.loads(data, one_line(path))
     except JsonError as error:
         hint = (
-            " A file with a row on each line is named .jsonl, and a meta JSON names it." if "Extra data" in str(error) else ""
+            " A file with a row on each line is named .jsonl, and a meta JSON names it."
+            if "Extra data" in str(error)
+            else ""
         )
         raise MetaError(f"{error}{hint}") from error
     if not isinstance(entries, dict) or not entries:
         what = (
-            "a list; a meta JSON names the files of rows, which are .jsonl" if isinstance(entries, list) else excerpt(entries)
+            "a list; a meta JSON names the files of rows, which are .jsonl"
+            if isinstance(entries, list)
+            else excerpt(entries)
         )
-        raise MetaError(f"{one_line(path)}: expected an object with a name and settings for each source; it is {what}")
-    if {"root", "annotation"} <= entries.keys() and not any(isinstance(value, dict) for value in entries.values()):
-        raise MetaError(f'{one_line(path)}: has one entry without a name; write {{"mine": {{"root": ..., "annotation": ...}}}}')
+        raise MetaError(
+            f"{one_line(path)}: expected an object with a name and settings for each source; it is {what}"
+        )
+    if {"root", "annotation"} <= entries.keys() and not any(
+        isinstance(value, dict) for value in entries.values()
+    ):
+        raise MetaError(
+            f'{one_line(path)}: has one entry without a name; write {{"mine": {{"root": ..., "annotation": ...}}}}'
+        )
     return [_read_entry(path, name, entry) for name, entry in entries.items()]
 
 
@@ -154,7 +180,9 @@ def _annotation(where: str, values: Object, base: str) -> tuple[str, ...]:
     names = values.get("annotation", (str, list))
     names = [names] if isinstance(names, str) else names
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise MetaError(f"{where}: annotation is {excerpt(values.values['annotation'])}; expected a path or a list of paths")
+        raise MetaError(
+            f"{where}: annotation is {excerpt(values.values['annotation'])}; expected a path or a list of paths"
+        )
     try:
         return tuple(path for name in names for path in expand(resolve(name, base)))
     except JsonError:

@@ -1,4 +1,5 @@
-"""Which rows of which source a mixture takes, and how many: repeats and head slices, samples left out, weights.
+"""Which rows of which source a mixture takes, and how many: repeats and head slices, samples left
+out, weights.
 
 Everything is arithmetic on numbers; no list of rows is ever made.
 """
@@ -22,11 +23,14 @@ class Selection:
     """Rows that one pass over a source takes, as a source of (source number, row) for grain."""
 
     def __init__(self, source: int, rows: int, repeat: float, left_out: Sequence[int] = ()):
-        """rows: of the file; repeat: share from the head, or number of repeats with a head slice for the rest; left_out: rows."""
+        """rows: of the file; repeat: share from the head, or number of repeats with a head slice
+        for the rest; left_out: rows.
+        """
         self.source, self.rows = source, rows
         total = math.floor(rows * repeat + 1e-9)  # 0.7 * 10 is not 7 in binary
         gone = sorted(place for row in set(left_out) for place in range(row, total, rows))
-        # Of each place that is gone, how many that remain come before it: adding it back to a number is then a search.
+        # Of each place that is gone, how many that remain come before it: adding it back to a
+        # number is then a search.
         self.before = np.asarray(gone, np.int64) - np.arange(len(gone))
         self.length = total - len(gone)
 
@@ -39,7 +43,8 @@ class Selection:
 
 
 def read_drop_list(path: str, names: Sequence[str], lengths: Sequence[int]) -> dict[int, set[int]]:
-    """Source number -> rows to leave out, from lines of source, row and reason with tabs between. "" is no list.
+    """Source number -> rows to leave out, from lines of source, row and reason with tabs between.
+    "" is no list.
 
     Raises:
       ValueError: naming a line that is none, or whose source or row does not exist.
@@ -61,7 +66,9 @@ def read_drop_list(path: str, names: Sequence[str], lengths: Sequence[int]) -> d
 
 
 def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
-    """(line number, source, row, reason) of each line of a drop list. ValueError names a line that is none."""
+    """(line number, source, row, reason) of each line of a drop list. ValueError names a line that
+    is none.
+    """
     text = decode(read_bytes(os.path.expanduser(path), max_bytes=MAX_DROP_LIST), one_line(path))
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(" \r") or line.startswith("#"):
@@ -78,20 +85,27 @@ def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
 def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int]) -> list[float]:
     """Share of each source in the mixture; they sum to 1.
 
-    lengths: samples in one pass over each. Sources without any picture or video share `config.language_share` of the samples if
-    that is not negative; one with some of each counts among the others.
+    lengths: samples in one pass over each. Sources without any picture or video share
+        `config.language_share` of the samples if that is not negative; one with some of each counts
+        among the others.
     """
     if config.weights == "given":
         missing = [source.name for source in sources if source.weight is None]
         if missing:
-            raise ValueError(f"data.weights is given, but the meta JSON has no weight for {', '.join(missing)}")
+            raise ValueError(
+                f"data.weights is given, but the meta JSON has no weight for {', '.join(missing)}"
+            )
         weights = [float(source.weight) for source in sources]
     elif config.weights in ("length", "sqrt"):
-        weights = [length if config.weights == "length" else math.sqrt(length) for length in lengths]
+        weights = [
+            length if config.weights == "length" else math.sqrt(length) for length in lengths
+        ]
     else:
         raise ValueError(f"data.weights is {config.weights!r}; it must be length, sqrt or given")
     if config.language_share >= 0:
-        weights = _share_language(config.language_share, weights, [not source.has_pictures for source in sources])
+        weights = _share_language(
+            config.language_share, weights, [not source.has_pictures for source in sources]
+        )
     if sum(weights) <= 0:
         raise ValueError(f"{config.source}: every source has weight 0")
     return [weight / sum(weights) for weight in weights]
@@ -100,9 +114,15 @@ def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int
 def _share_language(share: float, weights: list[float], is_text: list[bool]) -> list[float]:
     if share > 1:
         raise ValueError(f"data.language_share is {share}; it is a share of the samples, at most 1")
-    parts = {kind: sum(weight for weight, text in zip(weights, is_text, strict=True) if text == kind) for kind in (True, False)}
+    parts = {
+        kind: sum(weight for weight, text in zip(weights, is_text, strict=True) if text == kind)
+        for kind in (True, False)
+    }
     for kind, wanted, name in ((True, share, "of text only"), (False, 1 - share, "with pictures")):
         if wanted > 0 and parts[kind] <= 0:
             raise ValueError(f"data.language_share is {share}, but no source {name} has a weight")
     wanted = {True: share, False: 1 - share}
-    return [weight * wanted[text] / (parts[text] or 1) for weight, text in zip(weights, is_text, strict=True)]
+    return [
+        weight * wanted[text] / (parts[text] or 1)
+        for weight, text in zip(weights, is_text, strict=True)
+    ]

@@ -1,17 +1,20 @@
-"""Where each row of an annotation file begins: an .npy file of int64 that every process maps and none holds in memory.
+"""Where each row of an annotation file begins: an .npy file of int64 that every process maps and
+none holds in memory.
 
     HEADER numbers (`_HEADER_NAMES`), start of row 0, start of row 1, ... end of the last row
 
-It is written once, beside the file or, where that folder cannot be written or is remote, in $INTERNVL3_JAX_CACHE (by default
-~/.cache/internvl3_jax), and again when the file was written since. Writing is atomic: several processes may build it
-at once, each for itself, and the last one wins.
+It is written once, beside the file or, where that folder cannot be written or is remote, in
+$INTERNVL3_JAX_CACHE (by default ~/.cache/internvl3_jax), and again when the file was written since.
+Writing is atomic: several processes may build it at once, each for itself, and the last one wins.
 
-That a file was written is seen from its size, its time stamp, and the time of its last change, which no program can set back. An index
-that was built within a moment of that change is built again: the clock of a file system is coarse.
+That a file was written is seen from its size, its time stamp, and the time of its last change,
+which no program can set back. An index that was built within a moment of that change is built
+again: the clock of a file system is coarse.
 
-A JSONL row is a line. Lines without content count as rows (and are errors when read), except at the end of the file. A row of a
-tar shard is a run of files with the same name up to the first dot, as WebDataset writes them. Of an ArrayRecord file, which finds its
-records itself, the index holds the numbers in front alone.
+A JSONL row is a line. Lines without content count as rows (and are errors when read), except at the
+end of the file. A row of a tar shard is a run of files with the same name up to the first dot, as
+WebDataset writes them. Of an ArrayRecord file, which finds its records itself, the index holds the
+numbers in front alone.
 """
 
 import dataclasses
@@ -24,16 +27,37 @@ from collections.abc import Callable
 
 import numpy as np
 
-from internvl3_jax.data.sources.files import INDEX, ChangedError, FileError, fingerprint, is_remote, open_binary
+from internvl3_jax.data.sources.files import (
+    INDEX,
+    ChangedError,
+    FileError,
+    fingerprint,
+    is_remote,
+    open_binary,
+)
 from internvl3_jax.data.sources.tars import members
 from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.safe_files import open_regular
 from internvl3_jax.io.terminal import one_line
 
 VERSION = 2
-_HEADER_NAMES = ("version", "size", "written", "changed", "built", "rows", "pictures", "hash0", "hash1", "hash2", "hash3")
+_HEADER_NAMES = (
+    "version",
+    "size",
+    "written",
+    "changed",
+    "built",
+    "rows",
+    "pictures",
+    "hash0",
+    "hash1",
+    "hash2",
+    "hash3",
+)
 HEADER = len(_HEADER_NAMES)  # int64 before the offsets
-SETTLED = 2 * 10**9  # nanoseconds between a file's change and its index, from which on the change shows in the time stamps
+# nanoseconds between a file's change and its index, from which on the change shows in the time
+# stamps
+SETTLED = 2 * 10**9
 CHUNK = 1 << 24  # bytes read at a time
 MAX_ROW = 256 << 20  # bytes of a JSON row
 MENTIONS = (b'"image"', b'"video"', b'"images"', b'"videos"')
@@ -47,14 +71,18 @@ class RowIndex:
     rows: int
     has_pictures: bool  # whether any row has a picture or video
     digest: (
-        str  # hex; of the rows' bytes in their order, of a tar shard of its rows' JSON and its members' names, sizes and places
+        # hex; of the rows' bytes in their order, of a tar shard of its rows' JSON and its members'
+        # names, sizes and places
+        str
     )
     stamp: tuple[int, int, int]  # `fingerprint` of the file
 
 
 def has_pictures(row) -> bool:
     """Whether a row of the annotations has a picture or a video."""
-    return isinstance(row, dict) and any(row.get(name) for name in ("image", "video", "images", "videos"))
+    return isinstance(row, dict) and any(
+        row.get(name) for name in ("image", "video", "images", "videos")
+    )
 
 
 def open_index(path: str, digest: str | None = None, scan: Callable | None = None) -> RowIndex:
@@ -62,7 +90,8 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
 
     Args:
       digest: of an index that this path had before; then the file must be the same as it was.
-      scan: of (file, writer, path), appends the rows to the writer; by default that of the path's ending.
+      scan: of (file, writer, path), appends the rows to the writer; by default that of the path's
+          ending.
 
     Raises:
       ChangedError: the file is not the one of `digest`, or was written during the scan.
@@ -77,7 +106,9 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            index = _write(path, place, stamp, scan or (_scan_tar if path.endswith(".tar") else _scan_lines))
+            index = _write(
+                path, place, stamp, scan or (_scan_tar if path.endswith(".tar") else _scan_lines)
+            )
         except PermissionError:
             continue
         except OSError as error:
@@ -85,16 +116,22 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
                 raise
             continue
         if digest is not None and index.digest != digest:
-            raise ChangedError(f"{one_line(path)}: was changed while in use; start again, so that its rows are counted anew")
+            raise ChangedError(
+                f"{one_line(path)}: was changed while in use; start again, so that its rows are counted anew"
+            )
         return index
-    raise FileError(f"{path}: no place for its index can be written: {', '.join(map(str, places))}; set INTERNVL3_JAX_CACHE")
+    raise FileError(
+        f"{path}: no place for its index can be written: {', '.join(map(str, places))}; set INTERNVL3_JAX_CACHE"
+    )
 
 
 def index_places(path: str) -> list[pathlib.Path]:
     """Where the index of a file may be, the preferred place first."""
     name = f"{os.path.basename(path)}{INDEX}"
     where = path if is_remote(path) else os.path.abspath(path)
-    cache = pathlib.Path(os.path.expanduser(os.environ.get("INTERNVL3_JAX_CACHE") or "~/.cache/internvl3_jax"))
+    cache = pathlib.Path(
+        os.path.expanduser(os.environ.get("INTERNVL3_JAX_CACHE") or "~/.cache/internvl3_jax")
+    )
     cached = cache / f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:16]}-{name}"
     return [cached] if is_remote(path) else [pathlib.Path(where).parent / name, cached]
 
@@ -107,7 +144,11 @@ def _load(place: pathlib.Path, stamp: tuple[int, int, int], digest: str | None) 
     header = dict(zip(_HEADER_NAMES, values[:HEADER].tolist(), strict=True))
     found = header["size"], header["written"], header["changed"]
     index = RowIndex(
-        values[HEADER:], header["rows"], bool(header["pictures"]), values[HEADER - 4 : HEADER].tobytes().hex(), found
+        values[HEADER:],
+        header["rows"],
+        bool(header["pictures"]),
+        values[HEADER - 4 : HEADER].tobytes().hex(),
+        found,
     )
     if header["version"] != VERSION or len(index.offsets) not in (0, index.rows + 1):
         return None
@@ -125,8 +166,16 @@ def _map(place: pathlib.Path) -> np.ndarray | None:
             if np.lib.format.read_magic(file) != (1, 0):
                 return None
             shape, _, kind = np.lib.format.read_array_header_1_0(file)
-            whole = len(shape) == 1 and kind == np.int64 and file.tell() + 8 * shape[0] == os.fstat(file.fileno()).st_size
-            return np.memmap(file, np.int64, "r", file.tell(), shape) if whole and shape[0] >= HEADER else None
+            whole = (
+                len(shape) == 1
+                and kind == np.int64
+                and file.tell() + 8 * shape[0] == os.fstat(file.fileno()).st_size
+            )
+            return (
+                np.memmap(file, np.int64, "r", file.tell(), shape)
+                if whole and shape[0] >= HEADER
+                else None
+            )
     except (OSError, ValueError, TypeError, OverflowError):  # FileError is a ValueError
         return None
 
@@ -142,12 +191,16 @@ def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Ca
             scan(file, writer, path)
             writer.finish(stamp, built)
         if fingerprint(path) != stamp:
-            raise ChangedError(f"{one_line(path)}: was changed while its rows were counted; start again")
+            raise ChangedError(
+                f"{one_line(path)}: was changed while its rows were counted; start again"
+            )
         os.replace(temporary, place)
     except BaseException:
         os.unlink(temporary)
         raise
-    return RowIndex(_map(place)[HEADER:], writer.rows, writer.pictures, writer.digest.hexdigest(), stamp)
+    return RowIndex(
+        _map(place)[HEADER:], writer.rows, writer.pictures, writer.digest.hexdigest(), stamp
+    )
 
 
 class _Writer:
@@ -176,10 +229,18 @@ class _Writer:
         self.out.seek(0)
         self._header()
         hashes = np.frombuffer(self.digest.digest(), np.int64).tolist()
-        self.out.write(np.asarray([VERSION, *stamp, built, self.rows, self.pictures, *hashes], np.int64).tobytes())
+        self.out.write(
+            np.asarray(
+                [VERSION, *stamp, built, self.rows, self.pictures, *hashes], np.int64
+            ).tobytes()
+        )
 
     def _header(self) -> None:
-        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False, "shape": (self.count,)}
+        described = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)),
+            "fortran_order": False,
+            "shape": (self.count,),
+        }
         np.lib.format.write_array_header_1_0(self.out, described)
 
 
@@ -246,7 +307,9 @@ def _scan_tar(file, writer: _Writer, path: str) -> None:
         if key != (key := tar_key(member.name)):
             writer.starts([member.start])
         end = member.end
-        writer.digest.update(f"{len(member.name)} {member.size} {member.start} ".encode() + os.fsencode(member.name))
+        writer.digest.update(
+            f"{len(member.name)} {member.size} {member.start} ".encode() + os.fsencode(member.name)
+        )
         if member.name.endswith(".json"):
             content = member.read()
             writer.digest.update(content)
@@ -257,6 +320,8 @@ def _scan_tar(file, writer: _Writer, path: str) -> None:
 
 
 def tar_key(name: str) -> str:
-    """Name of a member up to the first dot after its last slash: what the files of one sample share."""
+    """Name of a member up to the first dot after its last slash: what the files of one sample
+    share.
+    """
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]

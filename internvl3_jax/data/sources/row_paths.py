@@ -1,9 +1,11 @@
 """Where the images and videos of a row are, and which of them a row may name.
 
-A row comes from whoever made the data. It names files under its source's root, and no others: not with .., not with an absolute path or
-an address elsewhere. With the root "" absolute paths and addresses are what rows are expected to have, unless the annotation itself
-comes from an address; then they are addresses alone. "allow_outside_root": true in the meta JSON lifts all of this. A row of a tar
-archive names files of its archive, whatever the meta JSON says. Symbolic links under a root are followed: they are the owner's.
+A row comes from whoever made the data. It names files under its source's root, and no others: not
+with .., not with an absolute path or an address elsewhere. With the root "" absolute paths and
+addresses are what rows are expected to have, unless the annotation itself comes from an address;
+then they are addresses alone. "allow_outside_root": true in the meta JSON lifts all of this. A row
+of a tar archive names files of its archive, whatever the meta JSON says. Symbolic links under a
+root are followed: they are the owner's.
 """
 
 import os
@@ -35,16 +37,26 @@ def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str
             f"files: put it there, or use a .jsonl annotation"
         )
     if name.startswith("data:"):
-        raise RowError(f"{excerpt(name)}: holds the data itself; save it as a file and give its path")
+        raise RowError(
+            f"{excerpt(name)}: holds the data itself; save it as a file and give its path"
+        )
     if len(name) > MAX_PATH or "\0" in name:
         raise RowError(f"{excerpt(name)}: is no path (it has {len(name):,} characters)")
     whole = is_remote(name) or os.path.isabs(name)
-    if spec.outside == "yes" or (whole and spec.outside == "whole") or (spec.outside == "addresses" and _is_elsewhere(name)):
+    if (
+        spec.outside == "yes"
+        or (whole and spec.outside == "whole")
+        or (spec.outside == "addresses" and _is_elsewhere(name))
+    ):
         return name if whole else join(spec.root, name)
     path = join(spec.root, name)
     if is_remote(path):
         scheme, _, rest = path.partition("://")
-        inside = is_remote(spec.root) and _is_inside(f"{scheme}://", rest, spec.root) and "::" not in name
+        inside = (
+            is_remote(spec.root)
+            and _is_inside(f"{scheme}://", rest, spec.root)
+            and "::" not in name
+        )
     else:
         path = os.path.normpath(path)  # what is checked is what is opened
         inside = not is_remote(spec.root) and _is_inside("", path, os.path.abspath(spec.root))

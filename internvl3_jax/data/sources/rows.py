@@ -13,8 +13,22 @@ import io
 import os
 from collections.abc import Sequence
 
-from internvl3_jax.data.sources.files import ChangedError, FileError, exists, fingerprint, is_remote, open_binary, read_range
-from internvl3_jax.data.sources.row_index import MAX_ROW, RowIndex, index_places, open_index, parsed_has_pictures
+from internvl3_jax.data.sources.files import (
+    ChangedError,
+    FileError,
+    exists,
+    fingerprint,
+    is_remote,
+    open_binary,
+    read_range,
+)
+from internvl3_jax.data.sources.row_index import (
+    MAX_ROW,
+    RowIndex,
+    index_places,
+    open_index,
+    parsed_has_pictures,
+)
 from internvl3_jax.data.sources.tars import TarError, members
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.terminal import excerpt, one_line
@@ -25,11 +39,15 @@ MAX_MEMBERS = 10_000  # files of a sample
 
 
 class RowError(ValueError):
-    """A row that is not what the format asks for. The message says what is wrong, not where: the caller knows."""
+    """A row that is not what the format asks for. The message says what is wrong, not where: the
+    caller knows.
+    """
 
 
 class Rows:
-    """The rows of one or several files, one after the other. Threads may share it; a pickled copy opens its index anew."""
+    """The rows of one or several files, one after the other. Threads may share it; a pickled copy
+    opens its index anew.
+    """
 
     def __init__(self, paths: Sequence[str]):
         self.files = [_open(path) for path in paths]
@@ -43,15 +61,21 @@ class Rows:
 
     @property
     def identity(self) -> str:
-        """A short text that differs if the rows or their order do; names, places and time stamps of the files do not matter."""
-        digest = hashlib.sha256(" ".join(f"{len(file)} {file.digest}" for file in self.files).encode())
+        """A short text that differs if the rows or their order do; names, places and time stamps of
+        the files do not matter.
+        """
+        digest = hashlib.sha256(
+            " ".join(f"{len(file)} {file.digest}" for file in self.files).encode()
+        )
         return f"{len(self)} rows, sha256 {digest.hexdigest()[:32]}"
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, row: int) -> tuple[dict, dict[str, bytes] | None]:
-        """The JSON object of a row, and the files that came with it by name; None if it came in no archive."""
+        """The JSON object of a row, and the files that came with it by name; None if it came in no
+        archive.
+        """
         file, number = self._find(row)
         data = file[number]
         return decode_tar(data) if file.is_tar(data) else (decode_json(data), None)
@@ -71,7 +95,9 @@ class Rows:
 
 def _open(path: str):
     if not path.endswith(KINDS):
-        raise FileError(f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{_remedy(path)}")
+        raise FileError(
+            f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{_remedy(path)}"
+        )
     return _IndexedFile(path) if path.endswith((".jsonl", ".tar")) else _ArrayRecordFile(path)
 
 
@@ -95,7 +121,12 @@ class _IndexedFile:
     def __init__(self, path: str):
         self.path = path
         index = open_index(path)
-        self.has_pictures, self.length, self.digest, self.stamp = index.has_pictures, index.rows, index.digest, index.stamp
+        self.has_pictures, self.length, self.digest, self.stamp = (
+            index.has_pictures,
+            index.rows,
+            index.digest,
+            index.stamp,
+        )
         self._index: RowIndex | None = index
 
     def __len__(self) -> int:
@@ -145,11 +176,15 @@ class _ArrayRecordFile:
 
     def __init__(self, path: str):
         if is_remote(path):
-            raise FileError(f"{path}: ArrayRecord files are read from local disks; copy it, or use .jsonl or .tar")
+            raise FileError(
+                f"{path}: ArrayRecord files are read from local disks; copy it, or use .jsonl or .tar"
+            )
         try:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
         except ImportError as error:
-            raise FileError(f"{path}: needs the array_record package: pip install array_record") from error
+            raise FileError(
+                f"{path}: needs the array_record package: pip install array_record"
+            ) from error
         if not exists(path):
             raise FileError(f"{one_line(path)}: no such file")
         with open_binary(path):
@@ -160,7 +195,9 @@ class _ArrayRecordFile:
         except FileError:
             raise
         except Exception as error:  # the library's own, of any kind
-            raise FileError(f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})") from error
+            raise FileError(
+                f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})"
+            ) from error
         self.has_pictures, self.digest = index.has_pictures, index.digest
 
     def __len__(self) -> int:
@@ -189,7 +226,9 @@ def decode_json(data: bytes) -> dict:
     except ValueError as error:
         raise RowError(str(error).removeprefix("row: ")) from error
     if not isinstance(row, dict):
-        raise RowError(f"is {strict_json.describe(row)}; expected an object with the key conversations")
+        raise RowError(
+            f"is {strict_json.describe(row)}; expected an object with the key conversations"
+        )
     return row
 
 
@@ -201,12 +240,18 @@ def _text(data: bytes) -> str:
 
 
 def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
-    """The JSON object of a sample's part of a tar archive, and its other files by name. RowError if they cannot be read."""
+    """The JSON object of a sample's part of a tar archive, and its other files by name. RowError if
+    they cannot be read.
+    """
     files: dict[str, bytes] = {}
     try:
-        for member in members(io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, whole=False):
+        for member in members(
+            io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, whole=False
+        ):
             if member.name in files:
-                raise RowError(f"has two files {excerpt(member.name)}; a name must occur once in a sample")
+                raise RowError(
+                    f"has two files {excerpt(member.name)}; a name must occur once in a sample"
+                )
             if len(files) == MAX_MEMBERS:
                 raise RowError(f"has more than {MAX_MEMBERS:,} files")
             files[member.name] = member.read()
@@ -215,5 +260,7 @@ def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
     rows = [name for name in files if name.endswith(".json")]
     if len(rows) != 1:
         names = one_line(", ".join(list(files)[:10]))
-        raise RowError(f"the files {names} hold {len(rows)} .json files; expected one, next to its pictures")
+        raise RowError(
+            f"the files {names} hold {len(rows)} .json files; expected one, next to its pictures"
+        )
     return decode_json(files.pop(rows[0])), files

@@ -1,7 +1,8 @@
 """Members of an uncompressed tar archive, read within limits.
 
-Sizes in an archive are claims: a sparse member of 3 kB may say that it holds 40 GB, a header that it is 32 TB long. Nothing is read that
-does not fit into the file, and no name or link of a member is followed.
+Sizes in an archive are claims: a sparse member of 3 kB may say that it holds 40 GB, a header that
+it is 32 TB long. Nothing is read that does not fit into the file, and no name or link of a member
+is followed.
 """
 
 import dataclasses
@@ -57,8 +58,17 @@ def members(file, where: str, max_bytes: int, *, whole: bool = True) -> Iterator
     except TarError:
         raise
     # Damaged fields make tarfile raise nearly anything.
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, IndexError, RecursionError) as error:
-        raise TarError(f"{where}: is not an uncompressed tar archive, or is damaged ({one_line(str(error))})") from error
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+        EOFError,
+        IndexError,
+        RecursionError,
+    ) as error:
+        raise TarError(
+            f"{where}: is not an uncompressed tar archive, or is damaged ({one_line(str(error))})"
+        ) from error
 
 
 def _check(member: tarfile.TarInfo, size: int, where: str) -> None:
@@ -80,7 +90,9 @@ def _check(member: tarfile.TarInfo, size: int, where: str) -> None:
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, longest: int, where: str) -> bytes:
     if member.size > longest:
-        raise TarError(f"{where}: {excerpt(member.name)} has {member.size:,} bytes; at most {longest:,} are read")
+        raise TarError(
+            f"{where}: {excerpt(member.name)} has {member.size:,} bytes; at most {longest:,} are read"
+        )
     return archive.extractfile(member).read()
 
 
@@ -89,12 +101,18 @@ def _check_end(file: "_Bounded", place: int, where: str, whole: bool) -> None:
     file.seek(place)
     mark = file.read(tarfile.BLOCKSIZE)
     if mark.strip(b"\0"):
-        raise TarError(f"{where}: is damaged at byte {place:,}: no header and no end; rows behind it would be lost")
+        raise TarError(
+            f"{where}: is damaged at byte {place:,}: no header and no end; rows behind it would be lost"
+        )
     if whole and len(mark) < tarfile.BLOCKSIZE:
-        raise TarError(f"{where}: ends without an end mark; was it written or downloaded completely?")
+        raise TarError(
+            f"{where}: ends without an end mark; was it written or downloaded completely?"
+        )
     while rest := file.read(MAX_HEADER):
         if rest.strip(b"\0"):
-            raise TarError(f"{where}: has more behind its end; archives must not be joined, name both instead")
+            raise TarError(
+                f"{where}: has more behind its end; archives must not be joined, name both instead"
+            )
 
 
 def _padded(size: int) -> int:
@@ -111,7 +129,9 @@ class _Bounded:
 
     def read(self, count: int = -1) -> bytes:
         if count < 0 or count > self.longest:
-            raise tarfile.ReadError(f"a part claims {count:,} bytes; at most {self.longest:,} are read")
+            raise tarfile.ReadError(
+                f"a part claims {count:,} bytes; at most {self.longest:,} are read"
+            )
         return self.file.read(min(count, max(0, self.size - self.file.tell())))
 
     def seek(self, place: int, whence: int = 0) -> int:

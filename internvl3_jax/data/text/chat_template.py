@@ -4,18 +4,22 @@ Template internvl2_5, used by all InternVL3 sizes:
 
     <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n
 
-Each message is one block and is tokenised by itself, so a newline that ends one block never merges with what starts the next.
+Each message is one block and is tokenised by itself, so a newline that ends one block never merges
+with what starts the next.
 The content is not stripped. Of n images the first n <image> in user messages become
 
     <img> <IMG_CONTEXT> x tokens_per_tile * tiles </img>
 
-as in the reference; further ones, and all of a conversation without images, are text, as of a question about SVG. Nothing else in
-any message becomes a control token, however it is spelled (see tokenizer.py).
+as in the reference; further ones, and all of a conversation without images, are text, as of a
+question about SVG. Nothing else in any message becomes a control token, however it is spelled (see
+tokenizer.py).
 
 Trained tokens: of each assistant block all but its header `<|im_start|>assistant\n` and the newline after <|im_end|>. As in the
-reference the header is as many tokens as it has alone, also where an answer that starts with a newline merges with it.
+reference the header is as many tokens as it has alone, also where an answer that starts with a
+newline merges with it.
 
-Follows `preprocess_internvl2_5` of the InternVL repository (internvl/train/dataset.py) and its conversation.py.
+Follows `preprocess_internvl2_5` of the InternVL repository (internvl/train/dataset.py) and its
+conversation.py.
 """
 
 import dataclasses
@@ -37,13 +41,17 @@ PICTURE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
 OFFICIAL_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
-# {"role": one of ROLES, "content": text}. A user message may say with "images" how many of its <image> are places of images at most;
-# `insert_missing_tags` does so where it has more, so that an image of a later turn does not come to stand there.
+# {"role": one of ROLES, "content": text}. A user message may say with "images" how many of its
+# <image> are places of images at most;
+# `insert_missing_tags` does so where it has more, so that an image of a later turn does not come to
+# stand there.
 Message = dict[str, str | int]
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be encoded. The message says where it is, what is wrong and how to fix it."""
+    """A conversation that cannot be encoded. The message says where it is, what is wrong and how to
+    fix it.
+    """
 
 
 @dataclasses.dataclass
@@ -67,9 +75,12 @@ def encode_chat(
     r"""Encodes a conversation.
 
     Args:
-      messages: user and assistant in turn, user first; a system message may come before them and replaces the processor's.
-      tiles_per_picture: number of tiles, thumbnail included, of each image, in the order of their <image> in the user messages.
-      add_generation_prompt: ends with `<|im_start|>assistant\n`, for the model to answer; the last message must be the user's.
+      messages: user and assistant in turn, user first; a system message may come before them and
+          replaces the processor's.
+      tiles_per_picture: number of tiles, thumbnail included, of each image, in the order of their
+          <image> in the user messages.
+      add_generation_prompt: ends with `<|im_start|>assistant\n`, for the model to answer; the last
+          message must be the user's.
       where: names the conversation in errors, e.g. "train.jsonl line 7".
 
     Raises:
@@ -77,19 +88,29 @@ def encode_chat(
       TokenizerError: if the tokenizer lacks a token of the template.
     """
     if processor.template not in TEMPLATES:
-        raise ChatError(f"{_at(where)}template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}")
+        raise ChatError(
+            f"{_at(where)}template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}"
+        )
     _check_form(messages, where)
     _check_turns(messages, add_generation_prompt, where)
     _check_pictures(messages, tiles_per_picture, where)
     writer = _Writer(tokenizer, processor.tokens_per_tile)
-    system = TEMPLATES[processor.template] if processor.system_message == "default" else processor.system_message
+    system = (
+        TEMPLATES[processor.template]
+        if processor.system_message == "default"
+        else processor.system_message
+    )
     if messages[0]["role"] != "system" and system is not None:
         writer.block("system", [system])
     pictures = iter(tiles_per_picture)
-    for message, places in zip(messages, count_places(messages, len(tiles_per_picture)), strict=True):
+    for message, places in zip(
+        messages, count_places(messages, len(tiles_per_picture)), strict=True
+    ):
         if message["role"] == "user":
             first, *rest = message["content"].split(PICTURE_TAG, places)
-            writer.block("user", [first] + [part for text in rest for part in (next(pictures), text)])
+            writer.block(
+                "user", [first] + [part for text in rest for part in (next(pictures), text)]
+            )
         else:
             writer.block(message["role"], [message["content"]])
     if add_generation_prompt:
@@ -103,7 +124,9 @@ class _Writer:
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int):
         names = ("<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>")
         tokenizer.require(*names)
-        self.im_start, self.im_end, self.img, self.context, self.img_end = map(tokenizer.token_id, names)
+        self.im_start, self.im_end, self.img, self.context, self.img_end = map(
+            tokenizer.token_id, names
+        )
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
         self.tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -123,7 +146,8 @@ class _Writer:
     def block(self, role: str, parts: list[str | int]) -> None:
         """One message. Its parts are text, a picture's number of tiles, text, ... and again text.
 
-        The header's newline and the text after it are encoded as one piece: they stand between the same two special tokens.
+        The header's newline and the text after it are encoded as one piece: they stand between the
+        same two special tokens.
         """
         trained = role == "assistant"
         first, *rest = parts
@@ -145,18 +169,23 @@ class _Writer:
         self.append([self.img, *[self.context] * count, self.img_end])
 
 
-def insert_missing_tags(messages: Sequence[Message], n_pictures: int, where: str = "") -> list[Message]:
+def insert_missing_tags(
+    messages: Sequence[Message], n_pictures: int, where: str = ""
+) -> list[Message]:
     r"""Puts <image> tags in front of the first user message if no user message has any.
 
-    One picture: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A conversation that has tags, or has no
-    pictures, keeps its texts; `encode_chat` checks their number. Messages with more tags than pictures get the key "images".
+    One picture: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A
+    conversation that has tags, or has no pictures, keeps its texts; `encode_chat` checks their
+    number. Messages with more tags than pictures get the key "images".
     """
     _check_form(messages, where)
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if not n_pictures or not users or _count_tags(messages):
         places = zip(messages, count_places(messages, n_pictures), strict=True)
         return [
-            {**message, "images": count} if message["role"] == "user" and count < _count_tags([message]) else message
+            {**message, "images": count}
+            if message["role"] == "user" and count < _count_tags([message])
+            else message
             for message, count in places
         ]
     if n_pictures == 1:
@@ -164,23 +193,35 @@ def insert_missing_tags(messages: Sequence[Message], n_pictures: int, where: str
     else:
         tags = "".join(f"Image-{number}: {PICTURE_TAG}\n" for number in range(1, n_pictures + 1))
     first = messages[users[0]]
-    return [*messages[: users[0]], {**first, "content": tags + first["content"]}, *messages[users[0] + 1 :]]
+    return [
+        *messages[: users[0]],
+        {**first, "content": tags + first["content"]},
+        *messages[users[0] + 1 :],
+    ]
 
 
 def from_official(conversations: Iterable[dict], where: str = "") -> list[Message]:
-    """Messages of the official JSONL's `conversations`: [{"from": "human" | "gpt" | "system", "value": text}, ...]."""
+    """Messages of the official JSONL's `conversations`: [{"from": "human" | "gpt" | "system",
+    "value": text}, ...].
+    """
     messages = []
     for number, turn in enumerate(conversations, 1):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ChatError(f'{_at(where)}turn {number} is {excerpt(turn)}; expected {{"from": ..., "value": ...}}')
+            raise ChatError(
+                f'{_at(where)}turn {number} is {excerpt(turn)}; expected {{"from": ..., "value": ...}}'
+            )
         if turn["from"] not in OFFICIAL_ROLES:
-            raise ChatError(f"{_at(where)}turn {number} is from {excerpt(turn['from'])}; expected {', '.join(OFFICIAL_ROLES)}")
+            raise ChatError(
+                f"{_at(where)}turn {number} is from {excerpt(turn['from'])}; expected {', '.join(OFFICIAL_ROLES)}"
+            )
         messages.append({"role": OFFICIAL_ROLES[turn["from"]], "content": turn["value"]})
     return messages
 
 
 def count_places(messages: Sequence[Message], n_images: int) -> list[int]:
-    """How many <image> of each message are places of images: those of user messages, the first ones, n_images in all at most."""
+    """How many <image> of each message are places of images: those of user messages, the first
+    ones, n_images in all at most.
+    """
     places = []
     for message in messages:
         tags = _count_tags([message])
@@ -194,7 +235,9 @@ def _at(where: str) -> str:
 
 
 def _count_tags(messages: Sequence[Message]) -> int:
-    return sum(message["content"].count(PICTURE_TAG) for message in messages if message["role"] == "user")
+    return sum(
+        message["content"].count(PICTURE_TAG) for message in messages if message["role"] == "user"
+    )
 
 
 def _check_form(messages: Sequence[Message], where: str) -> None:
@@ -202,12 +245,18 @@ def _check_form(messages: Sequence[Message], where: str) -> None:
     at = _at(where)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ChatError(f'{at}message {number} is {excerpt(message)}; expected {{"role": ..., "content": ...}}')
+            raise ChatError(
+                f'{at}message {number} is {excerpt(message)}; expected {{"role": ..., "content": ...}}'
+            )
         if message["role"] not in ROLES:
-            raise ChatError(f"{at}message {number} has role {excerpt(message['role'])}; expected {', '.join(ROLES)}")
+            raise ChatError(
+                f"{at}message {number} has role {excerpt(message['role'])}; expected {', '.join(ROLES)}"
+            )
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
-            raise ChatError(f"{at}message {number} has content of type {kind}; expected text, with {PICTURE_TAG} for a picture")
+            raise ChatError(
+                f"{at}message {number} has content of type {kind}; expected text, with {PICTURE_TAG} for a picture"
+            )
 
 
 def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, where: str) -> None:
@@ -226,10 +275,14 @@ def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, where
                 f"take turns, user first: join neighbours of one role, or add the missing message"
             )
     if add_generation_prompt and messages[-1]["role"] != "user":
-        raise ChatError(f"{at}the last message is the assistant's, so there is nothing to answer; end with a user message")
+        raise ChatError(
+            f"{at}the last message is the assistant's, so there is nothing to answer; end with a user message"
+        )
 
 
-def _check_pictures(messages: Sequence[Message], tiles_per_picture: Sequence[int], where: str) -> None:
+def _check_pictures(
+    messages: Sequence[Message], tiles_per_picture: Sequence[int], where: str
+) -> None:
     tags = sum(count_places(messages, len(tiles_per_picture)))
     if tags < len(tiles_per_picture):
         raise ChatError(
@@ -238,4 +291,6 @@ def _check_pictures(messages: Sequence[Message], tiles_per_picture: Sequence[int
         )
     for number, tiles in enumerate(tiles_per_picture, 1):
         if tiles < 1:
-            raise ChatError(f"{_at(where)}picture {number} has {tiles} tiles; every picture needs at least one")
+            raise ChatError(
+                f"{_at(where)}picture {number} has {tiles} tiles; every picture needs at least one"
+            )

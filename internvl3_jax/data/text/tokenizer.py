@@ -1,24 +1,30 @@
 """Text to ids and back, from a checkpoint's own tokenizer files.
 
-Three layouts are read: `tokenizer.json`; `vocab.json` + `merges.txt`, which the released Qwen2.5-based checkpoints carry; and
-the sentencepiece `tokenizer.model` of InternLM2 and InternLM3. Added tokens come from tokenizer.json, tokenizer_config.json and
-added_tokens.json, which must agree on every id.
+Three layouts are read: `tokenizer.json`; `vocab.json` + `merges.txt`, which the released
+Qwen2.5-based checkpoints carry; and the sentencepiece `tokenizer.model` of InternLM2 and InternLM3.
+Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json, which must agree
+on every id.
 
 An added token is either
   control  what steers the model: <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>, <|endoftext|>, what else Qwen2.5 and InternLM
-           reserve (<|vision_start|>, <s>, <unk> ...), and what the files name as bos, eos, pad and so on. What a user types must
-           never become one: `encode(text, special=False)` spells them out in ordinary pieces.
-  markup   the rest: <ref>, <box>, <quad> and their ends, which belong in prompts (`<ref>a dog</ref>`) and in answers although
-           the released files mark them as special, Qwen's <tool_call>, <|fim_prefix|> and so on, and tokens that a checkpoint's owner
-           added, special or not. One id each in any text.
-`decode(..., skip_special=True)` leaves out control tokens and keeps markup: a grounding answer stays readable and encodes to
-the same ids again. (The reference's decode drops <ref> and <box> as well.)
+           reserve (<|vision_start|>, <s>, <unk> ...), and what the files name as bos, eos, pad and
+           so on. What a user types must never become one: `encode(text, special=False)` spells them
+           out in ordinary pieces.
+  markup   the rest: <ref>, <box>, <quad> and their ends, which belong in prompts (`<ref>a
+  dog</ref>`) and in answers although
+           the released files mark them as special, Qwen's <tool_call>, <|fim_prefix|> and so on,
+           and tokens that a checkpoint's owner added, special or not. One id each in any text.
+`decode(..., skip_special=True)` leaves out control tokens and keeps markup: a grounding answer
+stays readable and encodes to the same ids again. (The reference's decode drops <ref> and <box> as
+well.)
 
-internvl3_jax_tokenizer.json, {"merges": "slow"}, reads merges.txt as the slow tokenizer of transformers before 4.40 did, with which the
-released models were trained: without the rules that begin with #, so that a Markdown heading is single #.
+internvl3_jax_tokenizer.json, {"merges": "slow"}, reads merges.txt as the slow tokenizer of
+transformers before 4.40 did, with which the released models were trained: without the rules that
+begin with #, so that a Markdown heading is single #.
 
-`encode` never adds bos, and takes its text as one that follows a special token, as every text in a chat block does. So text
-pieces and control ids put together are exactly the ids of the whole string.
+`encode` never adds bos, and takes its text as one that follows a special token, as every text in a
+chat block does. So text pieces and control ids put together are exactly the ids of the whole
+string.
 """
 
 import json
@@ -45,14 +51,23 @@ from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.strict_json import JsonError, Object
 from internvl3_jax.io.terminal import one_line
 
-UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character whose last bytes are yet to come
+# what a decoder writes for the first bytes of a character whose last bytes are yet to come
+UNFINISHED = "\ufffd"
 
 
 class Tokenizer:
-    """Use `from_directory` or `from_files`. Safe to share between threads and to send to worker processes."""
+    """Use `from_directory` or `from_files`. Safe to share between threads and to send to worker
+    processes.
+    """
 
     def __init__(
-        self, backend, control: dict[str, int], bos_id: int | None, files: dict[str, bytes], where: str, merges: str = MERGES[0]
+        self,
+        backend,
+        control: dict[str, int],
+        bos_id: int | None,
+        files: dict[str, bytes],
+        where: str,
+        merges: str = MERGES[0],
     ):
         self._backend = backend
         self.merges = merges  # which of its rules for merging count; see tokenizer_files.MERGES
@@ -62,33 +77,51 @@ class Tokenizer:
         self._spellings = _any_of({*self._control, *backend.own_pieces(self._control_ids)})
         self._files = files
         self._where = where
-        self.bos_id = bos_id  # InternLM2 and 3 put it once before the first chat block; None for Qwen2.5
+        # InternLM2 and 3 put it once before the first chat block; None for Qwen2.5
+        self.bos_id = bos_id
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Reads the tokenizer files of a checkpoint directory. TokenizerError says which file is missing or wrong."""
+        """Reads the tokenizer files of a checkpoint directory. TokenizerError says which file is
+        missing or wrong.
+        """
         path = as_path(path) if is_remote(path) else Path(path)
         if not path.is_dir():
             raise TokenizerError(f"{path} is not a directory; give the checkpoint's directory")
-        return cls.from_files({name: read_file(path / name) for name in FILES if exists(path / name)}, str(path))
+        return cls.from_files(
+            {name: read_file(path / name) for name in FILES if exists(path / name)}, str(path)
+        )
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], where: str = "tokenizer files") -> "Tokenizer":
-        """As `from_directory`, from what `files()` returned. Files that are of no tokenizer are not looked at."""
+        """As `from_directory`, from what `files()` returned. Files that are of no tokenizer are not
+        looked at.
+        """
         files = {name: files[name] for name in FILES if name in files}
-        names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+        names = (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "special_tokens_map.json",
+        )
         data, config, *others = (read_json(files, name, where) for name in names)
         try:
             merges = read_merges(files, where)
-            backend = cls._backend_of(files, data, config, added_tokens(data, config, *others, where), merges, where)
+            backend = cls._backend_of(
+                files, data, config, added_tokens(data, config, *others, where), merges, where
+            )
             adds_bos = config.get("add_bos_token", bool, True)
         except JsonError as error:
             raise TokenizerError(str(error)) from error
         control = {token: entry["id"] for token, entry in backend.added.items() if entry["special"]}
-        return cls(backend, control, backend.automatic_bos() if adds_bos else None, files, where, merges)
+        return cls(
+            backend, control, backend.automatic_bos() if adds_bos else None, files, where, merges
+        )
 
     @staticmethod
-    def _backend_of(files: dict[str, bytes], data: Object, config: Object, added: dict, merges: str, where: str):
+    def _backend_of(
+        files: dict[str, bytes], data: Object, config: Object, added: dict, merges: str, where: str
+    ):
         if data.values:
             check_tokenizer_json(data)
             return _HuggingFace(data.values, added, merges, where, "tokenizer.json")
@@ -106,7 +139,8 @@ class Tokenizer:
         )
 
     def __reduce__(self):
-        # A pickled tokenizers.Tokenizer forgets encode_special_tokens, and with it that user text holds no control token.
+        # A pickled tokenizers.Tokenizer forgets encode_special_tokens, and with it that user text
+        # holds no control token.
         return Tokenizer.from_files, (self._files, self._where)
 
     @property
@@ -135,7 +169,8 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text, without bos.
 
-        With special=False, for what people typed, a control token's spelling gives ordinary pieces and never the token.
+        With special=False, for what people typed, a control token's spelling gives ordinary pieces
+        and never the token.
         """
         try:
             text.encode()
@@ -154,9 +189,14 @@ class Tokenizer:
         ids = self._backend.encode(text)
         if self._control_ids.isdisjoint(ids):
             return ids
-        # The model file itself holds a control token among its ordinary pieces. A spelling cut in two cannot match it.
+        # The model file itself holds a control token among its ordinary pieces. A spelling cut in
+        # two cannot match it.
         cuts = [0, *(match.start() + 1 for match in self._spellings.finditer(text)), len(text)]
-        return [id for start, end in zip(cuts, cuts[1:], strict=False) for id in self._backend.encode(text[start:end])]
+        return [
+            id
+            for start, end in zip(cuts, cuts[1:], strict=False)
+            for id in self._backend.encode(text[start:end])
+        ]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
@@ -168,7 +208,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of ids that arrive one by one. All pieces and the flush together equal `decode` of all ids.
+    """Text of ids that arrive one by one. All pieces and the flush together equal `decode` of all
+    ids.
 
     Ids may hold part of a character; the stream keeps them back until its last byte is there.
     """
@@ -178,7 +219,8 @@ class TextStream:
         self._start()
 
     def _start(self):
-        self._before = []  # the ids of the last piece: what comes next may read differently without them
+        # the ids of the last piece: what comes next may read differently without them
+        self._before = []
         self._pending = []  # ids that gave no text yet
 
     def step(self, id: int) -> str | None:
@@ -191,7 +233,9 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Text of what is pending, with U+FFFD where a character never got its last byte. Then the stream starts anew."""
+        """Text of what is pending, with U+FFFD where a character never got its last byte. Then the
+        stream starts anew.
+        """
         piece = self._new_text()
         self._start()
         return piece
@@ -210,12 +254,14 @@ class _HuggingFace:
         data["truncation"] = data["padding"] = None
         pre_tokenizer = data.get("pre_tokenizer") or {}
         for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-            # Scheme "first" puts a space before the very start of a string, which in a chat block is a special token.
+            # Scheme "first" puts a space before the very start of a string, which in a chat block
+            # is a special token.
             if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
                 part["prepend_scheme"] = "never"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
-        except BaseException as error:  # the library raises plain Exception, and where it panics not even that
+        except BaseException as error:
+            # the library raises plain Exception, and where it panics not even that
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             raise TokenizerError(
@@ -250,10 +296,11 @@ class _HuggingFace:
 
 
 class _SentencePiece:
-    """A sentencepiece model with added tokens around it, as the tokenizer classes of InternLM2 and InternLM3 combine them.
+    """A sentencepiece model with added tokens around it, as the tokenizer classes of InternLM2 and
+    InternLM3 combine them.
 
-    Text is cut at added tokens and each piece goes through the model by itself, with the space in front that the model may
-    prescribe. Source: the tokenizer class published with InternLM3.
+    Text is cut at added tokens and each piece goes through the model by itself, with the space in
+    front that the model may prescribe. Source: the tokenizer class published with InternLM3.
     """
 
     def __init__(self, model: bytes, added: dict[str, dict], where: str):
@@ -267,11 +314,24 @@ class _SentencePiece:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             reason = one_line(str(error))[:300]
-            raise TokenizerError(f"{where}: tokenizer.model is not a sentencepiece model: {reason}") from error
-        own = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
-        self.added = {self._model.id_to_piece(id): {"id": id, "special": True} for id in own if id >= 0} | added
-        self._tokens = {entry["id"]: (token, entry["special"]) for token, entry in self.added.items()}
-        self._markup = {token: entry["id"] for token, entry in self.added.items() if not entry["special"]}
+            raise TokenizerError(
+                f"{where}: tokenizer.model is not a sentencepiece model: {reason}"
+            ) from error
+        own = (
+            self._model.unk_id(),
+            self._model.bos_id(),
+            self._model.eos_id(),
+            self._model.pad_id(),
+        )
+        self.added = {
+            self._model.id_to_piece(id): {"id": id, "special": True} for id in own if id >= 0
+        } | added
+        self._tokens = {
+            entry["id"]: (token, entry["special"]) for token, entry in self.added.items()
+        }
+        self._markup = {
+            token: entry["id"] for token, entry in self.added.items() if not entry["special"]
+        }
         self._markup_pattern = _any_of(self._markup)
         self.vocab_size = max(self._model.get_piece_size(), *(id + 1 for id in self._tokens))
 
@@ -308,4 +368,6 @@ class _SentencePiece:
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
     """Matches and captures any of the tokens, the longest first; with none of them, nothing."""
-    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
+    return re.compile(
+        "(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")"
+    )

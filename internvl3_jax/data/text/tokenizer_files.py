@@ -13,7 +13,8 @@ ALWAYS_CONTROL = frozenset(
 )
 # Settings that name one token each, which is then control as well.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# All files that describe a tokenizer, whether this module reads them or only lets them travel with a checkpoint.
+# All files that describe a tokenizer, whether this module reads them or only lets them travel with
+# a checkpoint.
 FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -29,8 +30,8 @@ FILES = (
 )
 OPTIONS = "internvl3_jax_tokenizer.json"  # ours: how the others are read
 FILES += (OPTIONS,)
-# Which rules of merges.txt count. The slow tokenizer of transformers before 4.40, with which InternVL 2.5 and 3 were trained (4.37.2), took
-# the lines that begin with # for comments.
+# Which rules of merges.txt count. The slow tokenizer of transformers before 4.40, with which
+# InternVL 2.5 and 3 were trained (4.37.2), took the lines that begin with # for comments.
 MERGES = ("all", "slow")
 QWEN2_SPLIT = (  # the one part of Qwen2's tokenizer that its vocab.json and merges.txt do not hold
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,7 +42,9 @@ _MISFIT = "one of the two files is cut short or from another tokenizer"
 
 
 class TokenizerError(ValueError):
-    """Tokenizer files that are missing, damaged, contradictory or of an unknown kind, or a token or text they do not cover."""
+    """Tokenizer files that are missing, damaged, contradictory or of an unknown kind, or a token or
+    text they do not cover.
+    """
 
 
 def read_json(files: dict[str, bytes], name: str, where: str) -> Object:
@@ -66,26 +69,39 @@ def with_merges(files: dict[str, bytes], merges: str) -> dict[str, bytes]:
     others = {name: content for name, content in files.items() if name != OPTIONS}
     if merges not in MERGES:
         raise TokenizerError(f"merges is {excerpt(merges)}; expected one of {', '.join(MERGES)}")
-    return others if merges == MERGES[0] else others | {OPTIONS: json.dumps({"merges": merges}).encode()}
+    return (
+        others
+        if merges == MERGES[0]
+        else others | {OPTIONS: json.dumps({"merges": merges}).encode()}
+    )
 
 
 def named_token(settings: dict, name: str, where: str) -> str | None:
     """A token that tokenizer_config.json names, as a text or an added token."""
     value = Object(settings, where).get(name, (str, dict), None)
-    return Object(value, f"{where}: {name}").get("content", str) if isinstance(value, dict) else value
+    return (
+        Object(value, f"{where}: {name}").get("content", str) if isinstance(value, dict) else value
+    )
 
 
-def added_tokens(data: Object, config: Object, added_ids: Object, special_map: Object, where: str) -> dict[str, dict]:
-    """All added tokens as tokenizer.json writes them, by content; "special" is true of control tokens and of no other.
+def added_tokens(
+    data: Object, config: Object, added_ids: Object, special_map: Object, where: str
+) -> dict[str, dict]:
+    """All added tokens as tokenizer.json writes them, by content; "special" is true of control
+    tokens and of no other.
 
-    The arguments are the contents of tokenizer.json, tokenizer_config.json, added_tokens.json and special_tokens_map.json. Control are the
-    tokens of `ALWAYS_CONTROL` and those that the files name as bos, eos, pad and so on. What else they mark as special was added by
-    the checkpoint's owner, and is one id in any text.
+    The arguments are the contents of tokenizer.json, tokenizer_config.json, added_tokens.json and
+    special_tokens_map.json. Control are the tokens of `ALWAYS_CONTROL` and those that the files
+    name as bos, eos, pad and so on. What else they mark as special was added by the checkpoint's
+    owner, and is one id in any text.
     """
     added, ids = {}, {}
-    decoder = check(config.values.get("added_tokens_decoder", {}), dict, f"{config.where}: added_tokens_decoder")
+    decoder = check(
+        config.values.get("added_tokens_decoder", {}), dict, f"{config.where}: added_tokens_decoder"
+    )
     entries = [
-        (entry, f"{data.where}: added_tokens[{index}]") for index, entry in enumerate(data.get("added_tokens", list, []))
+        (entry, f"{data.where}: added_tokens[{index}]")
+        for index, entry in enumerate(data.get("added_tokens", list, []))
     ]
     for id, entry in decoder.items():
         place = f"{config.where}: added_tokens_decoder: {excerpt(id)}"
@@ -97,7 +113,9 @@ def added_tokens(data: Object, config: Object, added_ids: Object, special_map: O
     for token, id in added_ids.values.items():
         check(id, int, f"{added_ids.where}: {excerpt(token)}", low=0, high=_LARGEST_ID)
         _add(added, ids, {"id": id, "content": token, **dict.fromkeys(_FLAGS, False)}, where)
-    control = ALWAYS_CONTROL | {named_token(one.values, name, one.where) for one in (config, special_map) for name in NAMED}
+    control = ALWAYS_CONTROL | {
+        named_token(one.values, name, one.where) for one in (config, special_map) for name in NAMED
+    }
     for token, entry in added.items():
         entry["special"] = token in control
     return added
@@ -130,11 +148,17 @@ def _add(added: dict[str, dict], ids: dict[int, str], entry: dict, where: str) -
         )
 
 
-def qwen2_layout(files: dict[str, bytes], config: Object, added: dict[str, dict], where: str) -> dict:
-    """tokenizer.json's contents for Qwen2's vocab.json and merges.txt: NFC, the split rule, byte-level BPE."""
+def qwen2_layout(
+    files: dict[str, bytes], config: Object, added: dict[str, dict], where: str
+) -> dict:
+    """tokenizer.json's contents for Qwen2's vocab.json and merges.txt: NFC, the split rule,
+    byte-level BPE.
+    """
     for name in ("vocab.json", "merges.txt"):
         if name not in files:
-            raise TokenizerError(f"{where}: {name} is missing; vocab.json and merges.txt belong together")
+            raise TokenizerError(
+                f"{where}: {name} is missing; vocab.json and merges.txt belong together"
+            )
     family = config.get("tokenizer_class", str, "Qwen2Tokenizer")
     if family not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise TokenizerError(
@@ -144,15 +168,31 @@ def qwen2_layout(files: dict[str, bytes], config: Object, added: dict[str, dict]
     vocab = check_vocabulary(read_json(files, "vocab.json", where))
     merges = _merges(files["merges.txt"], where)
     _check_fit(vocab, merges, added, where)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": QWEN2_SPLIT},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {
         "version": "1.0",
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges},
+        "model": {
+            "type": "BPE",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
     }
 
 
@@ -172,7 +212,9 @@ def check_tokenizer_json(data: Object) -> None:
 
 def without_comments(merges: list) -> list:
     """Rules of tokenizer.json or merges.txt but for those that begin with #."""
-    return [rule for rule in merges if not (rule if isinstance(rule, str) else rule[0]).startswith("#")]
+    return [
+        rule for rule in merges if not (rule if isinstance(rule, str) else rule[0]).startswith("#")
+    ]
 
 
 def check_vocabulary(vocab: Object) -> dict[str, int]:
@@ -192,7 +234,9 @@ def check_vocabulary(vocab: Object) -> dict[str, int]:
 
 
 def _merges(content: bytes, where: str) -> list[str]:
-    """Lines of merges.txt, each two entries and a space, without the version line that may come first."""
+    """Lines of merges.txt, each two entries and a space, without the version line that may come
+    first.
+    """
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -202,15 +246,21 @@ def _merges(content: bytes, where: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _check_fit(vocab: dict[str, int], merges: list[str], added: dict[str, dict], where: str) -> None:
-    """Raises TokenizerError unless the merges make, from entries, just the entries of more than one symbol."""
+def _check_fit(
+    vocab: dict[str, int], merges: list[str], added: dict[str, dict], where: str
+) -> None:
+    """Raises TokenizerError unless the merges make, from entries, just the entries of more than one
+    symbol.
+    """
     made = {line.replace(" ", "") for line in merges}
     for line in merges:
         if line.count(" ") != 1 or not {*line.split(" "), line.replace(" ", "")} <= vocab.keys():
             raise TokenizerError(
                 f"{where}: line {excerpt(line)} of merges.txt names or makes no entry of vocab.json; {_MISFIT}"
             )
-    orphans = [entry for entry in vocab if len(entry) > 1 and entry not in made and entry not in added]
+    orphans = [
+        entry for entry in vocab if len(entry) > 1 and entry not in made and entry not in added
+    ]
     if orphans:
         raise TokenizerError(
             f"{where}: {len(orphans):,} entries of vocab.json, such as {excerpt(orphans[0])}, have no line in merges.txt; {_MISFIT}"

@@ -1,1 +1,3 @@
-"""Operations of the model: attention and its implementations, rotary embedding, norms, linear layers."""
+"""Operations of the model: attention and its implementations, rotary embedding, norms, linear
+layers.
+"""

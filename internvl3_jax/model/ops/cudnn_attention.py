@@ -1,7 +1,8 @@
 """Attention on NVIDIA GPUs by cuDNN's fused kernel, through jax.nn.
 
-It knows causal rows and rows of given lengths. Segments, or queries in the middle of a row, it takes only as a table of queries by
-keys: 2 bytes for each pair of tokens, and no block is skipped. `table_bytes` is what to judge by.
+It knows causal rows and rows of given lengths. Segments, or queries in the middle of a row, it
+takes only as a table of queries by keys: 2 bytes for each pair of tokens, and no block is skipped.
+`table_bytes` is what to judge by.
 
 B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width.
 """
@@ -26,7 +27,8 @@ def cudnn(q, k, v, mask: Mask | None, axis: str | None = None):
         how["is_causal"] = True
     elif keys % 2:
         how["key_value_seq_lengths"] = jnp.full(batch, keys, jnp.int32)
-    # Its backward pass refuses odd lengths. Behind a causal row, what is added is seen by nothing else.
+    # Its backward pass refuses odd lengths. Behind a causal row, what is added is seen by nothing
+    # else.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how)[:, :length]
     return checkpoint_name(mixed, "attention_output")

@@ -1,14 +1,16 @@
-"""Flash attention (Dao et al. 2022) in plain JAX, for every backend: no table of scores is larger than a block of queries
-by a block of keys.
+"""Flash attention (Dao et al. 2022) in plain JAX, for every backend: no table of scores is larger
+than a block of queries by a block of keys.
 
-Blocks in which no query sees a key are not computed, so causal rows cost half, and packed rows what their segments cost. The backward
-pass makes the scores again, from the logarithm of each query's sum of exponentials.
+Blocks in which no query sees a key are not computed, so causal rows cost half, and packed rows what
+their segments cost. The backward pass makes the scores again, from the logarithm of each query's
+sum of exponentials.
 
-Rows whose tokens are split over devices gather all their keys and values, forward and backward, or pass them round a ring (Liu et al.
+Rows whose tokens are split over devices gather all their keys and values, forward and backward, or
+pass them round a ring (Liu et al.
 2023).
 
-B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width; I, J blocks of C queries or D keys,
-R = N / K * C the queries of a block that share a key head.
+B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width;
+I, J blocks of C queries or D keys, R = N / K * C the queries of a block that share a key head.
 """
 
 import dataclasses
@@ -23,15 +25,20 @@ from internvl3_jax.model.ops.masks import MASKED, Mask, block_mask, full_mask, p
 from internvl3_jax.model.ops.remat import checkpoint_name
 
 BLOCK = 512  # queries, and keys, of a block
-_LOWEST = MASKED / 2  # where a running maximum begins: exp(MASKED - _LOWEST) is 0, so a query that sees nothing gives zeros
+# where a running maximum begins: exp(MASKED - _LOWEST) is 0, so a query that sees nothing gives
+# zeros
+_LOWEST = MASKED / 2
 
 
-def flash_attention(q, k, v, mask: Mask | None, axis: str | None = None, ring: bool = False, block: int = BLOCK):
+def flash_attention(
+    q, k, v, mask: Mask | None, axis: str | None = None, ring: bool = False, block: int = BLOCK
+):
     """[B,T,N,H] in q's dtype. Memory: N * C * D float32 scores.
 
     Args:
       axis: of the mesh, inside a shard_map, that the keys are split over; None where all are here.
-      ring: with an axis, the other devices' keys pass by, one part at a time, in place of being gathered.
+      ring: with an axis, the other devices' keys pass by, one part at a time, in place of being
+          gathered.
     """
     if mask is None:
         mask = full_mask(q.shape[0], q.shape[1], k.shape[1])
@@ -54,7 +61,10 @@ def _forward(q, k, v, mask, axis, ring, block):
         passed = _pass_on(keys, axis)  # while this part is computed
         more, more_sums = _flash_forward(q, *_with_keys(mask, keys), block)
         total = jnp.logaddexp(log_sums, more_sums)
-        mixed = mixed * jnp.exp(log_sums - total)[..., None] + more * jnp.exp(more_sums - total)[..., None]
+        mixed = (
+            mixed * jnp.exp(log_sums - total)[..., None]
+            + more * jnp.exp(more_sums - total)[..., None]
+        )
         return passed, mixed, total
 
     empty = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], _LOWEST)
@@ -64,7 +74,9 @@ def _forward(q, k, v, mask, axis, ring, block):
 
 
 def _attend_fwd(q, k, v, mask, axis, ring, block):
-    mixed, log_sums = (checkpoint_name(x, "attention_output") for x in _forward(q, k, v, mask, axis, ring, block))
+    mixed, log_sums = (
+        checkpoint_name(x, "attention_output") for x in _forward(q, k, v, mask, axis, ring, block)
+    )
     return mixed, (q, k, v, mask, mixed, log_sums)
 
 
@@ -75,7 +87,9 @@ def _attend_bwd(axis, ring, block, saved, d_mixed):
     if not ring:
         d_q, d_k, d_v = _flash_backward(*queries, *gather_keys(k, v, mask, axis), block)
         if axis is not None:
-            d_k, d_v = (jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in (d_k, d_v))
+            d_k, d_v = (
+                jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in (d_k, d_v)
+            )
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
     def add(_, carry):
@@ -100,7 +114,11 @@ def _keys(k, v, mask: Mask):
 
 def _with_keys(mask: Mask, keys):
     k, v, slots, segments, until = keys
-    return k, v, dataclasses.replace(mask, kv_slots=slots, kv_segments=segments, kv_until=until, own=False)
+    return (
+        k,
+        v,
+        dataclasses.replace(mask, kv_slots=slots, kv_segments=segments, kv_until=until, own=False),
+    )
 
 
 def _pass_on(part, axis: str):
@@ -110,7 +128,7 @@ def _pass_on(part, axis: str):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), part)
 
 
-# --- blocks ----------------------------------------------------------------------------------------------------------------------
+# --- blocks --------------------------------------------------------------------------------------
 
 
 class _Queries(NamedTuple):
@@ -134,10 +152,23 @@ def _flash_forward(q, k, v, mask: Mask, block: int):
             score = scores(query, where, index)
             top = jnp.maximum(carry[0], score.max(axis=-1))
             weights, shrink = jnp.exp(score - top[..., None]), jnp.exp(carry[0] - top)
-            more = jnp.einsum("krc,kch->krh", weights.astype(v.dtype), values[index], preferred_element_type=jnp.float32)
-            return top, carry[1] * shrink + weights.sum(axis=-1), carry[2] * shrink[..., None] + more
+            more = jnp.einsum(
+                "krc,kch->krh",
+                weights.astype(v.dtype),
+                values[index],
+                preferred_element_type=jnp.float32,
+            )
+            return (
+                top,
+                carry[1] * shrink + weights.sum(axis=-1),
+                carry[2] * shrink[..., None] + more,
+            )
 
-        empty = jnp.full(query.shape[:2], _LOWEST), jnp.zeros(query.shape[:2]), jnp.zeros(query.shape)
+        empty = (
+            jnp.full(query.shape[:2], _LOWEST),
+            jnp.zeros(query.shape[:2]),
+            jnp.zeros(query.shape),
+        )
         top, total, mixed = jax.lax.fori_loop(0, where.count, add, empty)
         total = jnp.where(total == 0, 1.0, total)
         return mixed / total[..., None], top + jnp.log(total)
@@ -147,7 +178,9 @@ def _flash_forward(q, k, v, mask: Mask, block: int):
 
 
 def _flash_backward(q, log_sums, offsets, d_mixed, k, v, mask: Mask, block: int):
-    """Gradients f32[B,T,N,H] of q, f32[B,S,K,H] of k and v. `offsets` f32[B,T,N]: sums of mixed * d_mixed over H."""
+    """Gradients f32[B,T,N,H] of q, f32[B,S,K,H] of k and v. `offsets` f32[B,T,N]: sums of mixed *
+    d_mixed over H.
+    """
     queries, scores, values = _prepare(q, k, v, mask, block)
     keys = _split(k, block, k.shape[2])
     scale = q.shape[-1] ** -0.5
@@ -159,11 +192,20 @@ def _flash_backward(q, log_sums, offsets, d_mixed, k, v, mask: Mask, block: int)
             d_query, d_k, d_v = carry
             index = where.order[number]
             weights = jnp.exp(scores(query, where, index) - log_sum[..., None])
-            d_weights = jnp.einsum("krh,kch->krc", d_mix, values[index], preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum(
+                "krh,kch->krc", d_mix, values[index], preferred_element_type=jnp.float32
+            )
             d_score = (weights * (d_weights - offset[..., None])).astype(q.dtype)
-            d_query += jnp.einsum("krc,kch->krh", d_score, keys[index], preferred_element_type=jnp.float32)
+            d_query += jnp.einsum(
+                "krc,kch->krh", d_score, keys[index], preferred_element_type=jnp.float32
+            )
             more_k = jnp.einsum("krc,krh->kch", d_score, query, preferred_element_type=jnp.float32)
-            more_v = jnp.einsum("krc,krh->kch", weights.astype(d_mix.dtype), d_mix, preferred_element_type=jnp.float32)
+            more_v = jnp.einsum(
+                "krc,krh->kch",
+                weights.astype(d_mix.dtype),
+                d_mix,
+                preferred_element_type=jnp.float32,
+            )
             return d_query, _add_at(d_k, more_k, index), _add_at(d_v, more_v, index)
 
         d_query, *carry = jax.lax.fori_loop(0, where.count, add, (jnp.zeros(query.shape), *carry))
@@ -176,13 +218,18 @@ def _flash_backward(q, log_sums, offsets, d_mixed, k, v, mask: Mask, block: int)
 
 
 def _prepare(q, k, v, mask: Mask, block: int):
-    """(`_Queries`, a function from a block [K,R,H], its `_Queries` and the index of a block of keys to scores f32[K,R,D], values)"""
+    """(`_Queries`, a function from a block [K,R,H], its `_Queries` and the index of a block of keys
+    to scores f32[K,R,D], values)
+    """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     block_q, block_kv = min(block, length), min(block, k.shape[1])
     mask = pad_mask(mask, -(-length // block_q) * block_q, -(-k.shape[1] // block_kv) * block_kv)
     needed = block_mask(mask, block_q, block_kv)
-    order = jnp.argsort(~needed, axis=-1, stable=True) + jnp.arange(batch)[:, None, None] * needed.shape[2]
+    order = (
+        jnp.argsort(~needed, axis=-1, stable=True)
+        + jnp.arange(batch)[:, None, None] * needed.shape[2]
+    )
 
     def per_block(x, size):
         return None if x is None else x.reshape(-1, size)
@@ -194,10 +241,15 @@ def _prepare(q, k, v, mask: Mask, block: int):
         needed.sum(axis=-1, dtype=jnp.int32).reshape(-1),
     )
     keys, values = _split(k, block, kv_heads), _split(v, block, kv_heads)
-    slots, segments, until = (per_block(x, block_kv) for x in (mask.kv_slots, mask.kv_segments, mask.kv_until))
+    slots, segments, until = (
+        per_block(x, block_kv) for x in (mask.kv_slots, mask.kv_segments, mask.kv_until)
+    )
 
     def scores(query, where: _Queries, index):
-        score = jnp.einsum("krh,kch->krc", query, keys[index], preferred_element_type=jnp.float32) * width**-0.5
+        score = (
+            jnp.einsum("krh,kch->krc", query, keys[index], preferred_element_type=jnp.float32)
+            * width**-0.5
+        )
         visible = slots[index][None, :] <= where.slots[:, None]
         if segments is not None:
             visible &= segments[index][None, :] == where.segments[:, None]

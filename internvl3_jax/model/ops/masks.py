@@ -1,4 +1,5 @@
-"""Who sees whom: a few numbers at every token, from which an implementation makes the table of queries by keys, or never makes it.
+"""Who sees whom: a few numbers at every token, from which an implementation makes the table of
+queries by keys, or never makes it.
 
 B batch, T queries, S keys.
 """
@@ -16,15 +17,18 @@ UNREACHABLE = np.iinfo(np.int32).max  # slot of a key that nobody sees
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A query sees the keys of its own segment whose slot is not beyond its own, nor its own beyond the key's `until`. See `cache_mask`
-    and `causal`."""
+    """A query sees the keys of its own segment whose slot is not beyond its own, nor its own beyond
+    the key's `until`. See `cache_mask` and `causal`.
+    """
 
     q_slots: jax.Array  # i32[B,T]
     kv_slots: jax.Array  # i32[B,S]
     q_segments: jax.Array | None = None  # i32[B,T]; None: all the same
     kv_segments: jax.Array | None = None  # i32[B,S]
-    kv_until: jax.Array | None = None  # i32[B,S], the last slot that sees each key; None: all later ones do
-    own: bool = dataclasses.field(default=False, metadata={"static": True})  # the keys are the queries' own tokens
+    # i32[B,S], the last slot that sees each key; None: all later ones do
+    kv_until: jax.Array | None = None
+    # the keys are the queries' own tokens
+    own: bool = dataclasses.field(default=False, metadata={"static": True})
     parts: int = dataclasses.field(
         default=1, metadata={"static": True}
     )  # order of the keys: that of `zigzag`; 1: slot 0, 1, 2 ...
@@ -42,8 +46,9 @@ class Mask:
 def cache_mask(q_slots, num_keys: int, q_segments=None, kv_segments=None) -> Mask:
     """Queries against keys in the slots 0 to num_keys - 1, as a cache has them.
 
-    `q_slots` i32[B,T] is the index of each query's own key; a query sees keys at or before it. Segments (i32, 0 is padding) confine it
-    to keys of its own segment. Order in the row decides, not positions: under V2PE positions may be fractional.
+    `q_slots` i32[B,T] is the index of each query's own key; a query sees keys at or before it.
+    Segments (i32, 0 is padding) confine it to keys of its own segment. Order in the row decides,
+    not positions: under V2PE positions may be fractional.
 
         three tokens, plain                    slots 0 1 2                      1 0 0 / 1 1 0 / 1 1 1
         two packed samples of two tokens       slots 0 1 2 3, segments 1 1 2 2  1000 / 1100 / 0010 / 0011
@@ -54,11 +59,17 @@ def cache_mask(q_slots, num_keys: int, q_segments=None, kv_segments=None) -> Mas
 
 
 def causal(shape: tuple[int, int], segments=None, parts: int = 1, until=None) -> Mask:
-    """The tokens of rows, shape (B, T), among themselves: each sees those before it in its segment, and itself.
+    """The tokens of rows, shape (B, T), among themselves: each sees those before it in its segment,
+    and itself.
 
-    `parts` > 1: the tokens stand in the order of `zigzag`. until: i32[B,T], the last token that sees each.
+    `parts` > 1: the tokens stand in the order of `zigzag`. until: i32[B,T], the last token that
+    sees each.
     """
-    order = jnp.arange(shape[1], dtype=jnp.int32) if parts == 1 else jnp.asarray(zigzag(shape[1], parts))
+    order = (
+        jnp.arange(shape[1], dtype=jnp.int32)
+        if parts == 1
+        else jnp.asarray(zigzag(shape[1], parts))
+    )
     slots = jnp.broadcast_to(order, shape)
     return Mask(slots, slots, segments, segments, until, own=True, parts=parts)
 
@@ -69,9 +80,11 @@ def full_mask(batch: int, queries: int, keys: int) -> Mask:
 
 
 def zigzag(length: int, parts: int) -> np.ndarray:
-    """i32[length]: the token at each place of a row that is split over `parts` devices, so that causal attention is equal work for all.
+    """i32[length]: the token at each place of a row that is split over `parts` devices, so that
+    causal attention is equal work for all.
 
-    The row is cut into 2 * parts pieces; device d has pieces d and 2 * parts - 1 - d, an early and a late one.
+    The row is cut into 2 * parts pieces; device d has pieces d and 2 * parts - 1 - d, an early and
+    a late one.
 
         length 8, 2 parts      0 1 6 7 | 2 3 4 5
     """
@@ -94,7 +107,9 @@ def in_order(x, parts: int):
 
 
 def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
-    """The mask with more queries, which see what the last one sees, and more keys, which nobody sees."""
+    """The mask with more queries, which see what the last one sees, and more keys, which nobody
+    sees.
+    """
 
     def pad(x, length, **how):
         return None if x is None else jnp.pad(x, ((0, 0), (0, length - x.shape[1])), **how)
@@ -112,7 +127,8 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
 def block_mask(mask: Mask, block_q: int, block_kv: int):
     """bool[B, T / block_q, S / block_kv]: False where no query of a block sees a key of the other.
 
-    Judged by the lowest and highest slots and segments of the blocks: exact enough for rows whose segments ascend, as packed ones do.
+    Judged by the lowest and highest slots and segments of the blocks: exact enough for rows whose
+    segments ascend, as packed ones do.
     """
 
     def extremes(x, block):
@@ -128,5 +144,7 @@ def block_mask(mask: Mask, block_q: int, block_kv: int):
             extremes(jnp.where(x == 0, UNREACHABLE, x), block)
             for x, block in ((mask.q_segments, block_q), (mask.kv_segments, block_kv))
         )
-        needed &= (q_low[:, :, None] <= kv_high[:, None, :]) & (kv_low[:, None, :] <= q_high[:, :, None])
+        needed &= (q_low[:, :, None] <= kv_high[:, None, :]) & (
+            kv_low[:, None, :] <= q_high[:, :, None]
+        )
     return needed

@@ -4,7 +4,9 @@ import flax.linen as nn
 
 
 def make_norm(kind: str, epsilon: float, dtype) -> nn.Module:
-    """`kind` is "layer_norm" (scale and bias) or "rms_norm" (scale). Two-pass variance: the one-pass form cancels in float32."""
+    """`kind` is "layer_norm" (scale and bias) or "rms_norm" (scale). Two-pass variance: the
+    one-pass form cancels in float32.
+    """
     if kind == "layer_norm":
         return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False)
     if kind == "rms_norm":

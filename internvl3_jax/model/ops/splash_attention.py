@@ -1,7 +1,9 @@
-"""Attention on TPUs: the Pallas kernel "splash attention" that comes with jax, given the blocks that packed rows need.
+"""Attention on TPUs: the Pallas kernel "splash attention" that comes with jax, given the blocks
+that packed rows need.
 
-jax's own front end knows masks that are fixed at compile time. Which blocks a packed row needs is known only when it is there, so the
-kernel's tables of blocks are made here, for each row: blocks of other samples cost nothing.
+jax's own front end knows masks that are fixed at compile time. Which blocks a packed row needs is
+known only when it is there, so the kernel's tables of blocks are made here, for each row: blocks of
+other samples cost nothing.
 
 B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width.
 """
@@ -21,7 +23,8 @@ _SAVED = "attention_output"
 def splash(q, k, v, mask: Mask | None, axis: str | None = None, interpret: bool = False):
     """[B,T,N,H] in q's dtype. H is a multiple of 64.
 
-    axis: of the mesh, inside a shard_map, that the keys are split over. interpret: emulates the kernel, on any backend.
+    axis: of the mesh, inside a shard_map, that the keys are split over. interpret: emulates the
+        kernel, on any backend.
     """
     if q.shape[-1] % 64:
         raise ValueError(
@@ -31,7 +34,9 @@ def splash(q, k, v, mask: Mask | None, axis: str | None = None, interpret: bool 
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     if mask is not None:
         if mask.kv_until is not None:
-            raise ValueError("attention implementation 'splash' knows no answers that share a question (data.share_question)")
+            raise ValueError(
+                "attention implementation 'splash' knows no answers that share a question (data.share_question)"
+            )
         k, v, mask = gather_keys(k, v, mask, axis)
         k, v = in_order(k, mask.parts), in_order(v, mask.parts)
     block_q, block_kv = block_size(q.shape[1]), block_size(k.shape[1])
@@ -44,9 +49,14 @@ def splash(q, k, v, mask: Mask | None, axis: str | None = None, interpret: bool 
 
 
 def block_size(length: int) -> int:
-    """The largest block with which the fewest tokens are added: 384 for the tower's 1,025 (to 1,152), 512 for 16,384."""
-    largest = 512 if length <= 65_536 else 1024  # the tables of blocks must fit into the scalar memory
-    return min(range(LANES, largest + 1, LANES), key=lambda block: (-(-length // block) * block, -block))
+    """The largest block with which the fewest tokens are added: 384 for the tower's 1,025 (to
+    1,152), 512 for 16,384.
+    """
+    # the tables of blocks must fit into the scalar memory
+    largest = 512 if length <= 65_536 else 1024
+    return min(
+        range(LANES, largest + 1, LANES), key=lambda block: (-(-length // block) * block, -block)
+    )
 
 
 def _blocked(x, block: int):
@@ -83,7 +93,9 @@ def _unmasked(q, k, v, length: int, options: dict):
     kernel = kernels.SplashAttentionKernel(info, info, info, mask_function=None, **options)
     segments = None
     if k.shape[2] > length:
-        segments = kernels.SegmentIds(*(jnp.asarray(jnp.arange(x.shape[2]) >= length, jnp.int32) for x in (q, k)))
+        segments = kernels.SegmentIds(
+            *(jnp.asarray(jnp.arange(x.shape[2]) >= length, jnp.int32) for x in (q, k))
+        )
     return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
 
 
@@ -107,7 +119,9 @@ def _masked(q, k, v, mask: Mask, options: dict):
         )
         return kernel(q, k, v, segment_ids=segments)
 
-    segments = None if mask.q_segments is None else kernels.SegmentIds(mask.q_segments, mask.kv_segments)
+    segments = (
+        None if mask.q_segments is None else kernels.SegmentIds(mask.q_segments, mask.kv_segments)
+    )
     return jax.vmap(row)(q, k, v, needed, mask.q_slots, segments)
 
 
@@ -116,9 +130,11 @@ def _at_or_before(q_slots, kv_slots):
 
 
 def _info(needed, axis: int, slots) -> MaskInfo:
-    """Tables for a kernel that runs over blocks of keys (axis 1) or of queries (axis 0) in its inner loop.
+    """Tables for a kernel that runs over blocks of keys (axis 1) or of queries (axis 0) in its
+    inner loop.
 
-    Beside each block stands the one that is loaded then: at a block that is not needed, the next one that is, or else the last.
+    Beside each block stands the one that is loaded then: at a block that is not needed, the next
+    one that is, or else the last.
     """
     count = needed.shape[axis]
     index = jnp.broadcast_to(jnp.expand_dims(jnp.arange(count), 1 - axis), needed.shape)
