@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import CONFIG, random_params, train_config
 
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.model.internvl import InternVL
@@ -21,6 +20,7 @@ from internvl3_jax.model.ops.flash_attention import flash_attention
 from internvl3_jax.model.ops.remat import _POLICIES
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training.step import make_model
+from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
 
 SEGMENTS = np.asarray([[1] * 100 + [2] * 90 + [3] * 50 + [0] * 16, [1] * 250 + [0] * 6], np.int32)
 LENGTH = SEGMENTS.shape[1]

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from released import convert, random_params, reduce, reduce_processor, same_tensors, write_released
 
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import steps, storage
@@ -27,6 +26,14 @@ from internvl3_jax.io import checkpoint_paths
 from internvl3_jax.io.integrity import Damaged
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import sharding
+from tests.support.released import (
+    convert,
+    random_params,
+    reduce,
+    reduce_processor,
+    same_tensors,
+    write_released,
+)
 
 pytestmark = pytest.mark.smoke
 MODEL = reduce("1b")

@@ -10,8 +10,14 @@ import sys
 import types
 
 import pytest
-import tiny_checkpoint
-from official_data import (
+
+from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
+from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
+from internvl3_jax.data.doctor.table import rows_of
+from internvl3_jax.data.pipeline import sample_dataset
+from tests.support import tiny_checkpoint
+from tests.support.official_data import (
     PROCESSOR,
     data_config,
     picture,
@@ -21,12 +27,6 @@ from official_data import (
     write_rows,
     write_video,
 )
-
-from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
-from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
-from internvl3_jax.data.doctor.table import rows_of
-from internvl3_jax.data.pipeline import sample_dataset
 
 TEXT = {"conversations": turns("hi", "ho")}
 DEFECTS = [

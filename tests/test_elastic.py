@@ -10,13 +10,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from official_run import official_config, write_official
 
 import train
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.parallel import multihost, sharding
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.run import AsyncSaver
+from tests.support.official_run import official_config, write_official
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the

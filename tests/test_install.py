@@ -11,9 +11,10 @@ import re
 import subprocess
 import sys
 
-import documented_world
 import pytest
-from documents import ROOT, pages
+
+from tests.support import documented_world
+from tests.support.documents import ROOT, pages
 
 ACCELERATORS = {"gpu", "tpu"}
 LINE = re.compile(r"'\.\[([\w,]+)\]'")

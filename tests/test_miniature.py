@@ -12,11 +12,11 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 from configs.miniature import get_config
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
 QUESTIONS = 4

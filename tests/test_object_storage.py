@@ -11,10 +11,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from local_processes import Processes, free_address
-from object_store import BUCKET, servers
-from tiny_checkpoint import CONFIG, PROCESSOR, directory, random_params, tokenizer_files
 
 import infer
 from convert.__main__ import main as convert
@@ -25,6 +21,16 @@ from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.io.remote_files import Lease, as_path
 from internvl3_jax.io.safe_files import FileError, InUse
+from tests.support import tiny_checkpoint
+from tests.support.local_processes import Processes, free_address
+from tests.support.object_store import BUCKET, servers
+from tests.support.tiny_checkpoint import (
+    CONFIG,
+    PROCESSOR,
+    directory,
+    random_params,
+    tokenizer_files,
+)
 
 ROOT = pathlib.Path(infer.__file__).parent
 STEPS, SAVE_EVERY = 12, 3

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from tiny_checkpoint import CONFIG, random_params
 
 from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.model.internvl import abstract_params
@@ -19,18 +18,15 @@ from internvl3_jax.training.optimizer import (
     join,
     make_optimizer,
     make_schedule,
-    path_name,
     relative_rates,
 )
 from internvl3_jax.training.param_table import component_table, format_table, frozen_hash
+from tests.support.tiny_checkpoint import CONFIG, random_params
+from tests.support.train_step import by_path
 
 PARAMS = random_params(CONFIG)
 # no schedule to reckon with
 CONSTANT = OptimizerConfig(warmup_steps=0, final_fraction=1.0, learning_rate=1e-2)
-
-
-def by_path(tree):
-    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def random_gradients(tree, seed):

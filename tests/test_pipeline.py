@@ -9,7 +9,6 @@ import pickle
 
 import numpy as np
 import pytest
-from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_video
 
 from internvl3_jax.config import UNITS, DataConfig
 from internvl3_jax.data.batch import SampleError, average_weights, make_sample
@@ -20,6 +19,15 @@ from internvl3_jax.data.sources.meta import MetaError
 from internvl3_jax.data.sources.mixture import Selection, mixture_weights, read_drop_list
 from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.truncation import NothingTrained, TooLong, encode_within
+from tests.support.official_data import (
+    PROCESSOR,
+    data_config,
+    picture,
+    tokenizer,
+    turns,
+    write_meta,
+    write_video,
+)
 
 SCALARS = ("source", "row", "index")
 TEXT = {"conversations": turns("hi", "ho")}

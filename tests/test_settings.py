@@ -7,7 +7,6 @@ import re
 
 import pytest
 from absl import flags
-from tiny_checkpoint import CONFIG, train_config
 
 from configs.common import RELEASED
 from internvl3_jax import config as config_module
@@ -22,6 +21,7 @@ from internvl3_jax.config import (
 from internvl3_jax.io import limits, typed
 from internvl3_jax.io.command_line import UsageError
 from internvl3_jax.training import checks, settings
+from tests.support.tiny_checkpoint import CONFIG, train_config
 
 pytestmark = pytest.mark.smoke
 
@@ -183,7 +183,7 @@ def load(tmp_path):
     """settings.load of a command line after --config; the recipe is the tiny model's."""
     path = tmp_path / "recipe.py"
     path.write_text(
-        "import dataclasses\nfrom tiny_checkpoint import train_config\n\n"
+        "import dataclasses\nfrom tests.support.tiny_checkpoint import train_config\n\n"
         "def get_config(steps='30'):\n    return dataclasses.replace(train_config(), steps=int(steps))\n"
     )
     if not flags.FLAGS.is_parsed():
@@ -282,7 +282,7 @@ def test_warm_up_follows_the_steps(load, tmp_path):
     """A fraction of all steps; a number of steps on the command line takes its place."""
     path = tmp_path / "fraction.py"
     path.write_text(
-        "import dataclasses\nfrom tiny_checkpoint import train_config\n\ndef get_config():\n    config = train_config()\n"
+        "import dataclasses\nfrom tests.support.tiny_checkpoint import train_config\n\ndef get_config():\n    config = train_config()\n"
         "    optimizer = dataclasses.replace(config.optimizer, warmup_fraction=0.1)\n"
         "    return dataclasses.replace(config, optimizer=optimizer)\n"
     )

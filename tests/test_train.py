@@ -14,9 +14,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from official_run import official_config, write_official
-from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 import train
 from convert.open import open_model
@@ -29,6 +26,9 @@ from internvl3_jax.parallel import sharding
 from internvl3_jax.parallel.multihost import TERMINATED
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.optimizer import make_optimizer
+from tests.support import tiny_checkpoint
+from tests.support.official_run import official_config, write_official
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 ROOT = pathlib.Path(train.__file__).parent
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -42,11 +42,11 @@ STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
 def command(tmp_path_factory):
     """train.py as a program with the configuration above; call with a workdir and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text("from tiny_checkpoint import train_config as get_config\n")
+    path.write_text("from tests.support.tiny_checkpoint import train_config as get_config\n")
     # Thirty steps take less time than the compiler's optimisations.
     environment = {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": str(ROOT),
     }
 
     def start(workdir, *flags, config=path):
@@ -178,7 +178,7 @@ def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
     path.write_text(
         "import os, signal, time\n"
         "from internvl3_jax.training.run import AsyncSaver\n"
-        "from tiny_checkpoint import train_config as get_config\n"
+        "from tests.support.tiny_checkpoint import train_config as get_config\n"
         "poll = AsyncSaver.poll\n"
         "def poll_and_die(self, together):\n"
         "    while self.saving is not None and not self.saving.done():\n"
@@ -339,7 +339,11 @@ def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
     meta = write_official(tmp_path)
     changes = {"steps": 14, "save_every": 2, "evaluate_every": 0, "held_out": ""}
     path = tmp_path / "official.py"
-    lines = ["import dataclasses", "from official_run import official_config", "def get_config():"]
+    lines = [
+        "import dataclasses",
+        "from tests.support.official_run import official_config",
+        "def get_config():",
+    ]
     path.write_text(
         "\n".join(
             [

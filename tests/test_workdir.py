@@ -13,8 +13,6 @@ import sys
 import types
 
 import pytest
-from official_data import turns, write_meta
-from tiny_checkpoint import tokenizer_files, train_config
 
 from internvl3_jax.config import ConfigError, to_dict
 from internvl3_jax.data.identity import DataChanged, check_identity, data_identity
@@ -25,6 +23,8 @@ from internvl3_jax.parallel import multihost
 from internvl3_jax.training import run, run_log, workdir
 from internvl3_jax.training.run import SkipLog, farewell, is_finished
 from internvl3_jax.training.start import RunHistory
+from tests.support.official_data import turns, write_meta
+from tests.support.tiny_checkpoint import tokenizer_files, train_config
 
 pytestmark = pytest.mark.smoke
 

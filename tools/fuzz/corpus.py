@@ -15,7 +15,7 @@ CACHE = "cache"  # compiled programs, shared by all inputs
 TRAIN = """\
 import dataclasses
 
-from tiny_checkpoint import train_config
+from tests.support.tiny_checkpoint import train_config
 
 
 def get_config():
@@ -52,10 +52,9 @@ def build(corpus: pathlib.Path) -> None:
 
 
 def _models(corpus: pathlib.Path) -> None:
-    import tiny_checkpoint
-
     from convert.__main__ import main as convert
     from internvl3_jax.data.text.tokenizer import Tokenizer
+    from tests.support import tiny_checkpoint
 
     for name, flags in {"released": (), "sharded": ("--shard_size", "60000")}.items():
         _checked(
@@ -98,7 +97,14 @@ def _adapter(corpus: pathlib.Path) -> None:
 
 
 def _data(folder: pathlib.Path) -> None:
-    from official_data import encoded, picture, turns, write_meta, write_tar, write_video
+    from tests.support.official_data import (
+        encoded,
+        picture,
+        turns,
+        write_meta,
+        write_tar,
+        write_video,
+    )
 
     folder.mkdir()
     for number in range(3):
@@ -144,7 +150,7 @@ def _data(folder: pathlib.Path) -> None:
 
 
 def _requests(folder: pathlib.Path) -> None:
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     folder.mkdir()
     tiny_checkpoint.picture(40, 16, 1).save(folder / "wide.png")
@@ -159,7 +165,7 @@ def _requests(folder: pathlib.Path) -> None:
 
 def _questions(folder: pathlib.Path) -> None:
     """Without answers: a random model's could not be compared with any."""
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     folder.mkdir()
     tiny_checkpoint.picture(16, 16, 2).save(folder / "small.png")
@@ -172,7 +178,7 @@ def _questions(folder: pathlib.Path) -> None:
 
 def _pictures(folder: pathlib.Path) -> None:
     """One of each format that Pillow writes here."""
-    from official_data import picture
+    from tests.support.official_data import picture
 
     folder.mkdir()
     image = picture(48, 32, 5)
@@ -190,7 +196,7 @@ def _pictures(folder: pathlib.Path) -> None:
 
 def _pairs(folder: pathlib.Path) -> None:
     folder.mkdir()
-    from official_data import write_meta
+    from tests.support.official_data import write_meta
 
     rows = [
         {"id": n, "question": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."}

@@ -4,8 +4,8 @@ micro-batches.
 
 import dataclasses
 
-from official_data import picture, turns, write_meta
-from tiny_checkpoint import train_config
+from tests.support.official_data import picture, turns, write_meta
+from tests.support.tiny_checkpoint import train_config
 
 
 def write_official(folder) -> str:

@@ -24,7 +24,7 @@ from internvl3_jax.config import (
 )
 from internvl3_jax.model.internvl import abstract_params
 
-TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"
+TOKENIZER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "tiny_digits"
 
 VISION = VisionConfig(
     image_size=16, patch_size=4, hidden_size=24, num_layers=2, num_heads=3, intermediate_size=40
