@@ -205,7 +205,7 @@ def command(store, tmp_path_factory):
     """train.py as processes; call with a workdir, how many, and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(
-        "import dataclasses\nfrom test_train_hosts import hosts_config\n"
+        "import dataclasses\nfrom tests.support.hosts_run import hosts_config\n"
         f"def get_config(): return dataclasses.replace(hosts_config(), steps={STEPS}, save_every={SAVE_EVERY}, log_every=1)\n"
     )
 
