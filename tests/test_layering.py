@@ -13,7 +13,7 @@ PACKAGE = "internvl3_jax"
 # Each room (a module or folder of the package) imports only from itself and from rooms above it.
 # `convert`, the configurations and the programs come last.
 ROOMS = [
-    "programs",
+    "cli",
     "io",
     "config",
     "sizes",
@@ -30,7 +30,7 @@ ROOMS = [
 ]
 # Host code: worker processes of the data pipeline import it, and none of them may start an
 # accelerator.
-WITHOUT_JAX = {"programs", "io", "config", "sizes", "positions", "data", "parallel.host_flags"}
+WITHOUT_JAX = {"cli", "io", "config", "sizes", "positions", "data", "parallel.host_flags"}
 WITHOUT_JAX |= {
     "checkpoints.fingerprint",
     "checkpoints.hf.config",

@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from internvl3_jax import programs
+from internvl3_jax import cli
 from internvl3_jax.config import TILE_RULES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.media.images import MAX_PIXELS, ImageError, open_image
 from internvl3_jax.data.media.tiles import grid_tiles, image_limit, picture_grid
@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = values(argv)[1:]
         if values.help or not arguments:
             print(
-                programs.as_typed(f"{__doc__}\n{values.module_help(sys.modules[__name__])}"),
+                cli.as_typed(f"{__doc__}\n{values.module_help(sys.modules[__name__])}"),
                 file=sys.stdout if values.help else sys.stderr,
             )
             return 0 if values.help else 2

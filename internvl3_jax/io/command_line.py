@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
 
-from internvl3_jax import programs
+from internvl3_jax import cli
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import one_line, printable, short_name
 
@@ -144,7 +144,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
 
     def format_help(self) -> str:
-        return programs.as_typed(super().format_help())
+        return cli.as_typed(super().format_help())
 
     def error(self, text: str):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", text)
@@ -190,7 +190,7 @@ def run(
     """
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
         with errors_in_one_line():
-            print(programs.as_typed(help_text(sys.modules["__main__"].__doc__ or "", sections)))
+            print(cli.as_typed(help_text(sys.modules["__main__"].__doc__ or "", sections)))
         raise SystemExit(0)
 
     def guarded(arguments: Sequence[str]) -> int | None:

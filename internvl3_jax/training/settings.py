@@ -28,7 +28,7 @@ import typing
 
 from absl import flags
 
-from internvl3_jax import programs
+from internvl3_jax import cli
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.io import safe_files
 from internvl3_jax.io.command_line import UsageError, message
@@ -121,9 +121,9 @@ def read(name: str) -> TrainConfig:
     """What get_config() of FILE[:ARGUMENT] returns."""
     whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
-    path = programs.find_recipe(pathlib.Path(os.path.expanduser(file)))
+    path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
     if not path.is_file():
-        folders = (path.parent, programs.home() / "configs")
+        folders = (path.parent, cli.home() / "configs")
         near = suggestion(
             path.name, [file.name for folder in folders for file in folder.glob("*.py")]
         )
@@ -160,7 +160,7 @@ def _beside(path: pathlib.Path):
     recipes so, wherever the program was started.
     """
     folder = path.resolve().parent
-    folders = (folder.parent if folder.name == "configs" else folder, programs.home())
+    folders = (folder.parent if folder.name == "configs" else folder, cli.home())
     added = [str(place) for place in dict.fromkeys(folders) if str(place) not in sys.path]
     sys.path += added
     try:
