@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 from absl import flags, logging
 
+from internvl3_jax import cli
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.released import travelling_files
 from internvl3_jax.config import TrainConfig, to_dict
@@ -91,7 +92,7 @@ def run(argv) -> None:
                 print(chosen.overview(config), flush=True)
             fit(config, workdir, mesh, newest)
         if is_first:
-            print(farewell(config, workdir), flush=True)
+            print(cli.as_typed(farewell(config, workdir)), flush=True)
 
 
 def check(config: TrainConfig) -> None:

@@ -4,8 +4,9 @@
     settings.take_overrides(sys.argv)           before absl parses the flags
     chosen = settings.load()                    in main: Chosen(config, recipe, overrides)
 
-FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. A value is read by
-its field's type:
+FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. If it does not
+exist, the recipe of that name in the shipped configs/ is meant. A value is read by its field's
+type:
 
     --config.steps=100   --config.data.source=meta.json   --config.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
 
@@ -27,6 +28,7 @@ import typing
 
 from absl import flags
 
+from internvl3_jax import cli
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.io import safe_files
 from internvl3_jax.io.command_line import UsageError, message
@@ -119,11 +121,11 @@ def read(name: str) -> TrainConfig:
     """What get_config() of FILE[:ARGUMENT] returns."""
     whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
-    path = pathlib.Path(os.path.expanduser(file))
+    path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
     if not path.is_file():
+        folders = (path.parent, cli.home() / "configs")
         near = suggestion(
-            path.name,
-            [one.name for one in path.parent.glob("*.py")] if path.parent.is_dir() else [],
+            path.name, [file.name for folder in folders for file in folder.glob("*.py")]
         )
         raise UsageError(f"--config: {one_line(str(path))}: no such file{near}")
     arguments = [argument] if ":" in name and argument is not None else []
@@ -154,16 +156,17 @@ def _module(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _beside(path: pathlib.Path):
-    """A file of configs/ imports its neighbors as configs.NAME, wherever the program was started."""
+    """A file of configs/ imports its neighbors as configs.NAME, and any file imports the shipped
+    recipes so, wherever the program was started.
+    """
     folder = path.resolve().parent
-    place = str(folder.parent if folder.name == "configs" else folder)
-    added = place not in sys.path
-    if added:
-        sys.path.append(place)
+    folders = (folder.parent if folder.name == "configs" else folder, cli.home())
+    added = [str(place) for place in dict.fromkeys(folders) if str(place) not in sys.path]
+    sys.path += added
     try:
         yield
     finally:
-        if added:
+        for place in added:
             sys.path.remove(place)
 
 

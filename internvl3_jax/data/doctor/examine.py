@@ -270,7 +270,7 @@ def whole(low: int, high: int = 2**31 - 1):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command_line.Parser(description=__doc__)
+    parser = command_line.Parser("doctor", description=__doc__)
     flag = parser.add_argument
     flag("meta", help="meta JSON")
     flag(
