@@ -3,6 +3,7 @@ line.
 """
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -273,6 +274,9 @@ def test_a_missing_file_is_named(load, tmp_path):
         load(file=None)
     with pytest.raises(UsageError, match=r"recipy.py: no such file; did you mean 'recipe.py'\?"):
         load(file=tmp_path / "recipy.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UsageError, match=r"pipe.py: is not a regular file; name a file"):
+        load(file=tmp_path / "pipe.py")
     with pytest.raises(UsageError, match=r"recipe.py line 5: invalid literal for int\(\)"):
         load(file=f"{tmp_path}/recipe.py:many")
     assert load(file=f"{tmp_path}/recipe.py:7").config.steps == 7

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 from internvl3_jax.io import integrity, strict_json
+from internvl3_jax.io.file_errors import FileError
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.safe_files import OWN, is_own
 from internvl3_jax.io.terminal import one_line
@@ -237,6 +238,18 @@ def latest_step(
             f"from a copy, or move the directory away to begin again"
         )
     return None
+
+
+def check_steps_writable(run: pathlib.Path) -> None:
+    """Raises FileError if a local RUN/checkpoints exists and steps cannot be saved in it."""
+    directory = run / "checkpoints"
+    if not os.path.lexists(directory):
+        return
+    name = one_line(str(directory))
+    if not directory.is_dir():
+        raise FileError(f"{name}: is not a directory, so no step can be saved; move it away")
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise FileError(f"{name}: cannot be written to; change its permissions")
 
 
 def is_step(entry: pathlib.Path) -> bool:

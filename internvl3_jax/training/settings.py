@@ -120,6 +120,8 @@ def read(name: str) -> TrainConfig:
     whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
     path = pathlib.Path(os.path.expanduser(file))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
     if not path.is_file():
         near = suggestion(
             path.name,
