@@ -107,6 +107,28 @@ def test_a_wrong_setting_is_named(path):
     assert path in line and len(line) < 300, line
 
 
+def float_fields(config, prefix: str = "model."):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from float_fields(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) or "float" in str(field.type):
+            yield f"{prefix}{field.name}", value
+
+
+@pytest.mark.parametrize("path, value", list(float_fields(CONFIG)))
+@pytest.mark.parametrize("wrong", [1e300, -1e300, 1e-300])
+def test_a_number_of_a_model_has_a_range(path, value, wrong):
+    """1e-300 is as good as 0, which rates may be."""
+    config = put(base(), path, (wrong,) * 3 if isinstance(value, tuple) else wrong)
+    may_be_zero = ("layer_scale_init", "drop_path", "mean")
+    if wrong == 1e-300 and path.endswith(may_be_zero):
+        checks.validate(config)
+        return
+    with pytest.raises(ConfigError, match=rf"{re.escape(path)} is .*; it must be .*from .* to "):
+        checks.validate(config)
+
+
 def test_all_wrong_settings_are_named_at_once():
     config = put(put(base(), "data.rows", 0), "optimizer.beta2", -0.1)
     expected = "data.rows is 0; it must be from 1 to 1,048,576\noptimizer.beta2 is -0.1; it must be at least 0.0 and below 1.0"
