@@ -3,6 +3,7 @@ line.
 """
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -104,6 +105,28 @@ def test_a_wrong_setting_is_named(path):
         checks.validate(put(base(), path, WRONG[path]))
     (line,) = str(raised.value).splitlines()
     assert path in line and len(line) < 300, line
+
+
+def float_fields(config, prefix: str = "model."):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from float_fields(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) or "float" in str(field.type):
+            yield f"{prefix}{field.name}", value
+
+
+@pytest.mark.parametrize("path, value", list(float_fields(CONFIG)))
+@pytest.mark.parametrize("wrong", [1e300, -1e300, 1e-300])
+def test_a_number_of_a_model_has_a_range(path, value, wrong):
+    """1e-300 is as good as 0, which rates may be."""
+    config = put(base(), path, (wrong,) * 3 if isinstance(value, tuple) else wrong)
+    may_be_zero = ("layer_scale_init", "drop_path", "mean")
+    if wrong == 1e-300 and path.endswith(may_be_zero):
+        checks.validate(config)
+        return
+    with pytest.raises(ConfigError, match=rf"{re.escape(path)} is .*; it must be .*from .* to "):
+        checks.validate(config)
 
 
 def test_all_wrong_settings_are_named_at_once():
@@ -273,6 +296,9 @@ def test_a_missing_file_is_named(load, tmp_path):
         load(file=None)
     with pytest.raises(UsageError, match=r"recipy.py: no such file; did you mean 'recipe.py'\?"):
         load(file=tmp_path / "recipy.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UsageError, match=r"pipe.py: is not a regular file; name a file"):
+        load(file=tmp_path / "pipe.py")
     with pytest.raises(UsageError, match=r"recipe.py line 5: invalid literal for int\(\)"):
         load(file=f"{tmp_path}/recipe.py:many")
     assert load(file=f"{tmp_path}/recipe.py:7").config.steps == 7

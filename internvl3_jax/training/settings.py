@@ -122,6 +122,8 @@ def read(name: str) -> TrainConfig:
     whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
     path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
     if not path.is_file():
         folders = (path.parent, cli.home() / "configs")
         near = suggestion(
