@@ -14,6 +14,7 @@ PACKAGE = "internvl3_jax"
 # `convert`, the configurations and the programs come last.
 ROOMS = [
     "io",
+    "model_config",
     "config",
     "sizes",
     "param_tree",
@@ -29,7 +30,7 @@ ROOMS = [
 ]
 # Host code: worker processes of the data pipeline import it, and none of them may start an
 # accelerator.
-WITHOUT_JAX = {"io", "config", "sizes", "positions", "data", "parallel.host_flags"}
+WITHOUT_JAX = {"io", "model_config", "config", "sizes", "positions", "data", "parallel.host_flags"}
 WITHOUT_JAX |= {
     "checkpoints.fingerprint",
     "checkpoints.hf.config",

@@ -16,7 +16,7 @@ import tiny_checkpoint
 from absl.testing import flagsaver
 from test_lora import logits
 from test_step import batch
-from tiny_checkpoint import CONFIG, train_config
+from tiny_checkpoint import CONFIG, changed, train_config
 
 import infer
 import train
@@ -25,7 +25,7 @@ from internvl3_jax import Chat, load
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.checkpoints.manifest import Manifest
-from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
+from internvl3_jax.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.parallel import sharding
@@ -48,10 +48,11 @@ def base(tmp_path_factory):
 
 def config_of(base, **changes):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    checkpoint = CheckpointConfig(every=3, keep=5)
     config = dataclasses.replace(
-        train_config(), optimizer=optimizer, steps=6, save_every=3, keep=5, lora=LORA
+        train_config(), optimizer=optimizer, steps=6, checkpoint=checkpoint, lora=LORA
     )
-    return dataclasses.replace(config, init_from=str(base), **changes)
+    return changed(config, init_from=str(base), **changes)
 
 
 def start(config, workdir):
@@ -217,7 +218,9 @@ def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
 
 def test_a_run_beside_four_bits(base, tmp_path):
     """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
-    config = config_of(base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, save_every=2)
+    config = config_of(
+        base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, checkpoint__every=2
+    )
     params = jax.device_get(start(config, tmp_path / "run"))
     assert set(params["language"]["layers"]["q"]["kernel"]) == {"nf4", "scales"}
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")

@@ -26,7 +26,7 @@ from internvl3_jax.training.param_table import component_table, format_table, fr
 
 PARAMS = random_params(CONFIG)
 # no schedule to reckon with
-CONSTANT = OptimizerConfig(warmup_steps=0, final_fraction=1.0, learning_rate=1e-2)
+CONSTANT = OptimizerConfig(warmup_steps=0, final_lr_fraction=1.0, learning_rate=1e-2)
 
 
 def by_path(tree):
@@ -56,9 +56,12 @@ def run(config, params=PARAMS, steps=3, scale=1.0):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"schedule": "cosine", "final_fraction": 0.1}, {0: 0, 5: 0.5, 10: 1, 60: 0.55, 110: 0.1}),
         (
-            {"schedule": "wsd", "final_fraction": 0.1},
+            {"schedule": "cosine", "final_lr_fraction": 0.1},
+            {0: 0, 5: 0.5, 10: 1, 60: 0.55, 110: 0.1},
+        ),
+        (
+            {"schedule": "wsd", "final_lr_fraction": 0.1},
             {0: 0, 5: 0.5, 10: 1, 88: 1, 99: 0.55, 110: 0.1},
         ),
         ({"schedule": "wsd", "warmup_steps": 0}, {0: 1, 88: 1, 99: 0.5, 110: 0}),
@@ -229,9 +232,9 @@ def test_rates_of_components_and_layers():
     the gradient.
     """
     settings = {
-        "vision_rate": 0.1,
-        "projector_rate": 2.0,
-        "language_rate": 0.5,
+        "vision_lr_scale": 0.1,
+        "projector_lr_scale": 2.0,
+        "language_lr_scale": 0.5,
         "vision_layer_decay": 0.8,
     }
     config = dataclasses.replace(CONSTANT, weight_decay=0.0, clip_norm=1e9, **settings)
@@ -286,7 +289,7 @@ def test_a_pattern_that_matches_nothing_is_named():
 
 
 def test_the_table_of_components():
-    config = OptimizerConfig(freeze=("vision/.*",), projector_rate=5.0, moment_dtype="bfloat16")
+    config = OptimizerConfig(freeze=("vision/.*",), projector_lr_scale=5.0, moment_dtype="bfloat16")
     params = abstract_params(SIZES["1b"])
     rows = {row.name: row for row in component_table(params, config)}
     assert list(rows) == ["vision", "projector", "embedding", "language layers", "head", "all"]

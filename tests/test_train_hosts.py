@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 from local_processes import ROOT, Ended, Processes, free_address
-from tiny_checkpoint import train_config
+from tiny_checkpoint import changed, train_config
 
 from internvl3_jax import load
-from internvl3_jax.config import LossConfig, MeshConfig
+from internvl3_jax.config import EvalConfig, LossConfig, MeshConfig
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.parallel.sharding import make_mesh
 from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST
@@ -30,29 +30,40 @@ def hosts_config():
     config = train_config()
     data = dataclasses.replace(config.data, rows=8, shards=4, tokens_per_row=128, tiles_per_row=8)
     optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
-    return dataclasses.replace(
-        config, data=data, optimizer=optimizer, steps=STEPS, save_every=SAVE_EVERY, agree_every=2
+    return changed(
+        config,
+        data=data,
+        optimizer=optimizer,
+        steps=STEPS,
+        checkpoint__every=SAVE_EVERY,
+        host_check_every=2,
     )
 
 
 def pairs_config(source: str, init_from: str):
-    """MPO on pairs, with held-out ones."""
+    """MPO on pairs, evaluated on the same."""
     config = hosts_config()
     data = dataclasses.replace(
         config.data,
         source=source,
         pairs=True,
         pairs_per_row=3,
-        loss_average="sample",
+        loss_reduction="sample",
         packing_buffer=2,
     )
     loss = LossConfig(
-        kind="mpo", shift="moving"
+        kind="mpo", reward_shift="moving"
     )  # the running one counts the parts of an update, so it knows how many there are
-    held_out = {"held_out": source, "evaluate_every": 3, "evaluate_batches": 1}
+    evaluation = EvalConfig(source, every=3, batches=1)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
     return dataclasses.replace(
-        config, data=data, optimizer=optimizer, loss=loss, init_from=init_from, steps=3, **held_out
+        config,
+        data=data,
+        optimizer=optimizer,
+        loss=loss,
+        init_from=init_from,
+        steps=3,
+        eval=evaluation,
     )
 
 
@@ -175,7 +186,7 @@ def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
 
 
 def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path):
-    """Policy, reference and held-out pairs over the devices of both."""
+    """Policy, reference and eval pairs over the devices of both."""
     # computes where it is imported, and train.py's processes import this file
     from test_pairs import write_pairs
 
@@ -189,8 +200,8 @@ def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 3]
     for ours, theirs in zip(two, one, strict=True):
         assert ours.get("batch") == theirs.get("batch")
-        names = {name for name in ours if name.startswith(("loss", "reward", "held_out"))}
+        names = {name for name in ours if name.startswith(("loss", "reward", "eval"))}
         # margins that are rounding alone
         for name in names - ({"reward_accuracy"} if ours["step"] == 1 else set()):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-    assert two[-1]["held_out_reward_margin"] > 0
+    assert two[-1]["eval_reward_margin"] > 0
