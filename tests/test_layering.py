@@ -14,6 +14,7 @@ PACKAGE = "internvl3_jax"
 ROOMS = [
     "cli",
     "io",
+    "model_config",
     "config",
     "sizes",
     "param_tree",
@@ -29,7 +30,16 @@ ROOMS = [
 ]
 # Host code: worker processes of the data pipeline import it, and none of them may start an
 # accelerator.
-WITHOUT_JAX = {"cli", "io", "config", "sizes", "positions", "data", "parallel.host_flags"}
+WITHOUT_JAX = {
+    "cli",
+    "io",
+    "model_config",
+    "config",
+    "sizes",
+    "positions",
+    "data",
+    "parallel.host_flags",
+}
 WITHOUT_JAX |= {
     "checkpoints.fingerprint",
     "checkpoints.hf.config",

@@ -142,7 +142,7 @@ def test_the_table_names_adapters():
     rows = {
         row.name: row
         for row in component_table(
-            params, OptimizerConfig(freeze=("(?!lora/).*",), vision_rate=0.5)
+            params, OptimizerConfig(freeze=("(?!lora/).*",), vision_lr_scale=0.5)
         )
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(params["lora"]))

@@ -211,8 +211,9 @@ def command(store, tmp_path_factory):
     """train.py as processes; call with a workdir, how many, and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(
-        "import dataclasses\nfrom test_train_hosts import hosts_config\n"
-        f"def get_config(): return dataclasses.replace(hosts_config(), steps={STEPS}, save_every={SAVE_EVERY}, log_every=1)\n"
+        "from test_train_hosts import hosts_config\nfrom tiny_checkpoint import changed\n"
+        "def get_config(): return changed(\n"
+        f"    hosts_config(), steps={STEPS}, checkpoint__every={SAVE_EVERY}, logging__every=1)\n"
     )
 
     def start(workdir, count: int = 1) -> Processes:

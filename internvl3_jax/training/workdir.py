@@ -40,16 +40,9 @@ _MEMORY = (
     "offload_optimizer",
     "loss_chunk",
 )
-_LOGGING = (
-    "log_every",
-    "agree_every",
-    "tensorboard",
-    "wandb",
-    "profile_steps",
-    "accept_changed_data",
-)
+_RUNNING = ("logging", "host_check_every", "accept_changed_data")
 # of TrainConfig, when a run is resumed
-FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_LOGGING)
+FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_RUNNING)
 # file systems without locks
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
