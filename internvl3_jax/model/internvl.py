@@ -11,6 +11,7 @@ B rows, T tokens, N tiles a row, M tiles, D width, V vocabulary.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from internvl3_jax.config import ModelConfig
@@ -22,7 +23,7 @@ from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, constrain
 
 class InternVL(nn.Module):
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unrolled: bool = False  # the decoder's generation layout; see language.py
     unrolled_vision: bool = False  # the tower's; see vision.py
     fused: bool = True  # of the generation layout: q/k/v and gate/up as one matrix each

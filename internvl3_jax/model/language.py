@@ -12,6 +12,7 @@ slots.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
@@ -26,7 +27,7 @@ from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES, 
 
 class DecoderLayer(nn.Module):
     config: LanguageConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     fused: bool  # q/k/v and gate/up as one product each
     attention: str = "auto"
 
@@ -96,7 +97,7 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     config: LanguageConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     unrolled: bool = False
     # of the unrolled layout; False where "tensor" splits the heads, which a merged matrix would
     # interleave

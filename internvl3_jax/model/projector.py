@@ -4,6 +4,7 @@ a side, C and D widths.
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from internvl3_jax.config import ModelConfig
 from internvl3_jax.model.ops.linear import Dense
@@ -25,7 +26,7 @@ def pixel_shuffle(x, factor: int, version: str = "v2"):
 
 class Projector(nn.Module):
     config: ModelConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def setup(self):
         width = self.config.language.hidden_size

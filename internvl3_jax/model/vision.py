@@ -9,6 +9,7 @@ M tiles, P = 1 + grid * grid tokens, C width.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from internvl3_jax.config import VisionConfig
 from internvl3_jax.model.ops.attention import attention
@@ -20,7 +21,7 @@ from internvl3_jax.parallel.sharding import TILE_AXES, constrain
 
 class VisionBlock(nn.Module):
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str = "auto"
 
     def setup(self):
@@ -76,7 +77,7 @@ class VisionBlock(nn.Module):
 
 class VisionTower(nn.Module):
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     scan_unroll: int = 1  # layers per step of the scan
     remat: str = "none"  # see ops/remat.py
     # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked

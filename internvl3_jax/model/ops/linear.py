@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from internvl3_jax.model.ops.quantize import dequantize
 from internvl3_jax.parallel.sharding import (
@@ -27,7 +28,7 @@ class Dense(nn.Module):
 
     features: int
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
