@@ -244,7 +244,7 @@ def test_a_shared_question_changes_no_number(both):
 
 
 def test_blocks_know_shared_questions(both):
-    model = InternVL(CONFIG, attention_language="blockwise")
+    model = InternVL(CONFIG, attention_language="flash")
     expected = MODEL.apply({"params": PARAMS}, both[1])
     found = model.apply({"params": PARAMS}, both[1])
     real = both[1]["segments"] > 0

@@ -17,7 +17,7 @@ from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import constrain
+from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
 
 _LONGEST = 256  # tokens of an answer
