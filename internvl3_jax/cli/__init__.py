@@ -5,7 +5,7 @@
     internvl3-convert    python -m convert               internvl3-tokens    python -m internvl3_jax.data.tokens
 
 train.py, infer.py, convert/ and configs/ are at the top of the repository. A wheel has them in this
-folder instead (pyproject.toml, force-include), so that site-packages gets no such top-level names.
+folder instead (hatch_build.py copies them), so that site-packages gets no such top-level names.
 Each program runs as `__main__`, exactly as the command on the right runs it.
 """
 
