@@ -41,7 +41,7 @@ SMALL_DATA = "--config.data.rows=1 --config.data.tokens_per_row=1024 --config.da
 ADDED = {
     "train.py --config configs/tiny_digits.py": "--config.steps=2 --config.optimizer.warmup_steps=0",
     "train.py --config configs/pretrain.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA} "
-    "--config.data.language_share=-1",
+    "--config.data.text_fraction=-1",
     "train.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "internvl3_jax.training.make_reference": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "infer.py": "--max_new_tokens=4",

@@ -12,7 +12,9 @@ PACKAGE = "internvl3_jax"
 # Each room (a module or folder of the package) imports only from itself and from rooms above it.
 # `convert`, the configurations and the programs come last.
 ROOMS = [
+    "cli",
     "io",
+    "model_config",
     "config",
     "sizes",
     "param_tree",
@@ -28,7 +30,16 @@ ROOMS = [
 ]
 # Host code: worker processes of the data pipeline import it, and none of them may start an
 # accelerator.
-WITHOUT_JAX = {"io", "config", "sizes", "positions", "data", "parallel.host_flags"}
+WITHOUT_JAX = {
+    "cli",
+    "io",
+    "model_config",
+    "config",
+    "sizes",
+    "positions",
+    "data",
+    "parallel.host_flags",
+}
 WITHOUT_JAX |= {
     "checkpoints.fingerprint",
     "checkpoints.hf.config",

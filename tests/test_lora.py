@@ -142,7 +142,7 @@ def test_the_table_names_adapters():
     rows = {
         row.name: row
         for row in component_table(
-            params, OptimizerConfig(freeze=("(?!lora/).*",), vision_rate=0.5)
+            params, OptimizerConfig(freeze=("(?!lora/).*",), vision_lr_scale=0.5)
         )
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(params["lora"]))
@@ -314,17 +314,17 @@ def test_settings_that_make_no_sense(changes, message):
     [
         (
             {"targets": ("language/layers/(q_proj)",)},
-            "lora.targets: 'language/layers/(q_proj)' matches no linear layer's whole path; near",
+            "lora.targets: 'language/layers/(q_proj)' matches no full path of a linear layer; similar",
         ),
-        ({"targets": ("language/head",)}, "matches no linear layer's whole path"),
-        ({"targets": ("language/(",)}, "lora.targets: 'language/(' is no regular expression"),
+        ({"targets": ("language/head",)}, "matches no full path of a linear layer"),
+        ({"targets": ("language/(",)}, "lora.targets: 'language/(' is not a regular expression"),
         (
             {"full": ("projectr/.*",)},
-            "lora.full: 'projectr/.*' matches no parameter's whole path; near ones: projector/",
+            "lora.full: 'projectr/.*' matches no full path of a parameter; similar paths: projector/",
         ),
         (
             {"full": ("projector/.*",)},
-            "lora.full: 'projector/.*' trains projector/fc1 whole, which lora.targets gives an adapter",
+            "lora.full: 'projector/.*' trains all of projector/fc1, which lora.targets gives an adapter",
         ),
     ],
 )

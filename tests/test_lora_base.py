@@ -24,7 +24,7 @@ ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)
 
 
 def short(path, **changes):
-    config = config_of(path, **{"steps": 2, "save_every": 1, "lora": ADAPTERS} | changes)
+    config = config_of(path, **{"steps": 2, "checkpoint__every": 1, "lora": ADAPTERS} | changes)
     return dataclasses.replace(
         config, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     )

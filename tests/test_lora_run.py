@@ -186,7 +186,7 @@ def test_a_run_is_merged_by_converting(lora_run, lora_base, tmp_path, capsys):
 def test_a_run_beside_four_bits(lora_base, tmp_path):
     """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
     config = config_of(
-        lora_base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, save_every=2
+        lora_base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, checkpoint__every=2
     )
     params = jax.device_get(start(config, tmp_path / "run"))
     assert set(params["language"]["layers"]["q"]["kernel"]) == {"nf4", "scales"}

@@ -81,7 +81,7 @@ def test_addresses_and_paths(monkeypatch, tmp_path):
         assert "secret" not in str(caught.value)
 
 
-def test_objects_are_written_listed_added_to_and_deleted(root):
+def test_objects_are_written_listed_added_to_and_deleted(root, tmp_path):
     path = as_path(root)
     remote_files.write_bytes(path / "a/b.txt", b"abc")
     assert remote_files.read_bytes(path / "a/b.txt", max_bytes=3) == b"abc"
@@ -99,6 +99,12 @@ def test_objects_are_written_listed_added_to_and_deleted(root):
     assert remote_files.read_bytes(path / "log", max_bytes=100).split() == [
         str(number).encode() for number in range(20)
     ]
+    for content in (b"", b"\r", b"a\n\r", b"a\r\n", b"\0" * 300_000 + b"\r"):
+        remote_files.write_bytes(path / "end", content)
+        (tmp_path / "file").write_bytes(content)
+        remote_files.upload(tmp_path, path, ["file"])
+        for name in ("end", "file"):
+            assert remote_files.read_bytes(path / name, max_bytes=1 << 20) == content
     remote_files.remove(path, [*remote_files.objects(path), "gone already"])
     assert remote_files.objects(path) == {}
 
@@ -205,8 +211,10 @@ def command(store, tmp_path_factory):
     """train.py as processes; call with a workdir, how many, and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(
-        "import dataclasses\nfrom tests.support.hosts_run import hosts_config\n"
-        f"def get_config(): return dataclasses.replace(hosts_config(), steps={STEPS}, save_every={SAVE_EVERY}, log_every=1)\n"
+        "from tests.support.hosts_run import hosts_config\n"
+        "from tests.support.tiny_checkpoint import changed\n"
+        "def get_config(): return changed(\n"
+        f"    hosts_config(), steps={STEPS}, checkpoint__every={SAVE_EVERY}, logging__every=1)\n"
     )
 
     def start(workdir, count: int = 1) -> Processes:

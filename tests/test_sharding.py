@@ -13,6 +13,8 @@ from internvl3_jax.config import MeshConfig, OptimizerConfig
 from internvl3_jax.fit.compiled import collectives
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel import sharding
+from internvl3_jax.parallel.collectives import all_gather_weight, require_mesh
+from internvl3_jax.param_tree import path_name
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.optimizer import make_optimizer
 from tests.support.batches import batch
@@ -82,7 +84,7 @@ def test_the_optimizers_state_follows_its_parameter(name):
 def placed(tree, places):
     leaves = jax.tree.leaves_with_path(tree)
     return [
-        (sharding.path_name(path), leaf, place)
+        (path_name(path), leaf, place)
         for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)
     ]
 
@@ -97,9 +99,7 @@ def test_a_gradient_lies_where_its_parameter_does(width, axes):
     place = jax.NamedSharding(mesh, sharding.spec(path, kernel.shape, mesh))
     assert place.spec[0] == axes
     with jax.set_mesh(mesh):
-        slope = jax.jit(
-            jax.grad(lambda kernel, x: (x @ sharding.all_gather_weight(kernel, path)).sum())
-        )
+        slope = jax.jit(jax.grad(lambda kernel, x: (x @ all_gather_weight(kernel, path)).sum()))
         found = slope(jax.device_put(kernel, place), jnp.ones((8, width)))
     assert found.sharding.is_equivalent_to(place, 2)
 
@@ -136,7 +136,7 @@ def test_what_a_batch_must_be():
 
 def test_a_mesh_must_be_there():
     with pytest.raises(RuntimeError, match="no mesh is in context"):
-        sharding.require_mesh()
+        require_mesh()
 
 
 # --- the same update -----------------------------------------------------------------------------

@@ -155,8 +155,8 @@ def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 3]
     for ours, theirs in zip(two, one, strict=True):
         assert ours.get("batch") == theirs.get("batch")
-        names = {name for name in ours if name.startswith(("loss", "reward", "held_out"))}
+        names = {name for name in ours if name.startswith(("loss", "reward", "eval"))}
         # margins that are rounding alone
         for name in names - ({"reward_accuracy"} if ours["step"] == 1 else set()):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-    assert two[-1]["held_out_reward_margin"] > 0
+    assert two[-1]["eval_reward_margin"] > 0

@@ -38,7 +38,7 @@ ONE = {"data.deltas": ("1",)}
 VARIANTS = {
     "native": {},
     "text_only": {
-        "pretrain": {"data.language_share": 1.0, "optimizer.freeze": ("vision/.*", "projector/.*")}
+        "pretrain": {"data.text_fraction": 1.0, "optimizer.freeze": ("vision/.*", "projector/.*")}
     },
     "delta_one": {"pretrain": ONE, "sft": ONE},
 }
@@ -93,7 +93,7 @@ def settings(
         f"data.{name}": str(data / place)
         for name, place in (("source", f"{stage}.json"), ("tokenizer", "tokenizer"))
     }
-    values |= {"steps": STEPS[stage], "held_out": str(data / "held_out.json")} | VARIANTS[
+    values |= {"steps": STEPS[stage], "eval.source": str(data / "held_out.json")} | VARIANTS[
         folder.parent.name
     ].get(stage, {})
     values |= {"seed": seed_of(folder), "data.seed": seed_of(folder)}
@@ -214,7 +214,7 @@ def machine() -> dict:
 
 
 def collect(folder: pathlib.Path) -> dict:
-    """Seed and scores, and of each stage the steps, seconds and the rows of its log with held-out
+    """Seed and scores, and of each stage the steps, seconds and the rows of its log with eval
     losses.
     """
     stages = {}
@@ -225,11 +225,11 @@ def collect(folder: pathlib.Path) -> dict:
             if line.endswith("}")
         ]
         last = [row for row in rows if "seconds" in row][-1]
-        held_out = [row for row in rows if "held_out" in row]
+        evals = [row for row in rows if "eval_loss" in row]
         stages[stage] = {
             "steps": last["step"],
             "seconds": round(last["seconds"], 1),
-            "held_out": held_out,
+            "evals": evals,
         }
     return (
         {"seed": seed_of(folder)}
@@ -315,16 +315,16 @@ def long_table(results: dict) -> str:
 
 
 def cost_table(results: dict) -> str:
-    """Steps, time, and the held-out loss of the text after each stage."""
+    """Steps, time, and the eval loss of the text after each stage."""
     rows = []
     for name, seeds in results.items():
         for stage in STAGES:
             parts = [result["stages"][stage] for result in seeds]
             losses = [
-                row["held_out/test_book"]
+                row["eval_loss/test_book"]
                 for part in parts
-                for row in part["held_out"][-1:]
-                if "held_out/test_book" in row
+                for row in part["evals"][-1:]
+                if "eval_loss/test_book" in row
             ]
             seconds = spread([part["seconds"] for part in parts], ",.0f")
             rows.append(
@@ -360,7 +360,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def draw(path: pathlib.Path, results: dict) -> None:
-    """Held-out losses over both stages, a thin line for each seed, and the search by number of
+    """Eval losses over both stages, a thin line for each seed, and the search by number of
     pictures, mean of the seeds.
     """
     from matplotlib.figure import Figure
@@ -373,9 +373,9 @@ def draw(path: pathlib.Path, results: dict) -> None:
             rows = loss_rows(result)
             for axes, source in ((seen, "other_drawings"), (text, "test_book")):
                 points = [
-                    (row["step"], row[f"held_out/{source}"])
+                    (row["step"], row[f"eval_loss/{source}"])
                     for row in rows
-                    if f"held_out/{source}" in row
+                    if f"eval_loss/{source}" in row
                 ]
                 axes.plot(
                     *zip(*points, strict=True), linewidth=1, label=label, **line
@@ -421,11 +421,11 @@ def draw(path: pathlib.Path, results: dict) -> None:
 
 
 def loss_rows(result: dict) -> list[dict]:
-    """Rows with held-out losses, their steps counted over both stages."""
+    """Rows with eval losses, their steps counted over both stages."""
     rows, before = [], 0
     for stage in STAGES:
         part = result["stages"][stage]
-        rows += [row | {"step": before + row["step"]} for row in part["held_out"]]
+        rows += [row | {"step": before + row["step"]} for row in part["evals"]]
         before += part["steps"]
     return rows
 

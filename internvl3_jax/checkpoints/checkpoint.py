@@ -53,7 +53,7 @@ from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel.sharding import param_shardings
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Checkpoint:
     """An opened checkpoint. `model.apply({"params": params}, batch)` computes logits."""
 
@@ -67,6 +67,18 @@ class Checkpoint:
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     # of a training's base: `adapters.describe`, before it was quantized
     described: dict[str, str] | None = None
+
+    def __repr__(self) -> str:
+        # One line, for notebooks: the parameters themselves would fill pages.
+        leaves = jax.tree.leaves(self.params)
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        vision, language = self.config.vision, self.config.language
+        adapters = f", adapters {', '.join(self.adapters)}" if self.adapters else ""
+        return (
+            f"Checkpoint({str(self.directory)!r}: {sum(leaf.size for leaf in leaves):,} parameters"
+            f" in {dtypes}, vision {vision.num_layers} x {vision.hidden_size},"
+            f" language {language.num_layers} x {language.hidden_size}{adapters})"
+        )
 
 
 def save_checkpoint(

@@ -21,9 +21,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from internvl3_jax import cli
 from internvl3_jax.config import TILE_RULES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.media.images import MAX_PIXELS, ImageError, open_image
 from internvl3_jax.data.media.tiles import grid_tiles, image_limit, picture_grid
+from internvl3_jax.io import command_line
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.positions import parse_delta
 from internvl3_jax.sizes import SIZES
@@ -256,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = values(argv)[1:]
         if values.help or not arguments:
             print(
-                f"{__doc__}\n{values.module_help(sys.modules[__name__])}",
+                cli.as_typed(f"{__doc__}\n{values.module_help(sys.modules[__name__])}"),
                 file=sys.stdout if values.help else sys.stderr,
             )
             return 0 if values.help else 2
@@ -278,4 +280,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(command_line.call(lambda: main(sys.argv)))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
 
+from internvl3_jax import cli
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import one_line, printable, short_name
 
@@ -142,6 +143,9 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         super().__init__(*arguments, **options)
 
+    def format_help(self) -> str:
+        return cli.as_typed(super().format_help())
+
     def error(self, text: str):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", text)
         if "arguments are required" in text:
@@ -186,7 +190,7 @@ def run(
     """
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
         with errors_in_one_line():
-            print(help_text(sys.modules["__main__"].__doc__ or "", sections))
+            print(cli.as_typed(help_text(sys.modules["__main__"].__doc__ or "", sections)))
         raise SystemExit(0)
 
     def guarded(arguments: Sequence[str]) -> int | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import train
-from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
+from internvl3_jax.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import sharding
@@ -16,7 +16,7 @@ from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import TrainState
 from tests.support.batches import batch
 from tests.support.meshes import STYLES, widened
-from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
+from tests.support.tiny_checkpoint import CONFIG, changed, random_params, train_config
 from tests.support.train_step import compiled_step
 
 EVERYWHERE = (
@@ -79,10 +79,11 @@ def step_of(settings, optimizer=None, params=None, mesh=None, **options):
 
 def config_of(base, **changes):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    checkpoint = CheckpointConfig(every=3, keep=5)
     config = dataclasses.replace(
-        train_config(), optimizer=optimizer, steps=6, save_every=3, keep=5, lora=LORA
+        train_config(), optimizer=optimizer, steps=6, checkpoint=checkpoint, lora=LORA
     )
-    return dataclasses.replace(config, init_from=str(base), **changes)
+    return changed(config, init_from=str(base), **changes)
 
 
 def start(config, workdir):

@@ -40,6 +40,6 @@ def pairs_config(folder, **data):
         "source": write_pairs(folder),
         "pairs": True,
         "pairs_per_row": PAIRS,
-        "loss_average": "sample",
+        "loss_reduction": "sample",
     } | data
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))

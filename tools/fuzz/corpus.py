@@ -15,13 +15,14 @@ CACHE = "cache"  # compiled programs, shared by all inputs
 TRAIN = """\
 import dataclasses
 
+from internvl3_jax.config import CheckpointConfig
 from tests.support.tiny_checkpoint import train_config
 
 
 def get_config():
     config = train_config()
     optimizer = dataclasses.replace(config.optimizer, name="adamw", warmup_steps=1)
-    return dataclasses.replace(config, optimizer=optimizer, steps=4, save_every=2)
+    return dataclasses.replace(config, optimizer=optimizer, steps=4, checkpoint=CheckpointConfig(every=2))
 """
 PAIRS = """\
 import dataclasses
@@ -31,7 +32,7 @@ from tiny import get_config as tiny
 
 def get_config():
     config = tiny()
-    data = dataclasses.replace(config.data, source="pairs/meta.json", pairs=True, reference="pairs/reference.jsonl")
+    data = dataclasses.replace(config.data, source="pairs/meta.json", pairs=True, ref_logps_file="pairs/reference.jsonl")
     loss = dataclasses.replace(config.loss, kind="mpo")
     return dataclasses.replace(config, data=data, loss=loss, init_from="conv", steps=2)
 """

@@ -200,7 +200,7 @@ def make_reference(arguments: tuple[str, ...]) -> None:
     _module(
         "internvl3_jax.training.make_reference",
         "--config=pairs.py",
-        "--config.data.reference=",
+        "--config.data.ref_logps_file=",
         "--output=pairs/reference.jsonl",
         *arguments,
     )
