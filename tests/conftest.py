@@ -1,11 +1,12 @@
-"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, one
-compilation cache for the whole run.
+"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, quick
+compilation, and one cache of compiled programs that is kept from run to run.
 """
 
-import atexit
 import os
 import shutil
-import tempfile
+import time
+
+from tests.support import compilation_cache
 
 # In the environment, so that programs started by a test are under it too, and before anything
 # imports jax, PyTorch or transformers.
@@ -13,11 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # PyTorch's models here are tiny: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the folder
-    _cache = tempfile.mkdtemp(prefix="internvl3_jax_tests_")
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Most programs run once or twice: optimizing them takes longer than running them.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache.FOLDER))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -60,14 +61,24 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For programs that run once or twice: the compiler's optimisations would take longer than they
-    do.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_sessionstart(session):
+    session.began = time.time()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compilation_cache.prune()
+
+
+def pytest_sessionfinish(session):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compilation_cache.remove_incomplete(since=session.began)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compiles quickly, but in tests marked `optimized` as users do."""
+    quick = item.get_closest_marker("optimized") is None
+    if quick != jax.config.jax_disable_most_optimizations:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="module", autouse=True)

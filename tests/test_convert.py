@@ -52,6 +52,8 @@ from tests.support.released import (
     write_released,
 )
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("size", list(SIZES))
 def test_the_table_is_the_model(size):

@@ -27,6 +27,8 @@ from tests.support.internlm2_reference import Reference, converted
 from tests.support.parity import pixels
 from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, directory, picture
 
+pytestmark = pytest.mark.optimized
+
 checkpoint = functools.cache(lambda: load(directory()))
 QUESTION = "What is the sum?"
 SOLUTIONS = [

@@ -71,14 +71,6 @@ def check_memory(state, memory):
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """A dozen steps take less time than the optimisations of four programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
     config = official_config(write_official(tmp_path))
     data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)

@@ -34,6 +34,8 @@ from tests.support.released import (
 )
 from tests.support.released_configs import INTERNLM2, ORIGINAL, changed
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tiles", [(), (2, 1)], ids=["text", "pictures"])

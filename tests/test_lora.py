@@ -28,7 +28,6 @@ from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
 from tests.support.train_step import GRADIENT, assert_close, by_path
 
 SOME = dataclasses.replace(SETTINGS, targets=("vision/layers/fc2", "language/layers/(q|v|up|down)"))
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # --- what they compute ---------------------------------------------------------------------------

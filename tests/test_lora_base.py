@@ -19,7 +19,6 @@ from internvl3_jax.model import lora
 from internvl3_jax.training.start import reinit_dead_ranks
 from tests.support.lora_setup import LORA, config_of, start
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)
 
 

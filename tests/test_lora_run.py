@@ -29,8 +29,6 @@ from tests.support.batches import batch
 from tests.support.lora_setup import LORA, config_of, logits, start
 from tests.support.tiny_checkpoint import CONFIG
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def losses(workdir):
     rows = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]

@@ -101,6 +101,7 @@ def test_wrong_settings_are_named(settings, message):
 # --- directions ----------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "spare", [False, True], ids=["decay on all", "no decay on norms and biases"]
 )

@@ -47,16 +47,6 @@ def both(folder):
     return [batch_of(pairs_config(folder, share_question=shared)) for shared in (False, True)]
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """These programs run once or a dozen times: that takes less time than the compiler's
-    optimisations.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- the sample ----------------------------------------------------------------------------------
 
 

@@ -34,7 +34,6 @@ from tests.support.pairs import LOSS, pairs_config
 from tests.support.tiny_checkpoint import PROCESSOR, changed
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def run_config(folder, **changes):

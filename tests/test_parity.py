@@ -20,6 +20,8 @@ from internvl3_jax.model.vision import VisionTower, interpolate_positions
 from tests.support.parity import TOLERANCE, as_prompt, greedy, make_row, pair, pixels, torch_logits
 from tests.support.torch_reference import build_reference
 
+pytestmark = pytest.mark.optimized
+
 FAMILIES = [
     ("300m", "qwen2", False),
     ("300m", "qwen2", True),

@@ -36,10 +36,9 @@ EVERYWHERE = (
 )
 SETTINGS = LoraConfig(rank=3, alpha=5.0, targets=EVERYWHERE)
 # transformers' own: peft asks a model for what it deprecates.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 @pytest.fixture(params=[("300m", "qwen2"), ("6b", "internlm3")], ids=str)

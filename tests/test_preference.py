@@ -21,6 +21,8 @@ from internvl3_jax.training import mpo
 from internvl3_jax.training.objective import MpoLoss
 from tests.support.parity import conversation, pair, pixels, torch_logits
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = (RNG.normal(-40, 12, (3, 5, 2)).astype(np.float32) for _ in range(2))
 SHIFT = 0.3

@@ -22,8 +22,6 @@ from tests.support.meshes import MESHES
 from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
 from tests.support.train_step import assert_close, by_path
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def prepared(kind, params=None):
     settings = dataclasses.replace(SETTINGS, quantize=kind)

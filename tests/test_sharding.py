@@ -147,6 +147,12 @@ def expected(style):
     return descend(style, batch(8), None)
 
 
+@functools.cache
+def on_mesh(style, name, micro_batches=1):
+    mesh = sharding.make_mesh(MESHES[name])
+    return descend(style, widened(batch(8)), mesh, micro_batches=micro_batches)
+
+
 def descend(style, values, mesh, **settings):
     """(updated parameters, metrics, compiled text)"""
     config = STYLES[style]
@@ -167,17 +173,22 @@ def descend(style, values, mesh, **settings):
     return jax.device_get(state.params), jax.device_get(metrics), step.as_text()
 
 
-# Two micro-batches only where a device has two rows; the second style where it differs, in heads
-# and in what a matrix's bias does.
+# Every axis alone or with others, in the combinations that differ: plain data parallelism is in
+# test_step.py. Two micro-batches where a device has two rows; the second style where it differs, in
+# heads that the tensor axis does not divide and in what a matrix's bias does.
 @pytest.mark.parametrize(
     ("style", "name", "micro_batches"),
-    [("300m", name, 1) for name in MESHES]
-    + [("300m", "context", 2), ("300m", "all", 2)]
-    + [("6b", "tensor", 1), ("6b", "tensor only", 1), ("6b", "all", 2)],
+    [
+        ("300m", "fsdp", 1),
+        ("300m", "slices", 1),
+        ("300m", "context", 2),
+        ("300m", "all", 2),
+        ("6b", "tensor only", 1),
+        ("6b", "all", 2),
+    ],
 )
 def test_every_mesh_is_one_device(style, name, micro_batches):
-    mesh = sharding.make_mesh(MESHES[name])
-    params, metrics, _ = descend(style, widened(batch(8)), mesh, micro_batches=micro_batches)
+    params, metrics, _ = on_mesh(style, name, micro_batches)
     wanted_params, wanted_metrics, _ = expected(style)
     assert_close((params, metrics), (wanted_params, wanted_metrics))
 
@@ -238,7 +249,7 @@ def test_visual_features_stay_with_their_rows():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_data_parallel_sums_gradients_and_nothing_else(style):
-    *_, text = descend(style, widened(batch(8)), sharding.make_mesh(MESHES["data"]))
+    *_, text = on_mesh(style, "data")
     found = collectives(text, 8)
     assert {row.kind for row in found} == {"all-reduce"}
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(STYLES[style]))) * 4
@@ -248,7 +259,7 @@ def test_data_parallel_sums_gradients_and_nothing_else(style):
 @pytest.mark.parametrize("style", STYLES)
 def test_fsdp_gathers_each_matrix_at_most_twice_and_scatters_its_gradient(style):
     mesh, config = sharding.make_mesh(MESHES["fsdp"]), STYLES[style]
-    *_, text = descend(style, widened(batch(8)), mesh)
+    *_, text = on_mesh(style, "fsdp")
     received = Counter()
     for row in collectives(text, 8):
         received[row.kind] += row.bytes
@@ -262,5 +273,4 @@ def test_fsdp_gathers_each_matrix_at_most_twice_and_scatters_its_gradient(style)
     # looked up where it lies: its rows travel, not the table
     table = shapes["language"]["embedding"].size * 4
     matrices = (sum(split) - table) * 7 / 8
-    print(style, dict(received), sum(split), matrices)
     assert 0.9 * matrices <= received["all-gather"] <= 2.2 * matrices

@@ -43,11 +43,7 @@ def command(tmp_path_factory):
     """train.py as a program with the configuration above; call with a workdir and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text("from tests.support.tiny_checkpoint import train_config as get_config\n")
-    # Thirty steps take less time than the compiler's optimisations.
-    environment = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {"PYTHONPATH": str(ROOT)}
 
     def start(workdir, *flags, config=path):
         line = [

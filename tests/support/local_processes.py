@@ -37,11 +37,9 @@ class Processes:
         fixed = {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
-            # an optimised program takes longer to compile than to run here
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
             # Only process 0 writes the cache. It would be ready before the others, and gloo waits
             # 30 s for them.
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "JAX_ENABLE_COMPILATION_CACHE": "true" if len(lines) == 1 else "false",
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
         self.running = [

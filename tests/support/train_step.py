@@ -35,10 +35,7 @@ def compiled_step(optimizer, state, values, model=MODEL, **settings):
     micro_batches = settings.pop("micro_batches", 1)
     loss_fn = SftLoss(model, drop_path=trains_tower(optimizer, state.params), **settings)
     step = jax.jit(functools.partial(train_step, loss_fn, optimizer, micro_batches=micro_batches))
-    # These programs run once or twice: the compiler's optimisations would take longer.
-    return step.lower(state, values, jax.random.key(0)).compile(
-        {"xla_backend_optimization_level": 0}
-    )
+    return step.lower(state, values, jax.random.key(0)).compile()
 
 
 def assert_close(found, expected, tolerance=1e-5):
