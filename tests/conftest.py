@@ -76,7 +76,7 @@ def pytest_sessionfinish(session):
 def pytest_runtest_setup(item):
     """Compiles quickly, but in tests marked `optimized` as users do."""
     quick = item.get_closest_marker("optimized") is None
-    if quick != jax.config.jax_disable_most_optimizations:
+    if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quick)
 
