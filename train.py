@@ -117,9 +117,9 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     sharding.check_batch(
         mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row
     )
-    if jax.process_count() > 1 and config.evaluate_answers:
+    if jax.process_count() > 1 and config.eval.answers:
         raise ValueError(
-            "evaluate_answers is for one process: generation is not spread over several here"
+            "eval.answers is for one process: generation is not spread over several here"
         )
     return mesh
 
@@ -181,7 +181,7 @@ def setup(
     `stack` closes the data.
     """
     # Data and model; what is not there is noticed before anything large is read
-    for name in filter(None, (config.init_from, config.lora.init_from, config.loss.reference)):
+    for name in filter(None, (config.init_from, config.lora.init_from, config.loss.ref_model)):
         check_exists(name)
     tokenizer = make_tokenizer(config.data)
     # what it refuses, the first save would refuse
@@ -192,7 +192,7 @@ def setup(
         BatchLoader(config.data, config.processor, tokenizer, placement.shards)
     )
 
-    evaluator = Evaluator(config, model, tokenizer) if config.held_out else None
+    evaluator = Evaluator(config, model, tokenizer) if config.eval.source else None
 
     # Parameters and optimizer state
     state, history = restore_or_init(config, workdir, model, optimizer, loader, mesh, newest)
@@ -285,11 +285,11 @@ def cadence(config: TrainConfig, step: int, first: int) -> Due:
     """
     last = step == config.steps
     return Due(
-        compare=(step - first) % config.agree_every == 0,
-        log=last or step % config.log_every == 0,
-        evaluate=bool(config.held_out and config.evaluate_every)
-        and (last or step % config.evaluate_every == 0),
-        save=last or step % config.save_every == 0,
+        compare=(step - first) % config.host_check_every == 0,
+        log=last or step % config.logging.every == 0,
+        evaluate=bool(config.eval.source and config.eval.every)
+        and (last or step % config.eval.every == 0),
+        save=last or step % config.checkpoint.every == 0,
     )
 
 
@@ -333,10 +333,10 @@ def evaluate(run: TrainingRun, log: run_log.Log, step: int) -> None:
     """Logs the loss on the evaluation data and, if asked for, appends answers to answers.jsonl."""
     values = run.evaluator.losses(run.state.params, run.state.loss_state, run.ref_params)
     log.write(step, values)
-    if values["held_out"] < run.history.best:
-        run.history.best, run.history.best_step = values["held_out"], step
-    if run.config.evaluate_answers:
-        answers = run.evaluator.answers(run.state.params, run.config.evaluate_answers)
+    if values["eval_loss"] < run.history.best:
+        run.history.best, run.history.best_step = values["eval_loss"], step
+    if run.config.eval.answers:
+        answers = run.evaluator.answers(run.state.params, run.config.eval.answers)
         run_log.append(run.workdir / run_log.ANSWERS, [{"step": step} | row for row in answers])
 
 

@@ -17,7 +17,9 @@ saw.
 import dataclasses
 
 from internvl3_jax.config import (
+    CheckpointConfig,
     DataConfig,
+    EvalConfig,
     ModelConfig,
     OptimizerConfig,
     ProcessorConfig,
@@ -50,7 +52,7 @@ def get_config(stage: str = "pretrain") -> TrainConfig:
         data=DataConfig(
             source=f"{DATA}/{stage}.json",
             tokenizer=f"{DATA}/tokenizer",
-            language_share=0.25 if pretrains else -1.0,
+            text_fraction=0.25 if pretrains else -1.0,
             rows=10,
             tokens_per_row=160,
             tiles_per_row=9,
@@ -66,12 +68,8 @@ def get_config(stage: str = "pretrain") -> TrainConfig:
         ),
         steps=STEPS[stage],
         init_from="" if pretrains else PRETRAINED,
-        held_out=f"{DATA}/held_out.json",
-        evaluate_every=100,
-        evaluate_batches=8,
-        save_every=200,
-        keep=1,
-        keep_best=False,
+        eval=EvalConfig(source=f"{DATA}/held_out.json", every=100, batches=8),
+        checkpoint=CheckpointConfig(every=200, keep=1, keep_best=False),
         scan_unroll=4,
     )
 

@@ -11,7 +11,13 @@ The critic starts from that model and is an ordinary fine-tuning on conversation
 + and -.
 """
 
-from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ProcessorConfig,
+    TrainConfig,
+)
 from internvl3_jax.sizes import SIZES
 
 DATA = "runs/process_reward"
@@ -43,15 +49,13 @@ def get_config(stage: str = "policy") -> TrainConfig:
             tokens_per_row=288,
             tiles_per_row=14,
             packing_buffer=32,
-            loss_average="token",
+            loss_reduction="token",
         ),
         optimizer=OptimizerConfig(
             name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=20, beta2=0.99
         ),
         steps=steps,
         init_from=start,
-        save_every=250,
-        keep=1,
-        keep_best=False,
+        checkpoint=CheckpointConfig(every=250, keep=1, keep_best=False),
         scan_unroll=4,
     )

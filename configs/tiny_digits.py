@@ -14,7 +14,13 @@ with AdamW.
 
 import pathlib
 
-from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ProcessorConfig,
+    TrainConfig,
+)
 from internvl3_jax.sizes import SIZES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,13 +43,13 @@ def get_config() -> TrainConfig:
             tokens_per_row=144,
             tiles_per_row=11,
             packing_buffer=32,
-            loss_average="token",
+            loss_reduction="token",
             deltas=("1", "1", "1/2"),
         ),
         optimizer=OptimizerConfig(
             name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=50, beta2=0.99
         ),
         steps=1700,
-        save_every=250,
+        checkpoint=CheckpointConfig(every=250),
         scan_unroll=4,
     )

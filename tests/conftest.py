@@ -77,3 +77,47 @@ def forget_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def ask(capsys):
+    """Runs infer.py in this process with flags by name; returns (stdout, stderr)."""
+    from absl.testing import flagsaver
+
+    import infer
+    from tests.support import tiny_checkpoint
+
+    def call(*, arguments=(), **values):
+        infer.FLAGS.mark_as_parsed()
+        with flagsaver.flagsaver():
+            infer.FLAGS.unparse_flags()
+            infer.FLAGS.mark_as_parsed()
+            settings = {
+                "checkpoint": str(tiny_checkpoint.directory()),
+                "compilation_cache": "",
+                "max_new_tokens": 12,
+            }
+            for name, value in (settings | values).items():
+                setattr(infer.FLAGS, name, value)
+            infer.run(["infer.py", *arguments])
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def lora_base(tmp_path_factory):
+    """The tiny checkpoint as the frozen base of LoRA runs."""
+    from tests.support import tiny_checkpoint
+
+    return shutil.copytree(tiny_checkpoint.directory(), tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def lora_run(lora_base, tmp_path_factory):
+    """(workdir, parameters at the end) of a short LoRA run."""
+    from tests.support import lora_setup
+
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    params = lora_setup.start(lora_setup.config_of(lora_base), workdir)
+    return workdir, jax.device_get(params)

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_checkpoint
-from test_infer import ask, fail  # noqa: F401  (fixture)
-from tiny_checkpoint import picture
 
 from internvl3_jax import Chat, Critic, load
 from internvl3_jax.inference import generator
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
+from tests.support import tiny_checkpoint
+from tests.support.infer_flags import fail
+from tests.support.tiny_checkpoint import picture
 
 LIMIT = 12
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)
@@ -162,7 +162,7 @@ def test_choice_with_the_model_as_its_own_critic():
 # --- infer.py ------------------------------------------------------------------------------------
 
 
-def test_one_question_on_the_command_line(ask):  # noqa: F811
+def test_one_question_on_the_command_line(ask):
     own = str(tiny_checkpoint.directory())
     out, err = ask(prompt="Read it.", best_of=3, critic=own, json=True, stats=True)
     fields = json.loads(out)
@@ -180,7 +180,7 @@ def test_one_question_on_the_command_line(ask):  # noqa: F811
     assert ask(prompt="Read it.", best_of=3, majority=True)[0].strip()
 
 
-def test_a_file_of_questions_goes_on_where_it_stopped(ask, tmp_path):  # noqa: F811
+def test_a_file_of_questions_goes_on_where_it_stopped(ask, tmp_path):
     requests, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     requests.write_text(
         "".join(json.dumps({"id": n, "prompt": f"What is {n}?"}) + "\n" for n in "abc")
@@ -210,12 +210,12 @@ def test_a_file_of_questions_goes_on_where_it_stopped(ask, tmp_path):  # noqa: F
         ({"best_of": 2, "majority": True}, "--best_of needs --prompt or --requests"),
     ],
 )
-def test_flags_that_do_not_go_together(values, message, ask, capsys):  # noqa: F811
+def test_flags_that_do_not_go_together(values, message, ask, capsys):
     with pytest.raises(SystemExit) as stopped:
         ask(**values)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1
 
 
-def test_a_critic_that_is_not_there(ask):  # noqa: F811
+def test_a_critic_that_is_not_there(ask):
     assert "nowhere" in fail(ask, prompt="hi", best_of=2, critic="nowhere/critic")

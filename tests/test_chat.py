@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-from qwen_tokenizer import ADDED_IDS, CONTROL, random_texts, write_qwen_tokenizer
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.text.chat_template import (
@@ -20,6 +19,7 @@ from internvl3_jax.data.text.chat_template import (
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import TokenizerError
 from internvl3_jax.positions import build_positions
+from tests.support.qwen_tokenizer import ADDED_IDS, CONTROL, random_texts, write_qwen_tokenizer
 
 PROCESSOR = ProcessorConfig(tokens_per_tile=3)
 

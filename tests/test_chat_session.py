@@ -6,8 +6,6 @@ import io
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from tiny_checkpoint import PROCESSOR, picture
 
 from internvl3_jax import Chat, load
 from internvl3_jax.config import UNITS
@@ -16,6 +14,8 @@ from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.inference.generator import ContextError, NotFiniteError
 from internvl3_jax.inference.text_stream import TextStreamer
+from tests.support import tiny_checkpoint
+from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 LIMIT = 12  # short answers keep prompt and answer in the smallest buckets
 WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)  # 3 tiles and a thumbnail; 1 tile

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from absl.testing import flagsaver
-from tiny_checkpoint import PROCESSOR, picture
 
 import infer
 from internvl3_jax.inference.conversation import Conversation, image_paths
 from internvl3_jax.inference.options import Options
+from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 
 class Model:

@@ -10,10 +10,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from internlm2_reference import Reference
-from test_internlm2 import ours
-from test_parity import pixels
-from tiny_checkpoint import CONFIG, PROCESSOR, directory, picture
 
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints.checkpoint import Checkpoint, load
@@ -27,6 +23,9 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.positions import build_positions
 from internvl3_jax.reward import critic as critic_module
 from internvl3_jax.reward.critic import Critic, label_log_probabilities
+from tests.support.internlm2_reference import Reference, converted
+from tests.support.parity import pixels
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, directory, picture
 
 checkpoint = functools.cache(lambda: load(directory()))
 QUESTION = "What is the sum?"
@@ -261,7 +260,7 @@ def test_visualprm_architecture_against_torch():
     """InternLM2 decoder, P(+) against P(-) at the header's last token, by the reference's formula."""
     reference = Reference(vocab_size=463)
     reference.body.config.image_token_id = 453
-    config, params = ours(reference, 453)
+    config, params = converted(reference, 453)
     tokenizer = Tokenizer.from_files(tiny_tokenizer.build())
     opened = Checkpoint(
         InternVL(config),

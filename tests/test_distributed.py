@@ -8,13 +8,13 @@ import socket
 
 import jax
 import pytest
-from local_processes import ROOT, Processes, free_address
 
 from internvl3_jax.parallel import multihost
 from internvl3_jax.parallel.cluster import find_environment, slurm_devices
 from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST
+from tests.support.local_processes import ROOT, Processes, free_address
 
-WORKER = str(ROOT / "tests/distributed_worker.py")
+WORKER = str(ROOT / "tests/support/distributed_worker.py")
 HOST = socket.gethostname()
 
 

@@ -10,8 +10,14 @@ import sys
 import types
 
 import pytest
-import tiny_checkpoint
-from official_data import (
+
+from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
+from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
+from internvl3_jax.data.doctor.table import rows_of
+from internvl3_jax.data.pipeline import sample_dataset
+from tests.support import tiny_checkpoint
+from tests.support.official_data import (
     PROCESSOR,
     data_config,
     picture,
@@ -21,12 +27,6 @@ from official_data import (
     write_rows,
     write_video,
 )
-
-from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
-from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
-from internvl3_jax.data.doctor.table import rows_of
-from internvl3_jax.data.pipeline import sample_dataset
 
 TEXT = {"conversations": turns("hi", "ho")}
 DEFECTS = [
@@ -135,10 +135,14 @@ def test_training_refuses_until_errors_are_resolved(ward, report, tmp_path):
     lines = pathlib.Path(errors).read_text().splitlines()
     (tmp_path / "some.tsv").write_text("\n".join(lines[:-1]))
     with pytest.raises(UnresolvedErrors, match=r"names 1 samples .* sick row 21"):
-        check_report(data_config(ward, drop_list=str(tmp_path / "some.tsv")))
-    dataset = sample_dataset(data_config(ward, drop_list=errors, **CHANGES), PROCESSOR, tokenizer())
+        check_report(data_config(ward, exclude_file=str(tmp_path / "some.tsv")))
+    dataset = sample_dataset(
+        data_config(ward, exclude_file=errors, **CHANGES), PROCESSOR, tokenizer()
+    )
     assert not any("error" in dataset[index] for index in range(30))
-    dataset = sample_dataset(data_config(ward, on_error="skip", **CHANGES), PROCESSOR, tokenizer())
+    dataset = sample_dataset(
+        data_config(ward, on_bad_sample="skip", **CHANGES), PROCESSOR, tokenizer()
+    )
     assert any("error" in dataset[index] for index in range(30))
 
 
@@ -234,7 +238,7 @@ def test_names_of_every_kind(tmp_path, tokens, capsys, monkeypatch):
         ["vqa[train]", str(row)] for row in range(1, 6)
     ]
     assert max(map(len, lines)) < 1100
-    check_report(data_config(meta, drop_list=meta + ".doctor/errors.tsv"))
+    check_report(data_config(meta, exclude_file=meta + ".doctor/errors.tsv"))
 
 
 def test_what_the_doctor_says_of_answers_and_pairs(tmp_path, tokens, capsys):

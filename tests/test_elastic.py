@@ -10,13 +10,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from official_run import official_config, write_official
 
 import train
-from internvl3_jax.config import MeshConfig
+from internvl3_jax.config import EvalConfig, MeshConfig
 from internvl3_jax.parallel import multihost, sharding
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.run import AsyncSaver
+from tests.support.official_run import official_config, write_official
+from tests.support.tiny_checkpoint import changed
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the
@@ -81,9 +82,7 @@ def quick_compiler():
 def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
     config = official_config(write_official(tmp_path))
     data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)
-    config = dataclasses.replace(
-        config, data=data, steps=STEPS, save_every=100, log_every=1, held_out=""
-    )
+    config = changed(config, data=data, steps=STEPS, checkpoint__every=100, eval=EvalConfig())
     run(config, tmp_path / "whole", 1, MeshConfig(), STEPS, "device", monkeypatch)
     for place in PLACES:
         run(config, tmp_path / "moved", *place, monkeypatch)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, picture, random_params
 
 from internvl3_jax.config import UNITS, MeshConfig
 from internvl3_jax.data.batch import Prompt, join_tiles
@@ -28,6 +27,7 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.language import unroll
 from internvl3_jax.parallel import sharding
 from internvl3_jax.positions import build_positions, next_position
+from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, picture, random_params
 
 PARAMS = random_params(CONFIG)
 IMAGE, PER_TILE = CONFIG.image_token_id, CONFIG.tokens_per_tile

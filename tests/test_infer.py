@@ -14,11 +14,11 @@ import subprocess
 import sys
 
 import pytest
-import tiny_checkpoint
-from absl.testing import flagsaver
 
 import infer
 from internvl3_jax.io.terminal import printable
+from tests.support import tiny_checkpoint
+from tests.support.infer_flags import fail
 
 ROOT = pathlib.Path(infer.__file__).parent
 FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish"}
@@ -31,38 +31,6 @@ def pictures(tmp_path_factory):
     tiny_checkpoint.picture(40, 16, 1).save(directory / "wide.png")
     tiny_checkpoint.picture(16, 16, 2).save(directory / "small.png")
     return directory
-
-
-@pytest.fixture
-def ask(capsys):
-    """Runs infer.py with flags by name; returns (stdout, stderr)."""
-
-    def call(*, arguments=(), **values):
-        infer.FLAGS.mark_as_parsed()
-        with flagsaver.flagsaver():
-            infer.FLAGS.unparse_flags()
-            infer.FLAGS.mark_as_parsed()
-            settings = {
-                "checkpoint": str(tiny_checkpoint.directory()),
-                "compilation_cache": "",
-                "max_new_tokens": 12,
-            }
-            for name, value in (settings | values).items():
-                setattr(infer.FLAGS, name, value)
-            infer.run(["infer.py", *arguments])
-        return capsys.readouterr()
-
-    return call
-
-
-def fail(ask, **values) -> str:
-    """The message of a run that must fail: one line to stderr by the interpreter's own rule for
-    `sys.exit(text)`.
-    """
-    with pytest.raises(SystemExit) as stopped:
-        ask(**values)
-    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ")
-    return stopped.value.code
 
 
 def start(*arguments):

@@ -15,9 +15,10 @@ import sys
 import tomllib
 import zipfile
 
-import documented_world
 import pytest
-from documents import ROOT, pages
+
+from tests.support import documented_world
+from tests.support.documents import ROOT, pages
 
 ACCELERATORS = {"gpu", "tpu"}
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

@@ -5,8 +5,6 @@ train.py reads.
 import json
 
 import pytest
-import tiny_checkpoint
-from tiny_checkpoint import PROCESSOR, picture
 
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
@@ -24,6 +22,8 @@ from internvl3_jax.reward.make_pairs import (
 )
 from internvl3_jax.reward.questions import Question, read_questions
 from internvl3_jax.training.make_reference import read_known
+from tests.support import tiny_checkpoint
+from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 
 class Model:

@@ -12,11 +12,11 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 from configs.miniature import get_config
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
 QUESTIONS = 4
@@ -249,7 +249,7 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
     assert positions[0] > 300 and positions[1] < 0.6 * positions[0]
 
     monkeypatch.setattr(example.report, "DELTAS", ("1", "1/8"))
-    row = {"held_out": 2.0, "held_out/test_book": 5.0, "held_out/other_drawings": 1.0}
+    row = {"eval_loss": 2.0, "eval_loss/test_book": 5.0, "eval_loss/other_drawings": 1.0}
     for folder, digit in (
         ("native/seed_0", 0.25),
         ("native/seed_10", 1.0),
@@ -287,8 +287,8 @@ def test_variants_differ_in_what_they_name(example, data, tmp_path):
         tmp_path / "native" / "seed_2" / "pretrain"
     )
     assert settings("text_only", "pretrain")[
-        "data.language_share"
-    ] == 1.0 and "data.language_share" not in settings("text_only", "sft")
+        "data.text_fraction"
+    ] == 1.0 and "data.text_fraction" not in settings("text_only", "sft")
     assert settings("delta_one", "sft")["data.deltas"] == ("1",) and "data.deltas" not in settings(
         "native", "sft"
     )

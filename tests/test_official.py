@@ -8,7 +8,15 @@ import fsspec
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from official_data import (
+
+from internvl3_jax.data.media.video import middle_frames
+from internvl3_jax.data.sources import files, row_index
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.sources.files import FileError
+from internvl3_jax.data.sources.internvl_jsonl import OfficialSource, insert_frames
+from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.rows import RowError, Rows
+from tests.support.official_data import (
     PROCESSOR,
     data_config,
     encoded,
@@ -18,14 +26,6 @@ from official_data import (
     write_rows,
     write_tar,
 )
-
-from internvl3_jax.data.media.video import middle_frames
-from internvl3_jax.data.sources import files, row_index
-from internvl3_jax.data.sources.catalog import open_sources
-from internvl3_jax.data.sources.files import FileError
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource, insert_frames
-from internvl3_jax.data.sources.meta import MetaError, read_meta
-from internvl3_jax.data.sources.rows import RowError, Rows
 
 TEXT = {"conversations": turns("hi", "ho")}
 

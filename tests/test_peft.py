@@ -10,9 +10,7 @@ import jax
 import numpy as np
 import peft
 import pytest
-import tiny_checkpoint
 import torch
-import torch_reference
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
@@ -29,6 +27,7 @@ from internvl3_jax.config import LoraConfig
 from internvl3_jax.io.checkpoint_paths import PEFT
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
+from tests.support import tiny_checkpoint, torch_reference
 
 EVERYWHERE = (
     "vision/layers/(qkv|proj|fc1|fc2)",

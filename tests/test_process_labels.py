@@ -6,8 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny_checkpoint
-from tiny_checkpoint import PROCESSOR, picture
 
 from internvl3_jax.config import DataConfig
 from internvl3_jax.data.pipeline import make_tokenizer, sample_dataset
@@ -15,6 +13,8 @@ from internvl3_jax.inference.chat import Answer
 from internvl3_jax.reward import make_process_labels
 from internvl3_jax.reward.make_process_labels import Settings, keep_whole, label, main, run
 from internvl3_jax.reward.questions import Question, read_questions, with_fingerprint
+from tests.support import tiny_checkpoint
+from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 
 class Solver:

@@ -14,7 +14,6 @@ import time
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from official_data import data_config, encoded, picture, turns, write_meta, write_rows, write_tar
 
 from internvl3_jax.data.reference_table import ReferenceError, ReferenceTable
 from internvl3_jax.data.sources import files, row_index, rows, tars
@@ -24,6 +23,15 @@ from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
 from internvl3_jax.data.sources.meta import MetaError, read_meta
 from internvl3_jax.data.sources.mixture import read_drop_list
 from internvl3_jax.data.sources.rows import RowError, Rows, decode_tar
+from tests.support.official_data import (
+    data_config,
+    encoded,
+    picture,
+    turns,
+    write_meta,
+    write_rows,
+    write_tar,
+)
 
 pytestmark = pytest.mark.smoke
 TEXT = {"conversations": turns("hi", "ho")}

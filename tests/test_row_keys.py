@@ -8,13 +8,21 @@ import re
 
 import fsspec
 import pytest
-from official_data import PROCESSOR, encoded, picture, turns, write_meta, write_rows, write_tar
 
 from internvl3_jax.data.media.video import middle_frames
 from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
 from internvl3_jax.data.sources.meta import read_meta
 from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer, read_messages
 from internvl3_jax.data.sources.rows import RowError
+from tests.support.official_data import (
+    PROCESSOR,
+    encoded,
+    picture,
+    turns,
+    write_meta,
+    write_rows,
+    write_tar,
+)
 
 pytestmark = pytest.mark.smoke
 TEXT = {"conversations": turns("hi", "ho")}

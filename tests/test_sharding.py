@@ -1,6 +1,5 @@
 """The mesh, the rule table, and that any way to split an update over devices is the same update."""
 
-import dataclasses
 import functools
 import re
 from collections import Counter
@@ -9,47 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
-from test_step import GRADIENT, assert_close, batch, compiled_step, first_state
-from tiny_checkpoint import CONFIG, random_params
 
 from internvl3_jax.config import MeshConfig, OptimizerConfig
 from internvl3_jax.fit.compiled import collectives
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel import sharding
+from internvl3_jax.parallel.collectives import all_gather_weight, require_mesh
+from internvl3_jax.param_tree import path_name
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.optimizer import make_optimizer
-
-# 300M style with 4 query and 2 key heads; 6B style with 3 vision heads, and 14 query heads that no
-# even tensor axis above 2 divides.
-VISION_6B = dataclasses.replace(CONFIG.vision, norm="rms_norm", qkv_bias=False, qk_norm=True)
-LANGUAGE_14 = dataclasses.replace(CONFIG.language, hidden_size=64, num_heads=14, num_kv_heads=2)
-STYLES = {"300m": CONFIG, "6b": dataclasses.replace(CONFIG, vision=VISION_6B, language=LANGUAGE_14)}
-MESHES = {
-    "data": MeshConfig(data=8, fsdp=1),
-    "fsdp": MeshConfig(fsdp=8),
-    "slices": MeshConfig(slice=2, data=2, fsdp=2),
-    "tensor": MeshConfig(fsdp=2, tensor=4),
-    "tensor only": MeshConfig(fsdp=1, tensor=8),
-    "context": MeshConfig(data=2, fsdp=1, context=4),
-    "all": MeshConfig(fsdp=2, tensor=2, context=2),
-}
-# What the released sizes are planned for; width 3200 of the 6B tower splits 128 ways at most.
-PLANNED = [
-    {"fsdp": 8},
-    {"fsdp": 64},
-    {"fsdp": 128},
-    {"data": 2, "fsdp": 128},
-    {"fsdp": 32, "tensor": 8},
-    {"slice": 4, "fsdp": 128, "tensor": 2},
-    {"fsdp": 16, "tensor": 4, "context": 4},
-    {"data": 16, "fsdp": 128, "context": 2},
-]
-
-
-def mesh_of(sizes: dict) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
-
+from tests.support.batches import batch
+from tests.support.meshes import MESHES, PLANNED, STYLES, mesh_of, widened
+from tests.support.tiny_checkpoint import CONFIG, random_params
+from tests.support.train_step import GRADIENT, assert_close, compiled_step, first_state
 
 # --- rules ---------------------------------------------------------------------------------------
 
@@ -113,7 +84,7 @@ def test_the_optimizers_state_follows_its_parameter(name):
 def placed(tree, places):
     leaves = jax.tree.leaves_with_path(tree)
     return [
-        (sharding.path_name(path), leaf, place)
+        (path_name(path), leaf, place)
         for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)
     ]
 
@@ -128,9 +99,7 @@ def test_a_gradient_lies_where_its_parameter_does(width, axes):
     place = jax.NamedSharding(mesh, sharding.spec(path, kernel.shape, mesh))
     assert place.spec[0] == axes
     with jax.set_mesh(mesh):
-        slope = jax.jit(
-            jax.grad(lambda kernel, x: (x @ sharding.all_gather_weight(kernel, path)).sum())
-        )
+        slope = jax.jit(jax.grad(lambda kernel, x: (x @ all_gather_weight(kernel, path)).sum()))
         found = slope(jax.device_put(kernel, place), jnp.ones((8, width)))
     assert found.sharding.is_equivalent_to(place, 2)
 
@@ -167,7 +136,7 @@ def test_what_a_batch_must_be():
 
 def test_a_mesh_must_be_there():
     with pytest.raises(RuntimeError, match="no mesh is in context"):
-        sharding.require_mesh()
+        require_mesh()
 
 
 # --- the same update -----------------------------------------------------------------------------
@@ -196,12 +165,6 @@ def descend(style, values, mesh, **settings):
             )
     state, metrics = step(state, values, jax.random.key(0))
     return jax.device_get(state.params), jax.device_get(metrics), step.as_text()
-
-
-def widened(values):
-    """As many tiles a row as the largest context x tensor here takes."""
-    extra = -values["tiles"].shape[1] % 8
-    return values | {"tiles": np.pad(values["tiles"], ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)))}
 
 
 # Two micro-batches only where a device has two rows; the second style where it differs, in heads

@@ -14,25 +14,25 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from official_run import official_config, write_official
-from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 import train
 from convert.open import open_model
 from convert.run import convert
 from internvl3_jax import load
 from internvl3_jax.checkpoints import steps, storage
-from internvl3_jax.config import MeshConfig, to_dict
+from internvl3_jax.config import EvalConfig, MeshConfig, to_dict
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.parallel import sharding
 from internvl3_jax.parallel.multihost import TERMINATED
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.optimizer import make_optimizer
+from tests.support import tiny_checkpoint
+from tests.support.official_run import official_config, write_official
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, changed, train_config
 
 ROOT = pathlib.Path(train.__file__).parent
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
+STEPS, SAVE_EVERY = train_config().steps, train_config().checkpoint.every
 
 
 # --- the program ---------------------------------------------------------------------------------
@@ -42,11 +42,11 @@ STEPS, SAVE_EVERY = train_config().steps, train_config().save_every
 def command(tmp_path_factory):
     """train.py as a program with the configuration above; call with a workdir and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text("from tiny_checkpoint import train_config as get_config\n")
+    path.write_text("from tests.support.tiny_checkpoint import train_config as get_config\n")
     # Thirty steps take less time than the compiler's optimisations.
     environment = {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": str(ROOT),
     }
 
     def start(workdir, *flags, config=path):
@@ -76,7 +76,7 @@ def command(tmp_path_factory):
 def whole_run(command, tmp_path_factory):
     """(workdir, stdout) of a run from beginning to end."""
     workdir = tmp_path_factory.mktemp("whole")
-    process = command(workdir, "--config.log_every=1")
+    process = command(workdir, "--config.logging.every=1")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0 and err == "", err
     return workdir, out
@@ -151,7 +151,7 @@ def test_a_finished_run_stays_as_it_is(whole_run, command):
     """
     workdir, _ = whole_run
     before = {name: (workdir / name).stat().st_mtime_ns for name in ("log.jsonl", "config.json")}
-    process = command(workdir, "--config.keep=2")
+    process = command(workdir, "--config.checkpoint.keep=2")
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0 and err == ""
     assert (
@@ -178,7 +178,7 @@ def test_a_killed_run_loses_no_step_that_was_written(command, tmp_path):
     path.write_text(
         "import os, signal, time\n"
         "from internvl3_jax.training.run import AsyncSaver\n"
-        "from tiny_checkpoint import train_config as get_config\n"
+        "from tests.support.tiny_checkpoint import train_config as get_config\n"
         "poll = AsyncSaver.poll\n"
         "def poll_and_die(self, together):\n"
         "    while self.saving is not None and not self.saving.done():\n"
@@ -200,9 +200,7 @@ def test_a_save_that_fails_is_reported_at_once(tmp_path, monkeypatch):
     stay.
     """
     config = official_config(write_official(tmp_path))
-    config = dataclasses.replace(
-        config, steps=8, save_every=4, held_out="", evaluate_every=0, log_every=1
-    )
+    config = changed(config, steps=8, checkpoint__every=4, eval=EvalConfig())
     start, seen, started = steps.start_saving_training, [], []
 
     def fails(run, step, *arguments, **options):
@@ -292,7 +290,7 @@ def start_here(config, workdir):
 
 def test_official_data_from_a_released_checkpoint(tmp_path, capsys):
     """Worker processes, augmentation, micro-batches, remat, a frozen tower, losses by source,
-    held-out loss and answers.
+    eval loss and answers.
     """
     config = official_config(write_official(tmp_path), freeze=("vision/.*",))
     config = dataclasses.replace(config, init_from=str(tiny_checkpoint.directory()))
@@ -316,9 +314,10 @@ def test_official_data_from_a_released_checkpoint(tmp_path, capsys):
         "learning_rate",
     ):
         assert all(row[name] >= 0 for row in trained)
-    assert [row["step"] for row in rows if "held_out" in row] == [3, 6] and "held_out/text" in rows[
-        -1
-    ]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [
+        3,
+        6,
+    ] and "eval_loss/text" in rows[-1]
     answers = [
         json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
     ]
@@ -337,14 +336,18 @@ def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
     steps, without mercy.
     """
     meta = write_official(tmp_path)
-    changes = {"steps": 14, "save_every": 2, "evaluate_every": 0, "held_out": ""}
+    changes = {"steps": 14, "checkpoint__every": 2, "eval__every": 0, "eval__source": ""}
     path = tmp_path / "official.py"
-    lines = ["import dataclasses", "from official_run import official_config", "def get_config():"]
+    lines = [
+        "from tests.support.official_run import official_config",
+        "from tests.support.tiny_checkpoint import changed",
+        "def get_config():",
+    ]
     path.write_text(
         "\n".join(
             [
                 *lines,
-                f"    return dataclasses.replace(official_config({meta!r}), **{changes!r})",
+                f"    return changed(official_config({meta!r}), **{changes!r})",
                 "",
             ]
         )
@@ -403,7 +406,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path):
             FloatingPointError,
             match=r"loss .* at step 2; the last checkpoint is kept. Samples: .*(seen|text) row \d",
         ):
-            start_here(dataclasses.replace(config, save_every=1), train_dir)
+            start_here(changed(config, checkpoint__every=1), train_dir)
     assert os.listdir(train_dir / "checkpoints") == ["1"]
     assert load(train_dir).directory.name == "1"
 

@@ -9,7 +9,6 @@ import struct
 
 import numpy as np
 import pytest
-from official_data import encoded, frame, write_video
 from PIL import Image
 
 from internvl3_jax.data.media.images import ImageError
@@ -21,6 +20,7 @@ from internvl3_jax.data.media.video import (
     read_frames,
     training_frames,
 )
+from tests.support.official_data import encoded, frame, write_video
 
 FILE = Footage(30, 10.0, True)
 

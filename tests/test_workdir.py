@@ -13,8 +13,6 @@ import sys
 import types
 
 import pytest
-from official_data import turns, write_meta
-from tiny_checkpoint import tokenizer_files, train_config
 
 from internvl3_jax.config import ConfigError, to_dict
 from internvl3_jax.data.identity import DataChanged, check_identity, data_identity
@@ -25,21 +23,10 @@ from internvl3_jax.parallel import multihost
 from internvl3_jax.training import run, run_log, workdir
 from internvl3_jax.training.run import SkipLog, farewell, is_finished
 from internvl3_jax.training.start import RunHistory
+from tests.support.official_data import turns, write_meta
+from tests.support.tiny_checkpoint import changed, tokenizer_files, train_config
 
 pytestmark = pytest.mark.smoke
-
-
-def changed(config, **changes):
-    """The configuration with other settings of it and, as optimizer__NAME, of its optimizer."""
-    inner = {
-        name.removeprefix("optimizer__"): value
-        for name, value in changes.items()
-        if name.startswith("optimizer__")
-    }
-    outer = {name: value for name, value in changes.items() if not name.startswith("optimizer__")}
-    return dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, **inner), **outer
-    )
 
 
 # --- the directory -------------------------------------------------------------------------------
@@ -59,6 +46,21 @@ def test_a_place_where_no_run_can_be_is_refused_before_anything(tmp_path):
         with pytest.raises(FileError, match=message):
             workdir.named(name)
     assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]
+
+
+def test_checkpoints_that_cannot_hold_steps_are_refused_before_anything(tmp_path):
+    workdir.named(str(tmp_path))
+    for make in (
+        os.mkfifo,
+        lambda path: path.write_text("mine"),
+        lambda path: path.symlink_to("x"),
+    ):
+        make(tmp_path / "checkpoints")
+        with pytest.raises(FileError, match="checkpoints: is not a directory, so no step can be"):
+            workdir.named(str(tmp_path))
+        (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints").mkdir()
+    workdir.named(str(tmp_path))
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):
@@ -102,7 +104,7 @@ def test_a_configuration_binds_once_there_is_a_checkpoint(tmp_path):
         match="another configuration .*optimizer.learning_rate is 0.003 there and 0.0001 here",
     ):
         workdir.same_run(other, tmp_path, 4)
-    assert workdir.same_run(changed(config, log_every=7), tmp_path, 4).log_every == 7
+    assert workdir.same_run(changed(config, logging__every=7), tmp_path, 4).logging.every == 7
 
 
 def test_a_configuration_saved_before_a_field_was_there(tmp_path):
@@ -140,6 +142,23 @@ def test_what_is_no_configuration_is_named_and_stays(tmp_path, content, message)
         with pytest.raises(FileError, match=message):
             workdir.same_run(train_config(), tmp_path, newest)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": "x"}, "config.json: steps is the text 'x'; expected a whole number"),
+        ({"data": {"rows": []}}, r"config.json: data.rows is the list \[\]; expected a whole"),
+        ({"model": {"vision": []}}, r"config.json: model.vision is the list \[\]; expected an"),
+        ({"optimizer": {"freeze": 1}}, "config.json: optimizer.freeze is the number 1; expected"),
+    ],
+)
+def test_a_saved_setting_of_a_wrong_type_is_named(tmp_path, changes, message):
+    values = {"model": {}, "data": {}, "optimizer": {}, "steps": 3} | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for newest in (None, 4):
+        with pytest.raises(FileError, match=message):
+            workdir.same_run(train_config(), tmp_path, newest)
 
 
 def test_a_setting_that_does_not_exist_is_named(tmp_path):
@@ -209,7 +228,7 @@ def test_warm_up_stays_what_it_was(tmp_path):
 
 
 def test_a_finished_run_says_so(tmp_path):
-    config = changed(train_config(), held_out="meta.json")
+    config = changed(train_config(), eval__source="meta.json")
     for step in (4, 30):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     past = {"best": 1.23456, "best_step": 4}
@@ -285,9 +304,9 @@ def test_a_package_for_the_log_is_missed_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(
         ImportError,
-        match=r"tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set",
+        match=r"logging.tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set",
     ):
-        run_log.check_extras(changed(train_config(), tensorboard=True))
+        run_log.check_extras(changed(train_config(), logging__tensorboard=True))
     run_log.check_extras(train_config())
 
 
@@ -353,7 +372,7 @@ def test_what_a_run_remembers_comes_back(best):
 
 def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
     (tmp_path / "drop.tsv").write_text("# none\n")
-    data = dataclasses.replace(train_config().data, drop_list=str(tmp_path / "drop.tsv"))
+    data = dataclasses.replace(train_config().data, exclude_file=str(tmp_path / "drop.tsv"))
     files = tokenizer_files()
     saved = data_identity(data, open_sources(data), Tokenizer.from_files(files))
     (tmp_path / "drop.tsv").write_text("digits\t3\tno\n")
@@ -366,7 +385,7 @@ def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
     )
     with pytest.raises(
         DataChanged,
-        match=r"tokenizer .*tiny_digits has changed .*; data.drop_list .*drop.tsv has changed",
+        match=r"tokenizer .*tiny_digits has changed .*; data.exclude_file .*drop.tsv has changed",
     ):
         check_identity(saved, now, 4, accept=False)
     check_identity(saved, now, 4, accept=True)

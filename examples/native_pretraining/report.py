@@ -53,7 +53,7 @@ def collect(folder: pathlib.Path) -> dict:
         stages[stage] = {
             "steps": last["step"],
             "seconds": round(last["seconds"], 1),
-            "held_out": [row for row in rows if "held_out" in row],
+            "evals": [row for row in rows if "eval_loss" in row],
         }
     scores = json.loads((folder / "scores.json").read_text())
     return {"seed": seed_of(folder)} | scores | {"stages": stages}
@@ -124,10 +124,10 @@ def cost_table(results: dict) -> str:
         for stage in STAGES:
             costs = [run["stages"][stage] for run in runs]
             losses = [
-                row["held_out/test_book"]
+                row["eval_loss/test_book"]
                 for cost in costs
-                for row in cost["held_out"][-1:]
-                if "held_out/test_book" in row
+                for row in cost["evals"][-1:]
+                if "eval_loss/test_book" in row
             ]
             seconds = spread([cost["seconds"] for cost in costs], ",.0f")
             loss = spread(losses, ".3f") if losses else ""
@@ -183,9 +183,9 @@ def draw_losses(axes, name: str, runs: list[dict], source: str, line: dict) -> N
     """One line per seed; the first has the label."""
     for index, run in enumerate(runs):
         points = [
-            (row["step"], row[f"held_out/{source}"])
+            (row["step"], row[f"eval_loss/{source}"])
             for row in loss_rows(run)
-            if f"held_out/{source}" in row
+            if f"eval_loss/{source}" in row
         ]
         if points:
             label = name if index == 0 else None
@@ -207,6 +207,6 @@ def loss_rows(run: dict) -> list[dict]:
     rows, before = [], 0
     for stage in STAGES:
         part = run["stages"][stage]
-        rows += [row | {"step": before + row["step"]} for row in part["held_out"]]
+        rows += [row | {"step": before + row["step"]} for row in part["evals"]]
         before += part["steps"]
     return rows

@@ -39,7 +39,7 @@ STEP_ONE = {"data.deltas": ("1",)}
 CHANGES = {
     "native": {},
     "text_only": {
-        "pretrain": {"data.language_share": 1.0, "optimizer.freeze": ("vision/.*", "projector/.*")}
+        "pretrain": {"data.text_fraction": 1.0, "optimizer.freeze": ("vision/.*", "projector/.*")}
     },
     "delta_one": {"pretrain": STEP_ONE, "sft": STEP_ONE},
 }
@@ -94,7 +94,7 @@ def settings(
     values = {
         "data.source": str(data / f"{stage}.json"),
         "data.tokenizer": str(data / "tokenizer"),
-        "held_out": str(data / "held_out.json"),
+        "eval.source": str(data / "held_out.json"),
         "steps": STEPS[stage],
         "seed": seed,
         "data.seed": seed,

@@ -106,12 +106,12 @@ def make_sample(
     where: str = "",
     *,
     max_tiles: int | None = None,
-    loss_average: str = "square",
+    loss_reduction: str = "square",
 ) -> Sample:
     """Messages and PIL pictures to a training sample; `deltas` are V2PE units, one per picture.
 
     max_tiles: processor.max_tiles when None; processor.tiles says whether of each picture or of
-        all. loss_average: see
+        all. loss_reduction: see
       `average_weights`.
     """
     tiles = cut_pictures(pictures, processor, max_tiles)
@@ -123,7 +123,7 @@ def make_sample(
         add_generation_prompt=False,
         where=where,
     )
-    return finish_sample(encoded, tiles, deltas, processor, loss_average)
+    return finish_sample(encoded, tiles, deltas, processor, loss_reduction)
 
 
 def finish_sample(
@@ -131,14 +131,14 @@ def finish_sample(
     tiles: Sequence[np.ndarray],
     deltas: Sequence[int],
     processor,
-    loss_average: str,
+    loss_reduction: str,
 ) -> Sample:
     """An encoded conversation and the tiles of its pictures to a training sample."""
     trained = np.append(encoded.loss_mask[1:], False)
     return {
         "tokens": encoded.tokens,
         "targets": np.append(encoded.tokens[1:], 0).astype(np.int32),
-        "loss_weights": average_weights(trained, loss_average),
+        "loss_weights": average_weights(trained, loss_reduction),
         "positions": build_positions(len(encoded.tokens), encoded.runs, deltas),
         "tiles": join_tiles(tiles, processor.image_size),
     }

@@ -29,7 +29,7 @@ class ExampleBuilder:
             raise ValueError(
                 f"data.min_frames is {config.min_frames}; it must lie in 1..max_frames ({config.max_frames})"
             )
-        for name, known in (("overlong", truncation.RULES), ("loss_average", AVERAGES)):
+        for name, known in (("overlong", truncation.RULES), ("loss_reduction", AVERAGES)):
             if getattr(config, name) not in known:
                 raise ValueError(
                     f"data.{name} is {getattr(config, name)!r}; it must be one of {', '.join(known)}"
@@ -41,7 +41,7 @@ class ExampleBuilder:
         check_tile_rule(config.tiles, "data.tiles")
         processor = dataclasses.replace(processor, tiles=config.tiles)
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
-        self.reference = ReferenceTable(config.reference) if config.reference else None
+        self.reference = ReferenceTable(config.ref_logps_file) if config.ref_logps_file else None
         self.deltas = [parse_delta(delta) for delta in config.deltas]
         self.frame_processor = dataclasses.replace(processor, use_thumbnail=False)
 
@@ -58,7 +58,7 @@ class ExampleBuilder:
             finish = functools.partial(
                 finish_pair, self.rejected(conversation, encoded), shared=self.config.share_question
             )
-        sample = finish(encoded, tiles, deltas, self.processor, self.config.loss_average)
+        sample = finish(encoded, tiles, deltas, self.processor, self.config.loss_reduction)
         return self.reference.added_to(sample) if self.reference else sample
 
     def read(self, source, row: int, rng: np.random.Generator) -> Conversation:

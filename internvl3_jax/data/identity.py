@@ -24,10 +24,10 @@ def data_identity(config: DataConfig, sources: Sequence, tokenizer: Tokenizer) -
     """
     found = {"order of the sources": ", ".join(source.name for source in sources)}
     for source in sources:
-        weight = f", weight {source.weight}" if config.weights == "given" else ""
+        weight = f", weight {source.weight}" if config.source_weights == "given" else ""
         found[f"source {source.name!r} of {config.source}"] = f"{source.identity}{weight}"
     found[f"tokenizer {config.tokenizer}"] = _tokenizer(tokenizer)
-    for name in ("drop_list", "reference"):
+    for name in ("exclude_file", "ref_logps_file"):
         if path := getattr(config, name):
             found[f"data.{name} {path}"] = _digest(read_bytes(path))
     return found

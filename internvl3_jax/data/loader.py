@@ -67,7 +67,6 @@ class BatchLoader:
                 dataset.__getitem__,
                 config.tokens_per_row,
                 config.tiles_per_row,
-                config.packing,
                 config.packing_buffer,
                 config.pairs_per_row if config.pairs else None,
             )

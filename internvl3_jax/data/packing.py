@@ -1,12 +1,9 @@
 """Packs samples into rows under a token budget and a tile budget at once. A sample is never split.
 
-Samples wait in a buffer. A row begins with the one that has waited longest, so none waits for ever,
-and is then filled from the buffer by a rule:
-
-    first_fit   the next sample in order of arrival that fits
-    balanced    of those that fit, the one that best uses what is left of both budgets: the largest dot product of its size with the
-                room left, both in units of the whole row (Panigrahy et al. 2011, "Heuristics for
-                Vector Bin Packing")
+Samples wait in a buffer. A row begins with the one that has waited longest, so none waits for ever.
+It is then filled with the waiting sample that fits and best uses what is left of both budgets: the
+largest dot product of its size with the room left, both in units of the full row (Panigrahy et al.
+2011, "Heuristics for Vector Bin Packing"). benchmarks/packing.py compares this rule with others.
 
 The stream resumes exactly: its state names the waiting samples by number, and they are made again.
 """
@@ -19,7 +16,6 @@ import numpy as np
 from internvl3_jax.data.batch import Batch, Sample
 from internvl3_jax.data.pairs import NO_END
 
-RULES = ("balanced", "first_fit")
 _FIELDS = {
     "tokens": np.int32,
     "targets": np.int32,
@@ -30,7 +26,7 @@ _PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32}
 _GIVEN_FIELDS = {"until": np.int32, "reference": np.float32}  # where the samples have them
 
 
-def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
+def choose(sizes: np.ndarray, budgets: np.ndarray) -> list[int]:
     """Which of the waiting samples form the next row.
 
     sizes i64[n,2]: tokens and tiles of each, in order of arrival; budgets i64[2]. Returns indices,
@@ -43,11 +39,8 @@ def choose(sizes: np.ndarray, budgets: np.ndarray, rule: str) -> list[int]:
         fits = free & (sizes <= room).all(axis=1)
         if not fits.any():
             return chosen
-        if rule == "first_fit":
-            best = int(np.argmax(fits))
-        else:
-            share = (sizes / np.maximum(budgets, 1)) @ (room / np.maximum(budgets, 1))
-            best = int(np.argmax(np.where(fits, share, -1.0)))
+        share = (sizes / np.maximum(budgets, 1)) @ (room / np.maximum(budgets, 1))
+        best = int(np.argmax(np.where(fits, share, -1.0)))
         chosen.append(best)
         free[best] = False
         room = room - sizes[best]
@@ -110,7 +103,6 @@ class Packer(grain.DatasetIterator):
         make: Callable[[int], Sample],
         tokens: int,
         tiles: int,
-        rule: str,
         size: int,
         most: int | None = None,
     ):
@@ -118,14 +110,11 @@ class Packer(grain.DatasetIterator):
         in samples; most: samples a row.
         """
         super().__init__(samples)
-        if rule not in RULES:
-            raise ValueError(f"data.packing is {rule!r}; it must be one of {', '.join(RULES)}")
         if size < 1:
             raise ValueError(f"data.packing_buffer is {size}; at least one sample must wait")
-        self.make, self.budgets, self.rule, self.size, self.most = (
+        self.make, self.budgets, self.size, self.most = (
             make,
             np.array([tokens, tiles]),
-            rule,
             size,
             most,
         )
@@ -138,7 +127,7 @@ class Packer(grain.DatasetIterator):
         if not self.waiting:
             raise StopIteration
         sizes = np.array([(len(sample["tokens"]), len(sample["tiles"])) for sample in self.waiting])
-        chosen = choose(sizes, self.budgets, self.rule)[: self.most]
+        chosen = choose(sizes, self.budgets)[: self.most]
         samples = [self.waiting[index] for index in chosen]
         self.waiting = [
             sample for index, sample in enumerate(self.waiting) if index not in set(chosen)

@@ -29,7 +29,7 @@ class PairError(ValueError):
 
 
 def finish_pair(
-    rejected: Encoded, chosen: Encoded, tiles, deltas, processor, loss_average: str, shared: bool
+    rejected: Encoded, chosen: Encoded, tiles, deltas, processor, loss_reduction: str, shared: bool
 ) -> Sample:
     """Two encoded conversations that differ in their answer, and the tiles of their pictures, to
     one sample of [T] tokens.
@@ -39,7 +39,7 @@ def finish_pair(
     counted from 1.
     """
     sides = [_side(encoded, deltas, number) for number, encoded in enumerate((chosen, rejected), 1)]
-    sides[0]["loss_weights"] = average_weights(sides[0]["answers"] > 0, loss_average)
+    sides[0]["loss_weights"] = average_weights(sides[0]["answers"] > 0, loss_reduction)
     if shared:
         sides = _share(*sides)
     else:

@@ -74,8 +74,8 @@ def sample_dataset(
       ValueError: a subclass naming the file, entry or field that is wrong, before any sample is
       made.
     """
-    if config.on_error not in ("stop", "skip"):
-        raise ValueError(f"data.on_error is {config.on_error!r}; it must be stop or skip")
+    if config.on_bad_sample not in ("stop", "skip"):
+        raise ValueError(f"data.on_bad_sample is {config.on_bad_sample!r}; it must be stop or skip")
     preparer = ExampleBuilder(config, processor, tokenizer)
     sources = open_sources(config) if sources is None else sources
     check_report(config)
@@ -85,7 +85,9 @@ def sample_dataset(
 def _order(config: DataConfig, sources: list) -> grain.MapDataset:
     """Endless (source number, row)."""
     dropped = read_drop_list(
-        config.drop_list, [source.name for source in sources], [len(source) for source in sources]
+        config.exclude_file,
+        [source.name for source in sources],
+        [len(source) for source in sources],
     )
     selections = [
         Selection(number, len(source), source.repeat, dropped.get(number, ()))
@@ -135,14 +137,16 @@ class _BuildExample:
         identity = {"source": number, "row": row, "index": int(index)}
         try:
             # What was computed beforehand is of one sample of each row, whatever the epoch.
-            drawn = row if config.reference else int(index)
+            drawn = row if config.ref_logps_file else int(index)
             return (
                 self.preparer.sample(source, row, np.random.default_rng((config.seed, drawn)))
                 | identity
             )
         except (ValueError, OSError) as error:
             chosen = isinstance(error, TooLong) and config.overlong == "drop"
-            fatal = isinstance(error, ChangedError) or (config.on_error == "stop" and not chosen)
+            fatal = isinstance(error, ChangedError) or (
+                config.on_bad_sample == "stop" and not chosen
+            )
             return {"error": f"{source.locate(row)}: {error}", **identity, "fatal": fatal}
 
 

@@ -62,7 +62,7 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     if config.data.pairs:
         names += ["answers", "features"] + ["until"] * config.data.share_question
     fields = {name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in names}
-    if config.data.reference:
+    if config.data.ref_logps_file:
         fields["reference"] = jax.ShapeDtypeStruct((rows, tokens), jnp.float32)
     return fields | {
         "loss_weights": jax.ShapeDtypeStruct((rows, tokens), jnp.float32),

@@ -111,7 +111,13 @@ class AnswerFile:
             self.sidecar.exists() if is_remote(self.sidecar) else os.path.lexists(self.sidecar)
         ):
             return None
-        values = strict_json.read(self.sidecar, max_bytes=1 << 20)
+        try:
+            values = strict_json.read(self.sidecar, max_bytes=1 << 20)
+        except strict_json.JsonError as error:
+            raise FileError(
+                f"{error}; it says how the answers in {one_line(self.path.name)} were made, so move "
+                f"both away, or name another --output"
+            ) from error
         ours = (
             isinstance(values, dict)
             and values.get("kind") == KIND

@@ -23,7 +23,8 @@ from internvl3_jax.data.batch import Prompt
 from internvl3_jax.inference.sampling import NOT_FINITE, Sampling, sample
 from internvl3_jax.model import kv_cache, language, lora, vision
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import BATCH_AXES, constrain, param_shardings
+from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.sharding import BATCH_AXES, param_shardings
 from internvl3_jax.positions import next_position
 
 TILE_BUCKETS = (8, 4, 2, 1)  # tiles are encoded in pieces of these sizes: no tile is ever padded

@@ -9,11 +9,14 @@ import re
 from collections.abc import Callable
 
 from internvl3_jax.io import integrity, strict_json
+from internvl3_jax.io.file_errors import FileError
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.safe_files import OWN, is_own
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.io.unfinished import MANIFEST, check_name
+from internvl3_jax.io.unfinished import MANIFEST, TRAINING, check_name
 
+# The name of a step's directory in RUN/checkpoints.
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 PEFT = "adapter_config.json"  # of an adapter as PEFT saves it
 # What is downloaded of a hub repository: no weights of other formats, no pictures.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
@@ -155,20 +158,47 @@ def hub_source(directory: pathlib.Path) -> str | None:
 
 
 def damage(directory: pathlib.Path, verify: str = "full", **options) -> str | None:
-    """What is wrong with a checkpoint or a step of a training run: not one at all, or files that
-    are not as they were written. None if nothing. verify and options: of `integrity.damage`.
+    """Says how a checkpoint or a step of a training run differs from what was saved, None if it
+    does not.
+
+    Found are files that are missing or not as they were written, and a step under another step's
+    number, as `cp -r 2 4` makes one.
+
+    Args:
+      verify: how closely files are compared; see `integrity.damage`.
+      **options: passed on to `integrity.damage`.
     """
     if not is_checkpoint(directory):
         return f"not a complete checkpoint ({MANIFEST} or params/ is missing)"
-    # or it is being written
-    if verify != "none" and not (directory / integrity.FILES).is_file() and not is_own(directory):
+    if verify == "none":
+        return None
+    # A directory that is still being written has no list of its files yet.
+    if not (directory / integrity.FILES).is_file() and not is_own(directory):
         try:
             values = strict_json.read_object(directory / MANIFEST)
             if values.get("listed", bool, False):
                 return f"{integrity.FILES} is missing"
         except strict_json.JsonError as error:
             return f"{MANIFEST} is damaged ({error})"
-    return integrity.damage(directory, verify, **options)
+    return integrity.damage(directory, verify, **options) or _other_step(directory)
+
+
+def _other_step(directory: pathlib.Path) -> str | None:
+    """Says that RUN/checkpoints/STEP holds another step than its name says, None if it does not."""
+    path = directory / TRAINING
+    if directory.parent.name != "checkpoints" or not STEP.fullmatch(directory.name):
+        return None
+    if not path.exists():
+        return None
+    try:
+        step = strict_json.read_object(path).get("step", int)
+    except strict_json.JsonError as error:
+        return f"{TRAINING} is damaged ({error})"
+    return (
+        None
+        if step == int(directory.name)
+        else f"{TRAINING} says that this is step {step}; a copy of a step keeps its number"
+    )
 
 
 def latest_step(
@@ -210,11 +240,22 @@ def latest_step(
     return None
 
 
+def check_steps_writable(run: pathlib.Path) -> None:
+    """Raises FileError if a local RUN/checkpoints exists and steps cannot be saved in it."""
+    directory = run / "checkpoints"
+    if not os.path.lexists(directory):
+        return
+    name = one_line(str(directory))
+    if not directory.is_dir():
+        raise FileError(f"{name}: is not a directory, so no step can be saved; move it away")
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise FileError(f"{name}: cannot be written to; change its permissions")
+
+
 def is_step(entry: pathlib.Path) -> bool:
     """Whether a directory below RUN/checkpoints is a step that was completed: by its name, or in
     object storage by its files.json.
     """
-    named = re.fullmatch(r"0|[1-9][0-9]{0,17}", entry.name) is not None
-    return named and (
+    return STEP.fullmatch(entry.name) is not None and (
         not is_remote(entry) or (entry / integrity.FILES).exists() or not (entry / OWN).exists()
     )

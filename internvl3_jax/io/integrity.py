@@ -108,9 +108,15 @@ def publish(directory: pathlib.Path, remote) -> None:
     """
     listed = listed_files(directory)
     remote_files.upload(directory, remote, list(listed))
-    there = remote_files.objects(remote)
-    known = {name: entry._replace(checksum=there[name][1]) for name, entry in listed.items()}
-    remote_files.write_bytes(remote / FILES, json.dumps(_values(known), indent=1).encode())
+    stored = remote_files.objects(remote)
+    for name, entry in listed.items():
+        size, checksum = stored.get(name, (None, ""))
+        if size != entry.bytes:
+            raise OSError(
+                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try again"
+            )
+        listed[name] = entry._replace(checksum=checksum)
+    remote_files.write_bytes(remote / FILES, json.dumps(_values(listed), indent=1).encode())
     remote_files.remove(remote, [OWN])
 
 

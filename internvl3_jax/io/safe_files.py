@@ -122,6 +122,7 @@ def sync_directory(path: str | os.PathLike) -> None:
 
 
 _HOLDER = b'{"host": '  # how a lock's file begins, unless it is empty
+_NO_LOCK = "is not a lock file of this program; move it away"
 
 
 class Lock:
@@ -136,26 +137,32 @@ class Lock:
 
     Raises:
       InUse: from `acquire` and `with`, naming the process and host that hold it.
-      FileError: the file has other content than a lock's, and is left as it is.
+      FileError: the path is a link, a directory, a pipe or a file with other content, which is left
+        as it is.
     """
 
     def __init__(self, path: str | os.PathLike, what: str):
         self.path, self.what, self.file = pathlib.Path(path), what, None
 
     def acquire(self) -> None:
+        name, flags = one_line(str(self.path)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
-            file = open(
-                os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644),
-                "r+b",
-            )
+            # O_NOFOLLOW: a link would lock a file elsewhere. O_NONBLOCK: never wait for a pipe.
+            descriptor = os.open(self.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
+            if self.path.is_symlink() or self.path.is_dir():
+                raise FileError(f"{name}: {_NO_LOCK}") from error
             raise OSError(
                 error.errno, f"cannot be locked ({reason(error)})", str(self.path)
             ) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise FileError(f"{name}: {_NO_LOCK}")
+        file = open(descriptor, "r+b")
         content = file.read(4096)
         if content and not content.startswith(_HOLDER[: len(content)]):
             file.close()
-            raise FileError(f"{one_line(str(self.path))}: is no lock of this program; move it away")
+            raise FileError(f"{name}: {_NO_LOCK}")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -31,7 +31,7 @@ from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import constrain
+from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.positions import build_positions, rope_scaling
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {

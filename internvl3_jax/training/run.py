@@ -2,7 +2,7 @@
 
 WORKDIR/config.json        the resolved configuration; see workdir.py
 WORKDIR/checkpoints/STEP   parameters, optimizer, data streams; see checkpoint.py
-WORKDIR/log.jsonl          a row every `log_every` steps; see meter.py
+WORKDIR/log.jsonl          a row every `logging.every` steps; see meter.py
 WORKDIR/answers.jsonl      answers to held-out questions; see held_out.py
 WORKDIR/skipped.txt        reasons of samples that were left out: step, tab, reason
 """
@@ -169,7 +169,7 @@ def farewell(config: TrainConfig, workdir: pathlib.Path) -> str:
     step = past.best_step
     held_out = (
         f"; the lowest held-out loss, {past.best:.4g}, is that of step {step}"
-        if config.held_out and step
+        if config.eval.source and step
         else ""
     )
     is_other = bool(held_out) and step != config.steps
@@ -232,7 +232,7 @@ class AsyncSaver:
         """Training may go on, and donate the state, when this returns."""
         self.wait()
         check_frozen(self.config, state.params, past, step)
-        best = past.best_step if self.config.keep_best else 0
+        best = past.best_step if self.config.checkpoint.keep_best else 0
         extra = {
             "past": past.saved(),
             "loss_state": [float(value) for value in state.loss_state],
@@ -241,7 +241,7 @@ class AsyncSaver:
 
         def keep_also(step: int) -> bool:
             return step == best or bool(
-                self.config.keep_every and step % self.config.keep_every == 0
+                self.config.checkpoint.keep_every and step % self.config.checkpoint.keep_every == 0
             )
 
         self.step = step
@@ -258,7 +258,7 @@ class AsyncSaver:
                 extra=extra,
                 base=base_of(self.config, past),
                 data={shard: prepared.states[shard] for shard in map(str, self.placement.saved)},
-                keep=self.config.keep,
+                keep=self.config.checkpoint.keep,
                 keep_also=keep_also,
             )
 

@@ -35,7 +35,8 @@ class Log:
     def __init__(self, workdir: pathlib.Path, config: TrainConfig, step: int, writes: bool = True):
         self.writes = writes
         if not writes:
-            config = dataclasses.replace(config, tensorboard=False, wandb="")
+            silent = dataclasses.replace(config.logging, tensorboard=False, wandb="")
+            config = dataclasses.replace(config, logging=silent)
         self.path, self.config = workdir / LOG, config
         if writes:
             for name in (LOG, ANSWERS):
@@ -45,7 +46,7 @@ class Log:
             "training", total=config.steps, completed=step, loss=float("nan")
         )
         self.mirrors: list[Mirror] = []
-        local = self._mirrored(workdir / "tensorboard") if config.tensorboard else None
+        local = self._mirrored(workdir / "tensorboard") if config.logging.tensorboard else None
         self.sinks = [*_tensorboard(local, config, step), *_wandb(workdir, config)]
         self.profiling = False
 
@@ -85,7 +86,7 @@ class Log:
         if not sys.stdout.isatty():
             shown = (
                 "loss",
-                "held_out",
+                "eval_loss",
                 "tokens_per_second",
                 "tiles_per_second",
                 "input_wait",
@@ -99,7 +100,7 @@ class Log:
         """Starts or ends the profile of `profile_steps` before a step."""
         import jax
 
-        first, last = self.config.profile_steps or (0, 0)
+        first, last = self.config.logging.profile_steps or (0, 0)
         if step == first:
             jax.profiler.start_trace(str(self._mirrored(self.path.parent / "profile")))
             self.profiling = True
@@ -142,12 +143,12 @@ class Log:
             linewidth=1,
             label="training",
         )
-        if held_out := [row for row in self.rows() if "held_out" in row]:
+        if evals := [row for row in self.rows() if "eval_loss" in row]:
             axes.plot(
-                [row["step"] for row in held_out],
-                [row["held_out"] for row in held_out],
+                [row["step"] for row in evals],
+                [row["eval_loss"] for row in evals],
                 marker=".",
-                label="held out",
+                label="eval",
             )
             axes.legend()
         axes.set(xlabel="step", ylabel="loss", yscale="log")
@@ -241,12 +242,12 @@ def check_extras(config: TrainConfig) -> None:
     """
     for wanted, setting, package, remedy in (
         (
-            config.tensorboard,
-            "tensorboard=True",
+            config.logging.tensorboard,
+            "logging.tensorboard=True",
             "tensorboardX",
-            "pip install -e '.[logging]', or set --config.tensorboard=false",
+            "pip install -e '.[logging]', or set --config.logging.tensorboard=false",
         ),
-        (config.wandb, "wandb=PROJECT", "wandb", "pip install wandb"),
+        (config.logging.wandb, "logging.wandb=PROJECT", "wandb", "pip install wandb"),
     ):
         if wanted:
             try:
@@ -271,7 +272,7 @@ def _tensorboard(folder: pathlib.Path | None, config: TrainConfig, step: int) ->
     """[(write, close)] or nothing; close takes whether the run broke off. What TensorBoard has of
     steps after `step` is hidden.
     """
-    if not config.tensorboard:
+    if not config.logging.tensorboard:
         return []
     from tensorboardX import SummaryWriter
 
@@ -285,7 +286,7 @@ def _tensorboard(folder: pathlib.Path | None, config: TrainConfig, step: int) ->
 
 
 def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
-    if not config.wandb:
+    if not config.logging.wandb:
         return []
     import wandb
 
@@ -298,7 +299,7 @@ def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
     # W&B uploads what it writes there
     folder = tempfile.gettempdir() if is_remote(workdir) else workdir
     run = wandb.init(
-        project=config.wandb,
+        project=config.logging.wandb,
         dir=folder,
         id=path.read_text(),
         name=str(workdir),

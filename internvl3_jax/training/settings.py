@@ -8,7 +8,7 @@ FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text
 exist, the recipe of that name in the shipped configs/ is meant. A value is read by its field's
 type:
 
-    --config.steps=100   --config.data.source=meta.json   --config.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
+    --config.steps=100   --config.data.source=meta.json   --config.logging.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
 
 A tuple may also be given by naming its field several times. Every error is a UsageError, one line
 that names field or file and line.
@@ -18,6 +18,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import difflib
 import os
 import pathlib
 import re
@@ -122,6 +123,8 @@ def read(name: str) -> TrainConfig:
     whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
     path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
     if not path.is_file():
         folders = (path.parent, cli.home() / "configs")
         near = suggestion(
@@ -238,10 +241,28 @@ def _known(path: str):
     """
     if (kind := _kind_of(path)) is not None:
         return kind
-    known = list(_all_fields(TrainConfig))
-    same_name = [field for field in known if field.rpartition(".")[2] == path.rpartition(".")[2]]
-    near = f"; did you mean {same_name[0]!r}?" if same_name else suggestion(path, known)
-    raise UsageError(f"--config.{one_line(path)}: there is no such setting{near}")
+    text = f"--config.{one_line(path)}: there is no such setting"
+    group = path.rpartition(".")[0]
+    if similar := _similar_fields(path):
+        text += f"; did you mean {' or '.join(map(repr, similar))}?"
+    elif dataclasses.is_dataclass(kind := _kind_of(group)):
+        text += f"; {group} has {', '.join(field.name for field in dataclasses.fields(kind))}"
+    raise UsageError(text)
+
+
+def _similar_fields(path: str) -> list[str]:
+    """Returns the dotted fields that a misspelt or misplaced name may mean, at most three."""
+    group, _, name = path.rpartition(".")
+
+    def score(field: str) -> float:
+        of_group, _, last = field.rpartition(".")
+        pairs = (name, last), (path.replace(".", "_"), field.replace(".", "_"))
+        similarity = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return 0.0 if similarity < 0.6 else similarity + 0.1 * bool(group and of_group == group)
+
+    scores = {field: score(field) for field in _all_fields(TrainConfig)}
+    best = max(scores.values())
+    return [field for field, value in scores.items() if value == best > 0][:3]
 
 
 def _all_fields(cls, start: str = ""):

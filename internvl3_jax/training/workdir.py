@@ -20,10 +20,11 @@ import numpy as np
 
 from internvl3_jax.config import ConfigError, TrainConfig, to_dict
 from internvl3_jax.io import remote_files, safe_files, strict_json
-from internvl3_jax.io.checkpoint_paths import is_checkpoint, is_safetensors
+from internvl3_jax.io.checkpoint_paths import check_steps_writable, is_checkpoint, is_safetensors
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, reason
 from internvl3_jax.io.terminal import one_line
+from internvl3_jax.io.typed import typed
 from internvl3_jax.training.optimizer import make_schedule, warmup_steps
 from internvl3_jax.training.start import config_diff
 
@@ -39,16 +40,9 @@ _MEMORY = (
     "offload_optimizer",
     "loss_chunk",
 )
-_LOGGING = (
-    "log_every",
-    "agree_every",
-    "tensorboard",
-    "wandb",
-    "profile_steps",
-    "accept_changed_data",
-)
+_RUNNING = ("logging", "host_check_every", "accept_changed_data")
 # of TrainConfig, when a run is resumed
-FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_LOGGING)
+FREE_TO_CHANGE = (*_MEMORY, "scan_unroll", *_ATTENTION, *_RUNNING)
 # file systems without locks
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -85,6 +79,7 @@ def named(name: str) -> pathlib.Path:
         raise FileError(
             f"{one_line(str(nearest))}: cannot be written to; name another --workdir, or change its permissions"
         )
+    check_steps_writable(path)
     return path
 
 
@@ -246,23 +241,28 @@ def _read(path: pathlib.Path) -> dict:
         raise FileError(
             f"{path}: is not the configuration of a training run; name another --workdir"
         )
-    return _completed(TrainConfig, values, f"{path}:")
+    return _completed(TrainConfig, values, f"{path}: ", "")
 
 
-def _completed(cls, values, where: str) -> dict:
+def _completed(cls, values, file: str, key: str) -> dict:
+    """Adds the defaults of fields that are missing; FileError names a key of a wrong type."""
     if not isinstance(values, dict):
         raise FileError(
-            f"{where} is {strict_json.describe(values)}; expected an object; was it edited?"
+            f"{file}{key} is {strict_json.describe(values)}; expected an object; was it edited?"
         )
-    found = dict(values)
+    completed = dict(values)
     for field in dataclasses.fields(cls):
+        name = f"{key}.{field.name}" if key else field.name
         if dataclasses.is_dataclass(field.type):
-            found[field.name] = _completed(
-                field.type, values.get(field.name, {}), f"{where} {field.name}"
-            )
-        elif field.name not in values and field.default is not dataclasses.MISSING:
-            found[field.name] = json.loads(json.dumps(field.default))  # as it would have been saved
-    return found
+            completed[field.name] = _completed(field.type, values.get(field.name, {}), file, name)
+        elif field.name in values:
+            try:
+                typed(values[field.name], field.type, f"{file}{name}")
+            except ConfigError as error:
+                raise FileError(f"{error}; was it edited?") from error
+        elif field.default is not dataclasses.MISSING:
+            completed[field.name] = json.loads(json.dumps(field.default))  # as it would be saved
+    return completed
 
 
 def _deciding(config: dict) -> dict:

@@ -15,13 +15,14 @@ CACHE = "cache"  # compiled programs, shared by all inputs
 TRAIN = """\
 import dataclasses
 
-from tiny_checkpoint import train_config
+from internvl3_jax.config import CheckpointConfig
+from tests.support.tiny_checkpoint import train_config
 
 
 def get_config():
     config = train_config()
     optimizer = dataclasses.replace(config.optimizer, name="adamw", warmup_steps=1)
-    return dataclasses.replace(config, optimizer=optimizer, steps=4, save_every=2)
+    return dataclasses.replace(config, optimizer=optimizer, steps=4, checkpoint=CheckpointConfig(every=2))
 """
 PAIRS = """\
 import dataclasses
@@ -31,7 +32,7 @@ from tiny import get_config as tiny
 
 def get_config():
     config = tiny()
-    data = dataclasses.replace(config.data, source="pairs/meta.json", pairs=True, reference="pairs/reference.jsonl")
+    data = dataclasses.replace(config.data, source="pairs/meta.json", pairs=True, ref_logps_file="pairs/reference.jsonl")
     loss = dataclasses.replace(config.loss, kind="mpo")
     return dataclasses.replace(config, data=data, loss=loss, init_from="conv", steps=2)
 """
@@ -52,10 +53,9 @@ def build(corpus: pathlib.Path) -> None:
 
 
 def _models(corpus: pathlib.Path) -> None:
-    import tiny_checkpoint
-
     from convert.__main__ import main as convert
     from internvl3_jax.data.text.tokenizer import Tokenizer
+    from tests.support import tiny_checkpoint
 
     for name, flags in {"released": (), "sharded": ("--shard_size", "60000")}.items():
         _checked(
@@ -98,7 +98,14 @@ def _adapter(corpus: pathlib.Path) -> None:
 
 
 def _data(folder: pathlib.Path) -> None:
-    from official_data import encoded, picture, turns, write_meta, write_tar, write_video
+    from tests.support.official_data import (
+        encoded,
+        picture,
+        turns,
+        write_meta,
+        write_tar,
+        write_video,
+    )
 
     folder.mkdir()
     for number in range(3):
@@ -144,7 +151,7 @@ def _data(folder: pathlib.Path) -> None:
 
 
 def _requests(folder: pathlib.Path) -> None:
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     folder.mkdir()
     tiny_checkpoint.picture(40, 16, 1).save(folder / "wide.png")
@@ -159,7 +166,7 @@ def _requests(folder: pathlib.Path) -> None:
 
 def _questions(folder: pathlib.Path) -> None:
     """Without answers: a random model's could not be compared with any."""
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     folder.mkdir()
     tiny_checkpoint.picture(16, 16, 2).save(folder / "small.png")
@@ -172,7 +179,7 @@ def _questions(folder: pathlib.Path) -> None:
 
 def _pictures(folder: pathlib.Path) -> None:
     """One of each format that Pillow writes here."""
-    from official_data import picture
+    from tests.support.official_data import picture
 
     folder.mkdir()
     image = picture(48, 32, 5)
@@ -190,7 +197,7 @@ def _pictures(folder: pathlib.Path) -> None:
 
 def _pairs(folder: pathlib.Path) -> None:
     folder.mkdir()
-    from official_data import write_meta
+    from tests.support.official_data import write_meta
 
     rows = [
         {"id": n, "question": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."}

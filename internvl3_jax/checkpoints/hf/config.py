@@ -17,9 +17,11 @@ from internvl3_jax.checkpoints.hf.language import (
     HEADS,
     LAYERS,
     VOCABULARY,
+    bounds,
     read_language,
 )
 from internvl3_jax.config import UNITS, ModelConfig, ProcessorConfig, VisionConfig
+from internvl3_jax.io import limits
 from internvl3_jax.io.strict_json import JsonError, Object, check
 from internvl3_jax.io.terminal import excerpt
 
@@ -246,8 +248,8 @@ def read_vision(
         norm_eps=float(fields.get("layer_norm_eps", float, 1e-6, **EPSILON)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        layer_scale_init=float(fields.get(scale, float, 0.1, low=0, high=1e3)),
-        drop_path=float(fields.get("drop_path_rate", float, 0.0, low=0, high=0.999)),
+        layer_scale_init=float(fields.get(scale, float, 0.1, **bounds(limits.LAYER_SCALE))),
+        drop_path=float(fields.get("drop_path_rate", float, 0.0, **bounds(limits.DROP_PATH))),
     )
     if qk_norm and vision.norm_eps != 1e-6:
         fields.refuse("layer_norm_eps", "with q/k norm only 1e-6 means the same in both layouts")

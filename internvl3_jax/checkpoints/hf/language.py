@@ -4,6 +4,7 @@ dataclass.
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
 from internvl3_jax.config import LanguageConfig
+from internvl3_jax.io import limits
 from internvl3_jax.io.strict_json import JsonError
 from internvl3_jax.io.terminal import excerpt
 
@@ -15,7 +16,14 @@ LAYERS = {"low": 1, "high": 1024}
 HEADS = {"low": 1, "high": 4096}
 VOCABULARY = {"low": 1, "high": 1 << 24}
 POSITIONS = {"low": 1, "high": 1 << 30}
-EPSILON = {"low": 1e-20, "high": 0.1}
+
+
+def bounds(range_: tuple[float, float]) -> dict[str, float]:
+    """A range of io/limits.py as arguments of `Fields.get`."""
+    return dict(zip(("low", "high"), range_, strict=True))
+
+
+EPSILON = bounds(limits.EPSILON)
 
 
 def read_language(
@@ -96,7 +104,7 @@ def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
     """(theta, scaling, factor) from rope_theta and rope_scaling (transformers 4) or rope_parameters
     (transformers 5).
     """
-    base, factors = {"low": 1, "high": 1e15}, {"low": 1, "high": 1e6}
+    base, factors = bounds(limits.ROPE_THETA), bounds(limits.ROPE_FACTOR)
     blocks = [fields.fields(name, {}) for name in ("rope_parameters", "rope_scaling")]
     thetas, kinds = {fields.get("rope_theta", float, None, **base)}, set()
     for block in blocks:

@@ -14,11 +14,13 @@ import time
 from typing import NamedTuple
 
 from internvl3_jax.checkpoints.hf.values import ConversionError
+from internvl3_jax.io import limits
 from internvl3_jax.io.checkpoint_paths import PEFT
 from internvl3_jax.io.model_files import exists, read_file
 from internvl3_jax.io.strict_json import Object, check, loads, suggestion
 from internvl3_jax.io.terminal import excerpt, one_line
 
+_ALPHA = dict(zip(("low", "high"), limits.LORA_ALPHA, strict=True))
 WEIGHTS = "adapter_model.safetensors"
 # Read by nobody here: they say how it was trained, on what, or where the base comes from.
 _INFORMATIVE = frozenset(
@@ -137,10 +139,10 @@ def settings_of(directory: pathlib.Path) -> Settings:
         path,
         fields.get("base_model_name_or_path", str, None, high=4096),
         fields.get("r", int, low=1, high=1 << 16),
-        fields.get("lora_alpha", float, low=1e-6, high=1e6),
+        fields.get("lora_alpha", float, **_ALPHA),
         fields.get("use_rslora", bool, False),
         _patterns(fields, "rank_pattern", int, low=1, high=1 << 16),
-        _patterns(fields, "alpha_pattern", float, low=1e-6, high=1e6),
+        _patterns(fields, "alpha_pattern", float, **_ALPHA),
         () if restricted or isinstance(targets, str) else tuple(targets),
         tuple(_names(fields, "modules_to_save", (list,))),
         [0.0],

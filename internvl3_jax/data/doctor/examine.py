@@ -6,7 +6,7 @@ which.
 It opens and decodes all pictures and videos, counts tags, tiles and tokens, and encodes every
 conversation as training will. Of a video it takes the largest number of frames. It prints a table
 and writes report.json, histogram.png and errors.tsv to META.doctor or another folder; errors.tsv
-can be given to training as data.drop_list. The exit status is 1 if there are errors.
+can be given to training as data.exclude_file. The exit status is 1 if there are errors.
 
 Errors: a row, picture or video that cannot be read; tags that do not match the pictures; roles that
 do not take turns; nothing to learn; more tokens or tiles than a row holds (with --overlong truncate

@@ -1,7 +1,7 @@
 """What the doctor found, on disk: report.json, errors.tsv, histogram.png; and training's refusal to
 start on unresolved errors.
 
-errors.tsv has the format of data.drop_list: source, row and reason with tabs between.
+errors.tsv has the format of data.exclude_file: source, row and reason with tabs between.
 """
 
 import io
@@ -37,17 +37,17 @@ def report_folder(meta: str) -> str:
 
 def check_report(config: DataConfig) -> None:
     """Raises UnresolvedErrors if a doctor's report beside the meta JSON has errors that
-    `config.drop_list` does not name.
+    `config.exclude_file` does not name.
 
-    Does nothing where there is no report, or where data.on_error is skip: then training counts such
+    Does nothing where there is no report, or where data.on_bad_sample is skip: then training counts such
     samples and goes on.
     """
     folder = report_folder(config.source)
-    if config.on_error == "skip" or not exists(f"{folder}/{REPORT}"):
+    if config.on_bad_sample == "skip" or not exists(f"{folder}/{REPORT}"):
         return
     dropped = (
-        {(source, row) for _, source, row, _ in drop_lines(config.drop_list)}
-        if config.drop_list
+        {(source, row) for _, source, row, _ in drop_lines(config.exclude_file)}
+        if config.exclude_file
         else set()
     )
     count, first = 0, None
@@ -58,7 +58,7 @@ def check_report(config: DataConfig) -> None:
         source, row, reason = first
         raise UnresolvedErrors(
             f"{folder}/{ERRORS} names {count:,} samples that cannot be used, the first: {source} row {row}: {reason}. "
-            f"Fix them and run the doctor again, or leave them out with data.drop_list={folder}/{ERRORS}"
+            f"Fix them and run the doctor again, or leave them out with data.exclude_file={folder}/{ERRORS}"
         )
 
 

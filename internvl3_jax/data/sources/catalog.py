@@ -19,7 +19,7 @@ class Source(Protocol):
       name: Unique among the sources of a run.
       has_pictures: Whether any of its rows has an image.
       repeat: How often it is read in one pass over the mixture; a fraction reads a part.
-      weight: Its share under data.weights "given", or None.
+      weight: Its share under data.source_weights "given", or None.
       identity: A text that changes whenever the content does.
       ordered: Whether rows are read in their own order. Only for a run with a single source.
     """

@@ -6,7 +6,7 @@
                 "repeat_time": 2,                     below 1: only that share of the rows, from the head; above: repeated (1)
                 "max_dynamic_patch": 24,              tiles of a sample's pictures together (processor.max_tiles)
                 "length": 39463,                      number of rows; only compared
-                "weight": 3.0,                        its part of the mixture where data.weights is "given"; not in the original
+                "weight": 3.0,                        its part of the mixture where data.source_weights is "given"; not in the original
                 "allow_outside_root": false}}         whether rows may name files outside of the root; not in the original
 
 A fractional repeat_time above 1 takes whole repeats and a head slice for the rest. InternVL's

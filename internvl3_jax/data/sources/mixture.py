@@ -22,13 +22,13 @@ MAX_DROP_LIST = 1 << 30  # bytes
 class Selection:
     """Rows that one pass over a source takes, as a source of (source number, row) for grain."""
 
-    def __init__(self, source: int, rows: int, repeat: float, left_out: Sequence[int] = ()):
+    def __init__(self, source: int, rows: int, repeat: float, skipped: Sequence[int] = ()):
         """rows: of the file; repeat: share from the head, or number of repeats with a head slice
-        for the rest; left_out: rows.
+        for the rest; skipped: rows.
         """
         self.source, self.rows = source, rows
         total = math.floor(rows * repeat + 1e-9)  # 0.7 * 10 is not 7 in binary
-        gone = sorted(place for row in set(left_out) for place in range(row, total, rows))
+        gone = sorted(place for row in set(skipped) for place in range(row, total, rows))
         # Of each place that is gone, how many that remain come before it: adding it back to a
         # number is then a search.
         self.before = np.asarray(gone, np.int64) - np.arange(len(gone))
@@ -86,25 +86,27 @@ def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int
     """Share of each source in the mixture; they sum to 1.
 
     lengths: samples in one pass over each. Sources without any picture or video share
-        `config.language_share` of the samples if that is not negative; one with some of each counts
+        `config.text_fraction` of the samples if that is not negative; one with some of each counts
         among the others.
     """
-    if config.weights == "given":
+    if config.source_weights == "given":
         missing = [source.name for source in sources if source.weight is None]
         if missing:
             raise ValueError(
-                f"data.weights is given, but the meta JSON has no weight for {', '.join(missing)}"
+                f"data.source_weights is given, but the meta JSON has no weight for {', '.join(missing)}"
             )
         weights = [float(source.weight) for source in sources]
-    elif config.weights in ("length", "sqrt"):
+    elif config.source_weights in ("length", "sqrt"):
         weights = [
-            length if config.weights == "length" else math.sqrt(length) for length in lengths
+            length if config.source_weights == "length" else math.sqrt(length) for length in lengths
         ]
     else:
-        raise ValueError(f"data.weights is {config.weights!r}; it must be length, sqrt or given")
-    if config.language_share >= 0:
+        raise ValueError(
+            f"data.source_weights is {config.source_weights!r}; it must be length, sqrt or given"
+        )
+    if config.text_fraction >= 0:
         weights = _share_language(
-            config.language_share, weights, [not source.has_pictures for source in sources]
+            config.text_fraction, weights, [not source.has_pictures for source in sources]
         )
     if sum(weights) <= 0:
         raise ValueError(f"{config.source}: every source has weight 0")
@@ -113,14 +115,14 @@ def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int
 
 def _share_language(share: float, weights: list[float], is_text: list[bool]) -> list[float]:
     if share > 1:
-        raise ValueError(f"data.language_share is {share}; it is a share of the samples, at most 1")
+        raise ValueError(f"data.text_fraction is {share}; it is a share of the samples, at most 1")
     parts = {
         kind: sum(weight for weight, text in zip(weights, is_text, strict=True) if text == kind)
         for kind in (True, False)
     }
     for kind, wanted, name in ((True, share, "of text only"), (False, 1 - share, "with pictures")):
         if wanted > 0 and parts[kind] <= 0:
-            raise ValueError(f"data.language_share is {share}, but no source {name} has a weight")
+            raise ValueError(f"data.text_fraction is {share}, but no source {name} has a weight")
     wanted = {True: share, False: 1 - share}
     return [
         weight * wanted[text] / (parts[text] or 1)

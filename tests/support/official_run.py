@@ -4,8 +4,9 @@ micro-batches.
 
 import dataclasses
 
-from official_data import picture, turns, write_meta
-from tiny_checkpoint import train_config
+from internvl3_jax.config import EvalConfig
+from tests.support.official_data import picture, turns, write_meta
+from tests.support.tiny_checkpoint import changed, train_config
 
 
 def write_official(folder) -> str:
@@ -23,16 +24,13 @@ def write_official(folder) -> str:
 def official_config(meta: str, **optimizer):
     """Trains on it and evaluates on it."""
     config = train_config()
-    return dataclasses.replace(
+    return changed(
         config,
         steps=6,
-        save_every=3,
-        data=dataclasses.replace(config.data, source=meta, language_share=0.25, workers=2),
+        checkpoint__every=3,
+        data=dataclasses.replace(config.data, source=meta, text_fraction=0.25, workers=2),
         optimizer=dataclasses.replace(config.optimizer, name="adamw", **optimizer),
-        held_out=meta,
-        evaluate_every=3,
-        evaluate_batches=2,
-        evaluate_answers=2,
+        eval=EvalConfig(source=meta, every=3, batches=2, answers=2),
         micro_batches=2,
         remat_vision="full",
         remat_language="dots",

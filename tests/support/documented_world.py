@@ -7,7 +7,7 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
-from documents import ROOT
+from tests.support.documents import ROOT
 
 MODEL = ROOT / "examples" / "tiny_digits"
 # Not the package: as `internvl3_jax` it would be on the path twice.
@@ -33,14 +33,14 @@ def run(path: pathlib.Path) -> None:
 
 
 def language_model(path: pathlib.Path) -> None:
-    from test_compose import write_llm
+    from tests.support.components import write_llm
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_llm(path)
 
 
 def vision_model(path: pathlib.Path) -> None:
-    from test_compose import write_tower
+    from tests.support.components import write_tower
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tower(path, "bare")

@@ -3,6 +3,7 @@ directory.
 """
 
 import atexit
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -14,8 +15,10 @@ import numpy as np
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.config import (
+    CheckpointConfig,
     DataConfig,
     LanguageConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ProcessorConfig,
@@ -24,7 +27,7 @@ from internvl3_jax.config import (
 )
 from internvl3_jax.model.internvl import abstract_params
 
-TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"
+TOKENIZER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "tiny_digits"
 
 VISION = VisionConfig(
     image_size=16, patch_size=4, hidden_size=24, num_layers=2, num_heads=3, intermediate_size=40
@@ -98,9 +101,26 @@ def train_config() -> TrainConfig:
         ),
         optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=2),
         steps=30,
-        log_every=1,
-        save_every=4,
-        keep=2,
+        checkpoint=CheckpointConfig(every=4, keep=2),
+        logging=LoggingConfig(every=1),
+    )
+
+
+def changed(config: TrainConfig, **changes) -> TrainConfig:
+    """The configuration with other fields. GROUP__FIELD is a field of a group, such as
+    checkpoint__every.
+    """
+    groups: dict[str, dict] = {}
+    for name in [name for name in changes if "__" in name]:
+        group, field = name.split("__", 1)
+        groups.setdefault(group, {})[field] = changes.pop(name)
+    config = dataclasses.replace(config, **changes)
+    return dataclasses.replace(
+        config,
+        **{
+            group: dataclasses.replace(getattr(config, group), **fields)
+            for group, fields in groups.items()
+        },
     )
 
 

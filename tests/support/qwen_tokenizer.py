@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-MERGES = Path(__file__).parent / "data" / "qwen2_5" / "merges.txt.gz"
+MERGES = Path(__file__).parents[1] / "data" / "qwen2_5" / "merges.txt.gz"
 # SHA-256 of merges.txt without a version line, and of the vocabulary's entries by id, one a line.
 MERGES_SHA256 = "599bab54075088774b1733fde865d5bd747cbcc7a547c5bc12610e874e26f5e3"
 VOCAB_SHA256 = "36c3749fd3c87e2402f612459b45ae4e6ce5488a3ecde47a8a3ea3ed3d5dda5a"

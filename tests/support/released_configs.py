@@ -2,6 +2,8 @@
 model is built on.
 """
 
+import copy
+
 # What the released InternVL3-1B has, fields that change nothing included.
 ORIGINAL = {
     "_commit_hash": None,
@@ -188,3 +190,17 @@ INTERNLM2 = {
     "use_cache": True,
     "vocab_size": 92553,
 }
+
+
+def changed(config: dict, path: str, value) -> dict:
+    """A copy with the field at "a.b" set, or removed where value is `changed`."""
+    config = copy.deepcopy(config)
+    *parents, last = path.split(".")
+    node = config
+    for name in parents:
+        node = node[name]
+    if value is changed:
+        del node[last]
+    else:
+        node[last] = value
+    return config

@@ -11,9 +11,13 @@ import json
 import pathlib
 
 import torch
-import torch_reference
 from safetensors.torch import save_file
 from torch import nn
+
+from internvl3_jax.checkpoints.hf.assemble import ArraySource, params_from_tensors
+from internvl3_jax.checkpoints.hf.config import from_hf
+from internvl3_jax.checkpoints.hf.internlm2 import table_source
+from tests.support import torch_reference
 
 LLM = {
     "architectures": ["InternLM2ForCausalLM"],
@@ -181,3 +185,10 @@ class Reference(nn.Module):
         )
         (directory / "config.json").write_text(json.dumps(self.config()))
         return directory
+
+
+def converted(reference: Reference, image_token_id: int = 120):
+    """Returns (ModelConfig, params) with the reference's weights."""
+    config = from_hf(reference.config(), image_token_id=image_token_id, has_head=True)
+    tensors = ArraySource({name: tensor.numpy() for name, tensor in reference.tensors().items()})
+    return config, params_from_tensors(config, table_source(tensors, config.language))

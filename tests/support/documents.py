@@ -7,7 +7,7 @@ import pathlib
 import re
 import shlex
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = r"python3?|pip|make|git|sbatch|kubectl|sky|docker|gcloud|launch/\S+|tools/\S+|\.venv\S*"
 SHELLS = ("sh", "bash", "shell", "console")
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.M | re.S)
