@@ -17,7 +17,7 @@ import train
 from internvl3_jax.config import EvalConfig, MeshConfig
 from internvl3_jax.parallel import multihost, sharding
 from internvl3_jax.training.metrics import MetricsAggregator
-from internvl3_jax.training.run import AsyncSaver
+from internvl3_jax.training.saver import AsyncSaver
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the
@@ -49,10 +49,10 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
     train.save_config(config, workdir)
     with monkeypatch.context() as patch:
-        start = AsyncSaver.start
+        start = AsyncSaver.save
         patch.setattr(
             AsyncSaver,
-            "start",
+            "save",
             lambda self, step, state, *rest: (
                 check_memory(state, memory) or start(self, step, state, *rest)
             ),

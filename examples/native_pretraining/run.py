@@ -130,7 +130,7 @@ def train(folder: pathlib.Path, stage: str, changes: dict) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     for line in process.stdout:
-        if line.startswith(("step ", "going on")):
+        if line.startswith(("step ", "resuming")):
             print(f"  {line}", end="", flush=True)
     if process.wait():
         sys.exit(
