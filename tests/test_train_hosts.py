@@ -131,7 +131,7 @@ def test_other_processes_go_on_from_its_checkpoint(
             *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
         )
     )[0].out
-    assert f"going on from step {STEPS - SAVE_EVERY} of {workdir}" in out
+    assert f"resuming from step {STEPS - SAVE_EVERY} of {workdir}" in out
     check_same(log_of(workdir), alone)
 
 
