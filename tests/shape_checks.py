@@ -10,7 +10,7 @@ import sys
 
 import jaxtyping
 
-PACKAGES = ["internvl3_jax.model", "internvl3_jax.parallel", "internvl3_jax.positions"]
+PACKAGES = ["internvl3_jax.model", "internvl3_jax.parallel"]
 PACKAGES += ["internvl3_jax.training", "internvl3_jax.inference.sampling"]
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 jaxtyping.install_import_hook(PACKAGES, "beartype.beartype")
