@@ -23,6 +23,7 @@ from absl import flags, logging
 
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.released import travelling_files
+from internvl3_jax.checkpoints.verification import agreed_step
 from internvl3_jax.config import TrainConfig, to_dict
 from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
@@ -42,7 +43,6 @@ from internvl3_jax.training.run import (
     AsyncSaver,
     FiniteCheck,
     SkipLog,
-    agreed_step,
     farewell,
     is_finished,
     restore_or_init,

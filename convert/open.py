@@ -121,9 +121,9 @@ def open_model(
     if is_checkpoint(directory):
         if Manifest.read(directory).base is not None:
             return open_run(directory, dtype, accept_fingerprint, allow_nonfinite=allow_nonfinite)
-        with undamaged(directory, "full", accept_fingerprint, None):
+        with undamaged(directory, "full", accept_fingerprint):
             return open_converted(directory, dtype, accept_fingerprint, allow_nonfinite)
-    with undamaged(directory, "full", accept_fingerprint, None):
+    with undamaged(directory, "full", accept_fingerprint):
         return open_released(directory, dtype, accept_fingerprint, allow_nonfinite)
 
 
@@ -144,7 +144,7 @@ def open_run(
         accept_fingerprint,
         allow_nonfinite,
     )
-    with undamaged(directory, "full", accept_fingerprint, None):
+    with undamaged(directory, "full", accept_fingerprint):
         own = read_adapter(directory)
     leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
     check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
@@ -200,7 +200,7 @@ def export_adapter(
             raise ConversionError(
                 f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory"
             )
-        with undamaged(directory, "full", False, None):
+        with undamaged(directory, "full", False):
             own, config, model, named = (
                 read_adapter(directory),
                 manifest.base.lora,

@@ -114,3 +114,13 @@ def test_a_living_process_keeps_what_it_is_filling(tmp_path):
         make(tmp_path / "a")
     assert not partial.exists()
     assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_no_folders_that_it_made(tmp_path):
+    with pytest.raises(ValueError, match="no"), storage.new_directory(tmp_path / "a" / "b" / "c"):
+        raise ValueError("no")
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError, match="no"), storage.new_directory(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "notes.txt").write_text("mine")
+        raise ValueError("no")
+    assert names(tmp_path / "a") == ["notes.txt"]

@@ -64,7 +64,12 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
             f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training run or a hub id (owner/name, or "
             f"owner/name@revision)"
         )
-    if is_checkpoint(directory) or is_safetensors(directory):
+    if is_checkpoint(directory):
+        if strays := sorted(path.name for path in directory.glob("*.safetensors*")):
+            names = one_line(", ".join(strays[:12]))
+            log.warning("%s: reading params/ and ignoring %s", one_line(str(directory)), names)
+        return directory
+    if is_safetensors(directory):
         return directory
     runs = directory if directory.name == "checkpoints" else directory / "checkpoints"
     step = latest_step(runs.parent, verify) if runs.is_dir() else None
@@ -218,14 +223,13 @@ def latest_step(
     """
     directory = as_path(run) / "checkpoints"
     check_name(directory)
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    for entry in entries:
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if not is_step(entry):
             log.warning(
                 "ignoring %s: no complete checkpoint (a write was interrupted, or is under way)",
                 one_line(str(entry)),
             )
-    steps = sorted((int(entry.name) for entry in entries if is_step(entry)), reverse=True)
+    steps = completed_steps(run)[::-1]
     wrong = None
     for step in steps:
         wrong = damage(directory / str(step), verify)
@@ -238,6 +242,13 @@ def latest_step(
             f"from a copy, or move the directory away to begin again"
         )
     return None
+
+
+def completed_steps(run: str | os.PathLike) -> list[int]:
+    """Returns the numbers of the complete steps under RUN/checkpoints, damaged or not, ascending."""
+    directory = as_path(run) / "checkpoints"
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if is_step(entry))
 
 
 def check_steps_writable(run: pathlib.Path) -> None:

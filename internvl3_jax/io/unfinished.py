@@ -77,7 +77,9 @@ class Unfinished:
     def __init__(self, final: pathlib.Path, name: str, creates: bool):
         self.final, self.creates, self.lock = final, creates, None
         self.path = final.with_name(f".{final.name}.{name}.partial")
+        self._made_parents = []
         if creates:
+            self._made_parents = [folder for folder in final.parents if not folder.exists()]
             final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
             # Locked before it has the name by which others may delete it.
@@ -88,11 +90,13 @@ class Unfinished:
             self.lock = lock
 
     def abandon(self) -> None:
-        """Removes it."""
+        """Removes it, and the folders that were made for it, if nothing else is in them."""
         if self.creates:
             try:
                 with contextlib.suppress(OSError):
                     remove_own(self.path)
+                    for folder in self._made_parents:
+                        os.rmdir(folder)
             finally:
                 self._release()
 

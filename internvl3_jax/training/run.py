@@ -21,10 +21,9 @@ from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.identity import check_identity
 from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.io import jsonl, remote_files, strict_json
-from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.io.command_line import message
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.parallel import multihost, sharding
+from internvl3_jax.parallel import sharding
 from internvl3_jax.parallel.data_shards import DataShards, total
 from internvl3_jax.training import mpo
 from internvl3_jax.training.optimizer import Optimizer
@@ -140,18 +139,6 @@ def _training(workdir: pathlib.Path, step: int) -> strict_json.Object:
         steps.read_training(workdir, step),
         str(workdir / "checkpoints" / str(step) / steps.TRAINING),
     )
-
-
-def agreed_step(workdir: pathlib.Path) -> int | None:
-    """The newest complete step. An error where the processes see different ones, as they do if
-    WORKDIR is not shared.
-    """
-    step = latest_step(workdir)
-    # Their data may have been indexed until now, on one host faster than on another.
-    multihost.assert_same_on_all_hosts(
-        0, {"newest complete step": "none" if step is None else step}, seconds=1800
-    )
-    return step
 
 
 def _everywhere(value, mesh):
