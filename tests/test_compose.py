@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
 from convert.compose import NEW_TOKENS, open_parts
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from convert.run import convert as convert_model
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import storage

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 from released_configs import HF, INTERNLM3, ORIGINAL
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from internvl3_jax.checkpoints.hf.config import from_hf, processor_from_hf
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.sizes import SIZES

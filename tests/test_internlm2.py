@@ -22,7 +22,7 @@ from test_hf_config import changed
 from test_parity import TOLERANCE, as_prompt, greedy, make_row
 from transformers import AutoModelForImageTextToText
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from convert.open import open_model
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import storage
