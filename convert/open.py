@@ -9,19 +9,15 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
+from convert.converted import Converted, open_converted
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.adapters import Adapter, adapter, check_base, describe, read_adapter
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
-from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
+from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.peft_settings import settings_of
-from internvl3_jax.checkpoints.hf.released import (
-    Converted,
-    Hashes,
-    Released,
-    open_converted,
-    open_released,
-)
+from internvl3_jax.checkpoints.hf.peft_writer import write_peft
+from internvl3_jax.checkpoints.hf.released import Hashes, Released, open_released
 from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
 from internvl3_jax.checkpoints.manifest import Base, Manifest
 from internvl3_jax.checkpoints.verification import undamaged

@@ -6,7 +6,7 @@ import pytest
 from local_processes import Processes, free_address
 
 from internvl3_jax.checkpoints import storage
-from internvl3_jax.io.unfinished import MANIFEST
+from internvl3_jax.io.integrity import MANIFEST
 
 NAMES = [MANIFEST, "params/a", "params/b", "params/c", "training.json"]
 WORKER = """

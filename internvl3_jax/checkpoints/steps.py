@@ -19,7 +19,8 @@ from internvl3_jax.checkpoints.verification import undamaged
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.io import integrity, strict_json
 from internvl3_jax.io.checkpoint_paths import completed_steps, damage, is_checkpoint, latest_step
-from internvl3_jax.io.unfinished import TRAINING, absolute, remove_finished
+from internvl3_jax.io.integrity import TRAINING
+from internvl3_jax.io.unfinished import absolute, remove_finished
 
 DATA = "data"
 

@@ -25,12 +25,12 @@ from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import damage
 from internvl3_jax.io.integrity import FILES, publish, seal
 from internvl3_jax.io.remote_files import is_remote
+from internvl3_jax.io.replaceable import check_replaceable
 from internvl3_jax.io.safe_files import mark_own
 from internvl3_jax.io.unfinished import (
     InPlace,
     Unfinished,
     absolute,
-    check_replaceable,
     clean,
     set_aside,
 )

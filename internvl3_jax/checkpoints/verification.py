@@ -20,10 +20,9 @@ from internvl3_jax.io.checkpoint_paths import (
     is_checkpoint,
     latest_step,
 )
-from internvl3_jax.io.integrity import Damaged
+from internvl3_jax.io.integrity import MANIFEST, Damaged
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.io.unfinished import MANIFEST
 from internvl3_jax.parallel.multihost import assert_same_on_all_hosts
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from internvl3_jax.io import integrity, strict_json
 from internvl3_jax.io.file_errors import FileError
+from internvl3_jax.io.integrity import MANIFEST, TRAINING
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.safe_files import OWN, is_own
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.io.unfinished import MANIFEST, TRAINING, check_name
+from internvl3_jax.io.unfinished import check_name
 
 # The name of a step's directory in RUN/checkpoints.
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")

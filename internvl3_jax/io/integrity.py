@@ -25,6 +25,8 @@ from internvl3_jax.io.safe_files import OWN, FileError, open_regular, sync_direc
 from internvl3_jax.io.terminal import one_line
 
 FILES = "files.json"
+MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
+TRAINING = "training.json"  # of a step of a training run
 FORMAT = 2
 MADE_BY = "internvl3_jax"
 LEVELS = ("full", "sizes", "none")  # of verification: all bytes, names and sizes, nothing
