@@ -64,7 +64,8 @@ def open_converted(
     names = sorted({info.dtype.name for info in reader.infos.values()})
     if dtype is None and len(names) > 1:
         raise ConversionError(
-            f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with --dtype"
+            f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with "
+            "--dtype"
         )
     tokenizer = Tokenizer.from_directory(directory)
     check_vocabulary(manifest.model, tokenizer, directory)

@@ -164,7 +164,8 @@ def open_with_peft(
         directory = resolve_hub_dir(str(directory))
     if not is_peft(directory):
         raise ConversionError(
-            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
+            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is "
+            "converted by itself"
         )
     target, read = DTYPES[dtype or under.dtype], read_peft(directory, under.config, allow_nonfinite)
     return Adapted(
@@ -211,6 +212,7 @@ def _base_of_peft(directory: pathlib.Path) -> str:
     named = settings_of(directory).base
     if not named:
         raise ConversionError(
-            f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for"
+            f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it "
+            "is for"
         )
     return named

@@ -272,7 +272,8 @@ def load_adapter(
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ValueError(
-            f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})"
+            f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with "
+            f"{PEFT})"
         )
     check_model(manifest.model, opened.config, str(directory))
     if not accept_fingerprint:

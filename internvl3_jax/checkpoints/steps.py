@@ -110,7 +110,8 @@ def start_saving_training(
         except Exception as error:
             unfinished.abandon()
             raise OSError(
-                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are whole"
+                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are "
+                "whole"
             ) from error
 
     def commit() -> None:

@@ -62,7 +62,8 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         if HUB_ID.fullmatch(str(path)):
             return _download(str(path))
         raise FileNotFoundError(
-            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training run or a hub id (owner/name, or "
+            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training "
+            "run or a hub id (owner/name, or "
             f"owner/name@revision)"
         )
     if is_checkpoint(directory):
@@ -82,8 +83,10 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         else "a file"
     )
     raise FileNotFoundError(
-        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or saved here); checkpoints/STEP with these "
-        f"(a training run); config.json and *.safetensors (a released model). It holds: {held or 'nothing'}"
+        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or "
+        "saved here); checkpoints/STEP with these "
+        "(a training run); config.json and *.safetensors (a released model). It holds: "
+        f"{held or 'nothing'}"
     )
 
 
@@ -97,10 +100,12 @@ def _find_remote(directory, verify: str):
         return run / "checkpoints" / str(step)
     if (directory / "config.json").exists() and not (directory / "checkpoints").is_dir():
         raise FileNotFoundError(
-            f"{directory} is a released model; copy it to a local disk, or convert it and use the checkpoint"
+            f"{directory} is a released model; copy it to a local disk, or convert it and use the "
+            "checkpoint"
         )
     raise FileNotFoundError(
-        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and params/, or checkpoints/STEP"
+        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and "
+        "params/, or checkpoints/STEP"
     )
 
 
@@ -114,7 +119,8 @@ def check_exists(path: str | os.PathLike) -> None:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(
-            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a hub id "
+            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a "
+            "hub id "
             f"(owner/name, or owner/name@revision)"
         )
 
@@ -143,7 +149,8 @@ def _download(hub_id: str) -> pathlib.Path:
     except Exception as error:  # the hub's own errors, network errors, bad ids: all end here
         offline = getattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         why = (
-            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download it where there is a network"
+            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download "
+            "it where there is a network"
             if offline
             else f"it could not be downloaded from the hub: {_short(error)}"
         )
@@ -239,7 +246,8 @@ def latest_step(
         log.warning("ignoring %s: %s", one_line(str(directory / str(step))), wrong)
     if steps:
         raise integrity.Damaged(
-            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: {wrong}); bring one back "
+            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: "
+            f"{wrong}); bring one back "
             f"from a copy, or move the directory away to begin again"
         )
     return None

@@ -115,7 +115,8 @@ def publish(directory: pathlib.Path, remote) -> None:
         size, checksum = stored.get(name, (None, ""))
         if size != entry.bytes:
             raise OSError(
-                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try again"
+                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try "
+                "again"
             )
         listed[name] = entry._replace(checksum=checksum)
     remote_files.write_bytes(remote / FILES, json.dumps(_values(listed), indent=1).encode())

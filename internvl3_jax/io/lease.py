@@ -42,7 +42,8 @@ class Lease:
     def acquire(self) -> None:
         if (found := self._read()) is not None:
             self.note(
-                f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for a sign of life"
+                f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for "
+                "a sign of life"
             )
             self._watch(found)
         self._write(0)
@@ -50,7 +51,8 @@ class Lease:
         time.sleep(min(1.0, self.patience / 10))
         if self.token not in (self._read() or b"").decode(errors="replace"):
             raise InUse(
-                f"{self.what} is in use by another process that began at the same time; use another place"
+                f"{self.what} is in use by another process that began at the same time; use "
+                "another place"
             )
         self.stopped.clear()
         self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -78,7 +80,8 @@ class Lease:
             now = self._read()
             if now is not None and now != found:
                 raise InUse(
-                    f"{self.what} is in use by another process{holder(now)}; wait for it or end it, or use another place"
+                    f"{self.what} is in use by another process{holder(now)}; wait for it or end "
+                    "it, or use another place"
                 )
             found = now
 

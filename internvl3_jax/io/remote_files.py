@@ -50,12 +50,14 @@ def as_path(path: str | os.PathLike):
         return pathlib.Path(os.path.expanduser(text)).absolute()
     if not text.startswith(SCHEMES):
         raise FileError(
-            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path"
+            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a "
+            "local path"
         )
     bucket = text.partition("://")[2].partition("/")[0]
     if not bucket or "@" in bucket:  # credentials belong into the environment, not into logs
         raise FileError(
-            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or s3://BUCKET/PATH"
+            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or "
+            "s3://BUCKET/PATH"
         )
     check_driver(text)
     from etils import epath  # takes long to import, and local paths do not need it

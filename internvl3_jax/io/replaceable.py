@@ -27,7 +27,8 @@ def check_replaceable(
 
     def refuse(why: str):
         return FileExistsError(
-            f"{one_line(str(final))}: {why}; {program} does not replace it. Choose another place, or move it away"
+            f"{one_line(str(final))}: {why}; {program} does not replace it. Choose another place, "
+            "or move it away"
         )
 
     if is_remote(final):

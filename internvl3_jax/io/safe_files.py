@@ -174,7 +174,8 @@ class Lock:
                     error.errno, f"cannot be locked ({reason(error)})", str(self.path)
                 ) from error
             raise InUse(
-                f"{self.what} is in use by another process{who}; wait for it or end it, or use another place"
+                f"{self.what} is in use by another process{who}; wait for it or end it, or use "
+                "another place"
             ) from error
         file.seek(0)
         file.truncate()

@@ -49,11 +49,13 @@ def check_name(path: pathlib.Path) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another name"
+            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another "
+            "name"
         ) from error
     if "\\" in str(path) or "\0" in str(path):
         raise ValueError(
-            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; choose another name"
+            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; "
+            "choose another name"
         )
 
 
@@ -292,6 +294,7 @@ def set_aside(directory: pathlib.Path) -> None:
     """
     if is_remote(directory):
         raise FileExistsError(
-            f"{directory} is damaged, and in object storage it cannot be given another name; move it away"
+            f"{directory} is damaged, and in object storage it cannot be given another name; move "
+            "it away"
         )
     os.rename(directory, directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.damaged"))

@@ -47,7 +47,8 @@ def layout_of(config: dict, place: str = "") -> str:
     model_type = Object(config, f"{place}config.json").get("model_type", str, None)
     if model_type not in kinds:
         raise JsonError(
-            f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' (original layout) or 'internvl' "
+            f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' "
+            "(original layout) or 'internvl' "
             f"(transformers)"
         )
     return kinds[model_type]
@@ -92,7 +93,8 @@ def from_hf(
     image_token_id = stated if image_token_id is None else image_token_id
     if image_token_id is None:
         raise ValueError(
-            "config.json does not hold the id of <IMG_CONTEXT>; pass image_token_id (from the checkpoint's tokenizer)"
+            "config.json does not hold the id of <IMG_CONTEXT>; pass image_token_id (from the "
+            "checkpoint's tokenizer)"
         )
 
     vision = read_vision(top.get("vision_config", dict), layout, f"{where}.vision_config")
@@ -204,7 +206,8 @@ def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool
     if inner is not None:
         return inner
     raise ValueError(
-        "config.json: config.tie_word_embeddings is absent, and readers differ about what that means; pass has_head"
+        "config.json: config.tie_word_embeddings is absent, and readers differ about what that "
+        "means; pass has_head"
     )
 
 

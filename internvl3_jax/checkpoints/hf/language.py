@@ -100,7 +100,8 @@ def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
     if len(thetas) != 1 or len(kinds) > 1:
         what = f"give {sorted(thetas)} with {sorted(kinds)}" if thetas else "give no base"
         raise JsonError(
-            f"{fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one is needed"
+            f"{fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one "
+            "is needed"
         )
     scaling, factor = kinds.pop() if kinds else ("none", 1.0)
     return thetas.pop(), scaling, factor

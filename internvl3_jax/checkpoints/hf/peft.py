@@ -51,7 +51,8 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 def check_names(model: ModelConfig, layout: str) -> None:
     if model.language.family == "internlm2" and layout == "internvl":
         raise ConversionError(
-            "InternLM2's original code has q, k and v in one interleaved matrix, for which adapters are not read or written; use the hf "
+            "InternLM2's original code has q, k and v in one interleaved matrix, for which "
+            "adapters are not read or written; use the hf "
             "layout, or merge"
         )
 
@@ -85,7 +86,8 @@ def read_peft(
     for name, info in source.infos().items():
         if info.dtype not in DTYPES:
             raise ConversionError(
-                f"{directory / WEIGHTS}: {one_line(name)} is {info.dtype}; expected one of {', '.join(DTYPES)}"
+                f"{directory / WEIGHTS}: {one_line(name)} is {info.dtype}; expected one of "
+                f"{', '.join(DTYPES)}"
             )
     if not allow_nonfinite:
         refuse_nonfinite((name, source.read(name)) for name in source.infos())
@@ -102,7 +104,8 @@ def read_peft(
         )
         raise ConversionError(
             f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as "
-            f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, with the layers of the original layout or of "
+            f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, "
+            "with the layers of the original layout or of "
             f"transformers'"
         )
     layers = {}
@@ -144,7 +147,8 @@ def _check_complete(
                     missing.append(key)
     if missing:
         raise ConversionError(
-            f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says were trained (target_modules, "
+            f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says "
+            "were trained (target_modules, "
             f"modules_to_save), such as {', '.join(missing[:5])}; save the adapter again"
         )
 
@@ -262,7 +266,8 @@ def _check_shapes(
         if (found := tuple(source.infos()[name].shape)) != expected:
             grown = "V" in row.shape.split() and found[1:] == expected[1:]
             why = (
-                "; its vocabulary was resized, so give the base whose embeddings were resized as well"
+                "; its vocabulary was resized, so give the base whose embeddings were resized as "
+                "well"
                 if grown
                 else ""
             )

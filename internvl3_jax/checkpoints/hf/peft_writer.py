@@ -70,7 +70,8 @@ def _whole_tensors(
     """
     if model.language.tie_embeddings and "language/embedding" in by_path(whole):
         raise ConversionError(
-            "a tied embedding that was trained whole has no place in a PEFT adapter; merge the run instead"
+            "a tied embedding that was trained whole has no place in a PEFT adapter; merge the "
+            "run instead"
         )
     tensors = {}
     for path, leaf in by_path(whole).items():
@@ -81,7 +82,8 @@ def _whole_tensors(
             for name in row.keys(layout, layer):
                 if module_of(name) in modules and name not in tensors:
                     raise ConversionError(
-                        f"PEFT keeps whole modules: {module_of(name)} was trained but for {name}; merge the run instead"
+                        f"PEFT keeps whole modules: {module_of(name)} was trained but for {name}; "
+                        "merge the run instead"
                     )
     return tensors
 

@@ -241,7 +241,8 @@ def open_released(
     processor = processor_from_hf(values, pictures, place)
     if processor.template not in TEMPLATES:
         raise ConversionError(
-            f"{place}config.json: template {excerpt(processor.template)} is unknown; supported: {', '.join(TEMPLATES)}"
+            f"{place}config.json: template {excerpt(processor.template)} is unknown; supported: "
+            f"{', '.join(TEMPLATES)}"
         )
     check_vocabulary(config, tokenizer, directory)
     tensors = table_source(tensors, config.language, layout)
@@ -263,8 +264,10 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, directory: pathl
     rows = config.language.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocab_size is {rows:,}; tokens were added to the "
-            f"tokenizer alone, so resize the model's embeddings where that was done, or take the tokenizer that the model came with"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's "
+            f"vocab_size is {rows:,}; tokens were added to the "
+            "tokenizer alone, so resize the model's embeddings where that was done, or take the "
+            "tokenizer that the model came with"
         )
 
 
@@ -279,7 +282,8 @@ def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> M
             f"{name.replace('/', '.')} ({said[name]} and {kept[name]})" for name in wrong
         )
         raise ValueError(
-            f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove {MANIFEST} if config.json is right"
+            f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove "
+            f"{MANIFEST} if config.json is right"
         )
     return ours
 
