@@ -45,7 +45,7 @@ def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
     from safetensors.torch import save_file
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    from convert.hf_files import to_hf
+    from convert.config_json import to_hf
     from internvl3_jax.config import ModelConfig
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))

@@ -44,6 +44,7 @@ WITHOUT_JAX |= {
     "checkpoints.fingerprint",
     "checkpoints.hf.config",
     "checkpoints.hf.fields",
+    "checkpoints.hf.keys",
     "checkpoints.hf.language",
 }
 WITHOUT_JAX |= {

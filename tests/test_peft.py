@@ -20,8 +20,9 @@ from internvl3_jax.checkpoints.hf.assemble import (
     tensors_from_params,
 )
 from internvl3_jax.checkpoints.hf.config import from_hf
-from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
+from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS
+from internvl3_jax.checkpoints.hf.peft_writer import write_peft
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import LoraConfig
 from internvl3_jax.io.checkpoint_paths import PEFT

@@ -18,8 +18,9 @@ from internvl3_jax.checkpoints.manifest import Base, dtype_name, write_files
 from internvl3_jax.checkpoints.verification import undamaged
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.io import integrity, strict_json
-from internvl3_jax.io.checkpoint_paths import damage, is_checkpoint, is_step, latest_step
-from internvl3_jax.io.unfinished import TRAINING, absolute, remove_finished
+from internvl3_jax.io.checkpoint_paths import completed_steps, damage, is_checkpoint, latest_step
+from internvl3_jax.io.integrity import TRAINING
+from internvl3_jax.io.unfinished import absolute, remove_finished
 
 DATA = "data"
 
@@ -109,7 +110,8 @@ def start_saving_training(
         except Exception as error:
             unfinished.abandon()
             raise OSError(
-                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are whole"
+                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are "
+                "whole"
             ) from error
 
     def commit() -> None:
@@ -147,7 +149,7 @@ def restore_training(
         raise FileNotFoundError(
             f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}"
         )
-    with undamaged(directory, verify, False, None):
+    with undamaged(directory, verify, False, together=True):
         values = read_training(run, step)
         data = {path.stem: _read(path) for path in sorted((directory / DATA).glob("*.json"))}
     params = storage.load_tree(directory / "params", abstract_params)
@@ -179,7 +181,7 @@ def delete_old_steps(
     if jax.process_index():
         return
     directory, whole = steps_of(run), []
-    for step in sorted(int(entry.name) for entry in directory.iterdir() if is_step(entry)):
+    for step in completed_steps(run):
         if wrong := damage(directory / str(step), "sizes"):
             log.warning("%s is damaged and no longer counts: %s", directory / str(step), wrong)
         else:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from internvl3_jax.io import integrity, strict_json
 from internvl3_jax.io.file_errors import FileError
+from internvl3_jax.io.integrity import MANIFEST, TRAINING
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.safe_files import OWN, is_own
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.io.unfinished import MANIFEST, TRAINING, check_name
+from internvl3_jax.io.unfinished import check_name
 
 # The name of a step's directory in RUN/checkpoints.
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -61,10 +62,16 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         if HUB_ID.fullmatch(str(path)):
             return _download(str(path))
         raise FileNotFoundError(
-            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training run or a hub id (owner/name, or "
+            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training "
+            "run or a hub id (owner/name, or "
             f"owner/name@revision)"
         )
-    if is_checkpoint(directory) or is_safetensors(directory):
+    if is_checkpoint(directory):
+        if strays := sorted(path.name for path in directory.glob("*.safetensors*")):
+            names = one_line(", ".join(strays[:12]))
+            log.warning("%s: reading params/ and ignoring %s", one_line(str(directory)), names)
+        return directory
+    if is_safetensors(directory):
         return directory
     runs = directory if directory.name == "checkpoints" else directory / "checkpoints"
     step = latest_step(runs.parent, verify) if runs.is_dir() else None
@@ -76,8 +83,10 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         else "a file"
     )
     raise FileNotFoundError(
-        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or saved here); checkpoints/STEP with these "
-        f"(a training run); config.json and *.safetensors (a released model). It holds: {held or 'nothing'}"
+        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or "
+        "saved here); checkpoints/STEP with these "
+        "(a training run); config.json and *.safetensors (a released model). It holds: "
+        f"{held or 'nothing'}"
     )
 
 
@@ -91,10 +100,12 @@ def _find_remote(directory, verify: str):
         return run / "checkpoints" / str(step)
     if (directory / "config.json").exists() and not (directory / "checkpoints").is_dir():
         raise FileNotFoundError(
-            f"{directory} is a released model; copy it to a local disk, or convert it and use the checkpoint"
+            f"{directory} is a released model; copy it to a local disk, or convert it and use the "
+            "checkpoint"
         )
     raise FileNotFoundError(
-        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and params/, or checkpoints/STEP"
+        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and "
+        "params/, or checkpoints/STEP"
     )
 
 
@@ -108,7 +119,8 @@ def check_exists(path: str | os.PathLike) -> None:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(
-            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a hub id "
+            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a "
+            "hub id "
             f"(owner/name, or owner/name@revision)"
         )
 
@@ -137,7 +149,8 @@ def _download(hub_id: str) -> pathlib.Path:
     except Exception as error:  # the hub's own errors, network errors, bad ids: all end here
         offline = getattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         why = (
-            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download it where there is a network"
+            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download "
+            "it where there is a network"
             if offline
             else f"it could not be downloaded from the hub: {_short(error)}"
         )
@@ -218,14 +231,13 @@ def latest_step(
     """
     directory = as_path(run) / "checkpoints"
     check_name(directory)
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    for entry in entries:
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if not is_step(entry):
             log.warning(
                 "ignoring %s: no complete checkpoint (a write was interrupted, or is under way)",
                 one_line(str(entry)),
             )
-    steps = sorted((int(entry.name) for entry in entries if is_step(entry)), reverse=True)
+    steps = completed_steps(run)[::-1]
     wrong = None
     for step in steps:
         wrong = damage(directory / str(step), verify)
@@ -234,10 +246,18 @@ def latest_step(
         log.warning("ignoring %s: %s", one_line(str(directory / str(step))), wrong)
     if steps:
         raise integrity.Damaged(
-            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: {wrong}); bring one back "
+            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: "
+            f"{wrong}); bring one back "
             f"from a copy, or move the directory away to begin again"
         )
     return None
+
+
+def completed_steps(run: str | os.PathLike) -> list[int]:
+    """Returns the numbers of the complete steps under RUN/checkpoints, damaged or not, ascending."""
+    directory = as_path(run) / "checkpoints"
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if is_step(entry))
 
 
 def check_steps_writable(run: pathlib.Path) -> None:

@@ -25,6 +25,8 @@ from internvl3_jax.io.safe_files import OWN, FileError, open_regular, sync_direc
 from internvl3_jax.io.terminal import one_line
 
 FILES = "files.json"
+MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
+TRAINING = "training.json"  # of a step of a training run
 FORMAT = 2
 MADE_BY = "internvl3_jax"
 LEVELS = ("full", "sizes", "none")  # of verification: all bytes, names and sizes, nothing
@@ -113,7 +115,8 @@ def publish(directory: pathlib.Path, remote) -> None:
         size, checksum = stored.get(name, (None, ""))
         if size != entry.bytes:
             raise OSError(
-                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try again"
+                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try "
+                "again"
             )
         listed[name] = entry._replace(checksum=checksum)
     remote_files.write_bytes(remote / FILES, json.dumps(_values(listed), indent=1).encode())

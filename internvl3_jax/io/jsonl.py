@@ -38,7 +38,8 @@ def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[
     text = strict_json.decode(data, name)
     if len(text) > MAX_LINE and any(len(line) > MAX_LINE for line in text.split("\n")):
         raise FileError(
-            f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per line?"
+            f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per "
+            "line?"
         )
     return [
         (number, line.rstrip("\r"))
@@ -59,7 +60,8 @@ def check_kind(start: bytes, last: bytes, name: str) -> None:
         raise FileError(f"{name}: is a Git LFS pointer; fetch the file itself with git lfs pull")
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and last == b"]":
         raise FileError(
-            f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl"
+            f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > "
+            "rows.jsonl"
         )
 
 
@@ -154,7 +156,8 @@ class Appender:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 os.close(self._file)
                 raise FileError(
-                    f"{one_line(str(self.path))}: is not a regular file (a pipe, socket or device); name a regular file"
+                    f"{one_line(str(self.path))}: is not a regular file (a pipe, socket or "
+                    "device); name a regular file"
                 )
             if os.fstat(self._file).st_size > (self.keep or 0):
                 os.ftruncate(self._file, self.keep or 0)

@@ -38,7 +38,8 @@ def open_file(path: pathlib.Path) -> BinaryIO:
     if path.is_symlink() and not path.exists():
         target = one_line(os.readlink(path))
         raise FileError(
-            f"{name}: links to {target}, which is not there; the download is incomplete, so download the model again"
+            f"{name}: links to {target}, which is not there; the download is incomplete, so "
+            "download the model again"
         )
     file = open_regular(path)
     head = file.read(len(_POINTER)).lower()
@@ -64,7 +65,8 @@ def read_file(path: pathlib.Path, max_bytes: int = MAX_BYTES) -> bytes:
     if path.is_symlink() and not _belongs(path):
         target = one_line(os.path.realpath(path))
         raise FileError(
-            f"{one_line(str(path))}: links out of its directory, to {target}; put a copy of that file in its place"
+            f"{one_line(str(path))}: links out of its directory, to {target}; put a copy of that "
+            "file in its place"
         )
     return read_bytes(path, max_bytes=max_bytes)
 

@@ -16,21 +16,17 @@ import atexit
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import pathlib
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from internvl3_jax.io.file_errors import FileError, InUse
+from internvl3_jax.io.file_errors import FileError
 from internvl3_jax.io.terminal import excerpt, one_line
 
 SCHEMES = ("gs://", "s3://")
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
-LEASE = 45.0  # seconds
 _TRIES = 4  # at an object, with a growing pause between them
 _SMALL = 16 << 20  # bytes of a file that is uploaded from memory
 _FLUSH_SECONDS = 5.0  # between two writes of an object that is added to
@@ -54,12 +50,14 @@ def as_path(path: str | os.PathLike):
         return pathlib.Path(os.path.expanduser(text)).absolute()
     if not text.startswith(SCHEMES):
         raise FileError(
-            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path"
+            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a "
+            "local path"
         )
     bucket = text.partition("://")[2].partition("/")[0]
     if not bucket or "@" in bucket:  # credentials belong into the environment, not into logs
         raise FileError(
-            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or s3://BUCKET/PATH"
+            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or "
+            "s3://BUCKET/PATH"
         )
     check_driver(text)
     from etils import epath  # takes long to import, and local paths do not need it
@@ -258,106 +256,3 @@ def flush() -> None:
 def _flush_at_exit() -> None:
     with contextlib.suppress(OSError):  # the program has said what it had to say
         flush()
-
-
-# --- one process at a time -----------------------------------------------------------------------
-
-
-class Lease:
-    """Held by one process at a time, for as long as it gives signs of life; a context manager like
-    safe_files.Lock.
-
-    The holder writes an object anew several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE
-    of the environment, the same for all).
-    Whoever finds the object watches it that long and takes it over if it does not change meanwhile.
-    So a holder that was killed blocks nobody for longer, and no clocks are compared.
-
-    Args:
-      path: address of the lease's object.
-      what: what errors say is in use.
-      note: called with a text when there is something to wait for.
-
-    Raises:
-      InUse: from `acquire` and `with`: the holder is alive.
-    """
-
-    def __init__(self, path, what: str, note: Callable[[str], None] = lambda text: None):
-        self.path, self.what, self.note = path, what, note
-        self.patience = float(os.environ.get("INTERNVL3_JAX_LEASE", LEASE))
-        self.token, self.stopped, self.thread = secrets.token_hex(8), threading.Event(), None
-
-    def acquire(self) -> None:
-        if (found := self._read()) is not None:
-            self.note(
-                f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for a sign of life"
-            )
-            self._watch(found)
-        self._write(0)
-        # of two that begin at once the one that wrote last stays
-        time.sleep(min(1.0, self.patience / 10))
-        if self.token not in (self._read() or b"").decode(errors="replace"):
-            raise InUse(
-                f"{self.what} is in use by another process that began at the same time; use another place"
-            )
-        self.stopped.clear()
-        self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self.thread.start()
-
-    def release(self) -> None:
-        if self.thread is not None:
-            self.stopped.set()
-            self.thread.join()
-            self.thread = None
-            with contextlib.suppress(OSError):
-                remove(self.path.parent, [self.path.name])
-
-    def __enter__(self) -> "Lease":
-        self.acquire()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-    def _watch(self, found: bytes | None) -> None:
-        until = time.monotonic() + self.patience
-        while found is not None and time.monotonic() < until:
-            time.sleep(min(1.0, self.patience / 10))
-            now = self._read()
-            if now is not None and now != found:
-                raise InUse(
-                    f"{self.what} is in use by another process{holder(now)}; wait for it or end it, or use another place"
-                )
-            found = now
-
-    def _beat(self) -> None:
-        count = 0
-        while not self.stopped.wait(self.patience / 5):
-            count += 1
-            with contextlib.suppress(OSError):  # the next one may get through
-                self._write(count)
-
-    def _read(self) -> bytes | None:
-        try:
-            return read_bytes(self.path, max_bytes=4096)
-        except FileError:
-            return None
-
-    def _write(self, count: int) -> None:
-        values = {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "token": self.token,
-            "beat": count,
-        }
-        write_bytes(self.path, json.dumps(values).encode())
-
-
-def holder(content: bytes) -> str:
-    """ " (process 12 on host)" of what a lock's holder wrote into it; nothing if that cannot be
-    read.
-    """
-    try:
-        values = json.loads(content)
-        return f" (process {int(values['process'])} on {one_line(str(values['host']))})"
-    except (ValueError, TypeError, KeyError):
-        return ""

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from internvl3_jax.io import remote_files
 from internvl3_jax.io.file_errors import FileError, InUse
+from internvl3_jax.io.lease import Lease, holder
 from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.terminal import one_line
 
@@ -166,14 +167,15 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = remote_files.holder(content)
+            who = holder(content)
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise OSError(
                     error.errno, f"cannot be locked ({reason(error)})", str(self.path)
                 ) from error
             raise InUse(
-                f"{self.what} is in use by another process{holder}; wait for it or end it, or use another place"
+                f"{self.what} is in use by another process{who}; wait for it or end it, or use "
+                "another place"
             ) from error
         file.seek(0)
         file.truncate()
@@ -196,9 +198,9 @@ class Lock:
 
 def lock_at(
     path: str | os.PathLike, what: str, note: Callable[[str], None] = lambda text: None
-) -> "Lock | remote_files.Lease":
-    """A `Lock`, or in object storage a `remote_files.Lease`; note: of the lease."""
-    return remote_files.Lease(path, what, note) if is_remote(path) else Lock(path, what)
+) -> "Lock | Lease":
+    """A `Lock`, or in object storage a `Lease`; note: of the lease."""
+    return Lease(path, what, note) if is_remote(path) else Lock(path, what)
 
 
 # --- deleting ------------------------------------------------------------------------------------

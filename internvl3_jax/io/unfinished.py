@@ -13,32 +13,23 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterable
 
-from internvl3_jax.io import integrity, remote_files, strict_json
+from internvl3_jax.io import integrity, remote_files
 from internvl3_jax.io.remote_files import as_path, is_remote
+from internvl3_jax.io.replaceable import foreign_files
 from internvl3_jax.io.safe_files import (
     OWN,
-    FileError,
     InUse,
     Lock,
     is_own,
     mark_own,
-    reason,
     remove_own,
     sync_directory,
 )
 from internvl3_jax.io.terminal import one_line
 
-MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
-TRAINING = "training.json"  # of a step of a training run
 _NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-# What checkpoints and exports consisted of before there was a list of their files.
-_KNOWN = re.compile(
-    r"params/.*|.*\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.(json|model)|vocab\.json|merges\.txt|[\w-]*tokens[\w-]*\.json"
-    rf"|chat_template\.\w+|[\w-]+\.py|LICENSE[\w.-]*|adapter_model\.bin|{re.escape(MANIFEST)}"
-)
 
 
 def absolute(path: str | os.PathLike) -> pathlib.Path:
@@ -58,11 +49,13 @@ def check_name(path: pathlib.Path) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another name"
+            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another "
+            "name"
         ) from error
     if "\\" in str(path) or "\0" in str(path):
         raise ValueError(
-            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; choose another name"
+            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; "
+            "choose another name"
         )
 
 
@@ -77,7 +70,9 @@ class Unfinished:
     def __init__(self, final: pathlib.Path, name: str, creates: bool):
         self.final, self.creates, self.lock = final, creates, None
         self.path = final.with_name(f".{final.name}.{name}.partial")
+        self._made_parents = []
         if creates:
+            self._made_parents = [folder for folder in final.parents if not folder.exists()]
             final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
             # Locked before it has the name by which others may delete it.
@@ -88,11 +83,13 @@ class Unfinished:
             self.lock = lock
 
     def abandon(self) -> None:
-        """Removes it."""
+        """Removes it, and the folders that were made for it, if nothing else is in them."""
         if self.creates:
             try:
                 with contextlib.suppress(OSError):
                     remove_own(self.path)
+                    for folder in self._made_parents:
+                        os.rmdir(folder)
             finally:
                 self._release()
 
@@ -274,7 +271,7 @@ def remove_finished(directory: pathlib.Path) -> str | None:
     """Deletes a directory that was made here. If it holds a file that was not written with it,
     nothing happens, and that is returned.
     """
-    foreign = integrity.unlisted(directory) if is_remote(directory) else _foreign(directory)
+    foreign = integrity.unlisted(directory) if is_remote(directory) else foreign_files(directory)
     if foreign is None or foreign:
         return foreign[0] if foreign else "no list of its files"
     if is_remote(directory):
@@ -297,73 +294,7 @@ def set_aside(directory: pathlib.Path) -> None:
     """
     if is_remote(directory):
         raise FileExistsError(
-            f"{directory} is damaged, and in object storage it cannot be given another name; move it away"
+            f"{directory} is damaged, and in object storage it cannot be given another name; move "
+            "it away"
         )
     os.rename(directory, directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.damaged"))
-
-
-# --- what may be replaced ------------------------------------------------------------------------
-
-
-def check_replaceable(
-    final: pathlib.Path, sources: Iterable[str | os.PathLike] = (), program: str = "--overwrite"
-) -> None:
-    """FileExistsError unless a directory was made here and holds nothing else, and is, holds and
-    lies in none of `sources`.
-    """
-
-    def refuse(why: str):
-        return FileExistsError(
-            f"{one_line(str(final))}: {why}; {program} does not replace it. Choose another place, or move it away"
-        )
-
-    if is_remote(final):
-        foreign = integrity.unlisted(final)
-        if foreign is None:
-            raise refuse("was not made by this program")
-        if foreign:
-            raise refuse(f"holds {one_line(foreign[0])}, not written by this program")
-        if any(str(final) == str(source) for source in sources):
-            raise refuse("is what is read")
-        return
-    if final.is_symlink():
-        raise refuse("is a symbolic link")
-    if not final.is_dir():
-        raise refuse("is no directory")
-    here = final.resolve()
-    for source in sources:
-        there = pathlib.Path(source).resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise refuse(f"is, holds or lies in {one_line(str(source))}, which is read")
-    if (final / TRAINING).exists():
-        raise refuse("is a step of a training run")
-    try:
-        foreign = _foreign(final)
-    except OSError as error:
-        raise refuse(f"cannot be read ({reason(error)})") from error
-    except FileError as error:
-        raise refuse(str(error)) from error
-    if foreign is None:
-        raise refuse("was not made by this program")
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise refuse(f"holds {one_line(foreign[0])}{more}, not written by this program")
-
-
-def _foreign(directory: pathlib.Path) -> list[str] | None:
-    """Files of a directory that were not written by this program; None if it is no directory of
-    ours.
-    """
-    names = [name for name, _ in integrity.files_of(directory)]
-    if not names and not any(directory.iterdir()):
-        return []
-    unlisted = integrity.unlisted(directory)
-    if unlisted is not None:
-        return unlisted
-    try:
-        strict_json.read_object(directory / MANIFEST).get("format", int)
-    except FileError:
-        return None
-    return [
-        name for name in names if not _KNOWN.fullmatch(name) and name not in (OWN, integrity.FILES)
-    ]
