@@ -2,7 +2,6 @@
 are those frames.
 """
 
-import functools
 import logging
 import os
 import struct
@@ -323,25 +322,67 @@ def test_the_count_is_that_of_frames_that_can_be_decoded_whatever_is_drawn(tmp_p
     assert totals == {len(frames)}
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts"])
-def test_a_damaged_middle_is_usable_whatever_is_drawn(tmp_path, ending, caplog):
-    path = record(tmp_path / f"a.{ending}", frames=60, options={"g": "60", "bf": "0", "crf": "1"})
+DAMAGED = {  # file, codec, key frame interval, frames that refer to later ones, damaged share
+    "one group": ("a.mp4", "libx264", 60, 0, (1 / 3, 1 / 2)),
+    "Matroska": ("a.mkv", "libx264", 12, 2, (1 / 3, 1 / 2)),
+    "AVI": ("a.avi", "libx264", 60, 0, (1 / 3, 1 / 2)),
+    "MPEG-TS": ("a.ts", "libx264", 12, 2, (1 / 3, 1 / 2)),
+    "several groups": ("a.mp4", "libx264", 12, 2, (0.4, 0.7)),
+    "MPEG-4": ("a.mp4", "mpeg4", 12, 0, (0.35, 0.45)),
+    "HEVC": ("a.mp4", "libx265", 12, 2, (0.48, 0.49)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_middle_gives_the_same_pixels_whatever_is_drawn(tmp_path, kind, caplog):
+    name, codec, interval, bf, share = DAMAGED[kind]
+    options = {"g": str(interval), "bf": str(bf), "crf": "1"}
+    path = record(tmp_path / name, codec, 60, options)
     data = bytearray(path.read_bytes())
-    data[len(data) // 3 : len(data) // 2] = b"\xff" * (len(data) // 2 - len(data) // 3)
+    start, stop = (int(len(data) * part) for part in share)
+    data[start:stop] = np.random.default_rng(0).bytes(stop - start)
     path.write_bytes(data)
     totals = set()
 
-    def choose(rng, footage):
-        totals.add(footage.total)
-        return training_frames(footage, rng, 4, 8)
+    def read(choose):
+        return [np.asarray(image) for image in read_frames(str(path), choose)]
 
-    for seed in range(12):
-        with caplog.at_level(logging.WARNING):
-            pictures = read_frames(
-                str(path), functools.partial(choose, np.random.default_rng(seed))
-            )
-        assert {picture.size for picture in pictures} == {(64, 48)}
-    assert len(totals) == 1
+    with caplog.at_level(logging.WARNING):
+        frames = read(lambda footage: totals.add(footage.total) or range(footage.total))
+        assert len(frames) == totals.pop() and {image.shape for image in frames} == {(48, 64, 3)}
+        for seed in range(10):
+            indices = []
+
+            def choose(footage, indices=indices, seed=seed):
+                totals.add(footage.total)
+                rng = np.random.default_rng(seed)
+                indices += training_frames(footage, rng, 1, 8)
+                return indices
+
+            for index, image in zip(indices, read(choose), strict=False):
+                np.testing.assert_array_equal(image, frames[index])
+    assert totals == {len(frames)}
+
+
+def test_frames_of_a_destroyed_group_are_the_last_before_it(tmp_path, caplog):
+    """Also those that are wanted alone; before a destroyed first group there is nothing."""
+    import av
+
+    path = record(tmp_path / "a.mkv", frames=36, options={"g": "12", "bf": "0", "crf": "1"})
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    whole = path.read_bytes()
+
+    def destroyed(first, last):
+        data = bytearray(whole)
+        for position, size in packets[first:last]:
+            start = whole.index(b"\xa3", position) if whole[position] != 0xA3 else position
+            data[start + 12 : start + size] = b"\xff" * (size - 12)
+        path.write_bytes(data)
+        return numbers(read_frames(str(path), lambda footage: [3, 11, 12, 13, 23, 24, 35]))
+
+    assert destroyed(12, 24)[:2] == numbers([scene(3), scene(11)])
+    assert destroyed(12, 24)[2:5] == numbers([scene(11)]) * 3
 
 
 def test_a_truncated_file_is_refused_unless_that_is_allowed(tmp_path):
