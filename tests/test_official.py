@@ -19,6 +19,7 @@ from official_data import (
     write_tar,
 )
 
+from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.media.video import middle_frames
 from internvl3_jax.data.sources import files, row_index
 from internvl3_jax.data.sources.catalog import open_sources
@@ -125,6 +126,15 @@ def test_a_video_tag_belongs_to_the_first_human_turn():
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "<video>"}]
     with pytest.raises(RowError, match="first human turn"):
         insert_frames(messages, 2, "Frame-{}: ")
+
+
+def test_a_frame_label_is_text_but_for_its_number():
+    messages = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A"}]
+    labelled = insert_frames(messages, 2, "{0} %s {a} {}} ")
+    assert labelled[0]["content"] == "{0} %s {a} 1} <image>\n{0} %s {a} 2} <image>\nWhat?"
+    for label in ("Frame: ", "{}-{}: ", "{0}: ", "Frame-{}<image>: "):
+        with pytest.raises(ValueError, match="processor.frame_label is .*must have {} once"):
+            ProcessorConfig(frame_label=label)
 
 
 # --- annotation files ----------------------------------------------------------------------------

@@ -191,6 +191,8 @@ def insert_frames(messages: list[Message], count: int, label: str) -> list[Messa
     if tags > 1 or (tags and VIDEO_TAG not in text):
         raise RowError(f"{tags} {VIDEO_TAG} tags; expected one, in the first human turn")
     before, _, after = text.partition(VIDEO_TAG) if tags else ("", "", text)
-    lines = "".join(f"{label.format(number)}{PICTURE_TAG}\n" for number in range(1, count + 1))
+    lines = "".join(
+        f"{label.replace('{}', str(number))}{PICTURE_TAG}\n" for number in range(1, count + 1)
+    )
     content = before + lines + after.removeprefix("\n")
     return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
