@@ -313,7 +313,7 @@ def test_bad_meta_files(tmp_path):
         path.write_text(content)
         with pytest.raises(MetaError, match=reason):
             read_meta(str(path))
-    with pytest.raises(MetaError, match=r"data.source: letters: .*meta JSON, or MODULE:FUNCTION"):
+    with pytest.raises(MetaError, match=r"data.source: letters: .*file of rows, or MODULE:FUNCTION"):
         read_meta("letters")
 
 
@@ -323,7 +323,7 @@ def test_roots_matter_only_for_pictures(tmp_path):
         one_source(tmp_path, [{"image": "a.png", **TEXT}], root="gone")
     with pytest.raises(MetaError, match="has no rows"):
         one_source(tmp_path, [])
-    with pytest.raises(FileError, match="annotations are"):
+    with pytest.raises(MetaError, match="has no rows"):
         (tmp_path / "a.json").write_text("[]")
         OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.json"}))[0])
 

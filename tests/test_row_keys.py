@@ -13,7 +13,8 @@ from official_data import PROCESSOR, encoded, picture, turns, write_meta, write_
 from internvl3_jax.data.media.video import middle_frames
 from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
 from internvl3_jax.data.sources.meta import read_meta
-from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer, read_messages
+from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer
+from internvl3_jax.data.sources.row_turns import read_turns
 from internvl3_jax.data.sources.rows import RowError
 
 pytestmark = pytest.mark.smoke
@@ -321,9 +322,10 @@ def test_keys_that_look_like_images_are_never_dropped(key):
         ({"image": "root/a.png", "image2": "b.png", **TEXT}, "unknown key 'image2'"),
         ({"image": "root/a.png", "audio": "b.wav", **TEXT}, "unknown key 'audio'"),
         (
-            {"system": "Be brief.", **TEXT},
-            "the key system = 'Be brief.' is not read; make it the first turn",
+            {"system": "Be brief.", "conversations": turns("a", "b", system="Be long.")},
+            "has both the key system and a system turn",
         ),
+        ({"system": ["Be brief."], **TEXT}, "system is no text but the list"),
         ({"tools": "[]x", **TEXT}, "the key tools"),
         ({"objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}, **TEXT}, "the key objects"),
         ({"history": [["a", "b"]], **TEXT}, "the key history"),
@@ -341,8 +343,8 @@ def test_keys_that_look_like_images_are_never_dropped(key):
         ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1 is from ['user']"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-            "turn 1: its content is a list of parts",
+            {"messages": [{"role": "user", "content": {"type": "text", "text": "a"}}]},
+            "turn 1: its value is no text but the object",
         ),
         (
             {"messages": [SAID[0], {**SAID[1], "loss": False}]},
@@ -372,8 +374,8 @@ def test_what_cannot_be_read_is_named(place, row, reason):
 
 
 def test_empty_answers():
-    assert is_empty_answer(read_messages({"conversations": turns("a", "b", "c", " \n")}))
-    assert not is_empty_answer(read_messages({"conversations": turns("", "b")}))
+    assert is_empty_answer(read_turns({"conversations": turns("a", "b", "c", " \n")}).messages)
+    assert not is_empty_answer(read_turns({"conversations": turns("", "b")}).messages)
 
 
 def test_pairs_and_their_images(place):
@@ -447,4 +449,4 @@ def test_an_image_under_another_key_is_not_dropped(name, value):
 )
 def test_an_image_of_a_turn_is_not_dropped(turn):
     with pytest.raises(RowError, match="belongs to the row"):
-        read_messages({"conversations": [{"from": "human", "value": "x"} | turn]})
+        read_turns({"conversations": [{"from": "human", "value": "x"} | turn]})

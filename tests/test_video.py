@@ -2,7 +2,6 @@
 are those frames.
 """
 
-import logging
 import os
 import struct
 
@@ -322,67 +321,77 @@ def test_the_count_is_that_of_frames_that_can_be_decoded_whatever_is_drawn(tmp_p
     assert totals == {len(frames)}
 
 
-DAMAGED = {  # file, codec, key frame interval, frames that refer to later ones, damaged share
-    "one group": ("a.mp4", "libx264", 60, 0, (1 / 3, 1 / 2)),
-    "Matroska": ("a.mkv", "libx264", 12, 2, (1 / 3, 1 / 2)),
-    "AVI": ("a.avi", "libx264", 60, 0, (1 / 3, 1 / 2)),
-    "MPEG-TS": ("a.ts", "libx264", 12, 2, (1 / 3, 1 / 2)),
-    "several groups": ("a.mp4", "libx264", 12, 2, (0.4, 0.7)),
-    "MPEG-4": ("a.mp4", "mpeg4", 12, 0, (0.35, 0.45)),
-    "HEVC": ("a.mp4", "libx265", 12, 2, (0.48, 0.49)),
+DAMAGED = {  # file, codec, key frame interval, frames that refer to later ones, damaged packets
+    "one group": ("a.mp4", "libx264", 60, 0, (20, 30)),
+    "Matroska": ("a.mkv", "libx264", 12, 2, (20, 30)),
+    "AVI": ("a.avi", "libx264", 60, 0, (20, 30)),
+    "MPEG-TS": ("a.ts", "libx264", 12, 2, (20, 30)),
+    "several groups": ("a.mp4", "libx264", 12, 2, (18, 45)),
+    "MPEG-4": ("a.mp4", "mpeg4", 12, 0, (24, 25)),
+    "HEVC": ("a.mp4", "libx265", 12, 2, (45, 46)),
 }
 
 
+def packet_places(path):
+    """(position, size) of each packet in the file."""
+    import av
+
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_middle_gives_the_same_pixels_whatever_is_drawn(tmp_path, kind, caplog):
-    name, codec, interval, bf, share = DAMAGED[kind]
+def test_a_damaged_middle_gives_the_same_pixels_whatever_is_drawn(tmp_path, kind):
+    name, codec, interval, bf, (first, last) = DAMAGED[kind]
     options = {"g": str(interval), "bf": str(bf), "crf": "1"}
     path = record(tmp_path / name, codec, 60, options)
-    data = bytearray(path.read_bytes())
-    start, stop = (int(len(data) * part) for part in share)
+    places, data = packet_places(path), bytearray(path.read_bytes())
+    start, stop = places[first][0] + 14, places[last][0]
     data[start:stop] = np.random.default_rng(0).bytes(stop - start)
     path.write_bytes(data)
     totals = set()
 
     def read(choose):
-        return [np.asarray(image) for image in read_frames(str(path), choose)]
+        indices = []
 
-    with caplog.at_level(logging.WARNING):
-        frames = read(lambda footage: totals.add(footage.total) or range(footage.total))
-        assert len(frames) == totals.pop() and {image.shape for image in frames} == {(48, 64, 3)}
-        for seed in range(10):
-            indices = []
+        def choose_once(footage):
+            totals.add(footage.total)
+            indices.extend(choose(footage))
+            return indices
 
-            def choose(footage, indices=indices, seed=seed):
-                totals.add(footage.total)
-                rng = np.random.default_rng(seed)
-                indices += training_frames(footage, rng, 1, 8)
-                return indices
+        images = read_frames(str(path), choose_once)
+        return [(index, np.asarray(image)) for index, image in zip(indices, images, strict=True)]
 
-            for index, image in zip(indices, read(choose), strict=False):
-                np.testing.assert_array_equal(image, frames[index])
+    frames = [image for _, image in read(lambda footage: range(footage.total))]
+    assert {image.shape for image in frames} == {(48, 64, 3)}
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        for index, image in read(lambda footage, rng=rng: training_frames(footage, rng, 1, 8)):
+            np.testing.assert_array_equal(image, frames[index])
     assert totals == {len(frames)}
 
 
-def test_frames_of_a_destroyed_group_are_the_last_before_it(tmp_path, caplog):
-    """Also those that are wanted alone; before a destroyed first group there is nothing."""
-    import av
+def test_the_last_frame_before_them_replaces_destroyed_frames(tmp_path, caplog):
+    options = {"g": "12", "bf": "0", "b": "2M"}
+    path = record(tmp_path / "a.mp4", "mpeg4", 36, options)
+    places, whole = packet_places(path), path.read_bytes()
 
-    path = record(tmp_path / "a.mkv", frames=36, options={"g": "12", "bf": "0", "crf": "1"})
-    with av.open(str(path)) as container:
-        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
-    whole = path.read_bytes()
-
-    def destroyed(first, last):
+    def destroy(first, last, wanted):
         data = bytearray(whole)
-        for position, size in packets[first:last]:
-            start = whole.index(b"\xa3", position) if whole[position] != 0xA3 else position
-            data[start + 12 : start + size] = b"\xff" * (size - 12)
+        for position, size in places[first:last]:
+            data[position : position + size] = bytes(size)
         path.write_bytes(data)
-        return numbers(read_frames(str(path), lambda footage: [3, 11, 12, 13, 23, 24, 35]))
+        caplog.clear()
+        return numbers(read_frames(str(path), lambda footage: wanted))
 
-    assert destroyed(12, 24)[:2] == numbers([scene(3), scene(11)])
-    assert destroyed(12, 24)[2:5] == numbers([scene(11)]) * 3
+    frame_11, frame_12, frame_35 = destroy(0, 0, [11, 12, 35])
+    assert not caplog.records
+    assert destroy(12, 24, [11, 12, 23, 35]) == [frame_11, frame_11, frame_11, frame_35]
+    assert "2 of 4 frames cannot be decoded" in caplog.text
+    assert destroy(12, 24, [20]) == [frame_11]
+    assert destroy(0, 12, [3, 12]) == [frame_12, frame_12]  # nothing comes before them
+    with pytest.raises(VideoError, match="no frame that can be decoded"):
+        destroy(0, 36, [20])
 
 
 def test_a_truncated_file_is_refused_unless_that_is_allowed(tmp_path):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.sources.internvl_jsonl import Conversation, OfficialSource
-from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.meta import MetaError, read_sources
 
 _PYTHON = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -51,7 +51,7 @@ def source_names(config: DataConfig) -> list[str]:
     """Returns the names of the sources in their order."""
     if is_python(config.source):
         return [source.name for source in open_sources(config)]
-    return [spec.name for spec in read_meta(config.source)]
+    return [spec.name for spec in read_sources(config.source)]
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -62,7 +62,7 @@ def open_sources(config: DataConfig) -> list[Source]:
     """
     if is_python(config.source):
         return _python_sources(config)
-    sources = [OfficialSource(spec) for spec in read_meta(config.source)]
+    sources = [OfficialSource(spec) for spec in read_sources(config.source)]
     for source in sources:
         expected = source.spec.length
         if expected is not None and expected != len(source):
@@ -79,6 +79,6 @@ def _python_sources(config: DataConfig) -> list[Source]:
         create = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise MetaError(
-            f"data.source is {config.source}: {error}; name an importable MODULE:FUNCTION or a meta JSON"
+            f"data.source is {config.source}: {error}; name an importable MODULE:FUNCTION, a meta JSON or a file of rows"
         ) from error
     return create(config)

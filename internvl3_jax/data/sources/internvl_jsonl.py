@@ -35,14 +35,12 @@ from internvl3_jax.data.sources.row_fields import (
     check_keys,
     is_pair,
     read_media,
-    read_messages,
     read_pair,
 )
 from internvl3_jax.data.sources.row_paths import locate
+from internvl3_jax.data.sources.row_turns import VIDEO_TAG, Turns, read_turns
 from internvl3_jax.data.sources.rows import RowError, Rows
 from internvl3_jax.data.text.chat_template import PICTURE_TAG, Message, insert_missing_tags
-
-VIDEO_TAG = "<video>"
 
 
 @dataclasses.dataclass
@@ -123,8 +121,17 @@ class OfficialSource:
         values, archive = self.rows[row]
         files = archive or {}
         check_keys(values)
-        messages, rejected = read_pair(values) if is_pair(values) else (read_messages(values), None)
-        images, video = read_media(values, archive)
+        if is_pair(values):
+            turns, (messages, rejected) = Turns([]), read_pair(values)
+        else:
+            turns, rejected = read_turns(values), None
+            messages = turns.messages
+        images, video = read_media(values, archive, turns.images, turns.videos)
+        if turns.unnamed > len(images):
+            raise RowError(
+                f"has {turns.unnamed} image parts without a path and names {len(images)} images; "
+                f"give each part a path, or list them under 'images'"
+            )
         images = [locate(name, self.spec, archive) for name in images]
         video = None if video is None else locate(video, self.spec, archive)
         where = _Place(self.spec.root, files, processor.apply_exif, limits or {})

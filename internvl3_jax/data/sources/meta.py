@@ -1,4 +1,5 @@
-"""The official meta JSON, which lists the sources of a training mixture:
+"""What data.source names: a file of rows, or the official meta JSON, which lists the sources of a
+training mixture:
 
     {"docvqa": {"root": "images/docvqa",              folder or address that the picture paths are relative to
                 "annotation": "docvqa_train.jsonl",   or .tar shards, .array_record; a list, {000..127} and * name several files
@@ -28,9 +29,11 @@ from internvl3_jax.data.sources.files import (
     folder_of,
     is_folder,
     is_remote,
+    open_binary,
     read_bytes,
     resolve,
 )
+from internvl3_jax.data.sources.json_list import is_list
 from internvl3_jax.data.sources.rows import KINDS
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.strict_json import JsonError, Object
@@ -38,6 +41,8 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 MAX_BYTES = 64 << 20  # of a meta JSON
 MAX_NAME = 200  # characters of a source's name
+ROW_START = 1 << 20  # bytes of a file in which the first row of a .json file is looked for
+ROW_KEYS = frozenset({"conversations", "messages", "chosen"})  # a row has one of them
 # Far above any use; beyond them counts of samples and tiles leave the range of their types, or of
 # the machine.
 MOST_REPEATS, MOST_WEIGHT, MOST_TILES, MOST_ROWS = 10**6, 10**12, 1024, 2**53
@@ -66,45 +71,82 @@ class SourceSpec:
     outside: str = "no"
 
 
-def read_meta(path: str) -> list[SourceSpec]:
-    """The sources of a meta JSON in its order. Raises MetaError or FileError."""
+def read_sources(path: str) -> list[SourceSpec]:
+    """Reads data.source: a meta JSON, or a file of rows, which is then the only source.
+
+    Raises:
+      MetaError, FileError: Names the file, entry and key that cannot be used.
+    """
     path = expand_user(path)
-    if path.endswith(KINDS):
-        name = one_line(os.path.basename(path))
-        raise MetaError(
-            f"data.source: {one_line(path)}: holds rows, not a meta JSON; write a file with "
-            f'{{"mine": {{"root": ".", "annotation": "{name}"}}}} beside it and give that'
-        )
+    return [_bare_source(path)] if holds_rows(path) else read_meta(path)
+
+
+def holds_rows(path: str) -> bool:
+    """Whether a path names a file of rows and not a meta JSON.
+
+    A .json file holds rows if it is a list, or if its first line alone is a row.
+    """
+    if not path.endswith(".json"):
+        return path.endswith(KINDS)
+    try:
+        with open_binary(path) as file:
+            start = file.read(ROW_START)
+    except FileError:
+        return False  # read_meta says what is wrong
+    if is_list(start):
+        return True
+    line = start.partition(b"\n")[0]
+    try:
+        first = strict_json.loads(line, "")
+    except JsonError:
+        return False
+    return isinstance(first, dict) and not ROW_KEYS.isdisjoint(first)
+
+
+def _bare_source(path: str) -> SourceSpec:
+    """Describes a file of rows whose images are beside it."""
+    name = one_line(os.path.basename(path).partition(".")[0])[:MAX_NAME].lstrip("#").strip()
+    annotation = tuple(expand(path))
+    if not annotation:
+        raise MetaError(f"data.source: {one_line(path)}: no such file")
+    return SourceSpec(
+        name=name or "rows",
+        root=folder_of(annotation[0]),
+        root_error="",
+        annotation=annotation,
+        outside=_outside("", path, annotation),
+    )
+
+
+def read_meta(path: str) -> list[SourceSpec]:
+    """Reads the sources of a meta JSON in its order. Raises MetaError or FileError."""
     try:
         data = read_bytes(path, max_bytes=MAX_BYTES)
     except FileError as error:
         raise MetaError(
-            f"data.source: {error}; it is the path of a meta JSON, or MODULE:FUNCTION"
+            f"data.source: {error}; it is the path of a meta JSON or of a file of rows, or "
+            f"MODULE:FUNCTION"
         ) from error
     try:
         entries = strict_json.loads(data, one_line(path))
     except JsonError as error:
-        hint = (
-            " A file with a row on each line is named .jsonl, and a meta JSON names it."
-            if "Extra data" in str(error)
-            else ""
-        )
-        raise MetaError(f"{error}{hint}") from error
+        raise MetaError(f"{error}") from error
     if not isinstance(entries, dict) or not entries:
-        what = (
-            "a list; a meta JSON names the files of rows, which are .jsonl"
-            if isinstance(entries, list)
-            else excerpt(entries)
-        )
         raise MetaError(
-            f"{one_line(path)}: expected an object with a name and settings for each source; it is {what}"
+            f"{one_line(path)}: is {strict_json.describe(entries)}; expected an object with a name "
+            f"and settings for each source"
         )
-    if {"root", "annotation"} <= entries.keys() and not any(
-        isinstance(value, dict) for value in entries.values()
-    ):
-        raise MetaError(
-            f'{one_line(path)}: has one entry without a name; write {{"mine": {{"root": ..., "annotation": ...}}}}'
-        )
+    if not any(isinstance(value, dict) for value in entries.values()):
+        if not ROW_KEYS.isdisjoint(entries):
+            raise MetaError(
+                f"{one_line(path)}: is a single row, not a meta JSON; write rows as a list, "
+                f"[{{...}}, ...], or one on each line"
+            )
+        if {"root", "annotation"} <= entries.keys():
+            raise MetaError(
+                f"{one_line(path)}: has one entry without a name; write "
+                f'{{"mine": {{"root": ..., "annotation": ...}}}}'
+            )
     return [_read_entry(path, name, entry) for name, entry in entries.items()]
 
 

@@ -11,10 +11,10 @@ That a file was written is seen from its size, its time stamp, and the time of i
 which no program can set back. An index that was built within a moment of that change is built
 again: the clock of a file system is coarse.
 
-A JSONL row is a line. Lines without content count as rows (and are errors when read), except at the
-end of the file. A row of a tar shard is a run of files with the same name up to the first dot, as
-WebDataset writes them. Of an ArrayRecord file, which finds its records itself, the index holds the
-numbers in front alone.
+A row of a JSON list is one of its objects. A JSONL row is a line. Lines without content count as
+rows (and are errors when read), except at the end of the file. A row of a tar shard is a run of
+files with the same name up to the first dot, as WebDataset writes them. An ArrayRecord file finds
+its records itself, so its index holds only the numbers in front.
 """
 
 import dataclasses
@@ -35,12 +35,13 @@ from internvl3_jax.data.sources.files import (
     is_remote,
     open_binary,
 )
+from internvl3_jax.data.sources.json_list import ListScanner, is_list
 from internvl3_jax.data.sources.tars import members
 from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.safe_files import open_regular
 from internvl3_jax.io.terminal import one_line
 
-VERSION = 2
+VERSION = 3
 _HEADER_NAMES = (
     "version",
     "size",
@@ -59,8 +60,13 @@ HEADER = len(_HEADER_NAMES)  # int64 before the offsets
 # stamps
 SETTLED = 2 * 10**9
 CHUNK = 1 << 24  # bytes read at a time
+LIST_CHUNK = 1 << 20  # of a JSON list, whose brackets are counted
+START = 4096  # bytes that tell a list from lines
+MEDIA_PARTS = {"image", "image_url", "video", "video_url"}  # types of content parts
 MAX_ROW = 256 << 20  # bytes of a JSON row
-MENTIONS = (b'"image"', b'"video"', b'"images"', b'"videos"')
+MENTIONS = tuple(
+    f'"{name}{end}"'.encode() for name in ("image", "video") for end in ("", "s", "_url")
+)
 
 
 @dataclasses.dataclass
@@ -79,9 +85,22 @@ class RowIndex:
 
 
 def has_pictures(row) -> bool:
-    """Whether a row of the annotations has a picture or a video."""
-    return isinstance(row, dict) and any(
-        row.get(name) for name in ("image", "video", "images", "videos")
+    """Whether a row of the annotations has an image or a video, by its keys or as a content part."""
+    if not isinstance(row, dict):
+        return False
+    if any(row.get(name) for name in ("image", "video", "images", "videos")):
+        return True
+    turns = row.get("messages") or row.get("conversations")
+    contents = [
+        turn.get("content") or turn.get("value")
+        for turn in (turns if isinstance(turns, list) else ())
+        if isinstance(turn, dict)
+    ]
+    return any(
+        isinstance(part, dict) and not MEDIA_PARTS.isdisjoint([*part, str(part.get("type"))])
+        for content in contents
+        if isinstance(content, list)
+        for part in content
     )
 
 
@@ -106,9 +125,7 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            index = _write(
-                path, place, stamp, scan or (_scan_tar if path.endswith(".tar") else _scan_lines)
-            )
+            index = _write(path, place, stamp, scan or _scan_of(path))
         except PermissionError:
             continue
         except OSError as error:
@@ -242,6 +259,32 @@ class _Writer:
             "shape": (self.count,),
         }
         np.lib.format.write_array_header_1_0(self.out, described)
+
+
+def _scan_of(path: str) -> Callable:
+    if path.endswith(".tar"):
+        return _scan_tar
+    return _scan_json if path.endswith(".json") else _scan_lines
+
+
+def _scan_json(file, writer: _Writer, path: str) -> None:
+    """A .json file is a list of rows or, as some data sets are published, has one on each line."""
+    start = file.read(START)
+    file.seek(0)
+    (_scan_list if is_list(start) else _scan_lines)(file, writer, path)
+
+
+def _scan_list(file, writer: _Writer, path: str) -> None:
+    def add_row(start: int, row: bytes) -> None:
+        writer.starts([start])
+        if not writer.pictures and any(mention in row for mention in MENTIONS):
+            writer.pictures = parsed_has_pictures(row)
+
+    scanner = ListScanner(path, add_row, MAX_ROW)
+    while chunk := file.read(LIST_CHUNK):
+        writer.digest.update(chunk)
+        scanner.feed(chunk)
+    writer.end(scanner.finish())
 
 
 def _scan_lines(file, writer: _Writer, path: str) -> None:

@@ -1,6 +1,7 @@
-"""Random access to the rows of annotation files: JSONL, tar shards, ArrayRecord.
+"""Random access to the rows of annotation files: JSONL, JSON lists, tar shards, ArrayRecord.
 
-    JSONL         one JSON object a line, in UTF-8
+    JSONL         one JSON object a line, in UTF-8; a .json file may be one too
+    JSON          a list of objects
     tar           of each sample KEY.json and, if they travel with it, its pictures KEY.jpg, KEY.1.png, ... or video KEY.mp4
     ArrayRecord   a record is a JSON object, or a small tar archive of one sample as above
 
@@ -22,8 +23,10 @@ from internvl3_jax.data.sources.files import (
     open_binary,
     read_range,
 )
+from internvl3_jax.data.sources.json_list import is_list
 from internvl3_jax.data.sources.row_index import (
     MAX_ROW,
+    START,
     RowIndex,
     index_places,
     open_index,
@@ -33,7 +36,7 @@ from internvl3_jax.data.sources.tars import TarError, members
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.terminal import excerpt, one_line
 
-KINDS = (".jsonl", ".tar", ".array_record", ".arrayrecord")
+KINDS = (".jsonl", ".json", ".tar", ".array_record", ".arrayrecord")
 MAX_SAMPLE = 2 << 30  # bytes of a sample with its pictures in a tar shard
 MAX_MEMBERS = 10_000  # files of a sample
 
@@ -84,7 +87,10 @@ class Rows:
         """Where a person finds a row: "train.jsonl line 7"."""
         file, number = self._find(row)
         name = one_line(os.path.basename(file.path))
-        return f"{name} {'line' if file.path.endswith('.jsonl') else 'sample'} {number + 1}"
+        unit = "sample"
+        if file.path.endswith((".jsonl", ".json")):
+            unit = "item" if file.is_list else "line"
+        return f"{name} {unit} {number + 1}"
 
     def _find(self, row: int):
         if not 0 <= row < len(self):
@@ -95,24 +101,13 @@ class Rows:
 
 def _open(path: str):
     if not path.endswith(KINDS):
+        packed = path.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip"))
+        remedy = "; unpack it" if packed else ""
         raise FileError(
-            f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{_remedy(path)}"
+            f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{remedy}"
         )
-    return _IndexedFile(path) if path.endswith((".jsonl", ".tar")) else _ArrayRecordFile(path)
-
-
-def _remedy(path: str) -> str:
-    """What to do with a file of another kind."""
-    if path.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")):
-        return "; unpack it"
-    if not path.endswith(".json") or is_remote(path) or not os.path.isfile(path):
-        return ""
-    with open_binary(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    name = one_line(os.path.basename(path))
-    if start.startswith(b"["):
-        return f"; it is a list, as LLaVA writes it: make a row a line of it with jq -c '.[]' {name} > {name}l"
-    return f"; if it has a row on each line, name it {name}l"
+    is_indexed = path.endswith((".jsonl", ".json", ".tar"))
+    return _IndexedFile(path) if is_indexed else _ArrayRecordFile(path)
 
 
 class _IndexedFile:
@@ -128,6 +123,10 @@ class _IndexedFile:
             index.stamp,
         )
         self._index: RowIndex | None = index
+        self.is_list = False
+        if path.endswith(".json"):
+            with open_binary(path) as file:
+                self.is_list = is_list(file.read(START))
 
     def __len__(self) -> int:
         return self.length
@@ -148,6 +147,11 @@ class _IndexedFile:
         self._check_unchanged()
         if is_tar:
             return read_range(self.path, start, stop)
+        if self.is_list:
+            item = read_range(self.path, start, stop).rstrip().removesuffix(b",").rstrip()
+            if item[:1] != b"{" or item[-1:] != b"}":
+                raise self._misplaced(row)
+            return item
         # The line break before a row says that the index is of this file.
         data = read_range(self.path, max(0, start - 1), stop)
         line = data if start == 0 else data[1:]
