@@ -8,9 +8,20 @@ import re
 
 import fsspec
 import pytest
-from official_data import PROCESSOR, encoded, picture, turns, write_meta, write_rows, write_tar
+from official_data import (
+    PROCESSOR,
+    data_config,
+    encoded,
+    picture,
+    turns,
+    write_meta,
+    write_rows,
+    write_tar,
+    write_video,
+)
 
 from internvl3_jax.data.media.video import middle_frames
+from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
 from internvl3_jax.data.sources.meta import read_meta
 from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer
@@ -401,27 +412,38 @@ def test_the_documented_rows_and_sources_are_read(tmp_path):
     page = (pathlib.Path(__file__).resolve().parents[1] / "docs/data.md").read_text(
         encoding="utf-8"
     )
-    rows = [
-        json.loads(line)
-        for line in re.search(r"```jsonl\n(.*?)```", page, re.DOTALL)[1].splitlines()
-    ]
     for name in ("0007.jpg", "a.jpg", "b.jpg", "0011.jpg", "0012.jpg"):
         picture().save(tmp_path / name)
-    found = source(tmp_path, rows, root=".")
-    assert [len(read(found, row).pictures) for row in (0, 1, 3, 4, 5)] == [1, 2, 0, 1, 1]
-    meta = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    write_video(tmp_path / "clip.mp4", 100)
+    blocks = re.findall(r"```(jsonl?)\n(.*?)```", page, re.DOTALL)
+    (meta,) = [text for kind, text in blocks if kind == "json" and text.startswith("{")]
+    for kind, text in blocks:
+        if text == meta:
+            continue
+        path = tmp_path / f"rows.{kind}"
+        path.write_text(text, encoding="utf-8")
+        (rows,) = open_sources(data_config(str(path)))
+        for row in range(len(rows)):
+            conversation = read(rows, row)
+            assert conversation.messages[-1]["role"] == "assistant"
+            assert len(conversation.pictures) == sum(
+                message["content"].count("<image>") for message in conversation.messages
+            )
     (tmp_path / "receipts/images").mkdir(parents=True)
     for folder in ("shards", "more"):
         (tmp_path / folder).mkdir()
     write_rows(tmp_path / "receipts/train.jsonl", [TEXT])
     for name in [f"shards/{number:03}.tar" for number in range(128)] + ["more/x.tar"]:
         (tmp_path / name).touch()
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "meta.json").write_text(meta)
     specs = read_meta(str(tmp_path / "meta.json"))
     assert [len(spec.annotation) for spec in specs] == [1, 129] and specs[0].root == str(
         tmp_path / "receipts/images"
     )
-    keys = set(re.findall(r"^\| `(\w+)` \|", page.partition("## The path rule")[0], re.MULTILINE))
+    (table,) = re.findall(r"(?:^\|.*\n)*^\| `annotation` \|.*\n(?:^\|.*\n)*", page, re.MULTILINE)[
+        :1
+    ]
+    keys = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
     assert keys == {
         "root",
         "annotation",
