@@ -42,9 +42,9 @@ DEFECTS = [
     ({"image": "broken.png", **TEXT}, "broken.png: "),
     (
         {"image": ["a.png", "a.png"], "conversations": turns("<image>", "ho")},
-        "2 pictures, but 1 <image> tags",
+        "2 images, but 1 <image> tags",
     ),
-    ({"image": ["a.png", "a.png"], **TEXT}, "2 pictures, but 0 <image> tags"),
+    ({"image": ["a.png", "a.png"], **TEXT}, "2 images, but 0 <image> tags"),
     (
         {"conversations": [*turns("hi"), *turns("hi", "ho")]},
         "is the user's where the assistant's was expected",
@@ -94,7 +94,7 @@ def test_each_defect_is_found(ward, report):
     for (_, _, reason), (_, expected) in zip(found, DEFECTS, strict=True):
         assert expected in reason
     assert sick["first_duplicate_ids"] == {"same": 11} and good["duplicate_ids"] == 0
-    assert good["tiles"]["sum"] == 3 and good["pictures"] == 1 and good["tokens"]["max"] < 60
+    assert good["tiles"]["sum"] == 3 and good["images"] == 1 and good["tokens"]["max"] < 60
     assert [
         "length is 4, but the annotation has 3 rows" in warning for warning in report["warnings"]
     ] == [True]
@@ -289,7 +289,7 @@ def test_the_table_is_legible_at_80_columns(tmp_path, tokens, capsys, monkeypatc
     meta = write_meta(tmp_path, **{name: {"rows": [row] * 1200}})
     assert doctor(meta, tokens, "--workers", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    (numbers,) = [line.split()[1:] for line in lines if "1,200" in line]
+    (numbers,) = [line.split()[1:] for line in lines if "1,200  " in line]
     assert numbers == ["1,200", "0", "1,200", "19", "19", "1.0", "1"]
     assert (
         f"warning: {name}: 1 id that occurs more than once, such as 'same' (1,200 times)" in lines

@@ -119,7 +119,7 @@ def test_identity_is_of_rows_and_their_order(tmp_path):
         writer.write(json.dumps({"n": number}).encode())
         writer.close()
         records.append(Rows([str(tmp_path / f"{number}.array_record")]))
-    assert records[0].identity != records[1].identity and not records[0].has_pictures
+    assert records[0].identity != records[1].identity and not records[0].has_images
 
 
 def test_identity_of_sources(tmp_path):
@@ -216,7 +216,7 @@ def test_a_row_has_a_limit(tmp_path, monkeypatch):
     found = Rows(
         [str(write_rows(tmp_path / "a.jsonl", [{"n": 1}, {"n": "x" * 1000}, {"image": "a.png"}]))]
     )
-    assert len(found) == 3 and found.has_pictures and found[2][0] == {"image": "a.png"}
+    assert len(found) == 3 and found.has_images and found[2][0] == {"image": "a.png"}
     with pytest.raises(RowError, match=r"has 1,0.. bytes; at most 100 are read"):
         found[1]
 

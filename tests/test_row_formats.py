@@ -188,7 +188,7 @@ def test_a_conversation_is_the_same_sample_in_every_format(files, conversation, 
     if container == "meta":
         source = write_meta(files, a={"annotation": path.name})
     (opened,) = open_sources(data_config(source))
-    assert len(opened) == len(rows) and opened.has_pictures is (conversation != "text")
+    assert len(opened) == len(rows) and opened.has_images is (conversation != "text")
     wanted, *others = (sample(opened, row) for row in range(len(rows)))
     assert len(wanted["tiles"]) == {"one image": 3, "a video": 2, "text": 0}.get(conversation, 6)
     for other, name in zip(others, list(FORMATS[conversation])[1:], strict=True):
@@ -311,11 +311,11 @@ def test_rows_of_a_list_are_found_whatever_the_chunks(tmp_path, monkeypatch, ind
     path.write_text(json.dumps(NESTED, indent=indent, ensure_ascii=False) + "\n \n")
     rows = Rows([str(path)])
     assert [rows[number] for number in range(len(rows))] == [(row, None) for row in NESTED]
-    assert rows.has_pictures and rows.locate(2) == "rows.json item 3"
+    assert rows.has_images and rows.locate(2) == "rows.json item 3"
     text_only = tmp_path / "text.json"
     text_only.write_text(json.dumps(NESTED[:2] + NESTED[3:], indent=indent))
     assert (
-        not Rows([str(text_only)]).has_pictures and Rows([str(text_only)]).identity != rows.identity
+        not Rows([str(text_only)]).has_images and Rows([str(text_only)]).identity != rows.identity
     )
 
 

@@ -92,7 +92,7 @@ def test_paths_stay_under_their_root(place):
     root = str(place / "root")
     rows = [{"image": name.format(root=root), **TEXT} for name in INSIDE]
     found = source(place, rows, root="root")
-    assert [len(read(found, row).pictures) for row in range(len(rows))] == [1] * len(rows)
+    assert [len(read(found, row).images) for row in range(len(rows))] == [1] * len(rows)
     for key, wrap in (
         ("image", str),
         ("image", lambda name: [name]),
@@ -118,14 +118,14 @@ def test_the_root_may_be_left_where_the_meta_file_says_so(place):
     found = source(
         place, [{"image": name, **TEXT} for name in names], root="root", allow_outside_root=True
     )
-    assert [len(read(found, row).pictures) for row in range(4)] == [1] * 4
+    assert [len(read(found, row).images) for row in range(4)] == [1] * 4
     # Without a root paths are whole; relative ones are beside the meta file, and stay there.
     found = source(
         place / "root",
         [{"image": name, **TEXT} for name in [str(place / "secret.png"), "a.png", "../secret.png"]],
         root="",
     )
-    assert [len(read(found, row).pictures) for row in range(2)] == [1, 1]
+    assert [len(read(found, row).images) for row in range(2)] == [1, 1]
     with pytest.raises(RowError, match="outside of the source's root"):
         read(found, 2)
 
@@ -156,7 +156,7 @@ def test_rows_from_an_address_name_no_files_of_this_machine(place, monkeypatch):
         with fsspec.open(f"{folder}/meta.json", "w") as file:
             file.write(content)
         found = OfficialSource(read_meta(f"{folder}/meta.json")[0])
-        assert [len(read(found, row).pictures) for row in range(2)] == [1, 1]
+        assert [len(read(found, row).images) for row in range(2)] == [1, 1]
         for row in (2, 3, 4):
             with pytest.raises(RowError, match="outside of the source's root"):
                 read(found, row)
@@ -267,7 +267,7 @@ def test_what_is_no_path_is_said_in_short(place, key, value):
 def test_other_spellings_are_read(place, row, images):
     found = read(source(place, [row], root="."))
     assert (
-        len(found.pictures) == images
+        len(found.images) == images
         and sum(m["content"].count("<image>") for m in found.messages) == images
     )
     assert [m["role"] for m in found.messages][-2:] == ["user", "assistant"]
@@ -393,7 +393,7 @@ def test_pairs_and_their_images(place):
     row = {"images": ["root/a.png"], "question": "What?", "chosen": "b", "rejected": "c"}
     found = read(source(place, [row], root="."))
     assert (
-        len(found.pictures) == 1
+        len(found.images) == 1
         and found.rejected == "c"
         and found.messages[0]["content"] == "<image>\nWhat?"
     )
@@ -404,8 +404,8 @@ def test_a_file_of_rows_of_other_spellings_has_pictures(tmp_path):
         rows = OfficialSource(
             read_meta(write_meta(tmp_path, a={"rows": [TEXT, {key: ["x"], "messages": SAID}]}))[0]
         )
-        assert rows.has_pictures, (number, key)
-    assert not source(tmp_path, [{"images": [], **TEXT}]).has_pictures
+        assert rows.has_images, (number, key)
+    assert not source(tmp_path, [{"images": [], **TEXT}]).has_images
 
 
 def test_the_documented_rows_and_sources_are_read(tmp_path):
@@ -426,7 +426,7 @@ def test_the_documented_rows_and_sources_are_read(tmp_path):
         for row in range(len(rows)):
             conversation = read(rows, row)
             assert conversation.messages[-1]["role"] == "assistant"
-            assert len(conversation.pictures) == sum(
+            assert len(conversation.images) == sum(
                 message["content"].count("<image>") for message in conversation.messages
             )
     (tmp_path / "receipts/images").mkdir(parents=True)

@@ -170,7 +170,7 @@ def test_damaged_videos_are_named(tmp_path, name):
 
 
 def test_an_empty_folder_and_frames_that_do_not_exist(tmp_path):
-    with pytest.raises(VideoError, match="holds no pictures"):
+    with pytest.raises(VideoError, match="holds no images"):
         read_frames(str(tmp_path), lambda footage: [0])
     frame(0).save(tmp_path / "0.png")
     with pytest.raises(VideoError, match=r"frames \[7\] were asked of 1"):

@@ -83,7 +83,7 @@ def read(preparer: ExampleBuilder, source, row: int) -> tuple[list[dict], list[n
     """(messages, tiles u8[n,S,S,3] of each picture) of a row."""
     conversation = preparer.read(source, row, np.random.default_rng(0))
     return conversation.messages, [
-        preparer.cut(picture, conversation) for picture in conversation.pictures
+        preparer.cut(picture, conversation) for picture in conversation.images
     ]
 
 

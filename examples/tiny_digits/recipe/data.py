@@ -109,7 +109,7 @@ class DigitsConversations:
     `internvl3_jax.data.sources.catalog.Source`.
     """
 
-    name, has_pictures, repeat, weight = "digits", True, 1.0, None
+    name, has_images, repeat, weight = "digits", True, 1.0, None
     ordered = True  # the curriculum
 
     def __init__(self, length: int, seed: int):

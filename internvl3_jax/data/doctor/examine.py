@@ -19,7 +19,7 @@ from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.mixture import Selection
 from internvl3_jax.data.sources.row_fields import is_empty_answer
 from internvl3_jax.data.sources.row_turns import VIDEO_TAG
-from internvl3_jax.data.text.chat_template import PICTURE_TAG, Message
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.truncation import TooLong
 from internvl3_jax.io.terminal import one_line
@@ -35,7 +35,7 @@ class Finding:
     row: int
     tokens: int = 0
     tiles: int = 0
-    pictures: int = 0
+    images: int = 0
     id: str | None = None
     error: str = ""  # one line
     warning: str = ""
@@ -68,7 +68,7 @@ class Examiner:
             conversation = preparer.read(self.sources[number], row, np.random.default_rng((0, row)))
             tiles = preparer.count(conversation)
             whole = preparer.encode_all(conversation.messages, tiles)
-            finding.id, finding.pictures = conversation.id, len(tiles)
+            finding.id, finding.images = conversation.id, len(tiles)
             finding.has_empty_answer = is_empty_answer(conversation.messages)
             finding.literal_tags = literal_tags(conversation.messages, len(tiles))
             finding.tokens, finding.tiles = len(whole.tokens), sum(tiles)
@@ -76,7 +76,7 @@ class Examiner:
             if preparer.config.pairs:
                 finding.tokens += len(preparer.rejected(conversation, encoded).tokens)
             if len(encoded.tokens) < len(whole.tokens):
-                finding.warning = f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} pictures"
+                finding.warning = f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} images"
         except Exception as error:
             # a row that a decoder trips over is an error of that row, and not the end of the
             # examination
@@ -93,7 +93,7 @@ def literal_tags(messages: Sequence[Message], images: int) -> int:
     """Counts the tags of human turns that stay text: those beyond the number of images, videos."""
     contents = [message["content"] for message in messages if message["role"] == "user"]
     image_tags, video_tags = (
-        sum(content.count(tag) for content in contents) for tag in (PICTURE_TAG, VIDEO_TAG)
+        sum(content.count(tag) for content in contents) for tag in (IMAGE_TAG, VIDEO_TAG)
     )
     return max(0, image_tags - images) + video_tags
 
@@ -142,7 +142,7 @@ class Summary:
 
     def __init__(self, name: str, rows: int):
         self.name, self.rows = name, rows
-        self.tokens, self.tiles, self.pictures = [], [], 0
+        self.tokens, self.tiles, self.images = [], [], 0
         self.errors: list[tuple[str, int, str]] = []
         self.warnings: list[tuple[int, str]] = []
         self.empty_answers: list[int] = []
@@ -161,7 +161,7 @@ class Summary:
             self.empty_answers.append(finding.row)
         if finding.literal_tags:
             self.literal_tags.append(finding.row)
-        self.pictures += finding.pictures
+        self.images += finding.images
         if finding.id is not None:
             self.ids[finding.id] += 1
 
@@ -171,7 +171,7 @@ class Summary:
             "rows": self.rows,
             "errors": len(self.errors),
             "shortened_or_dropped": len(self.warnings),
-            "pictures": self.pictures,
+            "images": self.images,
             "tokens": summary(np.asarray(self.tokens, np.int64)),
             "tiles": summary(np.asarray(self.tiles, np.int64)),
             "empty_answers": len(self.empty_answers),

@@ -112,11 +112,11 @@ def write_report(
     """
     lines = [_HEADER, *(f"{source}\t{row}\t{reason}" for source, row, reason in errors)]
     replace(folder / ERRORS, "\n".join(lines) + "\n")
-    picture = _draw(tokens, tiles)
-    if isinstance(picture, str):
-        report["warnings"].append(f"{HISTOGRAM} is left out: {picture}")
+    image = _draw(tokens, tiles)
+    if isinstance(image, str):
+        report["warnings"].append(f"{HISTOGRAM} is left out: {image}")
     else:
-        replace(folder / HISTOGRAM, picture)
+        replace(folder / HISTOGRAM, image)
     # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as
     # JSON escapes them.
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -131,7 +131,7 @@ def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | str:
         return "matplotlib is not installed (pip install matplotlib)"
     except Exception as error:
         # whatever another library's version or settings raise, the report does not depend on a
-        # picture
+        # image
         return f"matplotlib cannot draw it ({one_line(str(error))})"
 
 

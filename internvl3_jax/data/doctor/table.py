@@ -36,7 +36,7 @@ def _table(report: dict):
         table.add_column(name, justify="right", no_wrap=True)
     for name, source in report["sources"].items():
         tokens, tiles = source["tokens"], source["tiles"]
-        numbers = [*(source[key] for key in ("rows", "errors", "pictures"))]
+        numbers = [*(source[key] for key in ("rows", "errors", "images"))]
         numbers += [round(tokens["mean"]), tokens["max"], tiles["mean"], tiles["max"]]
         table.add_row(Text(one_line(name)), *(f"{number:,}" for number in numbers))
     return table
@@ -95,7 +95,7 @@ def _conclusion(report: dict, folder: str) -> str:
 
 def _sizes(report: dict) -> Iterator[str]:
     data = report["settings"]["data"]
-    if any(source["pictures"] for source in report["sources"].values()):
+    if any(source["images"] for source in report["sources"].values()):
         most = report["settings"]["processor"]["max_tiles"]
         rule = "of a sample share" if data["tiles"] == "shared" else "have each"
         yield f"tiles: {data['tiles']} (data.tiles): the images {rule} {most} tiles at most"

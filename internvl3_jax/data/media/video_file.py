@@ -3,7 +3,7 @@ same ones whatever else is drawn.
 
 As decord, the reader of the InternVL code, and ffmpeg:
 
-  the stream              the best one, never a cover picture
+  the stream              the best one, never a cover image
   turned                  as the display matrix says (phones), bit for bit as decord 0.6; by no multiple of 90 degrees: as stored
   mirrored                as the display matrix says, as ffmpeg; decord leaves the mirroring out
   sample aspect ratio     ignored
@@ -114,8 +114,7 @@ class VideoFile:
         ]
         if not streams:
             raise VideoError(
-                "has no video stream"
-                + (", only a cover picture" if container.streams.video else "")
+                "has no video stream" + (", only a cover image" if container.streams.video else "")
             )
         best = container.streams.best("video")
         stream = next(

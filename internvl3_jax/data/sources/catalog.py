@@ -17,7 +17,7 @@ class Source(Protocol):
 
     Attributes:
       name: Unique among the sources of a run.
-      has_pictures: Whether any of its rows has an image.
+      has_images: Whether any of its rows has an image.
       repeat: How often it is read in one pass over the mixture; a fraction reads a part.
       weight: Its share under data.weights "given", or None.
       identity: A text that changes whenever the content does.
@@ -25,7 +25,7 @@ class Source(Protocol):
     """
 
     name: str
-    has_pictures: bool
+    has_images: bool
     repeat: float
     weight: float | None
     identity: str

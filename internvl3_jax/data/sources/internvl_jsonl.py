@@ -8,15 +8,15 @@ Pairs for preference optimisation have, in place of conversations, two answers t
 
     {"image": ..., "question": text, "chosen": text, "rejected": text}
 
-No picture and no video: text only. One picture: if no human turn has <image>, it goes in front of
-the first one, as <image> and a line break. Several pictures: one <image> each. A video: <video> in
+No image and no video: text only. One image: if no human turn has <image>, it goes in front of
+the first one, as <image> and a line break. Several images: one <image> each. A video: <video> in
 the first human turn, or its start, becomes a line for each frame.
 Everything else in the text, such as <ref> and <box>, stays as it is. Other keys of a row are
 ignored, unless they look like images or mean something to other trainers (row_fields.py, which also
 reads some spellings of theirs).
 
-Pictures are looked up under the source's root (row_paths.py), or among the files that came with the
-row in its tar archive. In an archive a row may also leave its pictures out: then they are the other
+Images are looked up under the source's root (row_paths.py), or among the files that came with the
+row in its tar archive. In an archive a row may also leave its images out: then they are the other
 files of the sample, in order.
 """
 
@@ -40,19 +40,19 @@ from internvl3_jax.data.sources.row_fields import (
 from internvl3_jax.data.sources.row_paths import locate
 from internvl3_jax.data.sources.row_turns import VIDEO_TAG, Turns, read_turns
 from internvl3_jax.data.sources.rows import RowError, Rows
-from internvl3_jax.data.text.chat_template import PICTURE_TAG, Message, insert_missing_tags
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message, insert_missing_tags
 
 
 @dataclasses.dataclass
 class Conversation:
-    """Messages with one <image> for each RGB picture, and what becomes of the pictures."""
+    """Messages with one <image> for each RGB image, and what becomes of the images."""
 
     messages: list[Message]
-    pictures: list[Image.Image]
-    max_tiles: int  # of each picture
+    images: list[Image.Image]
+    max_tiles: int  # of each image
     augment: bool = False
     id: str | None = None
-    is_video: bool = False  # then the pictures are its frames, one tile each without thumbnail
+    is_video: bool = False  # then the images are its frames, one tile each without thumbnail
     rejected: str | None = None  # of a pair: the answer that the last message is preferred to
 
     def other_side(self) -> list[Message]:
@@ -75,20 +75,20 @@ class OfficialSource:
             raise MetaError(f"source {spec.name!r}: {', '.join(spec.annotation)} has no rows")
         if (
             spec.root_error
-            and self.has_pictures
+            and self.has_images
             and any(path.endswith(".jsonl") for path in spec.annotation)
         ):
             raise MetaError(spec.root_error)
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether any row has a picture or a video."""
-        return self.rows.has_pictures
+    def has_images(self) -> bool:
+        """Whether any row has an image or a video."""
+        return self.rows.has_images
 
     @property
     def identity(self) -> str:
         """A short text that differs if the samples do, as far as rows and settings of the entry
-        say; pictures are not looked at.
+        say; images are not looked at.
         """
         spec = self.spec
         return (
@@ -109,14 +109,14 @@ class OfficialSource:
         processor: ProcessorConfig,
         limits: Mapping | None = None,
     ) -> Conversation:
-        """Reads a row and its pictures.
+        """Reads a row and its images.
 
         Args:
           choose: from a row's clip, or None, to the rule for the frames of its video.
           limits: max_pixels and allow_truncated of `open_image` and `read_frames`.
 
         Raises:
-          ValueError: a subclass that says what is wrong with the row, a picture or a video.
+          ValueError: a subclass that says what is wrong with the row, an image or a video.
         """
         values, archive = self.rows[row]
         files = archive or {}
@@ -126,13 +126,13 @@ class OfficialSource:
         else:
             turns, rejected = read_turns(values), None
             messages = turns.messages
-        images, video = read_media(values, archive, turns.images, turns.videos)
-        if turns.unnamed > len(images):
+        paths, video = read_media(values, archive, turns.images, turns.videos)
+        if turns.unnamed > len(paths):
             raise RowError(
-                f"has {turns.unnamed} image parts without a path and names {len(images)} images; "
+                f"has {turns.unnamed} image parts without a path and names {len(paths)} images; "
                 f"give each part a path, or list them under 'images'"
             )
-        images = [locate(name, self.spec, archive) for name in images]
+        paths = [locate(name, self.spec, archive) for name in paths]
         video = None if video is None else locate(video, self.spec, archive)
         where = _Place(self.spec.root, files, processor.apply_exif, limits or {})
         number = values.get("id")
@@ -145,23 +145,23 @@ class OfficialSource:
             frames = where.video(video, choose(values.get("clip")))
             messages = insert_frames(messages, len(frames), processor.frame_label)
             return Conversation(messages, frames, 1, is_video=True, **common)
-        if len(images) == 1:
+        if len(paths) == 1:
             messages = insert_missing_tags(messages, 1)
-        pictures = [where.picture(name) for name in images]
-        limit = image_limit(processor, len(pictures), self.spec.max_tiles)
-        return Conversation(messages, pictures, limit, **common)
+        images = [where.image(name) for name in paths]
+        limit = image_limit(processor, len(images), self.spec.max_tiles)
+        return Conversation(messages, images, limit, **common)
 
 
 @dataclasses.dataclass
 class _Place:
-    """Where the pictures of a row are: among its own files or under a root."""
+    """Where the images of a row are: among its own files or under a root."""
 
     root: str
     files: dict[str, bytes]
     apply_exif: bool
     limits: Mapping
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         if name in self.files:
             return open_image(
                 self.files[name], apply_exif=self.apply_exif, name=name, **self.limits
@@ -199,7 +199,7 @@ def insert_frames(messages: list[Message], count: int, label: str) -> list[Messa
         raise RowError(f"{tags} {VIDEO_TAG} tags; expected one, in the first human turn")
     before, _, after = text.partition(VIDEO_TAG) if tags else ("", "", text)
     lines = "".join(
-        f"{label.replace('{}', str(number))}{PICTURE_TAG}\n" for number in range(1, count + 1)
+        f"{label.replace('{}', str(number))}{IMAGE_TAG}\n" for number in range(1, count + 1)
     )
     content = before + lines + after.removeprefix("\n")
     return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]

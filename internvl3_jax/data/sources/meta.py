@@ -1,11 +1,11 @@
 """What data.source names: a file of rows, or the official meta JSON, which lists the sources of a
 training mixture:
 
-    {"docvqa": {"root": "images/docvqa",              folder or address that the picture paths are relative to
+    {"docvqa": {"root": "images/docvqa",              folder or address that the image paths are relative to
                 "annotation": "docvqa_train.jsonl",   or .tar shards, .array_record; a list, {000..127} and * name several files
                 "data_augment": true,                 JPEG recompression of the tiles (false)
                 "repeat_time": 2,                     below 1: only that share of the rows, from the head; above: repeated (1)
-                "max_dynamic_patch": 24,              tiles of a sample's pictures together (processor.max_tiles)
+                "max_dynamic_patch": 24,              tiles of a sample's images together (processor.max_tiles)
                 "length": 39463,                      number of rows; only compared
                 "weight": 3.0,                        its part of the mixture where data.weights is "given"; not in the original
                 "allow_outside_root": false}}         whether rows may name files outside of the root; not in the original
@@ -58,7 +58,7 @@ class SourceSpec:
 
     name: str
     root: str  # folder or address that the paths of rows are relative to
-    root_error: str  # why the root cannot be used; only sources with pictures need one
+    root_error: str  # why the root cannot be used; only sources with images need one
     annotation: tuple[str, ...]  # files
     augment: bool = False
     repeat: float = 1.0

@@ -85,7 +85,7 @@ def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
 def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int]) -> list[float]:
     """Share of each source in the mixture; they sum to 1.
 
-    lengths: samples in one pass over each. Sources without any picture or video share
+    lengths: samples in one pass over each. Sources without any image or video share
         `config.language_share` of the samples if that is not negative; one with some of each counts
         among the others.
     """
@@ -104,7 +104,7 @@ def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int
         raise ValueError(f"data.weights is {config.weights!r}; it must be length, sqrt or given")
     if config.language_share >= 0:
         weights = _share_language(
-            config.language_share, weights, [not source.has_pictures for source in sources]
+            config.language_share, weights, [not source.has_images for source in sources]
         )
     if sum(weights) <= 0:
         raise ValueError(f"{config.source}: every source has weight 0")
@@ -118,7 +118,7 @@ def _share_language(share: float, weights: list[float], is_text: list[bool]) -> 
         kind: sum(weight for weight, text in zip(weights, is_text, strict=True) if text == kind)
         for kind in (True, False)
     }
-    for kind, wanted, name in ((True, share, "of text only"), (False, 1 - share, "with pictures")):
+    for kind, wanted, name in ((True, share, "of text only"), (False, 1 - share, "with images")):
         if wanted > 0 and parts[kind] <= 0:
             raise ValueError(f"data.language_share is {share}, but no source {name} has a weight")
     wanted = {True: share, False: 1 - share}

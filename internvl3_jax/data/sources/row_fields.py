@@ -13,7 +13,7 @@ from internvl3_jax.data.text.chat_template import Message
 from internvl3_jax.io.strict_json import describe, suggestion
 from internvl3_jax.io.terminal import excerpt, one_line
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 
 _MEDIA = ("image", "images", "video", "videos")
 _TURNS = ("conversations", "messages")
@@ -163,18 +163,18 @@ def read_media(
         and archive
         and not any(name in values for name in ("image", "images"))
     ):
-        images = [name for name in archive if not name.lower().endswith(VIDEOS)]
-        videos = [name for name in archive if name.lower().endswith(VIDEOS)]
+        images = [name for name in archive if not name.lower().endswith(VIDEO_SUFFIXES)]
+        videos = [name for name in archive if name.lower().endswith(VIDEO_SUFFIXES)]
         if len(videos) > 1 or (videos and images):
             came = one_line(", ".join(list(archive)[:10]))
             raise RowError(
-                f"came with {came}; expected pictures or one video, or the key image or video to choose"
+                f"came with {came}; expected images or one video, or the key image or video to choose"
             )
     if images and videos:
         raise RowError("has both image and video; expected one of them")
     if len(videos) > 1 or (videos and isinstance(values.get("video"), list)):
         raise RowError(
-            f"video is {excerpt(videos)}; expected the path of a file or of a folder of pictures, one for a row"
+            f"video is {excerpt(videos)}; expected the path of a file or of a folder of images, one for a row"
         )
     return images, videos[0] if videos else None
 

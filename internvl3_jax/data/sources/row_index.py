@@ -49,7 +49,7 @@ _HEADER_NAMES = (
     "changed",
     "built",
     "rows",
-    "pictures",
+    "images",
     "hash0",
     "hash1",
     "hash2",
@@ -75,7 +75,7 @@ class RowIndex:
 
     offsets: np.ndarray  # i64[rows + 1], mapped; empty for ArrayRecord
     rows: int
-    has_pictures: bool  # whether any row has a picture or video
+    has_images: bool  # whether any row has an image or video
     digest: (
         # hex; of the rows' bytes in their order, of a tar shard of its rows' JSON and its members'
         # names, sizes and places
@@ -84,7 +84,7 @@ class RowIndex:
     stamp: tuple[int, int, int]  # `fingerprint` of the file
 
 
-def has_pictures(row) -> bool:
+def has_images(row) -> bool:
     """Whether a row of the annotations has an image or a video, by its keys or as a content part."""
     if not isinstance(row, dict):
         return False
@@ -163,7 +163,7 @@ def _load(place: pathlib.Path, stamp: tuple[int, int, int], digest: str | None) 
     index = RowIndex(
         values[HEADER:],
         header["rows"],
-        bool(header["pictures"]),
+        bool(header["images"]),
         values[HEADER - 4 : HEADER].tobytes().hex(),
         found,
     )
@@ -216,7 +216,7 @@ def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Ca
         os.unlink(temporary)
         raise
     return RowIndex(
-        _map(place)[HEADER:], writer.rows, writer.pictures, writer.digest.hexdigest(), stamp
+        _map(place)[HEADER:], writer.rows, writer.images, writer.digest.hexdigest(), stamp
     )
 
 
@@ -225,7 +225,7 @@ class _Writer:
 
     def __init__(self, out):
         self.out, self.count, self.rows = out, 0, 0
-        self.digest, self.pictures = hashlib.sha256(), False
+        self.digest, self.images = hashlib.sha256(), False
         self._header()
         self._append([0] * HEADER)
 
@@ -248,7 +248,7 @@ class _Writer:
         hashes = np.frombuffer(self.digest.digest(), np.int64).tolist()
         self.out.write(
             np.asarray(
-                [VERSION, *stamp, built, self.rows, self.pictures, *hashes], np.int64
+                [VERSION, *stamp, built, self.rows, self.images, *hashes], np.int64
             ).tobytes()
         )
 
@@ -277,8 +277,8 @@ def _scan_json(file, writer: _Writer, path: str) -> None:
 def _scan_list(file, writer: _Writer, path: str) -> None:
     def add_row(start: int, row: bytes) -> None:
         writer.starts([start])
-        if not writer.pictures and any(mention in row for mention in MENTIONS):
-            writer.pictures = parsed_has_pictures(row)
+        if not writer.images and any(mention in row for mention in MENTIONS):
+            writer.images = parsed_has_images(row)
 
     scanner = ListScanner(path, add_row, MAX_ROW)
     while chunk := file.read(LIST_CHUNK):
@@ -301,12 +301,12 @@ def _scan_lines(file, writer: _Writer, path: str) -> None:
         starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (position + 1)
         writer.starts(starts[starts < end])
         position += len(chunk)
-        if not writer.pictures:
+        if not writer.images:
             lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            writer.pictures = _lines_have_pictures(lines + newline)
+            writer.images = _lines_have_images(lines + newline)
             if len(rest) > MAX_ROW:  # an error when it is read
                 rest = b""
-    writer.pictures = writer.pictures or _lines_have_pictures(rest)
+    writer.images = writer.images or _lines_have_images(rest)
     writer.end(end)
 
 
@@ -323,23 +323,23 @@ def _content_end(file) -> int:
     return 0
 
 
-def _lines_have_pictures(lines: bytes) -> bool:
-    """Whether any of these whole lines has a picture. Only those that mention one are parsed."""
+def _lines_have_images(lines: bytes) -> bool:
+    """Whether any of these whole lines has an image. Only those that mention one are parsed."""
     for mention in MENTIONS:
         place = lines.find(mention)
         while place >= 0:
             start, stop = lines.rfind(b"\n", 0, place) + 1, lines.find(b"\n", place)
             stop = len(lines) if stop < 0 else stop
-            if parsed_has_pictures(lines[start:stop]):
+            if parsed_has_images(lines[start:stop]):
                 return True
             place = lines.find(mention, stop)
     return False
 
 
-def parsed_has_pictures(line: bytes) -> bool:
-    """`has_pictures` of a row's bytes; False if they are no JSON."""
+def parsed_has_images(line: bytes) -> bool:
+    """`has_images` of a row's bytes; False if they are no JSON."""
     try:
-        return has_pictures(strict_json.loads(line, ""))
+        return has_images(strict_json.loads(line, ""))
     except ValueError:  # whoever reads this row gets the error with its place
         return False
 
@@ -356,9 +356,9 @@ def _scan_tar(file, writer: _Writer, path: str) -> None:
         if member.name.endswith(".json"):
             content = member.read()
             writer.digest.update(content)
-            writer.pictures = writer.pictures or parsed_has_pictures(content)
+            writer.images = writer.images or parsed_has_images(content)
         else:
-            writer.pictures = True
+            writer.images = True
     writer.end(end)
 
 

@@ -19,12 +19,12 @@ from internvl3_jax.data.sources.row_fields import (
     system_message,
 )
 from internvl3_jax.data.sources.rows import RowError
-from internvl3_jax.data.text.chat_template import OFFICIAL_ROLES, PICTURE_TAG, Message
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, OFFICIAL_ROLES, Message
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import excerpt, one_line
 
 VIDEO_TAG = "<video>"
-TAGS = {"image": PICTURE_TAG, "video": VIDEO_TAG}
+TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 
 _ROLES = {**OFFICIAL_ROLES, "user": "user", "assistant": "assistant"}
 _FORMS = (("from", "value"), ("role", "content"))
@@ -165,7 +165,7 @@ def _read_part(part, where: str) -> tuple[str, str | None]:
 def _check_tags(turns: Turns) -> None:
     """Raises RowError if tags in the text would take the places of images that are parts."""
     contents = [message["content"] for message in turns.messages if message["role"] == "user"]
-    for paths, tag in ((turns.images, PICTURE_TAG), (turns.videos, VIDEO_TAG)):
+    for paths, tag in ((turns.images, IMAGE_TAG), (turns.videos, VIDEO_TAG)):
         tags = sum(content.count(tag) for content in contents)
         if paths and tags != len(paths):
             raise RowError(

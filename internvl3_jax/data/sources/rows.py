@@ -2,7 +2,7 @@
 
     JSONL         one JSON object a line, in UTF-8; a .json file may be one too
     JSON          a list of objects
-    tar           of each sample KEY.json and, if they travel with it, its pictures KEY.jpg, KEY.1.png, ... or video KEY.mp4
+    tar           of each sample KEY.json and, if they travel with it, its images KEY.jpg, KEY.1.png, ... or video KEY.mp4
     ArrayRecord   a record is a JSON object, or a small tar archive of one sample as above
 
 The files hold any number of rows and no process holds more than the one it reads.
@@ -30,14 +30,14 @@ from internvl3_jax.data.sources.row_index import (
     RowIndex,
     index_places,
     open_index,
-    parsed_has_pictures,
+    parsed_has_images,
 )
 from internvl3_jax.data.sources.tars import TarError, members
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.terminal import excerpt, one_line
 
 KINDS = (".jsonl", ".json", ".tar", ".array_record", ".arrayrecord")
-MAX_SAMPLE = 2 << 30  # bytes of a sample with its pictures in a tar shard
+MAX_SAMPLE = 2 << 30  # bytes of a sample with its images in a tar shard
 MAX_MEMBERS = 10_000  # files of a sample
 
 
@@ -59,8 +59,8 @@ class Rows:
             self.ends.append(len(file) + (self.ends[-1] if self.ends else 0))
 
     @property
-    def has_pictures(self) -> bool:
-        return any(file.has_pictures for file in self.files)
+    def has_images(self) -> bool:
+        return any(file.has_images for file in self.files)
 
     @property
     def identity(self) -> str:
@@ -116,8 +116,8 @@ class _IndexedFile:
     def __init__(self, path: str):
         self.path = path
         index = open_index(path)
-        self.has_pictures, self.length, self.digest, self.stamp = (
-            index.has_pictures,
+        self.has_images, self.length, self.digest, self.stamp = (
+            index.has_images,
             index.rows,
             index.digest,
             index.stamp,
@@ -202,7 +202,7 @@ class _ArrayRecordFile:
             raise FileError(
                 f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})"
             ) from error
-        self.has_pictures, self.digest = index.has_pictures, index.digest
+        self.has_images, self.digest = index.has_images, index.digest
 
     def __len__(self) -> int:
         return len(self.records)
@@ -215,7 +215,7 @@ class _ArrayRecordFile:
             data = self[row]
             writer.rows += 1
             writer.digest.update(f"{len(data)} ".encode() + data)
-            writer.pictures = writer.pictures or self.is_tar(data) or parsed_has_pictures(data)
+            writer.images = writer.images or self.is_tar(data) or parsed_has_images(data)
 
     def __getitem__(self, row: int) -> bytes:
         return self.records[row]
@@ -265,6 +265,6 @@ def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
     if len(rows) != 1:
         names = one_line(", ".join(list(files)[:10]))
         raise RowError(
-            f"the files {names} hold {len(rows)} .json files; expected one, next to its pictures"
+            f"the files {names} hold {len(rows)} .json files; expected one, next to its images"
         )
     return decode_json(files.pop(rows[0])), files
