@@ -24,8 +24,8 @@ from internvl3_jax.data.media.video import middle_frames
 from internvl3_jax.data.sources import files, row_index
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import FileError
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource, insert_frames
 from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.row_source import RowSource, insert_frames
 from internvl3_jax.data.sources.rows import RowError, Rows
 
 TEXT = {"conversations": turns("hi", "ho")}
@@ -38,7 +38,7 @@ def read(source, row=0):
 
 
 def one_source(folder, rows, **entry):
-    return OfficialSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
+    return RowSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_rows_of_every_kind(tmp_path):
         ({"conversations": [{"from": "robot", "value": "hi"}]}, "turn 1 is from 'robot'"),
         (
             {"conversations": [{"from": "human", "value": 3}]},
-            "turn 1: its value is no text but the number 3",
+            "turn 1: its value is not a text but the number 3",
         ),
         ({"image": "gone.png", **TEXT}, "gone.png: no such file"),
         ({"image": 5, **TEXT}, "image is 5; expected a path"),
@@ -225,7 +225,7 @@ def test_tar_shards_bring_their_pictures(tmp_path):
         }
         write_tar(tmp_path / f"{shard:02}.tar", content)
     meta = write_meta(tmp_path, a={"annotation": "{00..01}.tar", "root": ""})
-    source = OfficialSource(read_meta(meta)[0])
+    source = RowSource(read_meta(meta)[0])
     assert len(source) == 6 and source.has_images
     answers = [read(source, row).messages[1]["content"] for row in (0, 1, 3, 4)]
     assert answers == ["0", "0 again", "1", "1 again"]
@@ -245,7 +245,7 @@ def test_array_record(tmp_path):
     )
     writer.write(archive.read_bytes())
     writer.close()
-    source = OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.array_record"}))[0])
+    source = RowSource(read_meta(write_meta(tmp_path, a={"annotation": "a.array_record"}))[0])
     assert len(source) == 2 and source.has_images
     assert [len(read(source, row).images) for row in range(2)] == [0, 1]
 
@@ -259,7 +259,7 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
         {"/data/rows/a.jsonl": json.dumps(row).encode(), "/data/images/0.png": encoded(picture())}
     )
     memory.pipe({"/data/meta.json": json.dumps({"a": entry}).encode()})
-    source = OfficialSource(read_meta("memory://data/meta.json")[0])
+    source = RowSource(read_meta("memory://data/meta.json")[0])
     assert len(read(source).images) == 1 and len(list(tmp_path.iterdir())) == 1
     memory.rm("/data/images/0.png")
     with pytest.raises(FileError, match=r"memory://data/images/0.png: no such file"):
@@ -325,7 +325,7 @@ def test_roots_matter_only_for_pictures(tmp_path):
         one_source(tmp_path, [])
     with pytest.raises(MetaError, match="has no rows"):
         (tmp_path / "a.json").write_text("[]")
-        OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.json"}))[0])
+        RowSource(read_meta(write_meta(tmp_path, a={"annotation": "a.json"}))[0])
 
 
 def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
@@ -349,7 +349,7 @@ def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
         with pytest.raises(
             MetaError, match="in the working directory, but paths are relative to the meta file"
         ):
-            OfficialSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
+            RowSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
 
 
 def test_a_length_that_disagrees_is_told(tmp_path):

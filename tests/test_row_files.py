@@ -20,9 +20,9 @@ from internvl3_jax.data.reference_table import ReferenceError, ReferenceTable
 from internvl3_jax.data.sources import files, row_index, rows, tars
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import ChangedError, FileError
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
 from internvl3_jax.data.sources.meta import MetaError, read_meta, read_sources
 from internvl3_jax.data.sources.mixture import read_drop_list
+from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.sources.rows import RowError, Rows, decode_tar
 
 pytestmark = pytest.mark.smoke
@@ -124,7 +124,7 @@ def test_identity_is_of_rows_and_their_order(tmp_path):
 
 def test_identity_of_sources(tmp_path):
     def identity(**entry):
-        return OfficialSource(
+        return RowSource(
             read_meta(write_meta(tmp_path, a={"rows": [TEXT] * 4} | entry))[0]
         ).identity
 

@@ -22,9 +22,9 @@ from official_data import (
 
 from internvl3_jax.data.media.video import middle_frames
 from internvl3_jax.data.sources.catalog import open_sources
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
 from internvl3_jax.data.sources.meta import read_meta
 from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer
+from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.sources.row_turns import read_turns
 from internvl3_jax.data.sources.rows import RowError
 
@@ -40,7 +40,7 @@ def read(source, row=0):
 
 
 def source(folder, rows, **entry):
-    return OfficialSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
+    return RowSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
 # --- paths ---------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_rows_from_an_address_name_no_files_of_this_machine(place, monkeypatch):
         content = json.dumps({"a": {"root": root, "annotation": annotation}})
         with fsspec.open(f"{folder}/meta.json", "w") as file:
             file.write(content)
-        found = OfficialSource(read_meta(f"{folder}/meta.json")[0])
+        found = RowSource(read_meta(f"{folder}/meta.json")[0])
         assert [len(read(found, row).images) for row in range(2)] == [1, 1]
         for row in (2, 3, 4):
             with pytest.raises(RowError, match="outside of the source's root"):
@@ -176,7 +176,7 @@ def test_rows_of_archives_name_files_of_their_archive(place, root, outside):
         with pytest.raises(
             RowError, match="is not in the row's sample of the archive, which holds a.png"
         ):
-            read(OfficialSource(read_meta(meta)[0]))
+            read(RowSource(read_meta(meta)[0]))
 
 
 @pytest.mark.parametrize("key", ["image", "images", "video"])
@@ -336,7 +336,7 @@ def test_keys_that_look_like_images_are_never_dropped(key):
             {"system": "Be brief.", "conversations": turns("a", "b", system="Be long.")},
             "has both the key system and a system turn",
         ),
-        ({"system": ["Be brief."], **TEXT}, "system is no text but the list"),
+        ({"system": ["Be brief."], **TEXT}, "system is not a text but the list"),
         ({"tools": "[]x", **TEXT}, "the key tools"),
         ({"objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}, **TEXT}, "the key objects"),
         ({"history": [["a", "b"]], **TEXT}, "the key history"),
@@ -355,7 +355,7 @@ def test_keys_that_look_like_images_are_never_dropped(key):
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1 is from ['user']"),
         (
             {"messages": [{"role": "user", "content": {"type": "text", "text": "a"}}]},
-            "turn 1: its value is no text but the object",
+            "turn 1: its value is not a text but the object",
         ),
         (
             {"messages": [SAID[0], {**SAID[1], "loss": False}]},
@@ -401,7 +401,7 @@ def test_pairs_and_their_images(place):
 
 def test_a_file_of_rows_of_other_spellings_has_pictures(tmp_path):
     for number, key in enumerate(("images", "videos")):
-        rows = OfficialSource(
+        rows = RowSource(
             read_meta(write_meta(tmp_path, a={"rows": [TEXT, {key: ["x"], "messages": SAID}]}))[0]
         )
         assert rows.has_images, (number, key)

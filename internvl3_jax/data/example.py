@@ -15,7 +15,7 @@ from internvl3_jax.data.media.tiles import count_tiles, cut_tiles
 from internvl3_jax.data.media.video import training_frames
 from internvl3_jax.data.pairs import PairError, finish_pair, pair_length
 from internvl3_jax.data.reference_table import ReferenceTable
-from internvl3_jax.data.sources.internvl_jsonl import Conversation
+from internvl3_jax.data.sources.row_source import Conversation
 from internvl3_jax.data.text.chat_template import Encoded, encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.positions import draw_deltas, parse_delta

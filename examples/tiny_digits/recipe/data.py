@@ -16,7 +16,7 @@ from PIL import Image
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.media.tiles import image_limit
-from internvl3_jax.data.sources.internvl_jsonl import Conversation
+from internvl3_jax.data.sources.row_source import Conversation
 
 TASKS = ("read", "count", "locate", "compare")
 PROMPTS = {

@@ -1,4 +1,4 @@
-"""Opens the sources that a configuration names."""
+"""Opens the sources of data that a configuration names."""
 
 import importlib
 import re
@@ -6,8 +6,8 @@ import warnings
 from typing import Protocol
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data.sources.internvl_jsonl import Conversation, OfficialSource
 from internvl3_jax.data.sources.meta import MetaError, read_sources
+from internvl3_jax.data.sources.row_source import Conversation, RowSource
 
 _PYTHON = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -62,12 +62,13 @@ def open_sources(config: DataConfig) -> list[Source]:
     """
     if is_python(config.source):
         return _python_sources(config)
-    sources = [OfficialSource(spec) for spec in read_sources(config.source)]
+    sources = [RowSource(spec) for spec in read_sources(config.source)]
     for source in sources:
         expected = source.spec.length
         if expected is not None and expected != len(source):
             warnings.warn(
-                f"{config.source}, entry {source.name!r}: length is {expected:,}, but the annotation has {len(source):,} rows",
+                f"{config.source}, entry {source.name!r}: length is {expected:,}, but the "
+                f"annotation has {len(source):,} rows",
                 stacklevel=2,
             )
     return sources

@@ -1,22 +1,22 @@
-"""What data.source names: a file of rows, or the official meta JSON, which lists the sources of a
-training mixture:
+"""Reads data.source: a file of rows, or the meta JSON of InternVL, which lists the sources of a
+mixture:
 
-    {"docvqa": {"root": "images/docvqa",              folder or address that the image paths are relative to
-                "annotation": "docvqa_train.jsonl",   or .tar shards, .array_record; a list, {000..127} and * name several files
-                "data_augment": true,                 JPEG recompression of the tiles (false)
-                "repeat_time": 2,                     below 1: only that share of the rows, from the head; above: repeated (1)
-                "max_dynamic_patch": 24,              tiles of a sample's images together (processor.max_tiles)
-                "length": 39463,                      number of rows; only compared
-                "weight": 3.0,                        its part of the mixture where data.weights is "given"; not in the original
-                "allow_outside_root": false}}         whether rows may name files outside of the root; not in the original
+    {"docvqa": {"root": "images/docvqa",             folder or address of the rows' images
+                "annotation": "docvqa_train.jsonl",  or a list, also .json, .tar, .array_record;
+                                                     {000..127} and * name several files
+                "data_augment": true,                JPEG recompression of the tiles (false)
+                "repeat_time": 2,                    below 1: only that share, from the head (1)
+                "max_dynamic_patch": 24,             tiles (processor.max_tiles)
+                "length": 39463,                     number of rows; only compared
+                "weight": 3.0,                       share if data.weights is "given"; not InternVL's
+                "allow_outside_root": true}}         rows may name other files; not InternVL's
 
-A fractional repeat_time above 1 takes whole repeats and a head slice for the rest. InternVL's
-fine-tuning refuses such a number, its pre-training and MPO code drop the fraction, and MPO takes a
-random subset in place of the head slice. The original would sample repeats one after the other as
-listed; here every epoch over them is shuffled as a whole.
+A fractional repeat_time above 1 takes all rows as often as its whole part says, and a head slice
+for the rest. InternVL's fine-tuning refuses such a number, its pre-training and MPO code drop the
+fraction, and MPO takes a random subset in place of the head slice. InternVL reads repeats one after
+the other; here every epoch over them is shuffled as one.
 
-Relative paths are relative to the meta file, also a root of "." or "" and what it stands for.
-docs/data.md has the whole format.
+Relative paths are relative to the meta file, or to the file of rows. docs/data.md has the format.
 """
 
 import dataclasses
@@ -43,8 +43,7 @@ MAX_BYTES = 64 << 20  # of a meta JSON
 MAX_NAME = 200  # characters of a source's name
 ROW_START = 1 << 20  # bytes of a file in which the first row of a .json file is looked for
 ROW_KEYS = frozenset({"conversations", "messages", "chosen"})  # a row has one of them
-# Far above any use; beyond them counts of samples and tiles leave the range of their types, or of
-# the machine.
+# Upper bounds, so that counts of samples and tiles stay within their types and the memory.
 MOST_REPEATS, MOST_WEIGHT, MOST_TILES, MOST_ROWS = 10**6, 10**12, 1024, 2**53
 
 
@@ -54,20 +53,28 @@ class MetaError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """One entry of the meta JSON with its paths resolved."""
+    """One source with its paths resolved.
+
+    Attributes:
+      root: Folder or address that the paths of rows are relative to.
+      root_error: Why the root cannot be used; an error only for a source with images.
+      annotation: Files of rows.
+      max_tiles: In place of the processor's.
+      written_root: The root as the meta JSON has it.
+      outside: What rows may name outside of the root: "no", "addresses", "absolute" (paths and
+        addresses) or "yes" (everything).
+    """
 
     name: str
-    root: str  # folder or address that the paths of rows are relative to
-    root_error: str  # why the root cannot be used; only sources with images need one
-    annotation: tuple[str, ...]  # files
+    root: str
+    root_error: str
+    annotation: tuple[str, ...]
     augment: bool = False
     repeat: float = 1.0
     max_tiles: int | None = None
     length: int | None = None
     weight: float | None = None
-    written_root: str = ""  # as the meta JSON has it
-    # what rows may name outside of the root: no, whole (paths and addresses), addresses, yes
-    # (everything)
+    written_root: str = ""
     outside: str = "no"
 
 
@@ -151,7 +158,7 @@ def read_meta(path: str) -> list[SourceSpec]:
 
 
 def expand_user(path: str) -> str:
-    """The path with ~ as the home directory."""
+    """Returns the path with ~ replaced by the home directory."""
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
@@ -159,7 +166,8 @@ def _read_entry(path: str, name: str, entry) -> SourceSpec:
     where = f"{one_line(path)}, entry {excerpt(name)}"
     if one_line(name) != name or not name.strip() or name.startswith("#") or len(name) > MAX_NAME:
         raise MetaError(
-            f"{where}: a name must have 1 to {MAX_NAME} characters that can be printed, no tabs or line breaks, and not begin with #"
+            f"{where}: a name must have 1 to {MAX_NAME} characters that can be printed, no tabs or "
+            f"line breaks, and not begin with #"
         )
     base = folder_of(path)
     try:
@@ -195,14 +203,14 @@ def _above_0(where: str, values: Object, key: str, kind: type, default, high: fl
 
 
 def _outside(root: str, path: str, annotation: tuple[str, ...]) -> str:
-    """Which files outside of the root rows may name: see row_paths.py."""
+    """Returns `SourceSpec.outside` of a source that does not allow everything."""
     if root:
         return "no"
-    return "addresses" if is_remote(path) or any(map(is_remote, annotation)) else "whole"
+    return "addresses" if is_remote(path) or any(map(is_remote, annotation)) else "absolute"
 
 
 def _root(where: str, root: str, base: str) -> tuple[str, str]:
-    """(folder or address, why it cannot be used)."""
+    """Returns (folder or address, why it cannot be used or "")."""
     if not root:
         return base, ""
     try:
@@ -210,7 +218,7 @@ def _root(where: str, root: str, base: str) -> tuple[str, str]:
     except FileError as error:
         return root, f"{where}: root: {error}"
     if not is_remote(folder) and not is_folder(folder):
-        return folder, f"{where}: root: {one_line(folder)} is no folder"
+        return folder, f"{where}: root: {one_line(folder)} is not a folder"
     return folder, ""
 
 
@@ -223,7 +231,8 @@ def _annotation(where: str, values: Object, base: str) -> tuple[str, ...]:
     names = [names] if isinstance(names, str) else names
     if not names or not all(isinstance(name, str) and name for name in names):
         raise MetaError(
-            f"{where}: annotation is {excerpt(values.values['annotation'])}; expected a path or a list of paths"
+            f"{where}: annotation is {excerpt(values.values['annotation'])}; expected a path or a "
+            f"list of paths"
         )
     try:
         return tuple(path for name in names for path in expand(resolve(name, base)))

@@ -18,7 +18,7 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 _MEDIA = ("image", "images", "video", "videos")
 _TURNS = ("conversations", "messages")
 _KNOWN = (*_MEDIA, *_TURNS, "id", "clip", "system", "question", "chosen", "rejected")
-# Keys with a meaning for other trainers. Each would change what is learned.
+# Keys with a meaning for other trainers, each of which changes what is learned.
 _FOREIGN = {
     "tools": "tools are not supported; write them into the system turn",
     "objects": "write references and boxes into the turns, as <ref>...</ref><box>[[...]]</box>",
@@ -27,26 +27,24 @@ _FOREIGN = {
     "rejected_messages": "write pairs as question, chosen and rejected",
     "rejected_images": "both answers of a pair are about the same images",
 }
-# What looks like the name of an image or video ...
+# A key that looks like that of an image or video ...
 _NOUN = "(?:img|image|picture|pic|photo|figure|screenshot|video|vid|clip|frame|audio|sound|media|multimodal|mm)"
 LOOKS = re.compile(
     rf"{_NOUN}s?(?:_?(?:path|file|filename|list|dir|folder|byte|base64|b64|data|content|input)s?|_?\d+)?",
     re.IGNORECASE,
 )
-# ... a file that is one ...
+# ... a value that is the name of a file of one ...
 _MEDIA_FILE = re.compile(
     r"^[^\n]*\.(?:png|jpe?g|webp|bmp|gif|tiff?|heic|avif|mp4|mkv|mov|avi|webm|m4v)$", re.IGNORECASE
 )
-# ... and what is mere information in a row that has one.
+# ... and a key that is only information in a row that has one.
 _NOTES = re.compile(
     rf"(?:{_NOUN}|coco|flickr|orig(?:inal)?)s?_?(?:url|uri|name|source|link)s?", re.IGNORECASE
 )
 
 
 def check_keys(values: dict) -> None:
-    """RowError for keys that would be dropped in silence, although they look like images, or mean
-    something to other trainers.
-    """
+    """Raises RowError for keys that look like images, or that change what other trainers learn."""
     has_media = any(values.get(name) for name in _MEDIA)
     for name, value in values.items():
         if name in _KNOWN or value in (None, "", [], {}, False):
@@ -76,7 +74,7 @@ def names_media(value) -> bool:
 
 
 def _is_near(name: str) -> bool:
-    """Whether two letters are swapped, or one is wrong, missing or too much."""
+    """Whether a name is a known one with two letters swapped, or one wrong, missing or added."""
     lower = name.lower()
     return any(
         sorted(lower) == sorted(known)
@@ -86,7 +84,7 @@ def _is_near(name: str) -> bool:
 
 
 def _differences(a: str, b: str) -> int:
-    """Letters between the common beginning and the common end, of the longer one."""
+    """Counts the letters of the longer one between the common beginning and the common end."""
     start = next(
         (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
@@ -98,9 +96,9 @@ def _differences(a: str, b: str) -> int:
 
 
 def check_text(text, what: str) -> None:
-    """RowError unless it is a text that UTF-8 can hold."""
+    """Raises RowError unless `text` is a str that UTF-8 can encode. what: Its name in errors."""
     if not isinstance(text, str):
-        raise RowError(f"{what} is no text but {describe(text)}")
+        raise RowError(f"{what} is not a text but {describe(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -116,12 +114,13 @@ def is_pair(values: dict) -> bool:
 
 
 def read_pair(values: dict) -> tuple[list[Message], str]:
-    """(question and chosen answer, rejected answer) of a row."""
+    """Returns (question and chosen answer as messages, rejected answer) of a row."""
     texts = {name: values.get(name) for name in ("question", "chosen", "rejected")}
     for name, text in texts.items():
         if not isinstance(text, str) or (name != "question" and not text.strip()):
             raise RowError(
-                f"{name} is {excerpt(text)}; expected the keys question, chosen and rejected, each a text"
+                f"{name} is {excerpt(text)}; expected the keys question, chosen and rejected, each "
+                f"a text"
             )
         check_text(text, name)
     if values.get("conversations") or values.get("messages"):
@@ -179,18 +178,18 @@ def read_media(
     return images, videos[0] if videos else None
 
 
-def _names(values: dict, one: str, several: str) -> list[str]:
-    """The paths under a key or under its plural."""
-    given = [
+def _names(values: dict, singular: str, plural: str) -> list[str]:
+    """Returns the paths under a key or under its plural."""
+    keys = [
         name
-        for name in (one, several)
+        for name in (singular, plural)
         if values.get(name) is not None and values[name] not in ("", [])
     ]
-    if len(given) > 1:
-        raise RowError(f"has both {one} and {several}; expected one of them")
-    if not given:
+    if len(keys) > 1:
+        raise RowError(f"has both {singular} and {plural}; expected one of them")
+    if not keys:
         return []
-    value = values[given[0]]
+    value = values[keys[0]]
     paths = [file_path(item) for item in (value if isinstance(value, list) else [value])]
     if any(path is None for path in paths):
         wrong = next(
@@ -199,14 +198,12 @@ def _names(values: dict, one: str, several: str) -> list[str]:
             if path is None
         )
         remedy = "; save the bytes as a file and give its path" if has_bytes(wrong) else ""
-        raise RowError(
-            f"{given[0]} is {excerpt(value)}; expected a path or a list of paths{remedy}"
-        )
+        raise RowError(f"{keys[0]} is {excerpt(value)}; expected a path or a list of paths{remedy}")
     return paths
 
 
 def file_path(item) -> str | None:
-    """The path of "a.png" or {"path": "a.png", "bytes": null}; None if it is neither."""
+    """Returns the path of "a.png" or {"path": "a.png", "bytes": null}; None if it is neither."""
     if isinstance(item, dict) and not has_bytes(item) and set(item) <= {"path", "bytes"}:
         item = item.get("path")
     return item if isinstance(item, str) and item else None
@@ -217,7 +214,7 @@ def has_bytes(item) -> bool:
 
 
 def is_empty_answer(messages: Iterable[Message]) -> bool:
-    """Whether a turn of the assistant has no text: the model would learn to say nothing."""
+    """Whether a turn of the assistant has no text, so that the model learns to say nothing."""
     return any(
         message["role"] == "assistant" and not message["content"].strip() for message in messages
     )

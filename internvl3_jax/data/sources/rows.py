@@ -1,11 +1,12 @@
 """Random access to the rows of annotation files: JSONL, JSON lists, tar shards, ArrayRecord.
 
-    JSONL         one JSON object a line, in UTF-8; a .json file may be one too
+    JSONL         one JSON object per line, in UTF-8; a .json file may be one too
     JSON          a list of objects
-    tar           of each sample KEY.json and, if they travel with it, its images KEY.jpg, KEY.1.png, ... or video KEY.mp4
+    tar           for each sample KEY.json and, if they are in it, its images KEY.jpg, KEY.1.png,
+                  ... or its video KEY.mp4
     ArrayRecord   a record is a JSON object, or a small tar archive of one sample as above
 
-The files hold any number of rows and no process holds more than the one it reads.
+The files may have any number of rows; a process holds only the row that it reads.
 """
 
 import bisect
@@ -42,14 +43,13 @@ MAX_MEMBERS = 10_000  # files of a sample
 
 
 class RowError(ValueError):
-    """A row that is not what the format asks for. The message says what is wrong, not where: the
-    caller knows.
-    """
+    """A row that does not follow the format. The caller adds which row it is."""
 
 
 class Rows:
-    """The rows of one or several files, one after the other. Threads may share it; a pickled copy
-    opens its index anew.
+    """The rows of one or several files, one after the other.
+
+    Threads may share it; a pickled copy opens its index again.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -64,9 +64,7 @@ class Rows:
 
     @property
     def identity(self) -> str:
-        """A short text that differs if the rows or their order do; names, places and time stamps of
-        the files do not matter.
-        """
+        """A short text that changes with the rows or their order, not with the files' names."""
         digest = hashlib.sha256(
             " ".join(f"{len(file)} {file.digest}" for file in self.files).encode()
         )
@@ -76,15 +74,13 @@ class Rows:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, row: int) -> tuple[dict, dict[str, bytes] | None]:
-        """The JSON object of a row, and the files that came with it by name; None if it came in no
-        archive.
-        """
+        """Returns a row's JSON object and its files by name; None if it is not in an archive."""
         file, number = self._find(row)
         data = file[number]
         return decode_tar(data) if file.is_tar(data) else (decode_json(data), None)
 
     def locate(self, row: int) -> str:
-        """Where a person finds a row: "train.jsonl line 7"."""
+        """Names a row as a person finds it: "train.jsonl line 7"."""
         file, number = self._find(row)
         name = one_line(os.path.basename(file.path))
         unit = "sample"
@@ -111,7 +107,7 @@ def _open(path: str):
 
 
 class _IndexedFile:
-    """Bytes of each row of a .jsonl or .tar file, by its index."""
+    """Reads the bytes of each row of a .jsonl, .json or .tar file, by its index."""
 
     def __init__(self, path: str):
         self.path = path
@@ -161,14 +157,16 @@ class _IndexedFile:
 
     def _misplaced(self, row: int) -> ChangedError:
         return ChangedError(
-            f"{one_line(self.path)}: row {row} is not where its index says: the file was changed while in use, or the index is "
-            f"damaged; delete {one_line(str(index_places(self.path)[0]))} and start again"
+            f"{one_line(self.path)}: row {row} is not where its index says: the file was changed "
+            f"while in use, or the index is damaged; delete "
+            f"{one_line(str(index_places(self.path)[0]))} and start again"
         )
 
     def _check_unchanged(self) -> None:
         if not is_remote(self.path) and fingerprint(self.path)[:2] != self.stamp[:2]:
             raise ChangedError(
-                f"{one_line(self.path)}: was changed while in use; start again, so that its rows are counted anew"
+                f"{one_line(self.path)}: was changed while in use; start again, so that its rows "
+                f"are counted again"
             )
 
     def __getstate__(self):
@@ -176,12 +174,13 @@ class _IndexedFile:
 
 
 class _ArrayRecordFile:
-    """Records of an ArrayRecord file."""
+    """Reads the records of an ArrayRecord file."""
 
     def __init__(self, path: str):
         if is_remote(path):
             raise FileError(
-                f"{path}: ArrayRecord files are read from local disks; copy it, or use .jsonl or .tar"
+                f"{path}: ArrayRecord files are read from local disks only; copy it, or use .jsonl "
+                f"or .tar"
             )
         try:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -192,13 +191,13 @@ class _ArrayRecordFile:
         if not exists(path):
             raise FileError(f"{one_line(path)}: no such file")
         with open_binary(path):
-            pass  # else a pipe would be waited for
+            pass  # refuses a pipe, for which ArrayRecord would wait
         try:
             self.path, self.records = path, ArrayRecordDataSource([path])
             index = open_index(path, scan=self._scan)
         except FileError:
             raise
-        except Exception as error:  # the library's own, of any kind
+        except Exception as error:  # the library raises exceptions of many types
             raise FileError(
                 f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})"
             ) from error
@@ -222,7 +221,7 @@ class _ArrayRecordFile:
 
 
 def decode_json(data: bytes) -> dict:
-    """The JSON object of a row's bytes. RowError if there is none."""
+    """Parses a row's bytes as a JSON object. RowError if they are none."""
     if not data.strip():
         raise RowError("the line is empty")
     try:
@@ -244,9 +243,7 @@ def _text(data: bytes) -> str:
 
 
 def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
-    """The JSON object of a sample's part of a tar archive, and its other files by name. RowError if
-    they cannot be read.
-    """
+    """Reads a sample's part of a tar archive: its JSON object, and its other files by name."""
     files: dict[str, bytes] = {}
     try:
         for member in members(

@@ -1,23 +1,19 @@
-"""Rows of InternVL's training data to conversations.
+"""Reads the rows of a source as conversations with their images.
 
-    {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"], "video": "c.mp4", "clip": [start, end],
-     "conversations": [{"from": "system", "value": text}, {"from": "human", "value": text}, {"from": "gpt", "value": text}, ...]}
+A row of InternVL's training data, and a pair for preference optimization (MMPR):
 
-Pairs for preference optimisation have, in place of conversations, two answers to one question
-(MMPR):
+    {"id": 7, "image": "a.jpg", "conversations": [{"from": "human", "value": text}, ...]}
+    {"image": "a.jpg", "question": text, "chosen": text, "rejected": text}
 
-    {"image": ..., "question": text, "chosen": text, "rejected": text}
+row_turns.py reads the turns in this and other forms, row_fields.py the other keys, and docs/data.md
+describes them all.
 
-No image and no video: text only. One image: if no human turn has <image>, it goes in front of
-the first one, as <image> and a line break. Several images: one <image> each. A video: <video> in
-the first human turn, or its start, becomes a line for each frame.
-Everything else in the text, such as <ref> and <box>, stays as it is. Other keys of a row are
-ignored, unless they look like images or mean something to other trainers (row_fields.py, which also
-reads some spellings of theirs).
+One image: if no human turn has <image>, the tag and a line break are put in front of the first one.
+Several images: one <image> for each. A video: <video> in the first human turn, or its beginning,
+becomes a line for each frame. The rest of the text, such as <ref> and <box>, is unchanged.
 
-Images are looked up under the source's root (row_paths.py), or among the files that came with the
-row in its tar archive. In an archive a row may also leave its images out: then they are the other
-files of the sample, in order.
+Images are read from the source's root (row_paths.py), or from the files of the row's sample in a
+tar archive. There a row may leave its images out: they are then the other files of the sample.
 """
 
 import dataclasses
@@ -45,24 +41,35 @@ from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message, insert_mis
 
 @dataclasses.dataclass
 class Conversation:
-    """Messages with one <image> for each RGB image, and what becomes of the images."""
+    """One row with its images decoded.
+
+    Attributes:
+      messages: With one <image> for each image.
+      images: RGB.
+      max_tiles: Limit for each image.
+      augment: Whether the tiles are recompressed as JPEG.
+      id: The row's own.
+      is_video: The images are frames: one tile each, no thumbnail.
+      rejected: For a pair, the answer that the last message is preferred to.
+    """
 
     messages: list[Message]
     images: list[Image.Image]
-    max_tiles: int  # of each image
+    max_tiles: int
     augment: bool = False
     id: str | None = None
-    is_video: bool = False  # then the images are its frames, one tile each without thumbnail
-    rejected: str | None = None  # of a pair: the answer that the last message is preferred to
+    is_video: bool = False
+    rejected: str | None = None
 
     def other_side(self) -> list[Message]:
-        """The messages with the rejected answer."""
+        """Returns the messages with the rejected answer."""
         return [*self.messages[:-1], {**self.messages[-1], "content": self.rejected}]
 
 
-class OfficialSource:
-    """One entry of a meta JSON: random access to its conversations. Threads may share it, and it
-    can be sent to other processes.
+class RowSource:
+    """Random access to the conversations of a source.
+
+    Threads may share it, and it can be sent to other processes.
     """
 
     ordered = False
@@ -76,7 +83,7 @@ class OfficialSource:
         if (
             spec.root_error
             and self.has_images
-            and any(path.endswith(".jsonl") for path in spec.annotation)
+            and any(path.endswith((".jsonl", ".json")) for path in spec.annotation)
         ):
             raise MetaError(spec.root_error)
 
@@ -87,19 +94,18 @@ class OfficialSource:
 
     @property
     def identity(self) -> str:
-        """A short text that differs if the samples do, as far as rows and settings of the entry
-        say; images are not looked at.
-        """
+        """A short text that changes with the rows or the settings; images are not read for it."""
         spec = self.spec
         return (
-            f"{self.rows.identity}, root {spec.written_root!r}, augment {spec.augment}, repeat {spec.repeat}, "
-            f"max_dynamic_patch {spec.max_tiles}"
+            f"{self.rows.identity}, root {spec.written_root!r}, augment {spec.augment}, "
+            f"repeat {spec.repeat}, max_dynamic_patch {spec.max_tiles}"
         )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def locate(self, row: int) -> str:
+        """Names a row in messages."""
         return f"{self.name} row {row} ({self.rows.locate(row)})"
 
     def conversation(
@@ -112,11 +118,11 @@ class OfficialSource:
         """Reads a row and its images.
 
         Args:
-          choose: from a row's clip, or None, to the rule for the frames of its video.
+          choose: Takes the row's clip, or None, and returns the rule that picks frames.
           limits: max_pixels and allow_truncated of `open_image` and `read_frames`.
 
         Raises:
-          ValueError: a subclass that says what is wrong with the row, an image or a video.
+          ValueError: The row, an image or the video cannot be used; a subclass says which.
         """
         values, archive = self.rows[row]
         files = archive or {}
@@ -134,27 +140,27 @@ class OfficialSource:
             )
         paths = [locate(name, self.spec, archive) for name in paths]
         video = None if video is None else locate(video, self.spec, archive)
-        where = _Place(self.spec.root, files, processor.apply_exif, limits or {})
-        number = values.get("id")
+        reader = _MediaReader(self.spec.root, files, processor.apply_exif, limits or {})
+        row_id = values.get("id")
         common = {
             "augment": self.spec.augment,
-            "id": None if number is None else str(number),
+            "id": None if row_id is None else str(row_id),
             "rejected": rejected,
         }
         if video is not None:
-            frames = where.video(video, choose(values.get("clip")))
+            frames = reader.video(video, choose(values.get("clip")))
             messages = insert_frames(messages, len(frames), processor.frame_label)
             return Conversation(messages, frames, 1, is_video=True, **common)
         if len(paths) == 1:
             messages = insert_missing_tags(messages, 1)
-        images = [where.image(name) for name in paths]
+        images = [reader.image(name) for name in paths]
         limit = image_limit(processor, len(images), self.spec.max_tiles)
         return Conversation(messages, images, limit, **common)
 
 
 @dataclasses.dataclass
-class _Place:
-    """Where the images of a row are: among its own files or under a root."""
+class _MediaReader:
+    """Reads images and videos from the row's own files or from a root."""
 
     root: str
     files: dict[str, bytes]
@@ -181,10 +187,10 @@ class _Place:
 
 
 def insert_frames(messages: list[Message], count: int, label: str) -> list[Message]:
-    r"""Puts a line `label<image>` for each frame of a video in the place of <video>, or before the
-    first user message.
+    r"""Replaces <video>, or else starts the first user message, by a line `label<image>` per frame.
 
-    label: with {} for the frame's number from 1. A line break after <video> stays the only one.
+    label: With {} for the number of the frame, from 1. If a line break follows <video>, no second
+        one is added.
     """
     first = next(
         (number for number, message in enumerate(messages) if message["role"] == "user"), None
@@ -193,7 +199,7 @@ def insert_frames(messages: list[Message], count: int, label: str) -> list[Messa
         message["content"].count(VIDEO_TAG) for message in messages if message["role"] == "user"
     )
     if first is None:
-        return messages  # encode_chat says what is missing
+        return messages  # encode_chat raises the error
     text = messages[first]["content"]
     if tags > 1 or (tags and VIDEO_TAG not in text):
         raise RowError(f"{tags} {VIDEO_TAG} tags; expected one, in the first human turn")
