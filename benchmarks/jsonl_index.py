@@ -103,7 +103,7 @@ def run_step(step: str, path: str) -> dict:
     began, result = time.perf_counter(), {}
     if step != "imports":
         rows = Rows([path])
-        result = {"rows": len(rows), "has_pictures": rows.has_pictures}
+        result = {"rows": len(rows), "has_images": rows.has_images}
     result["seconds"] = round(time.perf_counter() - began, 3)
     if step == "read":
         import numpy as np

@@ -363,12 +363,12 @@ HEAD = "train.jsonl line 7: "
         (
             [user("a")],
             [1],
-            "1 pictures, but 0 <image> tags in the user messages; each picture needs one tag",
+            "1 images, but 0 <image> tags in the user messages; each image needs one tag",
         ),
-        ([user("<image>")], [1, 1], "2 pictures, but 1 <image> tags"),
-        ([user("<image><image>") | {"images": 1}], [1, 1], "2 pictures, but 1 <image> tags"),
-        ([user("a"), assistant("<image>")], [1], "1 pictures, but 0 <image> tags"),
-        ([user("<image>")], [0], "picture 1 has 0 tiles; every picture needs at least one"),
+        ([user("<image>")], [1, 1], "2 images, but 1 <image> tags"),
+        ([user("<image><image>") | {"images": 1}], [1, 1], "2 images, but 1 <image> tags"),
+        ([user("a"), assistant("<image>")], [1], "1 images, but 0 <image> tags"),
+        ([user("<image>")], [0], "image 1 has 0 tiles; every image needs at least one"),
     ],
 )
 def test_bad_conversations(tokenizer, messages, tiles, message):

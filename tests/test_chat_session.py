@@ -479,7 +479,7 @@ def test_many_are_answered_as_one_by_one(chat, options):
 
 
 def test_errors_of_a_batch_name_the_request(chat):
-    with pytest.raises(ChatError, match="^request 8: 2 pictures, but 1 <image> tags"):
+    with pytest.raises(ChatError, match="^request 8: 2 images, but 1 <image> tags"):
         chat.answer_many([("hi", []), ("<image>", [SMALL, SMALL])], first=7)
     with pytest.raises(ContextError, match="^request 2: the prompt of"):
         chat.answer_many([("hi", []), ("number " * 2100, [])])
@@ -492,7 +492,7 @@ WRONG = {
         ("<image>", [SMALL, WIDE]),
         {},
         ChatError,
-        "3 pictures, but 2 <image> tags",
+        "3 images, but 2 <image> tags",
     ),
     "images is a path": (
         ("hi", "nowhere/cat.png"),

@@ -283,7 +283,7 @@ def test_a_file_of_questions_is_resumed(ask, requests):
         ),
         (
             '{"prompt": "<image>", "image": ["wide.png", "wide.png"]}',
-            "line 2 (id 2): 2 pictures, but 1 <image> tags",
+            "line 2 (id 2): 2 images, but 1 <image> tags",
         ),
         ('{"prompt": 5}', "requests.jsonl line 2: prompt is the number 5; expected a text"),
     ],

@@ -168,7 +168,7 @@ def test_repeats_and_head_slices(repeat, expected):
 
 
 def test_rows_left_out():
-    selection = Selection(0, 10, 2.5, skipped=[0, 4, 9, 4])
+    selection = Selection(0, 10, 2.5, excluded=[0, 4, 9, 4])
     rows = [selection[index][1] for index in range(len(selection))]
     assert rows == [place % 10 for place in range(25) if place % 10 not in (0, 4, 9)]
 

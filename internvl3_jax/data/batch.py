@@ -74,8 +74,8 @@ class SampleError(ValueError):
     """A sample that cannot be used. The message names its source and row and says why."""
 
 
-def cut_pictures(
-    pictures: Sequence[Image.Image],
+def cut_images(
+    images: Sequence[Image.Image],
     processor: ProcessorConfig,
     max_tiles: int | None = None,
     *,
@@ -93,13 +93,13 @@ def cut_pictures(
     changes = {"tiles": tiles, "max_total_tiles": max_total_tiles}
     changes = {name: value for name, value in changes.items() if value is not None}
     processor = dataclasses.replace(processor, **changes)
-    limit = image_limit(processor, len(pictures), max_tiles)
-    return [cut_tiles(picture, processor, limit) for picture in pictures]
+    limit = image_limit(processor, len(images), max_tiles)
+    return [cut_tiles(image, processor, limit) for image in images]
 
 
 def make_sample(
     messages,
-    pictures,
+    images,
     tokenizer,
     processor: ProcessorConfig,
     deltas: Sequence[int],
@@ -108,13 +108,13 @@ def make_sample(
     max_tiles: int | None = None,
     loss_reduction: str = "square",
 ) -> Sample:
-    """Messages and PIL pictures to a training sample; `deltas` are V2PE units, one per picture.
+    """Messages and PIL images to a training sample; `deltas` are V2PE units, one per image.
 
-    max_tiles: processor.max_tiles when None; processor.tiles says whether of each picture or of
+    max_tiles: processor.max_tiles when None; processor.tiles says whether of each image or of
         all. loss_reduction: see
       `average_weights`.
     """
-    tiles = cut_pictures(pictures, processor, max_tiles)
+    tiles = cut_images(images, processor, max_tiles)
     encoded = encode_chat(
         messages,
         [len(part) for part in tiles],
@@ -133,7 +133,7 @@ def finish_sample(
     processor,
     loss_reduction: str,
 ) -> Sample:
-    """An encoded conversation and the tiles of its pictures to a training sample."""
+    """An encoded conversation and the tiles of its images to a training sample."""
     trained = np.append(encoded.loss_mask[1:], False)
     return {
         "tokens": encoded.tokens,
@@ -160,7 +160,7 @@ class Prompt:
     """A conversation up to the point where the model answers.
 
     tokens i32[T]; positions i32[T] in units of 1/256; runs: (first token, number of tokens) of each
-    picture; tiles: u8[n,S,S,3] of each picture.
+    image; tiles: u8[n,S,S,3] of each image.
     """
 
     tokens: np.ndarray
@@ -177,7 +177,7 @@ def make_prompt(
     deltas: Sequence[int],
     where: str = "",
 ) -> Prompt:
-    """Messages ending with a user turn to a `Prompt`. `tiles` are those of each picture in order,
+    """Messages ending with a user turn to a `Prompt`. `tiles` are those of each image in order,
     `deltas` their V2PE units.
     """
     encoded = encode_chat(

@@ -15,7 +15,7 @@ from internvl3_jax.data.media.tiles import count_tiles, cut_tiles
 from internvl3_jax.data.media.video import training_frames
 from internvl3_jax.data.pairs import PairError, finish_pair, pair_length
 from internvl3_jax.data.reference_table import ReferenceTable
-from internvl3_jax.data.sources.internvl_jsonl import Conversation
+from internvl3_jax.data.sources.row_source import Conversation
 from internvl3_jax.data.text.chat_template import Encoded, encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.positions import parse_delta, sample_deltas
@@ -49,7 +49,7 @@ class ExampleBuilder:
         """The sample of a row of a source. ValueError or OSError if the row cannot be used."""
         conversation = self.read(source, row, rng)
         encoded, kept = self.encode(conversation, self.count(conversation))
-        tiles = [self.cut(picture, conversation) for picture in conversation.pictures[:kept]]
+        tiles = [self.cut(image, conversation) for image in conversation.images[:kept]]
         if conversation.augment:
             tiles = [recompress(part, rng) for part in tiles]
         deltas = sample_deltas(kept, rng, self.deltas)
@@ -80,18 +80,18 @@ class ExampleBuilder:
         return conversation
 
     def count(self, conversation: Conversation) -> list[int]:
-        """Tiles of each picture."""
+        """Tiles of each image."""
         settings = self._settings(conversation)
         return [
-            count_tiles(*picture.size, settings, conversation.max_tiles)
-            for picture in conversation.pictures
+            count_tiles(*image.size, settings, conversation.max_tiles)
+            for image in conversation.images
         ]
 
-    def cut(self, picture, conversation: Conversation) -> np.ndarray:
-        return cut_tiles(picture, self._settings(conversation), conversation.max_tiles)
+    def cut(self, image, conversation: Conversation) -> np.ndarray:
+        return cut_tiles(image, self._settings(conversation), conversation.max_tiles)
 
     def encode(self, conversation: Conversation, tiles: list[int]) -> tuple[Encoded, int]:
-        """(encoded, number of pictures kept), within a row by `config.overlong`."""
+        """(encoded, number of images kept), within a row by `config.overlong`."""
         limits = self.config.tokens_per_row, self.config.tiles_per_row
         return truncation.encode_within(
             conversation.messages, tiles, self.encode_all, *limits, self.config.overlong

@@ -1,7 +1,7 @@
 """Pairs for preference optimisation: one question with a chosen and a rejected answer, as one
 sample.
 
-Both answers stand in one row, so that each picture of the question is encoded once. Either the
+Both answers stand in one row, so that each image of the question is encoded once. Either the
 question stands there twice, and the two conversations are segments of their own, as packed samples
 are:
 
@@ -31,7 +31,7 @@ class PairError(ValueError):
 def finish_pair(
     rejected: Encoded, chosen: Encoded, tiles, deltas, processor, loss_reduction: str, shared: bool
 ) -> Sample:
-    """Two encoded conversations that differ in their answer, and the tiles of their pictures, to
+    """Two encoded conversations that differ in their answer, and the tiles of their images, to
     one sample of [T] tokens.
 
     Beside the fields of a conversation's sample (data/batch.py; `loss_weights` are of the chosen
@@ -71,7 +71,7 @@ def _side(encoded: Encoded, deltas, number: int) -> Sample:
         "loss_weights": np.zeros(length, np.float32),
         "positions": build_positions(length, encoded.runs, deltas),
         "answers": np.where(trained, number, 0).astype(np.int32),
-        # The k-th visual token of either side is the k-th feature of the pair's pictures.
+        # The k-th visual token of either side is the k-th feature of the pair's images.
         "features": np.maximum(np.cumsum(visual) - 1, 0).astype(np.int32),
     }
 

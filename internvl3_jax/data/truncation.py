@@ -1,4 +1,4 @@
-"""Samples longer than a row: an error, left out, or cut after a whole turn. A picture is never cut."""
+"""Samples longer than a row: an error, left out, or cut after a whole turn. An image is never cut."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ class NothingTrained(ValueError):
     """A sample without a trained token."""
 
 
-# messages and tiles of each of their pictures
+# messages and tiles of each of their images
 Encode = Callable[[Sequence[Message], Sequence[int]], Encoded]
 
 
@@ -27,11 +27,11 @@ def encode_within(
     max_tiles: int,
     rule: str,
 ) -> tuple[Encoded, int]:
-    """(the encoded conversation, number of its pictures), shortened to a row where `rule` is
+    """(the encoded conversation, number of its images), shortened to a row where `rule` is
     "truncate".
 
     Args:
-      tiles: number of tiles of each picture.
+      tiles: number of tiles of each image.
       max_tokens, max_tiles: what a row holds.
 
     Raises:
@@ -39,14 +39,14 @@ def encode_within(
       NothingTrained: if there is no answer to learn.
     """
 
-    def fits(encoded: Encoded, pictures: int) -> bool:
-        return len(encoded.tokens) <= max_tokens and sum(tiles[:pictures]) <= max_tiles
+    def fits(encoded: Encoded, images: int) -> bool:
+        return len(encoded.tokens) <= max_tokens and sum(tiles[:images]) <= max_tiles
 
-    encoded, pictures = encode(messages, tiles), len(tiles)
+    encoded, images = encode(messages, tiles), len(tiles)
     if not encoded.loss_mask[1:].any():
         raise NothingTrained("no turn of the assistant: nothing to learn")
-    if fits(encoded, pictures):
-        return encoded, pictures
+    if fits(encoded, images):
+        return encoded, images
     if rule == "truncate":
         kept = _longest(messages, tiles, encode, fits)
         if kept:
@@ -63,10 +63,10 @@ def _longest(messages, tiles, encode: Encode, fits) -> tuple[Encoded, int] | Non
     while low < high:
         middle = (low + high) // 2
         kept = messages[: ends[middle]]
-        pictures = sum(count_places(kept, len(tiles)))
-        encoded = encode(kept, tiles[:pictures])
-        if fits(encoded, pictures):
-            best, low = (encoded, pictures), middle + 1
+        images = sum(count_places(kept, len(tiles)))
+        encoded = encode(kept, tiles[:images])
+        if fits(encoded, images):
+            best, low = (encoded, images), middle + 1
         else:
             high = middle
     return best

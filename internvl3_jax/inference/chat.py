@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from internvl3_jax.config import UNITS, ProcessorConfig
-from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
+from internvl3_jax.data.batch import Prompt, cut_images, make_prompt
 from internvl3_jax.data.text.chat_template import ChatError, insert_missing_tags
 from internvl3_jax.inference.generator import GenerationConfig, Generator, State
 from internvl3_jax.inference.given_images import open_images
@@ -305,7 +305,7 @@ def _pictures(
             f"{len(deltas)} deltas for {len(opened)} pictures; give one, or one per picture"
         )
     limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
-    return cut_pictures(opened, processor, options.max_tiles, **limits), deltas
+    return cut_images(opened, processor, options.max_tiles, **limits), deltas
 
 
 def _user(text: str) -> dict:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.batch import Prompt, cut_pictures
+from internvl3_jax.data.batch import Prompt, cut_images
 from internvl3_jax.data.critic_format import BAD, GOOD, critic_messages, split_steps
 from internvl3_jax.data.text.chat_template import ChatError, encode_chat, insert_missing_tags
 from internvl3_jax.inference.generator import GenerationConfig, Generator, NotFiniteError, bucket
@@ -123,7 +123,7 @@ class Critic:
         options = self.options
         pictures = open_images(images, self.processor, options)
         limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
-        tiles = cut_pictures(pictures, self.processor, options.max_tiles, **limits)
+        tiles = cut_images(pictures, self.processor, options.max_tiles, **limits)
         (turn,) = insert_missing_tags([{"role": "user", "content": question}], len(tiles), where)
         distinct = list(dict.fromkeys(solutions))  # sampled solutions repeat
         steps = {solution: split_steps(solution, self.options.max_steps) for solution in distinct}

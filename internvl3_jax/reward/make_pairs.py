@@ -34,7 +34,7 @@ import numpy as np
 from internvl3_jax.checkpoints.checkpoint import load
 from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
-from internvl3_jax.data.text.chat_template import PICTURE_TAG
+from internvl3_jax.data.text.chat_template import IMAGE_TAG
 from internvl3_jax.inference.answer_file import beside, check_place
 from internvl3_jax.inference.chat import Chat
 from internvl3_jax.inference.options import Options
@@ -160,7 +160,7 @@ def _dropped(
     chosen = [answer.text for (answer,) in drawn]
     begun = [first_half(text) for text in chosen]
     blind = [
-        (question.question.replace(f"{PICTURE_TAG}\n", "").replace(PICTURE_TAG, ""), [])
+        (question.question.replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, ""), [])
         for question in questions
     ]
     rest = chat.candidates(blind, 1, begun=begun, seed=settings.seed + 1, **settings.drawing())

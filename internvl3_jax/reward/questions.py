@@ -9,7 +9,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from internvl3_jax.data.text.chat_template import PICTURE_TAG, insert_missing_tags
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, insert_missing_tags
 from internvl3_jax.inference.requests import KEPT, refuse_unknown
 from internvl3_jax.io import jsonl
 from internvl3_jax.io.terminal import excerpt, one_line, short_name
@@ -79,8 +79,8 @@ def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
                 f"{where} has no answer{'' if checked else ' and no image'}: what is right is not known"
             )
         (turn,) = insert_missing_tags([{"role": "user", "content": text}], len(files), where)
-        if (tags := turn["content"].count(PICTURE_TAG)) < len(files):
-            raise ValueError(f"{where}: {len(files)} pictures, but {tags} {PICTURE_TAG} tags")
+        if (tags := turn["content"].count(IMAGE_TAG)) < len(files):
+            raise ValueError(f"{where}: {len(files)} pictures, but {tags} {IMAGE_TAG} tags")
         known = row.values.get("id", number)
         if (first := ids.setdefault(json.dumps(known, sort_keys=True), where)) != where:
             raise ValueError(

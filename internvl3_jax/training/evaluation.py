@@ -81,7 +81,7 @@ class Evaluator:
         rows = []
         for source, row in places:
             read = preparer.read(source, row, np.random.default_rng(0))
-            tiles = [preparer.cut(picture, read) for picture in read.pictures]
+            tiles = [preparer.cut(picture, read) for picture in read.images]
             prompt = make_prompt(
                 read.messages[:-1],
                 tiles,

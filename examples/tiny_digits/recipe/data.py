@@ -16,7 +16,7 @@ from PIL import Image
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.media.tiles import image_limit
-from internvl3_jax.data.sources.internvl_jsonl import Conversation
+from internvl3_jax.data.sources.row_source import Conversation
 
 TASKS = ("read", "count", "locate", "compare")
 PROMPTS = {
@@ -109,7 +109,7 @@ class DigitsConversations:
     `internvl3_jax.data.sources.catalog.Source`.
     """
 
-    name, has_pictures, repeat, weight = "digits", True, 1.0, None
+    name, has_images, repeat, weight = "digits", True, 1.0, None
     ordered = True  # the curriculum
 
     def __init__(self, length: int, seed: int):

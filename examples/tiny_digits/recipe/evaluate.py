@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from examples.tiny_digits.recipe import data
 from internvl3_jax import Checkpoint, load
-from internvl3_jax.data.batch import cut_pictures, make_prompt
+from internvl3_jax.data.batch import cut_images, make_prompt
 from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io import safe_files
@@ -113,7 +113,7 @@ def _prompt(question: data.Question, tokenizer, processor, delta: int | None):
     units = [processor.delta if delta is None else delta] * len(question.pictures)
     return make_prompt(
         question.messages[:-1],
-        cut_pictures(question.pictures, processor),
+        cut_images(question.pictures, processor),
         tokenizer,
         processor,
         units,

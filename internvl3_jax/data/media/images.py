@@ -1,4 +1,4 @@
-"""Opening pictures: whatever holds one becomes an RGB image with the pixels the released model
+"""Opening images: whatever holds one becomes an RGB image with the pixels the released model
 sees, or a clear error.
 
 The rule is Pillow's `convert("RGB")`, as in the InternVL code, with these decisions on top:
@@ -6,7 +6,7 @@ The rule is Pillow's `convert("RGB")`, as in the InternVL code, with these decis
   transparency           dropped: a transparent pixel shows the colour stored beneath it, no background is blended in
   palette, CMYK, 1-bit   as Pillow converts them
   16-bit greyscale       the high byte, which is what Pillow keeps of 16-bit colour too. Pillow itself clips 16-bit grey at 255,
-                         which turns most pictures white. 12-bit data in 16-bit files is for the
+                         which turns most images white. 12-bit data in 16-bit files is for the
                          caller to stretch.
   32-bit integer, float  refused: their range is unknown
   several frames, pages  the first one, unless `frame` says which; a GIF can also be read as a video
@@ -57,7 +57,7 @@ Source = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. The message names it, says why, and says what to do."""
+    """An image that cannot be used. The message names it, says why, and says what to do."""
 
 
 def open_image(
@@ -75,14 +75,14 @@ def open_image(
       source: a path, the bytes of a file, an open binary file (read from its beginning), a PIL
           image (its current frame), or an
         array: u8[H, W], u8[H, W, 1], u8[H, W, 3], u8[H, W, 4] or u16[H, W].
-      apply_exif: turn the picture as its EXIF orientation says.
+      apply_exif: turn the image as its EXIF orientation says.
       frame: which frame of an animation or page of a document, from 0; the first one when None.
-      name: what errors call the picture; by default its path, or a description.
+      name: what errors call the image; by default its path, or a description.
       max_pixels: files with more are refused; None: PIL.Image.MAX_IMAGE_PIXELS, 0: no limit.
       allow_truncated: a file whose end is missing gives what is there, the rest is gray.
 
     Raises:
-      ImageError: if there is no readable picture.
+      ImageError: if there is no readable image.
     """
     name = short_name(name or _describe(source))
     if isinstance(source, np.ndarray):
@@ -112,11 +112,11 @@ def _describe(source) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source) if source else "''"
     if isinstance(source, bytes):
-        return f"picture of {len(source)} bytes"
+        return f"image of {len(source)} bytes"
     if isinstance(source, Image.Image):
         return (
             getattr(source, "filename", "")
-            or f"{source.mode} picture of {source.width} x {source.height} pixels"
+            or f"{source.mode} image of {source.width} x {source.height} pixels"
         )
     if isinstance(source, np.ndarray):
         return f"array {source.dtype}{list(source.shape)}"
@@ -130,7 +130,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     grey = array.dtype in (np.uint8, np.uint16) and array.ndim == 2
     if not colour and not grey:
         raise ImageError(
-            f"{name}: is no picture array; give uint8 [height, width, 3] with values from 0 to 255, channels last"
+            f"{name}: is no image array; give uint8 [height, width, 3] with values from 0 to 255, channels last"
         )
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels; give at least one row and one column")
@@ -205,7 +205,7 @@ def _check_path(path: pathlib.Path, name: str) -> None:
     except FileNotFoundError as error:
         if "://" in name:
             raise ImageError(
-                f"{name}: addresses are not fetched; download the picture first"
+                f"{name}: addresses are not fetched; download the image first"
             ) from error
         raise ImageError(
             f"{name}: no such file in {short_name(str(path.absolute().parent))}; check the path"
@@ -215,7 +215,7 @@ def _check_path(path: pathlib.Path, name: str) -> None:
             f"{name}: is not a usable path ({_reason(error)}); check its spelling and permissions"
         ) from error
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name}: is a directory; name the picture inside it")
+        raise ImageError(f"{name}: is a directory; name the image inside it")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name}: is not a regular file; pass its bytes instead")
     if status.st_size == 0:

@@ -1,10 +1,10 @@
-"""Dynamic tiling: a picture becomes a grid of square tiles and a thumbnail, equal bit for bit to
+"""Dynamic tiling: an image becomes a grid of square tiles and a thumbnail, equal bit for bit to
 the released model's.
 
 The rule is that of `dynamic_preprocess` in the InternVL code
 (internvl_chat/internvl/train/dataset.py): the grid of at most `max_tiles` tiles whose aspect is
-nearest to the picture's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
-reading order, and the whole picture squeezed into one more tile at the end. Other bicubic filters
+nearest to the image's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
+reading order, and the whole image squeezed into one more tile at the end. Other bicubic filters
 (torchvision, jax.image) give different pixels.
 """
 
@@ -20,7 +20,7 @@ from internvl3_jax.config import ProcessorConfig
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) with min_tiles <= columns * rows <= max_tiles, fewest tiles first.
 
-    The order of grids with equally many tiles is free: for limits up to 40 no picture is equally
+    The order of grids with equally many tiles is free: for limits up to 40 no image is equally
     near to two of them.
     """
     grids = [
@@ -39,19 +39,19 @@ def choose_grid(
 
     Distances are differences of quotients in float64, as the released code computes them; in
     float32 765 x 540 and 289 x 408, among others, get another grid. Between exactly equal distances
-    the grid with more tiles wins if the picture has more than half of that grid's pixels. Where no
-    grid has min_tiles to max_tiles tiles, as when `image_limit` leaves a picture fewer than
+    the grid with more tiles wins if the image has more than half of that grid's pixels. Where no
+    grid has min_tiles to max_tiles tiles, as when `image_limit` leaves an image fewer than
     min_tiles, the grid is (1, 1), as in the released code.
 
     Raises:
-      ValueError: for a picture without pixels or a limit below one tile.
+      ValueError: for an image without pixels or a limit below one tile.
     """
     if width < 1 or height < 1:
         raise ValueError(
-            f"a picture of {width} x {height} pixels cannot be tiled; both sides must be at least 1"
+            f"an image of {width} x {height} pixels cannot be tiled; both sides must be at least 1"
         )
     if max_tiles < 1:
-        raise ValueError(f"max_tiles is {max_tiles}; a picture needs at least 1 tile")
+        raise ValueError(f"max_tiles is {max_tiles}; an image needs at least 1 tile")
     aspect = width / height
     best, smallest = (1, 1), float("inf")
     for columns, rows in candidate_grids(min_tiles, max_tiles):
@@ -83,33 +83,33 @@ def image_limit(processor: ProcessorConfig, n_images: int, max_tiles: int | None
 def count_tiles(
     width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None
 ) -> int:
-    """Number of tiles `cut_tiles` makes of a picture, thumbnail included. max_tiles as in
+    """Number of tiles `cut_tiles` makes of an image, thumbnail included. max_tiles as in
     `cut_tiles`.
     """
-    return grid_tiles(*picture_grid(width, height, processor, max_tiles), processor)
+    return grid_tiles(*image_grid(width, height, processor, max_tiles), processor)
 
 
 def cut_tiles(
     image: Image.Image, processor: ProcessorConfig, max_tiles: int | None = None
 ) -> np.ndarray:
-    """Tiles u8[n, S, S, 3] of an RGB picture with S = processor.image_size: the grid in reading
+    """Tiles u8[n, S, S, 3] of an RGB image with S = processor.image_size: the grid in reading
     order, then the thumbnail.
 
     A grid of one tile has no thumbnail, nor has any grid when processor.use_thumbnail is off.
 
     Args:
       image: what `open_image` returns.
-      max_tiles: limit of this picture without its thumbnail; processor.max_tiles when None.
+      max_tiles: limit of this image without its thumbnail; processor.max_tiles when None.
 
     Raises:
-      ValueError: if the picture is not RGB or cannot be tiled (see `choose_grid`).
+      ValueError: if the image is not RGB or cannot be tiled (see `choose_grid`).
     """
     if image.mode != "RGB":
         raise ValueError(
-            f"cut_tiles needs an RGB picture, not mode {image.mode}; open it with internvl3_jax.data.media.images.open_image"
+            f"cut_tiles needs an RGB image, not mode {image.mode}; open it with internvl3_jax.data.media.images.open_image"
         )
     size = processor.image_size
-    columns, rows = picture_grid(image.width, image.height, processor, max_tiles)
+    columns, rows = image_grid(image.width, image.height, processor, max_tiles)
     canvas = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
     tiles = np.empty((grid_tiles(columns, rows, processor), size, size, 3), np.uint8)
     grid = tiles[: columns * rows].reshape(rows, columns, size, size, 3)
@@ -119,7 +119,7 @@ def cut_tiles(
     return tiles
 
 
-def picture_grid(
+def image_grid(
     width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None
 ) -> tuple[int, int]:
     """`choose_grid` with the settings of a processor."""

@@ -1,4 +1,4 @@
-"""Frames of a video: a file that FFmpeg reads (video_file.py), a GIF, or a folder with one picture
+"""Frames of a video: a file that FFmpeg reads (video_file.py), a GIF, or a folder with one image
 a frame.
 
 Training draws them as InternVL does (internvl/train/dataset.py): a number of frames n, drawn
@@ -7,7 +7,7 @@ last. Evaluation takes the middle of n segments, as its MVBench program does. A 
 in seconds. Deviations, each where the original fails or ignores the request:
 
   clip of a GIF       honoured, by its frame durations (the original reads the whole GIF)
-  clip of a folder    refused: its pictures carry no times (the original reads the whole folder)
+  clip of a folder    refused: its images carry no times (the original reads the whole folder)
   clip past the end   ends with the video (the original fails if it happens to draw a frame there)
   order in a folder   by name, numbers by value (the original needs names ending in _NUMBER.jpg and
   leaves others unsorted)
@@ -30,7 +30,7 @@ from internvl3_jax.data.sources.files import is_folder, is_remote, join, list_fo
 from internvl3_jax.io.safe_files import reason
 from internvl3_jax.io.terminal import excerpt, short_name
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _clip_seconds(footage: Footage, clip) -> tuple[float, float, float]:
         )
     if not footage.fps:
         raise VideoError(
-            "clip: the frame rate is unknown, as always of a folder of pictures; leave the clip out"
+            "clip: the frame rate is unknown, as always of a folder of images; leave the clip out"
         )
     return clip[0], clip[1], footage.fps
 
@@ -125,7 +125,7 @@ def read_frames(
     max_pixels: int | None = MAX_PIXELS,
     allow_truncated: bool = False,
 ) -> list[Image.Image]:
-    """RGB pictures of the frames that `choose` picks, in its order.
+    """RGB images of the frames that `choose` picks, in its order.
 
     Args:
       video: path or address of a file or folder, or the bytes of a file.
@@ -178,9 +178,9 @@ def _check_path(path: str) -> None:
 def _read_folder(
     folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool
 ) -> list[Image.Image]:
-    names = [name for name in list_folder(folder) if name.lower().endswith(PICTURES)]
+    names = [name for name in list_folder(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not names:
-        raise VideoError(f"the folder holds no pictures ({', '.join(PICTURES)})")
+        raise VideoError(f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     paths = [
         join(folder, names[index]) for index in _checked(choose, Footage(len(names), None, False))
     ]

@@ -3,16 +3,16 @@ same ones whatever else is drawn.
 
 As decord, the reader of the InternVL code, and ffmpeg:
 
-  the stream              the best one, never a cover picture
-  turned, mirrored        as the display matrix says (phones); angles that are no multiple of 90 degrees are left, as decord does
+  the stream              the best one, never a cover image
+  turned                  as the display matrix says (phones), bit for bit as decord 0.6; by no multiple of 90 degrees: as stored
+  mirrored                as the display matrix says, as ffmpeg; decord leaves the mirroring out
   sample aspect ratio     ignored
   hidden frames           not counted: edit lists, VP8 and VP9 frames that are only referred to, leading frames that need an earlier part
   a start between key     counted by decoding: what comes before the first usable key frame is left out
     frames
-  a damaged middle        the last frame that can be decoded stands in the place of those that cannot; a line in the log says so
+  a damaged middle        frames that cannot be decoded are replaced by the last one before them that can; the log says so
 """
 
-import bisect
 import io
 import logging
 import os
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from internvl3_jax.data.media.frame_groups import FrameGroups, is_counted
 from internvl3_jax.data.media.images import MAX_PIXELS, TRUNCATED_REMEDY, check_pixels
 from internvl3_jax.io.terminal import one_line
 
@@ -58,7 +59,7 @@ def read_file(
         import av
     except ImportError as error:
         raise VideoError("videos need PyAV: pip install -e '.[video]'") from error
-    file = _File(av, video, name, max_pixels, allow_truncated)
+    file = VideoFile(av, video, name, max_pixels, allow_truncated)
     try:
         with file.open() as container:
             stream = file.stream(container)
@@ -74,7 +75,7 @@ def read_file(
         wanted = choose(len(times), rate)
         distinct = sorted({times[index] for index in wanted})
         if keys:
-            found = file.by_time(distinct, keys)
+            found = file.by_time(distinct, times, keys)
         else:
             found = dict.fromkeys(distinct)
             file.numbers(found)
@@ -85,7 +86,7 @@ def read_file(
     return [found[times[index]] for index in wanted]
 
 
-class _File:
+class VideoFile:
     """One file, opened as often as its frames need."""
 
     def __init__(
@@ -113,17 +114,21 @@ class _File:
         ]
         if not streams:
             raise VideoError(
-                "has no video stream"
-                + (", only a cover picture" if container.streams.video else "")
+                "has no video stream" + (", only a cover image" if container.streams.video else "")
             )
         best = container.streams.best("video")
         stream = next(
             (stream for stream in streams if best is not None and stream.index == best.index),
             streams[0],
         )
+        if stream.codec_context is None:
+            raise VideoError("is of a codec that FFmpeg does not know, or is damaged")
         check_pixels(
             stream.codec_context.width, stream.codec_context.height, self.max_pixels, self.name
         )
+        # Several threads conceal damage in an order of chance. Samples have threads of their own.
+        if not stream.codec_context.is_open:
+            stream.codec_context.thread_count = 1
         return stream
 
     def check_whole(self, container, stream) -> None:
@@ -142,12 +147,9 @@ class _File:
         """Times of all frames and of the key frames in the stream's unit, ascending, without
         decoding; [], [] if they are not sure.
         """
-        codec = stream.codec_context.name
         packets = []
-        for packet in self._packets(container, stream):
-            if not packet.size or packet.is_discard:
-                continue
-            if not _is_hidden(codec, packet):
+        for packet in self.packets(container, stream):
+            if is_counted(packet):
                 packets.append((packet.pts, packet.is_keyframe, packet.is_corrupt))
             if len(packets) > MOST_FRAMES:
                 raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
@@ -170,53 +172,25 @@ class _File:
             return [], []
         return sorted(times), keys
 
-    def by_time(self, wanted: list[int], keys: list[int]) -> dict[int, Image.Image]:
-        """Images by time. Between wanted frames it jumps to the last key frame before the next one,
-        if that is ahead.
-        """
-        found, now, frames = {}, None, iter(())
-        with self.open() as container:
-            stream = self.stream(container)
-            for time in wanted:
-                key = keys[max(0, bisect.bisect_right(keys, time) - 1)]
-                if now is None or key > now:
-                    container.seek(key, stream=stream)
-                    frames = self._frames(container, stream)
-                for frame in frames:
-                    now = frame.pts
-                    if now is None or now >= time:
-                        break
-                if now != time:  # a container whose seeking is inexact, or damage
-                    return self._from_the_beginning(wanted)
-                found[time] = self._image(frame)
-        return found
-
-    def _from_the_beginning(self, wanted: list[int]) -> dict[int, Image.Image]:
-        """As `by_time`, by decoding up to the last frame wanted; in the place of a missing one the
-        last one before it.
-        """
-        found, missing, before, remaining = {}, 0, None, list(wanted)
-        with self.open() as container:
-            for frame in self._frames(container, self.stream(container)):
-                if frame.pts is None:
-                    continue
-                while remaining and frame.pts > remaining[0]:
-                    found[remaining.pop(0)] = self._image(before or frame)
-                    missing += 1
-                if remaining and frame.pts == remaining[0]:
-                    found[remaining.pop(0)] = self._image(frame)
-                if not remaining:
-                    break
-                before = frame
-            if remaining and before is None:
+    def by_time(
+        self, wanted: Sequence[int], times: Sequence[int], keys: Sequence[int]
+    ) -> dict[int, Image.Image]:
+        """Decodes the frames at the times `wanted`, ascending; `times` returned the others."""
+        groups = FrameGroups(self, times, keys)
+        images = {}
+        for time, frame in groups.decode(wanted):
+            if frame is None:
                 raise VideoError("holds no frame that can be decoded; the file is damaged")
-            for time in remaining:
-                found[time] = self._image(before)
-            missing += len(remaining)
-        if missing:
-            message = "%s: %d of %d frames cannot be decoded, the frame before stands in their place; the file is damaged"
-            logging.getLogger(__name__).warning(message, one_line(self.name), missing, len(wanted))
-        return found
+            images[time] = self._image(frame)
+        if groups.replaced:
+            logging.getLogger(__name__).warning(
+                "%s: %d of %d frames cannot be decoded and are replaced by the frame before; "
+                "the file is damaged",
+                one_line(self.name),
+                groups.replaced,
+                len(wanted),
+            )
+        return images
 
     def numbers(self, wanted: dict[int, Image.Image | None]) -> list[int]:
         """The numbers of all frames, by decoding them; those in `wanted` get their image."""
@@ -230,25 +204,40 @@ class _File:
                     wanted[number] = self._image(frame)
         return numbers
 
-    def _packets(self, container, stream) -> Iterator:
+    def packets(self, container, stream) -> Iterator:
+        """Yields the packets of the stream from where the container is."""
         try:
             yield from container.demux(stream)
         except self.av.FFmpegError:
             if not self.allow_truncated:
                 raise
 
+    def seek(self, container, time: int) -> bool:
+        """Moves to the last key frame up to `time`, or thereabouts. False if that fails."""
+        try:
+            container.seek(time, stream=self.stream(container))
+        except self.av.FFmpegError:
+            return False
+        return True
+
+    def decode(self, packet, flush: bool = False) -> Sequence:
+        """Returns the frames that a packet completes; with flush those that the decoder holds."""
+        try:
+            return packet.stream.decode(None) if flush else packet.decode()
+        except self.av.FFmpegError:
+            return ()
+
     def _frames(self, container, stream) -> Iterator:
-        """The frames that can be decoded."""
-        for packet in self._packets(container, stream):
-            try:
-                frames = packet.decode()
-            except self.av.FFmpegError:
-                continue
-            yield from frames
+        """Yields the frames that can be decoded."""
+        for packet in self.packets(container, stream):
+            yield from self.decode(packet)
 
     def _image(self, frame) -> Image.Image:
         check_pixels(frame.width, frame.height, self.max_pixels, self.name)
-        pixels = frame.to_ndarray(format="rgb24")
+        # Of a copy: reading side data keeps a frame in memory for a while, and of damaged frames
+        # some decoders leave pixels as they are in the memory that they reuse.
+        frame = frame.reformat(format="rgb24")
+        pixels = frame.to_ndarray()
         for item in frame.side_data:
             if item.type.name == "DISPLAYMATRIX":
                 pixels = upright(pixels, np.frombuffer(item, np.int32).reshape(3, 3))
@@ -269,15 +258,3 @@ def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     if max(abs(a), abs(d)) <= degree * min(abs(b), abs(c)):
         return pixels.swapaxes(0, 1)[:: 1 if b >= 0 else -1, :: 1 if c >= 0 else -1]
     return pixels
-
-
-def _is_hidden(codec: str, packet) -> bool:
-    """Whether a packet of VP8 or VP9 holds nothing but a frame that later ones refer to."""
-    data = memoryview(packet)
-    if codec in ("vp8", "libvpx"):
-        return not data[0] >> 4 & 1
-    # a superframe ends with a frame that is shown
-    if codec not in ("vp9", "libvpx-vp9") or data[-1] >> 5 == 0b110:
-        return False
-    header = data[0] if data[0] >> 4 & 3 != 3 else data[0] << 1  # profile 3 has one bit more
-    return not header >> 3 & 1 and not header >> 1 & 1

@@ -11,10 +11,10 @@ That a file was written is seen from its size, its time stamp, and the time of i
 which no program can set back. An index that was built within a moment of that change is built
 again: the clock of a file system is coarse.
 
-A JSONL row is a line. Lines without content count as rows (and are errors when read), except at the
-end of the file. A row of a tar shard is a run of files with the same name up to the first dot, as
-WebDataset writes them. Of an ArrayRecord file, which finds its records itself, the index holds the
-numbers in front alone.
+A row of a JSON list is one of its objects. A JSONL row is a line. Lines without content count as
+rows (and are errors when read), except at the end of the file. A row of a tar shard is a run of
+files with the same name up to the first dot, as WebDataset writes them. An ArrayRecord file finds
+its records itself, so its index holds only the numbers in front.
 """
 
 import dataclasses
@@ -35,12 +35,13 @@ from internvl3_jax.data.sources.files import (
     is_remote,
     open_binary,
 )
+from internvl3_jax.data.sources.json_list import ListScanner, is_list
 from internvl3_jax.data.sources.tars import members
 from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.safe_files import open_regular
 from internvl3_jax.io.terminal import one_line
 
-VERSION = 2
+VERSION = 3
 _HEADER_NAMES = (
     "version",
     "size",
@@ -48,7 +49,7 @@ _HEADER_NAMES = (
     "changed",
     "built",
     "rows",
-    "pictures",
+    "images",
     "hash0",
     "hash1",
     "hash2",
@@ -59,8 +60,13 @@ HEADER = len(_HEADER_NAMES)  # int64 before the offsets
 # stamps
 SETTLED = 2 * 10**9
 CHUNK = 1 << 24  # bytes read at a time
+LIST_CHUNK = 1 << 20  # of a JSON list, whose brackets are counted
+START = 4096  # bytes that tell a list from lines
+MEDIA_PARTS = {"image", "image_url", "video", "video_url"}  # types of content parts
 MAX_ROW = 256 << 20  # bytes of a JSON row
-MENTIONS = (b'"image"', b'"video"', b'"images"', b'"videos"')
+MENTIONS = tuple(
+    f'"{name}{end}"'.encode() for name in ("image", "video") for end in ("", "s", "_url")
+)
 
 
 @dataclasses.dataclass
@@ -69,7 +75,7 @@ class RowIndex:
 
     offsets: np.ndarray  # i64[rows + 1], mapped; empty for ArrayRecord
     rows: int
-    has_pictures: bool  # whether any row has a picture or video
+    has_images: bool  # whether any row has an image or video
     digest: (
         # hex; of the rows' bytes in their order, of a tar shard of its rows' JSON and its members'
         # names, sizes and places
@@ -78,10 +84,23 @@ class RowIndex:
     stamp: tuple[int, int, int]  # `fingerprint` of the file
 
 
-def has_pictures(row) -> bool:
-    """Whether a row of the annotations has a picture or a video."""
-    return isinstance(row, dict) and any(
-        row.get(name) for name in ("image", "video", "images", "videos")
+def has_images(row) -> bool:
+    """Whether a row of the annotations has an image or a video, by its keys or as a content part."""
+    if not isinstance(row, dict):
+        return False
+    if any(row.get(name) for name in ("image", "video", "images", "videos")):
+        return True
+    turns = row.get("messages") or row.get("conversations")
+    contents = [
+        turn.get("content") or turn.get("value")
+        for turn in (turns if isinstance(turns, list) else ())
+        if isinstance(turn, dict)
+    ]
+    return any(
+        isinstance(part, dict) and not MEDIA_PARTS.isdisjoint([*part, str(part.get("type"))])
+        for content in contents
+        if isinstance(content, list)
+        for part in content
     )
 
 
@@ -106,9 +125,7 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            index = _write(
-                path, place, stamp, scan or (_scan_tar if path.endswith(".tar") else _scan_lines)
-            )
+            index = _write(path, place, stamp, scan or _scan_of(path))
         except PermissionError:
             continue
         except OSError as error:
@@ -146,7 +163,7 @@ def _load(place: pathlib.Path, stamp: tuple[int, int, int], digest: str | None) 
     index = RowIndex(
         values[HEADER:],
         header["rows"],
-        bool(header["pictures"]),
+        bool(header["images"]),
         values[HEADER - 4 : HEADER].tobytes().hex(),
         found,
     )
@@ -199,7 +216,7 @@ def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Ca
         os.unlink(temporary)
         raise
     return RowIndex(
-        _map(place)[HEADER:], writer.rows, writer.pictures, writer.digest.hexdigest(), stamp
+        _map(place)[HEADER:], writer.rows, writer.images, writer.digest.hexdigest(), stamp
     )
 
 
@@ -208,7 +225,7 @@ class _Writer:
 
     def __init__(self, out):
         self.out, self.count, self.rows = out, 0, 0
-        self.digest, self.pictures = hashlib.sha256(), False
+        self.digest, self.images = hashlib.sha256(), False
         self._header()
         self._append([0] * HEADER)
 
@@ -231,7 +248,7 @@ class _Writer:
         hashes = np.frombuffer(self.digest.digest(), np.int64).tolist()
         self.out.write(
             np.asarray(
-                [VERSION, *stamp, built, self.rows, self.pictures, *hashes], np.int64
+                [VERSION, *stamp, built, self.rows, self.images, *hashes], np.int64
             ).tobytes()
         )
 
@@ -242,6 +259,32 @@ class _Writer:
             "shape": (self.count,),
         }
         np.lib.format.write_array_header_1_0(self.out, described)
+
+
+def _scan_of(path: str) -> Callable:
+    if path.endswith(".tar"):
+        return _scan_tar
+    return _scan_json if path.endswith(".json") else _scan_lines
+
+
+def _scan_json(file, writer: _Writer, path: str) -> None:
+    """A .json file is a list of rows or, as some data sets are published, has one on each line."""
+    start = file.read(START)
+    file.seek(0)
+    (_scan_list if is_list(start) else _scan_lines)(file, writer, path)
+
+
+def _scan_list(file, writer: _Writer, path: str) -> None:
+    def add_row(start: int, row: bytes) -> None:
+        writer.starts([start])
+        if not writer.images and any(mention in row for mention in MENTIONS):
+            writer.images = parsed_has_images(row)
+
+    scanner = ListScanner(path, add_row, MAX_ROW)
+    while chunk := file.read(LIST_CHUNK):
+        writer.digest.update(chunk)
+        scanner.feed(chunk)
+    writer.end(scanner.finish())
 
 
 def _scan_lines(file, writer: _Writer, path: str) -> None:
@@ -258,12 +301,12 @@ def _scan_lines(file, writer: _Writer, path: str) -> None:
         starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (position + 1)
         writer.starts(starts[starts < end])
         position += len(chunk)
-        if not writer.pictures:
+        if not writer.images:
             lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            writer.pictures = _lines_have_pictures(lines + newline)
+            writer.images = _lines_have_images(lines + newline)
             if len(rest) > MAX_ROW:  # an error when it is read
                 rest = b""
-    writer.pictures = writer.pictures or _lines_have_pictures(rest)
+    writer.images = writer.images or _lines_have_images(rest)
     writer.end(end)
 
 
@@ -280,23 +323,23 @@ def _content_end(file) -> int:
     return 0
 
 
-def _lines_have_pictures(lines: bytes) -> bool:
-    """Whether any of these whole lines has a picture. Only those that mention one are parsed."""
+def _lines_have_images(lines: bytes) -> bool:
+    """Whether any of these whole lines has an image. Only those that mention one are parsed."""
     for mention in MENTIONS:
         place = lines.find(mention)
         while place >= 0:
             start, stop = lines.rfind(b"\n", 0, place) + 1, lines.find(b"\n", place)
             stop = len(lines) if stop < 0 else stop
-            if parsed_has_pictures(lines[start:stop]):
+            if parsed_has_images(lines[start:stop]):
                 return True
             place = lines.find(mention, stop)
     return False
 
 
-def parsed_has_pictures(line: bytes) -> bool:
-    """`has_pictures` of a row's bytes; False if they are no JSON."""
+def parsed_has_images(line: bytes) -> bool:
+    """`has_images` of a row's bytes; False if they are no JSON."""
     try:
-        return has_pictures(strict_json.loads(line, ""))
+        return has_images(strict_json.loads(line, ""))
     except ValueError:  # whoever reads this row gets the error with its place
         return False
 
@@ -313,9 +356,9 @@ def _scan_tar(file, writer: _Writer, path: str) -> None:
         if member.name.endswith(".json"):
             content = member.read()
             writer.digest.update(content)
-            writer.pictures = writer.pictures or parsed_has_pictures(content)
+            writer.images = writer.images or parsed_has_images(content)
         else:
-            writer.pictures = True
+            writer.images = True
     writer.end(end)
 
 
