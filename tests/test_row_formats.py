@@ -21,7 +21,7 @@ from official_data import (
 
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.pipeline import sample_dataset, source_names
-from internvl3_jax.data.sources import row_index
+from internvl3_jax.data.sources import row_scan
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import FileError
 from internvl3_jax.data.sources.json_list import ListScanner
@@ -306,7 +306,7 @@ NESTED = [
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
 def test_rows_of_a_list_are_found_whatever_the_chunks(tmp_path, monkeypatch, indent, size):
-    monkeypatch.setattr(row_index, "LIST_CHUNK", size)
+    monkeypatch.setattr(row_scan, "LIST_CHUNK", size)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(NESTED, indent=indent, ensure_ascii=False) + "\n \n")
     rows = Rows([str(path)])
