@@ -371,8 +371,8 @@ def test_the_digits_come_through_the_same_functions():
         (0, number % 50, number) for number in range(60)
     ]
     question = open_sources(config)[0].questions[7]
-    deltas = [UNITS] * len(question.pictures)
-    expected = make_sample(question.messages, question.pictures, tokenizer(), PROCESSOR, deltas)
+    deltas = [UNITS] * len(question.images)
+    expected = make_sample(question.messages, question.images, tokenizer(), PROCESSOR, deltas)
     assert_equal(
         [expected], [{name: value for name, value in samples[7].items() if name not in SCALARS}]
     )

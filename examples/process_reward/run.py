@@ -1,17 +1,19 @@
-"""A critic in miniature: a model that makes mistakes, a critic trained on labels of its steps, and how
+"""A critic in miniature: trains a model that makes mistakes and a critic of its steps, and counts how
 often the critic finds the correct one of eight answers.
 
     pip install -e '.[demo]'
     python examples/process_reward/run.py runs/process_reward
 
-    taught      images with solutions, and solutions without images; `policy`, a run of train.py, learns from them
-    labels      the policy's own solutions to other images, each step labeled + or - by 16 continuations
-                (internvl3_jax.reward.make_process_labels)
+    taught      images with solutions, and solutions without images: the data of `policy`, a run of
+                train.py
+    labels      the policy's own solutions to other images, each step labeled + or - by 16
+                continuations (internvl3_jax.reward.make_process_labels)
     critic      a run of train.py that starts from the policy and learns the labels
-    test        images of handwriting that is in no training image. Eight answers to each, one of them greedy. The
-                table compares the greedy answer, the majority and the critic's choice
+    test        images of unseen handwriting. Eight answers to each, one of them greedy. The table
+                compares the greedy answer, the majority and the critic's choice
 
-The task is in task.py. Run again, it resumes. results.json and results.md are made of all finished seeds.
+The task is in task.py. Run again, it resumes. results.json and results.md are made of all finished
+seeds.
 """
 
 import argparse
