@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from internvl3_jax.checkpoints.checkpoint import Checkpoint, load, save_checkpoint
     from internvl3_jax.config import (
+        CheckpointConfig,
         DataConfig,
+        EvalConfig,
+        LoggingConfig,
         LoraConfig,
         LossConfig,
         MeshConfig,
-        ModelConfig,
         OptimizerConfig,
-        ProcessorConfig,
         TrainConfig,
     )
     from internvl3_jax.data.batch import Batch, Prompt, make_prompt
     from internvl3_jax.inference.chat import Answer, Chat
     from internvl3_jax.inference.options import Options
     from internvl3_jax.model.internvl import InternVL
+    from internvl3_jax.model_config import ModelConfig, ProcessorConfig
     from internvl3_jax.reward.best_of_n import Choice, best_of_many, best_of_n
     from internvl3_jax.reward.critic import Critic, CriticOptions, StepScores
     from internvl3_jax.sizes import SIZES
@@ -35,11 +37,14 @@ __all__ = [
     "Batch",
     "Chat",
     "Checkpoint",
+    "CheckpointConfig",
     "Choice",
     "Critic",
     "CriticOptions",
     "DataConfig",
+    "EvalConfig",
     "InternVL",
+    "LoggingConfig",
     "LoraConfig",
     "LossConfig",
     "MeshConfig",
@@ -60,19 +65,21 @@ __all__ = [
 _MODULES = {
     "checkpoints.checkpoint": ("Checkpoint", "load", "save_checkpoint"),
     "config": (
+        "CheckpointConfig",
         "DataConfig",
+        "EvalConfig",
+        "LoggingConfig",
         "LoraConfig",
         "LossConfig",
         "MeshConfig",
-        "ModelConfig",
         "OptimizerConfig",
-        "ProcessorConfig",
         "TrainConfig",
     ),
     "data.batch": ("Batch", "Prompt", "make_prompt"),
     "inference.chat": ("Answer", "Chat"),
     "inference.options": ("Options",),
     "model.internvl": ("InternVL",),
+    "model_config": ("ModelConfig", "ProcessorConfig"),
     "reward.best_of_n": ("Choice", "best_of_many", "best_of_n"),
     "reward.critic": ("Critic", "CriticOptions", "StepScores"),
     "sizes": ("SIZES",),

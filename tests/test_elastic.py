@@ -15,7 +15,7 @@ import train
 from internvl3_jax.config import EvalConfig, MeshConfig
 from internvl3_jax.parallel import multihost, sharding
 from internvl3_jax.training.metrics import MetricsAggregator
-from internvl3_jax.training.run import AsyncSaver
+from internvl3_jax.training.saver import AsyncSaver
 from tests.support.official_run import official_config, write_official
 from tests.support.tiny_checkpoint import changed
 
@@ -49,10 +49,10 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
     train.save_config(config, workdir)
     with monkeypatch.context() as patch:
-        start = AsyncSaver.start
+        start = AsyncSaver.save
         patch.setattr(
             AsyncSaver,
-            "start",
+            "save",
             lambda self, step, state, *rest: (
                 check_memory(state, memory) or start(self, step, state, *rest)
             ),

@@ -16,7 +16,7 @@ from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
-from internvl3_jax.training.start import reinit_dead_ranks
+from internvl3_jax.training.state import reinit_dead_ranks
 from tests.support.lora_setup import LORA, config_of, start
 
 ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)
@@ -61,7 +61,7 @@ def test_a_base_may_move_and_a_run_that_is_one_may_go_on(lora_base, tmp_path):
     shutil.rmtree(tmp_path / "lora" / "checkpoints" / "2")
     with pytest.raises(
         ValueError,
-        match=r"trained beside .*sft/checkpoints/1 as it was then; .*checkpoints/2 has other parameters",
+        match=r"trained on the base .*sft/checkpoints/1, and .*checkpoints/2 has other parameters",
     ):
         start(config, tmp_path / "lora")
     jax.tree.map(

@@ -102,7 +102,9 @@ def test_another_base_is_noticed(lora_run, lora_base, tmp_path, caplog):
     assert convert([str(workdir), str(tmp_path / "merged"), "--base", str(tmp_path / "other")]) == 1
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    with pytest.raises(ValueError, match="step 3 of .* was trained beside .* has other parameters"):
+    with pytest.raises(
+        ValueError, match="step 3 of .* was trained on the base .* has other parameters"
+    ):
         start(config_of(tmp_path / "other"), tmp_path / "run")
     with caplog.at_level(logging.WARNING):
         load(tmp_path / "other", dtype="bfloat16", adapters={"it": workdir})

@@ -257,7 +257,7 @@ def test_a_killed_run_is_resumed_in_object_storage(command, root):
     )
     assert (
         "waiting up to 3 s for a sign of life" in ended[0].out
-        and "going on from step" in ended[0].out
+        and "resuming from step" in ended[0].out
     )
     log = log_of(as_path(root) / "run")
     assert [row[:2] for row in log] == [row[:2] for row in expected]

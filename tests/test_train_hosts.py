@@ -104,7 +104,7 @@ def test_a_killed_process_ends_the_others(killed):
     for number in (0, 1, 3):
         assert ended[number].status in (EXIT_PEER_LOST, -signal.SIGABRT), ended[number].out
         assert re.search(
-            r"process 2 \(host \S+\) (no longer answers|gives no sign of life)", ended[number].out
+            r"process 2 \(host \S+\) (no longer answers|sends no heartbeat)", ended[number].out
         )
     assert latest_step(workdir) % SAVE_EVERY == 0, "what was complete is kept"
 
@@ -131,7 +131,7 @@ def test_other_processes_go_on_from_its_checkpoint(
             *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
         )
     )[0].out
-    assert f"going on from step {STEPS - SAVE_EVERY} of {workdir}" in out
+    assert f"resuming from step {STEPS - SAVE_EVERY} of {workdir}" in out
     check_same(log_of(workdir), alone)
 
 

@@ -18,7 +18,7 @@ from internvl3_jax.data.reference_table import ReferenceTable
 from internvl3_jax.data.sources.internvl_jsonl import Conversation
 from internvl3_jax.data.text.chat_template import Encoded, encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
-from internvl3_jax.positions import draw_deltas, parse_delta
+from internvl3_jax.positions import parse_delta, sample_deltas
 
 
 class ExampleBuilder:
@@ -52,7 +52,7 @@ class ExampleBuilder:
         tiles = [self.cut(picture, conversation) for picture in conversation.pictures[:kept]]
         if conversation.augment:
             tiles = [recompress(part, rng) for part in tiles]
-        deltas = draw_deltas(kept, rng, self.deltas)
+        deltas = sample_deltas(kept, rng, self.deltas)
         finish = finish_sample
         if self.config.pairs:
             finish = functools.partial(

@@ -13,7 +13,8 @@ from internvl3_jax.config import LanguageConfig
 from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.parallel.sharding import BATCH_AXES
 
-LayerCache = dict[str, Float[Array, "B S K H"]]
+# [B,S,K,H] each. Rows and slots are not bound, since `grow` and `repeat` change them.
+LayerCache = dict[str, Float[Array, "_ _ K H"]]
 Cache = list[LayerCache]
 
 

@@ -65,7 +65,7 @@ def preload() -> None:
     import internvl3_jax.reward.make_pairs
     import internvl3_jax.training.evaluation
     import internvl3_jax.training.metrics
-    import internvl3_jax.training.run  # noqa: F401
+    import internvl3_jax.training.state  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import av  # noqa: F401
