@@ -31,7 +31,7 @@ import jax
 from internvl3_jax.fit.advice import flags_text, with_flags
 from internvl3_jax.fit.search import search
 from internvl3_jax.fit.topology import parse
-from internvl3_jax.inference.generator import TOKENS_PER_CALL
+from internvl3_jax.inference.programs import TOKENS_PER_CALL
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "fit_table.json"
