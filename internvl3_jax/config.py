@@ -141,6 +141,11 @@ class ProcessorConfig:
 
     def __post_init__(self):
         check_tile_rule(self.tiles, "processor.tiles")
+        if not self.stop_tokens or not all(self.stop_tokens):
+            raise ValueError(
+                f"processor.stop_tokens is {self.stop_tokens!r}; name the tokens that end an "
+                'answer, such as "<|im_end|>"'
+            )
         if self.max_total_tiles < 0:
             raise ValueError(
                 f"processor.max_total_tiles is {self.max_total_tiles}; it must be at least 1, or 0 for no limit"

@@ -12,7 +12,12 @@ import pytest
 
 from internvl3_jax.inference import answer_file, prompts
 from internvl3_jax.inference.answer_file import AnswerFile, read_answers
-from internvl3_jax.inference.requests import check_requests, image_hashes, read_requests, tag_remarks
+from internvl3_jax.inference.requests import (
+    check_requests,
+    image_hashes,
+    read_requests,
+    tag_remarks,
+)
 from internvl3_jax.io.safe_files import FileError
 
 pytestmark = pytest.mark.smoke
@@ -183,7 +188,10 @@ def test_an_image_that_was_replaced_is_noticed(asked, output, tmp_path):
     [
         ({"temperature": 1.0}, "temperature is 0.0 in the file, 1.0 now"),
         ({"weights": "def"}, "weights is 'abc' in the file, 'def' now"),
-        ({"system": "Talk like a pirate."}, "system is None in the file, 'Talk like a pirate.' now"),
+        (
+            {"system": "Talk like a pirate."},
+            "system is None in the file, 'Talk like a pirate.' now",
+        ),
         ({"tiles": "shared"}, "tiles is 'not recorded' in the file, 'shared' now"),
     ],
 )

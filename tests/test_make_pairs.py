@@ -27,7 +27,11 @@ class Model:
 
     def candidates(self, requests, n, *, answer_prefixes=(), seed=0, names=(), **options):
         self.asked.append((requests, n, answer_prefixes, options))
-        broken = [name for name, (_, images) in zip(names, requests) if "broken.png" in images]
+        broken = [
+            name
+            for name, (_, images) in zip(names, requests, strict=False)
+            if "broken.png" in images
+        ]
         if broken:
             raise ValueError(f"{broken[0]}: broken.png: cannot be decoded")
         texts = [self.answers[question.split()[-1]] for question, _ in requests]
@@ -43,7 +47,9 @@ def question(name: str, answer: str | None = "6") -> Question:
 
 
 def pairs_of(*answers: str, settings=None):
-    (found,) = find_pairs(Model(q=list(answers)), [question("q")], settings or PairSettings(samples=8))
+    (found,) = find_pairs(
+        Model(q=list(answers)), [question("q")], settings or PairSettings(samples=8)
+    )
     return found
 
 
@@ -94,7 +100,9 @@ def test_a_rejected_stated_answer_does_not_contain_the_chosen_one(right, wrong, 
 
 def test_case_does_not_matter_there():
     (found,) = find_pairs(
-        Model(q=["Answer: Red", "Answer: dark red"]), [question("q", "red")], PairSettings(samples=2)
+        Model(q=["Answer: Red", "Answer: dark red"]),
+        [question("q", "red")],
+        PairSettings(samples=2),
     )
     assert (found.counts["right"], found.counts["wrong"], found.rows) == (1, 1, [])
 
@@ -136,7 +144,10 @@ def test_without_an_answer_the_second_half_is_made_blind():
 
 def test_it_goes_on_behind_the_last_finished_question(tmp_path):
     answers = {f"q{n}": ["Answer: 6", "Answer: 7"] if n % 2 else ["Answer: 7"] for n in range(6)}
-    questions, settings = [question(name) for name in answers], PairSettings(samples=2, batch_size=4)
+    questions, settings = (
+        [question(name) for name in answers],
+        PairSettings(samples=2, batch_size=4),
+    )
     output = tmp_path / "pairs.jsonl"
     run(Model(**answers), questions, output, settings)
     whole, done = output.read_bytes(), done_path(output).read_bytes()
@@ -198,7 +209,9 @@ def test_a_question_that_cannot_be_asked(tmp_path, capsys):
     assert rows == ["q0", "q2", "q3", "q1"]
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 40, b'{"id": "q', b'{"id": "q1\0\0\0', b'{"id": "\xe4\xb9'])
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 40, b'{"id": "q', b'{"id": "q1\0\0\0', b'{"id": "\xe4\xb9']
+)
 def test_a_torn_tail_is_cut_off(tmp_path, capsys, tail):
     answers = {f"q{n}": ["Answer: 6", "Answer: 7"] for n in range(3)}
     questions, settings = [question(name) for name in answers], PairSettings(samples=2)

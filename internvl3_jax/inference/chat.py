@@ -11,7 +11,6 @@ answers to each.
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator, Sequence
 from typing import Unpack
 
@@ -21,7 +20,7 @@ from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
 from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.text.chat_template import ChatError, insert_missing_tags
-from internvl3_jax.inference.compile_clock import CompileClock
+from internvl3_jax.inference.answer import Answer, Stopwatch
 from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.options import OptionChanges, Options, units
@@ -30,40 +29,6 @@ from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
 from internvl3_jax.inference.text_stream import TextStreamer
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import rope_scaling
-
-
-@dataclasses.dataclass
-class Answer:
-    """An answer, and what it took.
-
-    Attributes:
-      text: without stop tokens and stop texts.
-      token_ids: as generated; the stop id is the last one if it was generated.
-      prompt_tokens: number of tokens of the prompt, the earlier turns included.
-      tiles: number of tiles of each image of the conversation, thumbnails included.
-      seconds: from the question to the last token, compilation included.
-      first_token_seconds: from the question to the first token, without compilation.
-      reused_tokens: tokens of the prompt that were in the cache from earlier turns.
-      finish: "stop" for a stop token or text, "length" if `max_new_tokens` cut the answer off.
-      compile_seconds: spent on compiling programs, 0.0 if all had been compiled before.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    tiles: list[int]
-    seconds: float
-    first_token_seconds: float
-    reused_tokens: int = 0
-    finish: str = "stop"
-    compile_seconds: float = 0.0
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Of the tokens after the first, without compilation; 0.0 if there is only one."""
-        following = len(self.token_ids) - 1
-        seconds = self.seconds - self.compile_seconds - self.first_token_seconds
-        return max(0.0, seconds) / following if following > 0 else 0.0
 
 
 class Chat:
@@ -197,7 +162,7 @@ class Chat:
         A turn that fails, or that the caller leaves before its end, does not enter the
         conversation.
         """
-        watch = _Stopwatch(self.generator.compile_clock)
+        watch = Stopwatch(self.generator.compile_clock)
         options = self.options.with_changes(options)
         # 1) The conversation so far and the question, as one prompt.
         tiles, deltas = _cut_images(images, self.processor, options)
@@ -292,7 +257,7 @@ class Chat:
             raise ValueError(f"n is {n}; it must be at least 1")
         if not requests:
             return []
-        watch = _Stopwatch(self.generator.compile_clock)
+        watch = Stopwatch(self.generator.compile_clock)
         # 1) Prompts.
         names = names or [f"request {number}" for number in range(1, len(requests) + 1)]
         prefixes = answer_prefixes or [""] * len(requests)
@@ -327,7 +292,7 @@ class Chat:
         state: DecodeState,
         config: GenerationConfig,
         streamers: Sequence[TextStreamer],
-        watch: "_Stopwatch",
+        watch: Stopwatch,
     ) -> Iterator[list[str]]:
         """Yields the new text of each row until all have ended, then what was held back."""
         for pieces in self.generator.stream(state, config):
@@ -343,7 +308,7 @@ class Chat:
         streamer: TextStreamer,
         prompt: Prompt,
         options: Options,
-        watch: "_Stopwatch",
+        watch: Stopwatch,
         *,
         reused_tokens: int = 0,
         keep_start: bool = False,
@@ -366,24 +331,6 @@ class Chat:
         """Returns the rope scaling. deltas: V2PE units of the images of the conversation."""
         current = [self.processor.delta] if options.delta is None else units(options.delta)
         return rope_scaling(self.generator.config.language, [*current, *deltas])
-
-
-class _Stopwatch:
-    """Times an answer. Attributes are set by `first_token` and `stop`."""
-
-    def __init__(self, compile_clock: CompileClock):
-        self._clock, self._compiled = compile_clock, compile_clock.seconds
-        self._began = time.perf_counter()
-        self.seconds = self.first_token_seconds = self.compile_seconds = 0.0
-
-    def first_token(self) -> None:
-        if not self.first_token_seconds:
-            compiling = self._clock.seconds - self._compiled
-            self.first_token_seconds = time.perf_counter() - self._began - compiling
-
-    def stop(self) -> None:
-        self.seconds = time.perf_counter() - self._began
-        self.compile_seconds = self._clock.seconds - self._compiled
 
 
 def _cut_images(

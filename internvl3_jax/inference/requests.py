@@ -1,6 +1,6 @@
 """Reads the JSONL file of infer.py --requests.
 
-    {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY, "expected": ANY, "task": ANY, "extra": ANY}
+    {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY, "expected": ANY, "extra": ANY, ...}
 
 Only the prompt is required. Relative paths start at the directory of the file. The keys in `KEPT`
 are not interpreted; the answer repeats them, and "extra" has room for anything else.
@@ -152,7 +152,7 @@ def tag_remarks(requests: Sequence[dict]) -> str:
 
 
 def image_hashes(images: Sequence[str]) -> list[str | None]:
-    """Returns 16 hexadecimal digits of the SHA-256 of each file; None for one that cannot be read."""
+    """Returns 16 hexadecimal digits of the SHA-256 of each file; None if it cannot be read."""
     return [_image_hash(image) for image in images]
 
 

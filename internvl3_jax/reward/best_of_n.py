@@ -5,8 +5,8 @@
     choice.text, choice.candidates[choice.best].scores
 
 The first candidate is the greedy answer, so one candidate is ordinary answering. The others are
-sampled at temperature 0.7 and top_p 0.95, as the authors of InternVL did in VLMEvalKit in March 2025
-(today's VLMEvalKit has temperature 0.6). The question runs once for all candidates.
+sampled at temperature 0.7 and top_p 0.95, as the authors of InternVL did in VLMEvalKit in March
+2025 (today's VLMEvalKit has temperature 0.6). The question runs once for all candidates.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Choice:
         return {"text": self.text} | {name: fields[name] for name in names}
 
     def table(self) -> str:
-        """Returns a line per candidate: its score, votes and final answer; * marks the chosen one."""
+        """Returns a line per candidate with its score, votes and final answer; * is the chosen one."""
         lines = []
         for index, candidate in enumerate(self.candidates):
             score = ""

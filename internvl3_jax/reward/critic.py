@@ -5,8 +5,8 @@ forward pass per solution.
     best = max(critic.score("How many?", ["a.png"], solutions), key=lambda scores: scores.score)
 
 The model is an ordinary checkpoint that was trained to answer + or - after every step
-(data/critic_format.py), as VisualPRM (Wang et al. 2025). Its + and - are compared at the token where
-the answer to each step would begin. The question, its images included, runs once for all solutions;
+(data/critic_format.py), as VisualPRM (Wang et al. 2025). Its + and - are compared at the token
+where the answer to each step would begin. The question, its images included, runs once for all solutions;
 each continues from a copy of the cache.
 
 B solutions, N steps, V vocabulary.
@@ -103,8 +103,8 @@ class Critic:
 
     Args:
       checkpoint: of `internvl3_jax.load`.
-      generator: one that holds the checkpoint's parameters already (`chat.generator`), if the critic
-        is the model that answers.
+      generator: one that holds the checkpoint's parameters already (`chat.generator`), if the
+        critic is the model that answers.
     """
 
     def __init__(self, checkpoint, generator: Generator | None = None, **options):

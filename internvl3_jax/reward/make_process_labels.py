@@ -11,8 +11,8 @@ stated answer ("Answer: ..." or a box; see answer_matching.py).
 For each question some solutions are sampled. From the end of each step, the last one too, several
 continuations are sampled. The share of them that states the right answer is the step's score, and a
 step above --threshold is a +. A continuation begins right after the last character of the step, so
-it may also continue the step. Unlike in VisualPRM's scripts, which give them 0, steps after one with
-score 0 are continued as well.
+it may also continue the step. Unlike in VisualPRM's scripts, which give them 0, steps after one
+with score 0 are continued as well.
 
 Each line of --output is a conversation for train.py (list it in a meta JSON whose root is the
 questions' folder), with the scores of the steps and the number of texts without a stated answer
