@@ -208,7 +208,7 @@ def ask_again(answerer: Answerer, requests: Sequence[dict], output: AnswerFile) 
 def answer_from(
     answerer: Answerer, requests: Sequence[dict], output: AnswerFile | None, start: int
 ) -> None:
-    """Answers the requests from index `start` on; appends each batch to the output, if there is one."""
+    """Answers the requests from index `start` on; appends each batch to the output, if any."""
     from rich.progress import track
 
     size = answerer.requests_per_batch

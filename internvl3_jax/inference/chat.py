@@ -16,17 +16,15 @@ from typing import Unpack
 
 import numpy as np
 
-from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
-from internvl3_jax.data.media.images import ImageError
-from internvl3_jax.data.text.chat_template import ChatError, insert_missing_tags
+from internvl3_jax.data.batch import Prompt, make_prompt
+from internvl3_jax.data.text.chat_template import insert_missing_tags
 from internvl3_jax.inference.answer import Answer, Stopwatch
 from internvl3_jax.inference.generator import GenerationConfig, Generator
-from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.options import OptionChanges, Options, units
 from internvl3_jax.inference.programs import DecodeState
 from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
 from internvl3_jax.inference.text_stream import TextStreamer
+from internvl3_jax.inference.turn import cut_images, system_messages, user_message
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import rope_scaling
 
@@ -165,9 +163,9 @@ class Chat:
         watch = Stopwatch(self.generator.compile_clock)
         options = self.options.with_changes(options)
         # 1) The conversation so far and the question, as one prompt.
-        tiles, deltas = _cut_images(images, self.processor, options)
-        question = insert_missing_tags([_user_message(question)], len(tiles))
-        messages = (self.messages or _system_messages(options)) + question
+        tiles, deltas = cut_images(images, self.processor, options)
+        question = insert_missing_tags([user_message(question)], len(tiles))
+        messages = (self.messages or system_messages(options)) + question
         tiles, deltas = self.tiles + tiles, self.deltas + deltas
         prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas)
         config = options.generation_config((options.seed,), self._scaling(options, deltas))
@@ -212,9 +210,9 @@ class Chat:
           ContextError: the prompt is too long.
         """
         options = self.options.with_changes(options)
-        tiles, deltas = _cut_images(images, self.processor, options, where)
-        messages = insert_missing_tags([_user_message(question)], len(tiles), where)
-        messages = _system_messages(options) + messages
+        tiles, deltas = cut_images(images, self.processor, options, where)
+        messages = insert_missing_tags([user_message(question)], len(tiles), where)
+        messages = system_messages(options) + messages
         prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where)
         if answer_prefix:
             prompt = extend_prompt(prompt, self.tokenizer.encode(answer_prefix, special=False))
@@ -331,31 +329,3 @@ class Chat:
         """Returns the rope scaling. deltas: V2PE units of the images of the conversation."""
         current = [self.processor.delta] if options.delta is None else units(options.delta)
         return rope_scaling(self.generator.config.language, [*current, *deltas])
-
-
-def _cut_images(
-    images, processor: ProcessorConfig, options: Options, where: str = ""
-) -> tuple[list[np.ndarray], list[int]]:
-    """Returns the tiles u8[n,S,S,3] and the V2PE units of each image of one turn."""
-    try:
-        opened = open_images(images, processor, options)
-    except ImageError as error:
-        raise ImageError(f"{where}: {error}" if where else str(error)) from error
-    deltas = [processor.delta] if options.delta is None else units(options.delta)
-    if len(deltas) == 1:
-        deltas = deltas * len(opened)
-    if len(deltas) != len(opened):
-        raise ChatError(
-            f"{where + ': ' if where else ''}{len(deltas)} deltas for {len(opened)} images; give "
-            "one, or one per image"
-        )
-    limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
-    return cut_pictures(opened, processor, options.max_tiles, **limits), deltas
-
-
-def _user_message(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def _system_messages(options: Options) -> list[dict]:
-    return [] if options.system is None else [{"role": "system", "content": options.system}]

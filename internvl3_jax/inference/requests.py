@@ -122,8 +122,8 @@ def check_requests(requests: Sequence[dict], on_error: str) -> None:
         tags, images = request["prompt"].count(PICTURE_TAG), len(request["image"])
         if on_error == "stop" and 0 < tags < images:
             raise ValueError(
-                f"{name_of(request)}: {images} images, but {tags} {PICTURE_TAG} tags; write one for "
-                "each, or none"
+                f"{name_of(request)}: {images} images, but {tags} {PICTURE_TAG} tags; write one "
+                "for each, or none"
             )
         if absent := [image for image in request["image"] if not _exists(image)]:
             missing.append(f"{name_of(request)}: {one_line(absent[0])} does not exist")

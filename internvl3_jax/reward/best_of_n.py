@@ -69,7 +69,7 @@ class Choice:
         return {"text": self.text} | {name: fields[name] for name in names}
 
     def table(self) -> str:
-        """Returns a line per candidate with its score, votes and final answer; * is the chosen one."""
+        """Returns a line per candidate: score, votes and final answer; * marks the chosen one."""
         lines = []
         for index, candidate in enumerate(self.candidates):
             score = ""

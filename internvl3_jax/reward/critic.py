@@ -6,8 +6,8 @@ forward pass per solution.
 
 The model is an ordinary checkpoint that was trained to answer + or - after every step
 (data/critic_format.py), as VisualPRM (Wang et al. 2025). Its + and - are compared at the token
-where the answer to each step would begin. The question, its images included, runs once for all solutions;
-each continues from a copy of the cache.
+where the answer to each step would begin. The question, its images included, runs once for all
+solutions; each continues from a copy of the cache.
 
 B solutions, N steps, V vocabulary.
 """
