@@ -182,7 +182,7 @@ def test_lines_whatever_their_length_and_end(tmp_path, monkeypatch, ending, chun
     ],
     ids=str,
 )
-def test_whether_a_source_has_pictures(tmp_path, monkeypatch, row, expected, chunk):
+def test_whether_a_source_has_images(tmp_path, monkeypatch, row, expected, chunk):
     monkeypatch.setattr(row_scan, "CHUNK", chunk)
     filler = {"conversations": turns('say "image"', '"video"')}
     assert (

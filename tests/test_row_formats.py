@@ -7,17 +7,6 @@ import re
 
 import numpy as np
 import pytest
-from official_data import (
-    PROCESSOR,
-    data_config,
-    encoded,
-    picture,
-    tokenizer,
-    turns,
-    write_meta,
-    write_rows,
-    write_tar,
-)
 
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.pipeline import sample_dataset, source_names
@@ -28,6 +17,17 @@ from internvl3_jax.data.sources.json_list import ListScanner
 from internvl3_jax.data.sources.meta import MetaError
 from internvl3_jax.data.sources.row_turns import read_turns
 from internvl3_jax.data.sources.rows import RowError, Rows
+from tests.support.official_data import (
+    PROCESSOR,
+    data_config,
+    encoded,
+    picture,
+    tokenizer,
+    turns,
+    write_meta,
+    write_rows,
+    write_tar,
+)
 
 TEXT = {"conversations": turns("hi", "ho")}
 
