@@ -14,7 +14,7 @@ from test_step import GRADIENT, assert_close, batch, compiled_step, first_state
 from tiny_checkpoint import CONFIG, random_params
 
 from internvl3_jax.config import MeshConfig, OptimizerConfig
-from internvl3_jax.fit.compiled import collectives
+from internvl3_jax.fit.hlo import collectives
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel import sharding
 from internvl3_jax.parallel.collectives import all_gather_weight, require_mesh
