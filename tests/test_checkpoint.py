@@ -376,7 +376,7 @@ def test_verification_has_levels(saved):
     (saved / "files.json").unlink()
     load(saved)
     os.mkfifo(saved / "params" / "pipe")
-    with pytest.raises(Damaged, match="params/pipe is no regular file"):
+    with pytest.raises(Damaged, match="params/pipe is not a regular file"):
         load(saved)
 
 

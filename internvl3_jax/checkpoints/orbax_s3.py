@@ -49,7 +49,7 @@ def _whole_scheme(path: str) -> str:
 
 
 def _s3(path: str) -> dict:
-    """Returns TensorStore's spec of an s3:// address, with endpoint and region from AWS variables."""
+    """Returns TensorStore's spec of an s3:// address; AWS variables give endpoint and region."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
     spec = {"driver": "s3", "bucket": bucket, "path": key}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

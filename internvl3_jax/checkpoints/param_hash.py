@@ -12,8 +12,8 @@ def tree_hash(leaves: dict[str, jax.Array]) -> str:
     """Returns a hash of the leaves' bits, names and shapes: 16 hexadecimal digits.
 
     A change of one element always changes it: each position adds another bijection of the element's
-    bits to a sum modulo 2^32. Changes of several elements collide about once in 2^64 cases. It takes
-    one pass over the leaves, on the devices; two words of each are copied to the host.
+    bits to a sum modulo 2^32. Changes of several elements collide about once in 2^64 cases. One
+    pass over the leaves on the devices; two words of each are copied to the host.
     """
     return combined(described(leaves))
 

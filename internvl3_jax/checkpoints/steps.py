@@ -156,7 +156,8 @@ def restore_training(
     directory = steps_of(run) / str(step)
     if not is_checkpoint(directory):
         raise FileNotFoundError(
-            f"{directory} is not a complete checkpoint; the newest of this run is {latest_step(run)}"
+            f"{directory} is not a complete checkpoint; the newest of this run is "
+            f"{latest_step(run)}"
         )
     with undamaged(directory, verify, False, together=True):
         values = read_training(run, step)

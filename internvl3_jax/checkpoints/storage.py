@@ -218,7 +218,7 @@ def by_path(tree: Mapping) -> dict[str, object]:
 
 
 class TreeWriter:
-    """Writes a tree leaf by leaf; small leaves are collected, because each write has a fixed cost."""
+    """Writes a tree leaf by leaf; small leaves are written together, as each write costs time."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -293,7 +293,7 @@ def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
       path: the tree's directory.
       abstract: tree with the shape, dtype and sharding of each leaf; the default device is used
         where the sharding is None.
-      prepare: maps each leaf's path and value to the value to keep; leaves are then read one by one.
+      prepare: maps each leaf's path and value to the value to keep; leaves are then read singly.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

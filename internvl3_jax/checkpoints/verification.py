@@ -73,7 +73,7 @@ def _is_weights(name: str) -> bool:
 
 def _damaged(directory: pathlib.Path, wrong: str) -> Damaged:
     return Damaged(
-        f"{one_line(str(directory))} is damaged: {wrong}; bring it back from a copy, or use "
+        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use "
         "another checkpoint"
     )
 
