@@ -9,10 +9,19 @@ import pickle
 
 import numpy as np
 import pytest
-from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_video
+from official_data import (
+    PROCESSOR,
+    data_config,
+    make_sample,
+    picture,
+    tokenizer,
+    turns,
+    write_meta,
+    write_video,
+)
 
 from internvl3_jax.config import UNITS, DataConfig
-from internvl3_jax.data.batch import SampleError, average_weights, make_sample
+from internvl3_jax.data.batch import SampleError, average_weights
 from internvl3_jax.data.media.augment import recompress
 from internvl3_jax.data.pipeline import mix, sample_dataset, sample_stream, source_names
 from internvl3_jax.data.sources.catalog import open_sources
