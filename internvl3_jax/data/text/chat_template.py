@@ -50,7 +50,7 @@ Message = dict[str, str | int]
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be encoded. The message has its place, the error and the remedy."""
+    """A conversation that cannot be encoded. The message has its place, error and remedy."""
 
 
 @dataclasses.dataclass
@@ -176,8 +176,8 @@ def insert_missing_tags(
 ) -> list[Message]:
     r"""Puts <image> tags in front of the first user message if no user message has any.
 
-    One image: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. The texts of a
-    conversation with tags, or without images, are kept; `encode_chat` checks the number of tags.
+    One image: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. The texts of
+    a conversation with tags, or without images, are kept; `encode_chat` checks the number of tags.
     Messages with more tags than images get the key "images".
     """
     _check_form(messages, where)
