@@ -207,6 +207,8 @@ def _renamed(row, prefix):
     [
         ([{"type": "audio", "audio": "a.wav"}], "part 1: type is 'audio'; expected text, image"),
         ([{"type": "input_text", "text": "a"}], "part 1: type is 'input_text'"),
+        ([{"type": "image_ulr", "image_url": "a.png"}], "did you mean 'image_url'?"),
+        ([{"type": ["text"], "text": "a"}], "part 1: type is ['text']"),
         ([text("a"), 5], "part 2: is 5; expected an object"),
         ([{"type": "image", "imgae": "a.png"}], "did you mean 'image'?"),
         ([{"type": "image", "image": "a.png", "path": "b.png"}], "expected one of the keys image"),
