@@ -137,6 +137,9 @@ FORMATS = {
         "InternVL": {"conversations": turns("Write <image>.", "It is <image>.")},
         "OpenAI": {"messages": said("Write <image>.", "It is <image>.")},
         "parts": {"messages": said([text("Write <image>.")], [text("It is <image>.")])},
+        "parts with nulls": {
+            "messages": said([text("Write <image>.") | {"image": None}], "It is <image>.")
+        },
     },
 }
 
