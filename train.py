@@ -241,13 +241,13 @@ def setup(
 
 def train(run: TrainingRun) -> TrainState:
     """Runs the remaining steps; logs, evaluates and saves when they are due."""
-    config, first, step_fn = run.config, int(run.state.step) + 1, None
+    config, first, step_fn, prepared = run.config, int(run.state.step) + 1, None, None
     before, started_at = run.history.seconds, time.perf_counter()
     log = run_log.Log(run.workdir, config, first - 1, jax.process_index() == 0)
     with log, multihost.preemption_signal() as preemption_signal, run.saver:
         for step in range(first, config.steps + 1):
             log.profile(step)
-            prepared = next(run.loader)
+            prepared = next_batch(run, log.console, step, prepared, preemption_signal)
             batch = run.placement.arrays(prepared.batch)
             if step == first:
                 step_fn = compile_step(run, batch, log.console)
@@ -277,6 +277,26 @@ def train(run: TrainingRun) -> TrainState:
             if stop and step < config.steps:
                 leave(run, log.console, step, stop)
     return run.state
+
+
+def next_batch(
+    run: TrainingRun, console: Console, step: int, previous: HostBatch | None, preemption_signal
+) -> HostBatch:
+    """Returns the batch of a step.
+
+    A signal to all processes of a job ends the workers too, so that no batch comes. The step before
+    is then saved and the process left, as after a signal to this process alone.
+    """
+    try:
+        return next(run.loader)
+    except Exception:
+        stop = 0 if jax.process_count() > 1 else preemption_signal(step)
+        if not stop or previous is None:
+            raise
+        run.guard.check()
+        if run.saver.step != step - 1:
+            run.saver.save(step - 1, run.state, previous, run.history)
+        leave(run, console, step - 1, stop)
 
 
 class Due(NamedTuple):
