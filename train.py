@@ -36,7 +36,6 @@ from internvl3_jax.training.console import Console
 from internvl3_jax.training.evaluation import Evaluator
 from internvl3_jax.training.guards import FiniteCheck, SkipLog, compare_hosts
 from internvl3_jax.training.history import RunHistory, farewell, is_finished
-from internvl3_jax.training.log_sinks import check_extras
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.optimizer import Optimizer, make_optimizer
 from internvl3_jax.training.param_table import component_table, format_table
@@ -74,7 +73,7 @@ def run(argv) -> None:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
-    check(chosen.config)
+    checks.check_run(chosen.config)
     multihost.initialize(
         host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value
     )
@@ -90,19 +89,6 @@ def run(argv) -> None:
             fit(config, workdir, mesh, newest)
         if is_first:
             print(farewell(config, workdir), flush=True)
-
-
-def check(config: TrainConfig) -> None:
-    """Raises ValueError or ImportError for a configuration that cannot be trained.
-
-    Reads nothing and touches no device.
-    """
-    checks.validate(config)
-    check_extras(config)
-    if not config.data.source:
-        raise ValueError(
-            "data.source is empty; name the meta JSON of your data: --config.data.source=meta.json"
-        )
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
@@ -134,8 +120,8 @@ def fit(
 
     Args:
       mesh: None takes all devices.
-      newest: The newest complete step of the run, None if there is none. By default it is looked
-        up, and the configuration is compared with the run's.
+      newest: The newest complete step of the run, or None. By default it is looked up, and the
+        configuration is compared with the run's.
 
     Returns:
       The parameters.
@@ -300,11 +286,7 @@ def next_batch(
 
 
 class Due(NamedTuple):
-    """What is done at a step.
-
-    Attributes:
-      compare: Whether the hosts compare what they train.
-    """
+    """What is done at a step; `compare` is the comparison of the hosts."""
 
     compare: bool
     log: bool
@@ -325,7 +307,7 @@ def cadence(config: TrainConfig, step: int, first: int) -> Due:
 
 
 def compile_step(run: TrainingRun, batch: dict, console: Console):
-    """Compiles the train step. Processes compile side by side and wait for each other afterwards."""
+    """Compiles the train step. Processes compile side by side and meet afterwards."""
     console.say("compiling the train step ...")
     started_at = time.perf_counter()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
