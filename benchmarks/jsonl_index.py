@@ -94,11 +94,11 @@ def run_step(step: str, path: str) -> dict:
     """Seconds and peak memory of one step in this process. "text_only" scans for pictures to the
     end of the file, finding none.
     """
-    from internvl3_jax.data.sources import row_index
+    from internvl3_jax.data.sources import row_scan
     from internvl3_jax.data.sources.rows import Rows
 
     if step == "text_only":
-        row_index.MENTIONS = (b'"no such key"', b'"nor this one"')
+        row_scan.MENTIONS = (b'"no such key"', b'"nor this one"')
         os.unlink(f"{path}.index.npy")
     began, result = time.perf_counter(), {}
     if step != "imports":

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-from local_processes import Processes, free_address
 
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.io.integrity import MANIFEST
+from tests.support.local_processes import Processes, free_address
 
 NAMES = [MANIFEST, "params/a", "params/b", "params/c", "training.json"]
 WORKER = """

@@ -199,7 +199,7 @@ def test_pictures_and_question_are_run_once(monkeypatch):
     number of solutions.
     """
     encoded, run = [], []
-    generate, step = critic_module.Generator.features, critic_module._step
+    generate, step = critic_module.Generator.features, critic_module.programs.hidden_states
 
     def features(self, prompts, length, keep):
         runs = [
@@ -215,7 +215,7 @@ def test_pictures_and_question_are_run_once(monkeypatch):
         return step(model, params, tokens, *rest)
 
     monkeypatch.setattr(critic_module.Generator, "features", features)
-    monkeypatch.setattr(critic_module, "_step", stepped)
+    monkeypatch.setattr(critic_module.programs, "hidden_states", stepped)
     tiny_critic().score(QUESTION, [picture(40, 20)], [f"{n}\n\nAnswer: {n}" for n in range(8)])
     assert sum(encoded) == 3  # two tiles and the thumbnail
     assert run == [(1, 64), (8, 64)]

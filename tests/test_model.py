@@ -209,7 +209,7 @@ def test_delta_matters_from_the_second_visual_token_on(delta):
 def test_only_differences_of_positions_matter():
     row = make_row([(2, 64)])
     moved = row | {"positions": row["positions"] + 100 * UNITS}
-    np.testing.assert_allclose(logits(moved), logits(row), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(logits(moved), logits(row), rtol=1e-5, atol=1e-5)
 
 
 # --- merging -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.media.video import middle_frames
-from internvl3_jax.data.sources import files, row_index
+from internvl3_jax.data.sources import files, row_index, row_scan
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import FileError
 from internvl3_jax.data.sources.meta import MetaError, read_meta
@@ -161,7 +161,7 @@ def test_the_index_follows_its_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", ["", "\n", "\n\n  \n"], ids=repr)
 @pytest.mark.parametrize("chunk", [7, 1 << 24])
 def test_lines_whatever_their_length_and_end(tmp_path, monkeypatch, ending, chunk):
-    monkeypatch.setattr(row_index, "CHUNK", chunk)
+    monkeypatch.setattr(row_scan, "CHUNK", chunk)
     texts = ["x" * length for length in (0, 1, 5, 40, 2)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + ending)
@@ -182,8 +182,8 @@ def test_lines_whatever_their_length_and_end(tmp_path, monkeypatch, ending, chun
     ],
     ids=str,
 )
-def test_whether_a_source_has_pictures(tmp_path, monkeypatch, row, expected, chunk):
-    monkeypatch.setattr(row_index, "CHUNK", chunk)
+def test_whether_a_source_has_images(tmp_path, monkeypatch, row, expected, chunk):
+    monkeypatch.setattr(row_scan, "CHUNK", chunk)
     filler = {"conversations": turns('say "image"', '"video"')}
     assert (
         Rows([str(write_rows(tmp_path / "a.jsonl", [filler, row, filler]))]).has_images == expected

@@ -226,7 +226,7 @@ def test_the_stream_has_the_shares_of_the_mixture_in_every_shard():
         ({"source_weights": "log"}, "data.source_weights is 'log'"),
         ({"source_weights": "given"}, "no weight for text"),
         ({"text_fraction": 2.0}, "at most 1"),
-        ({"text_fraction": 0.5}, "no source with pictures"),
+        ({"text_fraction": 0.5}, "no source with images"),
         ({"on_bad_sample": "ignore"}, "data.on_bad_sample is 'ignore'"),
         ({"min_frames": 9}, "data.min_frames is 9"),
         ({"deltas": ("2",)}, "delta '2'"),

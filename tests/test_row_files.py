@@ -16,7 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from internvl3_jax.data.reference_table import ReferenceError, ReferenceTable
-from internvl3_jax.data.sources import files, row_index, rows, tars
+from internvl3_jax.data.sources import files, row_index, row_scan, rows, tars
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import ChangedError, FileError
 from internvl3_jax.data.sources.meta import MetaError, read_meta, read_sources
@@ -218,9 +218,9 @@ def test_other_kinds_of_files_say_what_to_do(tmp_path):
 
 
 def test_a_row_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_index, "MAX_ROW", 100)
+    monkeypatch.setattr(row_scan, "MAX_ROW", 100)
     monkeypatch.setattr(rows, "MAX_ROW", 100)
-    monkeypatch.setattr(row_index, "CHUNK", 64)
+    monkeypatch.setattr(row_scan, "CHUNK", 64)
     found = Rows(
         [str(write_rows(tmp_path / "a.jsonl", [{"n": 1}, {"n": "x" * 1000}, {"image": "a.png"}]))]
     )
@@ -375,7 +375,7 @@ def test_samples_have_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MAX_MEMBERS", 3)
     with pytest.raises(RowError, match="more than 3 files"):
         decode_tar(PADDED + b"".join(header(f"a.{n}.png", 0) for n in range(5)))
-    monkeypatch.setattr(row_index, "MAX_ROW", 10)
+    monkeypatch.setattr(row_scan, "MAX_ROW", 10)
     monkeypatch.setattr(tars, "MAX_HEADER", 10)
     (tmp_path / "a.tar").write_bytes(PADDED + END)
     with pytest.raises(FileError, match="at most"):

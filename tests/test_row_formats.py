@@ -7,7 +7,17 @@ import re
 
 import numpy as np
 import pytest
-from official_data import (
+
+from internvl3_jax.data.example import ExampleBuilder
+from internvl3_jax.data.pipeline import sample_dataset, source_names
+from internvl3_jax.data.sources import row_scan
+from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.data.sources.files import FileError
+from internvl3_jax.data.sources.json_list import ListScanner
+from internvl3_jax.data.sources.meta import MetaError
+from internvl3_jax.data.sources.row_turns import read_turns
+from internvl3_jax.data.sources.rows import RowError, Rows
+from tests.support.official_data import (
     PROCESSOR,
     data_config,
     encoded,
@@ -18,16 +28,6 @@ from official_data import (
     write_rows,
     write_tar,
 )
-
-from internvl3_jax.data.example import ExampleBuilder
-from internvl3_jax.data.pipeline import sample_dataset, source_names
-from internvl3_jax.data.sources import row_index
-from internvl3_jax.data.sources.catalog import open_sources
-from internvl3_jax.data.sources.files import FileError
-from internvl3_jax.data.sources.json_list import ListScanner
-from internvl3_jax.data.sources.meta import MetaError
-from internvl3_jax.data.sources.row_turns import read_turns
-from internvl3_jax.data.sources.rows import RowError, Rows
 
 TEXT = {"conversations": turns("hi", "ho")}
 
@@ -306,7 +306,7 @@ NESTED = [
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
 def test_rows_of_a_list_are_found_whatever_the_chunks(tmp_path, monkeypatch, indent, size):
-    monkeypatch.setattr(row_index, "LIST_CHUNK", size)
+    monkeypatch.setattr(row_scan, "LIST_CHUNK", size)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(NESTED, indent=indent, ensure_ascii=False) + "\n \n")
     rows = Rows([str(path)])

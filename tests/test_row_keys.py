@@ -399,7 +399,7 @@ def test_pairs_and_their_images(place):
     )
 
 
-def test_a_file_of_rows_of_other_spellings_has_pictures(tmp_path):
+def test_a_file_of_rows_of_other_spellings_has_images(tmp_path):
     for number, key in enumerate(("images", "videos")):
         rows = RowSource(
             read_meta(write_meta(tmp_path, a={"rows": [TEXT, {key: ["x"], "messages": SAID}]}))[0]

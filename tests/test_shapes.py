@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "shape_checks.py"
+SCRIPT = pathlib.Path(__file__).parent / "support/shape_checks.py"
 
 
 @functools.cache

@@ -253,11 +253,11 @@ def test_data_parallel_sums_gradients_and_nothing_else(style):
     found = collectives(text, 8)
     assert {row.kind for row in found} == {"all-reduce"}
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(STYLES[style]))) * 4
-    assert size * 2 * 7 / 8 <= sum(row.bytes for row in found) <= 1.1 * size * 2 * 7 / 8
+    assert size * 2 * 7 / 8 <= sum(row.bytes for row in found) <= 1.001 * size * 2 * 7 / 8
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_fsdp_gathers_each_matrix_at_most_twice_and_scatters_its_gradient(style):
+def test_fsdp_gathers_each_weight_once_and_scatters_its_gradient(style):
     mesh, config = sharding.make_mesh(MESHES["fsdp"]), STYLES[style]
     *_, text = on_mesh(style, "fsdp")
     received = Counter()
@@ -270,7 +270,11 @@ def test_fsdp_gathers_each_matrix_at_most_twice_and_scatters_its_gradient(style)
         for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
         if any(place.spec)
     ]
-    # looked up where it lies: its rows travel, not the table
+    # Only the embedding rows that are looked up travel, not the table.
     table = shapes["language"]["embedding"].size * 4
-    matrices = (sum(split) - table) * 7 / 8
-    assert 0.9 * matrices <= received["all-gather"] <= 2.2 * matrices
+    weights = (sum(split) - table) * 7 / 8
+    assert weights <= received["all-gather"] <= 1.02 * weights
+    # On a CPU a reduce-scatter is compiled to an all-reduce, which receives twice as much.
+    gradients = received["reduce-scatter"] + received["all-reduce"] / 2
+    assert weights <= gradients <= 1.05 * weights
+    assert received["all-to-all"] <= 0.1 * weights

@@ -369,11 +369,11 @@ def test_official_data_from_a_released_checkpoint(tmp_path, capsys):
 
 
 def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
-    """With workers, mixture, augmentation, packing and micro-batches on: killed twice at random
-    steps, without mercy.
+    """With workers, mixture, augmentation, packing and micro-batches on, killed by SIGKILL: first
+    while a step is being saved, then between two saves. tools/kill.py kills at random moments.
     """
     meta = write_official(tmp_path)
-    changes = {"steps": 14, "checkpoint__every": 2, "eval__every": 0, "eval__source": ""}
+    changes = {"steps": 10, "checkpoint__every": 2, "eval__every": 0, "eval__source": ""}
     path = tmp_path / "official.py"
     lines = [
         "from tests.support.official_run import official_config",
@@ -392,8 +392,7 @@ def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
     process = command(tmp_path / "whole", "--config.data.workers=0", config=path)
     _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-    kills = sorted(np.random.default_rng(int.from_bytes(os.urandom(4))).integers(3, 14, 2))
-    for last in kills:
+    for last in (4, 7):
         process = command(tmp_path / "run", config=path)
         for line in process.stdout:
             if line.startswith(f"step {last}/"):
@@ -403,7 +402,7 @@ def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
     process = command(tmp_path / "run", config=path)
     _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole"), f"killed at {kills}"
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 
 
 def test_any_step_is_exported(whole_run, tmp_path):

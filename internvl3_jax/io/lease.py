@@ -17,18 +17,17 @@ LEASE = 45.0  # seconds
 
 
 class Lease:
-    """Held by one process at a time, for as long as it gives signs of life; a context manager like
-    safe_files.Lock.
+    """Held by one process at a time, which renews it; a context manager like safe_files.Lock.
 
-    The holder writes an object anew several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE
-    of the environment, the same for all).
-    Whoever finds the object watches it that long and takes it over if it does not change meanwhile.
-    So a holder that was killed blocks nobody for longer, and no clocks are compared.
+    The holder rewrites an object several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE in
+    the environment, the same for all). A process that finds the object watches it that long, and
+    takes it over if it does not change. So a killed holder blocks others no longer than that, and
+    no clocks are compared.
 
     Args:
       path: address of the lease's object.
       what: what errors say is in use.
-      note: called with a text when there is something to wait for.
+      note: called with a text before waiting.
 
     Raises:
       InUse: from `acquire` and `with`: the holder is alive.
@@ -47,11 +46,11 @@ class Lease:
             )
             self._watch(found)
         self._write(0)
-        # of two that begin at once the one that wrote last stays
+        # Of two processes that start at once the last writer wins.
         time.sleep(min(1.0, self.patience / 10))
         if self.token not in (self._read() or b"").decode(errors="replace"):
             raise InUse(
-                f"{self.what} is in use by another process that began at the same time; use "
+                f"{self.what} is in use by another process that started at the same time; use "
                 "another place"
             )
         self.stopped.clear()
@@ -89,7 +88,7 @@ class Lease:
         count = 0
         while not self.stopped.wait(self.patience / 5):
             count += 1
-            with contextlib.suppress(OSError):  # the next one may get through
+            with contextlib.suppress(OSError):  # the next write may succeed
                 self._write(count)
 
     def _read(self) -> bytes | None:
@@ -109,9 +108,7 @@ class Lease:
 
 
 def holder(content: bytes) -> str:
-    """ " (process 12 on host)" of what a lock's holder wrote into it; nothing if that cannot be
-    read.
-    """
+    """Returns " (process 12 on host)" from a lock's content, "" if it cannot be read."""
     try:
         values = json.loads(content)
         return f" (process {int(values['process'])} on {one_line(str(values['host']))})"

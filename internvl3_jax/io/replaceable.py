@@ -1,4 +1,4 @@
-"""What --overwrite may replace: directories that this program made and that hold nothing else."""
+"""Decides what --overwrite may replace: directories of this program that hold nothing else."""
 
 import os
 import pathlib
@@ -11,18 +11,25 @@ from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.safe_files import OWN, FileError, reason
 from internvl3_jax.io.terminal import one_line
 
-# What checkpoints and exports consisted of before there was a list of their files.
+# Files of checkpoints and exports that have no files.json.
 _KNOWN = re.compile(
-    r"params/.*|.*\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.(json|model)|vocab\.json|merges\.txt|[\w-]*tokens[\w-]*\.json"
-    rf"|chat_template\.\w+|[\w-]+\.py|LICENSE[\w.-]*|adapter_model\.bin|{re.escape(MANIFEST)}"
+    r"params/.*|.*\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.(json|model)"
+    r"|vocab\.json|merges\.txt|[\w-]*tokens[\w-]*\.json|chat_template\.\w+|[\w-]+\.py"
+    rf"|LICENSE[\w.-]*|adapter_model\.bin|{re.escape(MANIFEST)}"
 )
 
 
 def check_replaceable(
     final: pathlib.Path, sources: Iterable[str | os.PathLike] = (), program: str = "--overwrite"
 ) -> None:
-    """FileExistsError unless a directory was made here and holds nothing else, and is, holds and
-    lies in none of `sources`.
+    """Raises FileExistsError unless this program created a directory and nothing else is in it.
+
+    It must neither be, contain nor be inside one of `sources`, which are read.
+
+    Args:
+      final: the directory to replace.
+      sources: directories that are read.
+      program: what the message says does not replace it.
     """
 
     def refuse(why: str):
@@ -43,12 +50,12 @@ def check_replaceable(
     if final.is_symlink():
         raise refuse("is a symbolic link")
     if not final.is_dir():
-        raise refuse("is no directory")
-    here = final.resolve()
+        raise refuse("is not a directory")
+    target = final.resolve()
     for source in sources:
-        there = pathlib.Path(source).resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise refuse(f"is, holds or lies in {one_line(str(source))}, which is read")
+        read = pathlib.Path(source).resolve()
+        if target == read or target in read.parents or read in target.parents:
+            raise refuse(f"is, contains or is inside {one_line(str(source))}, which is read")
     if (final / TRAINING).exists():
         raise refuse("is a step of a training run")
     try:
@@ -65,9 +72,7 @@ def check_replaceable(
 
 
 def foreign_files(directory: pathlib.Path) -> list[str] | None:
-    """Files of a directory that were not written by this program; None if it is no directory of
-    ours.
-    """
+    """Returns the files that this program did not write, None if the directory is not its own."""
     names = [name for name, _ in integrity.files_of(directory)]
     if not names and not any(directory.iterdir()):
         return []

@@ -1,16 +1,19 @@
-"""Frames of a video file, by PyAV: counted without decoding where that is safe, upright, and the
-same ones whatever else is drawn.
+"""Reads frames of a video file by PyAV: upright, and the same whichever others are read.
 
-As decord, the reader of the InternVL code, and ffmpeg:
+Frames are counted without decoding them where the packets suffice. As in decord, the reader of the
+InternVL code, and in ffmpeg:
 
-  the stream              the best one, never a cover image
-  turned                  as the display matrix says (phones), bit for bit as decord 0.6; by no multiple of 90 degrees: as stored
-  mirrored                as the display matrix says, as ffmpeg; decord leaves the mirroring out
-  sample aspect ratio     ignored
-  hidden frames           not counted: edit lists, VP8 and VP9 frames that are only referred to, leading frames that need an earlier part
-  a start between key     counted by decoding: what comes before the first usable key frame is left out
-    frames
-  a damaged middle        frames that cannot be decoded are replaced by the last one before them that can; the log says so
+  stream               the best one, never a cover image
+  turned               as the display matrix says (phones), bit for bit as decord 0.6; by angles
+                       that are no multiple of 90 degrees: not turned
+  mirrored             as the display matrix says, as ffmpeg; decord leaves the mirroring out
+  sample aspect ratio  ignored
+  hidden frames        not counted: those that edit lists cut off, VP8 and VP9 frames that are only
+                       referred to, leading frames that need an earlier part
+  a start between      counted by decoding: frames before the first usable key frame are left out
+    key frames
+  a damaged middle     frames that cannot be decoded are replaced by the last one before them that
+                       can, with a warning in the log
 """
 
 import io
@@ -26,15 +29,16 @@ from internvl3_jax.data.media.images import MAX_PIXELS, TRUNCATED_REMEDY, check_
 from internvl3_jax.io.terminal import one_line
 
 MOST_FRAMES = 2_000_000  # of a file; 18 hours
-# FFmpeg also reads playlists and patterns, which name other files.
+# Without playlists and patterns, which name other files.
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,h264,hevc,vvc,obu,av1,m4v,ivf,mxf,nut,rm,"
-    "dv,wtv,gif,apng,mjpeg,yuv4mpegpipe,h263,vc1,dirac,swf,amv,gxf,nuv"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,h264,"
+    "hevc,vvc,obu,av1,m4v,ivf,mxf,nut,rm,dv,wtv,gif,apng,mjpeg,yuv4mpegpipe,h263,vc1,dirac,swf,amv,"
+    "gxf,nuv"
 )
 
 
 class VideoError(ValueError):
-    """A video that cannot be used. The message names it and says why."""
+    """A video that cannot be used. The message names it and the reason."""
 
 
 def read_file(
@@ -44,16 +48,18 @@ def read_file(
     max_pixels: int | None = MAX_PIXELS,
     allow_truncated: bool = False,
 ) -> list[Image.Image]:
-    """RGB images of the frames that `choose` picks, in its order.
+    """Reads the frames that `choose` picks as RGB images, in its order.
 
     Args:
-      video: path of a regular file, or its bytes.
-      choose: (number of frames, frames a second on average or None) -> indices.
-      max_pixels: of a frame; 0 or None: no limit.
-      allow_truncated: a file whose end is missing is used up to there.
+      video: Path of a regular file, or its bytes.
+      choose: Takes (number of frames, frames per second on average or None); returns indices.
+      name: What warnings and ImageError call the file.
+      max_pixels: Frames with more are refused; 0 and None are no limit.
+      allow_truncated: Whether a file whose end is missing is used up to there.
 
     Raises:
-      VideoError, without the name, or ImageError, with it.
+      VideoError: The video cannot be used; the message does not name it.
+      ImageError: The frames are too large.
     """
     try:
         import av
@@ -66,7 +72,7 @@ def read_file(
             rate = float(stream.average_rate or 0) or None
             file.check_whole(container, stream)
             times, keys = file.times(container, stream)
-        if not keys:  # the packets do not tell: count the frames by decoding them all
+        if not keys:  # the packets do not suffice: count the frames by decoding them
             times = file.numbers({})
         if not times:
             raise VideoError(
@@ -75,19 +81,19 @@ def read_file(
         wanted = choose(len(times), rate)
         distinct = sorted({times[index] for index in wanted})
         if keys:
-            found = file.by_time(distinct, times, keys)
+            images = file.by_time(distinct, times, keys)
         else:
-            found = dict.fromkeys(distinct)
-            file.numbers(found)
+            images = dict.fromkeys(distinct)
+            file.numbers(images)
     except av.FFmpegError as error:
         raise VideoError(
             f"cannot be decoded ({error.strerror}); the file is damaged, incomplete or no video"
         ) from error
-    return [found[times[index]] for index in wanted]
+    return [images[times[index]] for index in wanted]
 
 
 class VideoFile:
-    """One file, opened as often as its frames need."""
+    """A video file, which is opened for each pass over its packets."""
 
     def __init__(
         self, av, video: str | bytes, name: str, max_pixels: int | None, allow_truncated: bool
@@ -96,7 +102,8 @@ class VideoFile:
         self.max_pixels, self.allow_truncated = max_pixels, allow_truncated
 
     def open(self):
-        # The prefix keeps FFmpeg from taking the beginning of a name for a protocol.
+        """Opens the file as a PyAV container."""
+        # Without the prefix, FFmpeg may take the beginning of a name for a protocol.
         source = (
             io.BytesIO(self.video)
             if isinstance(self.video, bytes)
@@ -107,6 +114,7 @@ class VideoFile:
         )
 
     def stream(self, container):
+        """Returns the best video stream, set up for decoding. VideoError if there is none."""
         streams = [
             stream
             for stream in container.streams.video
@@ -126,26 +134,29 @@ class VideoFile:
         check_pixels(
             stream.codec_context.width, stream.codec_context.height, self.max_pixels, self.name
         )
-        # Several threads conceal damage in an order of chance. Samples have threads of their own.
+        # Several threads conceal damage in a random order. Samples are read in parallel anyway.
         if not stream.codec_context.is_open:
             stream.codec_context.thread_count = 1
         return stream
 
     def check_whole(self, container, stream) -> None:
-        """VideoError if the index names bytes beyond the end of the file (MP4, MOV). FFmpeg would
-        just stop there.
+        """Raises VideoError if the index names bytes beyond the end of the file (MP4, MOV).
+
+        FFmpeg ends such a file early without an error.
         """
         size = len(self.video) if isinstance(self.video, bytes) else os.path.getsize(self.video)
         entries = [entry for entry in stream.index_entries if entry.pos >= 0]
         missing = sum(entry.pos + entry.size > size for entry in entries)
         if missing and container.format.name.startswith("mov") and not self.allow_truncated:
             raise VideoError(
-                f"the last {missing} of {len(entries)} frames are missing: the file is incomplete; {TRUNCATED_REMEDY}"
+                f"the last {missing} of {len(entries)} frames are missing: the file is incomplete; "
+                f"{TRUNCATED_REMEDY}"
             )
 
     def times(self, container, stream) -> tuple[list[int], list[int]]:
-        """Times of all frames and of the key frames in the stream's unit, ascending, without
-        decoding; [], [] if they are not sure.
+        """Returns the times of all frames and of the key frames from the packets, ascending.
+
+        The times are in the stream's unit. Both lists are empty if the packets do not suffice.
         """
         packets = []
         for packet in self.packets(container, stream):
@@ -162,12 +173,12 @@ class VideoFile:
             or any(corrupt for _, _, corrupt in packets)
         ):
             return [], []
-        # Frames that come before the first key frame, in the file or when shown, may lack what they
-        # are made from.
+        # Frames before the first key frame, in the file or when shown, may lack the frames that
+        # they refer to.
         if not packets[0][1] or min(times) < packets[0][0]:
             return [], []
-        # AVI numbers its packets in the order of decoding, which is not that of showing where
-        # frames depend on later ones.
+        # AVI numbers its packets in the order of decoding, which differs from the order of showing
+        # if frames refer to later ones.
         if stream.codec_context.has_b_frames and times == sorted(times):
             return [], []
         return sorted(times), keys
@@ -175,7 +186,7 @@ class VideoFile:
     def by_time(
         self, wanted: Sequence[int], times: Sequence[int], keys: Sequence[int]
     ) -> dict[int, Image.Image]:
-        """Decodes the frames at the times `wanted`, ascending; `times` returned the others."""
+        """Decodes the frames at the times `wanted`, ascending; the others are those of `times`."""
         groups = FrameGroups(self, times, keys)
         images = {}
         for time, frame in groups.decode(wanted):
@@ -193,7 +204,7 @@ class VideoFile:
         return images
 
     def numbers(self, wanted: dict[int, Image.Image | None]) -> list[int]:
-        """The numbers of all frames, by decoding them; those in `wanted` get their image."""
+        """Decodes all frames; returns their numbers and sets the images of those in `wanted`."""
         numbers = []
         with self.open() as container:
             for number, frame in enumerate(self._frames(container, self.stream(container))):
@@ -213,7 +224,7 @@ class VideoFile:
                 raise
 
     def seek(self, container, time: int) -> bool:
-        """Moves to the last key frame up to `time`, or thereabouts. False if that fails."""
+        """Seeks to a key frame at or near `time`; returns whether FFmpeg could."""
         try:
             container.seek(time, stream=self.stream(container))
         except self.av.FFmpegError:
@@ -221,7 +232,7 @@ class VideoFile:
         return True
 
     def decode(self, packet, flush: bool = False) -> Sequence:
-        """Returns the frames that a packet completes; with flush those that the decoder holds."""
+        """Returns the frames that a packet completes, or with `flush` all that remain."""
         try:
             return packet.stream.decode(None) if flush else packet.decode()
         except self.av.FFmpegError:
@@ -234,8 +245,8 @@ class VideoFile:
 
     def _image(self, frame) -> Image.Image:
         check_pixels(frame.width, frame.height, self.max_pixels, self.name)
-        # Of a copy: reading side data keeps a frame in memory for a while, and of damaged frames
-        # some decoders leave pixels as they are in the memory that they reuse.
+        # Side data are read of a copy, since reading them keeps a frame in memory for a while.
+        # Damaged frames show the memory that a decoder reuses, which must not depend on that.
         frame = frame.reformat(format="rgb24")
         pixels = frame.to_ndarray()
         for item in frame.side_data:
@@ -245,11 +256,10 @@ class VideoFile:
 
 
 def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """A frame [H, W, 3] as its display matrix i32[3, 3] shows it: turned by a multiple of 90
-    degrees and mirrored, or as it is.
+    """Turns a frame [H, W, 3] by a multiple of 90 degrees, and mirrors it, by its display matrix.
 
-    The matrix maps (x, y), y downwards, to (a x + c y, b x + d y), with a, b and c, d at the
-    beginnings of its first two rows.
+    The matrix i32[3, 3] maps (x, y), y downwards, to (a x + c y, b x + d y); its first two rows
+    begin with a, b and c, d. At other angles the frame is returned as it is.
     """
     (a, b), (c, d) = matrix[:2, :2].astype(float)
     degree = np.tan(np.radians(1))  # ffmpeg's tolerance

@@ -80,6 +80,7 @@ def _python_sources(config: DataConfig) -> list[Source]:
         create = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise MetaError(
-            f"data.source is {config.source}: {error}; name an importable MODULE:FUNCTION, a meta JSON or a file of rows"
+            f"data.source is {config.source}: {error}; name an importable "
+            f"MODULE:FUNCTION, a meta JSON or a file of rows"
         ) from error
     return create(config)

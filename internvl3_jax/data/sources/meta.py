@@ -8,7 +8,7 @@ mixture:
                 "repeat_time": 2,                    below 1: only that share, from the head (1)
                 "max_dynamic_patch": 24,             tiles (processor.max_tiles)
                 "length": 39463,                     number of rows; only compared
-                "weight": 3.0,                       share if data.source_weights is "given"; not InternVL's
+                "weight": 3.0,                       share for data.source_weights "given"; not InternVL's
                 "allow_outside_root": true}}         rows may name other files; not InternVL's
 
 A fractional repeat_time above 1 takes all rows as often as its whole part says, and a head slice

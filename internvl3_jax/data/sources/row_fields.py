@@ -1,8 +1,7 @@
-"""The keys of a row but for its turns (row_turns.py): a pair of answers, and the names of its images
-or its video.
+"""Reads the keys of a row except its turns (row_turns.py): pairs of answers, images, videos.
 
-What other trainers' keys mean, and is not read here, is an error: a row never loses its images or
-its tools without a message.
+Keys that change what other trainers learn and that are not supported are an error: a row never
+loses its images or its tools without a message.
 """
 
 import re
@@ -28,9 +27,13 @@ _FOREIGN = {
     "rejected_images": "both answers of a pair are about the same images",
 }
 # A key that looks like that of an image or video ...
-_NOUN = "(?:img|image|picture|pic|photo|figure|screenshot|video|vid|clip|frame|audio|sound|media|multimodal|mm)"
+_NOUN = (
+    "(?:img|image|picture|pic|photo|figure|screenshot|video|vid|clip|frame|audio|sound|media|"
+    "multimodal|mm)"
+)
 LOOKS = re.compile(
-    rf"{_NOUN}s?(?:_?(?:path|file|filename|list|dir|folder|byte|base64|b64|data|content|input)s?|_?\d+)?",
+    rf"{_NOUN}s?(?:_?(?:path|file|filename|list|dir|folder|byte|base64|b64|data|content|input)s?"
+    r"|_?\d+)?",
     re.IGNORECASE,
 )
 # ... a value that is the name of a file of one ...
@@ -133,7 +136,7 @@ def read_pair(values: dict) -> tuple[list[Message], str]:
 
 
 def system_message(values: dict) -> list[Message]:
-    """The system text that a row has under a key of its own, as LLaMA-Factory and ms-swift write it."""
+    """Returns the row's key `system`, which LLaMA-Factory and ms-swift write, as messages."""
     text = values.get("system")
     if text in (None, ""):
         return []
@@ -167,13 +170,15 @@ def read_media(
         if len(videos) > 1 or (videos and images):
             came = one_line(", ".join(list(archive)[:10]))
             raise RowError(
-                f"came with {came}; expected images or one video, or the key image or video to choose"
+                f"came with {came}; expected images or one video, or the key image or video to "
+                f"choose"
             )
     if images and videos:
         raise RowError("has both image and video; expected one of them")
     if len(videos) > 1 or (videos and isinstance(values.get("video"), list)):
         raise RowError(
-            f"video is {excerpt(videos)}; expected the path of a file or of a folder of images, one for a row"
+            f"video is {excerpt(videos)}; expected the path of a file or of a folder of images, "
+            f"one for a row"
         )
     return images, videos[0] if videos else None
 

@@ -25,14 +25,8 @@ from internvl3_jax.data.sources.files import (
     read_range,
 )
 from internvl3_jax.data.sources.json_list import is_list
-from internvl3_jax.data.sources.row_index import (
-    MAX_ROW,
-    START,
-    RowIndex,
-    index_places,
-    open_index,
-    parsed_has_images,
-)
+from internvl3_jax.data.sources.row_index import RowIndex, index_places, open_index
+from internvl3_jax.data.sources.row_scan import MAX_ROW, START, parsed_has_images
 from internvl3_jax.data.sources.tars import TarError, members
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.terminal import excerpt, one_line

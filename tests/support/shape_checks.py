@@ -12,7 +12,7 @@ import jaxtyping
 
 PACKAGES = ["internvl3_jax.model", "internvl3_jax.parallel"]
 PACKAGES += ["internvl3_jax.training", "internvl3_jax.inference.sampling"]
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 jaxtyping.install_import_hook(PACKAGES, "beartype.beartype")
 
 import dataclasses
@@ -21,7 +21,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_checkpoint import CONFIG, random_params, train_config
 
 from internvl3_jax.config import LoraConfig, MeshConfig
 from internvl3_jax.data.batch import Prompt
@@ -34,6 +33,7 @@ from internvl3_jax.parallel.sharding import make_mesh
 from internvl3_jax.positions import build_positions
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import init_state, make_model, make_step, shardings_of
+from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Shapes do not depend on how well a program is compiled.
