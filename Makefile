@@ -27,7 +27,7 @@ PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 PYTEST = .venv-test/bin/python -m pytest
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile
 # What `make test-fast` runs: units and parity, under 4 minutes on two cores.
-FAST_TESTS = smoke layering configs strict_json jsonl safe_files positions tiles images tokens \
+FAST_TESTS = smoke cli layering configs strict_json jsonl safe_files positions tiles images tokens \
 	packing prepare hf_config verify losses model parity attention convert chat
 INPUTS = pyproject.toml hatch_build.py $(wildcard requirements/constraints-*.txt)
 # Byte-compiling takes half of an installation's time. The tests' environments leave it to the first
