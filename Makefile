@@ -39,7 +39,8 @@ help:
 	@echo "make smoke     only the smoke tests, on every Python but the one that runs the whole suite"
 	@echo "make setup     only install, into .venv"
 	@echo "make lint      ruff check and ruff format --check; make format fixes what it can"
-	@echo "make notebook  run notebooks/quickstart.ipynb and keep its outputs"
+	@echo "make notebook  run the notebooks and keep their outputs"
+	@echo "make docs      build the documentation as a website, into site/"
 	@echo "make lock      resolve requirements/constraints-*.txt anew, for every Python found"
 	@echo "make clean     remove the virtual environments, caches and build folders"
 
@@ -50,7 +51,12 @@ demo: .venv/.installed
 
 notebook: .venv/.installed
 	.venv/bin/python $(PIP_INSTALL) --constraint requirements/constraints-$(PYTHON).txt --editable '.[notebook]'
-	.venv/bin/jupyter-execute --inplace notebooks/quickstart.ipynb
+	.venv/bin/jupyter-execute --inplace notebooks/*.ipynb
+
+.PHONY: docs
+docs: .venv/.installed
+	.venv/bin/python $(PIP_INSTALL) --constraint requirements/constraints-$(PYTHON).txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # The whole suite comes last, so that its summary is the last thing printed.
 test: lint
