@@ -125,7 +125,7 @@ format: .venv-test/.installed
 
 # Everything in [dev] but PyTorch, which PyPI does not have as a CPU build for every Python; the three packages it needs stand for it.
 # peft asks for PyTorch: it is added by its name and version alone.
-LOCKED = '.[internlm,logging,notebook,quant,smoke,storage,video]' transformers ruff jinja2 networkx sympy gcp-storage-emulator 'moto[s3]' flask flask-cors
+LOCKED = '.[internlm,logging,notebook,quant,smoke,storage,video]' transformers ruff beartype jinja2 networkx sympy gcp-storage-emulator 'moto[s3]' flask flask-cors
 PEFT = accelerate==1.15.0 peft==0.21.2
 # Python 3.11 can have no jax after 0.10 and 3.13 takes the newest; 3.12 is held between them, so that each jax is tested somewhere.
 LOCKED_3.12 = 'jax==0.11.*'

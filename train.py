@@ -1,29 +1,30 @@
 """Trains a model.
 
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
-    python train.py --config configs/tiny_digits.py --workdir runs/other --config.optimizer.learning_rate=1e-3
+    python train.py --config configs/finetune.py:OpenGVLab/InternVL3-2B --workdir runs/mine \\
+        --config.data.source=meta.json --config.optimizer.learning_rate=1e-5
 
 Running it again with the same --workdir resumes from the last complete checkpoint, bit for bit.
-SIGTERM saves and exits with status 143, on which schedulers start a job again; Ctrl-C does the same
-with status 130.
+SIGTERM finishes the step, saves it and exits with status 143, on which schedulers start a job
+again. Ctrl-C does the same with status 130.
 """
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import signal
 import sys
 import time
-import zlib
 from typing import NamedTuple
 
 import jax
 from absl import flags, logging
 
+from internvl3_jax import cli
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.released import travelling_files
-from internvl3_jax.config import TrainConfig, to_dict
+from internvl3_jax.checkpoints.verification import agreed_step
+from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
 from internvl3_jax.io import command_line
@@ -33,23 +34,21 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import host_flags, multihost, sharding
 from internvl3_jax.parallel.data_shards import DataShards
 from internvl3_jax.training import checks, reference_model, run_log, settings
+from internvl3_jax.training.console import Console
 from internvl3_jax.training.evaluation import Evaluator
+from internvl3_jax.training.guards import FiniteCheck, SkipLog, compare_hosts
+from internvl3_jax.training.history import RunHistory, farewell, is_finished
+from internvl3_jax.training.log_sinks import check_extras
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.optimizer import Optimizer, make_optimizer
 from internvl3_jax.training.param_table import component_table, format_table
-from internvl3_jax.training.run import (
-    UNKNOWN,
-    AsyncSaver,
-    FiniteCheck,
-    SkipLog,
-    agreed_step,
-    farewell,
-    is_finished,
-    restore_or_init,
-)
-from internvl3_jax.training.start import RunHistory
+from internvl3_jax.training.saver import AsyncSaver
+from internvl3_jax.training.state import restore_or_init
 from internvl3_jax.training.step import TrainState, make_model, make_step
 from internvl3_jax.training.workdir import held, named, same_run, save_config
+
+# As `newest` of fit: the newest step has not been looked up.
+UNKNOWN = -1
 
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(host_flags)
@@ -71,9 +70,8 @@ def main(argv) -> None:
 
 
 def run(argv) -> None:
-    """Runs from the command line to the end of the training. Cheap checks come first, and nothing
-    is written before them.
-    """
+    """Runs from the command line to the end of the training."""
+    # Cheap checks come first; nothing is written before them.
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
@@ -83,23 +81,26 @@ def run(argv) -> None:
         host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value
     )
     mesh, is_first = make_mesh(chosen.config), jax.process_index() == 0
+
+    # One process holds the directory's lock.
     with held(workdir) if is_first else contextlib.nullcontext():
         newest = agreed_step(workdir)
         config = same_run(lora.freeze_base(chosen.config), workdir, newest)
-        if not is_finished(config, workdir, newest):
+        if not is_finished(config, newest):
             if is_first:
                 print(chosen.overview(config), flush=True)
             fit(config, workdir, mesh, newest)
         if is_first:
-            print(farewell(config, workdir), flush=True)
+            print(cli.as_typed(farewell(config, workdir)), flush=True)
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ValueError or ImportError for a configuration that cannot be trained. Reads nothing
-    and touches no device.
+    """Raises ValueError or ImportError for a configuration that cannot be trained.
+
+    Reads nothing and touches no device.
     """
     checks.validate(config)
-    run_log.check_extras(config)
+    check_extras(config)
     if not config.data.source:
         raise ValueError(
             "data.source is empty; name the meta JSON of your data: --config.data.source=meta.json"
@@ -107,8 +108,10 @@ def check(config: TrainConfig) -> None:
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """Returns the mesh of all devices. ValueError if the configuration, the model or the batch does
-    not fit it.
+    """Returns the mesh of all devices.
+
+    Raises:
+      ValueError: The configuration, the model or the batch does not fit it.
     """
     checks.validate(config)
     mesh, data = sharding.make_mesh(config.mesh), config.data
@@ -116,9 +119,9 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     sharding.check_batch(
         mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row
     )
-    if jax.process_count() > 1 and config.evaluate_answers:
+    if jax.process_count() > 1 and config.eval.answers:
         raise ValueError(
-            "evaluate_answers is for one process: generation is not spread over several here"
+            "eval.answers is for one process; generation is not distributed over several"
         )
     return mesh
 
@@ -129,12 +132,15 @@ def fit(
     mesh: jax.sharding.Mesh | None = None,
     newest: int | None = UNKNOWN,
 ) -> dict:
-    """Starts or resumes a run and trains to its last step. Returns the parameters.
+    """Starts or resumes a run and trains to its last step.
 
     Args:
       mesh: None takes all devices.
-      newest: The newest complete step of the run, None if there is none; only where `same_run` was
-          asked already.
+      newest: The newest complete step of the run, None if there is none. By default it is looked
+        up, and the configuration is compared with the run's.
+
+    Returns:
+      The parameters.
     """
     checks.validate(config)
     config, mesh = lora.freeze_base(config), mesh or make_mesh(config)
@@ -150,7 +156,12 @@ def fit(
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop needs."""
+    """What the loop needs.
+
+    Attributes:
+      ref_params: Parameters of MPO's reference model, or None.
+      key: Seeds drop path and dropout.
+    """
 
     config: TrainConfig
     workdir: pathlib.Path
@@ -160,7 +171,7 @@ class TrainingRun:
     placement: DataShards
     state: TrainState
     history: RunHistory
-    ref_params: dict | None  # of MPO's reference model
+    ref_params: dict | None
     evaluator: Evaluator | None
     saver: AsyncSaver
     meter: MetricsAggregator
@@ -177,21 +188,22 @@ def setup(
     stack: contextlib.ExitStack,
 ) -> TrainingRun:
     """Opens the data, builds the model, and restores step `newest` or initializes the parameters.
-    `stack` closes the data.
+
+    Args:
+      stack: Closes the data when the training ends.
     """
-    # Data and model; what is not there is noticed before anything large is read
-    for name in filter(None, (config.init_from, config.lora.init_from, config.loss.reference)):
+    # Data and model. What is missing is noticed before anything large is read, and the fingerprint
+    # raises what the first save would raise.
+    for name in filter(None, (config.init_from, config.lora.init_from, config.loss.ref_model)):
         check_exists(name)
     tokenizer = make_tokenizer(config.data)
-    # what it refuses, the first save would refuse
     fingerprint(config.model, config.processor, tokenizer, config.param_dtype)
     model, optimizer = make_model(config), make_optimizer(config.optimizer, config.steps)
     placement = DataShards(mesh, config.data)
     loader = stack.enter_context(
         BatchLoader(config.data, config.processor, tokenizer, placement.shards)
     )
-
-    evaluator = Evaluator(config, model, tokenizer) if config.held_out else None
+    evaluator = Evaluator(config, model, tokenizer) if config.eval.source else None
 
     # Parameters and optimizer state
     state, history = restore_or_init(config, workdir, model, optimizer, loader, mesh, newest)
@@ -199,14 +211,14 @@ def setup(
         print(format_table(component_table(state.params, config.optimizer)), flush=True)
     ref_params = reference_model.load_reference(config, mesh, state)
 
-    # Logging, evaluation, saving
-    sources, trainable = source_names(config.data), optimizer.split(state.params)[0]
-    trains_vision = "vision" in trainable or "vision" in trainable.get(lora.SUBTREE, {})
     # Tokenizer and config files of the initial checkpoint go into every saved step, so that it can
     # be exported.
-    files = (
-        travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}
-    ) | tokenizer.files()
+    files = travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}
+    files |= tokenizer.files()
+
+    # Logging and saving
+    sources, trainable = source_names(config.data), optimizer.split(state.params)[0]
+    trains_vision = "vision" in trainable or "vision" in trainable.get(lora.SUBTREE, {})
     return TrainingRun(
         config,
         workdir,
@@ -232,7 +244,7 @@ def setup(
 def train(run: TrainingRun) -> TrainState:
     """Runs the remaining steps; logs, evaluates and saves when they are due."""
     config, first, step_fn = run.config, int(run.state.step) + 1, None
-    before, began = run.history.seconds, time.perf_counter()
+    before, started_at = run.history.seconds, time.perf_counter()
     log = run_log.Log(run.workdir, config, first - 1, jax.process_index() == 0)
     with log, multihost.preemption_signal() as preemption_signal, run.saver:
         for step in range(first, config.steps + 1):
@@ -240,11 +252,11 @@ def train(run: TrainingRun) -> TrainState:
             prepared = next(run.loader)
             batch = run.placement.arrays(prepared.batch)
             if step == first:
-                step_fn = compile_step(run, batch)
-                save_config(config, run.workdir)  # nothing is left that may refuse it
+                step_fn = compile_step(run, batch, log.console)
+                save_config(config, run.workdir)  # nothing can be refused any more
             due = cadence(config, step, first)
             if due.compare:
-                compare_hosts(run, step, first, prepared)
+                compare_hosts(config, run.loader.identity, prepared.batch, step, step == first)
             multihost.report_step(step)
 
             run.state, metrics = step_fn(run.state, batch, run.key, run.ref_params)
@@ -252,7 +264,7 @@ def train(run: TrainingRun) -> TrainState:
                 reference_model.check_start(config, metrics)
             run.meter.add(prepared, metrics)
             run.guard.add(step, metrics, prepared)
-            run.history.seconds = before + time.perf_counter() - began
+            run.history.seconds = before + time.perf_counter() - started_at
 
             stop = preemption_signal(step)
             if due.log or due.evaluate or due.save or stop:
@@ -262,88 +274,76 @@ def train(run: TrainingRun) -> TrainState:
             if due.evaluate:
                 evaluate(run, log, step)
             if due.save or stop:
-                run.saver.start(step, run.state, prepared, run.history)
+                run.saver.save(step, run.state, prepared, run.history)
             run.saver.poll(together=due.compare or due.log)
             if stop and step < config.steps:
-                leave(run, step, stop)
+                leave(run, log.console, step, stop)
     return run.state
 
 
 class Due(NamedTuple):
-    """What is done at a step."""
+    """What is done at a step.
 
-    compare: bool  # whether all hosts train the same
+    Attributes:
+      compare: Whether the hosts compare what they train.
+    """
+
+    compare: bool
     log: bool
     evaluate: bool
     save: bool
 
 
 def cadence(config: TrainConfig, step: int, first: int) -> Due:
-    """The one place that says when a run logs, evaluates and saves. first: The first step of this
-    process.
-    """
+    """Returns what is due at a step. first: The first step of this process."""
     last = step == config.steps
+    evaluates = bool(config.eval.source and config.eval.every)
     return Due(
-        compare=(step - first) % config.agree_every == 0,
-        log=last or step % config.log_every == 0,
-        evaluate=bool(config.held_out and config.evaluate_every)
-        and (last or step % config.evaluate_every == 0),
-        save=last or step % config.save_every == 0,
+        compare=(step - first) % config.host_check_every == 0,
+        log=last or step % config.logging.every == 0,
+        evaluate=evaluates and (last or step % config.eval.every == 0),
+        save=last or step % config.checkpoint.every == 0,
     )
 
 
-def compile_step(run: TrainingRun, batch):
-    """Compiles the step. Processes compile side by side, and wait for each other only afterwards."""
+def compile_step(run: TrainingRun, batch: dict, console: Console):
+    """Compiles the train step. Processes compile side by side and wait for each other afterwards."""
+    console.say("compiling the train step ...")
+    started_at = time.perf_counter()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-    step = make_step(
-        run.config, run.model, run.optimizer, len(source_names(run.config.data)), shardings
-    )
-    return step.lower(run.state, batch, run.key, run.ref_params).compile()
-
-
-def compare_hosts(run: TrainingRun, step: int, first: int, prepared: HostBatch) -> None:
-    """Raises on every host unless all have the same configuration, data, shapes and version of JAX."""
-    shapes = ", ".join(
-        f"{name} {array.dtype}{list(array.shape[1:])}"
-        for name, array in sorted(prepared.batch.items())
-    )
-    identity = {
-        "configuration": zlib.crc32(json.dumps(to_dict(run.config)).encode()),
-        "a row of the batch": shapes,
-        "the data": zlib.crc32(json.dumps(run.loader.identity).encode()),
-        "jax": jax.__version__,
-    }
-    # A host with a filled cache compiles in no time, another one takes minutes.
-    multihost.assert_same_on_all_hosts(step, identity, seconds=3600 if step == first else 300)
+    num_sources = len(source_names(run.config.data))
+    step_fn = make_step(run.config, run.model, run.optimizer, num_sources, shardings)
+    compiled = step_fn.lower(run.state, batch, run.key, run.ref_params).compile()
+    console.say(f"compiled in {time.perf_counter() - started_at:.1f} s")
+    run.meter.restart()
+    console.start_clock()
+    return compiled
 
 
 def log_step(run: TrainingRun, log: run_log.Log, step: int, prepared: HostBatch) -> None:
-    count = run.skipped.note(step, prepared)
-    skipped = {"skipped": count} if count else {}
-    log.write(
-        step,
-        run.meter.row(step)
-        | skipped
-        | {"seconds": run.history.seconds, "batch": run.placement.digest(prepared.batch)},
-    )
+    """Writes a row of the log: means over the steps since the last one."""
+    values = run.meter.row(step)
+    if count := run.skipped.note(step, prepared):
+        values["skipped"] = count
+    values |= {"seconds": run.history.seconds, "batch": run.placement.digest(prepared.batch)}
+    log.write(step, values)
 
 
 def evaluate(run: TrainingRun, log: run_log.Log, step: int) -> None:
     """Logs the loss on the evaluation data and, if asked for, appends answers to answers.jsonl."""
     values = run.evaluator.losses(run.state.params, run.state.loss_state, run.ref_params)
     log.write(step, values)
-    if values["held_out"] < run.history.best:
-        run.history.best, run.history.best_step = values["held_out"], step
-    if run.config.evaluate_answers:
-        answers = run.evaluator.answers(run.state.params, run.config.evaluate_answers)
+    run.history.note_eval(step, values["eval_loss"])
+    if run.config.eval.answers:
+        answers = run.evaluator.answers(run.state.params, run.config.eval.answers)
         run_log.append(run.workdir / run_log.ANSWERS, [{"step": step} | row for row in answers])
 
 
-def leave(run: TrainingRun, step: int, stop: int) -> None:
+def leave(run: TrainingRun, console: Console, step: int, stop: int) -> None:
     """Ends the process after a signal, with the step saved."""
     run.saver.wait()
     name = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
-    print(f"stopped by {name}; step {step} is saved in {run.workdir}", flush=True)
+    console.say(f"stopped by {name}; step {step} is saved in {run.workdir}")
     sys.exit(128 + stop)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 
 import fit_table
+from fit_table_markdown import GIB, is_analytic, setting_text
 
 from internvl3_jax.fit.topology import parse
 
@@ -40,7 +41,7 @@ def main() -> None:
 def text(rows: list[dict]) -> str:
     """The CSV file; compiled rows first."""
     compiled = [row for row in rows if "peak" in row.get("compiler", {})]
-    analytic = [row for row in rows if "error" not in row and fit_table.is_analytic(row)]
+    analytic = [row for row in rows if "error" not in row and is_analytic(row)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -50,14 +51,14 @@ def text(rows: list[dict]) -> str:
 
 
 def setting(row: dict) -> list[str]:
-    stage, size, devices, mesh, remat, micro_batches = fit_table.setting_text(row).split(" | ")
+    stage, size, devices, mesh, remat, micro_batches = setting_text(row).split(" | ")
     return [stage, size, devices, mesh, *remat.split(", "), micro_batches]
 
 
 def memory(row: dict) -> list[str]:
     """Peak from, peak GiB, available GiB, fits, error of the analysis in percent."""
     peak = row["analysis"]["peak"]
-    if fit_table.is_analytic(row):
+    if is_analytic(row):
         available, fits, error = parse(row["topology"]).chip.usable, row["status"] == 0, ""
         source = "analysis"
     else:
@@ -65,7 +66,7 @@ def memory(row: dict) -> list[str]:
         available, fits = compiled["available"], compiled["fits"]
         error = f"{100 * (peak / compiled['peak'] - 1):.1f}"
         source, peak = "compiler", compiled["peak"]
-    numbers = [f"{value / fit_table.GIB:.1f}" for value in (peak, available)]
+    numbers = [f"{value / GIB:.1f}" for value in (peak, available)]
     return [source, *numbers, "yes" if fits else "no", error]
 
 

@@ -19,7 +19,8 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from fit_table import GIB, ROOT, ask
+from fit_table import ROOT, ask
+from fit_table_markdown import GIB
 
 from internvl3_jax.fit.advice import with_flags
 from internvl3_jax.fit.memory import estimate

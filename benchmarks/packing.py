@@ -1,4 +1,4 @@
-"""How full packed rows are: our two rules and the reference's, on the same stream of sample sizes.
+"""How full packed rows are: our rule, first fit and the reference's, on the same stream of sample sizes.
 
     python benchmarks/packing.py            writes results/packing.json
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.media.tiles import count_tiles, image_limit
-from internvl3_jax.data.packing import RULES, choose
+from internvl3_jax.data.packing import choose
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "packing.json"
 TOKENS, TILES = 16_384, 48
@@ -46,6 +46,19 @@ def stream(count: int, shares, seed: int) -> np.ndarray:
     return sizes
 
 
+def first_fit(sizes: np.ndarray, budgets: np.ndarray) -> list[int]:
+    """Indices of a row's samples, as `choose`: the next in order of arrival that fits."""
+    chosen, room = [], budgets
+    for index, size in enumerate(sizes):
+        if (size <= room).all():
+            chosen.append(index)
+            room = room - size
+    return chosen
+
+
+RULES = {"balanced": choose, "first_fit": first_fit}
+
+
 def ours(sizes: np.ndarray, rule: str, buffer: int) -> list[np.ndarray]:
     """Size of each row, tokens and tiles, while the stream lasts."""
     budgets, waiting, rows, taken = np.array([TOKENS, TILES]), [], [], 0
@@ -55,7 +68,7 @@ def ours(sizes: np.ndarray, rule: str, buffer: int) -> list[np.ndarray]:
             return rows
         waiting += list(sizes[taken : taken + more])
         taken += more
-        chosen = choose(np.array(waiting), budgets, rule)
+        chosen = RULES[rule](np.array(waiting), budgets)
         rows.append(np.sum([waiting[index] for index in chosen], axis=0))
         waiting = [size for index, size in enumerate(waiting) if index not in set(chosen)]
 

@@ -12,7 +12,9 @@ shell/internvl3.0/2nd_finetune scripts; [ours] chosen here.
 import dataclasses
 
 from internvl3_jax.config import (
+    CheckpointConfig,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ProcessorConfig,
@@ -55,9 +57,8 @@ def recipe(
         compute_dtype="bfloat16",
         remat_vision="full",  # [ours], as the reference's gradient checkpointing
         remat_language="full",
-        save_every=500,
-        log_every=10,
-        tensorboard=True,
+        checkpoint=CheckpointConfig(every=500),
+        logging=LoggingConfig(every=10, tensorboard=True),
     )
 
 

@@ -25,6 +25,6 @@ def get_config(name: str = "1b") -> TrainConfig:
         steps=1_000,
         learning_rate=1e-5 if size == "1b" else 2e-5,  # [S3]
         drop_path=DROP_PATH.get(size, 0.0),
-        data={"loss_average": "token"},  # [S3]
+        data={"loss_reduction": "token"},  # [S3]
         optimizer={"weight_decay": 0.05, "freeze": ("vision/.*",)},  # [S3]
     )

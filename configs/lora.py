@@ -28,7 +28,7 @@ def get_config(name: str = "1b") -> TrainConfig:
         steps=1_000,
         learning_rate=2e-5 if large else 4e-5,  # [S25]
         drop_path=0.0,  # [S25]
-        data={"loss_average": "token"},  # as in finetune.py
+        data={"loss_reduction": "token"},  # as in finetune.py
         optimizer={"weight_decay": 0.01 if small else 0.05},  # [S25]
     )
     adapters = LoraConfig(rank=16, alpha=32.0, dropout=0.05)  # [S25]

@@ -16,11 +16,13 @@ saw.
 
 import dataclasses
 
+from configs.tiny_digits import tiny_processor
 from internvl3_jax.config import (
+    CheckpointConfig,
     DataConfig,
+    EvalConfig,
     ModelConfig,
     OptimizerConfig,
-    ProcessorConfig,
     TrainConfig,
 )
 from internvl3_jax.sizes import SIZES
@@ -41,16 +43,11 @@ def get_config(stage: str = "pretrain") -> TrainConfig:
     pretrains, model = stage == "pretrain", miniature()
     return TrainConfig(
         model=model,
-        processor=ProcessorConfig(
-            image_size=model.vision.image_size,
-            tokens_per_tile=model.tokens_per_tile,
-            max_tiles=6,
-            system_message=None,
-        ),
+        processor=tiny_processor(model),
         data=DataConfig(
             source=f"{DATA}/{stage}.json",
             tokenizer=f"{DATA}/tokenizer",
-            language_share=0.25 if pretrains else -1.0,
+            text_fraction=0.25 if pretrains else -1.0,
             rows=10,
             tokens_per_row=160,
             tiles_per_row=9,
@@ -66,12 +63,8 @@ def get_config(stage: str = "pretrain") -> TrainConfig:
         ),
         steps=STEPS[stage],
         init_from="" if pretrains else PRETRAINED,
-        held_out=f"{DATA}/held_out.json",
-        evaluate_every=100,
-        evaluate_batches=8,
-        save_every=200,
-        keep=1,
-        keep_best=False,
+        eval=EvalConfig(source=f"{DATA}/held_out.json", every=100, batches=8),
+        checkpoint=CheckpointConfig(every=200, keep=1, keep_best=False),
         scan_unroll=4,
     )
 

@@ -31,7 +31,7 @@ def get_config(name: str = "1b") -> TrainConfig:
         steps=round(PAIRS / pairs),
         learning_rate=2e-7,
         drop_path=0.4 if large else 0.1,
-        data={"pairs": True, "tokens_per_row": 2 * longest, "loss_average": "sample"},
+        data={"pairs": True, "tokens_per_row": 2 * longest, "loss_reduction": "sample"},
         optimizer={"weight_decay": 0.05},
     )
     return dataclasses.replace(config, loss=LossConfig(kind="mpo"))

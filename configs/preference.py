@@ -12,7 +12,7 @@ difference. Learning rate and steps are for so small a model.
 import dataclasses
 
 from configs.process_reward import get_config as process_reward
-from internvl3_jax.config import LossConfig, OptimizerConfig, TrainConfig
+from internvl3_jax.config import LoggingConfig, LossConfig, OptimizerConfig, TrainConfig
 
 LOSSES = {
     "mpo": LossConfig(kind="mpo"),
@@ -28,12 +28,14 @@ def get_config(loss: str = "mpo") -> TrainConfig:
             f"configs/preference.py has the losses {' and '.join(LOSSES)}, not {loss!r}"
         )
     config = process_reward("policy")
-    data = dataclasses.replace(config.data, pairs=True, share_question=True, loss_average="sample")
+    data = dataclasses.replace(
+        config.data, pairs=True, share_question=True, loss_reduction="sample"
+    )
     return dataclasses.replace(
         config,
         data=data,
         loss=LOSSES[loss],
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=10),
         steps=STEPS,
-        log_every=10,
+        logging=LoggingConfig(every=10),
     )

@@ -17,5 +17,5 @@ ALL_TOKENS = 200e9  # [P3]
 
 
 def get_config(name: str = "1b") -> TrainConfig:
-    data = {"language_share": 0.25, "deltas": ALL_DELTAS, "loss_average": "square"}  # [P3]
+    data = {"text_fraction": 0.25, "deltas": ALL_DELTAS, "loss_reduction": "square"}  # [P3]
     return full_training(name, round(ALL_TOKENS / (ROWS * TOKENS)), data)

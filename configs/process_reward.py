@@ -11,7 +11,13 @@ The critic starts from that model and is an ordinary fine-tuning on conversation
 + and -.
 """
 
-from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from configs.tiny_digits import tiny_processor
+from internvl3_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from internvl3_jax.sizes import SIZES
 
 DATA = "runs/process_reward"
@@ -30,12 +36,7 @@ def get_config(stage: str = "policy") -> TrainConfig:
     model = SIZES["tiny"]
     return TrainConfig(
         model=model,
-        processor=ProcessorConfig(
-            image_size=model.vision.image_size,
-            tokens_per_tile=model.tokens_per_tile,
-            max_tiles=6,
-            system_message=None,
-        ),
+        processor=tiny_processor(model),
         data=DataConfig(
             source=f"{DATA}/{stage}.json",
             tokenizer=TOKENIZER,
@@ -43,15 +44,13 @@ def get_config(stage: str = "policy") -> TrainConfig:
             tokens_per_row=288,
             tiles_per_row=14,
             packing_buffer=32,
-            loss_average="token",
+            loss_reduction="token",
         ),
         optimizer=OptimizerConfig(
             name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=20, beta2=0.99
         ),
         steps=steps,
         init_from=start,
-        save_every=250,
-        keep=1,
-        keep_best=False,
+        checkpoint=CheckpointConfig(every=250, keep=1, keep_best=False),
         scan_unroll=4,
     )

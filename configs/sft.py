@@ -17,4 +17,4 @@ ALL_TOKENS = 21.7e6 * 2_000  # samples [P3] of tokens each [ours]
 
 def get_config(name: str = "1b") -> TrainConfig:
     # [P3]
-    return full_training(name, round(ALL_TOKENS / (ROWS * TOKENS)), {"loss_average": "square"})
+    return full_training(name, round(ALL_TOKENS / (ROWS * TOKENS)), {"loss_reduction": "square"})

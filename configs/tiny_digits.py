@@ -14,7 +14,14 @@ with AdamW.
 
 import pathlib
 
-from internvl3_jax.config import DataConfig, OptimizerConfig, ProcessorConfig, TrainConfig
+from internvl3_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProcessorConfig,
+    TrainConfig,
+)
 from internvl3_jax.sizes import SIZES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,12 +31,7 @@ def get_config() -> TrainConfig:
     model = SIZES["tiny"]
     return TrainConfig(
         model=model,
-        processor=ProcessorConfig(
-            image_size=model.vision.image_size,
-            tokens_per_tile=model.tokens_per_tile,
-            max_tiles=6,
-            system_message=None,
-        ),
+        processor=tiny_processor(model),
         data=DataConfig(
             source="examples.tiny_digits.recipe.data:sources",
             tokenizer=str(ROOT / "examples" / "tiny_digits"),
@@ -37,13 +39,23 @@ def get_config() -> TrainConfig:
             tokens_per_row=144,
             tiles_per_row=11,
             packing_buffer=32,
-            loss_average="token",
+            loss_reduction="token",
             deltas=("1", "1", "1/2"),
         ),
         optimizer=OptimizerConfig(
             name="muon", muon_learning_rate=0.02, learning_rate=2e-3, warmup_steps=50, beta2=0.99
         ),
         steps=1700,
-        save_every=250,
+        checkpoint=CheckpointConfig(every=250),
         scan_unroll=4,
+    )
+
+
+def tiny_processor(model: ModelConfig) -> ProcessorConfig:
+    """Returns the processor of a model of this size: up to 6 tiles, no system message."""
+    return ProcessorConfig(
+        image_size=model.vision.image_size,
+        tokens_per_tile=model.tokens_per_tile,
+        max_tiles=6,
+        system_message=None,
     )

@@ -1,21 +1,32 @@
-"""Shapes and settings of the model family: plain typed dataclasses.
+"""Settings of a training run, as typed dataclasses; model_config.py has those of the model.
 
-Nothing here touches jax. `hf_config.py` reads and writes the two released `config.json` layouts.
-
-The dataclasses are mutable so that `--config.model.vision.num_layers=2` can override a field, and
-hashable so that Flax modules can carry them; treat them as values once a module has been built.
+A recipe in configs/ returns a `TrainConfig`. Any field can be set on the command line by its dotted
+name, such as `--config.optimizer.learning_rate=2e-5`. io/limits.py has the allowed values.
 """
 
 import dataclasses
 
-from internvl3_jax.io import limits
 from internvl3_jax.io.typed import ConfigError, from_dict, to_dict
+from internvl3_jax.model_config import (
+    TILE_RULES,
+    UNITS,
+    LanguageConfig,
+    ModelConfig,
+    ProcessorConfig,
+    VisionConfig,
+    check_tile_rule,
+    validate,
+)
 
 __all__ = [
+    "TILE_RULES",
     "UNITS",
+    "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "EvalConfig",
     "LanguageConfig",
+    "LoggingConfig",
     "LoraConfig",
     "LossConfig",
     "MeshConfig",
@@ -24,365 +35,280 @@ __all__ = [
     "ProcessorConfig",
     "TrainConfig",
     "VisionConfig",
+    "check_tile_rule",
     "from_dict",
     "to_dict",
     "validate",
 ]
 
-UNITS = 256  # positions are integers in units of 1 / UNITS; see positions.py
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class VisionConfig:
-    """InternViT. The defaults are InternViT-300M-448px-V2_5."""
-
-    image_size: int = 448  # pixels along a tile's side
-    patch_size: int = 14
-    hidden_size: int = 1024
-    num_layers: int = 24
-    num_heads: int = 16
-    intermediate_size: int = 4096
-    norm: str = "layer_norm"  # or "rms_norm" (6B)
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    qk_norm: bool = False  # RMSNorm over all channels of q and of k, before the head split (6B)
-    layer_scale_init: float = 0.1
-    drop_path: float = 0.0  # highest rate; grows linearly from 0 in block 0
-    # of RGB in [0, 1]; tiles are normalised on the device
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    @property
-    def grid(self) -> int:
-        """Patches along a tile's side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class LanguageConfig:
-    """Decoder. One class for Qwen2.5, InternLM2 and InternLM3, which differ by numbers and bias
-    flags.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    # or "dynamic": NTK by current length, as transformers >= 5; always off when V2PE is in use
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    max_position: int = 32768  # positions beyond it are where "dynamic" starts to act
-    qkv_bias: bool = True
-    o_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = False
-    # or "internlm2", "internlm3": the architecture and the tensors' names in an exported model
-    family: str = "qwen2"
-    # rows are padded to this multiple inside the model and cut again on export
-    vocab_multiple: int = 256
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class ModelConfig:
-    """Everything the parameters and the forward pass depend on."""
-
-    vision: VisionConfig
-    language: LanguageConfig
-    image_token_id: int  # id of <IMG_CONTEXT>; from the checkpoint's tokenizer
-    downsample: int = 2  # pixel shuffle folds downsample x downsample patches into one token
-    ps_version: str = "v2"  # "v1" keeps the two spatial axes swapped (legacy models)
-    projector_norm_eps: float = 1e-5
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return (self.vision.grid // self.downsample) ** 2
-
-    def __post_init__(self):
-        validate(self)
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class ProcessorConfig:
-    """How pictures and messages become tiles and ids. Part of a checkpoint's fingerprint: training
-    and serving must agree on it.
-    """
-
-    image_size: int = 448
-    tokens_per_tile: int = 256
-    min_tiles: int = 1
-    # thumbnails not counted; `tiles` says whether of each image or of all images of a prompt
-    max_tiles: int = 12
-    # the released models' rule at inference; or "shared", that of their training (data.tiles)
-    tiles: str = "per image"
-    # of all images of a prompt, thumbnails not counted: each image gets an equal part; 0: no limit
-    max_total_tiles: int = 0
-    use_thumbnail: bool = True
-    apply_exif: bool = False  # the reference ignores EXIF orientation
-    template: str = "internvl2_5"
-    # "default": the template's own text; None: no system block; else the text itself
-    system_message: str | None = "default"
-    stop_tokens: tuple[str, ...] = ("<|im_end|>",)
-    frame_label: str = "Frame-{}: "  # before each frame of a video; {} is its number from 1
-    # V2PE step of a visual token in units of 1/256; 256 is delta = 1, ordinary positions
-    delta: int = UNITS
-
-    def __post_init__(self):
-        check_tile_rule(self.tiles, "processor.tiles")
-        if self.max_total_tiles < 0:
-            raise ValueError(
-                f"processor.max_total_tiles is {self.max_total_tiles}; it must be at least 1, or 0 for no limit"
-            )
-
-
-TILE_RULES = ("per image", "shared")
-
-
-def check_tile_rule(rule: str, name: str) -> None:
-    if rule not in TILE_RULES:
-        raise ValueError(
-            f"{name} is {rule!r}; it must be one of {', '.join(map(repr, TILE_RULES))}"
-        )
-
-
-def validate(config: ModelConfig) -> None:
-    """ConfigError naming the fields that are of a wrong type, out of their range, or contradict
-    each other.
-    """
-    if found := limits.problems(config):
-        raise ConfigError("; ".join(f"ModelConfig.{problem}" for problem in found))
-    vision, language = config.vision, config.language
-    checks = [
-        (
-            vision.image_size % vision.patch_size == 0,
-            "vision.image_size",
-            f"{vision.image_size} is no multiple of patch_size",
-        ),
-        (
-            vision.grid % config.downsample == 0,
-            "downsample",
-            f"{vision.grid} patches a side do not fold by {config.downsample}",
-        ),
-        (
-            vision.hidden_size % vision.num_heads == 0,
-            "vision.num_heads",
-            f"{vision.num_heads} does not divide the width",
-        ),
-        (
-            language.num_heads % language.num_kv_heads == 0,
-            "language.num_kv_heads",
-            f"{language.num_kv_heads} does not divide num_heads ({language.num_heads})",
-        ),
-        (
-            language.head_dim % 2 == 0,
-            "language.head_dim",
-            f"{language.head_dim} is odd; rotary embedding needs pairs",
-        ),
-        (
-            0 <= config.image_token_id < language.vocab_size,
-            "image_token_id",
-            f"{config.image_token_id} lies outside the vocabulary",
-        ),
-    ]
-    for holds, field, why in checks:
-        if not holds:
-            raise ConfigError(f"ModelConfig.{field}: {why}")
-
 
 @dataclasses.dataclass(unsafe_hash=True)
 class DataConfig:
-    """What is read, and the size of a batch: `rows` rows with a budget of tokens and of tiles each."""
+    """The training data, and the size of a batch: `rows` rows with a token and a tile budget."""
 
-    # The path of a meta JSON, or MODULE:FUNCTION of Python code that makes the sources.
+    # Path of a meta JSON, or MODULE:FUNCTION of Python code that returns the sources. Required.
     source: str = ""
-    # A directory with the tokenizer's files.
+    # Directory, run, checkpoint or hub id with the tokenizer's files.
     tokenizer: str = ""
-    # The number of rows of a source that generates them.
+    # Rows of each source that generates them (MODULE:FUNCTION).
     samples: int = 1_000_000
-    # of a meta JSON's sources in the mixture: "length", "sqrt", or "given" (key "weight" of each)
-    weights: str = "length"
-    # of the samples that have no picture; 0.25 is native pre-training's 1:3. Negative: as it comes
-    language_share: float = -1.0
-    on_error: str = "stop"  # at a sample that cannot be used; "skip" counts it and goes on
-    drop_list: str = ""  # file of samples to leave out, written by the doctor
-    pairs: bool = False  # rows are a question with a chosen and a rejected answer (loss.kind "mpo")
-    pairs_per_row: int = 16  # at most
-    # file of the pairs' log-probabilities under the reference model (make_reference); it is
-    # then not loaded
-    reference: str = ""
-    # the decoder computes a pair's question once; not with the TPU's and NVIDIA's attention
-    # kernels
+    # How the sources of a meta JSON are mixed: in proportion to their "length", to its square root
+    # ("sqrt"), or to the key "weight" of each source ("given").
+    source_weights: str = "length"
+    # Fraction of the samples without images, from 0 to 1; 0.25 is the 1 : 3 of native pre-training.
+    # A negative value leaves the mixture as source_weights makes it.
+    text_fraction: float = -1.0
+    # What happens at a sample that cannot be used: "stop" ends the run, "skip" counts and logs it.
+    on_bad_sample: str = "stop"
+    # File of samples to leave out, as the data doctor writes it. Empty leaves none out.
+    exclude_file: str = ""
+    # Whether each row of the data is a question with a chosen and a rejected answer (loss.kind
+    # "mpo").
+    pairs: bool = False
+    # Highest number of pairs in one packed row.
+    pairs_per_row: int = 16
+    # File of the answers' log-probabilities under the reference model, from make_reference. With it
+    # the reference model is not loaded.
+    ref_logps_file: str = ""
+    # Whether the decoder computes the question of a pair once for both answers. The attention
+    # kernels of TPUs and NVIDIA GPUs do not support it.
     share_question: bool = False
-    # a sample longer than a row; or "truncate" (after the last whole turn that fits), "drop"
+    # What happens to a sample longer than a row: "error", "truncate" (after the last complete turn
+    # that fits) or "drop".
     overlong: str = "error"
-    # in place of processor.tiles while training, as InternVL's scripts do; or "per image"
+    # Replaces processor.tiles in training: "shared", as in InternVL's training code, or
+    # "per image".
     tiles: str = "shared"
-    # of an image or frame; larger ones are refused. 0: no limit. The default is Pillow's
+    # Pixels of the largest image or frame that is read; larger ones are errors. 0 sets no limit.
+    # The default is Pillow's.
     max_image_pixels: int = 89_478_485
-    # whether images whose end is missing are used, as the official trainer does; the missing
-    # part is gray
+    # Whether an image file that ends early is used, with gray in place of the missing pixels, as in
+    # InternVL's training code.
     allow_truncated: bool = False
-    min_frames: int = 8  # of a video; drawn for each sample
+    # Lowest and highest number of frames of a video; the number is sampled once for each sample.
+    min_frames: int = 8
     max_frames: int = 32
-    # a sample's x trained tokens weigh 1 / sqrt(x) each; or "sample" (1 / x), "token" (1)
-    loss_average: str = "square"
-    rows: int = 8  # of the global batch
+    # Weight of each of the n supervised tokens of a sample: 1 / sqrt(n) ("square"), 1 / n
+    # ("sample") or 1 ("token").
+    loss_reduction: str = "square"
+    # Rows of the global batch; must be a multiple of shards and of micro_batches.
+    rows: int = 8
+    # Token and tile budget of one row.
     tokens_per_row: int = 16_384
     tiles_per_row: int = 48
-    packing: str = "balanced"  # or "first_fit"; see data/packing.py
-    packing_buffer: int = 64  # samples that wait for a row that they fit in, for each shard
-    # streams that rows are packed from: any number of processes that divides it sees the same
-    # global batches
+    # Samples that wait for a row with room for them, per shard.
+    packing_buffer: int = 64
+    # Number of data streams. Every number of processes that divides it gives the same global
+    # batches.
     shards: int = 1
-    workers: int = 0  # processes that prepare samples, for each shard; 0: threads of this one
-    # V2PE: each picture draws one; the paper's set is 1, 1/2, 1/4 ... 1/256
+    # Worker processes that prepare samples, per shard. 0 prepares them in threads of this process.
+    workers: int = 0
+    # V2PE: position steps of visual tokens; each image samples one. The paper's set is 1, 1/2, 1/4,
+    # ..., 1/256. "1" gives ordinary positions.
     deltas: tuple[str, ...] = ("1",)
+    # Seed of the order, the mixture and the augmentation of the samples.
     seed: int = 0
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OptimizerConfig:
-    """Defaults follow InternVL's scripts: AdamW, cosine, decay on every parameter, clipping at 1."""
+    """The optimizer. The defaults follow InternVL's scripts."""
 
-    # "muon": Muon on the layers' matrices, AdamW on the rest; "adafactor": factored second moment
+    # "adamw", "muon" (Muon for the layers' matrices, AdamW for the rest) or "adafactor" (factored
+    # second moment).
     name: str = "adamw"
+    # Peak learning rate.
     learning_rate: float = 4e-5
+    # Peak learning rate of the matrices that Muon updates.
     muon_learning_rate: float = 0.02
-    # or "wsd": warm-up, stable, linear decay over the last `decay_fraction` of the steps
+    # Shape after the warm-up: "cosine", or "wsd" (constant, then a linear decay).
     schedule: str = "cosine"
+    # Steps of linear warm-up.
     warmup_steps: int = 100
-    warmup_fraction: float = 0.0  # of all steps, in place of warmup_steps; 0: warmup_steps counts
+    # Warm-up as a fraction of all steps, from 0 to 1; replaces warmup_steps unless it is 0.
+    warmup_fraction: float = 0.0
+    # Fraction of all steps in which "wsd" decays, at the end.
     decay_fraction: float = 0.2
-    final_fraction: float = 0.0  # of the peak, at the last step
+    # Learning rate at the last step, as a fraction of the peak.
+    final_lr_fraction: float = 0.0
+    # Decoupled weight decay, multiplied by the learning rate.
     weight_decay: float = 0.05
-    decay_norms_and_biases: bool = True  # the reference decays every parameter
+    # Whether norms and biases decay too, as in InternVL's code.
+    decay_norms_and_biases: bool = True
+    # Decay rates of the first and second moment.
     beta1: float = 0.9
     beta2: float = 0.999
+    # Largest global norm of the gradients; larger ones are scaled down to it.
     clip_norm: float = 1.0
-    moment_dtype: str = "float32"  # of AdamW's first moment; "bfloat16" saves 2 bytes a parameter
-    # regular expressions; parameters whose path one matches are not trained: "vision/.*"
+    # Dtype of AdamW's first moment: "float32", or "bfloat16", which saves 2 bytes per parameter.
+    moment_dtype: str = "float32"
+    # Regular expressions; a parameter whose path one of them matches is not trained ("vision/.*").
     freeze: tuple[str, ...] = ()
-    vision_rate: float = 1.0  # learning rate of each component, relative to the rest
-    projector_rate: float = 1.0
-    language_rate: float = 1.0
-    # each layer of the tower learns this much slower than the one above it
+    # Factors on the learning rate of each component.
+    vision_lr_scale: float = 1.0
+    projector_lr_scale: float = 1.0
+    language_lr_scale: float = 1.0
+    # Factor on the learning rate from each layer of the vision tower to the layer below it.
     vision_layer_decay: float = 1.0
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LossConfig:
-    """What is minimised. "mpo", Mixed Preference Optimization (Wang et al. 2024), takes pairs
-    (data.pairs): weighted preference, quality and generation losses, of which each may be alone.
-    Defaults are InternVL3's scripts'; preference.py has the losses.
+    """The loss. The defaults of "mpo" are those of InternVL3's scripts; see training/mpo.py.
+
+    Mixed Preference Optimization (Wang et al. 2024) takes pairs (data.pairs) and adds a preference,
+    a quality and a generation loss. A weight of 0 switches one of them off.
     """
 
-    kind: str = "sft"  # next-token cross-entropy; or "mpo"
-    preference: str = "sigmoid"  # DPO; or "ipo"
+    # "sft" (next-token cross-entropy) or "mpo".
+    kind: str = "sft"
+    # Weight of the preference loss, DPO.
     preference_weight: float = 0.8
-    quality_weight: float = 0.2  # BCO
-    # cross-entropy of chosen answers, averaged as data.loss_average says
+    # Weight of the quality loss, BCO.
+    quality_weight: float = 0.2
+    # Weight of the chosen answers' cross-entropy, which is averaged as data.loss_reduction says.
     generation_weight: float = 1.0
+    # Scale of the rewards: beta times the log-probability ratio of policy and reference model.
     beta: float = 0.1
-    label_smoothing: float = 0.0  # of DPO
-    # BCO's: mean of all rewards so far (the code); "moving": of earlier ones, exponential (the
-    # paper)
-    shift: str = "running"
-    shift_decay: float = 0.99  # of "moving"
-    reference: str = ""  # checkpoint that the policy is compared with; empty: init_from
-    reference_dtype: str = ""  # that it is stored in; empty: the compute dtype
-    # whether the policy's tower drops paths; then the two differ from the first step on
+    # Probability that DPO assumes for a swapped label, from 0 to below 0.5.
+    label_smoothing: float = 0.0
+    # BCO's reward shift: the mean of all rewards so far ("running", as in InternVL's code), or an
+    # exponential mean of those of earlier updates ("moving", as in the paper).
+    reward_shift: str = "running"
+    # Decay of the "moving" mean, per update.
+    reward_shift_decay: float = 0.99
+    # Checkpoint of the reference model. Empty means init_from.
+    ref_model: str = ""
+    # Dtype that the reference model is stored in. Empty means compute_dtype.
+    ref_model_dtype: str = ""
+    # Whether model.vision.drop_path acts on the policy. Policy and reference model then differ from
+    # the first step on.
     drop_path: bool = False
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LoraConfig:
-    """Adapters beside linear layers that stay as they are (lora.py). Rank 0: none; all else is then
-    without effect.
-    """
+    """Low-rank adapters on a frozen base model; see model/lora.py. Rank 0 trains without them."""
 
+    # Rank of the adapters. 0 means no adapters, and no other field has an effect.
     rank: int = 0
-    alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
-    rslora: bool = False  # by alpha / sqrt(rank) instead
-    dropout: float = 0.0  # of the adapters' inputs
-    # regular expressions; layers whose path one matches
+    # The output of an adapter is multiplied by alpha / rank.
+    alpha: float = 32.0
+    # Whether that factor is alpha / sqrt(rank) instead.
+    rslora: bool = False
+    # Dropout rate of the adapters' inputs.
+    dropout: float = 0.0
+    # Regular expressions; a linear layer whose path one of them matches gets an adapter.
     targets: tuple[str, ...] = ("language/layers/(q|k|v|o|gate|up|down)",)
-    # parameters that are trained whole beside them, likewise: "projector/.*"
+    # Regular expressions; parameters whose path one of them matches are trained themselves
+    # ("projector/.*").
     full: tuple[str, ...] = ()
-    # what the layers' frozen matrices are kept in: "none" (param_dtype), "int8" or "nf4"
+    # Storage of the adapted layers' frozen kernels: "none" (param_dtype), "int8" or "nf4".
     quantize: str = "none"
-    init_from: str = ""  # LoRA run or PEFT directory whose adapter is trained on
+    # LoRA run or PEFT directory whose adapters are trained further. Empty means new adapters.
+    init_from: str = ""
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig:
-    """Devices along each axis of the mesh (sharding.py); one may be -1, which takes what the others
-    leave.
-    """
+    """Devices along each axis of the mesh. One may be -1, which takes the remaining devices."""
 
-    slice: int = 1  # TPU slices; rows
-    data: int = 1  # rows
-    fsdp: int = -1  # rows, and parameters with their gradients and state
-    tensor: int = 1  # the decoder's heads, MLP and vocabulary
-    context: int = 1  # tokens of a row
+    # TPU slices; shards the rows of the batch.
+    slice: int = 1
+    # Shards the rows of the batch.
+    data: int = 1
+    # Shards the rows of the batch, and parameters, gradients and optimizer state.
+    fsdp: int = -1
+    # Shards the decoder's heads, MLP and vocabulary.
+    tensor: int = 1
+    # Shards the tokens of a row.
+    context: int = 1
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class EvalConfig:
+    """Evaluation on data that the run does not train on."""
+
+    # Meta JSON of the evaluation data. Empty means no evaluation.
+    source: str = ""
+    # Steps between evaluations; the last step is evaluated too. 0 means never.
+    every: int = 0
+    # Batches of an evaluation; every evaluation takes the same ones.
+    batches: int = 8
+    # Conversations whose last turn the model answers at each evaluation, into
+    # WORKDIR/answers.jsonl.
+    answers: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class CheckpointConfig:
+    """When the run is saved, and which steps are kept."""
+
+    # Steps between checkpoints; the last step is saved too.
+    every: int = 500
+    # Number of the newest checkpoints that are kept.
+    keep: int = 2
+    # Checkpoints at multiples of this many steps are kept for good. 0 means none.
+    keep_every: int = 0
+    # Whether the checkpoint with the lowest evaluation loss is kept too.
+    keep_best: bool = True
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LoggingConfig:
+    """Where the run reports its progress besides WORKDIR/log.jsonl and the terminal."""
+
+    # Steps between rows of the log; the last step has one too.
+    every: int = 20
+    # Whether the log is also written to WORKDIR/tensorboard.
+    tensorboard: bool = False
+    # Project of Weights & Biases that also gets the log. Empty means none.
+    wandb: str = ""
+    # First and last step of a profile in WORKDIR/profile. Empty means no profile.
+    profile_steps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class TrainConfig:
-    """One run. A file in configs/ returns it from get_config();
-    `--config.optimizer.learning_rate=2e-5` overrides a field.
-    """
+    """One training run. A recipe in configs/ returns it from get_config()."""
 
     model: ModelConfig
     processor: ProcessorConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    # Number of optimizer updates.
     steps: int
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    init_from: str = ""  # checkpoint, released directory or hub id to start from; empty: random
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    # Run, checkpoint, released directory or hub id of the initial weights. Empty means random ones.
+    init_from: str = ""
+    # Seed of the initial weights and of dropout.
     seed: int = 0
+    # Dtype of the parameters: "float32" or "bfloat16".
     param_dtype: str = "float32"
-    compute_dtype: str = "float32"  # bfloat16 on accelerators
-    # of a batch, one after the other; gradients are those of the whole batch
+    # Dtype of the computation: "float32", or "bfloat16" on accelerators.
+    compute_dtype: str = "float32"
+    # Number of equal parts of a batch that are computed one after the other. The gradients are
+    # those of the full batch.
     micro_batches: int = 1
-    remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
+    # What the backward pass recomputes in each layer; model/ops/remat.py has the policies.
+    remat_vision: str = "none"
     remat_language: str = "none"
-    # its state lies in the hosts' memory, and comes to the devices for the update
+    # Whether the optimizer state is kept in host memory between updates.
     offload_optimizer: bool = False
-    attention_vision: str = "auto"  # implementation; see ops/attention.py
-    # "ring" for rows so long that a device cannot hold all of their keys
+    # Attention implementations; "auto" chooses by device and shape. model/ops/attention.py has the
+    # others, such as "ring" for rows whose keys do not fit on one device.
+    attention_vision: str = "auto"
     attention_language: str = "auto"
-    loss_chunk: int = 1024  # tokens whose logits exist at a time
-    # layers per step of the scans; all of them is about twice as fast on a CPU
+    # Tokens whose logits are in memory at the same time.
+    loss_chunk: int = 1024
+    # Layers per iteration of the scans over layers. All of them is about twice as fast on CPUs.
     scan_unroll: int = 1
-    log_every: int = 20
-    # steps between checks that all processes are at the same step of the same run
-    agree_every: int = 100
-    save_every: int = 500
-    # resume although sources, tokenizer or drop list are no longer those that the run began
-    # with
+    # Steps between checks that all processes are at the same step of the same run.
+    host_check_every: int = 100
+    # Whether a run may be resumed although its sources, tokenizer or exclude_file have changed.
     accept_changed_data: bool = False
-    keep: int = 2  # checkpoints kept, the newest
-    keep_every: int = 0  # also those of every so many steps, for good; 0: none
-    keep_best: bool = True  # also the one with the lowest held-out loss
-    held_out: str = ""  # meta JSON of what is never trained on
-    evaluate_every: int = 0  # steps between held-out losses; also at the last step; 0: never
-    evaluate_batches: int = 8  # of a held-out loss, always the same
-    # conversations whose last turn is answered along with it, into WORKDIR/answers.jsonl
-    evaluate_answers: int = 0
-    tensorboard: bool = False  # also writes WORKDIR/tensorboard
-    wandb: str = ""  # project of Weights & Biases; empty: none
-    profile_steps: tuple[int, ...] = ()  # first and last step of a profile in WORKDIR/profile

@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-from qwen_tokenizer import ADDED_IDS, CONTROL, random_texts, write_qwen_tokenizer
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.text.chat_template import (
@@ -20,6 +19,7 @@ from internvl3_jax.data.text.chat_template import (
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import TokenizerError
 from internvl3_jax.positions import build_positions
+from tests.support.qwen_tokenizer import ADDED_IDS, CONTROL, random_texts, write_qwen_tokenizer
 
 PROCESSOR = ProcessorConfig(tokens_per_tile=3)
 
@@ -363,12 +363,12 @@ HEAD = "train.jsonl line 7: "
         (
             [user("a")],
             [1],
-            "1 pictures, but 0 <image> tags in the user messages; each picture needs one tag",
+            "1 images, but 0 <image> tags in the user messages; each image needs one tag",
         ),
-        ([user("<image>")], [1, 1], "2 pictures, but 1 <image> tags"),
-        ([user("<image><image>") | {"images": 1}], [1, 1], "2 pictures, but 1 <image> tags"),
-        ([user("a"), assistant("<image>")], [1], "1 pictures, but 0 <image> tags"),
-        ([user("<image>")], [0], "picture 1 has 0 tiles; every picture needs at least one"),
+        ([user("<image>")], [1, 1], "2 images, but 1 <image> tags"),
+        ([user("<image><image>") | {"images": 1}], [1, 1], "2 images, but 1 <image> tags"),
+        ([user("a"), assistant("<image>")], [1], "1 images, but 0 <image> tags"),
+        ([user("<image>")], [0], "image 1 has 0 tiles; every image needs at least one"),
     ],
 )
 def test_bad_conversations(tokenizer, messages, tiles, message):

@@ -5,7 +5,6 @@ import importlib
 
 import jax
 import pytest
-import tiny_checkpoint
 
 from configs.common import RELEASED
 from internvl3_jax.model import lora
@@ -17,6 +16,7 @@ from internvl3_jax.training.optimizer import (
     split_params,
     warmup_steps,
 )
+from tests.support import tiny_checkpoint
 
 STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
 
@@ -65,9 +65,9 @@ def test_a_checkpoint_names_its_own_shapes(stage):
 def test_pretraining_is_the_papers():
     config = recipe("pretrain", "8b")
     assert (
-        config.data.language_share == 0.25
+        config.data.text_fraction == 0.25
         and len(config.data.deltas) == 9
-        and config.data.loss_average == "square"
+        and config.data.loss_reduction == "square"
     )
     assert config.steps * config.data.rows * config.data.tokens_per_row == pytest.approx(
         200e9, rel=1e-3

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from released import convert, params_of, reduce, same_tensors, write_released
 from safetensors.numpy import load_file, save_file
 
 from convert import run
@@ -21,6 +20,7 @@ from internvl3_jax.data.text.tokenizer_files import OPTIONS
 from internvl3_jax.io import unfinished
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.io.integrity import Damaged
+from tests.support.released import convert, params_of, reduce, same_tensors, write_released
 
 KEY = "language_model.model.layers.1.mlp.up_proj.weight"
 TENSOR_DAMAGE = {

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tomllib
 
-import documented_world
 import pytest
-from command_runner import Done, Runner
-from documents import ROOT, Command, commands, pages, snippets, words
 
 from internvl3_jax.config import TrainConfig
+from tests.support import documented_world
+from tests.support.command_runner import Done, Runner
+from tests.support.documents import ROOT, Command, commands, pages, snippets, words
 
 # What is changed before a command runs: (regular expression, replacement), all of them, in this
 # order.
@@ -41,7 +41,7 @@ SMALL_DATA = "--config.data.rows=1 --config.data.tokens_per_row=1024 --config.da
 ADDED = {
     "train.py --config configs/tiny_digits.py": "--config.steps=2 --config.optimizer.warmup_steps=0",
     "train.py --config configs/pretrain.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA} "
-    "--config.data.language_share=-1",
+    "--config.data.text_fraction=-1",
     "train.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "internvl3_jax.training.make_reference": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "infer.py": "--max_new_tokens=4",
@@ -325,7 +325,7 @@ def test_lists_are_used():
 
 # What a page's snippets need that stands in none of them.
 BEFORE = {
-    "README.md": "import documented_world; batch = documented_world.batch()",
+    "README.md": "from tests.support import documented_world; batch = documented_world.batch()",
     "docs/lora.md": "from internvl3_jax import Chat, load",
 }
 # A LoRA run and a PEFT directory take a training: docs/lora.md's commands make both, and its
@@ -335,9 +335,7 @@ SNIPPETS = [page for page in pages() if snippets(page)]
 
 
 def run_snippets(page: str, runner: Runner, folder: pathlib.Path) -> None:
-    text = "\n".join(
-        [f"import sys; sys.path.append({str(ROOT / 'tests')!r})", BEFORE.get(page, "")]
-    )
+    text = "\n".join([f"import sys; sys.path.append({str(ROOT)!r})", BEFORE.get(page, "")])
     text += "".join(f"\n{snippet}" for _, snippet in snippets(page))
     done = runner(["-c", text], folder)
     assert done.status == 0, f"{page}, Python:\n{text}\n{done.output[-3000:]}"

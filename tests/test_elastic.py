@@ -10,13 +10,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from official_run import official_config, write_official
 
 import train
-from internvl3_jax.config import MeshConfig
+from internvl3_jax.config import EvalConfig, MeshConfig
 from internvl3_jax.parallel import multihost, sharding
 from internvl3_jax.training.metrics import MetricsAggregator
-from internvl3_jax.training.run import AsyncSaver
+from internvl3_jax.training.saver import AsyncSaver
+from tests.support.official_run import official_config, write_official
+from tests.support.tiny_checkpoint import changed
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the
@@ -48,10 +49,10 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
     train.save_config(config, workdir)
     with monkeypatch.context() as patch:
-        start = AsyncSaver.start
+        start = AsyncSaver.save
         patch.setattr(
             AsyncSaver,
-            "start",
+            "save",
             lambda self, step, state, *rest: (
                 check_memory(state, memory) or start(self, step, state, *rest)
             ),
@@ -70,20 +71,10 @@ def check_memory(state, memory):
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """A dozen steps take less time than the optimisations of four programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
     config = official_config(write_official(tmp_path))
     data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)
-    config = dataclasses.replace(
-        config, data=data, steps=STEPS, save_every=100, log_every=1, held_out=""
-    )
+    config = changed(config, data=data, steps=STEPS, checkpoint__every=100, eval=EvalConfig())
     run(config, tmp_path / "whole", 1, MeshConfig(), STEPS, "device", monkeypatch)
     for place in PLACES:
         run(config, tmp_path / "moved", *place, monkeypatch)

@@ -190,7 +190,7 @@ def test_the_train_step_compiles_for_devices_that_are_not_used():
 def test_a_step_of_mpo_takes_its_reference():
     flags = {"loss.kind": "mpo", "data.pairs": True, "data.pairs_per_row": 2}
     config, topology = tiny(**flags), parse("cpu:8")
-    beforehand = tiny(**flags, **{"data.reference": "beforehand.jsonl"})
+    beforehand = tiny(**flags, **{"data.ref_logps_file": "beforehand.jsonl"})
     built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
     share = share_of(config, topology)
     assert (

@@ -8,7 +8,6 @@ import sys
 
 import jax
 import pytest
-from tiny_checkpoint import CONFIG, train_config
 
 from configs.finetune import get_config as finetune
 from configs.lora import get_config as adapters
@@ -22,6 +21,7 @@ from internvl3_jax.fit.work import train_work
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.parallel.sharding import make_mesh
+from tests.support.tiny_checkpoint import CONFIG, train_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GB = 1e9

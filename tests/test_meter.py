@@ -9,13 +9,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from tiny_checkpoint import CONFIG, train_config
 
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.flops import batch_counts, forward_flops, train_flops
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.run_log import Log
+from tests.support.tiny_checkpoint import CONFIG, changed, train_config
 
 
 def matrices(tree) -> int:
@@ -102,7 +102,7 @@ def test_the_log_and_tensorboard(tmp_path):
     """Rows after the step at which a run goes on are dropped; TensorBoard's file holds the same
     values.
     """
-    config = dataclasses.replace(train_config(), tensorboard=True)
+    config = changed(train_config(), logging__tensorboard=True)
     for start in (0, 1):
         with Log(tmp_path, config, start) as log:
             for step in range(start + 1, 3):
@@ -121,7 +121,7 @@ def test_weights_and_biases_tells_runs_apart(tmp_path, monkeypatch):
     )
     fake = types.SimpleNamespace(init=lambda **settings: started.append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = dataclasses.replace(train_config(), wandb="project")
+    config = changed(train_config(), logging__wandb="project")
     for name in ("a/sft", "b/sft", "a/sft"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FloatingPointError), Log(tmp_path / name, config, 0) as log:
@@ -134,7 +134,7 @@ def test_weights_and_biases_tells_runs_apart(tmp_path, monkeypatch):
 
 
 def test_a_profile_of_chosen_steps(tmp_path):
-    config = dataclasses.replace(train_config(), profile_steps=(2, 3))
+    config = changed(train_config(), logging__profile_steps=(2, 3))
     with Log(tmp_path, config, 0) as log:
         for step in range(1, 6):
             log.profile(step)

@@ -12,12 +12,12 @@ import grain.python as grain
 import numpy as np
 import pytest
 from grain.experimental import assert_equal_output_after_checkpoint
-from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.loader import BatchLoader
-from internvl3_jax.data.packing import RULES, Packer, choose
+from internvl3_jax.data.packing import Packer, choose
 from internvl3_jax.data.pipeline import make_tokenizer
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 TOKENS, TILES, SIZE = 32, 6, 2
 FIELDS = ("tokens", "targets", "loss_weights", "positions")
@@ -51,19 +51,19 @@ def make_samples(count, seed=0, longest=TOKENS, most_tiles=TILES):
 class PackedDataset(grain.IterDataset):
     """So that grain's own test of checkpoints can make the iterator anew."""
 
-    def __init__(self, samples, rule, buffer):
+    def __init__(self, samples, buffer):
         super().__init__()
-        self.samples, self.rule, self.buffer = samples, rule, buffer
+        self.samples, self.buffer = samples, buffer
 
     def __iter__(self):
         stream = grain.MapDataset.source(self.samples).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         )
-        return Packer(iter(stream), self.samples.__getitem__, TOKENS, TILES, self.rule, self.buffer)
+        return Packer(iter(stream), self.samples.__getitem__, TOKENS, TILES, self.buffer)
 
 
-def packed(samples, rule="balanced", buffer=8):
-    return iter(PackedDataset(samples, rule, buffer))
+def packed(samples, buffer=8):
+    return iter(PackedDataset(samples, buffer))
 
 
 def segments_of(row):
@@ -82,21 +82,19 @@ def segments_of(row):
     ]
 
 
-def test_rules_choose_as_they_say():
+def test_the_sample_that_best_uses_both_budgets_is_chosen():
     """Worked by hand: room for 10 tokens and 4 tiles, the oldest sample first."""
     sizes = np.array([(4, 2), (7, 0), (3, 2), (5, 0), (6, 2), (1, 0)])
-    assert choose(sizes, np.array([10, 4]), "first_fit") == [0, 2, 5]
-    assert choose(sizes, np.array([10, 4]), "balanced") == [0, 4]
-    assert choose(sizes[:2], np.array([10, 4]), "balanced") == [0]
-    assert choose(sizes[[1, 5]], np.array([10, 0]), "balanced") == [0, 1], "no tiles at all"
+    assert choose(sizes, np.array([10, 4])) == [0, 4]
+    assert choose(sizes[:2], np.array([10, 4])) == [0]
+    assert choose(sizes[[1, 5]], np.array([10, 0])) == [0, 1], "no tiles at all"
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("buffer", [1, 4, 16])
-def test_every_sample_is_in_one_piece(rule, buffer):
+def test_every_sample_is_in_one_piece(buffer):
     samples = make_samples(60)
     found, filled = [], 0
-    for row, origins in packed(samples, rule, buffer):
+    for row, origins in packed(samples, buffer):
         assert row["tokens"].shape == row["segments"].shape == (TOKENS,) and row["tiles"].shape == (
             TILES,
             SIZE,
@@ -130,10 +128,9 @@ def test_every_sample_is_in_one_piece(rule, buffer):
     assert filled < len(samples) or buffer == 1
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_no_sample_waits_for_ever(rule):
+def test_no_sample_waits_for_ever():
     """The oldest opens each row: after n rows, none of the first n is still waiting."""
-    stream, seen = packed(make_samples(200), rule, 16), []
+    stream, seen = packed(make_samples(200), 16), []
     for number in range(40):
         row, _ = next(stream)
         seen += [int(part["tokens"][0]) // 100 for part in segments_of(row)]
@@ -187,18 +184,13 @@ def test_markers_are_counted():
     assert stream.get_state()["skipped"] == 12
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"rule": "best"}, "data.packing is 'best'"), ({"buffer": 0}, "packing_buffer")],
-)
-def test_wrong_settings_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        packed(make_samples(2), **change)
+def test_an_empty_buffer_is_refused():
+    with pytest.raises(ValueError, match="packing_buffer"):
+        packed(make_samples(2), buffer=0)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_the_state_of_a_packed_stream_resumes_exactly(rule):
-    assert_equal_output_after_checkpoint(PackedDataset(make_samples(30), rule, 5))
+def test_the_state_of_a_packed_stream_resumes_exactly():
+    assert_equal_output_after_checkpoint(PackedDataset(make_samples(30), 5))
 
 
 # --- the whole pipeline --------------------------------------------------------------------------

@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official_data import picture, write_meta, write_video
-from test_optimizer import by_path
-from tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
 
-from internvl3_jax.config import LossConfig, OptimizerConfig
+from internvl3_jax.config import EvalConfig, LossConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
@@ -22,48 +19,15 @@ from internvl3_jax.training.losses import cross_entropy
 from internvl3_jax.training.objective import MpoLoss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import TrainState, train_step
+from tests.support.official_data import write_meta, write_video
+from tests.support.pairs import LOSS, PAIRS, pairs_config
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
+from tests.support.train_step import by_path
 
 MODEL, PARAMS, OTHER = InternVL(CONFIG), random_params(CONFIG), random_params(CONFIG, seed=1)
 GRADIENT = make_optimizer(OptimizerConfig(warmup_steps=0), 100)._replace(
     init=lambda _: (), update=lambda gradients, state, _: (gradients, state)
 )
-LOSS = LossConfig(kind="mpo")
-PAIRS = 3
-
-
-def write_pairs(folder) -> str:
-    for number in range(3):
-        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
-    seen = [
-        {
-            "image": f"{n % 3}.png",
-            "question": f"What is {n}?",
-            "chosen": f"It is {n}.",
-            "rejected": f"No idea, maybe {n + 1}",
-        }
-        for n in range(6)
-    ]
-    text = [{"question": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n + 1}?"} for n in range(4)]
-    two = [
-        {
-            "image": ["0.png", "1.png"],
-            "question": "<image><image>Same?",
-            "chosen": "no",
-            "rejected": "yes yes",
-        }
-    ]
-    return write_meta(folder, seen={"rows": seen}, text={"rows": text}, two={"rows": two})
-
-
-def pairs_config(folder, **data):
-    config = train_config()
-    settings = {
-        "source": write_pairs(folder),
-        "pairs": True,
-        "pairs_per_row": PAIRS,
-        "loss_average": "sample",
-    } | data
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))
 
 
 def batch_of(config):
@@ -81,16 +45,6 @@ def folder(tmp_path_factory):
 def both(folder):
     """The same pairs twice: each with a question of its own, and sharing it."""
     return [batch_of(pairs_config(folder, share_question=shared)) for shared in (False, True)]
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """These programs run once or a dozen times: that takes less time than the compiler's
-    optimisations.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # --- the sample ----------------------------------------------------------------------------------
@@ -153,7 +107,7 @@ def test_only_the_chosen_answer_has_weight(both):
         assert ((batch["loss_weights"] > 0) == (batch["answers"] % 2 == 1)).all()
         sums = mpo.answer_sums(batch["loss_weights"], batch["answers"], PAIRS)
         present = batch["answers"].max(axis=1)[:, None] > 2 * np.arange(PAIRS)
-        np.testing.assert_allclose(sums[..., 0], present, rtol=1e-6)  # data.loss_average "sample"
+        np.testing.assert_allclose(sums[..., 0], present, rtol=1e-6)  # data.loss_reduction "sample"
 
 
 @pytest.mark.parametrize(
@@ -216,12 +170,11 @@ def directly(params, batch, config: LossConfig, shift=None):
 
     policy, logits = log_probabilities(params)
     of_reference, _ = log_probabilities(OTHER)
-    lengths = jnp.maximum(mpo.answer_sums((batch["answers"] > 0) * 1.0, batch["answers"], PAIRS), 1)
     present = batch["answers"].max(axis=1)[:, None] > 2 * np.arange(PAIRS)
     if shift is None:
         rewards = config.beta * (policy - of_reference)
         shift = jnp.where(present[..., None], rewards, 0).sum() / (2 * present.sum())
-    each = config.preference_weight * mpo.preference_loss(policy, of_reference, lengths, config)
+    each = config.preference_weight * mpo.preference_loss(policy, of_reference, config)
     each += config.quality_weight * mpo.quality_loss(policy, of_reference, shift, config.beta)
     total, weight = cross_entropy(logits, batch["targets"], batch["loss_weights"])
     return (
@@ -257,9 +210,8 @@ def assert_close(found, expected, tolerance):
         LOSS,
         dataclasses.replace(LOSS, quality_weight=0.0, generation_weight=0.0, label_smoothing=0.1),
         dataclasses.replace(LOSS, preference_weight=0.0, generation_weight=0.0),
-        dataclasses.replace(LOSS, preference="ipo"),
     ],
-    ids=["mpo", "preference alone", "quality alone", "ipo"],
+    ids=["mpo", "preference alone", "quality alone"],
 )
 def test_loss_and_gradient_are_those_of_whole_logits(both, loss):
     batch = both[0]
@@ -282,7 +234,7 @@ def test_a_shared_question_changes_no_number(both):
 
 
 def test_blocks_know_shared_questions(both):
-    model = InternVL(CONFIG, attention_language="blockwise")
+    model = InternVL(CONFIG, attention_language="flash")
     expected = MODEL.apply({"params": PARAMS}, both[1])
     found = model.apply({"params": PARAMS}, both[1])
     real = both[1]["segments"] > 0
@@ -291,7 +243,7 @@ def test_blocks_know_shared_questions(both):
 
 def test_micro_batches_are_the_batch(both):
     """With the shift of earlier updates; the running one counts each of them."""
-    loss = dataclasses.replace(LOSS, shift="moving")
+    loss = dataclasses.replace(LOSS, reward_shift="moving")
     whole, parts = descent(both[0], loss), descent(both[0], loss, micro_batches=2)
     assert_close(parts[0], whole[0], 2e-5)
     np.testing.assert_allclose(parts[1]["loss"], whole[1]["loss"], rtol=1e-5)
@@ -299,15 +251,12 @@ def test_micro_batches_are_the_batch(both):
 
 
 def test_against_itself_the_preference_part_is_known(both):
-    for loss in (LOSS, dataclasses.replace(LOSS, preference="ipo")):
-        _, metrics = descent(both[0], loss, PARAMS)
-        paired = 0.8 * metrics["loss_preference"] + 0.2 * metrics["loss_quality"]
-        assert float(paired) == pytest.approx(mpo.at_start(loss), abs=1e-6)
-        # Zero, but for where the two passes' sums are rounded.
-        assert (
-            abs(float(metrics["reward_margin"])) < 1e-5
-            and abs(float(metrics["reward_shift"])) < 1e-5
-        )
+    _, metrics = descent(both[0], LOSS, PARAMS)
+    paired = 0.8 * metrics["loss_preference"] + 0.2 * metrics["loss_quality"]
+    assert float(paired) == pytest.approx(mpo.at_start(LOSS), abs=1e-6)
+    # Zero, but for where the two passes' sums are rounded.
+    assert abs(float(metrics["reward_margin"])) < 1e-5
+    assert abs(float(metrics["reward_shift"])) < 1e-5
     assert mpo.at_start(LOSS) == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2))
 
 
@@ -328,25 +277,26 @@ def test_a_reference_computed_beforehand_is_the_same(both):
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
 
 
-def test_held_out_pairs_have_the_numbers_of_the_train_step(folder):
+def test_eval_pairs_have_the_numbers_of_the_train_step(folder):
     config = pairs_config(folder, deltas=("1",))
     config = dataclasses.replace(
-        config, loss=LOSS, held_out=config.data.source, evaluate_batches=2, loss_chunk=7
+        config, loss=LOSS, eval=EvalConfig(config.data.source, batches=2), loss_chunk=7
     )
-    held_out = Evaluator(config, MODEL, make_tokenizer(config.data))
-    found = held_out.losses(PARAMS, mpo.init_reward_shift(), OTHER)
+    evaluator = Evaluator(config, MODEL, make_tokenizer(config.data))
+    found = evaluator.losses(PARAMS, mpo.init_reward_shift(), OTHER)
     each = [
-        descent(batch, dataclasses.replace(LOSS, shift="moving"))[1] for batch in held_out.batches
+        descent(batch, dataclasses.replace(LOSS, reward_shift="moving"))[1]
+        for batch in evaluator.batches
     ]
-    counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in held_out.batches]
+    counts = [(batch["answers"].max(axis=1) // 2).sum() for batch in evaluator.batches]
     names = {
-        "held_out": "loss",
-        "held_out_reward_accuracy": "reward_accuracy",
-        "held_out_loss_quality": "loss_quality",
+        "eval_loss": "loss",
+        "eval_reward_accuracy": "reward_accuracy",
+        "eval_loss_quality": "loss_quality",
     }
     for name, of_step in names.items():
         assert found[name] == pytest.approx(
             np.average([metrics[of_step] for metrics in each], weights=counts), rel=1e-5
         )
-    of_sources = [found[f"held_out/{name}"] for name in ("seen", "text", "two")]
-    assert min(of_sources) < found["held_out_loss_generation"] < max(of_sources)
+    of_sources = [found[f"eval_loss/{name}"] for name in ("seen", "text", "two")]
+    assert min(of_sources) < found["eval_loss_generation"] < max(of_sources)

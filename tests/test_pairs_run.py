@@ -1,5 +1,5 @@
 """MPO through train.py: from pairs in files to a run that goes on, with each kind of reference, and
-what is said of held-out pairs.
+what is said of eval pairs.
 """
 
 import dataclasses
@@ -10,13 +10,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from official_data import write_meta, write_video
-from test_pairs import LOSS, pairs_config
-from tiny_checkpoint import PROCESSOR
 
 import train
-from internvl3_jax.config import LoraConfig, LossConfig, MeshConfig, OptimizerConfig
+from internvl3_jax.config import (
+    CheckpointConfig,
+    EvalConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
 from internvl3_jax.data.batch import SampleError
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import make_tokenizer
@@ -25,9 +28,12 @@ from internvl3_jax.model import lora
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training import mpo, reference_model
 from internvl3_jax.training.make_reference import make_reference
+from tests.support import tiny_checkpoint
+from tests.support.official_data import write_meta, write_video
+from tests.support.pairs import LOSS, pairs_config
+from tests.support.tiny_checkpoint import PROCESSOR, changed
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def run_config(folder, **changes):
@@ -38,21 +44,21 @@ def run_config(folder, **changes):
         "loss": LOSS,
         "optimizer": optimizer,
         "steps": 12,
-        "save_every": 6,
+        "checkpoint__every": 6,
     }
-    return dataclasses.replace(config, **(settings | changes))
+    return changed(config, **(settings | changes))
 
 
 def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
-    """What is said of held-out pairs goes the same way."""
+    """What is said of eval pairs goes the same way."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
-    config = run_config(tmp_path, evaluate_every=6, evaluate_batches=2, evaluate_answers=2)
-    config = dataclasses.replace(config, held_out=config.data.source)
+    config = run_config(tmp_path, eval=EvalConfig(every=6, batches=2, answers=2))
+    config = changed(config, eval__source=config.data.source)
     whole = train.fit(config, make(tmp_path / "whole", config), mesh)
     rows = log_of(tmp_path / "whole")
-    held_out = [row for row in rows if "held_out" in row]
-    assert [row["step"] for row in held_out] == [6, 12]
-    assert held_out[1]["held_out_reward_margin"] > held_out[0]["held_out_reward_margin"] > 0
+    evals = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evals] == [6, 12]
+    assert evals[1]["eval_reward_margin"] > evals[0]["eval_reward_margin"] > 0
     answers = [
         json.loads(line) for line in (tmp_path / "whole" / "answers.jsonl").read_text().splitlines()
     ]
@@ -80,8 +86,10 @@ def losses_of(workdir):
 def test_adapters_are_compared_with_their_base(tmp_path):
     """Without a second model: as if the base were named as one. The run goes on exactly."""
     adapters = LoraConfig(rank=2, alpha=8.0, targets=("language/layers/(q|v|down)",))
-    config = lora.freeze_base(run_config(tmp_path, lora=adapters, steps=4, save_every=2, keep=5))
-    named = dataclasses.replace(config, loss=dataclasses.replace(LOSS, reference=config.init_from))
+    config = lora.freeze_base(
+        run_config(tmp_path, lora=adapters, steps=4, checkpoint=CheckpointConfig(every=2, keep=5))
+    )
+    named = dataclasses.replace(config, loss=dataclasses.replace(LOSS, ref_model=config.init_from))
     assert not mpo.needs_model(config) and mpo.needs_model(named)
     whole = train.fit(config, make(tmp_path / "base", config), ONE_DEVICE)
     train.fit(named, make(tmp_path / "named", named), ONE_DEVICE)
@@ -108,7 +116,7 @@ def test_an_optimizer_with_the_host_changes_nothing(tmp_path):
 
 
 def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path):
-    """The same losses as with the model, whatever is drawn for a sample, held-out pairs and videos
+    """The same losses as with the model, whatever is drawn for a sample, eval pairs and videos
     too.
     """
     path = tmp_path / "reference.jsonl"
@@ -126,10 +134,10 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
     source = write_meta(tmp_path, clips={"rows": [clip], "data_augment": True}, **meta)
     data = dataclasses.replace(config.data, source=source, min_frames=1, max_frames=3)
     config = dataclasses.replace(config, data=data, mesh=MeshConfig(fsdp=1, data=8), loss_chunk=64)
-    config = dataclasses.replace(config, held_out=source, evaluate_every=4, evaluate_batches=1)
+    config = dataclasses.replace(config, eval=EvalConfig(source, every=4, batches=1))
     several = dataclasses.replace(config, data=dataclasses.replace(data, rows=16), micro_batches=2)
     count = make_reference(several, path)
-    assert count > 12, "held-out pairs are at delta 1, others are drawn"
+    assert count > 12, "eval pairs are at delta 1, others are drawn"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     assert make_reference(several, path) == count
@@ -140,10 +148,10 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
     assert before.keys() == after.keys() and before[None] == after[None]
     for key in before.keys() - {None}:
         assert before[key]["chosen"] == pytest.approx(after[key]["chosen"], rel=1e-5)
-    cached = dataclasses.replace(config, data=dataclasses.replace(data, reference=str(path)))
+    cached = dataclasses.replace(config, data=dataclasses.replace(data, ref_logps_file=str(path)))
     train.fit(cached, make(tmp_path / "without", cached), ONE_DEVICE)
     # With the model, and the same draws: the file is there, but not looked at.
-    named = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, reference=config.init_from))
+    named = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, ref_model=config.init_from))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReferenceTable, "added_to", lambda self, sample: sample)
         patch.setattr(mpo, "needs_model", lambda config: True)
@@ -152,9 +160,9 @@ def test_log_probabilities_computed_beforehand_are_the_reference_model(tmp_path)
         losses_of(tmp_path / "without"), losses_of(tmp_path / "with"), rtol=1e-4
     )
     ends = [log_of(tmp_path / name)[-1] for name in ("with", "without")]
-    assert ends[1]["held_out"] == pytest.approx(ends[0]["held_out"], rel=1e-4)
-    assert ends[1]["held_out_reward_margin"] == pytest.approx(
-        ends[0]["held_out_reward_margin"], rel=1e-2, abs=1e-4
+    assert ends[1]["eval_loss"] == pytest.approx(ends[0]["eval_loss"], rel=1e-4)
+    assert ends[1]["eval_reward_margin"] == pytest.approx(
+        ends[0]["eval_reward_margin"], rel=1e-2, abs=1e-4
     )
 
 
@@ -167,8 +175,10 @@ def test_a_reference_file_of_something_else_is_refused(tmp_path):
     path.write_text("")  # of a start that was stopped at once
     make_reference(several, path)
     assert path.read_text().count('"hash"') == 1
-    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, reference=str(path)))
-    other = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, reference=str(tmp_path)))
+    cached = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, ref_logps_file=str(path))
+    )
+    other = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, ref_model=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="is no checkpoint"):
         train.fit(other, make(tmp_path / "named", other), ONE_DEVICE)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
@@ -191,7 +201,11 @@ def test_rows_that_training_leaves_out_have_no_log_probability(tmp_path):
     source = write_meta(tmp_path, few={"rows": rows})
     (tmp_path / "errors.tsv").write_text("few\t4\tno pair\n")
     data = dataclasses.replace(
-        config.data, source=source, rows=8, overlong="drop", drop_list=str(tmp_path / "errors.tsv")
+        config.data,
+        source=source,
+        rows=8,
+        overlong="drop",
+        exclude_file=str(tmp_path / "errors.tsv"),
     )
     assert make_reference(dataclasses.replace(config, data=data), tmp_path / "reference.jsonl") == 3
 
@@ -207,7 +221,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
         train.make_mesh(dataclasses.replace(config, loss=LossConfig()))
     with pytest.raises(ValueError, match="init_from is empty"):
         train.make_mesh(dataclasses.replace(config, init_from=""))
-    with pytest.raises(ValueError, match="Set loss.reference to runs/sft too"):
+    with pytest.raises(ValueError, match="Set loss.ref_model to runs/sft too"):
         train.make_mesh(dataclasses.replace(config, lora=LoraConfig(rank=2, init_from="runs/sft")))
 
 

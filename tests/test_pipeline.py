@@ -9,7 +9,6 @@ import pickle
 
 import numpy as np
 import pytest
-from official_data import PROCESSOR, data_config, picture, tokenizer, turns, write_meta, write_video
 
 from internvl3_jax.config import UNITS, DataConfig
 from internvl3_jax.data.batch import SampleError, average_weights, make_sample
@@ -20,6 +19,15 @@ from internvl3_jax.data.sources.meta import MetaError
 from internvl3_jax.data.sources.mixture import Selection, mixture_weights, read_drop_list
 from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.truncation import NothingTrained, TooLong, encode_within
+from tests.support.official_data import (
+    PROCESSOR,
+    data_config,
+    picture,
+    tokenizer,
+    turns,
+    write_meta,
+    write_video,
+)
 
 SCALARS = ("source", "row", "index")
 TEXT = {"conversations": turns("hi", "ho")}
@@ -76,7 +84,7 @@ def assert_equal(samples, others):
 
 
 def test_any_number_of_workers_gives_the_same_stream(mixture):
-    dataset = make(mixture, language_share=0.25)
+    dataset = make(mixture, text_fraction=0.25)
     samples = take(dataset, 24)
     assert {sample["source"] for sample in samples} == {0, 1, 2} and [
         s["index"] for s in samples
@@ -160,7 +168,7 @@ def test_repeats_and_head_slices(repeat, expected):
 
 
 def test_rows_left_out():
-    selection = Selection(0, 10, 2.5, left_out=[0, 4, 9, 4])
+    selection = Selection(0, 10, 2.5, excluded=[0, 4, 9, 4])
     rows = [selection[index][1] for index in range(len(selection))]
     assert rows == [place % 10 for place in range(25) if place % 10 not in (0, 4, 9)]
 
@@ -186,20 +194,20 @@ def test_the_mixture_has_the_shares_asked_for(tmp_path):
     np.testing.assert_allclose(shares(config), np.array([90, 40, 10, 40]) / total)
     roots = np.sqrt([90, 40, 10, 40])
     np.testing.assert_allclose(
-        shares(dataclasses.replace(config, weights="sqrt")), roots / roots.sum()
+        shares(dataclasses.replace(config, source_weights="sqrt")), roots / roots.sum()
     )
     np.testing.assert_allclose(
-        shares(dataclasses.replace(config, weights="given")), [0.125, 0.125, 0.75, 0]
+        shares(dataclasses.replace(config, source_weights="given")), [0.125, 0.125, 0.75, 0]
     )
     # Text to the rest as 1 to 3; a source with some of each belongs to the rest.
     np.testing.assert_allclose(
-        shares(dataclasses.replace(config, language_share=0.25)), [0.675, 0.125, 0.075, 0.125]
+        shares(dataclasses.replace(config, text_fraction=0.25)), [0.675, 0.125, 0.075, 0.125]
     )
     np.testing.assert_allclose(
-        shares(dataclasses.replace(config, language_share=0.0)), [0.9, 0, 0.1, 0]
+        shares(dataclasses.replace(config, text_fraction=0.0)), [0.9, 0, 0.1, 0]
     )
     np.testing.assert_allclose(
-        shares(dataclasses.replace(config, language_share=1.0)), [0, 0.5, 0, 0.5]
+        shares(dataclasses.replace(config, text_fraction=1.0)), [0, 0.5, 0, 0.5]
     )
 
 
@@ -215,15 +223,15 @@ def test_the_stream_has_the_shares_of_the_mixture_in_every_shard():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"weights": "log"}, "data.weights is 'log'"),
-        ({"weights": "given"}, "no weight for text"),
-        ({"language_share": 2.0}, "at most 1"),
-        ({"language_share": 0.5}, "no source with pictures"),
-        ({"on_error": "ignore"}, "data.on_error is 'ignore'"),
+        ({"source_weights": "log"}, "data.source_weights is 'log'"),
+        ({"source_weights": "given"}, "no weight for text"),
+        ({"text_fraction": 2.0}, "at most 1"),
+        ({"text_fraction": 0.5}, "no source with images"),
+        ({"on_bad_sample": "ignore"}, "data.on_bad_sample is 'ignore'"),
         ({"min_frames": 9}, "data.min_frames is 9"),
         ({"deltas": ("2",)}, "delta '2'"),
         ({"overlong": "cut"}, "data.overlong is 'cut'"),
-        ({"loss_average": "mean"}, "data.loss_average is 'mean'"),
+        ({"loss_reduction": "mean"}, "data.loss_reduction is 'mean'"),
     ],
     ids=str,
 )
@@ -236,7 +244,7 @@ def test_wrong_settings_are_named_at_once(tmp_path, changes, reason):
 def test_the_drop_list(tmp_path):
     meta = write_meta(tmp_path, a={"rows": [TEXT] * 4}, b={"rows": [TEXT] * 2})
     (tmp_path / "drop.tsv").write_text("# source\trow\treason\na\t1\tbad\na\t3\tworse\n\n")
-    samples = take(make(meta, drop_list=str(tmp_path / "drop.tsv")), 40)
+    samples = take(make(meta, exclude_file=str(tmp_path / "drop.tsv")), 40)
     assert {(s["source"], s["row"]) for s in samples} == {(0, 0), (0, 2), (1, 0), (1, 1)}
     for line, reason in [
         ("c\t1\tx", "no source 'c'"),
@@ -248,7 +256,7 @@ def test_the_drop_list(tmp_path):
             read_drop_list(str(tmp_path / "drop.tsv"), ["a", "b"], [4, 2])
     (tmp_path / "drop.tsv").write_text("b\t0\tx\nb\t1\tx\n")
     with pytest.raises(MetaError, match="source 'b': .* leave none of its rows"):
-        make(meta, drop_list=str(tmp_path / "drop.tsv"))
+        make(meta, exclude_file=str(tmp_path / "drop.tsv"))
 
 
 # --- samples that cannot be used, and long ones --------------------------------------------------
@@ -269,7 +277,7 @@ def test_a_bad_sample_is_marked_where_it_may_be_skipped(tmp_path):
     meta = write_meta(
         tmp_path, good={"rows": [TEXT] * 3}, bad={"rows": [TEXT, {"image": "gone.png", **TEXT}]}
     )
-    samples = take(make(meta, on_error="skip"), 50)
+    samples = take(make(meta, on_bad_sample="skip"), 50)
     marked = [sample for sample in samples if "error" in sample]
     assert 3 < len(marked) < 25 and all(
         (m["source"], m["row"]) == (1, 1) and "gone.png" in m["error"] for m in marked
@@ -363,8 +371,8 @@ def test_the_digits_come_through_the_same_functions():
         (0, number % 50, number) for number in range(60)
     ]
     question = open_sources(config)[0].questions[7]
-    deltas = [UNITS] * len(question.pictures)
-    expected = make_sample(question.messages, question.pictures, tokenizer(), PROCESSOR, deltas)
+    deltas = [UNITS] * len(question.images)
+    expected = make_sample(question.messages, question.images, tokenizer(), PROCESSOR, deltas)
     assert_equal(
         [expected], [{name: value for name, value in samples[7].items() if name not in SCALARS}]
     )

@@ -3,11 +3,11 @@ line.
 """
 
 import dataclasses
+import os
 import re
 
 import pytest
 from absl import flags
-from tiny_checkpoint import CONFIG, train_config
 
 from configs.common import RELEASED
 from internvl3_jax import config as config_module
@@ -22,6 +22,7 @@ from internvl3_jax.config import (
 from internvl3_jax.io import limits, typed
 from internvl3_jax.io.command_line import UsageError
 from internvl3_jax.training import checks, settings
+from tests.support.tiny_checkpoint import CONFIG, train_config
 
 pytestmark = pytest.mark.smoke
 
@@ -54,24 +55,23 @@ WRONG = {
     "data.shards": 0,
     "data.tokens_per_row": -1,
     "data.workers": -1,
-    "data.packing": "best",
     "data.deltas": (),
-    "data.loss_average": "mean",
+    "data.loss_reduction": "mean",
     "data.seed": -1,
     "micro_batches": 0,
-    "save_every": 0,
-    "log_every": 0,
-    "agree_every": 0,
-    "keep": 0,
-    "keep_every": -1,
+    "checkpoint.every": 0,
+    "logging.every": 0,
+    "host_check_every": 0,
+    "checkpoint.keep": 0,
+    "checkpoint.keep_every": -1,
     "steps": 0,
     "seed": 2**40,
     "param_dtype": "x",
     "compute_dtype": "float",
     "loss_chunk": 0,
     "scan_unroll": 0,
-    "profile_steps": (3, 2),
-    "attention_vision": "flash",
+    "logging.profile_steps": (3, 2),
+    "attention_vision": "warp",
     "remat_language": "half",
     "model.vision.num_heads": 0,
     "model.vision.norm_eps": "1e-6",
@@ -104,6 +104,28 @@ def test_a_wrong_setting_is_named(path):
         checks.validate(put(base(), path, WRONG[path]))
     (line,) = str(raised.value).splitlines()
     assert path in line and len(line) < 300, line
+
+
+def float_fields(config, prefix: str = "model."):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from float_fields(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) or "float" in str(field.type):
+            yield f"{prefix}{field.name}", value
+
+
+@pytest.mark.parametrize("path, value", list(float_fields(CONFIG)))
+@pytest.mark.parametrize("wrong", [1e300, -1e300, 1e-300])
+def test_a_number_of_a_model_has_a_range(path, value, wrong):
+    """1e-300 is as good as 0, which rates may be."""
+    config = put(base(), path, (wrong,) * 3 if isinstance(value, tuple) else wrong)
+    may_be_zero = ("layer_scale_init", "drop_path", "mean")
+    if wrong == 1e-300 and path.endswith(may_be_zero):
+        checks.validate(config)
+        return
+    with pytest.raises(ConfigError, match=rf"{re.escape(path)} is .*; it must be .*from .* to "):
+        checks.validate(config)
 
 
 def test_all_wrong_settings_are_named_at_once():
@@ -183,7 +205,7 @@ def load(tmp_path):
     """settings.load of a command line after --config; the recipe is the tiny model's."""
     path = tmp_path / "recipe.py"
     path.write_text(
-        "import dataclasses\nfrom tiny_checkpoint import train_config\n\n"
+        "import dataclasses\nfrom tests.support.tiny_checkpoint import train_config\n\n"
         "def get_config(steps='30'):\n    return dataclasses.replace(train_config(), steps=int(steps))\n"
     )
     if not flags.FLAGS.is_parsed():
@@ -207,10 +229,10 @@ def test_values_are_read_by_their_fields_types(load):
         "--config.optimizer.learning_rate",
         "1e-4",
         "--config.data.source=meta.json",
-        "--noconfig.keep_best",
-        "--config.tensorboard",
+        "--noconfig.checkpoint.keep_best",
+        "--config.logging.tensorboard",
         "--config.optimizer.freeze=('vision/.*', 'projector/.*')",
-        "--config.profile_steps=2,3",
+        "--config.logging.profile_steps=2,3",
         "--config.data.deltas=1",
         "--config.data.deltas=1/2",
         "--config.processor.system_message=None",
@@ -221,7 +243,11 @@ def test_values_are_read_by_their_fields_types(load):
         1e-4,
         "meta.json",
     )
-    assert (config.keep_best, config.tensorboard, config.profile_steps) == (False, True, (2, 3))
+    assert (
+        config.checkpoint.keep_best,
+        config.logging.tensorboard,
+        config.logging.profile_steps,
+    ) == (False, True, (2, 3))
     assert config.optimizer.freeze == ("vision/.*", "projector/.*") and config.data.deltas == (
         "1",
         "1/2",
@@ -233,12 +259,17 @@ def test_values_are_read_by_their_fields_types(load):
 
 @pytest.mark.parametrize("argument, message", [
     ("--config.data.rowz=3", "--config.data.rowz: there is no such setting; did you mean 'data.rows'?"),
+    ("--config.evaluate_every=3", "there is no such setting; did you mean 'eval.every'?"),
+    ("--config.log_every=3", "did you mean 'logging.every'?"),
+    ("--config.keep_best=3", "did you mean 'checkpoint.keep_best'?"),
+    ("--config.data.packing=x", "did you mean 'data.packing_buffer'?"),
+    ("--config.eval.how_often=3", "there is no such setting; eval has source, every, batches, answers"),
     ("--config.learning_rate=3", "--config.learning_rate: .*; did you mean 'optimizer.learning_rate'?"),
     ("--config.data.rows=many", "--config.data.rows is 'many'; it must be a whole number"),
     ("--config.data.rows=1.5", "--config.data.rows is '1.5'; it must be a whole number"),
     ("--config.optimizer.learning_rate=nan", "--config.optimizer.learning_rate is nan; expected a finite number"),
-    ("--config.tensorboard=perhaps", "--config.tensorboard is 'perhaps'; it must be true or false"),
-    ("--config.profile_steps=a,b", "--config.profile_steps"),
+    ("--config.logging.tensorboard=perhaps", "--config.logging.tensorboard is 'perhaps'; it must be true or false"),
+    ("--config.logging.profile_steps=a,b", "--config.logging.profile_steps"),
     ("--config.data.rows", "--config.data.rows has no value; write --config.data.rows=VALUE"),
     ("--config.data=x", "--config.data is a group of settings; set one of them"),
     ("--noconfig.steps", "--noconfig.steps: only settings that are true or false"),
@@ -273,6 +304,9 @@ def test_a_missing_file_is_named(load, tmp_path):
         load(file=None)
     with pytest.raises(UsageError, match=r"recipy.py: no such file; did you mean 'recipe.py'\?"):
         load(file=tmp_path / "recipy.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UsageError, match=r"pipe.py: is not a regular file; name a file"):
+        load(file=tmp_path / "pipe.py")
     with pytest.raises(UsageError, match=r"recipe.py line 5: invalid literal for int\(\)"):
         load(file=f"{tmp_path}/recipe.py:many")
     assert load(file=f"{tmp_path}/recipe.py:7").config.steps == 7
@@ -282,7 +316,7 @@ def test_warm_up_follows_the_steps(load, tmp_path):
     """A fraction of all steps; a number of steps on the command line takes its place."""
     path = tmp_path / "fraction.py"
     path.write_text(
-        "import dataclasses\nfrom tiny_checkpoint import train_config\n\ndef get_config():\n    config = train_config()\n"
+        "import dataclasses\nfrom tests.support.tiny_checkpoint import train_config\n\ndef get_config():\n    config = train_config()\n"
         "    optimizer = dataclasses.replace(config.optimizer, warmup_fraction=0.1)\n"
         "    return dataclasses.replace(config, optimizer=optimizer)\n"
     )

@@ -13,8 +13,6 @@ import sys
 import types
 
 import pytest
-from official_data import turns, write_meta
-from tiny_checkpoint import tokenizer_files, train_config
 
 from internvl3_jax.config import ConfigError, to_dict
 from internvl3_jax.data.identity import DataChanged, check_identity, data_identity
@@ -22,24 +20,13 @@ from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io.safe_files import FileError, InUse
 from internvl3_jax.parallel import multihost
-from internvl3_jax.training import run, run_log, workdir
-from internvl3_jax.training.run import SkipLog, farewell, is_finished
-from internvl3_jax.training.start import RunHistory
+from internvl3_jax.training import log_sinks, run_log, state, workdir
+from internvl3_jax.training.guards import SkipLog
+from internvl3_jax.training.history import RunHistory, farewell, is_finished
+from tests.support.official_data import turns, write_meta
+from tests.support.tiny_checkpoint import changed, tokenizer_files, train_config
 
 pytestmark = pytest.mark.smoke
-
-
-def changed(config, **changes):
-    """The configuration with other settings of it and, as optimizer__NAME, of its optimizer."""
-    inner = {
-        name.removeprefix("optimizer__"): value
-        for name, value in changes.items()
-        if name.startswith("optimizer__")
-    }
-    outer = {name: value for name, value in changes.items() if not name.startswith("optimizer__")}
-    return dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, **inner), **outer
-    )
 
 
 # --- the directory -------------------------------------------------------------------------------
@@ -59,6 +46,21 @@ def test_a_place_where_no_run_can_be_is_refused_before_anything(tmp_path):
         with pytest.raises(FileError, match=message):
             workdir.named(name)
     assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]
+
+
+def test_checkpoints_that_cannot_hold_steps_are_refused_before_anything(tmp_path):
+    workdir.named(str(tmp_path))
+    for make in (
+        os.mkfifo,
+        lambda path: path.write_text("mine"),
+        lambda path: path.symlink_to("x"),
+    ):
+        make(tmp_path / "checkpoints")
+        with pytest.raises(FileError, match="checkpoints: is not a directory, so no step can be"):
+            workdir.named(str(tmp_path))
+        (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints").mkdir()
+    workdir.named(str(tmp_path))
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):
@@ -99,10 +101,10 @@ def test_a_configuration_binds_once_there_is_a_checkpoint(tmp_path):
     assert workdir.same_run(other, tmp_path, None) == other
     with pytest.raises(
         ConfigError,
-        match="another configuration .*optimizer.learning_rate is 0.003 there and 0.0001 here",
+        match="another configuration .*optimizer.learning_rate is 0.003 in the run, 0.0001 in the config",
     ):
         workdir.same_run(other, tmp_path, 4)
-    assert workdir.same_run(changed(config, log_every=7), tmp_path, 4).log_every == 7
+    assert workdir.same_run(changed(config, logging__every=7), tmp_path, 4).logging.every == 7
 
 
 def test_a_configuration_saved_before_a_field_was_there(tmp_path):
@@ -118,7 +120,7 @@ def test_a_configuration_saved_before_a_field_was_there(tmp_path):
     )
     path.write_text(json.dumps(saved))
     assert workdir.same_run(config, tmp_path, 4) == config
-    with pytest.raises(ValueError, match=r"data.pairs is False there and True here"):
+    with pytest.raises(ValueError, match=r"data.pairs is False in the run, True in the config"):
         workdir.same_run(
             changed(config, data=dataclasses.replace(config.data, pairs=True)), tmp_path, 4
         )
@@ -142,12 +144,29 @@ def test_what_is_no_configuration_is_named_and_stays(tmp_path, content, message)
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": "x"}, "config.json: steps is the text 'x'; expected a whole number"),
+        ({"data": {"rows": []}}, r"config.json: data.rows is the list \[\]; expected a whole"),
+        ({"model": {"vision": []}}, r"config.json: model.vision is the list \[\]; expected an"),
+        ({"optimizer": {"freeze": 1}}, "config.json: optimizer.freeze is the number 1; expected"),
+    ],
+)
+def test_a_saved_setting_of_a_wrong_type_is_named(tmp_path, changes, message):
+    values = {"model": {}, "data": {}, "optimizer": {}, "steps": 3} | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for newest in (None, 4):
+        with pytest.raises(FileError, match=message):
+            workdir.same_run(train_config(), tmp_path, newest)
+
+
 def test_a_setting_that_does_not_exist_is_named(tmp_path):
     """As a flipped bit in the file's names makes one."""
     saved = json.loads(json.dumps(to_dict(workdir.resolved(train_config()))))
     saved["ioit_from"] = saved.pop("init_from")
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="ioit_from is '' there and None here"):
+    with pytest.raises(ValueError, match="ioit_from is '' in the run, None in the config"):
         workdir.same_run(train_config(), tmp_path, 4)
 
 
@@ -158,9 +177,30 @@ def test_files_of_something_else_are_not_written_over(tmp_path):
         match=r"log.jsonl exists, but .* holds no run .config.json.; name another --workdir",
     ):
         workdir.same_run(train_config(), tmp_path, None)
-    with pytest.raises(FileError, match=r"log.jsonl line 1: is no row of a run"):
+    with pytest.raises(FileError, match=r"log.jsonl line 1: is not a row of a run"):
         run_log.Log(tmp_path, train_config(), 0)
     assert (tmp_path / "log.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_what_does_not_change_the_updates_may_change(tmp_path):
+    """How a step is computed, what is reported, evaluated and kept."""
+    config = train_config()
+    workdir.save_config(config, tmp_path)
+    other = changed(
+        config,
+        eval__source="meta.json",
+        eval__every=2,
+        checkpoint__every=7,
+        checkpoint__keep=9,
+        logging__tensorboard=True,
+        data__workers=3,
+        micro_batches=2,
+        remat_vision="full",
+    )
+    assert workdir.same_run(other, tmp_path, 4) == other
+    workdir.save_config(changed(config, loss__kind="mpo"), tmp_path)
+    with pytest.raises(ConfigError, match="micro_batches is 1 in the run, 2 in the config"):
+        workdir.same_run(changed(config, loss__kind="mpo", micro_batches=2), tmp_path, 4)
 
 
 def test_a_run_is_lengthened_where_its_schedule_allows_it(tmp_path, capsys):
@@ -169,64 +209,90 @@ def test_a_run_is_lengthened_where_its_schedule_allows_it(tmp_path, capsys):
     workdir.save_config(config, tmp_path)
     longer = changed(config, steps=60)
     assert workdir.same_run(longer, tmp_path, 20) == longer
-    assert capsys.readouterr().out == f"{tmp_path} is lengthened from 30 to 60 steps\n"
-    assert workdir.same_run(longer, tmp_path, 30) == longer
-    assert (
-        "from step 26 on its learning rate had decayed, and it rises again now"
-        in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"{tmp_path} is resumed with another schedule: steps is 30 in the run, 60 in the config\n"
     )
-    with pytest.raises(
-        ConfigError, match="is a run of 30 steps, and steps is 10: step 30 is done already"
-    ):
+    assert workdir.same_run(longer, tmp_path, 30) == longer
+    out = capsys.readouterr().out
+    assert "its learning rate had decayed from step 26 on, and rises again" in out
+    with pytest.raises(ConfigError, match="steps is 30 .* step 30 is done already"):
         workdir.same_run(changed(config, steps=10), tmp_path, 30)
-    workdir.save_config(changed(config, optimizer__schedule="cosine"), tmp_path)
-    with pytest.raises(
-        ConfigError,
-        match="optimizer.schedule=cosine the steps done so far would have had other learning rates",
-    ):
-        workdir.same_run(changed(longer, optimizer__schedule="cosine"), tmp_path, 30)
-    with pytest.raises(ConfigError, match="another configuration"):
+    with pytest.raises(ConfigError, match="another configuration .*seed is 0 in the run"):
         workdir.same_run(changed(longer, seed=3), tmp_path, 30)
 
 
-def test_warm_up_stays_what_it_was(tmp_path):
-    """A fraction gave it: with more steps, or from a version with another rule, the run is resumed
-    with the number it began with.
-    """
+@pytest.mark.parametrize("change, message", [
+    ({"steps": 60}, "steps is 30 in the run, 60 in the config"),
+    ({"optimizer__warmup_steps": 5}, "optimizer.warmup_steps is 2 in the run, 5 in the config"),
+    ({"optimizer__warmup_fraction": 0.5}, "optimizer.warmup_steps is 2 in the run, 15 in the config"),
+    ({"optimizer__final_lr_fraction": 0.1}, "optimizer.final_lr_fraction is 0.0 in the run, 0.1 in"),
+    ({"optimizer__schedule": "wsd"}, "optimizer.schedule is 'cosine' in the run, 'wsd' in the config"),
+])  # fmt: skip
+def test_another_cosine_schedule_is_refused(tmp_path, change, message):
+    config = train_config()
+    workdir.save_config(config, tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"has another learning rate schedule: {message}"
+    ) as error:
+        workdir.same_run(changed(config, **change), tmp_path, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_the_end_of_wsd_may_change_until_it_decays(tmp_path):
+    config = changed(train_config(), optimizer__schedule="wsd")
+    workdir.save_config(config, tmp_path)
+    other = changed(config, optimizer__decay_fraction=0.3, optimizer__final_lr_fraction=0.1)
+    assert workdir.same_run(other, tmp_path, 10) == other
+    with pytest.raises(ConfigError, match="the learning rate of step 23, which is done, would"):
+        workdir.same_run(other, tmp_path, 28)
+    for change in ({}, {"steps": 60}):
+        with pytest.raises(ConfigError, match="the learning rate of step 2, which is done, would"):
+            workdir.same_run(changed(config, optimizer__warmup_steps=4, **change), tmp_path, 10)
+
+
+def test_a_warm_up_fraction_is_of_the_steps_that_a_run_began_with(tmp_path):
     config = changed(train_config(), optimizer__schedule="wsd", optimizer__warmup_fraction=0.1)
     begun = workdir.same_run(config, tmp_path, None)
     assert (begun.optimizer.warmup_steps, begun.optimizer.warmup_fraction) == (3, 0.0)
     workdir.save_config(begun, tmp_path)
     assert workdir.same_run(config, tmp_path, 4) == begun
-    assert workdir.same_run(changed(config, steps=300), tmp_path, 4).optimizer.warmup_steps == 3
-    with pytest.raises(ConfigError, match="optimizer.warmup_steps is 3 there and 5 here"):
-        workdir.same_run(
-            changed(config, optimizer__warmup_fraction=0.0, optimizer__warmup_steps=5), tmp_path, 4
-        )
+    with pytest.raises(ConfigError, match="optimizer.warmup_steps is 3 in the run, 6 in"):
+        workdir.same_run(changed(config, optimizer__warmup_fraction=0.2), tmp_path, 4)
+
+    # Lengthened once and again: the fraction still counts 30 steps, and no other fraction does.
+    step = tmp_path / "checkpoints" / "4"
+    step.mkdir(parents=True)
+    (step / "training.json").write_text(json.dumps({"step": 4, "past": {"first_length": 30}}))
+    for steps in (300, 600):
+        longer = workdir.same_run(changed(config, steps=steps), tmp_path, 4)
+        assert longer.optimizer.warmup_steps == 3
+        workdir.save_config(longer, tmp_path)
+    with pytest.raises(ConfigError, match="optimizer.warmup_steps is 3 in the run, 6 in"):
+        workdir.same_run(changed(config, steps=600, optimizer__warmup_fraction=0.2), tmp_path, 4)
 
 
 # --- the end -------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_says_so(tmp_path):
-    config = changed(train_config(), held_out="meta.json")
+    config = changed(train_config(), eval__source="meta.json")
     for step in (4, 30):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    past = {"best": 1.23456, "best_step": 4}
+    past = {"best": 1.23456, "best_step": 4, "seconds": 389.4}
     (tmp_path / "checkpoints" / "30" / "training.json").write_text(
         json.dumps({"step": 30, "past": past})
     )
-    assert is_finished(config, tmp_path, 30) and not is_finished(config, tmp_path, 29)
+    assert is_finished(config, 30) and not is_finished(config, 29)
     lines = farewell(config, tmp_path).splitlines()
     assert (
         lines[0]
-        == f"{tmp_path} is finished: step 30 of 30; the lowest held-out loss, 1.235, is that of step 4"
+        == f"{tmp_path} is finished: step 30 of 30, trained for 6m29s; the lowest eval loss, 1.235, is that of step 4"
     )
     assert lines[1] == f"ask it:    python infer.py --checkpoint {tmp_path}/checkpoints/4"
     assert lines[2] == f"export it: python -m convert {tmp_path}/checkpoints/4 DIRECTORY --to hf"
     assert (
         farewell(train_config(), tmp_path).splitlines()[0]
-        == f"{tmp_path} is finished: step 30 of 30"
+        == f"{tmp_path} is finished: step 30 of 30, trained for 6m29s"
     )
 
 
@@ -285,10 +351,10 @@ def test_a_package_for_the_log_is_missed_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(
         ImportError,
-        match=r"tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set",
+        match=r"logging.tensorboard=True needs tensorboardX: pip install -e '.\[logging\]', or set",
     ):
-        run_log.check_extras(changed(train_config(), tensorboard=True))
-    run_log.check_extras(train_config())
+        log_sinks.check_extras(changed(train_config(), logging__tensorboard=True))
+    log_sinks.check_extras(train_config())
 
 
 # --- what the samples are made of ----------------------------------------------------------------
@@ -332,10 +398,10 @@ def test_a_step_says_what_its_data_were(tmp_path):
         json.dumps({"step": 4, "identity": {"tokenizer t": "sha256 1"}})
     )
     with pytest.raises(DataChanged, match="since step 4 was saved, tokenizer t has changed"):
-        run.check_data(train_config(), tmp_path, now, 4)
-    run.check_data(changed(train_config(), accept_changed_data=True), tmp_path, now, 4)
+        state.check_data(train_config(), tmp_path, now, 4)
+    state.check_data(changed(train_config(), accept_changed_data=True), tmp_path, now, 4)
     (step / "training.json").write_text(json.dumps({"step": 4}))
-    run.check_data(train_config(), tmp_path, now, 4)
+    state.check_data(train_config(), tmp_path, now, 4)
 
 
 @pytest.mark.parametrize("best", [math.inf, 1.5])
@@ -353,7 +419,7 @@ def test_what_a_run_remembers_comes_back(best):
 
 def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
     (tmp_path / "drop.tsv").write_text("# none\n")
-    data = dataclasses.replace(train_config().data, drop_list=str(tmp_path / "drop.tsv"))
+    data = dataclasses.replace(train_config().data, exclude_file=str(tmp_path / "drop.tsv"))
     files = tokenizer_files()
     saved = data_identity(data, open_sources(data), Tokenizer.from_files(files))
     (tmp_path / "drop.tsv").write_text("digits\t3\tno\n")
@@ -366,7 +432,7 @@ def test_changed_tokenizer_and_drop_list_are_named(tmp_path, capsys):
     )
     with pytest.raises(
         DataChanged,
-        match=r"tokenizer .*tiny_digits has changed .*; data.drop_list .*drop.tsv has changed",
+        match=r"tokenizer .*tiny_digits has changed .*; data.exclude_file .*drop.tsv has changed",
     ):
         check_identity(saved, now, 4, accept=False)
     check_identity(saved, now, 4, accept=True)

@@ -33,7 +33,8 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 28, 4, 6
 CONFIG = f"""\
 import dataclasses, os, time
 from internvl3_jax.data.loader import BatchLoader
-from official_run import official_config
+from tests.support.official_run import official_config
+from tests.support.tiny_checkpoint import changed
 
 following = BatchLoader.__next__
 def slowly(self):
@@ -44,8 +45,9 @@ BatchLoader.__next__ = slowly
 def get_config():
     config = official_config(os.environ["META"])
     data = dataclasses.replace(config.data, workers=1)
-    return dataclasses.replace(config, steps={STEPS}, save_every={SAVE_EVERY}, evaluate_every={EVALUATE_EVERY}, data=data, keep=2,
-                               evaluate_batches=1, micro_batches=1, remat_vision="none", remat_language="none")
+    return changed(config, steps={STEPS}, checkpoint__every={SAVE_EVERY}, eval__every={EVALUATE_EVERY},
+                   eval__batches=1, data=data, micro_batches=1, remat_vision="none",
+                   remat_language="none")
 """
 # infer.py with a pause before each batch.
 SLOW_INFER = """\
@@ -115,8 +117,8 @@ class Killer:
 
 def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]:
     """Returns what differs."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from official_run import write_official
+    sys.path.insert(0, str(ROOT))
+    from tests.support.official_run import write_official
 
     (scratch / "data").mkdir()
     meta = write_official(scratch / "data")

@@ -75,7 +75,8 @@ def check_processor(theirs: ProcessorConfig, ours: ProcessorConfig, where: str) 
     ]
     if differing:
         raise ValueError(
-            f"{where} was trained with {'; '.join(differing)} as of the base. Open it by itself, merged, or go on with accept_fingerprint"
+            f"{where} was trained with {'; '.join(differing)} as of the base. Open it by itself, "
+            "merged, or go on with accept_fingerprint"
         )
 
 
@@ -87,7 +88,8 @@ def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
     theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]
     if differing := [name for name in theirs if theirs[name] != ours[name]]:
         raise ValueError(
-            f"{where} is an adapter of another model than the base: they differ in {', '.join(differing)}"
+            f"{where} is an adapter of another model than the base: they differ in "
+            f"{', '.join(differing)}"
         )
 
 
@@ -124,7 +126,8 @@ def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, wh
     trained = storage.by_path(lora.base_params(own)).keys()
     if trained - descriptions.keys() or base_hash(descriptions, trained) != base.frozen:
         raise ValueError(
-            f"{where} was trained beside {base.path} as it was then; this base has other parameters. Bring that one back, or name it"
+            f"{where} was trained beside {base.path} as it was then; this base has other "
+            "parameters. Bring that one back, or name it"
         )
 
 

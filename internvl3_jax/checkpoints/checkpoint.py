@@ -35,7 +35,11 @@ from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
 from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.released import open_released
 from internvl3_jax.checkpoints.manifest import Manifest, dtype_name, write_files
-from internvl3_jax.checkpoints.verification import check_finite, undamaged
+from internvl3_jax.checkpoints.verification import (
+    check_finite,
+    spans_all_processes,
+    undamaged,
+)
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io import integrity
@@ -53,7 +57,7 @@ from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel.sharding import param_shardings
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Checkpoint:
     """An opened checkpoint. `model.apply({"params": params}, batch)` computes logits."""
 
@@ -67,6 +71,18 @@ class Checkpoint:
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     # of a training's base: `adapters.describe`, before it was quantized
     described: dict[str, str] | None = None
+
+    def __repr__(self) -> str:
+        # One line, for notebooks: the parameters themselves would fill pages.
+        leaves = jax.tree.leaves(self.params)
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        vision, language = self.config.vision, self.config.language
+        adapters = f", adapters {', '.join(self.adapters)}" if self.adapters else ""
+        return (
+            f"Checkpoint({str(self.directory)!r}: {sum(leaf.size for leaf in leaves):,} parameters"
+            f" in {dtypes}, vision {vision.num_layers} x {vision.hidden_size},"
+            f" language {language.num_layers} x {language.hidden_size}{adapters})"
+        )
 
 
 def save_checkpoint(
@@ -162,6 +178,10 @@ class _Reading:
     verify: str
     allow_nonfinite: bool
 
+    def undamaged(self, directory: pathlib.Path):
+        together = spans_all_processes(self.mesh)
+        return undamaged(directory, self.verify, self.accept_fingerprint, together=together)
+
     def checked(self, directory: pathlib.Path) -> Callable:
         """`prepare` that sees finite parameters only."""
         prepare = self.prepare or (lambda path, leaf: leaf)
@@ -187,7 +207,7 @@ def _named(adapters) -> dict:
 
 def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
     dtype = reading.dtype and jnp.dtype(reading.dtype).name
-    with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
+    with reading.undamaged(directory):
         source = open_released(
             directory, dtype, reading.accept_fingerprint, reading.allow_nonfinite
         )
@@ -196,7 +216,7 @@ def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
 
 
 def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) -> Checkpoint:
-    with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
+    with reading.undamaged(directory):
         stored = storage.leaf_infos(directory / "params")
         tokenizer = _tokenizer(directory, manifest, dtype_name(stored), reading.accept_fingerprint)
         target = _targets(
@@ -213,7 +233,7 @@ def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) 
 
 def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, base) -> Checkpoint:
     """The run's base with its adapters merged into it."""
-    with undamaged(directory, reading.verify, reading.accept_fingerprint, reading.mesh):
+    with reading.undamaged(directory):
         own = read_adapter(directory, reading.mesh)
         tokenizer = _tokenizer(directory, manifest, dtype_name(own), reading.accept_fingerprint)
     under = load(
@@ -264,13 +284,15 @@ def load_adapter(
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
         raise ValueError(
-            f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with {PEFT})"
+            f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory (with "
+            f"{PEFT})"
         )
     check_model(manifest.model, opened.config, str(directory))
     if not accept_fingerprint:
         check_processor(manifest.processor, opened.processor, str(directory))
     mesh = _mesh_of(opened.params)
-    with undamaged(directory, verify, accept_fingerprint, mesh):
+    together = spans_all_processes(mesh)
+    with undamaged(directory, verify, accept_fingerprint, together=together):
         own = read_adapter(directory, mesh)
     if not allow_nonfinite:
         check_finite(storage.by_path(own), str(directory))

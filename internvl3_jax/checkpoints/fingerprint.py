@@ -46,7 +46,8 @@ def fingerprint(
     image_token_id = tokenizer.token_id("<IMG_CONTEXT>")
     if image_token_id != model.image_token_id:
         raise ValueError(
-            f"the tokenizer has <IMG_CONTEXT> at {image_token_id}, the configuration says image_token_id {model.image_token_id}"
+            f"the tokenizer has <IMG_CONTEXT> at {image_token_id}, the configuration says "
+            f"image_token_id {model.image_token_id}"
         )
     default = processor.system_message == "default"
     merges = {} if tokenizer.merges == "all" else {"tokenizer_merges": tokenizer.merges}
@@ -85,5 +86,6 @@ def compare(saved: dict, now: dict, where: str, accept: bool) -> None:
         )
         raise FingerprintError(
             f"{where} was made with other settings than its files give now:{lines}\n"
-            "Restore the files, or load with accept_fingerprint=True (--accept_fingerprint) to go on with what they say now"
+            "Restore the files, or load with accept_fingerprint=True (--accept_fingerprint) to go "
+            "on with what they say now"
         )

@@ -31,7 +31,8 @@ def install() -> None:
         )
     except (ImportError, AttributeError) as error:
         raise FileError(
-            f"s3:// checkpoints need another version of orbax-checkpoint ({error}); install the one in requirements/"
+            f"s3:// checkpoints need another version of orbax-checkpoint ({error}); install the "
+            "one in requirements/"
         ) from error
     gcs_utils.is_gcs_path = lambda path: str(path).startswith(_SCHEMES) or is_gcs_path(path)
     gcs_utils.get_kvstore_for_gcs = lambda path: (

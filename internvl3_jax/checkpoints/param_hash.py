@@ -5,7 +5,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax.parallel.sharding import constrain
+from internvl3_jax.parallel.collectives import constrain
 
 
 def tree_hash(leaves: dict[str, jax.Array]) -> str:

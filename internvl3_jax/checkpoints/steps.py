@@ -7,10 +7,8 @@ What a step holds is told in checkpoint.py, and what is promised of it in docs/c
 import concurrent.futures
 import json
 import logging
-import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,11 +17,11 @@ from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.manifest import Base, dtype_name, write_files
 from internvl3_jax.checkpoints.verification import undamaged
 from internvl3_jax.config import ModelConfig, ProcessorConfig
-from internvl3_jax.io import integrity, safe_files, strict_json
-from internvl3_jax.io.checkpoint_paths import damage, is_checkpoint, is_step, latest_step
+from internvl3_jax.io import integrity, strict_json
+from internvl3_jax.io.checkpoint_paths import completed_steps, damage, is_checkpoint, latest_step
+from internvl3_jax.io.integrity import TRAINING
 from internvl3_jax.io.unfinished import absolute, remove_finished
 
-TRAINING = "training.json"
 DATA = "data"
 
 log = logging.getLogger(__name__)
@@ -89,10 +87,10 @@ def start_saving_training(
     try:
         write_files(partial, model, processor, files, dtype_name(params), base=base)
         if jax.process_index() == 0:
-            (partial / TRAINING).write_text(_dumps({"step": step, **extra}))
+            (partial / TRAINING).write_text(_json({"step": step, **extra}))
         for shard, state in (data or {}).items():
             (partial / DATA).mkdir(exist_ok=True)
-            (partial / DATA / f"{shard}.json").write_text(_dumps(state))
+            (partial / DATA / f"{shard}.json").write_text(_json(state))
         # Last: Orbax is done in one process when every process has come here and all of their
         # arrays are written.
         waits = [
@@ -112,7 +110,8 @@ def start_saving_training(
         except Exception as error:
             unfinished.abandon()
             raise OSError(
-                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are whole"
+                f"{unfinished.final} could not be saved ({_first_line(error)}); earlier steps are "
+                "whole"
             ) from error
 
     def commit() -> None:
@@ -150,14 +149,9 @@ def restore_training(
         raise FileNotFoundError(
             f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}"
         )
-    with undamaged(directory, verify, False, None):
+    with undamaged(directory, verify, False, together=True):
         values = read_training(run, step)
-        data = {path.stem: _loads(path) for path in sorted((directory / DATA).glob("*.json"))}
-        found = strict_json.Object(values, str(directory / TRAINING)).get("step", int)
-        if found != step:
-            raise integrity.Damaged(
-                f"{directory / TRAINING}: is of step {found}; bring the step's own file back"
-            )
+        data = {path.stem: _read(path) for path in sorted((directory / DATA).glob("*.json"))}
     params = storage.load_tree(directory / "params", abstract_params)
     opt_state = storage.load_tree(directory / "opt_state", abstract_opt_state)
     return params, opt_state, values | {"data": data}
@@ -165,7 +159,15 @@ def restore_training(
 
 def read_training(run: str | os.PathLike, step: int) -> dict:
     """What a step's training.json holds."""
-    return _loads(steps_of(run) / str(step) / TRAINING)
+    return _read(steps_of(run) / str(step) / TRAINING)
+
+
+def _read(path: pathlib.Path) -> dict:
+    return strict_json.read_object(path).values
+
+
+def _json(values: Mapping) -> str:
+    return json.dumps(values, indent=1, allow_nan=False)
 
 
 def delete_old_steps(
@@ -179,7 +181,7 @@ def delete_old_steps(
     if jax.process_index():
         return
     directory, whole = steps_of(run), []
-    for step in sorted(int(entry.name) for entry in directory.iterdir() if is_step(entry)):
+    for step in completed_steps(run):
         if wrong := damage(directory / str(step), "sizes"):
             log.warning("%s is damaged and no longer counts: %s", directory / str(step), wrong)
         else:
@@ -196,45 +198,3 @@ def delete_old_steps(
 def steps_of(run: str | os.PathLike) -> pathlib.Path:
     """Where a run's steps are."""
     return absolute(run) / "checkpoints"
-
-
-# --- JSON with numbers that are not finite, such as the best loss so far before there is one -----
-
-_NONFINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-
-
-def _dumps(values) -> str:
-    def encoded(value):
-        if isinstance(value, float) and not math.isfinite(value):
-            return {
-                "nonfinite": next(
-                    name for name, number in _NONFINITE.items() if repr(number) == repr(value)
-                )
-            }
-        if isinstance(value, Mapping):
-            return {name: encoded(inner) for name, inner in value.items()}
-        return [encoded(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    return json.dumps(encoded(values), indent=1, allow_nan=False)
-
-
-def _loads(path: pathlib.Path) -> dict:
-    def decoded(value):
-        if isinstance(value, dict):
-            name = value.get("nonfinite")
-            is_number = len(value) == 1 and isinstance(name, str) and name in _NONFINITE
-            return (
-                _NONFINITE[name]
-                if is_number
-                else {key: decoded(inner) for key, inner in value.items()}
-            )
-        return [decoded(inner) for inner in value] if isinstance(value, list) else value
-
-    text = strict_json.decode(
-        safe_files.read_bytes(path, max_bytes=strict_json.MAX_BYTES), str(path)
-    )
-    # Steps that were saved earlier have them as Python writes them.
-    text = re.sub(
-        r"(?<=: )-?(?:Infinity|NaN)(?=,?$)", r'{"nonfinite": "\g<0>"}', text, flags=re.MULTILINE
-    )
-    return strict_json.check(decoded(strict_json.loads(text, str(path))), dict, str(path))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from internvl3_jax.checkpoints import orbax_s3
@@ -24,12 +25,12 @@ from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import damage
 from internvl3_jax.io.integrity import FILES, publish, seal
 from internvl3_jax.io.remote_files import is_remote
+from internvl3_jax.io.replaceable import check_replaceable
 from internvl3_jax.io.safe_files import mark_own
 from internvl3_jax.io.unfinished import (
     InPlace,
     Unfinished,
     absolute,
-    check_replaceable,
     clean,
     set_aside,
 )
@@ -213,22 +214,12 @@ def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
 
 def nest(leaves: Mapping[str, object]) -> dict:
     """{"a/b": x} -> {"a": {"b": x}}"""
-    tree = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def by_path(tree: Mapping) -> dict[str, object]:
     """{"a": {"b": x}} -> {"a/b": x}"""
-    return {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 class TreeWriter:

@@ -12,7 +12,7 @@ utils/constants.py).
 
 from collections.abc import Sequence
 
-from internvl3_jax.data.text.chat_template import PICTURE_TAG, Message
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message
 
 SEPARATOR = "\n\n"
 GOOD, BAD = "+", "-"
@@ -36,7 +36,7 @@ Your task is to verify the accuracy and correctness of each step in the given so
 
 # The same as the public trainer made it of a row with one image: it looks for <image> in the first
 # turn, which is the system's, and puts one in front of it. There it is text, and so is it here.
-SYSTEM_AS_TRAINED = f"{PICTURE_TAG}\n{SYSTEM}"
+SYSTEM_AS_TRAINED = f"{IMAGE_TAG}\n{SYSTEM}"
 # by the names that programs take
 SYSTEMS = {"visualprm": SYSTEM, "visualprm_trained": SYSTEM_AS_TRAINED}
 
@@ -60,7 +60,7 @@ def critic_messages(
     labels: Sequence[str] | None = None,
     system: str | None = None,
 ) -> list[Message]:
-    """The conversation about a solution. The question holds the pictures' tags.
+    """The conversation about a solution. The question holds the images' tags.
 
     labels: GOOD or BAD for each step; without them GOOD stands everywhere, as a placeholder: what a
         critic thinks of a step is read where its answer would begin, and whatever came before is
@@ -72,7 +72,7 @@ def critic_messages(
             f"### Question:\n{question}\n\n### Solution Process:\n{step}" if number == 0 else step
         )
         turn = {"role": "user", "content": text}
-        if PICTURE_TAG in step:  # written by a model: it is no place of an image
-            turn["images"] = question.count(PICTURE_TAG) if number == 0 else 0
+        if IMAGE_TAG in step:  # written by a model: it is no place of an image
+            turn["images"] = question.count(IMAGE_TAG) if number == 0 else 0
         messages += [turn, {"role": "assistant", "content": label}]
     return messages

@@ -12,7 +12,7 @@ from internvl3_jax.fit.build import Built, build
 from internvl3_jax.fit.program import Requests, cache_shapes, generation_params, lower_generation
 from internvl3_jax.fit.share import stored
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.inference import generator
+from internvl3_jax.inference import programs
 from internvl3_jax.parallel.sharding import AXES, BATCH_AXES, make_mesh, mesh_shape
 from internvl3_jax.training import flops
 
@@ -125,7 +125,7 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
             "encode": tower,
             "prefill": decoder,
             # The context of an answer half way.
-            "decode": generator.TOKENS_PER_CALL
+            "decode": programs.TOKENS_PER_CALL
             * (decoder + size_of(cache) * (requests.prompt + requests.new / 2) / requests.slots),
         },
     )
@@ -148,7 +148,7 @@ def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[
     return {
         "encode": requests.tiles * (forward.vision_tile + forward.projector_tile) / devices,
         "prefill": requests.rows * prefill / devices,
-        "decode": generator.TOKENS_PER_CALL * requests.rows * token / devices,
+        "decode": programs.TOKENS_PER_CALL * requests.rows * token / devices,
     }
 
 
@@ -197,7 +197,7 @@ def _line(
     seconds = max(
         need.seconds(program, topology.chip), _network(built, topology) if compiled else 0.0
     )
-    token = seconds / generator.TOKENS_PER_CALL
+    token = seconds / programs.TOKENS_PER_CALL
     what = {
         "encode": f"{requests.tiles / seconds:,.0f} tiles/s",
         "prefill": f"{requests.rows * requests.prompt / seconds:,.0f} tokens/s",
@@ -215,6 +215,6 @@ def _network(built: Built, topology: Topology) -> float:
     tokens.
     """
     return sum(
-        topology.seconds(row.bytes * (generator.TOKENS_PER_CALL if row.unknown else 1), row.group)
+        topology.seconds(row.bytes * (programs.TOKENS_PER_CALL if row.unknown else 1), row.group)
         for row in built.collectives
     )

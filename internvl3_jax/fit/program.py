@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from internvl3_jax.config import TrainConfig
-from internvl3_jax.inference import generator
+from internvl3_jax.inference import programs
+from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import kv_cache, language
 from internvl3_jax.model.internvl import InternVL, abstract_params
@@ -43,12 +44,12 @@ class Requests:
     @property
     def length(self) -> int:
         """Of the prompts as they are padded."""
-        return generator.bucket(self.prompt)
+        return bucket(self.prompt)
 
     @property
     def slots(self) -> int:
         """Of the cache, for each row."""
-        return generator.bucket(self.length + self.new + generator.TOKENS_PER_CALL)
+        return bucket(self.length + self.new + programs.TOKENS_PER_CALL)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     if config.data.pairs:
         names += ["answers", "features"] + ["until"] * config.data.share_question
     fields = {name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in names}
-    if config.data.reference:
+    if config.data.ref_logps_file:
         fields["reference"] = jax.ShapeDtypeStruct((rows, tokens), jnp.float32)
     return fields | {
         "loss_weights": jax.ShapeDtypeStruct((rows, tokens), jnp.float32),
@@ -142,7 +143,7 @@ def cache_shapes(config: TrainConfig, mesh, requests: Requests):
 
 def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str, object]:
     """The programs of generate.py, traced: "encode" of so many tiles, "prefill" of all prompts,
-    "decode" of generate.TOKENS_PER_CALL tokens a row.
+    "decode" of TOKENS_PER_CALL tokens a row.
     """
     model_config, dtype = config.model, jnp.dtype(config.compute_dtype)
     fused = mesh.shape["tensor"] == 1
@@ -162,16 +163,16 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
     tower = {name: params[name] for name in ("vision", "projector")}
     with jax.set_mesh(mesh):
         return {
-            "encode": generator._encode.lower(model, tower, tiles),
-            "prefill": generator._prefill.lower(
+            "encode": programs.encode_tiles.lower(model, tower, tiles),
+            "prefill": programs.prefill.lower(
                 model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling
             ),
-            "decode": generator._decode.lower(
+            "decode": programs.decode.lower(
                 model,
                 params,
-                (one, one, one, one, done, cache),
+                programs.DecodeState(cache, one, one, one, one, done),
                 keys,
-                generator.TOKENS_PER_CALL,
+                programs.TOKENS_PER_CALL,
                 (0,),
                 Sampling(),
                 scaling,

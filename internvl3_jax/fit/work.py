@@ -172,7 +172,7 @@ def _reference(share: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     if config.loss.kind != "mpo":
         return {}
     forward = flops.forward_flops(config.model)
-    passes = 0 if config.data.reference else 1
+    passes = 0 if config.data.ref_logps_file else 1
     body = (
         counts["tiles"] * (forward.vision_tile + forward.projector_tile)
         + counts["tokens"] * forward.language_token

@@ -17,14 +17,14 @@ from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import constrain
+from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
 
 _LONGEST = 256  # tokens of an answer
 
 
 class Evaluator:
-    """Reads `config.held_out` once; the same batches and questions serve every time."""
+    """Reads `config.eval.source` once; the same batches and questions serve every time."""
 
     def __init__(self, config: TrainConfig, model: InternVL, tokenizer):
         self.config, self.model, self.tokenizer = config, model, tokenizer
@@ -32,26 +32,25 @@ class Evaluator:
         try:
             self.names = source_names(self.data)
         except MetaError as error:
-            raise MetaError(str(error).replace("data.source", "held_out", 1)) from error
+            raise MetaError(str(error).replace("data.source", "eval.source", 1)) from error
         with BatchLoader(self.data, config.processor, tokenizer) as batches:
-            self.batches = [next(batches).batch for _ in range(config.evaluate_batches)]
+            self.batches = [next(batches).batch for _ in range(config.eval.batches)]
         loss_fn = make_loss(dataclasses.replace(config, data=self.data), model, len(self.names))
         self.step = jax.jit(functools.partial(_losses, loss_fn))
 
     def losses(self, params, loss_state=(), ref_params=None) -> dict[str, float]:
-        """ "held_out" is the loss by the training's weights over all batches; "held_out/SOURCE"
-        that of each source.
+        """Returns the losses over all batches: "eval_loss", and "eval_loss/SOURCE" of each source.
 
-        Of pairs "held_out" is MPO's whole loss, "held_out/SOURCE" the chosen answers'
-        cross-entropy, and beside them are the means over pairs that the train step has, such as
-        "held_out_reward_accuracy". loss_state, ref_params: as the train step's.
+        Under MPO "eval_loss" is the full loss and "eval_loss/SOURCE" the chosen answers'
+        cross-entropy. The train step's means over pairs are there too, such as
+        "eval_reward_accuracy". `loss_state` and `ref_params` are the train step's.
         """
         found = [
             jax.device_get(self.step(params, loss_state, ref_params, batch))
             for batch in self.batches
         ]
         sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *found)
-        values = {"held_out": float(sums[0].sum() / sums[1].sum())}
+        values = {"eval_loss": float(sums[0].sum() / sums[1].sum())}
         values |= {
             name: float(total / metrics["pairs"])
             for name, total in metrics.items()
@@ -59,7 +58,7 @@ class Evaluator:
         }
         if len(self.names) > 1:
             values |= {
-                f"held_out/{self.names[i]}": float(sums[0, i] / sums[1, i])
+                f"eval_loss/{self.names[i]}": float(sums[0, i] / sums[1, i])
                 for i in np.flatnonzero(sums[1])
             }
         return values
@@ -82,7 +81,7 @@ class Evaluator:
         rows = []
         for source, row in places:
             read = preparer.read(source, row, np.random.default_rng(0))
-            tiles = [preparer.cut(picture, read) for picture in read.pictures]
+            tiles = [preparer.cut(picture, read) for picture in read.images]
             prompt = make_prompt(
                 read.messages[:-1],
                 tiles,
@@ -111,13 +110,13 @@ class Evaluator:
 def eval_data_config(config: TrainConfig) -> DataConfig:
     """How the held-out sources are read."""
     settings = {
-        "drop_list": "",
+        "exclude_file": "",
         "shards": 1,
         "workers": 0,
         "deltas": ("1",),
-        "language_share": -1.0,
+        "text_fraction": -1.0,
     }
-    return dataclasses.replace(config.data, source=config.held_out, **settings)
+    return dataclasses.replace(config.data, source=config.eval.source, **settings)
 
 
 def _losses(loss_fn: SftLoss, params, loss_state, ref_params, batch):
@@ -128,6 +127,6 @@ def _losses(loss_fn: SftLoss, params, loss_state, ref_params, batch):
     loss, (metrics, _) = loss_fn(params, batch, None, loss_state, totals, ref_params)
     sums = jnp.stack([metrics.pop("source_loss"), metrics.pop("source_weight")])
     if metrics:
-        metrics = {f"held_out_{name}": value * totals.pairs for name, value in metrics.items()}
-        metrics |= {"held_out": loss * totals.pairs, "pairs": totals.pairs}
+        metrics = {f"eval_{name}": value * totals.pairs for name, value in metrics.items()}
+        metrics |= {"eval_loss": loss * totals.pairs, "pairs": totals.pairs}
     return constrain(sums, None, None), jax.tree.map(constrain, metrics)

@@ -11,7 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax.parallel.sharding import BATCH_AXES, SHARDED_AXES, axis_size, constrain
+from internvl3_jax.parallel.collectives import axis_size, constrain
+from internvl3_jax.parallel.sharding import BATCH_AXES, SHARDED_AXES
 
 GROUP_AXES = (*BATCH_AXES, "context")  # axes of the mesh that tokens are split over
 _MASKED = -1e30

@@ -4,11 +4,11 @@ training need not hold that model.
     python -m internvl3_jax.training.make_reference --config configs/mpo.py:runs/sft-8b \
         --config.data.source=pairs.json --output reference.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b \
-        --config.data.source=pairs.json --config.data.reference=reference.jsonl ...
+        --config.data.source=pairs.json --config.data.ref_logps_file=reference.jsonl ...
 
 A pair is known by its tokens, positions and pictures. So what training otherwise draws anew in
 every epoch (V2PE deltas, frames of a video, recompression) is drawn once for each row here, and in
-a run with data.reference. Started again, it goes on where it stopped.
+a run with data.ref_logps_file. Started again, it goes on where it stopped.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from internvl3_jax.data.reference_table import key_of
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.mixture import read_drop_list
 from internvl3_jax.data.truncation import TooLong
-from internvl3_jax.inference.answer_file import beside, check_place
+from internvl3_jax.inference.output_path import check_output_path, path_beside
 from internvl3_jax.io import command_line, jsonl, safe_files
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.parallel import sharding
@@ -50,7 +50,7 @@ from internvl3_jax.training.step import make_model
 def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     """Writes what the file lacks; returns how many pairs it has."""
     check(config)
-    name = config.loss.reference or config.init_from
+    name = config.loss.ref_model or config.init_from
     mesh = sharding.make_mesh(config.mesh)
     source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
     header = {
@@ -64,7 +64,7 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     with jsonl.Appender(output, kept) as file, jax.set_mesh(mesh):
         if not kept:
             file.write([json.dumps(header)])
-        for data in (config.data, *([eval_data_config(config)] if config.held_out else [])):
+        for data in (config.data, *([eval_data_config(config)] if config.eval.source else [])):
             # as many as training computes at a time
             data = dataclasses.replace(data, rows=data.rows // config.micro_batches)
             loss_fn = make_loss(
@@ -72,7 +72,7 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
             )
             compute = jax.jit(functools.partial(log_probabilities, loss_fn))
             preparer = ExampleBuilder(
-                dataclasses.replace(data, reference=""), config.processor, tokenizer
+                dataclasses.replace(data, ref_logps_file=""), config.processor, tokenizer
             )
             for rows, batch in batches(data, new_samples(data, preparer, known)):
                 batch = {
@@ -97,7 +97,7 @@ def check(config: TrainConfig) -> None:
     if (
         config.loss.kind != "mpo"
         or not data.pairs
-        or not (config.loss.reference or config.init_from)
+        or not (config.loss.ref_model or config.init_from)
     ):
         raise ValueError(
             "the configuration trains on no pairs (loss.kind mpo, data.pairs, init_from)"
@@ -135,7 +135,9 @@ def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -
 
     sources = open_sources(config)
     dropped = read_drop_list(
-        config.drop_list, [source.name for source in sources], [len(source) for source in sources]
+        config.exclude_file,
+        [source.name for source in sources],
+        [len(source) for source in sources],
     )
     for number, source in enumerate(sources):
         rows = [row for row in range(len(source)) if row not in dropped.get(number, ())]
@@ -148,7 +150,7 @@ def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -
                 sample = preparer.sample(source, row, np.random.default_rng((config.seed, row)))
             except (ValueError, OSError) as error:
                 chosen = isinstance(error, TooLong) and config.overlong == "drop"
-                if config.on_error == "stop" and not chosen:
+                if config.on_bad_sample == "stop" and not chosen:
                     raise ValueError(f"{source.locate(row)}: {error}") from error
                 print(f"left out: {source.locate(row)}: {error}", file=sys.stderr)
                 continue
@@ -204,8 +206,8 @@ def main(argv) -> None:
     checks.validate(config)
     if not output.parent.is_dir():
         raise ValueError(f"--output is {output}: there is no folder {output.parent}; make it")
-    check_place(output, [config.data.source], "--output")
-    with safe_files.Lock(beside(output, "lock"), str(output)):
+    check_output_path(output, [config.data.source], "--output")
+    with safe_files.Lock(path_beside(output, "lock"), str(output)):
         count = make_reference(config, output)
     print(f"{output} has the log-probabilities of {count:,} pairs")
 

@@ -1,5 +1,15 @@
-"""What the log says of the steps since its last row: losses, speed, how full the batches were,
-where time went.
+"""Values of a row of the log: losses, speed, fill of the batches, and time spent waiting.
+
+loss, loss/SOURCE, loss_preference, ...   means over the steps since the row before
+grad_norm, grad_norm_vision, ...          before clipping
+reward_margin, reward_accuracy, ...       under MPO
+learning_rate                             of the row's step
+step_seconds                              wall time of a step, in seconds
+input_wait                                share of it that the step waited for data
+tokens_per_second, tiles_per_second       over all devices; padding does not count
+token_fill, tile_fill                     share of the rows' budgets that is used
+memory_gib                                peak memory of a device or, on CPUs, the process
+mfu                                       model FLOPs utilization, where the peak is known
 """
 
 import resource
@@ -16,13 +26,13 @@ from internvl3_jax.training.optimizer import make_schedule
 
 
 def peak_flops() -> float | None:
-    """Of all devices together; None where it is not known, as on CPUs."""
+    """Returns the peak FLOP/s of all devices together; None where it is unknown, as on CPUs."""
     chip = chip_of(jax.devices()[0].device_kind)
     return chip.flops * jax.device_count() if chip else None
 
 
 class MetricsAggregator:
-    """Collects steps; `row` says what they were and starts again."""
+    """Collects the metrics of steps until `row` returns their means."""
 
     def __init__(
         self, config: TrainConfig, placement: DataShards, sources: list[str], vision_trained: bool
@@ -36,13 +46,20 @@ class MetricsAggregator:
         self.schedule = make_schedule(
             config.optimizer, config.steps, config.optimizer.learning_rate
         )
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
-        self.began, self.metrics, self.counts, self.waited = time.perf_counter(), [], [], 0.0
+    def restart(self) -> None:
+        """Forgets all steps and starts the clock."""
+        self.started_at = time.perf_counter()
+        self.metrics, self.counts, self.waited = [], [], 0.0
 
     def add(self, prepared, metrics: dict) -> None:
-        """prepared: a data/batches.Prepared; metrics: of train_step, which may still be computing."""
+        """Adds a step.
+
+        Args:
+          prepared: The step's `HostBatch`.
+          metrics: Metrics of `train_step`, which may still be computing.
+        """
         self.metrics.append(metrics)
         self.counts.append(
             flops.batch_counts(self.placement.counted(prepared.batch), self.config.model)
@@ -50,13 +67,13 @@ class MetricsAggregator:
         self.waited += prepared.waited
 
     def row(self, step: int) -> dict[str, float]:
-        """Values of the log at `step`: means over the steps collected. Waits for them."""
+        """Returns the values at `step` and restarts; waits for the collected steps."""
         metrics = {
             name: np.stack([np.asarray(row[name]) for row in self.metrics])
             for name in self.metrics[0]
         }
-        seconds, steps = time.perf_counter() - self.began, len(self.metrics)
-        # Of all processes, which wait for each other here.
+        seconds, steps = time.perf_counter() - self.started_at, len(self.metrics)
+        # Sums over all processes, which wait for each other here.
         sums = total(
             np.array([sum(row[name] for row in self.counts) for name in self.counts[0]], np.int64)
         )
@@ -90,12 +107,12 @@ class MetricsAggregator:
                 f"loss/{self.sources[i]}": float(losses[i] / weights[i])
                 for i in np.flatnonzero(weights)
             }
-        self._restart()
+        self.restart()
         return values
 
 
 def _memory() -> int:
-    """Most bytes that a device has held, or this process where devices do not tell."""
+    """Returns the peak bytes of a device, or of this process where devices do not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return (
         stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

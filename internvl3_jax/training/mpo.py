@@ -1,8 +1,7 @@
 """Losses of preference optimisation from log-probabilities of whole answers; pure functions, one
 number for each pair.
 
-    preference   DPO (Rafailov et al. 2023): the chosen answer rather than the rejected one; or IPO
-    (Azar et al. 2024)
+    preference   DPO (Rafailov et al. 2023): the chosen answer rather than the rejected one
     quality      BCO (Jung et al. 2024): each answer by itself good or bad, against the rewards seen so far (the shift)
 
 MPO (Wang et al. 2024) adds both and the chosen answer's cross-entropy (config.LossConfig). A reward
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 from internvl3_jax.config import LossConfig, TrainConfig
 
 KINDS = ("sft", "mpo")
-PREFERENCES = ("sigmoid", "ipo")
 SHIFTS = ("running", "moving")
 
 
@@ -37,7 +35,7 @@ def init_reward_shift() -> RewardShift:
 
 def check(config: LossConfig) -> None:
     """ValueError naming the field that makes no sense."""
-    for name, known in (("kind", KINDS), ("preference", PREFERENCES), ("shift", SHIFTS)):
+    for name, known in (("kind", KINDS), ("reward_shift", SHIFTS)):
         if getattr(config, name) not in known:
             raise ValueError(
                 f"loss.{name} is {getattr(config, name)!r}; it must be one of {', '.join(known)}"
@@ -49,10 +47,14 @@ def check(config: LossConfig) -> None:
         raise ValueError(
             f"loss weights are {weights}; none may be negative, and one must be above 0"
         )
-    if config.beta <= 0 or not 0 <= config.label_smoothing < 0.5 or not 0 <= config.shift_decay < 1:
+    if (
+        config.beta <= 0
+        or not 0 <= config.label_smoothing < 0.5
+        or not 0 <= config.reward_shift_decay < 1
+    ):
         raise ValueError(
-            f"loss.beta is {config.beta} (above 0), loss.label_smoothing {config.label_smoothing} (0 to 0.5), loss.shift_decay "
-            f"{config.shift_decay} (0 to 1): one is out of its range"
+            f"loss.beta is {config.beta} (above 0), loss.label_smoothing {config.label_smoothing} (0 to 0.5), loss.reward_shift_decay "
+            f"{config.reward_shift_decay} (0 to 1): one is out of its range"
         )
 
 
@@ -60,12 +62,12 @@ def needs_model(config: TrainConfig) -> bool:
     """Whether the step takes the parameters of a reference model: none under "sft", nor where its
     log-probabilities come with the batch or the base of adapters is the reference.
     """
-    is_base = config.lora.rank and not config.lora.full and not config.loss.reference
-    return config.loss.kind == "mpo" and not config.data.reference and not is_base
+    is_base = config.lora.rank and not config.lora.full and not config.loss.ref_model
+    return config.loss.kind == "mpo" and not config.data.ref_logps_file and not is_base
 
 
 def reference_dtype(config: TrainConfig) -> str:
-    return config.loss.reference_dtype or config.compute_dtype
+    return config.loss.ref_model_dtype or config.compute_dtype
 
 
 def answer_sums(values, answers, pairs: int):
@@ -83,16 +85,10 @@ def at_answers(values, answers):
     return jnp.take_along_axis(flat, answers, axis=1)
 
 
-def preference_loss(policy, reference, lengths, config: LossConfig):
-    """f32[B,K] from log-probabilities f32[B,K,2]. IPO takes them per token, so `lengths`
-    f32[B,K,2]; DPO does not.
-    """
-    if config.preference == "ipo":
-        policy, reference = policy / lengths, reference / lengths
+def preference_loss(policy, reference, config: LossConfig):
+    """Returns DPO's loss of each pair, f32[B,K], from log-probabilities f32[B,K,2]."""
     gain = policy - reference
     margin = gain[..., 0] - gain[..., 1]
-    if config.preference == "ipo":
-        return (margin - 1 / (2 * config.beta)) ** 2
     right, wrong = (
         jax.nn.log_sigmoid(config.beta * margin),
         jax.nn.log_sigmoid(-config.beta * margin),
@@ -127,5 +123,4 @@ def moving_shift(shift: RewardShift, mean, decay: float) -> RewardShift:
 def at_start(config: LossConfig) -> float:
     """Preference and quality, weighted, where the policy is the reference."""
     ln2 = 0.6931471805599453
-    preference = 1 / (2 * config.beta) ** 2 if config.preference == "ipo" else ln2
-    return config.preference_weight * preference + config.quality_weight * 2 * ln2
+    return (config.preference_weight + 2 * config.quality_weight) * ln2

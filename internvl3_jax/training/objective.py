@@ -158,16 +158,13 @@ class MpoLoss(SftLoss):
         hidden, kernel = self.outputs(params, batch, key)
         policy = self.log_probabilities(hidden, kernel, batch)
         reference = self.ref_logps(params, ref_params, batch)
-        lengths = jnp.maximum(
-            mpo.answer_sums((answers > 0).astype(jnp.float32), answers, self.pairs), 1.0
-        )
         present = answers.max(axis=1)[:, None] > 2 * jnp.arange(self.pairs)[None]
         rewards = config.beta * (policy - reference)
-        if key is not None and config.shift == "running":
+        if key is not None and config.reward_shift == "running":
             loss_state = mpo.running_shift(loss_state, rewards, present)
 
         def pair_loss(policy):
-            preference = mpo.preference_loss(policy, reference, lengths, config)
+            preference = mpo.preference_loss(policy, reference, config)
             quality = mpo.quality_loss(policy, reference, loss_state.mean, config.beta)
             parts = {"preference": preference, "quality": quality}
             parts = {
@@ -196,9 +193,9 @@ class MpoLoss(SftLoss):
 
     def finish(self, loss_state: mpo.RewardShift, metrics: dict):
         used = {"reward_shift": loss_state.mean}
-        if self.config.shift == "moving":
+        if self.config.reward_shift == "moving":
             mean = (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
-            loss_state = mpo.moving_shift(loss_state, mean, self.config.shift_decay)
+            loss_state = mpo.moving_shift(loss_state, mean, self.config.reward_shift_decay)
         return loss_state, used
 
     def log_probabilities(self, hidden, kernel, batch):

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from internvl3_jax.config import OptimizerConfig
-from internvl3_jax.param_tree import matching
+from internvl3_jax.param_tree import match_paths
 
 NAMES = ("adafactor", "adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
@@ -79,7 +79,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     """Learning rate at each update, counted from 0: linear warm-up from 0 to `peak`, then down to
-    `final_fraction` of it at `steps`.
+    `final_lr_fraction` of it at `steps`.
 
     "cosine" falls all the way; "wsd" (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at the
     peak and falls on a line in the end.
@@ -89,7 +89,7 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
         raise ValueError(
             f"optimizer.warmup_steps is {warmup}; it must lie between 0 and steps ({steps})"
         )
-    final = peak * config.final_fraction
+    final = peak * config.final_lr_fraction
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
     if config.schedule != "wsd":
@@ -207,7 +207,7 @@ def relative_rates(params, config: OptimizerConfig):
     decay = np.float32(config.vision_layer_decay)
 
     def rate(path, leaf):
-        component = np.float32(getattr(config, path.split("/", 1)[0] + "_rate"))
+        component = np.float32(getattr(config, path.split("/", 1)[0] + "_lr_scale"))
         if not path.startswith("vision/") or decay == 1:
             return component
         if path.startswith("vision/layers/"):
@@ -235,7 +235,9 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
     nothing is left to train.
     """
     leaves = flatten_dict(params, sep="/")
-    frozen = {path for pattern in freeze for path in matching(pattern, leaves, "optimizer.freeze")}
+    frozen = {
+        path for pattern in freeze for path in match_paths(pattern, leaves, "optimizer.freeze")
+    }
     if len(frozen) == len(leaves):
         raise ValueError(f"optimizer.freeze {list(freeze)} leaves nothing to train")
     parts = (

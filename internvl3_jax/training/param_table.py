@@ -1,6 +1,4 @@
-"""What of a model is trained, how fast and at what cost in memory; and a proof that the rest has
-not changed.
-"""
+"""Table of a model's components (size, learning rate, memory), and a hash of frozen parameters."""
 
 import dataclasses
 import math
@@ -18,7 +16,7 @@ from internvl3_jax.training.optimizer import (
     split_params,
 )
 
-# What a path starts with; of several, the longest.
+# Component -> how the paths of its parameters begin. The longest of several matches counts.
 COMPONENTS = {
     "vision": "vision/",
     "projector": "projector/",
@@ -33,56 +31,71 @@ COMPONENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A row of the table. Counts include the rows that pad the vocabulary."""
+    """A row of the table.
+
+    Attributes:
+      name: The component, or "all".
+      parameters: Number of parameters, rows that pad the vocabulary included. A quantized kernel
+        counts as many as it had before.
+      trained: How many of them the optimizer updates.
+      rates: Lowest and highest learning rate at the schedule's peak; 0 where all is frozen.
+      dtypes: Dtypes of the stored leaves.
+      param_bytes: Bytes of the parameters.
+      state_bytes: Bytes of their optimizer state.
+    """
 
     name: str
     parameters: int
-    trained: int  # of them
-    # lowest and highest learning rate at the peak; 0 where all is frozen
+    trained: int
     rates: tuple[float, float]
     dtypes: tuple[str, ...]
     param_bytes: int
-    state_bytes: int  # of the optimizer
+    state_bytes: int
 
 
 def component_table(params: dict, config: OptimizerConfig) -> list[Component]:
-    """One row for each component of the model that is there, and their sum. `params` may be
-    ShapeDtypeStructs.
+    """Returns one row for each component that the model has, and a row "all" with their sums.
+
+    Args:
+      params: The parameter tree; its leaves may be ShapeDtypeStructs.
     """
+    leaves = _leaves(params)
     trained, _ = split_params(params, config.freeze)
     rates = dict(_leaves(relative_rates(trained, config)))
+
+    # Bytes of optimizer state of each parameter. The last part of a state leaf's path is that of
+    # its parameter; optax puts fields, indices and labels ("muon") before it. Counters have none.
     optimizer = make_optimizer(dataclasses.replace(config, schedule="cosine", warmup_steps=0), 1)
-    # A state's leaf lies under the path of its parameter, whatever the optimizer puts before it.
-    state = jax.tree.leaves_with_path(jax.eval_shape(optimizer.init, params))
-    state = [
-        ("/".join(str(key.key) for key in path if hasattr(key, "key")), leaf)
-        for path, leaf in state
-    ]
+    state_bytes: dict[str, int] = {}
+    for state_path, leaf in _leaves(jax.eval_shape(optimizer.init, params)):
+        names = state_path.split("/")
+        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        path = next((suffix for suffix in suffixes if suffix in rates), "")
+        state_bytes[path] = state_bytes.get(path, 0) + _bytes(leaf)
 
     def row(name: str, belongs) -> Component:
-        leaves = [(path, leaf) for path, leaf in _leaves(params) if belongs(path)]
-        peaks = [_peak(leaf, config) * rates[path] for path, leaf in leaves if path in rates] or [
-            np.zeros(1)
-        ]
+        own = [(path, leaf) for path, leaf in leaves if belongs(path)]
+        peaks = [_peak(leaf, config) * rates[path] for path, leaf in own if path in rates]
+        peaks = peaks or [np.zeros(1)]
         return Component(
             name,
-            parameters=sum(leaf.size for _, leaf in leaves),
-            trained=sum(leaf.size for path, leaf in leaves if path in rates),
+            parameters=sum(_count(path, leaf) for path, leaf in own),
+            trained=sum(_count(path, leaf) for path, leaf in own if path in rates),
             rates=(
                 float(min(peak.min() for peak in peaks)),
                 float(max(peak.max() for peak in peaks)),
             ),
-            dtypes=tuple(sorted({str(leaf.dtype) for _, leaf in leaves})),
-            param_bytes=sum(_bytes(leaf) for _, leaf in leaves),
-            state_bytes=sum(_bytes(leaf) for path, leaf in state if belongs(path)),
+            dtypes=tuple(sorted({str(leaf.dtype) for _, leaf in own})),
+            param_bytes=sum(_bytes(leaf) for _, leaf in own),
+            state_bytes=sum(size for path, size in state_bytes.items() if belongs(path)),
         )
 
     rows = [row(name, lambda path, name=name: _component(path) == name) for name in COMPONENTS]
-    return [found for found in rows if found.parameters] + [row("all", lambda path: True)]
+    return [component for component in rows if component.parameters] + [row("all", lambda _: True)]
 
 
 def format_table(rows: list[Component]) -> str:
-    """The table as text."""
+    """Returns the table as aligned text, a line for each row and one for the heading."""
     cells = [
         (
             "component",
@@ -114,14 +127,20 @@ def format_table(rows: list[Component]) -> str:
 
 
 def frozen_hash(params: dict, freeze: tuple[str, ...]) -> str:
-    """`checksum.tree_hash` of the frozen leaves."""
+    """Returns `param_hash.tree_hash` of the leaves that `freeze` matches."""
     return tree_hash(dict(_leaves(split_params(params, freeze)[1])))
 
 
 def _component(path: str) -> str:
-    """The component with the longest beginning of the path; "" for the optimizer's counters."""
+    """Returns the component of a parameter's path, or "" if it has none."""
     starts = {start: name for name, start in COMPONENTS.items() if path.startswith(start)}
     return starts[max(starts, key=len)] if starts else ""
+
+
+def _count(path: str, leaf) -> int:
+    """Parameters that a leaf holds: NF4 packs two into a byte, and scales are none."""
+    name = path.rpartition("/")[2]
+    return 0 if name == "scales" else 2 * leaf.size if name == "nf4" else leaf.size
 
 
 def _peak(leaf, config: OptimizerConfig) -> float:

@@ -30,14 +30,18 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             f"loss.kind is {config.loss.kind} and data.pairs {config.data.pairs}: pairs are what mpo takes, and all it takes"
         )
-    if is_mpo and not (config.loss.reference or config.init_from):
+    if is_mpo and not (config.loss.ref_model or config.init_from):
         raise ValueError(
             "loss.kind is mpo and init_from is empty: name the checkpoint that the policy starts from and is compared with"
         )
-    if is_mpo and config.lora.init_from and not (config.loss.reference or config.data.reference):
+    if (
+        is_mpo
+        and config.lora.init_from
+        and not (config.loss.ref_model or config.data.ref_logps_file)
+    ):
         raise ValueError(
             f"loss.kind is mpo and lora.init_from is {config.lora.init_from}: a policy that begins with trained adapters is not to be "
-            f"compared with their base. Set loss.reference to {config.lora.init_from} too: a LoRA run opens merged"
+            f"compared with their base. Set loss.ref_model to {config.lora.init_from} too: a LoRA run opens merged"
         )
 
 
@@ -46,11 +50,11 @@ def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainSta
     reference, its log-probabilities were computed beforehand, or it is the base that adapters are
     trained beside.
     """
-    if config.data.reference:
+    if config.data.ref_logps_file:
         _check_table(config, state)
     if not mpo.needs_model(config):
         return None
-    name = config.loss.reference or config.init_from
+    name = config.loss.ref_model or config.init_from
     source = checkpoint.load(name, dtype=mpo.reference_dtype(config), mesh=mesh)
     if source.config.language != config.model.language:
         raise ValueError(
@@ -65,12 +69,12 @@ def _check_table(config: TrainConfig, state: TrainState) -> None:
     """ValueError if the log-probabilities are of another model than the one that the run begins
     with.
     """
-    table = ReferenceTable(config.data.reference)
-    if config.loss.reference:
-        named = str(resolve_checkpoint(config.loss.reference))
+    table = ReferenceTable(config.data.ref_logps_file)
+    if config.loss.ref_model:
+        named = str(resolve_checkpoint(config.loss.ref_model))
         if named != table.made_of:
             raise ValueError(
-                f"{config.data.reference} was made of {table.made_of}, and loss.reference is {named}"
+                f"{config.data.ref_logps_file} was made of {table.made_of}, and loss.ref_model is {named}"
             )
         return
     if int(state.step) or config.lora.quantize != "none":
@@ -82,8 +86,9 @@ def _check_table(config: TrainConfig, state: TrainState) -> None:
     theirs, ours = table.hash, tree_hash(by_path(params))
     if theirs != ours:
         raise ValueError(
-            f"{config.data.reference} is of other parameters ({theirs}) than {config.init_from} in {config.param_dtype} ({ours}): make it "
-            f"again with this configuration, or name its model as loss.reference"
+            f"{config.data.ref_logps_file} was made with other parameters ({theirs}) than those of "
+            f"{config.init_from} in {config.param_dtype} ({ours}): make it again with this "
+            f"configuration, or name its model as loss.ref_model"
         )
 
 
@@ -92,7 +97,7 @@ def check_start(config: TrainConfig, metrics: dict) -> None:
     say that it was not.
     """
     loss = config.loss
-    if loss.kind != "mpo" or loss.reference or loss.drop_path or config.lora.dropout:
+    if loss.kind != "mpo" or loss.ref_model or loss.drop_path or config.lora.dropout:
         return
     expected = mpo.at_start(loss)
     found = float(
@@ -104,6 +109,6 @@ def check_start(config: TrainConfig, metrics: dict) -> None:
     ):
         raise ValueError(
             f"at the first step policy and reference are the same model, so the preference part is {expected:.6f}; it was {found:.6f}. Set "
-            f"loss.reference_dtype to float32 if {config.init_from} is not stored in {config.compute_dtype}; if that does not mend it, "
+            f"loss.ref_model_dtype to float32 if {config.init_from} is not stored in {config.compute_dtype}; if that does not mend it, "
             f"something changes the policy's forward pass"
         )

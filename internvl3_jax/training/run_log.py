@@ -1,105 +1,97 @@
-"""What a run leaves for people: log.jsonl, answers.jsonl, the loss curve, and the report of its
-held-out scores.
+"""What a run leaves for people: log.jsonl, answers.jsonl and loss.png, and its progress on screen.
+
+WORKDIR/log.jsonl       one row per logged step and one per evaluation; metrics.py has the names
+WORKDIR/answers.jsonl   answers to questions of the evaluation data
+WORKDIR/loss.png        the losses, drawn when the run ends
 """
 
-import dataclasses
-import importlib
-import io
 import json
 import math
 import pathlib
-import sys
-import tempfile
-import time
-import uuid
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import jax
 
-from internvl3_jax.config import TrainConfig, to_dict
+from internvl3_jax.config import TrainConfig
 from internvl3_jax.io import jsonl, remote_files, safe_files
 from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.safe_files import FileError
 from internvl3_jax.io.terminal import one_line
+from internvl3_jax.training import log_sinks
+from internvl3_jax.training.console import Console
+from internvl3_jax.training.loss_curve import draw_losses
 
 LOG, ANSWERS, CURVE = "log.jsonl", "answers.jsonl", "loss.png"
 
 
 class Log:
-    """WORKDIR/log.jsonl, one row per logged step; also the terminal and, if the configuration asks,
-    TensorBoard, W&B and a profile.
+    """WORKDIR/log.jsonl and everything else that shows a row of it.
 
-    Opened at a step, it drops the rows after it, which are about to be written anew. Of several
-    processes one writes; every one of them profiles its devices.
+    With several processes one of them writes; each profiles its own devices.
+
+    Attributes:
+      console: The terminal.
     """
 
     def __init__(self, workdir: pathlib.Path, config: TrainConfig, step: int, writes: bool = True):
-        self.writes = writes
-        if not writes:
-            config = dataclasses.replace(config, tensorboard=False, wandb="")
-        self.path, self.config = workdir / LOG, config
-        if writes:
-            for name in (LOG, ANSWERS):
-                cut_back(workdir / name, step)
-        self.progress = _progress()
-        self.task = self.progress.add_task(
-            "training", total=config.steps, completed=step, loss=float("nan")
-        )
-        self.mirrors: list[Mirror] = []
-        local = self._mirrored(workdir / "tensorboard") if config.tensorboard else None
-        self.sinks = [*_tensorboard(local, config, step), *_wandb(workdir, config)]
+        """Opens the log and drops its rows after `step`, since those steps run again.
+
+        Args:
+          step: Number of steps that are done already.
+          writes: Whether this process writes files and prints.
+        """
+        self.path, self.config, self.writes = workdir / LOG, config, writes
+        self.console = Console(config.steps, step, writes)
         self.profiling = False
+        self.mirrors: list[log_sinks.Mirror] = []
+        self.sinks: list[log_sinks.Sink] = []
+        if not writes:
+            return
+        for name in (LOG, ANSWERS):
+            cut_back(workdir / name, step)
+        if config.logging.tensorboard:
+            folder = self._mirrored(workdir / "tensorboard")
+            self.sinks.append(log_sinks.tensorboard(folder, step))
+        if config.logging.wandb:
+            self.sinks.append(log_sinks.weights_and_biases(workdir, config))
 
     def _mirrored(self, folder) -> pathlib.Path:
-        """The folder itself or, of one in object storage, a local one that is copied there."""
+        """Returns the folder or, if it is in object storage, a local one that is copied there."""
         if not is_remote(folder):
             return folder
-        self.mirrors.append(Mirror(folder))
+        self.mirrors.append(log_sinks.Mirror(folder))
         return self.mirrors[-1].local
 
     def __enter__(self):
-        self.progress.start()
+        self.console.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        self.progress.stop()
+        self.console.__exit__(*exception)
         if self.profiling:
             self._stop_profile()
-        for _, close in self.sinks:
-            close(exception[0] is not None)
-        if exception[0] is None and self.writes and self.rows():
-            self.draw()
+        failed = exception[0] is not None
+        for sink in self.sinks:
+            sink.close(failed)
+        if not failed and self.writes and (rows := read_rows(self.path)):
+            self._draw(rows)
         remote_files.flush()
         for mirror in self.mirrors:
             mirror.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes a row and shows it."""
         if not self.writes:
             return
         append(self.path, [{"step": step, **values}])
         for mirror in self.mirrors:
             mirror.copy_sometimes()
-        for write, _ in self.sinks:
-            write(step, values)
-        if "loss" in values:
-            self.progress.update(self.task, completed=step, loss=values["loss"])
-        if not sys.stdout.isatty():
-            shown = (
-                "loss",
-                "held_out",
-                "tokens_per_second",
-                "tiles_per_second",
-                "input_wait",
-                "mfu",
-                "seconds",
-            )
-            text = " ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
-            print(f"step {step}/{self.config.steps} {text}", flush=True)
+        for sink in self.sinks:
+            sink.write(step, values)
+        self.console.update(step, values)
 
     def profile(self, step: int) -> None:
-        """Starts or ends the profile of `profile_steps` before a step."""
-        import jax
-
-        first, last = self.config.profile_steps or (0, 0)
+        """Starts or stops the profile of `logging.profile_steps`; called before each step."""
+        first, last = self.config.logging.profile_steps or (0, 0)
         if step == first:
             jax.profiler.start_trace(str(self._mirrored(self.path.parent / "profile")))
             self.profiling = True
@@ -107,91 +99,30 @@ class Log:
             self._stop_profile()
 
     def _stop_profile(self) -> None:
-        import jax
-
         jax.profiler.stop_trace()
         self.profiling = False
 
-    def rows(self) -> list[dict]:
-        return read_rows(self.path)
-
-    def draw(self) -> None:
-        """Writes WORKDIR/loss.png if matplotlib can draw it: the numbers are in log.jsonl without
-        it.
-        """
+    def _draw(self, rows: list[dict]) -> None:
+        """Writes loss.png. A failure is only printed: the numbers are in log.jsonl without it."""
         try:
-            safe_files.replace(self.path.parent / CURVE, self._drawn())
+            safe_files.replace(self.path.parent / CURVE, draw_losses(rows))
         except ImportError:
-            print(
-                f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)",
-                flush=True,
+            self.console.say(
+                f"{CURVE} is left out, since matplotlib is not installed (pip install matplotlib)"
             )
         except Exception as error:
-            # whatever another library's version or settings raise, the run has reached its end
-            print(f"{CURVE} is left out ({one_line(str(error))})", flush=True)
-
-    def _drawn(self) -> bytes:
-        from matplotlib.figure import Figure
-
-        rows = [row for row in self.rows() if "loss" in row]
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(
-            [row["step"] for row in rows],
-            [row["loss"] for row in rows],
-            linewidth=1,
-            label="training",
-        )
-        if held_out := [row for row in self.rows() if "held_out" in row]:
-            axes.plot(
-                [row["step"] for row in held_out],
-                [row["held_out"] for row in held_out],
-                marker=".",
-                label="held out",
-            )
-            axes.legend()
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=120)
-        return drawn.getvalue()
+            # Whatever another library's version or settings raise, the run has reached its end.
+            self.console.say(f"{CURVE} is left out ({one_line(str(error))})")
 
 
-class Mirror:
-    """A local folder whose files are copied to object storage, where nothing can be added to a
-    file.
-    """
-
-    def __init__(self, remote, seconds: float = 60.0):
-        self.remote, self.seconds, self.copied, self.sizes = remote, seconds, time.monotonic(), {}
-        self._folder = tempfile.TemporaryDirectory(prefix="internvl3_jax_")
-        self.local = pathlib.Path(self._folder.name)
-
-    def copy_sometimes(self) -> None:
-        if time.monotonic() - self.copied > self.seconds:
-            self.copy()
-
-    def copy(self) -> None:
-        sizes = {
-            p.relative_to(self.local).as_posix(): p.stat().st_size
-            for p in sorted(self.local.rglob("*"))
-            if p.is_file()
-        }
-        remote_files.upload(
-            self.local,
-            self.remote,
-            [name for name, size in sizes.items() if self.sizes.get(name) != size],
-        )
-        self.sizes, self.copied = sizes, time.monotonic()
-
-    def close(self) -> None:
-        self.copy()
-        self._folder.cleanup()
+# --- files of rows -------------------------------------------------------------------------------
 
 
 def append(path: pathlib.Path, rows: list[dict]) -> None:
-    """Adds rows to a JSONL file. A number that is not finite is written as null. OSError names the
-    file.
+    """Adds rows to a JSONL file. A number that is not finite is written as null.
+
+    Raises:
+      OSError: The file cannot be written; the error names it.
     """
     jsonl.append(path, [jsonl.dumps(_finite(row)) for row in rows])
 
@@ -204,110 +135,30 @@ def _finite(row: dict) -> dict:
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """The rows of a file of `append`, each with its "step"; a last line that a kill has torn is no
-    row, and no file has no rows.
+    """Returns the rows of a file of `append`, each with its "step".
+
+    A last line that a kill has torn is not a row, and a file that does not exist has none.
 
     Raises:
-      FileError: naming a line that a run did not write.
+      FileError: A line is not one that a run writes; the error names it.
     """
     rows = []
     for number, line in enumerate(jsonl.whole_lines(path) if path.exists() else [], 1):
         try:
-            row = json.loads(line)  # not strictly: older logs hold NaN
+            row = json.loads(line)
             if type(row["step"]) is not int:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             advice = "move the file away, or name another --workdir"
             raise FileError(
-                f"{one_line(str(path))} line {number}: is no row of a run; {advice}"
+                f"{one_line(str(path))} line {number}: is not a row of a run; {advice}"
             ) from error
         rows.append(row)
     return rows
 
 
 def cut_back(path: pathlib.Path, step: int) -> None:
-    """Drops the rows after a step from a file of `append`, which are about to be written anew, and
-    what a kill has torn.
-    """
+    """Drops the rows after a step from a file of `append`, and what a kill has torn."""
     if path.exists():
-        jsonl.rewrite(
-            path, [jsonl.dumps(_finite(row)) for row in read_rows(path) if row["step"] <= step]
-        )
-
-
-def check_extras(config: TrainConfig) -> None:
-    """ImportError if a package is missing that the run would need later on; before anything is
-    loaded.
-    """
-    for wanted, setting, package, remedy in (
-        (
-            config.tensorboard,
-            "tensorboard=True",
-            "tensorboardX",
-            "pip install -e '.[logging]', or set --config.tensorboard=false",
-        ),
-        (config.wandb, "wandb=PROJECT", "wandb", "pip install wandb"),
-    ):
-        if wanted:
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise ImportError(f"{setting} needs {package}: {remedy}") from error
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(
-        *columns, TextColumn("loss {task.fields[loss]:.4f}"), disable=not sys.stdout.isatty()
-    )
-
-
-def _tensorboard(folder: pathlib.Path | None, config: TrainConfig, step: int) -> list:
-    """[(write, close)] or nothing; close takes whether the run broke off. What TensorBoard has of
-    steps after `step` is hidden.
-    """
-    if not config.tensorboard:
-        return []
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def write(step, values):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-
-    return [(write, lambda broke_off: writer.close())]
-
-
-def _wandb(workdir: pathlib.Path, config: TrainConfig) -> list:
-    if not config.wandb:
-        return []
-    import wandb
-
-    # Kept beside the run, so that it goes on there too: runs are told apart by their directory, not
-    # by the last part of its name.
-    path = workdir / "wandb" / "id"
-    if not path.is_file() or not path.read_text().strip():  # a kill may have left it empty
-        path.parent.mkdir(exist_ok=True)
-        safe_files.replace(path, uuid.uuid4().hex)
-    # W&B uploads what it writes there
-    folder = tempfile.gettempdir() if is_remote(workdir) else workdir
-    run = wandb.init(
-        project=config.wandb,
-        dir=folder,
-        id=path.read_text(),
-        name=str(workdir),
-        resume="allow",
-        config=to_dict(config),
-    )
-    return [
-        (
-            lambda step, values: run.log(values, step=step),
-            lambda broke_off: run.finish(exit_code=int(broke_off)),
-        )
-    ]
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        jsonl.rewrite(path, [jsonl.dumps(_finite(row)) for row in rows])

@@ -4,10 +4,11 @@
     settings.take_overrides(sys.argv)           before absl parses the flags
     chosen = settings.load()                    in main: Chosen(config, recipe, overrides)
 
-FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. A value is read by
-its field's type:
+FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. If it does not
+exist, the recipe of that name in the shipped configs/ is meant. A value is read by its field's
+type:
 
-    --config.steps=100   --config.data.source=meta.json   --config.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
+    --config.steps=100   --config.data.source=meta.json   --config.logging.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
 
 A tuple may also be given by naming its field several times. Every error is a UsageError, one line
 that names field or file and line.
@@ -17,6 +18,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import difflib
 import os
 import pathlib
 import re
@@ -27,6 +29,7 @@ import typing
 
 from absl import flags
 
+from internvl3_jax import cli
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.io import safe_files
 from internvl3_jax.io.command_line import UsageError, message
@@ -119,11 +122,13 @@ def read(name: str) -> TrainConfig:
     """What get_config() of FILE[:ARGUMENT] returns."""
     whole = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
-    path = pathlib.Path(os.path.expanduser(file))
+    path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
     if not path.is_file():
+        folders = (path.parent, cli.home() / "configs")
         near = suggestion(
-            path.name,
-            [one.name for one in path.parent.glob("*.py")] if path.parent.is_dir() else [],
+            path.name, [file.name for folder in folders for file in folder.glob("*.py")]
         )
         raise UsageError(f"--config: {one_line(str(path))}: no such file{near}")
     arguments = [argument] if ":" in name and argument is not None else []
@@ -154,16 +159,17 @@ def _module(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _beside(path: pathlib.Path):
-    """A file of configs/ imports its neighbors as configs.NAME, wherever the program was started."""
+    """A file of configs/ imports its neighbors as configs.NAME, and any file imports the shipped
+    recipes so, wherever the program was started.
+    """
     folder = path.resolve().parent
-    place = str(folder.parent if folder.name == "configs" else folder)
-    added = place not in sys.path
-    if added:
-        sys.path.append(place)
+    folders = (folder.parent if folder.name == "configs" else folder, cli.home())
+    added = [str(place) for place in dict.fromkeys(folders) if str(place) not in sys.path]
+    sys.path += added
     try:
         yield
     finally:
-        if added:
+        for place in added:
             sys.path.remove(place)
 
 
@@ -235,10 +241,28 @@ def _known(path: str):
     """
     if (kind := _kind_of(path)) is not None:
         return kind
-    known = list(_all_fields(TrainConfig))
-    same_name = [field for field in known if field.rpartition(".")[2] == path.rpartition(".")[2]]
-    near = f"; did you mean {same_name[0]!r}?" if same_name else suggestion(path, known)
-    raise UsageError(f"--config.{one_line(path)}: there is no such setting{near}")
+    text = f"--config.{one_line(path)}: there is no such setting"
+    group = path.rpartition(".")[0]
+    if similar := _similar_fields(path):
+        text += f"; did you mean {' or '.join(map(repr, similar))}?"
+    elif dataclasses.is_dataclass(kind := _kind_of(group)):
+        text += f"; {group} has {', '.join(field.name for field in dataclasses.fields(kind))}"
+    raise UsageError(text)
+
+
+def _similar_fields(path: str) -> list[str]:
+    """Returns the dotted fields that a misspelt or misplaced name may mean, at most three."""
+    group, _, name = path.rpartition(".")
+
+    def score(field: str) -> float:
+        of_group, _, last = field.rpartition(".")
+        pairs = (name, last), (path.replace(".", "_"), field.replace(".", "_"))
+        similarity = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return 0.0 if similarity < 0.6 else similarity + 0.1 * bool(group and of_group == group)
+
+    scores = {field: score(field) for field in _all_fields(TrainConfig)}
+    best = max(scores.values())
+    return [field for field, value in scores.items() if value == best > 0][:3]
 
 
 def _all_fields(cls, start: str = ""):

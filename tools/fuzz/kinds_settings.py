@@ -12,10 +12,10 @@ DROP = "data/drop.tsv"
 # Field, then values that it cannot have.
 WRONG_SETTINGS = r"""
 steps 0 -1 1.5 x 1e9
-save_every 0 -1 x
-log_every 0 -1
-agree_every 0 -1
-keep 0 -1
+checkpoint.every 0 -1 x
+logging.every 0 -1
+host_check_every 0 -1
+checkpoint.keep 0 -1
 micro_batches 0 -1 3 x
 param_dtype x int32 float99
 compute_dtype x int8
@@ -27,29 +27,28 @@ attention_vision x
 attention_language x
 seed -1 x
 init_from nowhere/at/all /dev/zero
-held_out gone.json /dev/zero
-evaluate_every -1 x
-keep_every -1
+eval.source gone.json /dev/zero
+eval.every -1 x
+checkpoint.keep_every -1
 data.rows 0 -1 2.5 x 1e12
 data.shards 0 3 -1
 data.tokens_per_row 0 -1 7 x
 data.tiles_per_row 0 -1 x
-data.packing x
 data.packing_buffer 0 -1
 data.workers -1 x
 data.deltas () ('0',) ('-1',) ('x',) ('1/3',) ('2',) (1,)
 data.source gone.json /dev/zero data/text.jsonl
 data.tokenizer nowhere
-data.weights x
-data.language_share 2.0 nan
-data.on_error x
+data.source_weights x
+data.text_fraction 2.0 nan
+data.on_bad_sample x
 data.overlong x
-data.loss_average x
+data.loss_reduction x
 data.min_frames -1 99
 data.max_frames -1
 data.samples 0 -1
-data.drop_list gone.tsv /dev/zero
-data.reference gone.jsonl
+data.exclude_file gone.tsv /dev/zero
+data.ref_logps_file gone.jsonl
 data.pairs True x
 optimizer.name x sgd
 optimizer.learning_rate -1.0 nan inf x
@@ -61,10 +60,10 @@ optimizer.clip_norm -1.0 nan
 optimizer.weight_decay -1.0 nan
 optimizer.freeze ('nothing',) ('(',) ('.*',) ('(a+)+$',)
 optimizer.moment_dtype x
-optimizer.vision_rate -1.0 nan
+optimizer.vision_lr_scale -1.0 nan
 optimizer.vision_layer_decay -1.0 nan 5.0
 optimizer.decay_fraction 2.0 -1.0
-optimizer.final_fraction -1.0 nan
+optimizer.final_lr_fraction -1.0 nan
 loss.kind x mpo
 loss.beta -1.0
 lora.rank -1 4 x
@@ -109,11 +108,11 @@ def training_cases(rng: random.Random) -> Iterator[Case]:
     # A run of other settings is all right; only its message is looked at. So is one without a save
     # but the last.
     fine = {
-        ("keep_every", "-1"),
+        ("checkpoint.keep_every", "-1"),
         ("lora.rank", "4"),
         ("seed", "-1"),
         ("optimizer.vision_layer_decay", "5.0"),
-        ("evaluate_every", "-1"),
+        ("eval.every", "-1"),
         ("data.tokens_per_row", "7"),
     }
     fine |= {
@@ -124,7 +123,7 @@ def training_cases(rng: random.Random) -> Iterator[Case]:
         ("loss.beta", "-1.0"),
         ("data.deltas", "('2',)"),
         ("optimizer.decay_fraction", "2.0"),
-        ("data.reference", "gone.jsonl"),
+        ("data.ref_logps_file", "gone.jsonl"),
         ("mesh.fsdp", "-2"),
     }
     more = {"init_from": ["\x1b[2J"], "data.source": [""]}
@@ -265,7 +264,12 @@ def flag_cases(rng: random.Random) -> Iterator[Case]:
 def drop(arguments: tuple[str, ...]) -> None:
     few = ("--config.data.min_frames=2", "--config.data.max_frames=4")
     programs.train(
-        ("--config.data.source=data/meta.json", f"--config.data.drop_list={DROP}", *few, *arguments)
+        (
+            "--config.data.source=data/meta.json",
+            f"--config.data.exclude_file={DROP}",
+            *few,
+            *arguments,
+        )
     )
 
 

@@ -82,7 +82,8 @@ def detect_layout(names) -> str:
     if len(found) != 1:
         shown = one_line(", ".join(sorted(names)[:5]))
         raise ConversionError(
-            "these tensors are not an InternVL checkpoint: expected names under vision_model. (original layout) or vision_tower. / "
+            "these tensors are not an InternVL checkpoint: expected names under vision_model. "
+            "(original layout) or vision_tower. / "
             f"model.vision_tower. (transformers), found {len(names)} tensors such as {shown}"
         )
     return found.pop()
@@ -179,7 +180,8 @@ def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapp
     name = next(embeddings, None)
     if name is not None and not np.array_equal(source.read(name), source.read(head)):
         raise ConversionError(
-            f"config.json ties the head to the embedding, but {one_line(head)} differs from {one_line(name)}; set "
+            f"config.json ties the head to the embedding, but {one_line(head)} differs from "
+            f"{one_line(name)}; set "
             f"tie_word_embeddings to false"
         )
 

@@ -11,15 +11,10 @@ differ between releases (layers of the tower, rope base, tying).
 import difflib
 
 from internvl3_jax.checkpoints.hf.fields import TOP_IGNORED, VISION_IGNORED, Fields
-from internvl3_jax.checkpoints.hf.language import (
-    CHANNELS,
-    EPSILON,
-    HEADS,
-    LAYERS,
-    VOCABULARY,
-    read_language,
-)
+from internvl3_jax.checkpoints.hf.keys import VISION, VOCABULARY, bounds, read_keys
+from internvl3_jax.checkpoints.hf.language import read_language
 from internvl3_jax.config import UNITS, ModelConfig, ProcessorConfig, VisionConfig
+from internvl3_jax.io import limits
 from internvl3_jax.io.strict_json import JsonError, Object, check
 from internvl3_jax.io.terminal import excerpt
 
@@ -52,7 +47,8 @@ def layout_of(config: dict, place: str = "") -> str:
     model_type = Object(config, f"{place}config.json").get("model_type", str, None)
     if model_type not in kinds:
         raise JsonError(
-            f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' (original layout) or 'internvl' "
+            f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' "
+            "(original layout) or 'internvl' "
             f"(transformers)"
         )
     return kinds[model_type]
@@ -97,7 +93,8 @@ def from_hf(
     image_token_id = stated if image_token_id is None else image_token_id
     if image_token_id is None:
         raise ValueError(
-            "config.json does not hold the id of <IMG_CONTEXT>; pass image_token_id (from the checkpoint's tokenizer)"
+            "config.json does not hold the id of <IMG_CONTEXT>; pass image_token_id (from the "
+            "checkpoint's tokenizer)"
         )
 
     vision = read_vision(top.get("vision_config", dict), layout, f"{where}.vision_config")
@@ -144,8 +141,8 @@ def _pixels(
     nothing that is not done here.
     """
     pictures = Fields({} if values is None else values, f"{place}preprocessor_config.json")
-    mean = pictures.list_of("image_mean", float, list(vision.mean), length=3, low=-1e3, high=1e3)
-    std = pictures.list_of("image_std", float, list(vision.std), length=3, low=1e-6, high=1e3)
+    mean = pictures.list_of("image_mean", float, list(vision.mean), length=3, **bounds(limits.MEAN))
+    std = pictures.list_of("image_std", float, list(vision.std), length=3, **bounds(limits.STD))
     pictures.expect("do_normalize", True)
     pictures.expect("do_rescale", True)
     pictures.expect("resample", 3, "bicubic")
@@ -209,7 +206,8 @@ def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool
     if inner is not None:
         return inner
     raise ValueError(
-        "config.json: config.tie_word_embeddings is absent, and readers differ about what that means; pass has_head"
+        "config.json: config.tie_word_embeddings is absent, and readers differ about what that "
+        "means; pass has_head"
     )
 
 
@@ -224,32 +222,16 @@ def read_vision(
     fields.expect("hidden_act", "gelu")
     fields.expect("num_channels", 3)
     fields.expect("use_moe", False)
-    if layout == "internvl":
-        qkv_bias, qk_norm = fields.get("qkv_bias", bool), fields.get("qk_normalization", bool)
-    else:
-        qkv_bias, qk_norm = (
-            fields.get("attention_bias", bool),
-            fields.get("use_qk_norm", bool, False),
-        )
+    if layout == "hf":
         fields.expect("use_mask_token", False)
         fields.expect("use_absolute_position_embeddings", True)
         fields.expect("use_mean_pooling", True)  # otherwise a last LayerNorm follows the tower
-    scale = "initializer_factor" if layout == "internvl" else "layer_scale_init_value"
     vision = VisionConfig(
         image_size=_square(fields, "image_size"),
         patch_size=_square(fields, "patch_size"),
-        hidden_size=fields.get("hidden_size", int, **CHANNELS),
-        num_layers=fields.get("num_hidden_layers", int, **LAYERS),
-        num_heads=fields.get("num_attention_heads", int, **HEADS),
-        intermediate_size=fields.get("intermediate_size", int, **CHANNELS),
-        norm=fields.get("norm_type", str, choices=("layer_norm", "rms_norm")),
-        norm_eps=float(fields.get("layer_norm_eps", float, 1e-6, **EPSILON)),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-        layer_scale_init=float(fields.get(scale, float, 0.1, low=0, high=1e3)),
-        drop_path=float(fields.get("drop_path_rate", float, 0.0, low=0, high=0.999)),
+        **read_keys(fields, VISION[layout]),
     )
-    if qk_norm and vision.norm_eps != 1e-6:
+    if vision.qk_norm and vision.norm_eps != 1e-6:
         fields.refuse("layer_norm_eps", "with q/k norm only 1e-6 means the same in both layouts")
     if vision.hidden_size % vision.num_heads:
         fields.refuse("num_attention_heads", f"it does not divide hidden_size {vision.hidden_size}")

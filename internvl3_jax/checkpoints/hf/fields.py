@@ -71,7 +71,8 @@ class Fields(Object):
         if not any(_equal(value, choice) for choice in supported):
             wanted = " or ".join(repr(choice) for choice in supported)
             raise JsonError(
-                f"{self.where}: {name} is {excerpt(value)}; this implementation has {wanted} only{remedy}"
+                f"{self.where}: {name} is {excerpt(value)}; this implementation has {wanted} "
+                f"only{remedy}"
             )
 
     def same(self, names: tuple[str, ...], kind: type, default=_REQUIRED, **bounds):
@@ -94,7 +95,8 @@ class Fields(Object):
             if "quant" in name or name == "compression_config":
                 if value is not None:
                     raise JsonError(
-                        f"{self.where}: {excerpt(name)} is {describe(value)}; quantized checkpoints are not read, take the model's "
+                        f"{self.where}: {excerpt(name)} is {describe(value)}; quantized "
+                        "checkpoints are not read, take the model's "
                         f"original weights"
                     )
                 self.asked.add(name)

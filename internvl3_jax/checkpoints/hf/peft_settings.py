@@ -14,11 +14,13 @@ import time
 from typing import NamedTuple
 
 from internvl3_jax.checkpoints.hf.values import ConversionError
+from internvl3_jax.io import limits
 from internvl3_jax.io.checkpoint_paths import PEFT
 from internvl3_jax.io.model_files import exists, read_file
 from internvl3_jax.io.strict_json import Object, check, loads, suggestion
 from internvl3_jax.io.terminal import excerpt, one_line
 
+_ALPHA = dict(zip(("low", "high"), limits.LORA_ALPHA, strict=True))
 WEIGHTS = "adapter_model.safetensors"
 # Read by nobody here: they say how it was trained, on what, or where the base comes from.
 _INFORMATIVE = frozenset(
@@ -85,7 +87,8 @@ class Settings(NamedTuple):
         expected = self._by_pattern(self.ranks, module, self.rank)
         if rank != expected:
             raise ConversionError(
-                f"{self.path}: gives {one_line(module)} the rank {expected}, but its tensors have the rank {rank}"
+                f"{self.path}: gives {one_line(module)} the rank {expected}, but its tensors have "
+                f"the rank {rank}"
             )
         return self._by_pattern(self.alphas, module, self.alpha) / (
             math.sqrt(rank) if self.rslora else rank
@@ -101,7 +104,8 @@ class Settings(NamedTuple):
             self.spent[0] += time.monotonic() - started
             if self.spent[0] > _SECONDS:
                 raise ConversionError(
-                    f"{self.path}: its patterns take more than {_SECONDS} s to match; write names of modules"
+                    f"{self.path}: its patterns take more than {_SECONDS} s to match; write names "
+                    "of modules"
                 )
             if found:
                 return value
@@ -137,10 +141,10 @@ def settings_of(directory: pathlib.Path) -> Settings:
         path,
         fields.get("base_model_name_or_path", str, None, high=4096),
         fields.get("r", int, low=1, high=1 << 16),
-        fields.get("lora_alpha", float, low=1e-6, high=1e6),
+        fields.get("lora_alpha", float, **_ALPHA),
         fields.get("use_rslora", bool, False),
         _patterns(fields, "rank_pattern", int, low=1, high=1 << 16),
-        _patterns(fields, "alpha_pattern", float, low=1e-6, high=1e6),
+        _patterns(fields, "alpha_pattern", float, **_ALPHA),
         () if restricted or isinstance(targets, str) else tuple(targets),
         tuple(_names(fields, "modules_to_save", (list,))),
         [0.0],
@@ -150,7 +154,8 @@ def settings_of(directory: pathlib.Path) -> Settings:
         if name not in fields.asked | _INFORMATIVE and value not in _OFF:
             near = suggestion(name, fields.asked | _INFORMATIVE)
             raise ConversionError(
-                f"{where}: {excerpt(name)} is {excerpt(value)}; this setting is not known here, and may change what the adapter means{near}"
+                f"{where}: {excerpt(name)} is {excerpt(value)}; this setting is not known here, "
+                f"and may change what the adapter means{near}"
             )
     if not exists(directory / WEIGHTS):
         raise ConversionError(
@@ -164,7 +169,8 @@ def _check_start(fields: Object, where: str) -> None:
     start = start.lower() if isinstance(start, str) else start
     if start is not None and start not in _INITS:
         raise ConversionError(
-            f"{where}: init_lora_weights is {excerpt(start)}, so it belongs to a base that PEFT changes; save it with "
+            f"{where}: init_lora_weights is {excerpt(start)}, so it belongs to a base that PEFT "
+            "changes; save it with "
             f"path_initial_model_for_weight_conversion, which makes a plain one of it"
         )
 
@@ -189,7 +195,8 @@ def _patterns(fields: Object, name: str, kind: type, **bounds) -> dict[str, floa
             or not _HARMLESS.fullmatch(pattern)
         ):
             raise ConversionError(
-                f"{fields.where}: {name}: {excerpt(pattern)} is a regular expression that could take forever; write names of modules, or a "
+                f"{fields.where}: {name}: {excerpt(pattern)} is a regular expression that could "
+                "take forever; write names of modules, or a "
                 f"short pattern without repeated groups"
             )
         _compiled(pattern)

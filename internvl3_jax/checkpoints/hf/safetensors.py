@@ -61,18 +61,21 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ConversionError(
-                f"{where} is truncated or no safetensors file: its header is longer than the file ({size} bytes); {_AGAIN}"
+                f"{where} is truncated or no safetensors file: its header is longer than the file "
+                f"({size} bytes); {_AGAIN}"
             )
         if length > LARGEST_HEADER:
             raise ConversionError(
-                f"{where} is no safetensors file: its header has {length:,} bytes; at most {LARGEST_HEADER:,} are read"
+                f"{where} is no safetensors file: its header has {length:,} bytes; at most "
+                f"{LARGEST_HEADER:,} are read"
             )
         content = file.read(length)
     try:
         header = Object(loads(content, f"{where}: header"), f"{where}: header").values
     except JsonError as error:
         raise ConversionError(
-            f"{where} is no safetensors file: its header is not JSON as it should be ({error}); {_AGAIN}"
+            f"{where} is no safetensors file: its header is not JSON as it should be ({error}); "
+            f"{_AGAIN}"
         ) from error
     for name, text in Object(header, f"{where}: header").get("__metadata__", dict, {}).items():
         check(text, str, f"{where}: header: __metadata__: {excerpt(name)}")
@@ -98,14 +101,16 @@ def _entry(values, where: str) -> dict:
     code = fields.get("dtype", str)
     if code not in DTYPES:
         raise ConversionError(
-            f"{where}: dtype is {excerpt(code)}, which is not known here; known are {', '.join(DTYPES)}"
+            f"{where}: dtype is {excerpt(code)}, which is not known here; known are "
+            f"{', '.join(DTYPES)}"
         )
     shape = fields.list_of("shape", int, low=0, high=_LARGEST)
     first, last = fields.list_of("data_offsets", int, length=2, low=0, high=_LARGEST)
     fields.finish()
     if len(shape) > 16 or last - first != math.prod(shape) * DTYPES[code].itemsize:
         raise ConversionError(
-            f"{where}: data_offsets give {last - first} bytes, which does not fit its shape {excerpt(shape)} of {code}"
+            f"{where}: data_offsets give {last - first} bytes, which does not fit its shape "
+            f"{excerpt(shape)} of {code}"
         )
     return {"dtype": code, "shape": shape, "data_offsets": [first, last]}
 
@@ -116,7 +121,8 @@ def _check_ranges(where: str, entries: dict[str, dict], size: int) -> None:
     if cut:
         shown = ", ".join(cut[:12]) + (f" and {len(cut) - 12} more" if len(cut) > 12 else "")
         raise ConversionError(
-            f"{where} is truncated, {size} bytes of tensors are left; cut off or missing: {shown}; {_AGAIN}"
+            f"{where} is truncated, {size} bytes of tensors are left; cut off or missing: "
+            f"{shown}; {_AGAIN}"
         )
     end, before = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -146,7 +152,8 @@ def read_index(directory: pathlib.Path) -> dict[str, str]:
         check(file, str, f"{where}: weight_map: {one_line(name)}", low=1, high=255)
         if pathlib.PurePath(file).name != file or "\0" in file or not file.endswith(".safetensors"):
             raise ConversionError(
-                f"{where}: weight_map: {one_line(name)} is in {excerpt(file)}; expected a file of this directory, NAME.safetensors"
+                f"{where}: weight_map: {one_line(name)} is in {excerpt(file)}; expected a file of "
+                "this directory, NAME.safetensors"
             )
     return placed
 
@@ -178,14 +185,16 @@ def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
                 f" and {len(missing) - 12} more" if len(missing) > 12 else ""
             )
             raise ConversionError(
-                f"{directory / INDEX} names files that are not there: {shown}; download the model again"
+                f"{directory / INDEX} names files that are not there: {shown}; download the model "
+                "again"
             )
         return [directory / name for name in names], index
     files = sorted(path for path in directory.glob("*.safetensors") if exists(path))
     if len(files) > 1:
         found = one_line(", ".join(file.name for file in files[:12]))
         raise ConversionError(
-            f"{directory} holds several weight files ({found}) but no {INDEX} that says which belong together"
+            f"{directory} holds several weight files ({found}) but no {INDEX} that says which "
+            "belong together"
         )
     return files, None
 
@@ -218,12 +227,14 @@ class SafetensorsSource:
                     continue
                 if name in self.entries:
                     raise ConversionError(
-                        f"{one_line(name)} is given twice: in {one_line(str(self.entries[name][0]))} and in {one_line(path.name)}"
+                        f"{one_line(name)} is given twice: in "
+                        f"{one_line(str(self.entries[name][0]))} and in {one_line(path.name)}"
                     )
                 self.entries[name] = (path, start + entry["data_offsets"][0], entry)
         if not self.entries:
             raise ConversionError(
-                f"{self.directory} holds no safetensors weights; expected {SINGLE} or {INDEX} with its shards"
+                f"{self.directory} holds no safetensors weights; expected {SINGLE} or {INDEX} "
+                "with its shards"
             )
 
     def _check_index(self, index: dict[str, str], file: str, header: dict[str, dict]) -> None:
@@ -252,7 +263,8 @@ class SafetensorsSource:
                 count = file.readinto(view[done:])
                 if not count:
                     raise ConversionError(
-                        f"{path} ended while {one_line(name)} was read; it changed during the conversion"
+                        f"{path} ended while {one_line(name)} was read; it changed during the "
+                        "conversion"
                     )
                 done += count
         return tensor.reshape(entry["shape"])
@@ -328,7 +340,8 @@ class SafetensorsWriter:
         path, offset, entry = self.waiting.pop(name)
         if list(tensor.shape) != entry["shape"] or tensor.dtype != self.dtype:
             raise ConversionError(
-                f"{name} is {tensor.dtype}{tensor.shape}, planned as {self.dtype}{tuple(entry['shape'])}"
+                f"{name} is {tensor.dtype}{tensor.shape}, planned as "
+                f"{self.dtype}{tuple(entry['shape'])}"
             )
         with path.open("r+b") as file:
             file.seek(offset)

@@ -78,7 +78,8 @@ def refuse_nonfinite(tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     ]
     if found:
         raise ConversionError(
-            f"{listing('with NaN or infinite values', found)}\nThe weights are damaged or come from a training that diverged; download or "
+            f"{listing('with NaN or infinite values', found)}\nThe weights are damaged or come "
+            "from a training that diverged; download or "
             f"train them again. To look at them as they are, allow it (--allow_nonfinite)"
         )
 

@@ -1,7 +1,7 @@
 """What the doctor found, on disk: report.json, errors.tsv, histogram.png; and training's refusal to
 start on unresolved errors.
 
-errors.tsv has the format of data.drop_list: source, row and reason with tabs between.
+errors.tsv has the format of data.exclude_file: source, row and reason with tabs between.
 """
 
 import io
@@ -37,17 +37,17 @@ def report_folder(meta: str) -> str:
 
 def check_report(config: DataConfig) -> None:
     """Raises UnresolvedErrors if a doctor's report beside the meta JSON has errors that
-    `config.drop_list` does not name.
+    `config.exclude_file` does not name.
 
-    Does nothing where there is no report, or where data.on_error is skip: then training counts such
+    Does nothing where there is no report, or where data.on_bad_sample is skip: then training counts such
     samples and goes on.
     """
     folder = report_folder(config.source)
-    if config.on_error == "skip" or not exists(f"{folder}/{REPORT}"):
+    if config.on_bad_sample == "skip" or not exists(f"{folder}/{REPORT}"):
         return
     dropped = (
-        {(source, row) for _, source, row, _ in drop_lines(config.drop_list)}
-        if config.drop_list
+        {(source, row) for _, source, row, _ in drop_lines(config.exclude_file)}
+        if config.exclude_file
         else set()
     )
     count, first = 0, None
@@ -58,7 +58,7 @@ def check_report(config: DataConfig) -> None:
         source, row, reason = first
         raise UnresolvedErrors(
             f"{folder}/{ERRORS} names {count:,} samples that cannot be used, the first: {source} row {row}: {reason}. "
-            f"Fix them and run the doctor again, or leave them out with data.drop_list={folder}/{ERRORS}"
+            f"Fix them and run the doctor again, or leave them out with data.exclude_file={folder}/{ERRORS}"
         )
 
 
@@ -112,11 +112,11 @@ def write_report(
     """
     lines = [_HEADER, *(f"{source}\t{row}\t{reason}" for source, row, reason in errors)]
     replace(folder / ERRORS, "\n".join(lines) + "\n")
-    picture = _draw(tokens, tiles)
-    if isinstance(picture, str):
-        report["warnings"].append(f"{HISTOGRAM} is left out: {picture}")
+    image = _draw(tokens, tiles)
+    if isinstance(image, str):
+        report["warnings"].append(f"{HISTOGRAM} is left out: {image}")
     else:
-        replace(folder / HISTOGRAM, picture)
+        replace(folder / HISTOGRAM, image)
     # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as
     # JSON escapes them.
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -131,7 +131,7 @@ def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | str:
         return "matplotlib is not installed (pip install matplotlib)"
     except Exception as error:
         # whatever another library's version or settings raise, the report does not depend on a
-        # picture
+        # image
         return f"matplotlib cannot draw it ({one_line(str(error))})"
 
 
@@ -142,12 +142,19 @@ def _drawn(tokens: np.ndarray, tiles: np.ndarray) -> bytes:
     for axes, values, name in zip(
         figure.subplots(1, 2), (tokens, tiles), ("tokens", "tiles"), strict=True
     ):
-        axes.hist(values, bins=min(60, max(1, len(np.unique(values)))))
+        axes.hist(values, bins=integer_bins(values))
         axes.set(xlabel=f"{name} of a sample", ylabel="samples")
         axes.grid(alpha=0.3)
     file = io.BytesIO()
     figure.savefig(file, dpi=120, format="png")
     return file.getvalue()
+
+
+def integer_bins(values: np.ndarray, most: int = 60) -> np.ndarray:
+    """Edges f64[n + 1] of n <= `most` bins, each of the same number of whole values."""
+    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    width = -(-(high - low + 1) // most)
+    return np.arange(low, high + width + 1, width) - 0.5
 
 
 def summary(tokens: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-r"""Chat messages to token ids: template, picture tokens, and which tokens are trained.
+r"""Chat messages to token ids: template, image tokens, and which tokens are trained.
 
 Template internvl2_5, used by all InternVL3 sizes:
 
@@ -37,7 +37,7 @@ TEMPLATES = {
         "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
     )
 }
-PICTURE_TAG = "<image>"
+IMAGE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
 OFFICIAL_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -60,12 +60,12 @@ class Encoded:
 
     tokens: np.ndarray  # i32[T]
     loss_mask: np.ndarray  # bool[T], True where the token is a trained target
-    runs: list[tuple[int, int]]  # of each picture: index of its first <IMG_CONTEXT>, number of them
+    runs: list[tuple[int, int]]  # of each image: index of its first <IMG_CONTEXT>, number of them
 
 
 def encode_chat(
     messages: Sequence[Message],
-    tiles_per_picture: Sequence[int],
+    tiles_per_image: Sequence[int],
     tokenizer: Tokenizer,
     processor: ProcessorConfig,
     *,
@@ -77,7 +77,7 @@ def encode_chat(
     Args:
       messages: user and assistant in turn, user first; a system message may come before them and
           replaces the processor's.
-      tiles_per_picture: number of tiles, thumbnail included, of each image, in the order of their
+      tiles_per_image: number of tiles, thumbnail included, of each image, in the order of their
           <image> in the user messages.
       add_generation_prompt: ends with `<|im_start|>assistant\n`, for the model to answer; the last
           message must be the user's.
@@ -93,7 +93,7 @@ def encode_chat(
         )
     _check_form(messages, where)
     _check_turns(messages, add_generation_prompt, where)
-    _check_pictures(messages, tiles_per_picture, where)
+    _check_images(messages, tiles_per_image, where)
     writer = _Writer(tokenizer, processor.tokens_per_tile)
     system = (
         TEMPLATES[processor.template]
@@ -102,15 +102,11 @@ def encode_chat(
     )
     if messages[0]["role"] != "system" and system is not None:
         writer.block("system", [system])
-    pictures = iter(tiles_per_picture)
-    for message, places in zip(
-        messages, count_places(messages, len(tiles_per_picture)), strict=True
-    ):
+    images = iter(tiles_per_image)
+    for message, places in zip(messages, count_places(messages, len(tiles_per_image)), strict=True):
         if message["role"] == "user":
-            first, *rest = message["content"].split(PICTURE_TAG, places)
-            writer.block(
-                "user", [first] + [part for text in rest for part in (next(pictures), text)]
-            )
+            first, *rest = message["content"].split(IMAGE_TAG, places)
+            writer.block("user", [first] + [part for text in rest for part in (next(images), text)])
         else:
             writer.block(message["role"], [message["content"]])
     if add_generation_prompt:
@@ -144,7 +140,7 @@ class _Writer:
         self.append([self.im_start, *self.text(f"{role}\n")])
 
     def block(self, role: str, parts: list[str | int]) -> None:
-        """One message. Its parts are text, a picture's number of tiles, text, ... and again text.
+        """One message. Its parts are text, an image's number of tiles, text, ... and again text.
 
         The header's newline and the text after it are encoded as one piece: they stand between the
         same two special tokens.
@@ -159,39 +155,39 @@ class _Writer:
             if isinstance(part, str):
                 self.append(self.text(part))
             else:
-                self.picture(part)
+                self.image(part)
         self.append([self.im_end], trained)
         self.append(self.text("\n"))
 
-    def picture(self, tiles: int) -> None:
+    def image(self, tiles: int) -> None:
         count = int(tiles) * self.tokens_per_tile
         self.runs.append((len(self.tokens) + 1, count))
         self.append([self.img, *[self.context] * count, self.img_end])
 
 
 def insert_missing_tags(
-    messages: Sequence[Message], n_pictures: int, where: str = ""
+    messages: Sequence[Message], n_images: int, where: str = ""
 ) -> list[Message]:
     r"""Puts <image> tags in front of the first user message if no user message has any.
 
-    One picture: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A
-    conversation that has tags, or has no pictures, keeps its texts; `encode_chat` checks their
-    number. Messages with more tags than pictures get the key "images".
+    One image: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A
+    conversation that has tags, or has no images, keeps its texts; `encode_chat` checks their
+    number. Messages with more tags than images get the key "images".
     """
     _check_form(messages, where)
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    if not n_pictures or not users or _count_tags(messages):
-        places = zip(messages, count_places(messages, n_pictures), strict=True)
+    if not n_images or not users or _count_tags(messages):
+        places = zip(messages, count_places(messages, n_images), strict=True)
         return [
             {**message, "images": count}
             if message["role"] == "user" and count < _count_tags([message])
             else message
             for message, count in places
         ]
-    if n_pictures == 1:
-        tags = f"{PICTURE_TAG}\n"
+    if n_images == 1:
+        tags = f"{IMAGE_TAG}\n"
     else:
-        tags = "".join(f"Image-{number}: {PICTURE_TAG}\n" for number in range(1, n_pictures + 1))
+        tags = "".join(f"Image-{number}: {IMAGE_TAG}\n" for number in range(1, n_images + 1))
     first = messages[users[0]]
     return [
         *messages[: users[0]],
@@ -236,7 +232,7 @@ def _at(where: str) -> str:
 
 def _count_tags(messages: Sequence[Message]) -> int:
     return sum(
-        message["content"].count(PICTURE_TAG) for message in messages if message["role"] == "user"
+        message["content"].count(IMAGE_TAG) for message in messages if message["role"] == "user"
     )
 
 
@@ -255,7 +251,7 @@ def _check_form(messages: Sequence[Message], where: str) -> None:
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise ChatError(
-                f"{at}message {number} has content of type {kind}; expected text, with {PICTURE_TAG} for a picture"
+                f"{at}message {number} has content of type {kind}; expected text, with {IMAGE_TAG} for an image"
             )
 
 
@@ -280,17 +276,15 @@ def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, where
         )
 
 
-def _check_pictures(
-    messages: Sequence[Message], tiles_per_picture: Sequence[int], where: str
-) -> None:
-    tags = sum(count_places(messages, len(tiles_per_picture)))
-    if tags < len(tiles_per_picture):
+def _check_images(messages: Sequence[Message], tiles_per_image: Sequence[int], where: str) -> None:
+    tags = sum(count_places(messages, len(tiles_per_image)))
+    if tags < len(tiles_per_image):
         raise ChatError(
-            f"{_at(where)}{len(tiles_per_picture)} pictures, but {tags} {PICTURE_TAG} tags in the user messages; each picture "
+            f"{_at(where)}{len(tiles_per_image)} images, but {tags} {IMAGE_TAG} tags in the user messages; each image "
             f"needs one tag where it belongs"
         )
-    for number, tiles in enumerate(tiles_per_picture, 1):
+    for number, tiles in enumerate(tiles_per_image, 1):
         if tiles < 1:
             raise ChatError(
-                f"{_at(where)}picture {number} has {tiles} tiles; every picture needs at least one"
+                f"{_at(where)}image {number} has {tiles} tiles; every image needs at least one"
             )
