@@ -8,13 +8,14 @@ import re
 import sys
 
 import pytest
-from documents import FENCE, ROOT, pages
+
+from tests.support.documents import FENCE, ROOT, pages
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.M)
 # A file of the repository in `code`: with its path from the root, or from internvl3_jax/.
 FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|sh|md|ipynb|csv|yaml|txtpb))`")
-ROOTS = (ROOT, ROOT / "internvl3_jax")
+ROOTS = (ROOT, ROOT / "internvl3_jax", ROOT / "internvl3_jax" / "model")
 COLUMNS = 100
 
 pytestmark = pytest.mark.smoke
