@@ -2,6 +2,7 @@
 keeps to 100 columns, the website shows every page, and the drawn figure is up to date.
 """
 
+import ast
 import importlib
 import posixpath
 import re
@@ -64,6 +65,24 @@ def test_prose_keeps_to_100_columns(page):
         if len(line) > COLUMNS and not line.lstrip().startswith(("|", '{"'))
     ]
     assert long == []
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    """What the first column quotes is in the programs, names and numbers left out."""
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("convert/*.py"), *ROOT.glob("internvl3_jax/**/*.py")]
+    texts = "\n".join(
+        node.value
+        for path in programs
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    rows = re.findall(r"^\| (.*?) \|", read("docs/troubleshooting.md"), re.M)[1:]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    quoted.remove("RESOURCE_EXHAUSTED")  # of XLA
+    assert len(quoted) >= 10
+    for text in quoted:
+        for fragment in re.split(r"\bX\b|\.\.\.|\d+|;", text):
+            assert fragment.strip() in texts, f"no program says {fragment.strip()!r}"
 
 
 def test_the_index_and_the_website_have_every_page():
