@@ -1,6 +1,4 @@
-"""The files around the weights of an exported model, as the original code, transformers and servers
-read them.
-"""
+"""Writes the files beside the weights of an exported model."""
 
 import json
 
@@ -24,8 +22,7 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "chat_template.json",
 )
-# Replaced by its frames before anything is tokenised. Qwen2.5 has the first; the second is what -hf
-# repositories use.
+# Replaced by frames before tokenization. Qwen2.5 has the first, -hf repositories use the second.
 VIDEO_TOKENS = ("<|video_pad|>", "<video>")
 
 
@@ -37,8 +34,15 @@ def export_files(
     dtype: str,
     files: dict[str, bytes],
 ) -> dict[str, bytes]:
-    """Everything beside weights and internvl3_jax.json, made from the `files` that travelled and
-    from the configuration.
+    """Returns name -> content of an export's files, without weights and internvl3_jax.json.
+
+    Args:
+      model: the model.
+      processor: image and prompt settings.
+      tokenizer: the tokenizer.
+      layout: "internvl" or "hf".
+      dtype: name of the weights' dtype.
+      files: name -> content of the source's files.
     """
     source = Object(read_json(files, "config.json") or {}, "config.json")
     settings = read_json(files, "tokenizer_config.json") or {}
@@ -55,8 +59,7 @@ def export_files(
         "pad_token_id", int, pad_id, low=0, high=1 << 24
     )
     generation |= {"eos_token_id": stop_ids, "pad_token_id": kept_pad}
-    # Model code belongs to the original layout alone; a tokenizer's own code is needed wherever the
-    # tokenizer goes.
+    # Model code belongs only to the original layout; a tokenizer's code goes with the tokenizer.
     code = {
         name: content
         for name, content in files.items()
@@ -77,13 +80,13 @@ def export_files(
             token_ids,
             source.get("auto_map", dict, None) if code else None,
         )
-        pictures = {
+        image_settings = {
             "feature_extractor_type": "CLIPFeatureExtractor",
             "crop_size": model.vision.image_size,
             "do_center_crop": True,
         }
         made = {
-            "preprocessor_config.json": pictures
+            "preprocessor_config.json": image_settings
             | _pixels(model)
             | {"size": model.vision.image_size}
         }
@@ -101,6 +104,7 @@ def export_files(
 
 
 def has_token(tokenizer: Tokenizer, token: str) -> bool:
+    """Returns whether the tokenizer has a token."""
     try:
         tokenizer.require(token)
     except ValueError:
@@ -121,7 +125,7 @@ def _pixels(model: ModelConfig) -> dict:
 def _transformers_processor(
     model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, settings: dict
 ) -> dict:
-    """The files from which AutoProcessor builds an InternVLProcessor."""
+    """Returns the files from which AutoProcessor builds an InternVLProcessor."""
     size = {"height": model.vision.image_size, "width": model.vision.image_size}
     pixels = _pixels(model) | {
         "size": size,
@@ -129,11 +133,10 @@ def _transformers_processor(
         "rescale_factor": 1 / 255,
         "do_convert_rgb": True,
     }
-    pictures = pixels | {
+    image_settings = pixels | {
         "processor_class": "InternVLProcessor",
         "image_processor_type": "GotOcr2ImageProcessor",
-        # Stored as false in released files: the image processor alone then makes one tile of any
-        # picture.
+        # Released files have false, with which the image processor alone makes one tile per image.
         "crop_to_patches": True,
         "min_patches": processor.min_tiles,
         "max_patches": processor.max_tiles,
@@ -146,7 +149,7 @@ def _transformers_processor(
         "padding_side": "left",
     }
     return {
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": image_settings,
         "video_preprocessor_config.json": pixels
         | {"video_processor_type": "InternVLVideoProcessor"},
         "processor_config.json": {
@@ -158,9 +161,7 @@ def _transformers_processor(
 
 
 def chat_template(processor: ProcessorConfig, video_token: str) -> str:
-    """The Jinja template: blocks as chat.py builds them, a picture or video in front of the text
-    that follows it.
-    """
+    """Returns the Jinja template, with the blocks of chat_template.py."""
     text = (
         TEMPLATES[processor.template]
         if processor.system_message == "default"

@@ -286,11 +286,11 @@ def grown(tensors, values):
     [
         (
             renamed,
-            "1 tensor(s) that nothing in the model takes, such as base_model.model.model.language_model.layers.7.mlp",
+            "1 tensor(s) that the model does not have, such as base_model.model.model.language_model.layers.7.mlp",
         ),
         (
             lambda tensors, values: tensors.pop(f"{UP}A.weight"),
-            f"{UP}B.weight has no lora_A beside it",
+            f"{UP}B.weight has no lora_A",
         ),
         (reshaped, f"{UP}B.weight (5, 3) do not fit: the layer has 32 inputs and 48 outputs"),
         (
@@ -400,7 +400,7 @@ def test_a_module_that_was_trained_in_part_cannot_go_to_peft(tmp_path):
     }
     with pytest.raises(
         ConversionError,
-        match="layer_norm was trained but for model.multi_modal_projector.layer_norm.bias",
+        match="layer_norm was trained except for model.multi_modal_projector.layer_norm.bias",
     ):
         write_peft(tmp_path, own, SETTINGS, config, "hf", "base")
 
@@ -420,8 +420,8 @@ def test_the_program_says_what_lacks(tmp_path, capsys):
     )
     base = str(tiny_checkpoint.directory())
     assert convert([base, str(tmp_path / "out"), "--base", base]) == 1
-    assert "is no LoRA run, so it has no base" in capsys.readouterr().err
+    assert "is not a LoRA run, so it has no base" in capsys.readouterr().err
     assert convert([base, str(tmp_path / "out"), "--base", base, "--adapter", base]) == 1
     assert "give one of them" in capsys.readouterr().err
     assert convert([base, str(tmp_path / "out"), "--adapter", base]) == 1
-    assert "is no PEFT directory" in capsys.readouterr().err
+    assert "is not a PEFT directory" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Converts tensors to the parameter tree and back through the table of mapping.py, fully checked.
 
-A `Source` returns tensors by name, from a dict of arrays or a directory of safetensors files. Names,
-shapes and dtypes are checked before the first tensor is read, and all problems are reported at
-once.
+A `Source` returns tensors by name, from a dict of arrays or a directory of safetensors files.
+Names, shapes and dtypes are checked before the first tensor is read, and all problems are reported
+at once.
 """
 
 import collections
@@ -295,7 +295,7 @@ def fill_leaf(
 
 
 def copy(value: np.ndarray, out: np.ndarray) -> None:
-    """Copies an array, a transposed one in blocks that fit the caches: 9x faster for a vocabulary."""
+    """Copies an array, a transposed one in blocks that fit the caches (9x faster)."""
     step = value.shape[-1] if value.flags.c_contiguous else 256
     for start in range(0, value.shape[-1], step):
         out[..., start : start + step] = value[..., start : start + step]
