@@ -44,63 +44,53 @@ def export_files(
       dtype: name of the weights' dtype.
       files: name -> content of the source's files.
     """
-    source = Object(read_json(files, "config.json") or {}, "config.json")
+    # 1) Token ids for config.json and generation_config.json
     settings = read_json(files, "tokenizer_config.json") or {}
     stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
     pad = named_token(settings, "pad_token", "tokenizer_config.json")
-    pad_id = tokenizer.token_id(pad) if pad else stop_ids[0]
     token_ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop_ids[0],
-        "pad_token_id": pad_id,
+        "pad_token_id": tokenizer.token_id(pad) if pad else stop_ids[0],
     }
-    generation = read_json(files, "generation_config.json") or {}
-    kept_pad = Object(generation, "generation_config.json").get(
-        "pad_token_id", int, pad_id, low=0, high=1 << 24
-    )
-    generation |= {"eos_token_id": stop_ids, "pad_token_id": kept_pad}
-    # Model code belongs only to the original layout; a tokenizer's code goes with the tokenizer.
+    # 2) Files that are copied. Model code belongs only to the original layout; a tokenizer's code
+    # goes with the tokenizer.
     code = {
         name: content
         for name, content in files.items()
         if name.endswith(".py") and not name.startswith("tokenization_")
     }
-    kept = {
+    copied = {
         name: content
         for name, content in files.items()
         if name not in code and name not in PROCESSOR_FILES
     }
+    # 3) Files that are made for the layout
     if layout == "internvl":
-        kept |= code
-        config = to_hf(
-            model,
-            processor,
-            layout,
-            dtype,
-            token_ids,
-            source.get("auto_map", dict, None) if code else None,
-        )
-        image_settings = {
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "crop_size": model.vision.image_size,
-            "do_center_crop": True,
-        }
-        made = {
-            "preprocessor_config.json": image_settings
-            | _pixels(model)
-            | {"size": model.vision.image_size}
-        }
+        copied |= code
+        source = Object(read_json(files, "config.json") or {}, "config.json")
+        auto_map = source.get("auto_map", dict, None) if code else None
+        config = to_hf(model, processor, layout, dtype, token_ids, auto_map)
+        made = {"preprocessor_config.json": _original_processor(model)}
     else:
         config = to_hf(model, processor, layout, dtype, token_ids)
         made = _transformers_processor(model, processor, tokenizer, settings)
-        kept["chat_template.jinja"] = chat_template(
-            processor, made["tokenizer_config.json"]["video_token"]
-        ).encode()
+        video_token = made["tokenizer_config.json"]["video_token"]
+        copied["chat_template.jinja"] = chat_template(processor, video_token).encode()
+    generation = _generation_config(files, stop_ids, token_ids["pad_token_id"])
     made |= {"config.json": config, "generation_config.json": generation}
-    return kept | {
+    return copied | {
         name: json.dumps(values, indent=2, ensure_ascii=False).encode()
         for name, values in made.items()
     }
+
+
+def _generation_config(files: dict[str, bytes], stop_ids: list[int], pad_id: int) -> dict:
+    values = read_json(files, "generation_config.json") or {}
+    pad_id = Object(values, "generation_config.json").get(
+        "pad_token_id", int, pad_id, low=0, high=1 << 24
+    )
+    return values | {"eos_token_id": stop_ids, "pad_token_id": pad_id}
 
 
 def has_token(tokenizer: Tokenizer, token: str) -> bool:
@@ -119,6 +109,16 @@ def _pixels(model: ModelConfig) -> dict:
         "image_mean": list(model.vision.mean),
         "image_std": list(model.vision.std),
         "resample": 3,
+    }
+
+
+def _original_processor(model: ModelConfig) -> dict:
+    return {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "crop_size": model.vision.image_size,
+        "do_center_crop": True,
+        **_pixels(model),
+        "size": model.vision.image_size,
     }
 
 

@@ -145,7 +145,7 @@ def _download(hub_id: str) -> pathlib.Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        found = huggingface_hub.snapshot_download(
+        path = huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=list(HUB_PATTERNS)
         )
     except Exception as error:  # the hub's own errors, network errors, invalid ids
@@ -157,7 +157,7 @@ def _download(hub_id: str) -> pathlib.Path:
             else f"it could not be downloaded from the hub: {_short(error)}"
         )
         raise FileNotFoundError(f"{hub_id} is not a local directory, and {why}") from error
-    return pathlib.Path(found)
+    return pathlib.Path(path)
 
 
 def _short(error: BaseException) -> str:

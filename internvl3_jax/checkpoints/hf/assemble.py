@@ -75,17 +75,17 @@ class ArraySource:
 def detect_layout(names) -> str:
     """Returns "internvl" or "hf" by the names of the tensors."""
     prefixes = {"vision_model.": "internvl", "model.vision_tower.": "hf", "vision_tower.": "hf"}
-    found = {
+    layouts = {
         layout for name in names for prefix, layout in prefixes.items() if name.startswith(prefix)
     }
-    if len(found) != 1:
+    if len(layouts) != 1:
         shown = one_line(", ".join(sorted(names)[:5]))
         raise ConversionError(
             "these tensors are not an InternVL checkpoint: expected names under vision_model. "
             "(original layout) or vision_tower. / "
             f"model.vision_tower. (transformers), found {len(names)} tensors such as {shown}"
         )
-    return found.pop()
+    return layouts.pop()
 
 
 def has_head(names) -> bool:
@@ -242,38 +242,6 @@ def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
         slice(0, config.language.vocab_size) if axis == "V" else slice(None)
         for axis in row.shape.split()
     )
-
-
-def fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
-    """Fills blocks of a leaf layer by layer, reading each tensor once.
-
-    Args:
-      plan: the checked conversion.
-      source: the tensors.
-      row: the leaf's row.
-      parts: ((start, stop) of each dimension of the leaf) -> array to fill.
-    """
-    for out in parts.values():
-        out[...] = 0  # the vocabulary's padding
-    for layer in layer_numbers(row, plan.config):
-        wanted = (
-            parts
-            if layer is None
-            else {key: out for key, out in parts.items() if key[0][0] <= layer < key[0][1]}
-        )
-        value = (
-            bits(to_leaf(row, read_tensors(plan, source, row, layer), plan.config))
-            if wanted
-            else None
-        )
-        for key, out in wanted.items():
-            place, bounds = (
-                (bits(out), key) if layer is None else (bits(out)[layer - key[0][0]], key[1:])
-            )
-            ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
-            taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
-            if all(part.start < part.stop for part in taken):
-                copy(value[taken], place[tuple(slice(0, part.stop - part.start) for part in taken)])
 
 
 def fill_leaf(

@@ -118,11 +118,11 @@ def read_peft(
             for layer in layer_numbers(row, model)
         ]
         if any(any(layer) for layer in modules):
-            found = [
+            factors = [
                 [_factors(source, names, settings, row, model, named.layout) for names in layer]
                 for layer in modules
             ]
-            layers[row.target.removesuffix("/kernel")] = _stacked(found, row, model)
+            layers[row.target.removesuffix("/kernel")] = _stacked(factors, row, model)
     whole = _whole(directory, source, named, model)
     _check_complete(directory, settings, named, model)
     return Adapter(nest(layers), whole)
@@ -264,8 +264,8 @@ def _check_shapes(
 ) -> None:
     expected = source_shape(row, model, named.layout)
     for name in names:
-        if (found := tuple(source.infos()[name].shape)) != expected:
-            grown = "V" in row.shape.split() and found[1:] == expected[1:]
+        if (shape := tuple(source.infos()[name].shape)) != expected:
+            grown = "V" in row.shape.split() and shape[1:] == expected[1:]
             why = (
                 "; its vocabulary was resized, so give the base whose embeddings were resized as "
                 "well"
@@ -273,5 +273,5 @@ def _check_shapes(
                 else ""
             )
             raise ConversionError(
-                f"{directory / WEIGHTS}: {name} has shape {found}, the base has {expected}{why}"
+                f"{directory / WEIGHTS}: {name} has shape {shape}, the base has {expected}{why}"
             )

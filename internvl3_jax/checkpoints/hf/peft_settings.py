@@ -94,14 +94,14 @@ class Settings(NamedTuple):
         """Returns the value of the first pattern that matches as in PEFT: the name or its end."""
         for pattern, value in patterns.items():
             started = time.monotonic()
-            found = _compiled(pattern).match(module)
+            match = _compiled(pattern).match(module)
             self.spent[0] += time.monotonic() - started
             if self.spent[0] > _SECONDS:
                 raise ConversionError(
                     f"{self.path}: its patterns take more than {_SECONDS} s to match; write names "
                     "of modules"
                 )
-            if found:
+            if match:
                 return value
         return default
 

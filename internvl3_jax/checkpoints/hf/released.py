@@ -24,8 +24,8 @@ from internvl3_jax.checkpoints.hf.assemble import (
     ConversionError,
     Plan,
     Source,
+    copy,
     fill_leaf,
-    fill_parts,
     has_head,
     layer_numbers,
     layer_tensors,
@@ -35,7 +35,7 @@ from internvl3_jax.checkpoints.hf.assemble import (
 )
 from internvl3_jax.checkpoints.hf.config import from_hf, layout_of, processor_from_hf
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
-from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits, to_leaf
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
@@ -151,9 +151,41 @@ class Released:
             bounds: np.empty([stop - start for start, stop in bounds], self.checked.dtype)
             for bounds in indices.values()
         }
-        fill_parts(self.checked, self.tensors, row, parts)
+        _fill_parts(self.checked, self.tensors, row, parts)
         arrays = [jax.device_put(parts[bounds], device) for device, bounds in indices.items()]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
+    """Fills blocks of a leaf layer by layer, reading each tensor once.
+
+    Args:
+      plan: the checked conversion.
+      source: the tensors.
+      row: the leaf's row.
+      parts: ((start, stop) of each dimension of the leaf) -> array to fill.
+    """
+    for out in parts.values():
+        out[...] = 0  # the vocabulary's padding
+    for layer in layer_numbers(row, plan.config):
+        wanted = (
+            parts
+            if layer is None
+            else {key: out for key, out in parts.items() if key[0][0] <= layer < key[0][1]}
+        )
+        value = (
+            bits(to_leaf(row, read_tensors(plan, source, row, layer), plan.config))
+            if wanted
+            else None
+        )
+        for key, out in wanted.items():
+            place, bounds = (
+                (bits(out), key) if layer is None else (bits(out)[layer - key[0][0]], key[1:])
+            )
+            ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
+            taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
+            if all(part.start < part.stop for part in taken):
+                copy(value[taken], place[tuple(slice(0, part.stop - part.start) for part in taken)])
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
