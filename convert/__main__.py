@@ -134,7 +134,7 @@ def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
         )
     parent = next((place for place in path.parents if os.path.lexists(place)), path)
     if not parent.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {parent} is no directory")
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: {parent} is not writable")
     return path

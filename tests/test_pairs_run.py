@@ -169,7 +169,7 @@ def test_a_reference_file_of_something_else_is_refused(tmp_path):
     assert path.read_text().count('"hash"') == 1
     cached = dataclasses.replace(config, data=dataclasses.replace(config.data, reference=str(path)))
     other = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, reference=str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         train.fit(other, make(tmp_path / "named", other), ONE_DEVICE)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
     with pytest.raises(

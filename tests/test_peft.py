@@ -385,7 +385,7 @@ def test_internlm2s_own_names_are_not_written(tmp_path):
         config, language=dataclasses.replace(config.language, family="internlm2")
     )
     with pytest.raises(
-        ConversionError, match="one interleaved matrix, for which adapters are not read or written"
+        ConversionError, match="one interleaved weight, for which adapters are not supported"
     ):
         write_peft(
             tmp_path, {lora.SUBTREE: drawn(params, SETTINGS)}, SETTINGS, config, "internvl", "base"
