@@ -73,8 +73,8 @@ def _is_weights(name: str) -> bool:
 
 def _damaged(directory: pathlib.Path, wrong: str) -> Damaged:
     return Damaged(
-        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use "
-        "another checkpoint"
+        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use another "
+        "checkpoint"
     )
 
 
@@ -160,8 +160,7 @@ def check_finite(leaves: dict[str, object], where: str) -> None:
         more = f" and {len(nonfinite) - 5} more parameters" if len(nonfinite) > 5 else ""
         raise ValueError(
             f"{one_line(where)}: NaN or infinite values in {named}{more}; the training that made "
-            "them failed. Use an earlier "
-            f"checkpoint, or allow_nonfinite to look at this one"
+            "them failed. Use an earlier checkpoint, or allow_nonfinite to look at this one"
         )
 
 

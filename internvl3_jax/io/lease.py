@@ -41,8 +41,8 @@ class Lease:
     def acquire(self) -> None:
         if (content := self._read()) is not None:
             self.note(
-                f"{self.what} was in use{holder(content)}; waiting up to {self.patience:.0f} s for "
-                "a sign of life"
+                f"{self.what} was in use{holder(content)}; waiting up to {self.patience:.0f} s "
+                "for a sign of life"
             )
             self._watch(content)
         self._write(0)

@@ -82,8 +82,8 @@ def detect_layout(names) -> str:
         shown = one_line(", ".join(sorted(names)[:5]))
         raise ConversionError(
             "these tensors are not an InternVL checkpoint: expected names under vision_model. "
-            "(original layout) or vision_tower. / "
-            f"model.vision_tower. (transformers), found {len(names)} tensors such as {shown}"
+            "(original layout) or vision_tower. / model.vision_tower. (transformers), found "
+            f"{len(names)} tensors such as {shown}"
         )
     return layouts.pop()
 
@@ -186,8 +186,7 @@ def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapp
     if name is not None and not np.array_equal(source.read(name), source.read(head)):
         raise ConversionError(
             f"config.json ties the head to the embedding, but {one_line(head)} differs from "
-            f"{one_line(name)}; set "
-            f"tie_word_embeddings to false"
+            f"{one_line(name)}; set tie_word_embeddings to false"
         )
 
 

@@ -50,8 +50,7 @@ def layout_of(config: dict, place: str = "") -> str:
     if model_type not in kinds:
         raise JsonError(
             f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' "
-            "(original layout) or 'internvl' "
-            f"(transformers)"
+            "(original layout) or 'internvl' (transformers)"
         )
     return kinds[model_type]
 

@@ -108,8 +108,7 @@ def read_peft(
         raise ConversionError(
             f"{directory}: {len(named.unknown)} tensor(s) that the model does not have, such as "
             f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, "
-            "with the layers of the original layout or of "
-            f"transformers'"
+            "with the layers of the original layout or of transformers'"
         )
     layers = {}
     for row in active_rows(model):
@@ -151,8 +150,8 @@ def _check_complete(
     if missing:
         raise ConversionError(
             f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says "
-            "were trained (target_modules, "
-            f"modules_to_save), such as {', '.join(missing[:5])}; save the adapter again"
+            f"were trained (target_modules, modules_to_save), such as {', '.join(missing[:5])}; "
+            "save the adapter again"
         )
 
 

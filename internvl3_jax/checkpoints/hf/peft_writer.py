@@ -88,8 +88,7 @@ def _whole_tensors(
                 if module_of(name) in modules and name not in tensors:
                     raise ConversionError(
                         f"PEFT saves full modules: {module_of(name)} was trained except for "
-                        f"{name}; "
-                        "merge the run instead"
+                        f"{name}; merge the run instead"
                     )
     return tensors
 

@@ -313,9 +313,9 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, directory: pathl
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's "
-            f"vocab_size is {rows:,}; tokens were added to the "
-            "tokenizer alone, so resize the model's embeddings where that was done, or take the "
-            "tokenizer that the model came with"
+            f"vocab_size is {rows:,}; tokens were added to the tokenizer alone, so resize the "
+            "model's embeddings where that was done, or take the tokenizer that the model came "
+            "with"
         )
 
 
