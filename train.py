@@ -140,12 +140,7 @@ def fit(
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop needs.
-
-    Attributes:
-      ref_params: Parameters of MPO's reference model, or None.
-      key: Seeds drop path and dropout.
-    """
+    """What the loop needs. `ref_params` are MPO's; `key` seeds drop path and dropout."""
 
     config: TrainConfig
     workdir: pathlib.Path
