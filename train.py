@@ -310,7 +310,7 @@ def compile_step(run: TrainingRun, batch: dict, console: Console):
     step_fn = make_step(run.config, run.model, run.optimizer, num_sources, shardings)
     compiled = step_fn.lower(run.state, batch, run.key, run.ref_params).compile()
     console.say(f"compiled in {time.perf_counter() - started_at:.1f} s")
-    run.meter.restart()
+    run.meter.restart(has_batch=True)
     console.start_clock()
     return compiled
 

@@ -4,8 +4,8 @@
     python train.py --config configs/preference.py:mpo --workdir runs/preference/mpo
 
 The losses and their weights are those of the released sizes (configs/mpo.py). "generation" trains
-on the cross-entropy of the chosen answers alone; the difference shows what the rejected answers add.
-Learning rate and steps are for so small a model.
+on the cross-entropy of the chosen answers alone; the difference shows what the rejected answers
+add. Learning rate and steps are for so small a model.
 """
 
 import dataclasses

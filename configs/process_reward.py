@@ -6,8 +6,8 @@
     python train.py --config configs/process_reward.py:critic --workdir runs/process_reward/critic
 
 The policy sorts handwritten digits into even and odd. It starts from the shipped digits model,
-which reads numbers, and its teacher makes mistakes (task.py), so that the critic has something to find.
-The critic starts from the policy. Its training is ordinary fine-tuning on conversations whose
+which reads numbers, and its teacher makes mistakes (task.py), so that the critic has something to
+find. The critic starts from the policy. Its training is ordinary fine-tuning on conversations whose
 answers are + and -.
 """
 

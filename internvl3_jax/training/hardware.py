@@ -24,8 +24,8 @@ class Chip:
     # Peak in bfloat16, FLOP/s.
     flops: float
     # HBM as sold, and the part that programs get.
-    memory: float
-    usable: float
+    memory: float | int
+    usable: float | int
     # Bandwidth of the HBM, of the links to neighbors, and to other slices or hosts.
     memory_bytes: float
     network_bytes: float
