@@ -6,8 +6,8 @@
 
 The paper says of this stage [P3 2.1, 2.2]: tower, projector and language model are trained; square
 averaging; language to multimodal data 1 : 3; about 200 billion tokens; V2PE with a delta sampled
-for each image. It gives no learning rate, batch size or schedule: those are from InternVL2.5's stage
-2 [S25], the nearest public recipe.
+for each image. It gives no learning rate, batch size or schedule: those are from InternVL2.5's
+stage 2 [S25], the nearest public recipe.
 """
 
 from configs.common import ALL_DELTAS, ROWS, TOKENS, full_training
