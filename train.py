@@ -20,8 +20,10 @@ from typing import NamedTuple
 import jax
 from absl import flags, logging
 
+from internvl3_jax import cli
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.released import travelling_files
+from internvl3_jax.checkpoints.verification import agreed_step
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.loader import BatchLoader, HostBatch
 from internvl3_jax.data.pipeline import make_tokenizer, source_names
@@ -42,7 +44,7 @@ from internvl3_jax.training.param_table import component_table, format_table
 from internvl3_jax.training.saver import AsyncSaver
 from internvl3_jax.training.state import restore_or_init
 from internvl3_jax.training.step import TrainState, make_model, make_step
-from internvl3_jax.training.workdir import agreed_step, held, named, same_run, save_config
+from internvl3_jax.training.workdir import held, named, same_run, save_config
 
 # As `newest` of fit: the newest step has not been looked up.
 UNKNOWN = -1
@@ -88,7 +90,7 @@ def run(argv) -> None:
                 print(chosen.overview(config), flush=True)
             fit(config, workdir, mesh, newest)
         if is_first:
-            print(farewell(config, workdir), flush=True)
+            print(cli.as_typed(farewell(config, workdir)), flush=True)
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:

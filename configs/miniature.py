@@ -14,13 +14,13 @@ examples/native_pretraining/run.py runs this and its ablations, and evaluates th
 
 import dataclasses
 
+from configs.tiny_digits import tiny_processor
 from internvl3_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
-    ProcessorConfig,
     TrainConfig,
 )
 from internvl3_jax.sizes import SIZES
@@ -42,12 +42,7 @@ def get_config(stage: str = "pretrain") -> TrainConfig:
     pretrains, model = stage == "pretrain", miniature()
     return TrainConfig(
         model=model,
-        processor=ProcessorConfig(
-            image_size=model.vision.image_size,
-            tokens_per_tile=model.tokens_per_tile,
-            max_tiles=6,
-            system_message=None,
-        ),
+        processor=tiny_processor(model),
         data=DataConfig(
             source=f"{DATA}/{stage}.json",
             tokenizer=f"{DATA}/tokenizer",

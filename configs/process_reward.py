@@ -11,11 +11,11 @@ find. The critic starts from the policy. Its training is ordinary fine-tuning on
 answers are + and -.
 """
 
+from configs.tiny_digits import tiny_processor
 from internvl3_jax.config import (
     CheckpointConfig,
     DataConfig,
     OptimizerConfig,
-    ProcessorConfig,
     TrainConfig,
 )
 from internvl3_jax.sizes import SIZES
@@ -36,12 +36,7 @@ def get_config(stage: str = "policy") -> TrainConfig:
     model = SIZES["tiny"]
     return TrainConfig(
         model=model,
-        processor=ProcessorConfig(
-            image_size=model.vision.image_size,
-            tokens_per_tile=model.tokens_per_tile,
-            max_tiles=6,
-            system_message=None,
-        ),
+        processor=tiny_processor(model),
         data=DataConfig(
             source=f"{DATA}/{stage}.json",
             tokenizer=TOKENIZER,

@@ -16,6 +16,7 @@ import pathlib
 from internvl3_jax.config import (
     CheckpointConfig,
     DataConfig,
+    ModelConfig,
     OptimizerConfig,
     ProcessorConfig,
     TrainConfig,
@@ -29,12 +30,7 @@ def get_config() -> TrainConfig:
     model = SIZES["tiny"]
     return TrainConfig(
         model=model,
-        processor=ProcessorConfig(
-            image_size=model.vision.image_size,
-            tokens_per_tile=model.tokens_per_tile,
-            max_tiles=6,
-            system_message=None,
-        ),
+        processor=tiny_processor(model),
         data=DataConfig(
             source="examples.tiny_digits.recipe.data:sources",
             tokenizer=str(ROOT / "examples" / "tiny_digits"),
@@ -51,4 +47,14 @@ def get_config() -> TrainConfig:
         steps=1700,
         checkpoint=CheckpointConfig(every=250),
         scan_unroll=4,
+    )
+
+
+def tiny_processor(model: ModelConfig) -> ProcessorConfig:
+    """Returns the processor of a model of this size: up to 6 tiles, no system message."""
+    return ProcessorConfig(
+        image_size=model.vision.image_size,
+        tokens_per_tile=model.tokens_per_tile,
+        max_tiles=6,
+        system_message=None,
     )

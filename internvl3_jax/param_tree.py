@@ -1,23 +1,38 @@
-"""Regular expressions of a configuration that choose parameters or layers by their whole paths."""
+"""Paths of parameters: their names, and the regular expressions of a configuration that choose them."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
+import jax
 
-def matching(pattern: str, paths: Iterable[str], field: str, what: str = "parameter") -> list[str]:
-    """The paths that match as a whole. ValueError naming the configuration's `field` if the pattern
-    is none, or matches no `what`.
+
+def path_name(path) -> str:
+    """Returns a path of `jax.tree_util` as text, such as "0/mu/vision/layers/fc1/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match_paths(
+    pattern: str, paths: Iterable[str], field: str, kind: str = "parameter"
+) -> list[str]:
+    """Returns the paths that `pattern` matches in full.
+
+    Args:
+      field: The field of the configuration that holds the pattern, for messages.
+      kind: What the paths are of, for messages.
+
+    Raises:
+      ValueError: The pattern is not a regular expression, or matches no path.
     """
     try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
+        matches = [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as error:
-        raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
-    if not found:
-        near = difflib.get_close_matches(
-            re.sub(r"[\\^$.*+?(){}\[\]|]", "", pattern), paths, n=3, cutoff=0.0
-        )
+        raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+    if not matches:
+        literal = re.sub(r"[\\^$.*+?(){}\[\]|]", "", pattern)
+        similar = difflib.get_close_matches(literal, paths, n=3, cutoff=0.0)
         raise ValueError(
-            f"{field}: {pattern!r} matches no {what}'s whole path; near ones: {', '.join(near)}"
+            f"{field}: {pattern!r} matches no full path of a {kind}; similar paths: "
+            f"{', '.join(similar)}"
         )
-    return found
+    return matches

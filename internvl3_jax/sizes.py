@@ -1,4 +1,4 @@
-"""The released sizes, and one for tests and laptops, by name."""
+"""Model configurations by name: the released sizes, and "tiny" for tests and laptops."""
 
 from internvl3_jax.config import LanguageConfig, ModelConfig, VisionConfig
 
@@ -60,7 +60,7 @@ def _model(
 
 
 def _tiny() -> ModelConfig:
-    """The digits model of configs/tiny_digits.py: 4 tokens a tile, 460 vocabulary entries."""
+    """Returns the digits model of configs/tiny_digits.py: 4 tokens per tile, vocabulary of 460."""
     vision = VisionConfig(
         image_size=32,
         patch_size=8,
@@ -92,8 +92,8 @@ def _sizes() -> dict[str, ModelConfig]:
         "1b": _model(_vit_300m(), _qwen(896, 24, 14, 2, 64, 4864)),
         "2b": _model(_vit_300m(), _qwen(1536, 28, 12, 2, 128, 8960)),
         "8b": _model(_vit_300m(), _qwen(3584, 28, 28, 4, 128, 18944)),
-        # The ids of the added tokens and the vocabulary as shipped come from the checkpoint
-        # (from_hf); the base model's stand here.
+        # The vocabulary and the id of the image token are those of the base model. A released
+        # checkpoint's own come from its config (checkpoints/hf/config.py).
         "9b": _model(_vit_300m(), _internlm3(), image_token_id=128133),
         "14b": _model(_vit_300m(), _qwen(5120, 48, 40, 8, 128, 13824)),
         "38b": _model(_vit_6b(), _qwen(5120, 64, 40, 8, 128, 27648)),

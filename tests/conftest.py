@@ -1,11 +1,12 @@
-"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, one
-compilation cache for the whole run.
+"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, quick
+compilation, and one cache of compiled programs that is kept from run to run.
 """
 
-import atexit
 import os
 import shutil
-import tempfile
+import time
+
+from tests.support import compilation_cache
 
 # In the environment, so that programs started by a test are under it too, and before anything
 # imports jax, PyTorch or transformers.
@@ -13,11 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # PyTorch's models here are tiny: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the folder
-    _cache = tempfile.mkdtemp(prefix="internvl3_jax_tests_")
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Most programs run once or twice: optimizing them takes longer than running them.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache.FOLDER))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -26,29 +27,26 @@ jax.config.update("jax_num_cpu_devices", 8)  # in this process only
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# The files that take longest. Begun first, so that none is left for one process at the end.
-LONGEST = (
-    "test_train_hosts",
-    "test_train",
-    "test_pairs_run",
-    "test_lora_run",
-    "test_pairs",
-    "test_lora_base",
-    "test_benchmarks",
-)
-LONGEST += (
-    "test_generate",
-    "test_infer_hosts",
-    "test_elastic",
-    "test_distributed",
-    "test_sharding",
-    "test_parity",
-)
+# Files that train, start programs or compile large ones, longest first: they begin first, so that
+# none is left for one worker at the end, and `make test-fast` does without them.
+SLOW = """
+train train_hosts pairs_run object_storage lora_run lora_base pairs generate elastic sharding
+attention step benchmarks infer_hosts distributed optimizer infer lora chat_session peft critic
+best_of_n preference preference_example process_reward process_labels make_pairs miniature digits
+notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz convert compose
+convert_damage shapes launch install kill
+""".split()
+# Their commands need more than the tests' environment.
+OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install"}
 
 
 def pytest_collection_modifyitems(items):
-    order = {name: place for place, name in enumerate(LONGEST)}
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if item.path.stem not in order and not marks & OTHER_COMMANDS:
+            item.add_marker("fast")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -60,14 +58,24 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For programs that run once or twice: the compiler's optimisations would take longer than they
-    do.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_sessionstart(session):
+    session.began = time.time()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compilation_cache.prune()
+
+
+def pytest_sessionfinish(session):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compilation_cache.remove_incomplete(since=session.began)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compiles quickly, but in tests marked `optimized` as users do."""
+    quick = item.get_closest_marker("optimized") is None
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,3 +85,47 @@ def forget_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def ask(capsys):
+    """Runs infer.py in this process with flags by name; returns (stdout, stderr)."""
+    from absl.testing import flagsaver
+
+    import infer
+    from tests.support import tiny_checkpoint
+
+    def call(*, arguments=(), **values):
+        infer.FLAGS.mark_as_parsed()
+        with flagsaver.flagsaver():
+            infer.FLAGS.unparse_flags()
+            infer.FLAGS.mark_as_parsed()
+            settings = {
+                "checkpoint": str(tiny_checkpoint.directory()),
+                "compilation_cache": "",
+                "max_new_tokens": 12,
+            }
+            for name, value in (settings | values).items():
+                setattr(infer.FLAGS, name, value)
+            infer.run(["infer.py", *arguments])
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def lora_base(tmp_path_factory):
+    """The tiny checkpoint as the frozen base of LoRA runs."""
+    from tests.support import tiny_checkpoint
+
+    return shutil.copytree(tiny_checkpoint.directory(), tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def lora_run(lora_base, tmp_path_factory):
+    """(workdir, parameters at the end) of a short LoRA run."""
+    from tests.support import lora_setup
+
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    params = lora_setup.start(lora_setup.config_of(lora_base), workdir)
+    return workdir, jax.device_get(params)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from released import convert, random_params, reduce, reduce_processor, same_tensors, write_released
 
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import steps, storage
@@ -27,6 +27,14 @@ from internvl3_jax.io import checkpoint_paths
 from internvl3_jax.io.integrity import Damaged
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import sharding
+from tests.support.released import (
+    convert,
+    random_params,
+    reduce,
+    reduce_processor,
+    same_tensors,
+    write_released,
+)
 
 pytestmark = pytest.mark.smoke
 MODEL = reduce("1b")
@@ -148,6 +156,13 @@ def test_damaged_description_is_named(saved):
             load(saved)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_other_weights_beside_a_checkpoint_are_ignored_with_a_word(name, saved, caplog):
+    (saved / name).write_bytes(b"x")
+    same_tensors(leaves(load(saved).params), leaves(random_params(MODEL)))
+    assert f"{saved}: reading params/ and ignoring {name}" in caplog.text
+
+
 # --- fingerprint ---------------------------------------------------------------------------------
 
 CHANGES = {
@@ -252,7 +267,7 @@ def test_newest_complete_step_counts_and_old_ones_go(tmp_path, caplog):
     assert "200.partial" in caplog.text
     assert "300: not a complete checkpoint" in caplog.text
     with pytest.raises(
-        FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"
+        FileNotFoundError, match="300 is not a complete checkpoint; the newest of this run is 100"
     ):
         steps.restore_training(tmp_path, 300, None, None)
     assert checkpoint_paths.latest_step(tmp_path / "elsewhere") is None
@@ -368,7 +383,7 @@ def test_verification_has_levels(saved):
     (saved / "files.json").unlink()
     load(saved)
     os.mkfifo(saved / "params" / "pipe")
-    with pytest.raises(Damaged, match="params/pipe is no regular file"):
+    with pytest.raises(Damaged, match="params/pipe is not a regular file"):
         load(saved)
 
 
@@ -401,17 +416,25 @@ def test_wrong_types_in_a_description_are_named(name, saved):
             load(saved, accept_fingerprint=accept)
 
 
-def test_numbers_that_are_not_finite_come_back_from_a_step(tmp_path):
-    extra = {"best": float("inf"), "list": [float("-inf"), 1.5]}
-    steps.save_training(tmp_path, 1, *training_state(1), extra=extra, **OPTIONS)
-    abstract = jax.eval_shape(lambda: training_state(0))
-    assert steps.restore_training(tmp_path, 1, *abstract)[2] == {"step": 1, **extra, "data": {}}
-    path = tmp_path / "checkpoints" / "1" / "training.json"
-    path.write_text(
-        json.dumps({"step": 1, "best": float("inf"), "name": "an Infinity, no"}, indent=1)
-    )  # as earlier versions wrote it
-    restored = steps.restore_training(tmp_path, 1, *abstract, verify="none")[2]
-    assert (restored["best"], restored["name"]) == (float("inf"), "an Infinity, no")
+def test_a_copy_of_another_step_does_not_count(tmp_path, caplog):
+    for step in (2, 4):
+        steps.save_training(tmp_path, step, *training_state(step), extra={}, **OPTIONS)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "4")
+    for copy in ("4", "99"):
+        shutil.copytree(folder / "2", folder / copy)
+    assert checkpoint_paths.latest_step(tmp_path) == 2
+    for copy in ("4", "99"):
+        assert f"ignoring {folder / copy}: training.json says that this is step 2" in caplog.text
+        with pytest.raises(Damaged, match=rf"checkpoints/{copy} is damaged: .* this is step 2"):
+            load(folder / copy)
+    # The step itself may be kept anywhere else under any name.
+    shutil.move(folder / "4", tmp_path / "99")
+    same_tensors(leaves(load(tmp_path / "99").params), leaves(load(folder / "2").params))
+    # A new step 99 is saved beside the copy, which is not deleted.
+    steps.save_training(tmp_path, 99, *training_state(5), extra={}, **OPTIONS)
+    assert checkpoint_paths.latest_step(tmp_path) == 99
+    assert sorted(entry.name.split(".")[-1] for entry in folder.iterdir()) == ["2", "99", "damaged"]
 
 
 def test_parameters_that_are_not_finite_are_refused(tmp_path):

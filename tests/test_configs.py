@@ -5,7 +5,6 @@ import importlib
 
 import jax
 import pytest
-import tiny_checkpoint
 
 from configs.common import RELEASED
 from internvl3_jax.model import lora
@@ -17,6 +16,7 @@ from internvl3_jax.training.optimizer import (
     split_params,
     warmup_steps,
 )
+from tests.support import tiny_checkpoint
 
 STAGES = ("pretrain", "sft", "finetune", "lora", "mpo")
 

@@ -8,22 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import torch_reference
 from PIL import Image
-from qwen_tokenizer import FRAGMENTS, write_qwen_tokenizer
-from released import (
-    IMAGE_TOKEN_ID,
-    RELEASED,
-    VOCABULARY,
-    convert,
-    params_of,
-    random_params,
-    reduce,
-    reduce_processor,
-    same_tensors,
-    stored_tensors,
-    write_released,
-)
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -51,6 +36,23 @@ from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
+from tests.support import torch_reference
+from tests.support.qwen_tokenizer import FRAGMENTS, write_qwen_tokenizer
+from tests.support.released import (
+    IMAGE_TOKEN_ID,
+    RELEASED,
+    VOCABULARY,
+    convert,
+    params_of,
+    random_params,
+    reduce,
+    reduce_processor,
+    same_tensors,
+    stored_tensors,
+    write_released,
+)
+
+pytestmark = pytest.mark.optimized
 
 
 @pytest.mark.parametrize("size", list(SIZES))

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from released import convert, params_of, reduce, same_tensors, write_released
 from safetensors.numpy import load_file, save_file
 
 from convert import run
@@ -21,6 +20,7 @@ from internvl3_jax.data.text.tokenizer_files import OPTIONS
 from internvl3_jax.io import unfinished
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.io.integrity import Damaged
+from tests.support.released import convert, params_of, reduce, same_tensors, write_released
 
 KEY = "language_model.model.layers.1.mlp.up_proj.weight"
 TENSOR_DAMAGE = {
@@ -202,7 +202,7 @@ HEADERS = {
     "null": (lambda header, body: (header | {KEY: None}, body), f"{KEY}: is null; expected an object"),
     "three offsets": (entry(data_offsets=[0, 1, 2]), "data_offsets has 3 elements; expected 2"),
     "fractions": (entry(shape=[38.0, 56.0]), r"shape\[0\] is the number 38.0; expected a whole number"),
-    "dtype": (entry(dtype="F4"), "dtype is 'F4', which is not known here"),
+    "dtype": (entry(dtype="F4"), "dtype is 'F4', which is not supported"),
     "size": (entry(shape=[1]), "does not fit its shape"),
     "metadata": (lambda header, body: (header | {"__metadata__": {"a": 1}}, body), "__metadata__: 'a' is the number 1; expected a text"),
     "escape": (named_for_a_terminal, r"\\x1b\[2J"),
@@ -237,7 +237,7 @@ def test_a_header_beyond_the_librarys_limit_is_not_read(tmp_path):
         (b'{"weight_map": {"a": "../b.safetensors"}}', "expected a file of this directory"),
         (
             b'{"weight_map": {"a": "b.safetensors"}}',
-            "names files that are not there: b.safetensors",
+            "names files that do not exist: b.safetensors",
         ),
     ],
 )

@@ -8,13 +8,13 @@ import socket
 
 import jax
 import pytest
-from local_processes import ROOT, Processes, free_address
 
 from internvl3_jax.parallel import multihost
 from internvl3_jax.parallel.cluster import find_environment, slurm_devices
 from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST
+from tests.support.local_processes import ROOT, Processes, free_address
 
-WORKER = str(ROOT / "tests/distributed_worker.py")
+WORKER = str(ROOT / "tests/support/distributed_worker.py")
 HOST = socket.gethostname()
 
 
@@ -115,7 +115,7 @@ def test_a_process_that_never_starts_ends_the_other():
     (process,) = run("missing", 2, started=1)
     assert process.status == EXIT_PEER_LOST
     assert (
-        f"error: process 0 on {HOST}: the 2 processes found by arguments did not all come within 2 s"
+        f"error: process 0 on {HOST}: the 2 processes found by arguments did not all connect within 2 s"
         in process.out
     )
 
@@ -131,7 +131,7 @@ def test_a_killed_process_is_named():
     silence = (
         "no longer answers"
         if ours.status == EXIT_PEER_LOST
-        else "gives no sign of life; its last was at step"
+        else "sends no heartbeat; its last one was at step"
     )
     assert f"process 1 (host {HOST}) {silence}" in ours.out
 
@@ -190,7 +190,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 )
 def test_environments(environ, how, processes):
     found = find_environment("", -1, -1, environ)
-    assert (found and found.how, found and found.processes) == (how, processes)
+    assert (found and found.source, found and found.processes) == (how, processes)
 
 
 @pytest.mark.parametrize(
@@ -282,16 +282,16 @@ def test_who_did_not_come(monkeypatch, capsys):
         "Cloud TPU": (TPU, f"{HOST}: the "),
     }
     for how, (environ, who) in by_environment.items():
-        multihost._not_all_came(find_environment("", -1, -1, environ), 300)
+        multihost._exit_incomplete(find_environment("", -1, -1, environ), 300)
         out, err = capsys.readouterr()
         assert out == f"{EXIT_PEER_LOST}\n" and err.startswith(
-            f"error: {who}processes found by {how} did not all come within 300 s. Look"
+            f"error: {who}processes found by {how} did not all connect within 300 s. Look"
         )
 
 
 def test_a_jax_that_hides_its_store_is_no_reason_to_stop(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost, "_coordination", lambda: ("unknown", object()))
-    multihost._meet(find_environment("n1:8476", 2, 0, {}), 1, 1)
+    multihost._exchange_hosts(find_environment("n1:8476", 2, 0, {}), 1, 1)
     assert "hides its key-value store: hosts are not compared" in capsys.readouterr().out
     multihost.assert_same_on_all_hosts(1, {})

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tomllib
 
-import documented_world
 import pytest
-from command_runner import Done, Runner
-from documents import ROOT, Command, commands, pages, snippets, words
 
 from internvl3_jax.config import TrainConfig
+from tests.support import documented_world
+from tests.support.command_runner import Done, Runner
+from tests.support.documents import ROOT, Command, commands, pages, snippets, words
 
 # What is changed before a command runs: (regular expression, replacement), all of them, in this
 # order.
@@ -76,14 +76,14 @@ NOT_RUN = (
 )
 # Commands whose files later ones of the same page make: they run at its end, with the name linked
 # to what was made.
-LAST = {"LORA_RUN": "runs/adapters", "peft_directory": "adapter"}
+LAST = {"peft_directory": "adapter"}
 UNREAD = "answers could not be read: wanted is a stated answer"
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}  # for --devices and --hosts
 
 ALL = [command for page in pages() for command in commands(page)]
 # Behind this heading all commands train or need what was trained: a chain of its own, in the same
 # kind of folder.
-TRAINING = {"README.md": "## Training"}
+TRAINING = {"README.md": "## Fine-tune on your data"}
 QUICK = (
     "README.md",
     "CONTRIBUTING.md",
@@ -325,7 +325,7 @@ def test_lists_are_used():
 
 # What a page's snippets need that stands in none of them.
 BEFORE = {
-    "README.md": "import documented_world; batch = documented_world.batch()",
+    "README.md": "from tests.support import documented_world; batch = documented_world.batch()",
     "docs/lora.md": "from internvl3_jax import Chat, load",
 }
 # A LoRA run and a PEFT directory take a training: docs/lora.md's commands make both, and its
@@ -335,9 +335,7 @@ SNIPPETS = [page for page in pages() if snippets(page)]
 
 
 def run_snippets(page: str, runner: Runner, folder: pathlib.Path) -> None:
-    text = "\n".join(
-        [f"import sys; sys.path.append({str(ROOT / 'tests')!r})", BEFORE.get(page, "")]
-    )
+    text = "\n".join([f"import sys; sys.path.append({str(ROOT)!r})", BEFORE.get(page, "")])
     text += "".join(f"\n{snippet}" for _, snippet in snippets(page))
     done = runner(["-c", text], folder)
     assert done.status == 0, f"{page}, Python:\n{text}\n{done.output[-3000:]}"

@@ -10,14 +10,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from official_run import official_config, write_official
-from tiny_checkpoint import changed
 
 import train
 from internvl3_jax.config import EvalConfig, MeshConfig
 from internvl3_jax.parallel import multihost, sharding
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.saver import AsyncSaver
+from tests.support.official_run import official_config, write_official
+from tests.support.tiny_checkpoint import changed
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the
@@ -69,14 +69,6 @@ def run(config, workdir, devices, mesh, stop, memory, monkeypatch):
 def check_memory(state, memory):
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)} == {memory}
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """A dozen steps take less time than the optimisations of four programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):

@@ -1,31 +1,16 @@
 """Both released config.json layouts, and every trap in them."""
 
-import copy
 import dataclasses
 
 import pytest
-from released_configs import HF, INTERNLM3, ORIGINAL
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from internvl3_jax.checkpoints.hf.config import from_hf, processor_from_hf
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.sizes import SIZES
+from tests.support.released_configs import HF, INTERNLM3, ORIGINAL, changed
 
 pytestmark = pytest.mark.smoke
-
-
-def changed(config: dict, path: str, value) -> dict:
-    """A copy with the field at "a.b" set, or removed where value is `changed`."""
-    config = copy.deepcopy(config)
-    *parents, last = path.split(".")
-    node = config
-    for name in parents:
-        node = node[name]
-    if value is changed:
-        del node[last]
-    else:
-        node[last] = value
-    return config
 
 
 def with_drop_path(model: ModelConfig) -> ModelConfig:

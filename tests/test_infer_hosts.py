@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import tiny_checkpoint
-from local_processes import ROOT, Processes, free_address
+
+from tests.support import tiny_checkpoint
+from tests.support.local_processes import ROOT, Processes, free_address
 
 REQUESTS = [
     {"prompt": "What is 1?"},

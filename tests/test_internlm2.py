@@ -8,21 +8,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from internlm2_reference import Reference
-from released import (
-    convert,
-    params_of,
-    random_params,
-    reduce_processor,
-    same_tensors,
-    stored_tensors,
-)
-from released_configs import INTERNLM2, ORIGINAL
-from test_hf_config import changed
-from test_parity import TOLERANCE, as_prompt, greedy, make_row
 from transformers import AutoModelForImageTextToText
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from convert.open import open_model
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import storage
@@ -34,20 +22,26 @@ from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model.internvl import InternVL, count_params
+from tests.support.internlm2_reference import Reference, converted
+from tests.support.parity import TOLERANCE, as_prompt, greedy, make_row
+from tests.support.released import (
+    convert,
+    params_of,
+    random_params,
+    reduce_processor,
+    same_tensors,
+    stored_tensors,
+)
+from tests.support.released_configs import INTERNLM2, ORIGINAL, changed
 
-
-def ours(reference: Reference, image_token_id: int = 120):
-    """(ModelConfig, params) of the same weights."""
-    config = from_hf(reference.config(), image_token_id=image_token_id, has_head=True)
-    tensors = ArraySource({name: tensor.numpy() for name, tensor in reference.tensors().items()})
-    return config, params_from_tensors(config, table_source(tensors, config.language))
+pytestmark = pytest.mark.optimized
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tiles", [(), (2, 1)], ids=["text", "pictures"])
 def test_logits(bias, tiles):
     reference = Reference(bias=bias)
-    config, params = ours(reference)
+    config, params = converted(reference)
     assert (
         config.language.family == "internlm2"
         and config.language.o_bias is config.language.qkv_bias is bias
@@ -61,7 +55,7 @@ def test_logits(bias, tiles):
 @pytest.mark.parametrize("length", [24, 60])
 def test_dynamic_scaling_beyond_the_trained_length(length):
     reference = Reference(max_position_embeddings=32, rope_theta=10000)
-    config, params = ours(reference)
+    config, params = converted(reference)
     batch, pixels = make_row(config, (), seed=1, lead=length)
     theirs = reference(torch.from_numpy(batch["tokens"].astype(np.int64)), pixels).numpy()
     logits = InternVL(config).apply({"params": params}, batch)
@@ -75,7 +69,7 @@ def test_greedy_tokens():
     every token.
     """
     reference = Reference()
-    config, params = ours(reference)
+    config, params = converted(reference)
     batch, pixels = make_row(config, (2,), seed=5)
     ids = torch.from_numpy(batch["tokens"].astype(np.int64))
     for _ in range(12):
@@ -90,7 +84,7 @@ def test_each_head_of_wqkv_goes_to_its_place():
     """Every row of wqkv holds its own number: by groups, the query heads, the key head, the value
     head.
     """
-    config, _ = ours(reference := Reference())
+    config, _ = converted(reference := Reference())
     width, rows = 8, (6 + 2 * 2) * 8
     tensors = {name: tensor.numpy() for name, tensor in reference.tensors().items()}
     tensors["language_model.model.layers.1.attention.wqkv.weight"] = np.tile(

@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import MESHES, PLANNED, STYLES, mesh_of, widened
-from test_step import GRADIENT, assert_close, batch, by_path, compiled_step
-from tiny_checkpoint import CONFIG, random_params, train_config
 
 from internvl3_jax.checkpoints import adapters, storage
 from internvl3_jax.checkpoints.adapters import Adapter
@@ -22,38 +19,15 @@ from internvl3_jax.model import language, lora, vision
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel import sharding
 from internvl3_jax.sizes import SIZES
-from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.param_table import component_table
-from internvl3_jax.training.step import TrainState, trained_paths
+from internvl3_jax.training.step import trained_paths
+from tests.support.batches import batch
+from tests.support.lora_setup import EVERYWHERE, SETTINGS, adapted, logits, step_of
+from tests.support.meshes import MESHES, PLANNED, STYLES, mesh_of
+from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
+from tests.support.train_step import GRADIENT, assert_close, by_path
 
-EVERYWHERE = (
-    "vision/layers/(qkv|proj|fc1|fc2)",
-    "projector/fc[12]",
-    "language/layers/(q|k|v|o|gate|up|down)",
-)
-SETTINGS = LoraConfig(rank=3, alpha=6.0, targets=EVERYWHERE)
 SOME = dataclasses.replace(SETTINGS, targets=("vision/layers/fc2", "language/layers/(q|v|up|down)"))
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def drawn(params, settings=SETTINGS, seed=0):
-    """Adapters of which b is not zero either."""
-    rng = np.random.default_rng(seed)
-    new = lora.init(params, settings, jax.random.key(seed))
-    return jax.tree.map(
-        lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), new
-    )
-
-
-@functools.cache
-def adapted(style="300m", settings=SETTINGS, seed=0):
-    params = random_params(STYLES[style])
-    return params | {lora.SUBTREE: drawn(params, settings, seed)}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(config, variables, values):
-    return InternVL(config).apply(variables, values)
 
 
 # --- what they compute ---------------------------------------------------------------------------
@@ -138,28 +112,6 @@ def test_dropout_drops_inputs_of_adapters_in_training_alone():
 
 
 # --- what is trained -----------------------------------------------------------------------------
-
-
-def step_of(settings, optimizer=None, params=None, mesh=None, **options):
-    """(first state, updated state, metrics, optimizer); the optimizer is AdamW if none is given."""
-    learning = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
-    config = lora.freeze_base(
-        dataclasses.replace(train_config(), optimizer=learning, lora=settings)
-    )
-    made = make_optimizer(config.optimizer, 10)
-    optimizer = optimizer._replace(split=made.split) if optimizer else made
-    params = params or adapted(settings=settings)
-    values = widened(batch(8)) if mesh else batch(4)
-    if mesh:
-        values = sharding.global_batch(mesh, 8, values, list(range(8)))
-        params = jax.device_put(params, sharding.param_shardings(params, mesh))
-    with jax.set_mesh(mesh) if mesh else jax.default_device(None):
-        state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-        step = compiled_step(
-            optimizer, state, values, InternVL(CONFIG), num_sources=3, adapters=settings, **options
-        )
-        updated, metrics = step(state, values, jax.random.key(0))
-    return state, updated, metrics, optimizer
 
 
 def test_adapters_and_what_is_named_are_trained():
@@ -361,17 +313,17 @@ def test_settings_that_make_no_sense(changes, message):
     [
         (
             {"targets": ("language/layers/(q_proj)",)},
-            "lora.targets: 'language/layers/(q_proj)' matches no linear layer's whole path; near",
+            "lora.targets: 'language/layers/(q_proj)' matches no full path of a linear layer; similar",
         ),
-        ({"targets": ("language/head",)}, "matches no linear layer's whole path"),
-        ({"targets": ("language/(",)}, "lora.targets: 'language/(' is no regular expression"),
+        ({"targets": ("language/head",)}, "matches no full path of a linear layer"),
+        ({"targets": ("language/(",)}, "lora.targets: 'language/(' is not a regular expression"),
         (
             {"full": ("projectr/.*",)},
-            "lora.full: 'projectr/.*' matches no parameter's whole path; near ones: projector/",
+            "lora.full: 'projectr/.*' matches no full path of a parameter; similar paths: projector/",
         ),
         (
             {"full": ("projector/.*",)},
-            "lora.full: 'projector/.*' trains projector/fc1 whole, which lora.targets gives an adapter",
+            "lora.full: 'projector/.*' trains all of projector/fc1, which lora.targets gives an adapter",
         ),
     ],
 )

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_lora_run import LORA, base, config_of, run, start  # noqa: F401  (fixtures)
 
 from configs.finetune import get_config as finetune
 from internvl3_jax import load
@@ -18,8 +17,8 @@ from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.training.state import reinit_dead_ranks
+from tests.support.lora_setup import LORA, config_of, start
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ADAPTERS = dataclasses.replace(LORA, full=(), dropout=0.0)
 
 
@@ -45,19 +44,19 @@ def save_other(directory, path):
     save_checkpoint(path, other.params, other.config, other.processor, files)
 
 
-def test_a_base_may_move_and_a_run_that_is_one_may_go_on(base, tmp_path):  # noqa: F811
+def test_a_base_may_move_and_a_run_that_is_one_may_go_on(lora_base, tmp_path):
     """It is known by its hash; of a training run the step is the base that was its newest then."""
     first = tmp_path / "sft" / "checkpoints" / "1"
-    shutil.copytree(base, first)
+    shutil.copytree(lora_base, first)
     config = short(tmp_path / "sft")
     whole = jax.device_get(start(config, tmp_path / "lora"))
-    save_other(base, tmp_path / "sft" / "checkpoints" / "2")
+    save_other(lora_base, tmp_path / "sft" / "checkpoints" / "2")
     assert resolve_checkpoint(tmp_path / "sft").name == "2"
     shutil.rmtree(tmp_path / "lora" / "checkpoints" / "2")
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(start(config, tmp_path / "lora")), whole
     )
-    assert load(tmp_path / "lora").config == load(base).config
+    assert load(tmp_path / "lora").config == load(lora_base).config
     moved = first.rename(tmp_path / "moved")
     shutil.rmtree(tmp_path / "lora" / "checkpoints" / "2")
     with pytest.raises(
@@ -71,13 +70,13 @@ def test_a_base_may_move_and_a_run_that_is_one_may_go_on(base, tmp_path):  # noq
 
 
 @pytest.mark.parametrize(("before", "now"), [("nf4", "nf4"), ("none", "nf4"), ("int8", "none")])
-def test_an_adapter_goes_on_beside_other_bits_of_the_same_base(base, tmp_path, before, now):  # noqa: F811
+def test_an_adapter_goes_on_beside_other_bits_of_the_same_base(lora_base, tmp_path, before, now):
     settings = dataclasses.replace(ADAPTERS, quantize=before)
     trained = jax.device_get(
-        start(short(base, steps=1, param_dtype="bfloat16", lora=settings), tmp_path / "before")
+        start(short(lora_base, steps=1, param_dtype="bfloat16", lora=settings), tmp_path / "before")
     )
     settings = dataclasses.replace(settings, quantize=now, init_from=str(tmp_path / "before"))
-    config = short(base, steps=1, param_dtype="bfloat16", lora=settings)
+    config = short(lora_base, steps=1, param_dtype="bfloat16", lora=settings)
     config = dataclasses.replace(
         config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0)
     )
@@ -89,10 +88,10 @@ def test_an_adapter_goes_on_beside_other_bits_of_the_same_base(base, tmp_path, b
     )
 
 
-def test_what_adapters_train_is_not_frozen(base, tmp_path):  # noqa: F811
+def test_what_adapters_train_is_not_frozen(lora_base, tmp_path):
     for frozen in ("lora/vision/.*", "projector/.*"):
         config = dataclasses.replace(
-            config_of(base), optimizer=OptimizerConfig(warmup_steps=0, freeze=(frozen,))
+            config_of(lora_base), optimizer=OptimizerConfig(warmup_steps=0, freeze=(frozen,))
         )
         with pytest.raises(
             ValueError, match="optimizer.freeze freezes .*, which lora.targets or lora.full trains"
@@ -100,32 +99,34 @@ def test_what_adapters_train_is_not_frozen(base, tmp_path):  # noqa: F811
             start(config, tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match="lora.targets is empty"):
-        lora.freeze_base(config_of(base, lora=dataclasses.replace(LORA, targets=())))
+        lora.freeze_base(config_of(lora_base, lora=dataclasses.replace(LORA, targets=())))
 
 
-def test_an_adapter_wants_the_processor_that_it_was_trained_with(run, base, tmp_path, caplog):  # noqa: F811
-    config = short(base, steps=1)
+def test_an_adapter_wants_the_processor_that_it_was_trained_with(
+    lora_run, lora_base, tmp_path, caplog
+):
+    config = short(lora_base, steps=1)
     config = dataclasses.replace(
         config, processor=dataclasses.replace(config.processor, system_message="Be brief.")
     )
     start(config, tmp_path / "run")
     with pytest.raises(
-        ValueError, match="was trained with system_message 'Be brief.', not None as of the base"
+        ValueError, match="system_message is 'Be brief.' in the adapter and None in the base"
     ):
-        load(base, adapters={"it": tmp_path / "run"})
-    load(base, adapters={"it": tmp_path / "run"}, accept_fingerprint=True)
-    with pytest.raises(ValueError, match="is no LoRA run: it has no base"):
-        load(base, base=base)
+        load(lora_base, adapters={"it": tmp_path / "run"})
+    load(lora_base, adapters={"it": tmp_path / "run"}, accept_fingerprint=True)
+    with pytest.raises(ValueError, match="is not a LoRA run, so it has no base"):
+        load(lora_base, base=lora_base)
 
 
-def test_an_adapter_in_a_dtype_that_cannot_be_compared(base, tmp_path, caplog):  # noqa: F811
-    start(short(base, steps=1, param_dtype="bfloat16"), tmp_path / "run")
-    load(base, dtype="float16", adapters={"it": tmp_path / "run"})
+def test_an_adapter_in_a_dtype_that_cannot_be_compared(lora_base, tmp_path, caplog):
+    start(short(lora_base, steps=1, param_dtype="bfloat16"), tmp_path / "run")
+    load(lora_base, dtype="float16", adapters={"it": tmp_path / "run"})
     assert "not compared with its base" in caplog.text
 
 
-def test_a_recipe_of_a_run_starts_from_its_merged_model(run):  # noqa: F811
-    assert finetune(str(run[0])).init_from == str(resolve_checkpoint(run[0]))
+def test_a_recipe_of_a_run_starts_from_its_merged_model(lora_run):
+    assert finetune(str(lora_run[0])).init_from == str(resolve_checkpoint(lora_run[0]))
 
 
 def test_no_part_of_an_adapter_stands_still_for_ever():

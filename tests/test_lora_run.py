@@ -12,60 +12,22 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
 from absl.testing import flagsaver
-from test_lora import logits
-from test_step import batch
-from tiny_checkpoint import CONFIG, changed, train_config
 
 import infer
-import train
 from convert.__main__ import main as convert
 from internvl3_jax import Chat, load
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.checkpoint import save_checkpoint
 from internvl3_jax.checkpoints.manifest import Manifest
-from internvl3_jax.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
+from internvl3_jax.config import MeshConfig, OptimizerConfig
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.parallel import sharding
-
-ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-LORA = LoraConfig(
-    rank=2,
-    alpha=8.0,
-    dropout=0.1,
-    targets=("language/layers/(q|v|down)", "vision/layers/(qkv|fc2)"),
-    full=("projector/.*",),
-)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return shutil.copytree(tiny_checkpoint.directory(), tmp_path_factory.mktemp("base") / "base")
-
-
-def config_of(base, **changes):
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
-    checkpoint = CheckpointConfig(every=3, keep=5)
-    config = dataclasses.replace(
-        train_config(), optimizer=optimizer, steps=6, checkpoint=checkpoint, lora=LORA
-    )
-    return changed(config, init_from=str(base), **changes)
-
-
-def start(config, workdir):
-    config = lora.freeze_base(config)
-    train.save_config(config, workdir)
-    return train.fit(config, workdir, ONE_DEVICE)
-
-
-@pytest.fixture(scope="module")
-def run(base, tmp_path_factory):
-    """(workdir, parameters at the end)"""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    return workdir, jax.device_get(start(config_of(base), workdir))
+from tests.support import tiny_checkpoint
+from tests.support.batches import batch
+from tests.support.lora_setup import LORA, config_of, logits, start
+from tests.support.tiny_checkpoint import CONFIG
 
 
 def losses(workdir):
@@ -73,8 +35,8 @@ def losses(workdir):
     return [(row["step"], row["loss"]) for row in rows]
 
 
-def test_a_checkpoint_holds_what_was_trained(run, base):
-    workdir, params = run
+def test_a_checkpoint_holds_what_was_trained(lora_run, lora_base):
+    workdir, params = lora_run
     step = resolve_checkpoint(workdir)
     stored = storage.leaf_infos(step / "params")
     assert {path.split("/")[0] for path in stored} == {"lora", "projector"}
@@ -84,15 +46,15 @@ def test_a_checkpoint_holds_what_was_trained(run, base):
         leaf.size for leaf in jax.tree.leaves(params)
     )
     named = Manifest.read(step).base
-    assert (named.path, named.dtype, named.lora) == (str(base), "float32", LORA)
-    under = load(base).params
+    assert (named.path, named.dtype, named.lora) == (str(lora_base), "float32", LORA)
+    under = load(lora_base).params
     for part in ("vision", "language"):
         jax.tree.map(np.testing.assert_array_equal, params[part], under[part])
 
 
-def test_it_opens_as_an_ordinary_model(run):
+def test_it_opens_as_an_ordinary_model(lora_run):
     """Merged, in any dtype; with the logits of the run's own parameters."""
-    workdir, params = run
+    workdir, params = lora_run
     opened = load(workdir)
     expected = logits(CONFIG, lora.variables(params, LORA), batch(2))
     np.testing.assert_allclose(
@@ -109,26 +71,26 @@ def test_it_opens_as_an_ordinary_model(run):
     )
 
 
-def test_it_goes_on_bit_for_bit(run, base, tmp_path):
+def test_it_goes_on_bit_for_bit(lora_run, lora_base, tmp_path):
     """From the step before the last; the adapters' dropout and the data go on where they were."""
-    workdir, params = run
+    workdir, params = lora_run
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    again = jax.device_get(start(config_of(base), tmp_path / "run"))
+    again = jax.device_get(start(config_of(lora_base), tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert losses(tmp_path / "run") == losses(workdir)
 
 
-def test_another_base_is_noticed(run, base, tmp_path, caplog):
+def test_another_base_is_noticed(lora_run, lora_base, tmp_path, caplog):
     """Training on, opening and converting say so; so does an adapter on a base of the same shapes."""
-    workdir, _ = run
-    other = load(base)
+    workdir, _ = lora_run
+    other = load(lora_base)
     other.params["language"]["norm"]["scale"] = (
         other.params["language"]["norm"]["scale"].at[3].add(1e-6)
     )
     files = {
         path.name: path.read_bytes()
-        for path in base.iterdir()
+        for path in lora_base.iterdir()
         if path.is_file() and path.suffix in (".json", ".txt")
     }
     files.pop("internvl3_jax.json")
@@ -149,9 +111,12 @@ def test_another_base_is_noticed(run, base, tmp_path, caplog):
     assert "not compared with its base" in caplog.text
 
 
-def test_adapters_are_chosen_by_name(run, base):
-    opened = load(base, adapters={"run": run[0]})
-    alone, merged = Chat(load(base), max_new_tokens=6), Chat(load(run[0]), max_new_tokens=6)
+def test_adapters_are_chosen_by_name(lora_run, lora_base):
+    opened = load(lora_base, adapters={"run": lora_run[0]})
+    alone, merged = (
+        Chat(load(lora_base), max_new_tokens=6),
+        Chat(load(lora_run[0]), max_new_tokens=6),
+    )
     chat = Chat(opened, "run", max_new_tokens=6)
     image = [tiny_checkpoint.picture(16, 16)]
     for adapter, expected in (("run", merged), (None, alone), ("run", merged)):
@@ -161,14 +126,14 @@ def test_adapters_are_chosen_by_name(run, base):
     assert merged.last.token_ids != alone.last.token_ids
 
 
-def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
+def test_infer_takes_adapters(lora_run, lora_base, tmp_path, capsys, monkeypatch):
     """The first is used unless another is named; in a conversation /adapter changes it. Both
     formats, by name.
     """
-    assert convert([str(run[0]), str(tmp_path / "peft"), "--to", "peft-hf"]) == 0
+    assert convert([str(lora_run[0]), str(tmp_path / "peft"), "--to", "peft-hf"]) == 0
     values = {
-        "checkpoint": str(base),
-        "adapter": [f"mine={run[0]}", str(tmp_path / "peft")],
+        "checkpoint": str(lora_base),
+        "adapter": [f"mine={lora_run[0]}", str(tmp_path / "peft")],
         "compilation_cache": "",
     }
 
@@ -183,7 +148,7 @@ def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
             if "{" in line
         ]
 
-    chats = [Chat(load(path), max_new_tokens=6) for path in (run[0], base)]
+    chats = [Chat(load(path), max_new_tokens=6) for path in (lora_run[0], lora_base)]
     adapted, plain = ([chat("Hello"), chat.last.token_ids][1] for chat in chats)
     assert adapted != plain
     assert answers(prompt="Hello") == answers(prompt="Hello", use="peft") == [adapted]
@@ -203,8 +168,8 @@ def test_infer_takes_adapters(run, base, tmp_path, capsys, monkeypatch):
         answers(prompt="Hello", adapter=["a/peft", "b/peft"])
 
 
-def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
-    workdir, _ = run
+def test_a_run_is_merged_by_converting(lora_run, lora_base, tmp_path, capsys):
+    workdir, _ = lora_run
     assert convert([str(workdir), str(tmp_path / "merged")]) == 0
     assert "adapters of 5 stacked layers merged" in capsys.readouterr().out
     expected = load(workdir).params
@@ -218,10 +183,10 @@ def test_a_run_is_merged_by_converting(run, base, tmp_path, capsys):
     np.testing.assert_array_equal(back, expected["language"]["embedding"][:rows])
 
 
-def test_a_run_beside_four_bits(base, tmp_path):
+def test_a_run_beside_four_bits(lora_base, tmp_path):
     """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
     config = config_of(
-        base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, checkpoint__every=2
+        lora_base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, checkpoint__every=2
     )
     params = jax.device_get(start(config, tmp_path / "run"))
     assert set(params["language"]["layers"]["q"]["kernel"]) == {"nf4", "scales"}
@@ -240,13 +205,13 @@ def test_a_run_beside_four_bits(base, tmp_path):
     )
 
 
-def test_a_run_starts_from_an_adapter(run, base, tmp_path):
+def test_a_run_starts_from_an_adapter(lora_run, lora_base, tmp_path):
     """Of the same layers and ranks; its scale is turned into the new run's. Any other is refused,
     naming the first difference.
     """
-    workdir, params = run
+    workdir, params = lora_run
     settings = dataclasses.replace(LORA, init_from=str(workdir), alpha=2.0, dropout=0.0)
-    config = config_of(base, lora=settings, steps=1)
+    config = config_of(lora_base, lora=settings, steps=1)
     config = dataclasses.replace(
         config, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0)
     )
@@ -268,8 +233,8 @@ def test_a_base_must_be_named(tmp_path):
         start(config_of(""), tmp_path / "run")
 
 
-def test_what_holds_no_adapter(base, tmp_path):
+def test_what_holds_no_adapter(lora_base, tmp_path):
     with pytest.raises(
         ValueError, match="holds no adapter: it is neither a LoRA run nor a PEFT directory"
     ):
-        load(base, adapters={"it": base})
+        load(lora_base, adapters={"it": lora_base})

@@ -9,13 +9,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from tiny_checkpoint import CONFIG, changed, train_config
 
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.flops import batch_counts, forward_flops, train_flops
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.run_log import Log
+from tests.support.tiny_checkpoint import CONFIG, changed, train_config
 
 
 def matrices(tree) -> int:

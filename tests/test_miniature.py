@@ -12,11 +12,11 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 from configs.miniature import get_config
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
 QUESTIONS = 4
@@ -25,7 +25,8 @@ QUESTIONS = 4
 @pytest.fixture(scope="module")
 def example():
     """The example's modules, which are programs beside each other and no package."""
-    names = ("packages", "scenes", "make_data", "score", "run")
+    names = ("packages", "scenes", "writer", "questions", "make_tokenizer")
+    names += ("make_data", "score", "report", "run")
     sys.path.insert(0, str(FOLDER))
     try:
         yield types.SimpleNamespace(**{name: __import__(name) for name in names})
@@ -247,7 +248,7 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
     positions = [scores["long"][delta]["find_32/find"]["position"] for delta in ("1", "1/8")]
     assert positions[0] > 300 and positions[1] < 0.6 * positions[0]
 
-    monkeypatch.setattr(example.run, "DELTAS", ("1", "1/8"))
+    monkeypatch.setattr(example.report, "DELTAS", ("1", "1/8"))
     row = {"eval_loss": 2.0, "eval_loss/test_book": 5.0, "eval_loss/other_drawings": 1.0}
     for folder, digit in (
         ("native/seed_0", 0.25),
@@ -255,7 +256,7 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
         ("native/seed_2", 0.25),
         ("text_only/seed_0", 0.5),
     ):
-        for stage in example.run.STAGES:
+        for stage in example.report.STAGES:
             (tmp_path / folder / stage).mkdir(parents=True)
             lines = [{"step": 5, "loss": 2.0, "seconds": 3.0}, {"step": 5, **row}]
             (tmp_path / folder / stage / "log.jsonl").write_text(
@@ -265,7 +266,7 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
         (tmp_path / folder / "scores.json").write_text(
             json.dumps(scores | {"reach": 100.0, "limit": 1})
         )
-    text = example.run.summarise(tmp_path)
+    text = example.report.summarize(tmp_path)
     assert (tmp_path / "results.md").read_text() == text and "| text_only | 1/8 |" in text
     assert (
         "native 3, text_only 1" in text and "| test_digits/digit | 50 % (25-100) | 50 % |" in text

@@ -11,10 +11,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from local_processes import Processes, free_address
-from object_store import BUCKET, servers
-from tiny_checkpoint import CONFIG, PROCESSOR, directory, random_params, tokenizer_files
 
 import infer
 from convert.__main__ import main as convert
@@ -23,8 +19,19 @@ from internvl3_jax.checkpoints import checkpoint, steps
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import latest_step
-from internvl3_jax.io.remote_files import Lease, as_path
+from internvl3_jax.io.lease import Lease
+from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, InUse
+from tests.support import tiny_checkpoint
+from tests.support.local_processes import Processes, free_address
+from tests.support.object_store import BUCKET, servers
+from tests.support.tiny_checkpoint import (
+    CONFIG,
+    PROCESSOR,
+    directory,
+    random_params,
+    tokenizer_files,
+)
 
 ROOT = pathlib.Path(infer.__file__).parent
 STEPS, SAVE_EVERY = 12, 3
@@ -75,7 +82,7 @@ def test_addresses_and_paths(monkeypatch, tmp_path):
         assert "secret" not in str(caught.value)
 
 
-def test_objects_are_written_listed_added_to_and_deleted(root):
+def test_objects_are_written_listed_added_to_and_deleted(root, tmp_path):
     path = as_path(root)
     remote_files.write_bytes(path / "a/b.txt", b"abc")
     assert remote_files.read_bytes(path / "a/b.txt", max_bytes=3) == b"abc"
@@ -93,6 +100,12 @@ def test_objects_are_written_listed_added_to_and_deleted(root):
     assert remote_files.read_bytes(path / "log", max_bytes=100).split() == [
         str(number).encode() for number in range(20)
     ]
+    for content in (b"", b"\r", b"a\n\r", b"a\r\n", b"\0" * 300_000 + b"\r"):
+        remote_files.write_bytes(path / "end", content)
+        (tmp_path / "file").write_bytes(content)
+        remote_files.upload(tmp_path, path, ["file"])
+        for name in ("end", "file"):
+            assert remote_files.read_bytes(path / name, max_bytes=1 << 20) == content
     remote_files.remove(path, [*remote_files.objects(path), "gone already"])
     assert remote_files.objects(path) == {}
 
@@ -199,7 +212,8 @@ def command(store, tmp_path_factory):
     """train.py as processes; call with a workdir, how many, and more flags."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(
-        "from test_train_hosts import hosts_config\nfrom tiny_checkpoint import changed\n"
+        "from tests.support.hosts_run import hosts_config\n"
+        "from tests.support.tiny_checkpoint import changed\n"
         "def get_config(): return changed(\n"
         f"    hosts_config(), steps={STEPS}, checkpoint__every={SAVE_EVERY}, logging__every=1)\n"
     )

@@ -12,12 +12,12 @@ import grain.python as grain
 import numpy as np
 import pytest
 from grain.experimental import assert_equal_output_after_checkpoint
-from tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.packing import Packer, choose
 from internvl3_jax.data.pipeline import make_tokenizer
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, train_config
 
 TOKENS, TILES, SIZE = 32, 6, 2
 FIELDS = ("tokens", "targets", "loss_weights", "positions")

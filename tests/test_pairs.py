@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official_data import picture, write_meta, write_video
-from test_optimizer import by_path
-from tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
 
 from internvl3_jax.config import EvalConfig, LossConfig, OptimizerConfig
 from internvl3_jax.data.batch import SampleError
@@ -22,48 +19,15 @@ from internvl3_jax.training.losses import cross_entropy
 from internvl3_jax.training.objective import MpoLoss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import TrainState, train_step
+from tests.support.official_data import write_meta, write_video
+from tests.support.pairs import LOSS, PAIRS, pairs_config
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, random_params, train_config
+from tests.support.train_step import by_path
 
 MODEL, PARAMS, OTHER = InternVL(CONFIG), random_params(CONFIG), random_params(CONFIG, seed=1)
 GRADIENT = make_optimizer(OptimizerConfig(warmup_steps=0), 100)._replace(
     init=lambda _: (), update=lambda gradients, state, _: (gradients, state)
 )
-LOSS = LossConfig(kind="mpo")
-PAIRS = 3
-
-
-def write_pairs(folder) -> str:
-    for number in range(3):
-        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
-    seen = [
-        {
-            "image": f"{n % 3}.png",
-            "question": f"What is {n}?",
-            "chosen": f"It is {n}.",
-            "rejected": f"No idea, maybe {n + 1}",
-        }
-        for n in range(6)
-    ]
-    text = [{"question": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n + 1}?"} for n in range(4)]
-    two = [
-        {
-            "image": ["0.png", "1.png"],
-            "question": "<image><image>Same?",
-            "chosen": "no",
-            "rejected": "yes yes",
-        }
-    ]
-    return write_meta(folder, seen={"rows": seen}, text={"rows": text}, two={"rows": two})
-
-
-def pairs_config(folder, **data):
-    config = train_config()
-    settings = {
-        "source": write_pairs(folder),
-        "pairs": True,
-        "pairs_per_row": PAIRS,
-        "loss_reduction": "sample",
-    } | data
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))
 
 
 def batch_of(config):
@@ -81,16 +45,6 @@ def folder(tmp_path_factory):
 def both(folder):
     """The same pairs twice: each with a question of its own, and sharing it."""
     return [batch_of(pairs_config(folder, share_question=shared)) for shared in (False, True)]
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """These programs run once or a dozen times: that takes less time than the compiler's
-    optimisations.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # --- the sample ----------------------------------------------------------------------------------
@@ -280,7 +234,7 @@ def test_a_shared_question_changes_no_number(both):
 
 
 def test_blocks_know_shared_questions(both):
-    model = InternVL(CONFIG, attention_language="blockwise")
+    model = InternVL(CONFIG, attention_language="flash")
     expected = MODEL.apply({"params": PARAMS}, both[1])
     found = model.apply({"params": PARAMS}, both[1])
     real = both[1]["segments"] > 0

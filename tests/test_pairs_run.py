@@ -10,10 +10,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from official_data import write_meta, write_video
-from test_pairs import LOSS, pairs_config
-from tiny_checkpoint import PROCESSOR, changed
 
 import train
 from internvl3_jax.config import (
@@ -32,9 +28,12 @@ from internvl3_jax.model import lora
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training import mpo, reference_model
 from internvl3_jax.training.make_reference import make_reference
+from tests.support import tiny_checkpoint
+from tests.support.official_data import write_meta, write_video
+from tests.support.pairs import LOSS, pairs_config
+from tests.support.tiny_checkpoint import PROCESSOR, changed
 
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def run_config(folder, **changes):

@@ -9,18 +9,18 @@ import jax
 import numpy as np
 import pytest
 import torch
-from torch_reference import build_reference
 
 from internvl3_jax.checkpoints.hf.assemble import params_from_tensors
 from internvl3_jax.checkpoints.hf.config import from_hf
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import GenerationConfig, Generator
-from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.projector import pixel_shuffle
 from internvl3_jax.model.vision import VisionTower, interpolate_positions
-from internvl3_jax.positions import build_positions
+from tests.support.parity import TOLERANCE, as_prompt, greedy, make_row, pair, pixels, torch_logits
+from tests.support.torch_reference import build_reference
+
+pytestmark = pytest.mark.optimized
 
 FAMILIES = [
     ("300m", "qwen2", False),
@@ -29,65 +29,11 @@ FAMILIES = [
     ("300m", "internlm3", False),
     ("6b", "internlm3", True),
 ]
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@functools.cache
-def pair(vit="300m", llm="qwen2", tied=False):
-    """(torch model, ModelConfig, params) with the same weights."""
-    reference, hf = build_reference(vit, llm, tied)
-    config = from_hf(hf)
-    params = params_from_tensors(
-        config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    )
-    return reference, config, params
-
-
-def conversation(config, tiles_per_picture, rng, lead=3, text=5):
-    """(tokens, runs) of text, then pictures with text between them."""
-    tokens, runs = list(rng.integers(0, config.image_token_id, lead)), []
-    for tiles in tiles_per_picture:
-        runs.append((len(tokens), tiles * config.tokens_per_tile))
-        tokens += [config.image_token_id] * runs[-1][1] + list(
-            rng.integers(0, config.image_token_id, text)
-        )
-    return np.asarray(tokens, np.int32), runs
-
-
-def make_row(config, tiles_per_picture, seed, **shape):
-    """(batch of one row, normalised pixels for torch [N,3,S,S])."""
-    rng = np.random.default_rng(seed)
-    tokens, _ = conversation(config, tiles_per_picture, rng, **shape)
-    size = config.vision.image_size
-    tiles = rng.integers(0, 256, (1, sum(tiles_per_picture), size, size, 3), dtype=np.uint8)
-    positions = np.arange(len(tokens), dtype=np.int32)[None] * UNITS
-    batch = {
-        "tokens": tokens[None],
-        "positions": positions,
-        "segments": np.ones_like(positions),
-        "tiles": tiles,
-    }
-    return batch, pixels(tiles[0], config)
-
-
-def pixels(tiles, config):
-    scaled = (tiles.astype(np.float32) / 255 - np.float32(config.vision.mean)) / np.float32(
-        config.vision.std
-    )
-    return torch.from_numpy(scaled).permute(0, 3, 1, 2)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def apply(model, params, batch, scaling=None):
     return model.apply({"params": params}, batch, scaling=scaling)
-
-
-def torch_logits(reference, tokens, values, **more):
-    with torch.no_grad():
-        ids = torch.from_numpy(np.asarray(tokens, np.int64))
-        return reference(
-            input_ids=ids, pixel_values=values if len(values) else None, **more
-        ).logits.numpy()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
@@ -175,27 +121,6 @@ def test_greedy_tokens(family):
         [as_prompt(config, batch, (2, 1))], greedy(24, 1, config)
     )
     assert ours[0] == out[0, ids.shape[1] :].tolist()
-
-
-def greedy(limit, rows, config):
-    return GenerationConfig(limit, Sampling(), (0,) * rows, config.language.rope_scaling)
-
-
-def as_prompt(config, batch, tiles_per_picture, deltas=None):
-    tokens = batch["tokens"][0]
-    starts = [
-        i
-        for i, t in enumerate(tokens)
-        if t == config.image_token_id and (i == 0 or tokens[i - 1] != config.image_token_id)
-    ]
-    runs = [
-        (start, tiles * config.tokens_per_tile)
-        for start, tiles in zip(starts, tiles_per_picture, strict=True)
-    ]
-    cuts = np.cumsum(tiles_per_picture)[:-1] if tiles_per_picture else []
-    pictures = np.split(batch["tiles"][0], cuts) if tiles_per_picture else []
-    deltas = [UNITS] * len(runs) if deltas is None else deltas
-    return Prompt(tokens, build_positions(len(tokens), runs, deltas), runs, pictures)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: "-".join(map(str, family)))

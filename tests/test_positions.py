@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from internvl3_jax.config import UNITS
-from internvl3_jax.positions import DELTAS, build_positions, draw_deltas, next_position, parse_delta
+from internvl3_jax.positions import (
+    DELTAS,
+    build_positions,
+    next_position,
+    parse_delta,
+    sample_deltas,
+)
 
 LAST_WHOLE = 8_388_607  # (2**31 - 1) // 256
 
@@ -135,17 +141,17 @@ def test_next_position():
 @pytest.mark.parametrize(
     ("runs", "deltas", "message"),
     [
-        ([(0, 4)], [], "1 pictures but 0 deltas"),
-        ([(0, 4)], [0], r"picture 0 .*delta 0 is not an integer"),
+        ([(0, 4)], [], "1 images but 0 deltas"),
+        ([(0, 4)], [0], r"image 0 .*delta 0 is not an integer"),
         ([(0, 4)], [257], "delta 257"),
         ([(0, 4)], [0.25], r"delta 0\.25 .* use parse_delta"),
         ([(0, 4)], [True], "delta True"),
         ([(0, 0)], [64], "has 0 context tokens"),
-        ([(-1, 4)], [64], "must lie inside the 20 tokens"),
-        ([(17, 4)], [64], "must lie inside the 20 tokens"),
-        ([(2, 4), (5, 4)], [64, 64], "picture 1 .*overlaps or touches"),
-        ([(2, 4), (6, 4)], [64, 64], "picture 1 .*overlaps or touches"),
-        ([(10, 4), (2, 4)], [64, 64], "picture 1 .*overlaps or touches"),
+        ([(-1, 4)], [64], "inside the 20 tokens"),
+        ([(17, 4)], [64], "inside the 20 tokens"),
+        ([(2, 4), (5, 4)], [64, 64], "image 1 .*overlaps or touches"),
+        ([(2, 4), (6, 4)], [64, 64], "image 1 .*overlaps or touches"),
+        ([(10, 4), (2, 4)], [64, 64], "image 1 .*overlaps or touches"),
     ],
 )
 def test_bad_runs_and_deltas_are_errors(runs, deltas, message):
@@ -193,10 +199,10 @@ def test_delta_that_is_no_number_is_an_error(value):
 
 
 def test_deltas_are_drawn_from_the_published_set_and_repeat_with_the_seed():
-    drawn = draw_deltas(900, np.random.default_rng(3))
-    assert drawn == draw_deltas(900, np.random.default_rng(3))
-    assert drawn != draw_deltas(900, np.random.default_rng(4))
+    drawn = sample_deltas(900, np.random.default_rng(3))
+    assert drawn == sample_deltas(900, np.random.default_rng(3))
+    assert drawn != sample_deltas(900, np.random.default_rng(4))
     counts = [drawn.count(delta) for delta in DELTAS]
     assert sum(counts) == 900 and min(counts) > 60  # 100 expected of each
-    assert draw_deltas(0, np.random.default_rng(0)) == []
-    build_positions(40, [(1, 16), (20, 16)], draw_deltas(2, np.random.default_rng(0)))
+    assert sample_deltas(0, np.random.default_rng(0)) == []
+    build_positions(40, [(1, 16), (20, 16)], sample_deltas(2, np.random.default_rng(0)))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parity import conversation, pair, pixels, torch_logits
 
 from internvl3_jax.config import UNITS, LossConfig, ProcessorConfig
 from internvl3_jax.data.packing import join
@@ -20,6 +19,9 @@ from internvl3_jax.data.text.chat_template import Encoded
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.training import mpo
 from internvl3_jax.training.objective import MpoLoss
+from tests.support.parity import conversation, pair, pixels, torch_logits
+
+pytestmark = pytest.mark.optimized
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = (RNG.normal(-40, 12, (3, 5, 2)).astype(np.float32) for _ in range(2))

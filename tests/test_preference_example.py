@@ -79,13 +79,13 @@ def test_the_table_counts(example, tmp_path):
         (folder / "pairs.jsonl.done").write_text(
             '{"id": 0, "pairs": 2, "right": 1, "wrong": 2, "silent": 0}\n'
         )
-    text = example.run.summarise(tmp_path)
+    text = example.run.summarize(tmp_path)
     assert (
         "| policy | 25.0 % | 50.0 % | 37.5 % |" in text
         and "| mpo | 75.0 % | 50.0 % | 62.5 % |" in text
     )
     assert (
-        "MPO less policy: +25.0 points (+50.0, +0.0, standard deviation over seeds 35.4)." in text
+        "MPO minus policy: +25.0 points (+50.0, +0.0, standard deviation over seeds 35.4)." in text
     )
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert "2 pairs of 1 of 1 questions" in text

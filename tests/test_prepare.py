@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
-from official_data import PROCESSOR, data_config, encoded, picture, tokenizer, turns, write_meta
 from PIL import Image
 
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.sources.catalog import open_sources
+from tests.support.official_data import (
+    PROCESSOR,
+    data_config,
+    encoded,
+    picture,
+    tokenizer,
+    turns,
+    write_meta,
+)
 
 pytestmark = pytest.mark.smoke
 

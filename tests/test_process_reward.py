@@ -144,7 +144,7 @@ def test_the_table(example, data):
             {"id": n, "answer": answer, "candidates": eight} for n, answer in enumerate(answers)
         ]
         (data / f"answers_{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = example.run.summarise(data)
+    text = example.run.summarize(data)
     results = json.loads((data / "results.json").read_text())
     assert results["one answer"]["greedy"] == [0.5, 0.0]
     assert results["of n"]["majority"] == {

@@ -9,10 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_lora import SETTINGS, drawn, logits, step_of
-from test_sharding import MESHES
-from test_step import assert_close, batch, by_path
-from tiny_checkpoint import CONFIG, random_params, train_config
 
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.model import lora
@@ -20,8 +16,11 @@ from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.model.ops.quantize import KINDS, dequantize, quantize
 from internvl3_jax.parallel import sharding
 from internvl3_jax.sizes import SIZES
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.support.batches import batch
+from tests.support.lora_setup import SETTINGS, drawn, logits, step_of
+from tests.support.meshes import MESHES
+from tests.support.tiny_checkpoint import CONFIG, random_params, train_config
+from tests.support.train_step import assert_close, by_path
 
 
 def prepared(kind, params=None):

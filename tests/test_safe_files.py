@@ -90,7 +90,7 @@ def test_a_file_that_is_no_lock_is_left_as_it_is(tmp_path):
     path = tmp_path / "some.lock"
     path.write_bytes(b"notes")
     with (
-        pytest.raises(safe_files.FileError, match="some.lock: is no lock of this program"),
+        pytest.raises(safe_files.FileError, match="some.lock: is not a lock file of this program"),
         safe_files.Lock(path, "it"),
     ):
         pass
@@ -100,3 +100,10 @@ def test_a_file_that_is_no_lock_is_left_as_it_is(tmp_path):
         with safe_files.Lock(path, "it"):
             pass
     assert path.read_bytes().count(b"host") == 1
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir, lambda link: link.symlink_to(tmp_path / "elsewhere")):
+        make(path)
+        with pytest.raises(safe_files.FileError, match="some.lock: is not a lock file of this pr"):
+            safe_files.Lock(path, "it").acquire()
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert not any(tmp_path.iterdir())

@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from qwen_tokenizer import INTERNVL, random_texts
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import TokenizerError
+from tests.support.qwen_tokenizer import INTERNVL, random_texts
 
 PIECES = 350  # entries of the models; added tokens follow
 

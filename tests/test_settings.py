@@ -3,11 +3,11 @@ line.
 """
 
 import dataclasses
+import os
 import re
 
 import pytest
 from absl import flags
-from tiny_checkpoint import CONFIG, train_config
 
 from configs.common import RELEASED
 from internvl3_jax import config as config_module
@@ -22,6 +22,7 @@ from internvl3_jax.config import (
 from internvl3_jax.io import limits, typed
 from internvl3_jax.io.command_line import UsageError
 from internvl3_jax.training import checks, settings
+from tests.support.tiny_checkpoint import CONFIG, train_config
 
 pytestmark = pytest.mark.smoke
 
@@ -70,7 +71,7 @@ WRONG = {
     "loss_chunk": 0,
     "scan_unroll": 0,
     "logging.profile_steps": (3, 2),
-    "attention_vision": "flash",
+    "attention_vision": "warp",
     "remat_language": "half",
     "model.vision.num_heads": 0,
     "model.vision.norm_eps": "1e-6",
@@ -103,6 +104,28 @@ def test_a_wrong_setting_is_named(path):
         checks.validate(put(base(), path, WRONG[path]))
     (line,) = str(raised.value).splitlines()
     assert path in line and len(line) < 300, line
+
+
+def float_fields(config, prefix: str = "model."):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from float_fields(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) or "float" in str(field.type):
+            yield f"{prefix}{field.name}", value
+
+
+@pytest.mark.parametrize("path, value", list(float_fields(CONFIG)))
+@pytest.mark.parametrize("wrong", [1e300, -1e300, 1e-300])
+def test_a_number_of_a_model_has_a_range(path, value, wrong):
+    """1e-300 is as good as 0, which rates may be."""
+    config = put(base(), path, (wrong,) * 3 if isinstance(value, tuple) else wrong)
+    may_be_zero = ("layer_scale_init", "drop_path", "mean")
+    if wrong == 1e-300 and path.endswith(may_be_zero):
+        checks.validate(config)
+        return
+    with pytest.raises(ConfigError, match=rf"{re.escape(path)} is .*; it must be .*from .* to "):
+        checks.validate(config)
 
 
 def test_all_wrong_settings_are_named_at_once():
@@ -182,7 +205,7 @@ def load(tmp_path):
     """settings.load of a command line after --config; the recipe is the tiny model's."""
     path = tmp_path / "recipe.py"
     path.write_text(
-        "import dataclasses\nfrom tiny_checkpoint import train_config\n\n"
+        "import dataclasses\nfrom tests.support.tiny_checkpoint import train_config\n\n"
         "def get_config(steps='30'):\n    return dataclasses.replace(train_config(), steps=int(steps))\n"
     )
     if not flags.FLAGS.is_parsed():
@@ -281,6 +304,9 @@ def test_a_missing_file_is_named(load, tmp_path):
         load(file=None)
     with pytest.raises(UsageError, match=r"recipy.py: no such file; did you mean 'recipe.py'\?"):
         load(file=tmp_path / "recipy.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UsageError, match=r"pipe.py: is not a regular file; name a file"):
+        load(file=tmp_path / "pipe.py")
     with pytest.raises(UsageError, match=r"recipe.py line 5: invalid literal for int\(\)"):
         load(file=f"{tmp_path}/recipe.py:many")
     assert load(file=f"{tmp_path}/recipe.py:7").config.steps == 7
@@ -290,7 +316,7 @@ def test_warm_up_follows_the_steps(load, tmp_path):
     """A fraction of all steps; a number of steps on the command line takes its place."""
     path = tmp_path / "fraction.py"
     path.write_text(
-        "import dataclasses\nfrom tiny_checkpoint import train_config\n\ndef get_config():\n    config = train_config()\n"
+        "import dataclasses\nfrom tests.support.tiny_checkpoint import train_config\n\ndef get_config():\n    config = train_config()\n"
         "    optimizer = dataclasses.replace(config.optimizer, warmup_fraction=0.1)\n"
         "    return dataclasses.replace(config, optimizer=optimizer)\n"
     )

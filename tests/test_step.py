@@ -10,12 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
-from test_model import make_row, pack, pad
-from test_optimizer import by_path
-from tiny_checkpoint import CONFIG, random_params
 
-from internvl3_jax.config import UNITS, OptimizerConfig
-from internvl3_jax.data.batch import average_weights
+from internvl3_jax.config import UNITS
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.ops.remat import POLICIES
 from internvl3_jax.training.losses import chunked_cross_entropy
@@ -27,80 +23,26 @@ from internvl3_jax.training.step import (
     init_state,
     train_step,
     trained_paths,
-    trains_tower,
 )
-
-MODEL, PARAMS = InternVL(CONFIG), random_params(CONFIG)
-SETTINGS = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
-TOKENS, TILES = 48, 4
-SHAPES = [
-    [(2, 64)],
-    [],
-    [(1, 1), (1, UNITS)],
-    [(1, 128), (2, UNITS)],
-    [],
-    [(3, 256)],
-    [(1, 64), (1, 32)],
-    [(1, UNITS)],
-]
-
-
-def sample(pictures, seed, average="square", source=0):
-    """A row of one sample with targets; about a third of its tokens is trained."""
-    row = make_row(pictures, seed)
-    rng = np.random.default_rng(seed)
-    targets = np.append(row["tokens"][0, 1:], 0).astype(np.int32)
-    trained = (
-        (rng.random(len(targets)) < 0.4)
-        & (np.arange(len(targets)) < len(targets) - 1)
-        & (targets != CONFIG.image_token_id)
-    )
-    trained[0] = True
-    weights = average_weights(trained, average)
-    sources = np.full(len(targets), source, np.int32)
-    return row | {"targets": targets[None], "loss_weights": weights[None], "sources": sources[None]}
-
-
-def padded(row):
-    extra = TOKENS - row["tokens"].shape[1]
-    rest = {
-        name: np.pad(row[name], ((0, 0), (0, extra)))
-        for name in ("targets", "loss_weights", "sources")
-    }
-    return (
-        pad(
-            {name: row[name] for name in ("tokens", "positions", "segments", "tiles")},
-            TOKENS,
-            TILES,
-            0,
-        )
-        | rest
-    )
-
-
-def stack(rows):
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-@functools.cache
-def batch(count=4):
-    return stack(
-        [padded(sample(shape, seed, source=seed % 3)) for seed, shape in enumerate(SHAPES[:count])]
-    )
-
-
-def first_state(optimizer, params=PARAMS) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-
-
-def compiled_step(optimizer, state, values, model=MODEL, **settings):
-    micro_batches = settings.pop("micro_batches", 1)
-    loss_fn = SftLoss(model, drop_path=trains_tower(optimizer, state.params), **settings)
-    step = jax.jit(functools.partial(train_step, loss_fn, optimizer, micro_batches=micro_batches))
-    # These programs run once or twice: the compiler's optimisations would take longer.
-    return step.lower(state, values, jax.random.key(0)).compile(
-        {"xla_backend_optimization_level": 0}
-    )
+from tests.support.batches import (
+    SHAPES,
+    batch,
+    pack,
+    padded,
+    sample,
+    stack,
+)
+from tests.support.tiny_checkpoint import CONFIG, random_params
+from tests.support.train_step import (
+    GRADIENT,
+    MODEL,
+    PARAMS,
+    SETTINGS,
+    assert_close,
+    by_path,
+    compiled_step,
+    first_state,
+)
 
 
 def update(values, config=SETTINGS, model=MODEL, steps=1, **settings):
@@ -113,13 +55,6 @@ def update(values, config=SETTINGS, model=MODEL, steps=1, **settings):
     return state, metrics
 
 
-# Adds the gradient and does nothing else; unlike AdamW's, its step is not at the mercy of the sign
-# of a gradient that is nearly zero.
-GRADIENT = make_optimizer(SETTINGS, 100)._replace(
-    init=lambda _: (), update=lambda gradients, state, _: (gradients, state)
-)
-
-
 def descent(values, model=MODEL, **settings):
     """(updated parameters, metrics) with the optimizer above."""
     state = first_state(GRADIENT)
@@ -127,13 +62,6 @@ def descent(values, model=MODEL, **settings):
         state, values, jax.random.key(0)
     )
     return state.params, metrics
-
-
-def assert_close(found, expected, tolerance=1e-5):
-    found, expected = by_path(found), by_path(expected)
-    assert set(found) == set(expected)
-    for path, leaf in expected.items():
-        np.testing.assert_allclose(found[path], leaf, rtol=tolerance, atol=tolerance, err_msg=path)
 
 
 @functools.cache
@@ -145,9 +73,9 @@ def expected(count=4):
 # --- the same update in other ways ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_micro_batches_are_the_batch(count):
-    assert_close(descent(batch(), micro_batches=count, num_sources=3, chunk=10), expected())
+def test_micro_batches_are_the_batch():
+    """One row each; several rows each are in test_several_devices_are_one."""
+    assert_close(descent(batch(), micro_batches=4, num_sources=3, chunk=10), expected())
 
 
 def test_micro_batches_must_divide_the_rows():

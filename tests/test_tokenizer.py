@@ -7,11 +7,18 @@ import pickle
 
 import numpy as np
 import pytest
-from qwen_tokenizer import ADDED_IDS, CONTROL, INTERNVL, MARKUP, random_texts, write_qwen_tokenizer
 from tokenizers.decoders import DecodeStream
 
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import TokenizerError, with_merges
+from tests.support.qwen_tokenizer import (
+    ADDED_IDS,
+    CONTROL,
+    INTERNVL,
+    MARKUP,
+    random_texts,
+    write_qwen_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +220,7 @@ def test_small_tokenizer():
         ),
         (
             {"tokenizer_config__json": {"added_tokens_decoder": {"x": {"content": "<img>"}}}},
-            "'x' is no id of a token",
+            "'x' is not an id of a token",
         ),
         (
             {"tokenizer_config__json": {"added_tokens_decoder": {"4": {}}}},

@@ -2,7 +2,6 @@
 them is killed.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -12,59 +11,16 @@ import signal
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
-from local_processes import ROOT, Ended, Processes, free_address
-from tiny_checkpoint import changed, train_config
 
 from internvl3_jax import load
-from internvl3_jax.config import EvalConfig, LossConfig, MeshConfig
+from internvl3_jax.config import MeshConfig
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.parallel.sharding import make_mesh
 from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST
-
-STEPS, SAVE_EVERY = 12, 3
-
-
-def hosts_config():
-    """Eight rows from four streams, so that one, two or four processes see the same global batches."""
-    config = train_config()
-    data = dataclasses.replace(config.data, rows=8, shards=4, tokens_per_row=128, tiles_per_row=8)
-    optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
-    return changed(
-        config,
-        data=data,
-        optimizer=optimizer,
-        steps=STEPS,
-        checkpoint__every=SAVE_EVERY,
-        host_check_every=2,
-    )
-
-
-def pairs_config(source: str, init_from: str):
-    """MPO on pairs, evaluated on the same."""
-    config = hosts_config()
-    data = dataclasses.replace(
-        config.data,
-        source=source,
-        pairs=True,
-        pairs_per_row=3,
-        loss_reduction="sample",
-        packing_buffer=2,
-    )
-    loss = LossConfig(
-        kind="mpo", reward_shift="moving"
-    )  # the running one counts the parts of an update, so it knows how many there are
-    evaluation = EvalConfig(source, every=3, batches=1)
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
-    return dataclasses.replace(
-        config,
-        data=data,
-        optimizer=optimizer,
-        loss=loss,
-        init_from=init_from,
-        steps=3,
-        eval=evaluation,
-    )
+from tests.support import tiny_checkpoint
+from tests.support.hosts_run import SAVE_EVERY, STEPS
+from tests.support.local_processes import ROOT, Ended, Processes, free_address
+from tests.support.pairs import write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +32,9 @@ def start(tmp_path_factory):
 
     def start(workdir, count: int, devices: int, *flags, config="hosts_config()"):
         path, address = folder / f"{workdir.name}.py", free_address()
-        path.write_text(f"from test_train_hosts import *\ndef get_config(): return {config}\n")
+        path.write_text(
+            f"from tests.support.hosts_run import *\ndef get_config(): return {config}\n"
+        )
         line = [str(ROOT / "train.py"), f"--config={path}", f"--workdir={workdir}", *flags]
         own = [
             [f"--coordinator={address}", f"--processes={count}", f"--process={number}"]
@@ -146,7 +104,7 @@ def test_a_killed_process_ends_the_others(killed):
     for number in (0, 1, 3):
         assert ended[number].status in (EXIT_PEER_LOST, -signal.SIGABRT), ended[number].out
         assert re.search(
-            r"process 2 \(host \S+\) (no longer answers|gives no sign of life)", ended[number].out
+            r"process 2 \(host \S+\) (no longer answers|sends no heartbeat)", ended[number].out
         )
     assert latest_step(workdir) % SAVE_EVERY == 0, "what was complete is kept"
 
@@ -186,10 +144,7 @@ def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
 
 
 def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path):
-    """Policy, reference and eval pairs over the devices of both."""
-    # computes where it is imported, and train.py's processes import this file
-    from test_pairs import write_pairs
-
+    """Policy, reference and held-out pairs over the devices of both."""
     config = f"pairs_config({write_pairs(tmp_path)!r}, {str(tiny_checkpoint.directory())!r})"
     finish(start(tmp_path / "one", 1, 1, config=config))
     finish(start(tmp_path / "two", 2, 2, "--config.mesh.context=2", config=config))

@@ -13,8 +13,6 @@ import sys
 import types
 
 import pytest
-from official_data import turns, write_meta
-from tiny_checkpoint import changed, tokenizer_files, train_config
 
 from internvl3_jax.config import ConfigError, to_dict
 from internvl3_jax.data.identity import DataChanged, check_identity, data_identity
@@ -25,6 +23,8 @@ from internvl3_jax.parallel import multihost
 from internvl3_jax.training import log_sinks, run_log, state, workdir
 from internvl3_jax.training.guards import SkipLog
 from internvl3_jax.training.history import RunHistory, farewell, is_finished
+from tests.support.official_data import turns, write_meta
+from tests.support.tiny_checkpoint import changed, tokenizer_files, train_config
 
 pytestmark = pytest.mark.smoke
 
@@ -46,6 +46,21 @@ def test_a_place_where_no_run_can_be_is_refused_before_anything(tmp_path):
         with pytest.raises(FileError, match=message):
             workdir.named(name)
     assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]
+
+
+def test_checkpoints_that_cannot_hold_steps_are_refused_before_anything(tmp_path):
+    workdir.named(str(tmp_path))
+    for make in (
+        os.mkfifo,
+        lambda path: path.write_text("mine"),
+        lambda path: path.symlink_to("x"),
+    ):
+        make(tmp_path / "checkpoints")
+        with pytest.raises(FileError, match="checkpoints: is not a directory, so no step can be"):
+            workdir.named(str(tmp_path))
+        (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints").mkdir()
+    workdir.named(str(tmp_path))
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):
@@ -127,6 +142,23 @@ def test_what_is_no_configuration_is_named_and_stays(tmp_path, content, message)
         with pytest.raises(FileError, match=message):
             workdir.same_run(train_config(), tmp_path, newest)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": "x"}, "config.json: steps is the text 'x'; expected a whole number"),
+        ({"data": {"rows": []}}, r"config.json: data.rows is the list \[\]; expected a whole"),
+        ({"model": {"vision": []}}, r"config.json: model.vision is the list \[\]; expected an"),
+        ({"optimizer": {"freeze": 1}}, "config.json: optimizer.freeze is the number 1; expected"),
+    ],
+)
+def test_a_saved_setting_of_a_wrong_type_is_named(tmp_path, changes, message):
+    values = {"model": {}, "data": {}, "optimizer": {}, "steps": 3} | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for newest in (None, 4):
+        with pytest.raises(FileError, match=message):
+            workdir.same_run(train_config(), tmp_path, newest)
 
 
 def test_a_setting_that_does_not_exist_is_named(tmp_path):

@@ -33,8 +33,8 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 28, 4, 6
 CONFIG = f"""\
 import dataclasses, os, time
 from internvl3_jax.data.loader import BatchLoader
-from official_run import official_config
-from tiny_checkpoint import changed
+from tests.support.official_run import official_config
+from tests.support.tiny_checkpoint import changed
 
 following = BatchLoader.__next__
 def slowly(self):
@@ -117,8 +117,8 @@ class Killer:
 
 def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]:
     """Returns what differs."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from official_run import write_official
+    sys.path.insert(0, str(ROOT))
+    from tests.support.official_run import write_official
 
     (scratch / "data").mkdir()
     meta = write_official(scratch / "data")

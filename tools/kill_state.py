@@ -96,7 +96,7 @@ def make_model(scratch: str) -> None:
     """A tiny random model, and pictures to ask about."""
     import shutil
 
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     shutil.copytree(tiny_checkpoint.directory(), pathlib.Path(scratch) / "model")
     for number in range(3):
@@ -106,9 +106,7 @@ def make_model(scratch: str) -> None:
 
 
 def environment(scratch: pathlib.Path) -> dict[str, str]:
-    path = os.pathsep.join(
-        [*map(str, (ROOT, ROOT / "tests", ROOT / "tools")), os.environ.get("PYTHONPATH", "")]
-    )
+    path = os.pathsep.join([*map(str, (ROOT, ROOT / "tools")), os.environ.get("PYTHONPATH", "")])
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

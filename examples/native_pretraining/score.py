@@ -1,8 +1,7 @@
-"""Asks a model the questions of a meta JSON: the same reading, cutting, prompts and generation as
-in training and in use.
+"""Scores a model on the questions of a meta JSON, by task and V2PE step, with greedy answers.
 
-Used by run.py. Every row has a key "task"; the last turn of its conversation is the expected
-answer. Greedy.
+Reading, tiling, prompts and generation are those of training and inference. Every row has a key
+"task"; the last turn of its conversation is the expected answer.
 """
 
 import pathlib
@@ -27,102 +26,101 @@ from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.positions import parse_delta
 
 LONGEST = 64  # tokens of an answer
-BATCHES = (50, 25, 10, 5, 1)  # prompts at a time; the largest that keeps within TOKENS
+BATCHES = (50, 25, 10, 5, 1)  # prompts per batch; the largest that has at most TOKENS
 TOKENS = 8192
-UNASKED = "continue"  # a novel has no right answer; its loss is in the training's log
+UNSCORED = "continue"  # a novel has no correct answer; its loss is in the log of the training
 
 
 def score(
     checkpoint: Checkpoint, meta: str, deltas: Sequence[str], most: int | None = None
 ) -> dict[str, dict[str, dict]]:
-    """Delta -> "SOURCE/TASK" -> {"right": share, "questions": number, "position": median of the
-    prompts' last positions}.
+    """Scores every task of every source.
 
-    most: questions of each task of a source that are asked; None: all.
+    Args:
+      deltas: V2PE steps to ask each question with.
+      most: questions of each task of a source; None is all.
+
+    Returns:
+      delta -> "SOURCE/TASK" -> {"right": fraction of correct answers, "questions": number,
+      "position": median of the prompts' last positions}.
     """
-    generator = Generator(
-        checkpoint.config,
-        jax.device_get(checkpoint.params),
-        stop_ids=[
-            checkpoint.tokenizer.token_id(token) for token in checkpoint.processor.stop_tokens
-        ],
-    )
+    stop_ids = [checkpoint.tokenizer.token_id(token) for token in checkpoint.processor.stop_tokens]
+    generator = Generator(checkpoint.config, jax.device_get(checkpoint.params), stop_ids=stop_ids)
     data = DataConfig(source=meta)
-    preparer = ExampleBuilder(data, checkpoint.processor, checkpoint.tokenizer)
+    builder = ExampleBuilder(data, checkpoint.processor, checkpoint.tokenizer)
     scores: dict[str, dict[str, dict]] = {delta: {} for delta in deltas}
     for source in open_sources(data):
         for task, rows in rows_by_task(source, most).items():
-            questions = [read(preparer, source, row) for row in rows]
+            questions = [read(builder, source, row) for row in rows]
+            expected = [messages[-1]["content"] for messages, _ in questions]
             for delta in deltas:
-                prompts = [
-                    prompt(checkpoint, *question, parse_delta(delta)) for question in questions
-                ]
+                units = parse_delta(delta)
+                prompts = [build_prompt(checkpoint, *question, units) for question in questions]
                 answers = answer(checkpoint, generator, prompts)
-                expected = [messages[-1]["content"] for messages, _ in questions]
+                right = [is_right(*pair) for pair in zip(expected, answers, strict=True)]
+                positions = [prompt.positions[-1] / UNITS for prompt in prompts]
                 scores[delta][f"{source.name}/{task}"] = {
-                    "right": float(
-                        np.mean([is_right(*pair) for pair in zip(expected, answers, strict=True)])
-                    ),
+                    "right": float(np.mean(right)),
                     "questions": len(rows),
-                    "position": float(np.median([one.positions[-1] / UNITS for one in prompts])),
+                    "position": float(np.median(positions)),
                 }
     return scores
 
 
 def rows_by_task(source, most: int | None = None) -> dict[str, list[int]]:
-    """Task -> numbers of the first `most` rows of a source that have it."""
-    found: dict[str, list[int]] = {}
+    """Returns task -> numbers of the first `most` rows of a source that have it."""
+    rows: dict[str, list[int]] = {}
     for row in range(len(source)):
         task = source.rows[row][0].get("task", "")
-        if task != UNASKED:
-            found.setdefault(task, []).append(row)
-    return {task: rows[:most] for task, rows in found.items()}
+        if task != UNSCORED:
+            rows.setdefault(task, []).append(row)
+    return {task: numbers[:most] for task, numbers in rows.items()}
 
 
-def read(preparer: ExampleBuilder, source, row: int) -> tuple[list[dict], list[np.ndarray]]:
-    """(messages, tiles u8[n,S,S,3] of each picture) of a row."""
-    conversation = preparer.read(source, row, np.random.default_rng(0))
-    return conversation.messages, [
-        preparer.cut(picture, conversation) for picture in conversation.pictures
-    ]
+def read(builder: ExampleBuilder, source, row: int) -> tuple[list[dict], list[np.ndarray]]:
+    """Returns (messages, tiles u8[n,S,S,3] of each image) of a row."""
+    conversation = builder.read(source, row, np.random.default_rng(0))
+    tiles = [builder.cut(image, conversation) for image in conversation.images]
+    return conversation.messages, tiles
 
 
-def prompt(
+def build_prompt(
     checkpoint: Checkpoint, messages: list[dict], tiles: list[np.ndarray], delta: int
 ) -> Prompt:
-    """The conversation up to its last answer, with every picture at one V2PE step in units of
-    1/256.
-    """
+    """Returns the conversation up to its last answer. delta: V2PE step of all images, in 1/256."""
     return make_prompt(
         messages[:-1], tiles, checkpoint.tokenizer, checkpoint.processor, [delta] * len(tiles)
     )
 
 
 def answer(checkpoint: Checkpoint, generator: Generator, prompts: Sequence[Prompt]) -> list[str]:
-    longest = max(len(one.tokens) for one in prompts)
+    """Returns the greedy answers, generated in batches."""
+    longest = max(len(prompt.tokens) for prompt in prompts)
     size = next((size for size in BATCHES if size * longest <= TOKENS), 1)
     answers = []
     for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
+        batch = prompts[start : start + size]
         # V2PE switches dynamic NTK off
-        run = GenerationConfig(LONGEST, Sampling(), (0,) * len(part), "none")
+        run = GenerationConfig(LONGEST, Sampling(), (0,) * len(batch), "none")
         answers += [
-            checkpoint.tokenizer.decode(ids).strip() for ids in generator.generate(part, run)
+            checkpoint.tokenizer.decode(ids).strip() for ids in generator.generate(batch, run)
         ]
     return answers
 
 
 def is_right(expected: str, answered: str) -> bool:
-    """Equal; with a box, the same thing and a box that covers its own well enough (IoU >= 0.5, as
-    RefCOCO scores).
+    """Compares the texts or, if a box is expected, the names and the boxes (IoU >= 0.5, as in
+    RefCOCO).
     """
-    wanted, found = _box(expected), _box(answered)
-    if wanted is None:
+    expected_box, answered_box = _box(expected), _box(answered)
+    if expected_box is None:
         return expected == answered
-    return found is not None and wanted[0] == found[0] and iou(wanted[1], found[1]) >= 0.5
+    if answered_box is None or expected_box[0] != answered_box[0]:
+        return False
+    return iou(expected_box[1], answered_box[1]) >= 0.5
 
 
 def _box(text: str) -> tuple[str, tuple[int, ...]] | None:
-    """(name, box) of a text that ends with one."""
+    """Returns (name, box) of a text that ends with a box, else None."""
     match = re.search(r"<ref>([^<]*)</ref><box>\[\[(\d+), (\d+), (\d+), (\d+)\]\]</box>$", text)
     return (match[1], tuple(map(int, match.groups()[1:]))) if match else None

@@ -1,8 +1,7 @@
-"""What each setting may be, in one table: the class and field, and the values allowed.
+"""The values that each setting may have, in one table by class and field.
 
-`problems` checks a whole configuration by it, and by the annotations. What two settings say
-together is checked where they meet:
-config.validate for the model, checks.validate for a run.
+`problems` checks a configuration against the table and the type annotations. Contradictions between
+settings are found by config.validate (the model) and training/checks.validate (a run).
 """
 
 import dataclasses
@@ -21,17 +20,11 @@ class Rule(NamedTuple):
 
 
 def _from(low, high=None) -> Rule:
-    """Both inclusive."""
+    """Returns a rule for numbers from low to high, both inclusive."""
     if high is None:
         return Rule(lambda value: value >= low, f"at least {low}")
-    return Rule(
-        lambda value: low <= value <= high,
-        f"from {low} to {high:,}" if isinstance(high, int) else f"from {low} to {high}",
-    )
-
-
-def _above(low, high) -> Rule:
-    return Rule(lambda value: low < value <= high, f"above {low}, and at most {high}")
+    bounds = f"{low} to {high:,}" if isinstance(high, int) else f"{low:g} to {high:g}"
+    return Rule(lambda value: low <= value <= high, f"from {bounds}")
 
 
 def _below(low, high) -> Rule:
@@ -43,8 +36,11 @@ def one_of(*known: str) -> Rule:
     return Rule(lambda value: value in known, listed)
 
 
-def _channels(holds: Callable[[float], bool], expected: str) -> Rule:
-    return Rule(lambda value: len(value) == 3 and all(map(holds, value)), expected)
+def _channels(low: float, high: float) -> Rule:
+    return Rule(
+        lambda value: len(value) == 3 and all(low <= channel <= high for channel in value),
+        f"three numbers from {low:g} to {high:g}, of red, green and blue",
+    )
 
 
 _COUNT = _from(1, 2**31 - 1)
@@ -52,14 +48,23 @@ _COUNT_OR_NONE = _from(0, 2**31 - 1)
 _WIDTH = _from(1, 2**24)
 _LAYERS = _from(1, 10_000)
 _HEADS = _from(1, 65_536)
-_EPSILON = _from(0.0, 1.0)
 _SEED = _from(0, 2**32 - 1)
 _RATE = _from(0.0, 1e4)
 _SHARE = _from(0.0, 1.0)
 _AXIS = Rule(
     lambda value: value == -1 or 1 <= value <= 2**20,
-    "at least 1, or -1 for what the other axes leave",
+    "at least 1, or -1 for all devices that the other axes leave",
 )
+
+# (lowest, highest) of a model's real numbers. Beyond them a value is a slip, and float32 would
+# overflow, divide by zero or lose the value.
+EPSILON = (1e-20, 0.1)  # released: 1e-6 and 1e-5
+ROPE_THETA = (1.0, 1e15)  # released: 1e4 to 5e7
+ROPE_FACTOR = (1.0, 1e6)  # released: 2 to 6
+LAYER_SCALE = (0.0, 1e3)  # released: 0.1
+DROP_PATH = (0.0, 0.999)  # released: 0 to 0.4
+MEAN, STD = (-10.0, 10.0), (1e-3, 1e3)  # of pixels from 0 to 1; released: about 0.45 and 0.23
+LORA_ALPHA = (1e-6, 1e6)  # usual: 8 to 256
 
 LIMITS: dict[str, dict[str, Rule]] = {
     "VisionConfig": {
@@ -70,10 +75,11 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "num_heads": _HEADS,
         "intermediate_size": _WIDTH,
         "norm": one_of("layer_norm", "rms_norm"),
-        "norm_eps": _EPSILON,
-        "drop_path": _below(0.0, 1.0),
-        "mean": _channels(lambda value: True, "three numbers, of red, green and blue"),
-        "std": _channels(lambda value: value > 0, "three numbers above 0, of red, green and blue"),
+        "norm_eps": _from(*EPSILON),
+        "layer_scale_init": _from(*LAYER_SCALE),
+        "drop_path": _from(*DROP_PATH),
+        "mean": _channels(*MEAN),
+        "std": _channels(*STD),
     },
     "LanguageConfig": {
         "vocab_size": _from(1, 2**26),
@@ -83,10 +89,10 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "num_kv_heads": _HEADS,
         "head_dim": _from(1, 65_536),
         "intermediate_size": _WIDTH,
-        "norm_eps": _EPSILON,
-        "rope_theta": _above(0.0, 1e15),
+        "norm_eps": _from(*EPSILON),
+        "rope_theta": _from(*ROPE_THETA),
         "rope_scaling": one_of("none", "dynamic"),
-        "rope_factor": _above(0.0, 1e6),
+        "rope_factor": _from(*ROPE_FACTOR),
         "max_position": _COUNT,
         "family": one_of("qwen2", "internlm2", "internlm3"),
         "vocab_multiple": _from(1, 2**20),
@@ -95,7 +101,7 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "image_token_id": _COUNT_OR_NONE,
         "downsample": _from(1, 1_024),
         "ps_version": one_of("v1", "v2"),
-        "projector_norm_eps": _EPSILON,
+        "projector_norm_eps": _from(*EPSILON),
     },
     "ProcessorConfig": {
         "image_size": _from(1, 16_384),
@@ -110,7 +116,8 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "samples": _from(1, 2**40),
         "source_weights": one_of("length", "sqrt", "given"),
         "text_fraction": Rule(
-            lambda value: value <= 1, "a share from 0 to 1, or negative for the mixture as it comes"
+            lambda value: value <= 1,
+            "a share from 0 to 1, or negative to keep the mixture as it is",
         ),
         "on_bad_sample": one_of("stop", "skip"),
         "pairs_per_row": _from(1, 4_096),
@@ -141,19 +148,19 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "weight_decay": _RATE,
         "beta1": _below(0.0, 1.0),
         "beta2": _below(0.0, 1.0),
-        "clip_norm": _above(0.0, 1e12),
+        "clip_norm": _from(1e-9, 1e12),
         "moment_dtype": one_of(*DTYPES),
         "vision_lr_scale": _RATE,
         "projector_lr_scale": _RATE,
         "language_lr_scale": _RATE,
-        "vision_layer_decay": _above(0.0, 1.0),
+        "vision_layer_decay": _from(0.01, 1.0),
     },
     "LossConfig": {
         "kind": one_of("sft", "mpo"),
         "preference_weight": _RATE,
         "quality_weight": _RATE,
         "generation_weight": _RATE,
-        "beta": _above(0.0, 1e4),
+        "beta": _from(1e-6, 1e4),
         "label_smoothing": _below(0.0, 0.5),
         "reward_shift": one_of("running", "moving"),
         "reward_shift_decay": _below(0.0, 1.0),
@@ -161,7 +168,7 @@ LIMITS: dict[str, dict[str, Rule]] = {
     },
     "LoraConfig": {
         "rank": _from(0, 65_536),
-        "alpha": _above(0.0, 1e9),
+        "alpha": _from(*LORA_ALPHA),
         "dropout": _below(0.0, 1.0),
         "quantize": one_of("none", "int8", "nf4"),
     },
@@ -197,8 +204,11 @@ LIMITS: dict[str, dict[str, Rule]] = {
 
 
 def problems(config, where: str = "") -> list[str]:
-    """One line for each setting of a dataclass, and of those in it, whose type or value is not
-    allowed. where: "data." before a name.
+    """Returns one line for each setting whose type or value is not allowed.
+
+    Args:
+      config: a dataclass of settings, possibly nested.
+      where: prefix of names in messages, such as "data.".
     """
     found, rules = [], LIMITS.get(type(config).__name__, {})
     for field in dataclasses.fields(config):

@@ -1,36 +1,57 @@
 """InternVL3: tiles and tokens in, logits out.
 
     params = model.init(key, batch)["params"]
-    logits = model.apply({"params": params}, batch)                                        # f32[B,T,V]
-    hidden = model.apply({"params": params}, batch, method=InternVL.hidden)                # [B,T,D]
-    features = model.apply({"params": params}, tiles, method=InternVL.encode)              # [M, tokens per tile, D]
+    logits = model.apply({"params": params}, batch)                            # f32[B,T,V]
+    hidden = model.apply({"params": params}, batch, method=InternVL.hidden)    # [B,T,D]
+    features = model.apply({"params": params}, tiles, method=InternVL.encode)  # [M,tile_tokens,D]
 
-B rows, T tokens, N tiles a row, M tiles, D width, V vocabulary.
+Axis letters are those of model/__init__.py; tile_tokens is 256 in the released models.
 """
+
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from internvl3_jax.config import ModelConfig
+from internvl3_jax.model.kv_cache import Cache
 from internvl3_jax.model.language import Decoder
 from internvl3_jax.model.projector import Projector
 from internvl3_jax.model.vision import VisionTower
-from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, constrain
+from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES
 
 
 class InternVL(nn.Module):
+    """The vision-language model.
+
+    Attributes:
+      config: Sizes of the tower, the projector and the decoder.
+      dtype: Compute dtype.
+      unrolled: Decoder parameters are in the generation layout; see language.py.
+      unrolled_vision: Tower parameters have separate arrays per layer; see vision.py.
+      fused: In the generation layout, q/k/v and gate/up are one kernel each.
+      scan_unroll: Layers per step of the scans. On a CPU more is faster, since the body of a loop
+          runs on one core.
+      remat_vision: What the tower's backward pass recomputes; see ops/remat.py.
+      remat_language: The same of the decoder.
+      attention_vision: Attention implementation of the tower; see ops/attention.py.
+      attention_language: The same of the decoder.
+    """
+
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
-    unrolled: bool = False  # the decoder's generation layout; see language.py
-    unrolled_vision: bool = False  # the tower's; see vision.py
-    fused: bool = True  # of the generation layout: q/k/v and gate/up as one matrix each
-    # layers per step of the scans; on a CPU more is faster, since a loop's body runs on one core
+    dtype: DTypeLike = jnp.float32
+    unrolled: bool = False
+    unrolled_vision: bool = False
+    fused: bool = True
     scan_unroll: int = 1
-    remat_vision: str = "none"  # what the backward pass recomputes in each layer; see ops/remat.py
+    remat_vision: str = "none"
     remat_language: str = "none"
-    attention_vision: str = "auto"  # implementation; see ops/attention.py
+    attention_vision: str = "auto"
     attention_language: str = "auto"
 
     def setup(self):
@@ -53,76 +74,112 @@ class InternVL(nn.Module):
             self.attention_language,
         )
 
-    def __call__(self, batch, deterministic: bool = True, scaling: str | None = None):
-        """batch: a `Batch` or a dict with its fields (data/batch.py). Returns logits f32[B,T,V]
-        without the vocabulary's padding.
+    def __call__(
+        self, batch: Mapping, deterministic: bool = True, scaling: str | None = None
+    ) -> Float32[Array, "B T vocab_size"]:
+        """Returns the logits of a `Batch` (data/batch.py), without the vocabulary's padding.
+
+        Args:
+          batch: A `Batch`, or any mapping with its fields tokens, tiles, positions and segments.
+          deterministic: False drops paths in the tower, with the rng "drop_path".
+          scaling: RoPE scaling instead of the config's; "none" under V2PE.
         """
         logits = self.language.logits(self.hidden(batch, deterministic, scaling))
         return logits[..., : self.config.language.vocab_size]
 
-    def hidden(self, batch, deterministic: bool = True, scaling: str | None = None):
-        """Final hidden states [B,T,D]; the head runs elsewhere, only where it is needed."""
+    def hidden(
+        self, batch: Mapping, deterministic: bool = True, scaling: str | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns the final hidden states; losses compute logits only where they need them.
+
+        The arguments are those of `__call__`.
+        """
         tokens, tiles = batch["tokens"], batch["tiles"]
         x = self.language.embed(tokens)
+
+        # 1) Encode the tiles, sharded over all devices.
         rows, count = tiles.shape[:2]
         if count:
             features = self.encode(tiles.reshape(rows * count, *tiles.shape[2:]), deterministic)
-            # Back from tiles over all devices to rows: what a row's devices made is gathered among
-            # them, nothing crosses rows.
-            features = constrain(features, TILE_AXES, None, None).reshape(
-                rows, -1, features.shape[-1]
-            )
+            # 2) Back from tiles to rows: all-gathered among the devices of a row only.
+            features = constrain(features, TILE_AXES, None, None)
+            features = features.reshape(rows, -1, features.shape[-1])
             features = constrain(features, BATCH_AXES, None, None)
+            # 3) Put them in place of the image tokens.
             x = merge(x, features, tokens == self.config.image_token_id, batch.get("features"))
         self.sow("intermediates", "merged", x)
+
+        # 4) Decode.
         x, _ = self.language(
-            x, batch["positions"], batch["segments"], scaling=scaling, until=batch.get("until")
+            x, batch["positions"], batch["segments"], scaling=scaling, last_query=batch.get("until")
         )
         return x
 
-    def encode(self, tiles, deterministic: bool = True):
-        """tiles u8[M,S,S,3] -> [M, tokens per tile, D]"""
+    def encode(
+        self, tiles: Shaped[Array, "M height width 3"], deterministic: bool = True
+    ) -> Float[Array, "M tile_tokens D"]:
+        """Returns the visual tokens of tiles (uint8, or float already normalized)."""
         patch = self.config.vision.patch_size
         x = self.vision(tiles, deterministic)
         return self.projector(x, (tiles.shape[1] // patch, tiles.shape[2] // patch))
 
-    def step(self, tokens, visual, positions, slots, cache, scaling: str | None = None):
-        """Runs tokens i32[B,T] through the decoder, into `cache`.
+    def step(
+        self,
+        tokens: Int[Array, "B T"],
+        visual: Float[Array, "B T D"] | None,
+        positions: Int[Array, "B T"],
+        slots: Int[Array, "B T"],
+        cache: Cache,
+        scaling: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Runs tokens through the decoder and writes their keys and values into the cache.
 
-        `visual` [B,T,D] holds the features of pictures at the places of their tokens, or is None
-        where there are none. Returns (hidden [B,T,D], cache).
+        Args:
+          visual: The feature of each image token, anything elsewhere; None: there are no images.
+          positions: In units of 1/256.
+          slots: The cache slot of each token.
+
+        Returns:
+          Hidden states and the updated cache.
         """
         x = self.language.embed(tokens)
         if visual is not None:
-            x = jnp.where(
-                (tokens == self.config.image_token_id)[..., None], visual.astype(x.dtype), x
-            )
+            is_visual = tokens == self.config.image_token_id
+            x = jnp.where(is_visual[..., None], visual.astype(x.dtype), x)
         return self.language(x, positions, cache=cache, slots=slots, scaling=scaling)
 
-    def head_kernel(self):
-        """The output matrix [D, padded V] as stored."""
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """Returns the output kernel as stored; V includes the vocabulary's padding."""
         return self.language.head_kernel()
 
-    def logits(self, hidden):
-        """[B,T,D] -> f32[B,T,padded V]"""
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """Returns the logits of hidden states, those of the vocabulary's padding included."""
         return self.language.logits(hidden)
 
 
-def merge(embeddings, features, is_visual, slot=None):
-    """Puts a row's k-th visual feature at its k-th visual token; with `slot` i32[B,T], the feature
-    of that number at each.
+def merge(
+    embeddings: Float[Array, "B T D"],
+    features: Float[Array, "B F D"],
+    is_visual: Bool[Array, "B T"],
+    indices: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Puts visual features in place of the embeddings of visual tokens.
 
-    embeddings [B,T,D], features [B,F,D], is_visual bool[B,T] -> [B,T,D]. A gather within each row:
-    sharding rows needs no collective.
+    A gather within each row: sharded rows need no collective.
+
+    Args:
+      is_visual: Which tokens are visual.
+      indices: The row's feature for each visual token; None: the k-th visual token of a row gets
+          its k-th feature.
     """
-    slot = jnp.cumsum(is_visual, axis=1) - 1 if slot is None else slot
-    slot = jnp.clip(slot, 0, features.shape[1] - 1)
-    gathered = jax.vmap(lambda row, index: row[index])(features, slot)
+    indices = jnp.cumsum(is_visual, axis=1) - 1 if indices is None else indices
+    indices = jnp.clip(indices, 0, features.shape[1] - 1)
+    gathered = jax.vmap(lambda row, index: row[index])(features, indices)
     return jnp.where(is_visual[..., None], gathered.astype(embeddings.dtype), embeddings)
 
 
-def abstract_params(config: ModelConfig, dtype=jnp.float32) -> dict:
-    """The parameter tree as ShapeDtypeStructs: no memory is touched, whatever the size."""
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict:
+    """Returns the parameter tree as ShapeDtypeStructs, without allocating memory."""
     size = config.vision.image_size
     batch = {
         "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32),
@@ -135,15 +192,16 @@ def abstract_params(config: ModelConfig, dtype=jnp.float32) -> dict:
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:
-    """Parameters of "vision", "projector" and "language", without the rows that pad the vocabulary."""
-    shapes = abstract_params(config)
+    """Returns the parameters of "vision", "projector" and "language".
+
+    The rows that pad the vocabulary are not counted.
+    """
     counts = {
-        name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part))
-        for name, part in shapes.items()
+        name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(subtree))
+        for name, subtree in abstract_params(config).items()
     }
     language = config.language
-    matrices = 1 if language.tie_embeddings else 2
-    counts["language"] -= (
-        matrices * (language.padded_vocab_size - language.vocab_size) * language.hidden_size
-    )
+    padding = language.padded_vocab_size - language.vocab_size
+    embeddings = 1 if language.tie_embeddings else 2
+    counts["language"] -= embeddings * padding * language.hidden_size
     return counts

@@ -1,41 +1,49 @@
-"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3, which differ by numbers and bias
-flags.
+"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3, which differ by sizes and bias flags.
 
-Two layouts of the same layers. Stacked (canonical: checkpoints, training) keeps [L, ...] arrays and
-scans. Unrolled (generation) keeps separate arrays for every layer, with q/k/v and gate/up merged: a
-scan would copy every weight at every decoded token. `unroll` makes the second from the first.
+The layers exist in two parameter layouts.
 
-B rows, T tokens, D width, V vocabulary, N query heads, K key/value heads, H head width, S cache
-slots.
+    stacked   [L, ...] arrays and a scan; for checkpoints and training
+    unrolled  separate arrays per layer, with q/k/v and gate/up fused; for generation, where a scan
+              would copy every weight at every decoded token
+
+`unroll` makes the second from the first.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
 
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
-from internvl3_jax.model.ops.attention import MASKED, attention, cache_mask, causal
-from internvl3_jax.model.ops.context_parallel import from_zigzag, row_parts, to_zigzag
+from internvl3_jax.model.ops.attention import MASKED, Mask, attention, cache_mask, causal_mask
+from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
 from internvl3_jax.model.ops.linear import Dense, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
-from internvl3_jax.model.ops.rope import apply_rope, rope_tables
-from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES, constrain
+from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables
+from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU MLP.
+
+    Attributes:
+      fused: q/k/v, and gate/up, are one kernel each.
+      attention: Implementation; see ops/attention.py.
+    """
+
     config: LanguageConfig
-    dtype: jnp.dtype
-    fused: bool  # q/k/v and gate/up as one product each
+    dtype: DTypeLike
+    fused: bool
     attention: str = "auto"
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        q_width, kv_width = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
+        q_width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
 
         def dense(features, bias):
             return Dense(features, use_bias=bias, dtype=dtype)
@@ -54,62 +62,90 @@ class DecoderLayer(nn.Module):
         self.o = dense(config.hidden_size, config.o_bias)
         self.down = dense(config.hidden_size, config.mlp_bias)
 
-    def __call__(self, x, rope, mask, slots=None, cache_layer=None):
-        """x [B,T,D] -> (x, cache_layer). With a cache the new keys and values go to `slots` first,
-        and all its slots are keys.
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Mask,
+        slots: Int[Array, "B T"] | None = None,
+        layer_cache: kv_cache.LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache | None]:
+        """Returns the residual stream after the layer, and the updated cache.
+
+        With a cache the new keys and values are written to `slots` first. All slots are then keys.
         """
-        # Between the products tokens are split over tensor, too (Korthikanti et al. 2022): what is
-        # kept for the backward pass, and the norms, are not repeated on each of its devices.
+        # Between the products tokens are sharded over tensor, too (Korthikanti et al. 2022): its
+        # devices repeat neither the norms nor what is kept for the backward pass.
         x = checkpoint_name(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
-        attended, cache_layer = self.attend(self.input_norm(x), rope, mask, slots, cache_layer)
+        attended, layer_cache = self.attend(self.input_norm(x), rope, mask, slots, layer_cache)
         x = x + attended
         x = x + self.mlp(self.post_norm(x))
         self.sow("intermediates", "block", x)
-        return x, cache_layer
+        return x, layer_cache
 
-    def attend(self, x, rope, mask, slots, cache_layer):
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Mask,
+        slots: Int[Array, "B T"] | None,
+        layer_cache: kv_cache.LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache | None]:
         config = self.config
-        q_width, kv_width = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
+        q_width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+
+        # Project, split into heads, shard, rotate.
         if self.fused:
             q, k, v = jnp.split(self.qkv(x), (q_width, q_width + kv_width), axis=-1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
-        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
-        q, k, v = (constrain(part, BATCH_AXES, "context", "tensor", None) for part in (q, k, v))
+        q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in (q, k, v))
+        q, k, v = (constrain(y, BATCH_AXES, "context", "tensor", None) for y in (q, k, v))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache_layer is not None:
-            cache_layer = kv_cache.write(cache_layer, k, v, slots)
-            k, v = cache_layer["k"].astype(q.dtype), cache_layer["v"].astype(q.dtype)
-        q, k, v = (checkpoint_name(part, "attention_input") for part in (q, k, v))
-        mixed = attention(q, k, v, mask, self.attention)
-        return self.o(mixed.reshape(*x.shape[:2], q_width)), cache_layer
 
-    def mlp(self, x):
-        gate, up = (
-            jnp.split(self.gate_up(x), 2, axis=-1) if self.fused else (self.gate(x), self.up(x))
-        )
+        # Attend to the cache, or to the row itself.
+        if layer_cache is not None:
+            layer_cache = kv_cache.write(layer_cache, k, v, slots)
+            k, v = layer_cache["k"].astype(q.dtype), layer_cache["v"].astype(q.dtype)
+        q, k, v = (checkpoint_name(y, "attention_input") for y in (q, k, v))
+        out = attention(q, k, v, mask, self.attention)
+        return self.o(out.reshape(*x.shape[:2], q_width)), layer_cache
+
+    def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.fused:
+            gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
         return self.down(constrain(nn.silu(gate) * up, BATCH_AXES, "context", "tensor"))
 
 
 class Decoder(nn.Module):
+    """Embedding, layers, final norm and output head.
+
+    Attributes:
+      unrolled: The parameters are in the unrolled layout.
+      fused: In the unrolled layout, q/k/v and gate/up are one kernel each. False where "tensor"
+          shards the heads, which a fused kernel would interleave.
+      scan_unroll: Layers per step of the scan.
+      remat: What the backward pass recomputes; see ops/remat.py.
+      attention: Implementation; see ops/attention.py.
+    """
+
     config: LanguageConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     unrolled: bool = False
-    # of the unrolled layout; False where "tensor" splits the heads, which a merged matrix would
-    # interleave
     fused: bool = True
-    scan_unroll: int = 1  # layers per step of the scan
-    remat: str = "none"  # see ops/remat.py
-    attention: str = "auto"  # implementation; see ops/attention.py
+    scan_unroll: int = 1
+    remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         config = self.config
-        init = nn.initializers.normal(config.hidden_size**-0.5)
         self.embedding = self.param(
-            "embedding", init, (config.padded_vocab_size, config.hidden_size)
+            "embedding",
+            nn.initializers.normal(config.hidden_size**-0.5),
+            (config.padded_vocab_size, config.hidden_size),
         )
         if self.unrolled:
             self.layer = [
@@ -129,112 +165,128 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = Head(config.hidden_size, config.padded_vocab_size)
 
-    def embed(self, tokens):
-        """i32[B,T] -> [B,T,D]"""
-        # Every device looks its part of the width up for all rows, then they exchange: ids and
-        # features travel, the table does not.
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks up the tokens' embeddings without gathering the table."""
+        # 1) Every device looks up its slice of the width, for the rows of all devices that share
+        #    it. Ids and features are communicated, the table is not.
         tokens = constrain(tokens, ("slice", "data"), None)
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         x = constrain(x, ("slice", "data"), None, SHARDED_AXES)
-        # One axis at a time, each an all-to-all; both at once the compiler would do by gathering
-        # everything.
+        # 2) From slices of the width to slices of the rows: fsdp, then context, each an all-to-all.
+        #    Both at once the compiler would do by gathering everything.
         x = constrain(x, BATCH_AXES, None, "context")
         x = constrain(x, BATCH_AXES, "context", None)
+        # 3) Tokens over tensor, as the layers take them.
         return constrain(x, BATCH_AXES, ROW_AXES, None)
 
     def __call__(
         self,
-        x,
-        positions,
-        segments=None,
-        cache=None,
-        slots=None,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        cache: kv_cache.Cache | None = None,
+        slots: Int[Array, "B T"] | None = None,
         scaling: str | None = None,
-        until=None,
-    ):
-        """Embeddings to final hidden states.
+        last_query: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], kv_cache.Cache | None]:
+        """Runs embeddings through the layers and the final norm.
 
         Args:
-          x: [B,T,D]; positions: i32[B,T] in units of 1/256.
-          segments: i32[B,T], 0 = padding; None where every row is one sequence (padding then
-              belongs at its end).
-          cache, slots: see cache.py; slots i32[B,T] are where the T tokens go. Needs the unrolled
-              layout.
-          scaling: rope scaling in place of the config's ("none" under V2PE).
-          until: i32[B,T], the last place that sees each token; None: its segment's end. Without a
-              cache only.
+          x: Embeddings.
+          positions: In units of 1/256.
+          segments: Sample of each token, 0 is padding. None: every row is one sequence, with its
+              padding at the end.
+          cache: Keys and values of earlier tokens; needs the unrolled layout.
+          slots: The cache slot of each token.
+          scaling: RoPE scaling instead of the config's; "none" under V2PE.
+          last_query: The last token that sees each token; None: the end of its segment. Not with a
+              cache.
 
-        Returns ([B,T,D], cache).
+        Returns:
+          Final hidden states and the updated cache.
+
+        Raises:
+          ValueError: A cache is given in the stacked layout.
         """
+        if cache is not None and not self.unrolled:
+            raise ValueError(
+                "the decoder has a cache and stacked parameters; a cache needs the unrolled "
+                "layout: Decoder(..., unrolled=True) with parameters from language.unroll"
+            )
         scaling = self.config.rope_scaling if scaling is None else scaling
-        # Where the mesh splits rows, their tokens stand in another order between here and the end,
-        # so that all devices have equal work.
-        parts = row_parts(x.shape[1]) if cache is None else 1
-        given = (x, positions, segments, until)
-        x, positions, segments, until = (
-            None if part is None else to_zigzag(part, parts) for part in given
+
+        # 1) Where the mesh shards rows, reorder tokens until the end of this function, so that all
+        #    devices have equal work.
+        shards = num_context_shards(x.shape[1]) if cache is None else 1
+        x, positions, segments, last_query = (
+            None if y is None else to_zigzag(y, shards)
+            for y in (x, positions, segments, last_query)
         )
+
+        # 2) Rotary tables and the mask, shared by all layers.
         rope = rope_tables(self.config, positions, segments, scaling)
         if cache is None:
-            mask = causal(x.shape[:2], segments, parts, until)
-        elif not self.unrolled:
-            raise ValueError(
-                "a cache needs the unrolled layout: Decoder(..., unrolled=True) with parameters from language.unroll"
-            )
+            mask = causal_mask(x.shape[:2], segments, shards, last_query)
         else:
             mask = cache_mask(slots, cache[0]["k"].shape[1])
+
+        # 3) The layers.
         if not self.unrolled:
             x, _ = self.layers(x, rope, mask)
-            return self.norm(from_zigzag(x, parts)), None
-        layers = []
+            return self.norm(from_zigzag(x, shards)), None
+        new_cache = []
         for index, layer in enumerate(self.layer):
-            x, updated = layer(x, rope, mask, slots, None if cache is None else cache[index])
-            layers.append(updated)
-        return self.norm(from_zigzag(x, parts)), None if cache is None else layers
+            x, layer_cache = layer(x, rope, mask, slots, None if cache is None else cache[index])
+            new_cache.append(layer_cache)
+        return self.norm(from_zigzag(x, shards)), None if cache is None else new_cache
 
-    def head_kernel(self):
-        """The output matrix [D, padded V] as stored, for a loss that makes the logits itself."""
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """Returns the output kernel as stored, for losses that compute logits in chunks."""
         return self.embedding.T if self.config.tie_embeddings else self.head()
 
-    def logits(self, hidden):
-        """[B,T,D] -> f32[B,T,padded V]; the padding's logits are -1e30."""
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """Returns logits; those of the vocabulary's padding are -1e30."""
         kernel = self.head_kernel().astype(self.dtype)
         if is_decoding(hidden):
-            hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)  # as in ops/dense.py
+            # Weight-stationary, as in ops/linear.py.
+            hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)
         logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
-        real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
-        return jnp.where(real[None, None], logits, MASKED)
+        in_vocab = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
+        return jnp.where(in_vocab[None, None], logits, MASKED)
 
 
 class Head(nn.Module):
-    """Holds the output matrix [D, padded V], so that a chunked loss can take the matrix itself."""
+    """Holds the output kernel [D,V]; a chunked loss takes the kernel itself."""
 
     width: int
     features: int
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> Float[Array, "D V"]:
         return self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.features))
 
 
 def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
-    """Stacked decoder parameters -> the unrolled layout. Leaves outside the layers are shared, the
-    layers' are copied.
-    """
-    layers = params["layers"]
+    """Converts decoder parameters from the stacked to the unrolled layout.
 
-    def one(index):
-        part = jax.tree.map(lambda leaf: leaf[index], layers)
+    Leaves outside of the layers are shared, those of the layers are copied.
+
+    Args:
+      fused: Concatenate the kernels of q/k/v, and of gate/up.
+    """
+
+    def layer_params(index):
+        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])
         if not fused:
-            return part
-        merged = {name: part[name] for name in ("input_norm", "post_norm", "o", "down")}
+            return layer
+        result = {name: layer[name] for name in ("input_norm", "post_norm", "o", "down")}
         for target, sources in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
-            merged[target] = jax.tree.map(
-                lambda *leaves: jnp.concatenate(leaves, axis=-1), *(part[name] for name in sources)
+            result[target] = jax.tree.map(
+                lambda *leaves: jnp.concatenate(leaves, axis=-1), *(layer[name] for name in sources)
             )
-        return merged
+        return result
 
     rest = {name: value for name, value in params.items() if name != "layers"}
-    return rest | {f"layer_{index}": one(index) for index in range(config.num_layers)}
+    return rest | {f"layer_{index}": layer_params(index) for index in range(config.num_layers)}

@@ -1,15 +1,15 @@
-"""LoRA (Hu et al. 2021): beside the frozen matrix W of a linear layer two narrow ones are trained,
-y = x @ W + scale * (x @ a @ b).
+"""LoRA (Hu et al. 2021): low-rank adapters on top of frozen linear layers.
 
-The adapters are a subtree of the parameters, "lora", that mirrors the paths of their layers. a
-f32[in,r] is drawn and b f32[r,out] is zero, so a model starts as its base; stacked layers have
-stacked adapters.
+A linear layer with kernel W computes y = x @ W + scale * (x @ a @ b), of which only a and b are
+trained. The adapters are a subtree "lora" of the parameters, which mirrors the paths of their
+layers. a f32[in,R] is random and b f32[R,out] is zero, so a model starts as its base. Stacked
+layers have stacked adapters.
 
-    params["language"]["layers"]["q"]["kernel"]             [L,in,out], frozen; or in few bits (ops/quantize.py)
-    params["lora"]["language"]["layers"]["q"]["a"], ["b"]   [L,in,r], [L,r,out], trained
+    params["language"]["layers"]["q"]["kernel"]             [L,in,out], frozen, possibly quantized
+    params["lora"]["language"]["layers"]["q"]["a"], ["b"]   [L,in,R], [L,R,out], trained
 
-`variables` makes of such a tree what `model.apply` takes; `ops/dense.py` adds the products, and W +
-a @ b never exists in training.
+`variables` turns such a tree into the argument of `model.apply`. ops/linear.py adds the products;
+W + a @ b is never materialized in training.
 """
 
 import dataclasses
@@ -22,13 +22,15 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.model.ops.quantize import KINDS, dequantize, library, quantize
-from internvl3_jax.param_tree import matching
+from internvl3_jax.param_tree import match_paths, path_name
 
 SUBTREE = "lora"
-# layers that can have an adapter
+# Layers that can have an adapter.
 LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")
 
 
@@ -36,15 +38,18 @@ LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")
 
 
 def scale(config: LoraConfig) -> float:
-    """What an adapter's output is multiplied by."""
+    """Returns the factor of an adapter's output; rsLoRA (Kalajdzievski 2023) divides by sqrt(R)."""
     return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
 def freeze_base(config: TrainConfig) -> TrainConfig:
-    """The configuration with everything frozen but adapters and what `lora.full` names; as it is
-    without LoRA.
+    """Returns the config with all parameters frozen but the adapters and those of `lora.full`.
 
-    Raises ValueError naming the field that makes no sense.
+    Without LoRA (rank 0) the config is returned as it is.
+
+    Raises:
+      ValueError: A field of `config.lora` is invalid.
+      ImportError: `lora.quantize` is set and qwix is not installed.
     """
     settings = config.lora
     if not settings.rank:
@@ -53,7 +58,7 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"lora.rank is {settings.rank}; it must be 0 (no adapters) or more")
     if not settings.targets:
         raise ValueError(
-            "lora.targets is empty and lora.rank above 0; name the layers that get adapters"
+            "lora.targets is empty and lora.rank is above 0; name the layers that get adapters"
         )
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"lora.dropout is {settings.dropout}; it must be at least 0 and below 1")
@@ -62,80 +67,85 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
             f"lora.quantize is {settings.quantize!r}; it must be none, {' or '.join(KINDS)}"
         )
     if settings.quantize != "none":
-        library()  # now rather than after the base has been read
+        library()  # fails here rather than after the base has been read
+
+    # One pattern for everything that is not trained. Applying it twice changes nothing.
     trained = "|".join([rf"{SUBTREE}/", *(f"(?:{pattern})$" for pattern in settings.full)])
-    derived = f"(?!{trained}).*"
-    if derived in config.optimizer.freeze:
+    frozen = f"(?!{trained}).*"
+    if frozen in config.optimizer.freeze:
         return config
-    optimizer = dataclasses.replace(config.optimizer, freeze=(*config.optimizer.freeze, derived))
+    optimizer = dataclasses.replace(config.optimizer, freeze=(*config.optimizer.freeze, frozen))
     return dataclasses.replace(config, optimizer=optimizer)
 
 
 def linear_layers(params: Mapping) -> dict[str, tuple[int, ...]]:
-    """Path of every layer that can have an adapter -> shape of its matrix, [L,in,out] or [in,out].
-    Not of a quantized tree.
+    """Returns path -> shape of the kernel, of every layer that can have an adapter.
+
+    Shapes are [L,in,out] or [in,out]. The tree must not be quantized.
     """
-    leaves = {
+    kernels = {
         path.removesuffix("/kernel"): leaf
-        for path, leaf in _flat(params).items()
+        for path, leaf in _flatten(params).items()
         if path.endswith("/kernel")
     }
-    return {path: leaf.shape for path, leaf in leaves.items() if LINEAR.fullmatch(path)}
+    return {path: leaf.shape for path, leaf in kernels.items() if LINEAR.fullmatch(path)}
 
 
 def targets(params: Mapping, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """The layers that get an adapter, as of `linear_layers`. ValueError naming a pattern that
-    matches none.
+    """Returns the layers that get an adapter, as `linear_layers`.
+
+    Raises:
+      ValueError: A pattern matches no layer, or two fields choose the same layer.
     """
     layers = linear_layers(params)
     chosen = {
         path
         for pattern in config.targets
-        for path in matching(pattern, layers, "lora.targets", "linear layer")
+        for path in match_paths(pattern, layers, "lora.targets", "linear layer")
     }
     for pattern in config.full:
-        whole = matching(pattern, _flat(params), "lora.full")
-        if both := sorted(chosen & {path.removesuffix("/kernel") for path in whole}):
+        paths = match_paths(pattern, _flatten(params), "lora.full")
+        if both := sorted(chosen & {path.removesuffix("/kernel") for path in paths}):
             raise ValueError(
-                f"lora.full: {pattern!r} trains {both[0]} whole, which lora.targets gives an adapter; name it in one"
+                f"lora.full: {pattern!r} trains all of {both[0]}, which lora.targets gives an "
+                "adapter; name it in one of them"
             )
     return {path: shape for path, shape in layers.items() if path in chosen}
 
 
-# --- making --------------------------------------------------------------------------------------
+# --- initialization ------------------------------------------------------------------------------
 
 
-def init(params: Mapping, config: LoraConfig, key) -> dict:
-    """New adapters for parameters of which only the shapes are looked at: a as PEFT draws it,
-    uniform within 1 / sqrt(in), b zero.
+def init(params: Mapping, config: LoraConfig, key: PRNGKeyArray) -> dict:
+    """Returns new adapters: a uniform within 1 / sqrt(in), as in PEFT, and b zero.
+
+    Args:
+      params: Only the shapes are used.
+      key: Folded with each layer's path, so other layers' adapters do not change a layer's own.
     """
 
-    def one(path, shape):
+    def init_adapter(path, shape):
         *layers, rows, columns = shape
         bound = rows**-0.5
-        # By the layer's name: which other layers have adapters changes nothing.
-        drawn = jax.random.uniform(
-            _key(key, path), (*layers, rows, config.rank), jnp.float32, -bound, bound
-        )
-        return {"a": drawn, "b": jnp.zeros((*layers, config.rank, columns), jnp.float32)}
+        layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        a = jax.random.uniform(layer_key, (*layers, rows, config.rank), jnp.float32, -bound, bound)
+        return {"a": a, "b": jnp.zeros((*layers, config.rank, columns), jnp.float32)}
 
-    return _nested({path: one(path, shape) for path, shape in targets(params, config).items()})
-
-
-def _key(key, path: str):
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    shapes = targets(params, config)
+    return _unflatten({path: init_adapter(path, shape) for path, shape in shapes.items()})
 
 
 def prepare_base(params: Mapping, config: LoraConfig) -> dict:
-    """The base as it is trained beside: each leaf as of `prepare_base_leaf`."""
-    return _nested(
-        {path: prepare_base_leaf(path, leaf, config) for path, leaf in _flat(params).items()}
+    """Returns the base as LoRA trains on top of it: `prepare_base_leaf` of each leaf."""
+    return _unflatten(
+        {path: prepare_base_leaf(path, leaf, config) for path, leaf in _flatten(params).items()}
     )
 
 
-def prepare_base_leaf(path: str, leaf, config: LoraConfig):
-    """A leaf in float32 if it is trained whole, and quantized if it is a matrix of the stacked
-    layers, which are nearly all there is.
+def prepare_base_leaf(path: str, leaf: Array, config: LoraConfig) -> Array | dict[str, Array]:
+    """Returns a leaf in float32 if `lora.full` trains it, else quantized if it is a layer's kernel.
+
+    The stacked layers' kernels are nearly all of the parameters.
     """
     if any(re.fullmatch(pattern, path) for pattern in config.full):
         return leaf.astype(jnp.float32)
@@ -147,22 +157,23 @@ def prepare_base_leaf(path: str, leaf, config: LoraConfig):
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
-# --- using ---------------------------------------------------------------------------------------
+# --- application ----------------------------------------------------------------------------------
 
 
 def variables(params: Mapping, config: LoraConfig | None = None, training: bool = False) -> dict:
-    """What `model.apply` takes, of a tree with or without adapters. Without the subtree "lora" in
-    it the model is the base.
+    """Returns the variables for `model.apply`, of a tree with or without adapters.
 
-    config: None for adapters that `scaled` has made ready. training: drops the adapters' inputs by
-        `dropout`, with the rng "dropout".
+    Args:
+      params: A tree; without the subtree "lora" the model is the base.
+      config: None for adapters that are already `scaled`.
+      training: Drop the adapters' inputs by `config.dropout`, with the rng "dropout".
     """
     base = base_params(params)
     if SUBTREE not in params:
         return {"params": base}
     adapters = params[SUBTREE] if config is None else scaled(params[SUBTREE], config)
     if training and config.dropout:
-        adapters = _each(
+        adapters = _map_adapters(
             lambda adapter: adapter | {"rate": jnp.full(adapter["a"].shape[:-2], config.dropout)},
             adapters,
         )
@@ -170,72 +181,78 @@ def variables(params: Mapping, config: LoraConfig | None = None, training: bool 
 
 
 def base_params(params: Mapping) -> dict:
-    """The base alone."""
-    return {name: part for name, part in params.items() if name != SUBTREE}
+    """Returns the tree without its adapters."""
+    return {name: subtree for name, subtree in params.items() if name != SUBTREE}
 
 
 def scaled(adapters: Mapping, config: LoraConfig) -> dict:
-    """Adapters whose b has the scale in it, so that nothing more need be known of them."""
-    return _each(lambda adapter: adapter | {"b": adapter["b"] * scale(config)}, adapters)
+    """Multiplies the scale into each b, so that the config is no longer needed."""
+    return _map_adapters(lambda adapter: adapter | {"b": adapter["b"] * scale(config)}, adapters)
 
 
 def unscaled(adapters: Mapping, config: LoraConfig) -> dict:
-    """The inverse of `scaled`."""
-    return _each(lambda adapter: adapter | {"b": adapter["b"] / scale(config)}, adapters)
+    """Divides each b by the scale; the inverse of `scaled`."""
+    return _map_adapters(lambda adapter: adapter | {"b": adapter["b"] / scale(config)}, adapters)
 
 
-def merged(params: Mapping, config: LoraConfig | None = None, dtype=None) -> dict:
-    """An ordinary tree that computes the same: W + scale * a @ b, summed in float32 and rounded
-    once; nothing is quantized any more.
+def merged(
+    params: Mapping, config: LoraConfig | None = None, dtype: DTypeLike | None = None
+) -> dict:
+    """Merges the adapters into an ordinary tree that computes the same.
 
-    dtype: of all of it; None keeps each leaf's, and takes float32 for what was quantized.
+    W + scale * a @ b is summed in float32 and rounded once. Quantized kernels are dequantized.
+
+    Args:
+      config: None for adapters that are already `scaled`.
+      dtype: Of all leaves; None keeps that of each leaf, and float32 for quantized ones.
     """
-    adapters = variables(params, config).get(SUBTREE, {})
-    base = _flat(base_params(params), keep=_is_kernel)
+    adapters = _flatten(variables(params, config).get(SUBTREE, {}), is_leaf=_is_adapter)
 
-    def one(path, leaf):
-        kind = dtype or (jnp.float32 if isinstance(leaf, Mapping) else leaf.dtype)
-        adapter = _flat(adapters, keep=_is_adapter).get(path.removesuffix("/kernel"))
-        if adapter is None and not isinstance(leaf, Mapping):
-            return leaf.astype(kind)
-        return merged_leaf(leaf, adapter, jnp.dtype(kind))
+    def merge(path, leaf):
+        is_quantized = isinstance(leaf, Mapping)
+        leaf_dtype = dtype or (jnp.float32 if is_quantized else leaf.dtype)
+        adapter = adapters.get(path.removesuffix("/kernel"))
+        if adapter is None and not is_quantized:
+            return leaf.astype(leaf_dtype)
+        return merged_leaf(leaf, adapter, jnp.dtype(leaf_dtype))
 
-    return _nested({path: one(path, leaf) for path, leaf in base.items()})
+    base = _flatten(base_params(params), is_leaf=_is_quantized_kernel)
+    return _unflatten({path: merge(path, leaf) for path, leaf in base.items()})
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def merged_leaf(kernel, adapter, dtype):
-    """A kernel, quantized or not, and its scaled adapter, or None, as one matrix."""
+def merged_leaf(
+    kernel: Float[Array, "*L d_in d_out"] | Mapping[str, Array],
+    adapter: Mapping[str, Array] | None,
+    dtype: DTypeLike,
+) -> Float[Array, "*L d_in d_out"]:
+    """Returns kernel + a @ b in `dtype`, of a kernel that may be quantized and a scaled adapter."""
 
-    def layer(kernel, adapter):
+    def merge_layer(kernel, adapter):
         total = dequantize(kernel, jnp.float32)
         if adapter is not None:
             total = total + jnp.matmul(adapter["a"], adapter["b"], precision="highest")
         return total.astype(dtype)
 
     if jax.tree.leaves(kernel)[0].ndim == 2:
-        return layer(kernel, adapter)
-    return jax.lax.map(lambda pair: layer(*pair), (kernel, adapter))
+        return merge_layer(kernel, adapter)
+    return jax.lax.map(lambda pair: merge_layer(*pair), (kernel, adapter))
 
 
-def expected_zero_grads(trained: Mapping) -> list:
-    """Of each leaf, in order, whether its gradient must be zero: it is an adapter's a, and its b is
-    still zero. bool or bool[]
+def expected_zero_grads(trainable: Mapping) -> list:
+    """Returns for each leaf, in order, whether its gradient must be zero (bool or bool[]).
+
+    The gradient of an adapter's a is zero as long as its b is zero.
     """
-    leaves = _flat(trained)
+    leaves = _flatten(trainable)
 
-    def one(path):
-        start, _, name = path.rpartition("/")
-        return (
-            (leaves[f"{start}/b"] == 0).all()
-            if path.startswith(f"{SUBTREE}/") and name == "a"
-            else False
-        )
+    def is_expected(path):
+        layer, _, name = path.rpartition("/")
+        if not path.startswith(f"{SUBTREE}/") or name != "a":
+            return False
+        return (leaves[f"{layer}/b"] == 0).all()
 
-    return [
-        one(jax.tree_util.keystr(path, simple=True, separator="/"))
-        for path, _ in jax.tree.leaves_with_path(trained)
-    ]
+    return [is_expected(path_name(path)) for path, _ in jax.tree.leaves_with_path(trainable)]
 
 
 # --- trees ---------------------------------------------------------------------------------------
@@ -245,17 +262,17 @@ def _is_adapter(node) -> bool:
     return isinstance(node, Mapping) and "a" in node
 
 
-def _is_kernel(node) -> bool:
+def _is_quantized_kernel(node) -> bool:
     return isinstance(node, Mapping) and any(kind in node for kind in KINDS)
 
 
-def _each(function: Callable, adapters: Mapping) -> dict:
+def _map_adapters(function: Callable, adapters: Mapping) -> dict:
     return jax.tree.map(function, adapters, is_leaf=_is_adapter)
 
 
-def _flat(tree: Mapping, keep: Callable = lambda node: False) -> dict:
-    return flatten_dict(dict(tree), sep="/", is_leaf=lambda path, node: keep(node))
+def _flatten(tree: Mapping, is_leaf: Callable = lambda node: False) -> dict:
+    return flatten_dict(dict(tree), sep="/", is_leaf=lambda path, node: is_leaf(node))
 
 
-def _nested(leaves: Mapping) -> dict:
+def _unflatten(leaves: Mapping) -> dict:
     return unflatten_dict(dict(leaves), sep="/")

@@ -1,26 +1,29 @@
-"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm, QK-norm
-over all channels).
+"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm, QK-norm).
 
-Follows InternViT-448px-V2_5 as released with InternVL3: no final norm, CLS dropped after the tower,
-layer scale inside the residual.
-M tiles, P = 1 + grid * grid tokens, C width.
+Follows InternViT-448px-V2_5 as released with InternVL3: no final norm, layer scale inside the
+residual, QK-norm over all channels, CLS dropped after the tower.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Shaped
 
 from internvl3_jax.config import VisionConfig
 from internvl3_jax.model.ops.attention import attention
 from internvl3_jax.model.ops.linear import Dense
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
-from internvl3_jax.parallel.sharding import TILE_AXES, constrain
+from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.sharding import TILE_AXES
 
 
 class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP, each with layer scale and stochastic depth."""
+
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str = "auto"
 
     def setup(self):
@@ -39,8 +42,14 @@ class VisionBlock(nn.Module):
         self.layer_scale1 = self.param("layer_scale1", init, (width,))
         self.layer_scale2 = self.param("layer_scale2", init, (width,))
 
-    def __call__(self, x, drop_rate, deterministic: bool):
-        """x [M,P,C] -> [M,P,C]; drop_rate is a scalar, used only when not deterministic."""
+    def __call__(
+        self, x: Float[Array, "M P C"], drop_rate: Float[Array, ""], deterministic: bool
+    ) -> tuple[Float[Array, "M P C"], None]:
+        """Returns the residual stream after the block, and None as `nn.scan` expects.
+
+        Args:
+          drop_rate: Probability of dropping each branch for a tile; unused if deterministic.
+        """
         x = checkpoint_name(constrain(x, TILE_AXES, None, None), "stream")
         branch = self.layer_scale1.astype(self.dtype)[None, None] * self.attend(self.norm1(x))
         x = x + self.drop_path(branch, drop_rate, deterministic)
@@ -50,45 +59,50 @@ class VisionBlock(nn.Module):
         self.sow("intermediates", "block", x)
         return x, None
 
-    def attend(self, x):
-        tiles, length, width = x.shape
+    def attend(self, x: Float[Array, "M P C"]) -> Float[Array, "M P C"]:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (
-            part.reshape(tiles, length, self.config.num_heads, self.config.head_dim)
-            for part in (q, k, v)
-        )
-        q, k, v = (checkpoint_name(part, "attention_input") for part in (q, k, v))
-        mixed = attention(q, k, v, implementation=self.attention)
-        return self.proj(mixed.reshape(tiles, length, width))
+        heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        q, k, v = (checkpoint_name(y.reshape(heads), "attention_input") for y in (q, k, v))
+        out = attention(q, k, v, implementation=self.attention)
+        return self.proj(out.reshape(x.shape))
 
-    def drop_path(self, branch, rate, deterministic: bool):
-        """Stochastic depth (Huang et al. 2016): drops the branch for a whole tile, and scales what
-        is kept.
-        """
+    def drop_path(
+        self, branch: Float[Array, "M P C"], rate: Float[Array, ""], deterministic: bool
+    ) -> Float[Array, "M P C"]:
+        """Drops the branch for whole tiles and rescales the others (Huang et al. 2016)."""
         if deterministic or self.config.drop_path == 0.0:
             return branch
-        keep = 1.0 - rate
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (branch.shape[0], 1, 1))
-        return jnp.where(kept, branch / keep, 0.0).astype(branch.dtype)
+        keep_prob = 1.0 - rate
+        shape = (branch.shape[0], 1, 1)
+        is_kept = jax.random.bernoulli(self.make_rng("drop_path"), keep_prob, shape)
+        return jnp.where(is_kept, branch / keep_prob, 0.0).astype(branch.dtype)
 
 
 class VisionTower(nn.Module):
+    """Patch and position embeddings, and the blocks.
+
+    Attributes:
+      scan_unroll: Layers per step of the scan.
+      remat: What the backward pass recomputes; see ops/remat.py.
+      unrolled: Separate arrays for every layer, made by `unroll`. A CPU copies a layer out of
+          stacked arrays at every use.
+      attention: Implementation; see ops/attention.py.
+    """
+
     config: VisionConfig
-    dtype: jnp.dtype
-    scan_unroll: int = 1  # layers per step of the scan
-    remat: str = "none"  # see ops/remat.py
-    # separate arrays for every layer, made by `unroll`: a CPU copies a layer out of stacked
-    # ones at every use
+    dtype: DTypeLike
+    scan_unroll: int = 1
+    remat: str = "none"
     unrolled: bool = False
-    attention: str = "auto"  # implementation; see ops/attention.py
+    attention: str = "auto"
 
     def setup(self):
         config = self.config
         self.patch_embedding = Dense(config.hidden_size, dtype=self.dtype)
-        # From scratch, places must be as visible as content: with a deviation of 0.02 a small tower
-        # learns several times more slowly.
+        # Training from scratch needs position embeddings as large as the content: with a standard
+        # deviation of 0.02 a small tower learns several times more slowly.
         init = nn.initializers.normal(0.5)
         self.class_embedding = self.param("class_embedding", init, (config.hidden_size,))
         self.position_embedding = self.param(
@@ -108,25 +122,31 @@ class VisionTower(nn.Module):
             unroll=self.scan_unroll,
         )(config, self.dtype, self.attention)
 
-    def __call__(self, tiles, deterministic: bool = True):
-        """tiles u8[M,H,W,3], or float already normalised -> [M,P,C]. H and W are multiples of the
-        patch size.
+    def __call__(
+        self, tiles: Shaped[Array, "M height width 3"], deterministic: bool = True
+    ) -> Float[Array, "M P C"]:
+        """Encodes tiles; height and width are multiples of the patch size.
+
+        Args:
+          tiles: uint8, or float already normalized.
+
+        Returns:
+          The CLS token and the patches, row by row.
         """
-        x = self.patch_embedding(
-            patches(normalize(tiles, self.config), self.config.patch_size).astype(self.dtype)
-        )
-        grid = (tiles.shape[1] // self.config.patch_size, tiles.shape[2] // self.config.patch_size)
-        cls = jnp.broadcast_to(
-            self.class_embedding.astype(self.dtype)[None, None], (x.shape[0], 1, x.shape[2])
-        )
+        patch = self.config.patch_size
+        grid = (tiles.shape[1] // patch, tiles.shape[2] // patch)
+
+        # Embed the patches and put the CLS token in front.
+        x = patches(normalize(tiles, self.config), patch).astype(self.dtype)
+        x = self.patch_embedding(x)
+        cls = self.class_embedding.astype(self.dtype)[None, None]
+        cls = jnp.broadcast_to(cls, (x.shape[0], 1, x.shape[2]))
         table = interpolate_positions(self.position_embedding, grid)
-        x = constrain(
-            jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None],
-            TILE_AXES,
-            None,
-            None,
-        )
+        x = jnp.concatenate([cls, x], axis=1) + table.astype(self.dtype)[None]
+        x = constrain(x, TILE_AXES, None, None)
         self.sow("intermediates", "embedded", x)
+
+        # Blocks, with drop rates that increase linearly.
         rates = jnp.linspace(0.0, self.config.drop_path, self.config.num_layers)
         if not self.unrolled:
             return self.layers(x, rates, deterministic)[0]
@@ -136,7 +156,7 @@ class VisionTower(nn.Module):
 
 
 def unroll(params: dict, config: VisionConfig) -> dict:
-    """Stacked parameters of the tower -> the unrolled layout. The layers' leaves are copied."""
+    """Converts parameters of the tower from stacked to separate arrays; the layers are copied."""
     layers = {
         f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
         for index in range(config.num_layers)
@@ -144,17 +164,22 @@ def unroll(params: dict, config: VisionConfig) -> dict:
     return {name: value for name, value in params.items() if name != "layers"} | layers
 
 
-def normalize(tiles, config: VisionConfig):
-    """u8 -> (x / 255 - mean) / std in float32; float input passes, as already normalised."""
+def normalize(
+    tiles: Shaped[Array, "M height width 3"], config: VisionConfig
+) -> Float[Array, "M height width 3"]:
+    """Returns (tiles / 255 - mean) / std in float32; float tiles are returned as they are."""
     if jnp.issubdtype(tiles.dtype, jnp.floating):
         return tiles
     mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (config.mean, config.std))
     return (tiles.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def patches(tiles, size: int):
-    """[M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major; the convolution of the reference
-    as one product.
+def patches(
+    tiles: Float[Array, "M height width channels"], size: int
+) -> Float[Array, "M patches values"]:
+    """[M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major.
+
+    With a dense layer this is the patch convolution of InternVL's code as one product.
     """
     count, height, width, channels = tiles.shape
     x = tiles.reshape(count, height // size, size, width // size, size, channels)
@@ -163,12 +188,17 @@ def patches(tiles, size: int):
     )
 
 
-def interpolate_positions(table, grid: tuple[int, int]):
-    """Position table f32[1 + G*G, C] resampled to `grid` (rows, columns): f32[1 + rows*columns, C].
+def interpolate_positions(
+    table: Float[Array, "P C"], grid: tuple[int, int]
+) -> Float[Array, "P2 C"]:
+    """Resamples a position table [1 + G*G, C] to `grid`: [1 + rows*columns, C].
 
-    Bicubic in float32 with half-pixel centres and the kernel of torch's
-    `interpolate(mode="bicubic", align_corners=False)` (a = -0.75, edges clamped, no antialias);
-    `jax.image.resize` has another kernel. The CLS row is not touched.
+    Bicubic in float32 with half-pixel centers and the kernel of torch's
+    `interpolate(mode="bicubic", align_corners=False)` (a = -0.75, edges clamped, no antialiasing);
+    `jax.image.resize` has another kernel. The CLS row stays as it is.
+
+    Args:
+      grid: (rows, columns) of patches.
     """
     side = int((table.shape[0] - 1) ** 0.5)
     if grid == (side, side):
@@ -180,13 +210,14 @@ def interpolate_positions(table, grid: tuple[int, int]):
     return jnp.concatenate([cls, body.reshape(grid[0] * grid[1], -1).astype(table.dtype)])
 
 
-def _bicubic_matrix(source: int, target: int, a: float = -0.75):
-    """f32[target, source] with which a line of `source` samples is resampled."""
-    centres = (jnp.arange(target) + 0.5) * (source / target) - 0.5
-    first = jnp.floor(centres)
+def _bicubic_matrix(source: int, target: int, a: float = -0.75) -> Float32[Array, "target source"]:
+    """Returns the matrix that resamples a line of `source` samples to `target`."""
+    centers = (jnp.arange(target) + 0.5) * (source / target) - 0.5
+    first = jnp.floor(centers)
     matrix = jnp.zeros((target, source))
     for tap in range(-1, 3):
-        distance = jnp.abs(centres - (first + tap))
+        # Keys' cubic convolution: one polynomial up to distance 1, another up to 2.
+        distance = jnp.abs(centers - (first + tap))
         near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
         far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
         index = jnp.clip(first + tap, 0, source - 1).astype(jnp.int32)

@@ -1,1 +1,1 @@
-"""Devices and hosts: the mesh and its rules, collectives, processes that work together."""
+"""Devices and hosts: the mesh and its sharding rules, collectives, and multi-process runs."""

@@ -1,9 +1,8 @@
-"""Which processes belong to a run: from arguments, or from what the launcher put into the
-environment.
+"""Detects the processes of a run, from arguments or from the environment of the launcher.
 
-Open MPI, SLURM, Cloud TPU and Kubernetes Jobs are those that `jax.distributed.initialize()` knows
-by itself. Here it is only decided whether to call it, and with what: called where nothing is to be
-found it raises, and some environments look like another.
+`jax.distributed.initialize()` itself recognizes Open MPI, SLURM, Cloud TPU and Kubernetes Jobs.
+This module only decides whether to call it, and with which arguments: it raises where it finds no
+cluster, and some environments look like another one.
 """
 
 import dataclasses
@@ -17,64 +16,87 @@ GIVE_ALL = "give --coordinator HOST:PORT, --processes and --process"
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    how: str  # for people
-    arguments: dict  # of jax.distributed.initialize
-    processes: int | None = None  # None: only jax finds out
+    """A run of several processes.
+
+    Attributes:
+      source: How it was found, for messages.
+      arguments: For jax.distributed.initialize.
+      processes: Number of processes; None where only jax can tell.
+      process: Index of this one; None where only jax can tell.
+    """
+
+    source: str
+    arguments: dict
+    processes: int | None = None
     process: int | None = None
 
 
 def find_environment(
     coordinator: str, processes: int, process: int, environ: Mapping[str, str]
 ) -> Environment | None:
-    """None for a single process. ValueError for arguments that are incomplete or contradict each
-    other or the environment.
+    """Returns the environment of a run of several processes, or None for a single process.
+
+    Args:
+      coordinator: HOST:PORT of process 0, or "".
+      processes: Number of processes, or -1. 1 alone is a single process in any environment.
+      process: Index of this process, or -1.
+      environ: Environment variables.
+
+    Raises:
+      ValueError: The arguments are incomplete, or contradict each other or the environment.
     """
     if processes == 1 and not coordinator and process in (-1, 0):
         return None
+
+    # Without arguments, the launcher's variables decide.
     launcher = _launcher(environ)
     if not coordinator and processes == -1 and process == -1:
         return launcher if launcher is None or launcher.processes != 1 else None
-    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    missing = [name for name, value in given.items() if value in ("", -1)]
+
+    # With one argument, all three must be there and make sense.
+    arguments = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in arguments.items() if value in ("", -1)]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} missing; {GIVE_ALL}, or none of them to find them from the environment"
+            f"{' and '.join(missing)} missing; {GIVE_ALL}, or none of them to find them from the "
+            "environment"
         )
     if processes < 1 or not 0 <= process < processes:
         raise ValueError(
-            f"--process is {process} and --processes {processes}; processes are numbered from 0 to --processes - 1"
+            f"--process is {process} and --processes {processes}; processes are numbered from 0 to "
+            "--processes - 1"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(
-            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, such as node1:8476"
+            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, such as "
+            "node1:8476"
         )
-    for name, ours, theirs in (
+    for name, value, launched in (
         ("--processes", processes, launcher and launcher.processes),
         ("--process", process, launcher and launcher.process),
     ):
-        if theirs is not None and ours != theirs:
+        if launched is not None and value != launched:
             raise ValueError(
-                f"{name} is {ours}, but {launcher.how} says {theirs}; leave the three arguments out, or unset its variables"
+                f"{name} is {value}, but {launcher.source} says {launched}; leave the three "
+                "arguments out, or unset its variables"
             )
-    arguments = {
+    jax_arguments = {
         "coordinator_address": coordinator,
         "num_processes": processes,
         "process_id": process,
+        "cluster_detection_method": "deactivate",
     }
-    return Environment(
-        "arguments", arguments | {"cluster_detection_method": "deactivate"}, processes, process
-    )
+    return Environment("arguments", jax_arguments, processes, process)
 
 
 def _launcher(environ: Mapping[str, str]) -> Environment | None:
-    """The one that jax would take: mpirun may itself be started by SLURM's srun, and either runs on
-    TPU and in Kubernetes.
+    """Returns the environment that jax would detect, in its order of precedence.
+
+    SLURM's srun may start mpirun, and both run on TPUs and in Kubernetes.
     """
-    for find in (_open_mpi, _slurm, _cloud_tpu, _kubernetes):
-        if found := find(environ):
-            return found
-    return None
+    detectors = (_open_mpi, _slurm, _cloud_tpu, _kubernetes)
+    return next(filter(None, (detect(environ) for detect in detectors)), None)
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Environment | None:
@@ -83,10 +105,11 @@ def _open_mpi(environ: Mapping[str, str]) -> Environment | None:
     size, rank = int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])
     if "OMPI_MCA_orte_hnp_uri" in environ:
         return Environment("Open MPI", {"cluster_detection_method": "ompi"}, size, rank)
-    # From version 5 on the environment no longer says where process 0 is.
+    # Since version 5 the environment no longer says where process 0 is.
     if size > 1 and find_spec("mpi4py") is None:
         raise ValueError(
-            f"Open MPI 5 started {size} processes; install mpi4py so that they find each other, or {GIVE_ALL}"
+            f"Open MPI 5 started {size} processes; install mpi4py so that they find each other, or "
+            f"{GIVE_ALL}"
         )
     return Environment("Open MPI", {"cluster_detection_method": "mpi4py"}, size, rank)
 
@@ -94,7 +117,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Environment | None:
 def _slurm(environ: Mapping[str, str]) -> Environment | None:
     if not all(name in environ for name in SLURM):
         return None
-    # In an interactive step SLURM_NTASKS is of the allocation, and only one process runs.
+    # In an interactive step only one process runs, and SLURM_NTASKS is that of the allocation.
     if environ.get("SLURM_STEP_NUM_TASKS") == "1":
         return Environment("SLURM", {}, 1, 0)
     arguments = {"cluster_detection_method": "slurm"}
@@ -106,52 +129,50 @@ def _slurm(environ: Mapping[str, str]) -> Environment | None:
 
 
 def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """The GPUs of this task by their number among those it sees; None to leave it to jax, which
-    takes the one numbered SLURM_LOCALID.
+    """Returns the GPUs of this task, as indices among those that it sees; None leaves it to jax.
 
-    That one is wrong where a task has several GPUs (all but one would be idle) or sees only its own
-    (there is no such number).
+    jax takes the GPU numbered SLURM_LOCALID. That is wrong where a task has several GPUs (all but
+    one would be idle), or sees only its own (there may be no such number).
     """
-    seen = len([name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name])
+    visible = len([name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name])
     on_node = environ.get("SLURM_GPUS_ON_NODE", "")
-    # "8(x2),4": tasks of each node; how many here is known only if all nodes are alike.
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
-    if not (
-        seen
-        and on_node.isdecimal()
-        and tasks.isdecimal()
-        and "," not in environ["SLURM_STEP_TASKS_PER_NODE"]
-    ):
+    # "8(x2),4" lists the tasks of each node. The number here is known only if all are alike.
+    tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    tasks = tasks_per_node.partition("(")[0]
+    if not (visible and on_node.isdecimal() and tasks.isdecimal() and "," not in tasks_per_node):
         return None
-    if seen < int(on_node) or int(tasks) == 1:
-        return list(range(seen))
-    each, local = seen // int(tasks), int(environ["SLURM_LOCALID"])
-    return list(range(local * each, local * each + each)) or None
+    if visible < int(on_node) or int(tasks) == 1:
+        return list(range(visible))
+    per_task, local = visible // int(tasks), int(environ["SLURM_LOCALID"])
+    return list(range(local * per_task, local * per_task + per_task)) or None
 
 
 def _cloud_tpu(environ: Mapping[str, str]) -> Environment | None:
-    # Importing jax sets it where it finds TPU chips. The other variables are also set to compile
-    # for TPUs without having any.
+    # jax sets this variable on import where it finds TPU chips. The others are also set to compile
+    # for TPUs where there are none.
     if environ.get("TPU_ML_PLATFORM") != "JAX":
         return None
     if any(name in environ for name in TPU_HOSTS):
         hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
-        alone = (
+        is_single = (
             "," not in hosts
             and TPU_HOSTS[0] not in environ
             and environ.get("MEGASCALE_NUM_SLICES", "1") == "1"
         )
-        return Environment("GKE's TPU variables", {}, 1 if alone else None, 0 if alone else None)
-    # A TPU VM outside GKE asks Google's metadata server.
+        count, index = (1, 0) if is_single else (None, None)
+        return Environment("GKE's TPU variables", {}, count, index)
+    # On a TPU VM outside of GKE, jax asks Google's metadata server.
     return None if "TPU_SKIP_MDS_QUERY" in environ else Environment("Cloud TPU", {})
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Environment | None:
-    # Only pods of indexed Jobs have a number (JobSet makes such Jobs); any other pod is no reason
-    # to ask the cluster.
+    # Only pods of indexed Jobs (which JobSet makes) have a number; the cluster is not asked about
+    # other pods.
     if not {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
         return None
     if find_spec("kubernetes") is None:
-        text = "or pip install 'jax[k8s]' to find them; --processes 1 if it is alone"
-        raise ValueError(f"a pod of a Kubernetes Job: {GIVE_ALL} (see launch/gke_gpu.yaml), {text}")
+        raise ValueError(
+            f"a pod of a Kubernetes Job: {GIVE_ALL} (see launch/gke_gpu.yaml), or pip install "
+            "'jax[k8s]' to find them; --processes 1 if it is alone"
+        )
     return Environment("Kubernetes", {}, None, None)

@@ -1,6 +1,4 @@
-"""How processes find each other where their launcher does not say: the flags of every program that
-several hosts run.
-"""
+"""Flags with which processes find each other; for every program that runs on several hosts."""
 
 from absl import flags
 
@@ -9,5 +7,9 @@ COORDINATOR = flags.DEFINE_string(
     "",
     "HOST:PORT of process 0; not needed on Cloud TPU, SLURM, Open MPI, Kubernetes.",
 )
-PROCESSES = flags.DEFINE_integer("processes", -1, "How many processes the run has; as above.")
-PROCESS = flags.DEFINE_integer("process", -1, "The number of this one, from 0; as above.")
+PROCESSES = flags.DEFINE_integer(
+    "processes", -1, "Number of processes of the run; not needed where --coordinator is not."
+)
+PROCESS = flags.DEFINE_integer(
+    "process", -1, "Index of this process, from 0; not needed where --coordinator is not."
+)

@@ -1,12 +1,14 @@
-"""Many processes as one run: how they find each other, notice that they differ, and end together.
+"""Several processes as one run: they find each other, detect differences, and end together.
 
-    initialize()                    before anything else that uses jax; does nothing for a single process
-    with together(): ...            around all the rest: an error here ends the other processes, with a line that says where it was
-    at(step)                        just before a step is given to the devices: who holds up the others can then be named
-    assert_same_on_all_hosts(step, what)     now and then: an error that names the process that differs, instead of a hang
-    with termination() as stops:    stops(step) says whether SIGTERM or Ctrl-C has come to any process, the same to all at the same step
+    initialize()                  before anything else that uses jax; nothing for a single process
+    with abort_together():        around the rest: an error in one process ends all of them
+        report_step(step)         before each step, so that a process that falls behind is named
+        assert_same_on_all_hosts(step, values)
+                                  sometimes: an error that names the process that differs
+        with preemption_signal() as stops:
+            stops(step)           the signal after which to stop, the same in all processes
 
-None of this computes on the devices, so it works while they wait for a process that never comes.
+None of this computes on the devices, so it works while they wait for a process that never arrives.
 """
 
 import atexit
@@ -24,16 +26,22 @@ import jax
 from jax.experimental import multihost_utils
 
 from internvl3_jax.parallel.cluster import Environment, find_environment
-from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST, NEEDED, ROOT, PeerLostError, Watchdog
+from internvl3_jax.parallel.watchdog import (
+    EXIT_PEER_LOST,
+    ROOT,
+    STORE_METHODS,
+    PeerLostError,
+    Watchdog,
+)
 
-# the status that schedulers take for "stopped from outside": start it again
+# Exit status that schedulers take as stopped from outside, and restart.
 TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT  # by Ctrl-C
 
-_peers: Watchdog | None = None  # None: a single process
+_watchdog: Watchdog | None = None  # None: a single process
 
 
-# --- finding each other --------------------------------------------------------------------------
+# --- start ---------------------------------------------------------------------------------------
 
 
 def initialize(
@@ -44,123 +52,129 @@ def initialize(
     heartbeat_seconds: int = 60,
     give_up_seconds: float = 1800,
 ) -> None:
-    """Joins the processes of the run, by the three arguments or by what the environment says, and
-    prints one line about it.
+    """Joins the processes of the run and prints one line about it.
 
-    coordinator: HOST:PORT of process 0. Without any of the three, Open MPI, SLURM, Cloud TPU (one
-        or several slices) and Kubernetes
-        Jobs are recognised, and anything else is a single process; `processes=1` alone is one
-        whatever the environment says.
-    start_seconds: how long to wait for the others; the process then ends with status
-        EXIT_PEER_LOST.
-    heartbeat_seconds: how long a dead process may stay unnoticed; jax then ends all others by
-        SIGABRT, which is status EXIT_PEER_LOST.
-    give_up_seconds: how long a process may be behind the others before all end with status
-        EXIT_PEER_LOST.
+    Without the first three arguments, Open MPI, SLURM, Cloud TPU (one or several slices) and
+    Kubernetes Jobs are detected; anything else is a single process. `processes=1` alone is a single
+    process in any environment.
 
-    ValueError for arguments that are incomplete or contradict each other or the environment.
+    Args:
+      coordinator: HOST:PORT of process 0.
+      processes: Number of processes.
+      process: Index of this one.
+      start_seconds: How long to wait for the others. The process then exits with EXIT_PEER_LOST.
+      heartbeat_seconds: How long a dead process may stay unnoticed. jax then ends all others by
+          SIGABRT, which is status EXIT_PEER_LOST.
+      give_up_seconds: How long a process may be behind the others before all exit with
+          EXIT_PEER_LOST.
+
+    Raises:
+      ValueError: The arguments are incomplete, or contradict each other or the environment.
     """
-    found = find_environment(coordinator, processes, process, os.environ)
-    if found is None:
+    environment = find_environment(coordinator, processes, process, os.environ)
+    if environment is None:
         return
-    late = threading.Timer(start_seconds, _not_all_came, [found, start_seconds])
-    late.daemon = True
-    late.start()
+    timer = threading.Timer(start_seconds, _exit_incomplete, [environment, start_seconds])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **found.arguments,
-            initialization_timeout=int(start_seconds) + 60,  # after ours, whose message is readable
+            **environment.arguments,
+            # Later than the timer, whose message is readable.
+            initialization_timeout=int(start_seconds) + 60,
             heartbeat_timeout_seconds=heartbeat_seconds,
-            # who is ready first waits; the dead are found by their heartbeat
+            # Processes that finish early wait for the others; heartbeats detect the dead.
             shutdown_timeout_seconds=3600,
         )
     finally:
-        late.cancel()
-    _meet(found, start_seconds, give_up_seconds)
+        timer.cancel()
+    _exchange_hosts(environment, start_seconds, give_up_seconds)
 
 
-def _not_all_came(found: Environment, seconds: float) -> None:
-    number = "" if found.process is None else f"process {found.process} on "
-    count = "" if found.processes is None else f"{found.processes} "
-    # only of the arguments; jax finds the others
-    address = found.arguments.get("coordinator_address")
-    place = f"; process 0 is expected at {address}" if address else ""
+def _exit_incomplete(environment: Environment, seconds: float) -> None:
+    """Ends this process because others did not connect."""
+    name = "" if environment.process is None else f"process {environment.process} on "
+    count = "" if environment.processes is None else f"{environment.processes} "
+    # Only known from arguments; jax finds the others.
+    address = environment.arguments.get("coordinator_address")
+    expected = f"; process 0 is expected at {address}" if address else ""
     print(
-        f"error: {number}{socket.gethostname()}: the {count}processes found by {found.how} did not all come within {seconds:.0f} s"
-        f"{place}. Look for hosts whose log lacks this line",
+        f"error: {name}{socket.gethostname()}: the {count}processes found by {environment.source} "
+        f"did not all connect within {seconds:.0f} s{expected}. Look for hosts whose log lacks "
+        "this line",
         file=sys.stderr,
         flush=True,
     )
     os._exit(EXIT_PEER_LOST)
 
 
-def _meet(found: Environment, seconds: float, give_up: float) -> None:
-    """Says who is here, exchanges host names and begins to watch."""
-    global _peers
+def _exchange_hosts(environment: Environment, seconds: float, give_up: float) -> None:
+    """Prints this process's line, exchanges host names and starts the watchdog."""
+    global _watchdog
     process, processes = jax.process_index(), jax.process_count()
     address, store = _coordination()
     slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    how = f"{found.how}{f' ({slices} slices)' if slices > 1 else ''}"
+    source = f"{environment.source}{f' ({slices} slices)' if slices > 1 else ''}"
     print(
-        f"process {process} of {processes} on {socket.gethostname()}, found by {how}, coordinator {address}",
+        f"process {process} of {processes} on {socket.gethostname()}, found by {source}, "
+        f"coordinator {address}",
         flush=True,
     )
     if processes == 1:
         return
-    if not all(hasattr(store, name) for name in NEEDED):
+    if not all(hasattr(store, name) for name in STORE_METHODS):
         print(
             f"jax {jax.__version__} hides its key-value store: hosts are not compared", flush=True
         )
         return
-    peers = Watchdog(store, process, [], give_up)
-    peers.put(f"host/{process}", socket.gethostname())
+
+    # Every process writes its host name, then all of them read all names.
+    watchdog = Watchdog(store, process, [], give_up)
+    watchdog.put(f"host/{process}", socket.gethostname())
     store.wait_at_barrier(f"{ROOT}/met", int(seconds * 1000))
-    hosts = peers.read("host")
-    peers.hosts = [hosts[str(number)] for number in range(processes)]
+    hosts = watchdog.read("host")
+    watchdog.hosts = [hosts[str(number)] for number in range(processes)]
     if process == 0:
-        print(
-            "hosts: " + ", ".join(f"{number} {host}" for number, host in enumerate(peers.hosts)),
-            flush=True,
-        )
-    _peers = peers
-    peers.thread.start()
-    atexit.register(peers.stop_watching)  # later than jax registered its own, so it runs earlier
+        names = ", ".join(f"{number} {host}" for number, host in enumerate(watchdog.hosts))
+        print(f"hosts: {names}", flush=True)
+    _watchdog = watchdog
+    watchdog.thread.start()
+    # Registered after jax's own handler, so it runs before it.
+    atexit.register(watchdog.stop)
 
 
 def _coordination():
-    """(address, key-value store) of jax's coordination service; no public name leads to them."""
+    """Returns (address, key-value store) of jax's coordination service, which has no public API."""
     try:
         from jax._src.distributed import global_state
     except ImportError:
         return "unknown", None
-    return getattr(global_state, "coordinator_address", "unknown"), getattr(
-        global_state, "client", None
-    )
+    address = getattr(global_state, "coordinator_address", "unknown")
+    return address, getattr(global_state, "client", None)
 
 
-# --- ending together -----------------------------------------------------------------------------
+# --- end -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def abort_together():
-    """Around all that the process does after `initialize`. An error in it is told to the other
-    processes, which end with its status.
+    """Ends all processes when an error leaves the block in one of them, with its status.
 
-    Without this they would wait, in a computation that needs this process, for as long as their
-    scheduler lets them. Leaving with status 0, TERMINATED or, where it is alone, INTERRUPTED is no
-    error: then all processes leave, and wait for each other.
+    It goes around everything after `initialize`. Without it the other processes would wait in a
+    computation that needs this one, for as long as their scheduler lets them. Exiting with status 0
+    or TERMINATED is not an error: then all processes exit, and wait for each other.
     """
     try:
         yield
     except BaseException as error:
         status = _status(error)
-        if _peers is None or status in (0, TERMINATED):
+        if _watchdog is None or status in (0, TERMINATED):
             raise
-        _peers.end_all(error, status)
+        _watchdog.end_all(error, status)
 
 
 def _status(error: BaseException) -> int:
-    """The status with which Python would end."""
+    """Returns the status with which Python would exit."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, PeerLostError):
@@ -170,127 +184,131 @@ def _status(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def preemption_signal():
-    """Yields a function from a step to the signal, SIGTERM or SIGINT (Ctrl-C), after which to stop,
-    or 0. Neither ends the process any more at once, but for a second Ctrl-C, which does.
+    """Yields stops(step), which returns the signal after which to stop, or 0.
 
-    One process of several tells the others, and all get the same answer at the same step, within
-    about a second. For that each must ask at every step.
+    The signal is SIGTERM or SIGINT (Ctrl-C). It no longer ends the process at once; a second Ctrl-C
+    does. Of several processes, the one that gets the signal tells the others, and `stops` returns
+    it in all of them at the same step, within about a second. Each must call it at every step.
     """
-    several, came = jax.process_count() > 1, []
+    distributed, received = jax.process_count() > 1, []
 
     def interrupt(number, frame):
-        if signal.SIGINT in came:
+        # os.write and os._exit are safe in a signal handler.
+        if signal.SIGINT in received:
             os.write(2, b"\nstopped at once; the last complete step is kept\n")
             os._exit(INTERRUPTED)
         os.write(
             2, b"\nstopping when this step is done and saved; press Ctrl-C again to stop at once\n"
         )
-        came.append(number)
-        if several:
+        received.append(number)
+        if distributed:
             os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = {signal.SIGINT: interrupt}
-    if not several:
-        # Of several jax has caught SIGTERM since `initialize`; a handler of Python's would take it
-        # away from there.
-        handlers[signal.SIGTERM] = lambda number, frame: came.append(number)
-    # Only the main thread may set handlers; in a notebook's or test's thread the signals stay as
-    # they are.
-    mine = handlers if threading.current_thread() is threading.main_thread() else {}
-    before = {number: signal.signal(number, handler) for number, handler in mine.items()}
+    if not distributed:
+        # With several processes jax handles SIGTERM since `initialize`; a Python handler would
+        # replace jax's.
+        handlers[signal.SIGTERM] = lambda number, frame: received.append(number)
+    # Only the main thread may set handlers. Elsewhere (notebooks, tests) signals stay as they are.
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def stops(step: int) -> int:
+        if distributed:
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if reached else 0
+        return received[0] if received else 0
+
     try:
-        if several:
-            yield (
-                lambda step: (
-                    signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-                )
-            )
-        else:
-            yield lambda step: came[0] if came else 0
+        yield stops
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-# --- comparing -----------------------------------------------------------------------------------
+# --- comparison ----------------------------------------------------------------------------------
 
 
 def report_step(step: int) -> None:
-    """Notes that this process is about to give the step to the devices."""
-    if _peers is not None:
-        _peers.step = step
+    """Records that this process is about to run a step on the devices."""
+    if _watchdog is not None:
+        _watchdog.step = step
 
 
-def assert_same_on_all_hosts(step: int, what: dict[str, str | int], seconds: float = 300) -> None:
-    """Compares `what` (and the step) between the processes. Every process must call it equally
-    often; it waits for all of them.
+def assert_same_on_all_hosts(step: int, values: dict[str, str | int], seconds: float = 300) -> None:
+    """Compares `values` and the step between processes; every process must call it equally often.
 
-    step: the one about to run, so that a difference is found before the devices wait for each
-        other.
-    what: name -> value that must be the same everywhere, such as a batch's shapes and a hash of the
-        configuration.
-    seconds: how long to wait for the slowest.
+    jax's multihost_utils.assert_equal compares on the devices. This goes through the key-value
+    store, which still works where the devices wait for each other.
 
-    ValueError, the same in every process, naming the processes that differ and in what;
-    PeerLostError naming those that did not come.
+    Args:
+      step: The step about to run, so that a difference is found before the devices wait.
+      values: Name -> value that must be the same everywhere, such as shapes and hashes.
+      seconds: How long to wait for the slowest process.
+
+    Raises:
+      ValueError: Values differ. The same in every process, naming the processes and values.
+      PeerLostError: Processes did not report in time; names them.
     """
-    peers = _peers
-    if peers is None:
+    watchdog = _watchdog
+    if watchdog is None:
         return
     report_step(step)
-    check, peers.checks = peers.checks, peers.checks + 1
-    peers.put(f"check/{check}/{peers.process}", json.dumps({"step": step} | what))
-    if peers.process == 0:
-        late, differing = _judge(peers, step, check, seconds)
-        peers.put(f"verdict/{check}", json.dumps([late, differing]))
-        # All have come to this check, so none reads the one before any more.
+    check, watchdog.checks = watchdog.checks, watchdog.checks + 1
+    watchdog.put(f"check/{check}/{watchdog.process}", json.dumps({"step": step} | values))
+
+    # Process 0 compares and publishes the verdict; the others wait for it.
+    if watchdog.process == 0:
+        late, differences = _compare(watchdog, step, check, seconds)
+        watchdog.put(f"verdict/{check}", json.dumps([late, differences]))
+        # All processes have reached this check, so none reads the previous one any more.
         for old in (f"check/{check - 1}/", f"verdict/{check - 1}"):
-            peers.store.key_value_delete(f"{ROOT}/{old}")
+            watchdog.store.key_value_delete(f"{ROOT}/{old}")
     else:
+        # A little longer, so that process 0 can say who is missing.
+        timeout = seconds + 30
         try:
-            # A little longer, so that process 0 can say who is missing.
-            verdict = peers.store.blocking_key_value_get(
-                f"{ROOT}/verdict/{check}", int((seconds + 30) * 1000)
+            verdict = watchdog.store.blocking_key_value_get(
+                f"{ROOT}/verdict/{check}", int(timeout * 1000)
             )
         except jax.errors.JaxRuntimeError as error:
             raise PeerLostError(
-                f"{peers.name(0)} did not report within {seconds + 30:.0f} s at step {step:,}"
+                f"{watchdog.name(0)} did not report within {timeout:.0f} s at step {step:,}"
             ) from error
-        late, differing = json.loads(verdict)
+        late, differences = json.loads(verdict)
     if late:
         raise PeerLostError(late)
-    if differing:
-        raise ValueError(differing)
+    if differences:
+        raise ValueError(differences)
 
 
-def _judge(peers: Watchdog, step: int, check: int, seconds: float) -> tuple[str, str]:
-    """Waits for the reports of all: (who did not come, what differs), empty if all is well."""
-    until, pause = time.monotonic() + seconds, 0.001
-    while len(reports := peers.read(f"check/{check}")) < len(peers.hosts):
-        if time.monotonic() > until:
-            late = " and ".join(
-                peers.name(number)
-                for number in range(len(peers.hosts))
-                if str(number) not in reports
-            )
-            return f"{late} did not report within {seconds:.0f} s at step {step:,}", ""
+def _compare(watchdog: Watchdog, step: int, check: int, seconds: float) -> tuple[str, str]:
+    """Waits for all reports; returns (who did not report, what differs), empty if all is well."""
+    processes = range(len(watchdog.hosts))
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while len(reports := watchdog.read(f"check/{check}")) < len(processes):
+        if time.monotonic() > deadline:
+            late = [watchdog.name(number) for number in processes if str(number) not in reports]
+            names = " and ".join(late)
+            return f"{names} did not report within {seconds:.0f} s at step {step:,}", ""
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-    return "", _differences(
-        peers, [json.loads(reports[str(number)]) for number in range(len(peers.hosts))]
-    )
+    return "", _differences(watchdog, [json.loads(reports[str(number)]) for number in processes])
 
 
-def _differences(peers: Watchdog, values: list[dict]) -> str:
-    """What differs from what most have, and where."""
-    found = []
-    for name in dict.fromkeys(name for row in values for name in row):
-        column = [row.get(name) for row in values]
+def _differences(watchdog: Watchdog, reports: list[dict]) -> str:
+    """Describes the values that differ from what most processes have, and where."""
+    differences = []
+    for name in dict.fromkeys(name for report in reports for name in report):
+        column = [report.get(name) for report in reports]
         usual, count = collections.Counter(column).most_common(1)[0]
         odd = [number for number, value in enumerate(column) if value != usual]
         if odd:
-            some = ", ".join(f"{column[number]!r} in {peers.name(number)}" for number in odd[:8])
+            listed = ", ".join(
+                f"{column[number]!r} in {watchdog.name(number)}" for number in odd[:8]
+            )
             more = f" and others in {len(odd) - 8} more" if len(odd) > 8 else ""
-            most = f"the other {count}" if count > 1 else peers.name(column.index(usual))
-            found.append(f"{name} is {some}{more}, and {usual!r} in {most}")
-    return f"the processes differ: {'; '.join(found)}" if found else ""
+            rest = f"the other {count}" if count > 1 else watchdog.name(column.index(usual))
+            differences.append(f"{name} is {listed}{more}, and {usual!r} in {rest}")
+    return f"the processes differ: {'; '.join(differences)}" if differences else ""

@@ -1,15 +1,15 @@
-"""The other processes of a run, as seen from this one: names, signs of life, news of errors. See
-distributed.py.
+"""Watchdog over the other processes of a run: heartbeats, steps, and messages about errors.
 
-They talk through the key-value store of jax's coordination service, which runs in process 0, never
-through the devices. Keys:
+Processes communicate through the key-value store of jax's coordination service, which runs in
+process 0, never through the devices. See multihost.py. Keys:
 
-    host/P     the name of process P's host
-    alive/P    [beats, step] of process P, every BEAT seconds
-    news/KEY   {"status", "text"} for everyone to print; a status other than 0 ends all processes
-    with it. KEY is P where P says it left/P     process P has read of an end and is gone check/N/P
-    what process P has at the N-th assert_same_on_all_hosts verdict/N  [who was late, what differs],
-    by process 0
+    host/P      the name of process P's host
+    alive/P     [beats, step] of process P, every HEARTBEAT_S seconds
+    news/KEY    {"status", "text"} that every process prints; a status other than 0 ends all
+                processes with it. KEY is P where process P reports its own error
+    left/P      process P has read that the run ends, and is gone
+    check/N/P   the values of process P in the N-th assert_same_on_all_hosts
+    verdict/N   [who was late, what differs], by process 0
 """
 
 import contextlib
@@ -23,15 +23,15 @@ import traceback
 
 import jax
 
-# When another process is gone or stuck: the status with which jax itself ends the rest. Schedulers
-# take what is above 127 for worth a restart.
+# Exit status when another process is gone or stuck, the one with which jax itself ends the rest.
+# Schedulers restart a job whose status is above 127.
 EXIT_PEER_LOST = 128 + signal.SIGABRT
-HEARTBEAT_S = 2.0  # seconds between signs of life
-DEAD_AFTER_S = 30.0  # seconds without one after which a process is named
-STALL_WARN_S = 300.0  # seconds a process may be behind the others before it is named
+HEARTBEAT_S = 2.0  # seconds between heartbeats
+DEAD_AFTER_S = 30.0  # seconds without heartbeat after which a process is named
+STALL_WARN_S = 300.0  # seconds behind the others after which a process is named
 ROOT = "internvl3_jax"
-# Of the store, which has no public name.
-NEEDED = (
+# Methods of the store, which has no public API.
+STORE_METHODS = (
     "key_value_set",
     "key_value_dir_get",
     "key_value_delete",
@@ -41,63 +41,71 @@ NEEDED = (
 
 
 class PeerLostError(RuntimeError):
-    """Another process did not come."""
+    """Another process did not report in time."""
 
 
 class Watchdog:
-    """hosts: names, by process. give_up: seconds a process may be behind the others before all end
-    with status EXIT_PEER_LOST.
+    """Sends this process's heartbeats and watches those of the others, in a thread.
+
+    Attributes:
+      store: Client of jax's coordination service.
+      process: Index of this process.
+      hosts: Host name of each process.
+      give_up: Seconds a process may be behind the others before all exit with EXIT_PEER_LOST.
+      step: The step that this process is about to run.
+      checks: Calls of assert_same_on_all_hosts so far.
     """
 
     def __init__(self, store, process: int, hosts: list[str], give_up: float):
         self.store, self.process, self.hosts, self.give_up = store, process, hosts, give_up
         self.step, self.checks = 0, 0
-        self.ending = threading.Event()
+        self.stopped = threading.Event()
         self.thread = threading.Thread(
             target=self._watch, daemon=True, name="watch the other processes"
         )
 
     def name(self, process: int) -> str:
+        """Returns how messages name a process."""
         return f"process {process} (host {self.hosts[process]})"
 
     def put(self, key: str, value: str) -> None:
+        """Sets a key of the store, in place of its old value."""
         self.store.key_value_set(f"{ROOT}/{key}", value, allow_overwrite=True)
 
     def read(self, folder: str) -> dict[str, str]:
-        """Key below the folder -> value."""
-        start = f"{ROOT}/{folder}/"
+        """Returns the keys below a folder of the store, and their values."""
+        prefix = f"{ROOT}/{folder}/"
         return {
-            key.removeprefix(start): value for key, value in self.store.key_value_dir_get(start)
+            key.removeprefix(prefix): value for key, value in self.store.key_value_dir_get(prefix)
         }
 
-    def stop_watching(self) -> None:
-        """Before Python ends: a thread that is inside jax at that moment would crash it."""
-        self.ending.set()
+    def stop(self) -> None:
+        """Stops the thread; one that is inside of jax when Python exits would crash it."""
+        self.stopped.set()
         self.thread.join(5 * HEARTBEAT_S)
 
-    # --- ending ---
+    # --- the end of the run ---
 
     def end_all(self, error: BaseException, status: int) -> None:
-        """Prints the error as Python would, tells the other processes, and ends this one."""
+        """Prints the error as Python would, tells the other processes, and exits this one."""
         if isinstance(error, SystemExit | PeerLostError):
             text = str(error).removeprefix("error: ")
-            _say(f"error: {text}")
+            _print(f"error: {text}")
         else:
             text = "".join(traceback.format_exception_only(error)).strip()
             traceback.print_exception(error)
             sys.stderr.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            if isinstance(error, jax.errors.JaxRuntimeError) and (gone := self._not_answering()):
-                # What the network said was that the other end is gone.
-                text, status = (
-                    f"{gone} no longer answers: it died or cannot be reached",
-                    EXIT_PEER_LOST,
-                )
-                _say(f"error: {text}; the last checkpoint is kept")
+            # A network error here usually means that another process is gone. Name that one.
+            if isinstance(error, jax.errors.JaxRuntimeError) and (silent := self._find_silent()):
+                text = f"{silent} no longer answers: it died or cannot be reached"
+                status = EXIT_PEER_LOST
+                _print(f"error: {text}; the last checkpoint is kept")
             self.put(f"news/{self.process}", json.dumps({"status": status, "text": text}))
-        self._leave(status)
+        self._exit(status)
 
-    def _not_answering(self) -> str:
+    def _find_silent(self) -> str:
+        """Returns the names of the other processes that send no heartbeats now, or ""."""
         before = self.read("alive")
         time.sleep(5 * HEARTBEAT_S)
         after = self.read("alive")
@@ -108,83 +116,89 @@ class Watchdog:
         ]
         return " and ".join(self.name(number) for number in silent if number != self.process)
 
-    def _leave(self, status: int) -> None:
-        """Ends the process without jax's own farewell, which waits for all processes and then
-        blames those that are late.
-        """
-        self.ending.set()
+    def _exit(self, status: int) -> None:
+        """Exits without jax's shutdown, which waits for all processes and then blames late ones."""
+        self.stopped.set()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.put(f"left/{self.process}", "")
-            until = time.monotonic() + 5 * HEARTBEAT_S
-            # What the others have yet to read is in process 0.
+            # Process 0 holds the store, so it waits until the others have read it.
+            deadline = time.monotonic() + 5 * HEARTBEAT_S
             while (
                 self.process == 0
                 and len(self.read("left")) < len(self.hosts)
-                and time.monotonic() < until
+                and time.monotonic() < deadline
             ):
                 time.sleep(0.1)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
-    # --- watching ---
+    # --- the thread ---
 
     def _watch(self) -> None:
-        """The thread: gives signs of life and reads the news; in process 0 it also looks for those
-        who give none.
-        """
-        beats, told, now = 0, set(), time.monotonic()
-        seen = {number: [0, now, 0, now] for number in range(len(self.hosts))}
-        while not self.ending.wait(HEARTBEAT_S):
+        """Sends heartbeats and reads messages; in process 0 also looks for late processes."""
+        beats, printed, now = 0, set(), time.monotonic()
+        history = {number: [0, now, 0, now] for number in range(len(self.hosts))}
+        while not self.stopped.wait(HEARTBEAT_S):
             beats += 1
             try:
                 self.put(f"alive/{self.process}", json.dumps([beats, self.step]))
                 if self.process == 0:
-                    self._look(seen)
-                self._read_news(told)
+                    self._check_progress(history)
+                self._print_messages(printed)
             except jax.errors.JaxRuntimeError:
                 return  # process 0 is gone; jax ends this process within a moment
 
-    def _read_news(self, told: set[str]) -> None:
-        news = {
-            key: json.loads(value) for key, value in self.read("news").items() if key not in told
+    def _print_messages(self, printed: set[str]) -> None:
+        """Prints messages that are not in `printed`, and exits if one of them ends the run."""
+        messages = {
+            key: json.loads(value) for key, value in self.read("news").items() if key not in printed
         }
-        if self.ending.is_set():
+        if self.stopped.is_set():
             return
-        for key, row in news.items():
-            told.add(key)
+        for key, message in messages.items():
+            printed.add(key)
             sender = f"{self.name(int(key))} ended: " if key.isdecimal() else ""
-            _say(f"{'error' if row['status'] else 'warning'}: {sender}{row['text']}")
-        statuses = [row["status"] for row in news.values() if row["status"]]
+            _print(f"{'error' if message['status'] else 'warning'}: {sender}{message['text']}")
+        statuses = [message["status"] for message in messages.values() if message["status"]]
         if statuses:
-            _say(
+            _print(
                 f"this process ends with it, with status {statuses[0]}; the last checkpoint is kept"
             )
-            self._leave(statuses[0])
+            self._exit(statuses[0])
 
-    def _look(self, seen: dict[int, list]) -> None:
-        """Names who is silent and who holds up the others. `seen`: process -> [beats, when they
-        last grew, step, since when].
+    def _check_progress(self, history: dict[int, list]) -> None:
+        """Names processes that send no heartbeats or hold up the others.
+
+        history: Process -> [beats, when they last increased, step, when it last changed]; updated.
         """
+        # 1) Update the history.
         now = time.monotonic()
         for key, value in self.read("alive").items():
             beats, step = json.loads(value)
-            row = seen[int(key)]
-            if beats != row[0]:
-                row[:2] = beats, now
-            if step != row[2]:
-                row[2:] = step, now
-        furthest = max(step for _, _, step, _ in seen.values())
-        began = min(since for _, _, step, since in seen.values() if step == furthest)
-        for number, (beats, heard, step, _) in seen.items():
-            silence, wait = now - heard, now - began if step < furthest else 0
+            entry = history[int(key)]
+            if beats != entry[0]:
+                entry[:2] = beats, now
+            if step != entry[2]:
+                entry[2:] = step, now
+
+        # 2) How long the furthest process has waited.
+        furthest = max(step for _, _, step, _ in history.values())
+        reached = min(since for _, _, step, since in history.values() if step == furthest)
+
+        # 3) Warn about each late process, and give up on one that is stuck.
+        for number, (beats, last_beat, step, _) in history.items():
+            silence, wait = now - last_beat, now - reached if step < furthest else 0
             if silence > DEAD_AFTER_S:
                 self._warn(
                     f"silent-{number}-{beats}",
-                    f"{self.name(number)} gives no sign of life; its last was at step {step:,}",
+                    f"{self.name(number)} sends no heartbeat; its last one was at step {step:,}",
                 )
             elif wait > STALL_WARN_S:
-                text = f"{self.name(number)} is at step {step:,}; others have waited at step {furthest:,} for {wait:.0f} s"
+                text = (
+                    f"{self.name(number)} is at step {step:,}; others have waited at step "
+                    f"{furthest:,} for {wait:.0f} s"
+                )
                 self._warn(f"behind-{number}-{step}", text)
                 if wait > self.give_up:
                     self._warn(f"stuck-{number}", text, EXIT_PEER_LOST)
@@ -194,5 +208,5 @@ class Watchdog:
             self.put(f"news/{key}", json.dumps({"status": status, "text": text}))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

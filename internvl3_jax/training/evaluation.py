@@ -17,7 +17,7 @@ from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import constrain
+from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
 
 # Longest answer, in tokens.
@@ -85,7 +85,7 @@ class Evaluator:
         rows = []
         for source, row in samples[:count]:
             read = builder.read(source, row, np.random.default_rng(0))
-            tiles = [builder.cut(image, read) for image in read.pictures]
+            tiles = [builder.cut(image, read) for image in read.images]
             messages, deltas = read.messages[:-1], [UNITS] * len(tiles)
             prompt = make_prompt(messages, tiles, tokenizer, config.processor, deltas)
             (ids,) = generator.generate([prompt], options)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from internvl3_jax.parallel.sharding import BATCH_AXES, SHARDED_AXES, axis_size, constrain
+from internvl3_jax.parallel.collectives import axis_size, constrain
+from internvl3_jax.parallel.sharding import BATCH_AXES, SHARDED_AXES
 
 # Axes of the mesh that shard the tokens.
 GROUP_AXES = (*BATCH_AXES, "context")

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from internvl3_jax.config import OptimizerConfig
-from internvl3_jax.param_tree import matching
+from internvl3_jax.param_tree import match_paths
 
 NAMES = ("adafactor", "adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
@@ -233,7 +233,9 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
         frozen.
     """
     leaves = flatten_dict(params, sep="/")
-    frozen = {path for pattern in freeze for path in matching(pattern, leaves, "optimizer.freeze")}
+    frozen = {
+        path for pattern in freeze for path in match_paths(pattern, leaves, "optimizer.freeze")
+    }
     if len(frozen) == len(leaves):
         raise ValueError(f"optimizer.freeze {list(freeze)} leaves nothing to train")
     parts = (

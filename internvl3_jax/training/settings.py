@@ -4,13 +4,13 @@
     chosen = settings.load()              in main; returns a Chosen
 
 --config FILE[:ARGUMENT] names Python code with `get_config() -> TrainConfig`, which gets ARGUMENT
-as a text. --config.FIELD=VALUE sets one field, whose type says how VALUE is read:
+as a text. A file that does not exist means the recipe of that name in the shipped configs/.
+--config.FIELD=VALUE sets one field, whose type says how VALUE is read:
 
     --config.steps=100 --config.data.source=meta.json --config.logging.tensorboard=false
     --config.optimizer.freeze='("vision/.*",)'
 
-A tuple may also be given by naming its field several times. Every error is a UsageError of one line
-that names the field, or the file and line.
+A tuple may also be given by naming its field several times. Errors are UsageErrors of one line.
 """
 
 import ast
@@ -28,6 +28,7 @@ import typing
 
 from absl import flags
 
+from internvl3_jax import cli
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.io import safe_files
 from internvl3_jax.io.command_line import UsageError, message
@@ -126,7 +127,7 @@ def load() -> Chosen:
             raise UsageError(
                 f"--config.{field} and --config.{other} say the same thing twice; give one of them"
             )
-        if other and other not in values:
+        if other:
             _set(config, other, disabled)
     return Chosen(config, name, overrides)
 
@@ -139,11 +140,13 @@ def read(name: str) -> TrainConfig:
     # A file may have a colon in its name.
     path = pathlib.Path(os.path.expanduser(name))
     file, _, argument = (str(path), "", None) if path.is_file() else name.partition(":")
-    path = pathlib.Path(os.path.expanduser(file))
+    path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
     if not path.is_file():
+        folders = (path.parent, cli.home() / "configs")
         near = suggestion(
-            path.name,
-            [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else [],
+            path.name, [file.name for folder in folders for file in folder.glob("*.py")]
         )
         raise UsageError(f"--config: {one_line(str(path))}: no such file{near}")
     arguments = [argument] if ":" in name and argument is not None else []
@@ -173,16 +176,15 @@ def _module(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _beside(path: pathlib.Path):
-    """Lets a recipe import its neighbors, as configs.NAME if it is in a folder of that name."""
+    """Lets a recipe import its neighbors and the shipped recipes, as configs.NAME."""
     folder = path.resolve().parent
-    root = str(folder.parent if folder.name == "configs" else folder)
-    is_new = root not in sys.path
-    if is_new:
-        sys.path.append(root)
+    folders = (folder.parent if folder.name == "configs" else folder, cli.home())
+    added = [str(root) for root in dict.fromkeys(folders) if str(root) not in sys.path]
+    sys.path += added
     try:
         yield
     finally:
-        if is_new:
+        for root in added:
             sys.path.remove(root)
 
 

@@ -14,12 +14,8 @@ import optax
 from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import (
-    constrain,
-    param_shardings,
-    require_mesh,
-    state_shardings,
-)
+from internvl3_jax.parallel.collectives import constrain, require_mesh
+from internvl3_jax.parallel.sharding import param_shardings, state_shardings
 from internvl3_jax.training.mpo import RewardShift, init_reward_shift
 from internvl3_jax.training.objective import batch_totals, make_loss
 from internvl3_jax.training.optimizer import Optimizer, join, path_name

@@ -21,11 +21,15 @@ from flax.traverse_util import flatten_dict
 from internvl3_jax.checkpoints import steps
 from internvl3_jax.config import ConfigError, OptimizerConfig, TrainConfig, from_dict, to_dict
 from internvl3_jax.io import remote_files, safe_files, strict_json
-from internvl3_jax.io.checkpoint_paths import is_checkpoint, is_safetensors, latest_step
+from internvl3_jax.io.checkpoint_paths import (
+    check_steps_writable,
+    is_checkpoint,
+    is_safetensors,
+)
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, reason
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.parallel import multihost
+from internvl3_jax.io.typed import typed
 from internvl3_jax.training.config_diff import config_diff
 from internvl3_jax.training.optimizer import make_schedule, warmup_steps
 
@@ -101,6 +105,7 @@ def named(name: str) -> pathlib.Path:
             f"{one_line(str(nearest))}: cannot be written to; "
             f"name another --workdir, or change its permissions"
         )
+    check_steps_writable(path)
     return path
 
 
@@ -144,20 +149,6 @@ class _Closing:
 
 
 # --- the newest step -----------------------------------------------------------------------------
-
-
-def agreed_step(workdir: pathlib.Path) -> int | None:
-    """Returns the newest complete step, or None.
-
-    Raises:
-      multihost.DisagreementError: Processes see different ones, as where WORKDIR is not shared.
-    """
-    step = latest_step(workdir)
-    # One host may have taken longer than another to index its data.
-    multihost.assert_same_on_all_hosts(
-        0, {"newest complete step": "none" if step is None else step}, seconds=1800
-    )
-    return step
 
 
 # --- the configuration ---------------------------------------------------------------------------
@@ -301,21 +292,25 @@ def _read(path: pathlib.Path) -> dict:
         raise FileError(
             f"{path}: is not the configuration of a training run; name another --workdir"
         )
-    return _completed(TrainConfig, values, f"{path}:")
+    return _completed(TrainConfig, values, f"{path}: ", "")
 
 
-def _completed(cls, values, location: str) -> dict:
+def _completed(cls, values, file: str, key: str) -> dict:
+    """Adds the defaults of fields that are missing; FileError names a key of a wrong type."""
     if not isinstance(values, dict):
         raise FileError(
-            f"{location} is {strict_json.describe(values)}; expected an object; was it edited?"
+            f"{file}{key} is {strict_json.describe(values)}; expected an object; was it edited?"
         )
     completed = dict(values)
     for field in dataclasses.fields(cls):
+        name = f"{key}.{field.name}" if key else field.name
         if dataclasses.is_dataclass(field.type):
-            completed[field.name] = _completed(
-                field.type, values.get(field.name, {}), f"{location} {field.name}"
-            )
-        elif field.name not in values and field.default is not dataclasses.MISSING:
-            # In the form in which it would have been saved.
-            completed[field.name] = json.loads(json.dumps(field.default))
+            completed[field.name] = _completed(field.type, values.get(field.name, {}), file, name)
+        elif field.name in values:
+            try:
+                typed(values[field.name], field.type, f"{file}{name}")
+            except ConfigError as error:
+                raise FileError(f"{error}; was it edited?") from error
+        elif field.default is not dataclasses.MISSING:
+            completed[field.name] = json.loads(json.dumps(field.default))  # as it would be saved
     return completed

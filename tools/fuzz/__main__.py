@@ -93,6 +93,7 @@ def all_kinds() -> list[Kind]:
         kinds_config,
         kinds_data,
         kinds_media,
+        kinds_meta,
         kinds_ours,
         kinds_requests,
         kinds_settings,
@@ -106,6 +107,7 @@ def all_kinds() -> list[Kind]:
         kinds_ours,
         kinds_media,
         kinds_data,
+        kinds_meta,
         kinds_requests,
         kinds_settings,
     )
@@ -114,14 +116,14 @@ def all_kinds() -> list[Kind]:
 
 def prepare(scratch: pathlib.Path, kinds: list[Kind]) -> pathlib.Path:
     """The folder of good inputs, filled with what these kinds need."""
-    from tools.fuzz import corpus, programs, server
+    from tools.fuzz import corpus, first_runs, programs, server
 
     folder = scratch / "corpus"
     folder.mkdir()
     programs.prepare(folder)
     server.preload()
-    corpus.in_child(lambda: corpus.build(folder))
-    corpus.train_and_answer(folder, {name for kind in kinds for name in kind.inputs})
+    first_runs.in_child(lambda: corpus.build(folder))
+    first_runs.train_and_answer(folder, {name for kind in kinds for name in kind.inputs})
     kinds_models.use_corpus(folder)
     return folder
 

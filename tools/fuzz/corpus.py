@@ -3,12 +3,9 @@ it computes.
 """
 
 import json
-import os
 import pathlib
 import shutil
 import sys
-import warnings
-from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 CACHE = "cache"  # compiled programs, shared by all inputs
@@ -16,7 +13,7 @@ TRAIN = """\
 import dataclasses
 
 from internvl3_jax.config import CheckpointConfig
-from tiny_checkpoint import train_config
+from tests.support.tiny_checkpoint import train_config
 
 
 def get_config():
@@ -53,10 +50,9 @@ def build(corpus: pathlib.Path) -> None:
 
 
 def _models(corpus: pathlib.Path) -> None:
-    import tiny_checkpoint
-
     from convert.__main__ import main as convert
     from internvl3_jax.data.text.tokenizer import Tokenizer
+    from tests.support import tiny_checkpoint
 
     for name, flags in {"released": (), "sharded": ("--shard_size", "60000")}.items():
         _checked(
@@ -83,7 +79,7 @@ def _adapter(corpus: pathlib.Path) -> None:
     import numpy as np
 
     from convert.open import open_model
-    from internvl3_jax.checkpoints.hf.peft import write_peft
+    from internvl3_jax.checkpoints.hf.peft_writer import write_peft
     from internvl3_jax.config import LoraConfig
 
     model, rng = open_model(corpus / "conv").config, np.random.default_rng(0)
@@ -99,7 +95,14 @@ def _adapter(corpus: pathlib.Path) -> None:
 
 
 def _data(folder: pathlib.Path) -> None:
-    from official_data import encoded, picture, turns, write_meta, write_tar, write_video
+    from tests.support.official_data import (
+        encoded,
+        picture,
+        turns,
+        write_meta,
+        write_tar,
+        write_video,
+    )
 
     folder.mkdir()
     for number in range(3):
@@ -145,7 +148,7 @@ def _data(folder: pathlib.Path) -> None:
 
 
 def _requests(folder: pathlib.Path) -> None:
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     folder.mkdir()
     tiny_checkpoint.picture(40, 16, 1).save(folder / "wide.png")
@@ -160,7 +163,7 @@ def _requests(folder: pathlib.Path) -> None:
 
 def _questions(folder: pathlib.Path) -> None:
     """Without answers: a random model's could not be compared with any."""
-    import tiny_checkpoint
+    from tests.support import tiny_checkpoint
 
     folder.mkdir()
     tiny_checkpoint.picture(16, 16, 2).save(folder / "small.png")
@@ -173,7 +176,7 @@ def _questions(folder: pathlib.Path) -> None:
 
 def _pictures(folder: pathlib.Path) -> None:
     """One of each format that Pillow writes here."""
-    from official_data import picture
+    from tests.support.official_data import picture
 
     folder.mkdir()
     image = picture(48, 32, 5)
@@ -191,7 +194,7 @@ def _pictures(folder: pathlib.Path) -> None:
 
 def _pairs(folder: pathlib.Path) -> None:
     folder.mkdir()
-    from official_data import write_meta
+    from tests.support.official_data import write_meta
 
     rows = [
         {"id": n, "question": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."}
@@ -201,52 +204,3 @@ def _pairs(folder: pathlib.Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     meta["pairs"]["root"] = "../pairs"
     (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def train_and_answer(corpus: pathlib.Path, needed: set[str]) -> None:
-    """What needs the programs themselves: a finished run, half of the answers, the reference's
-    log-probabilities.
-    """
-    from tools.fuzz import programs
-
-    os.chdir(corpus)
-    if "run" in needed:
-        in_child(lambda: programs.train(()))
-    if "pairs" in needed:
-        in_child(lambda: programs.make_reference(()))
-    if "ask" in needed:
-        in_child(lambda: programs.infer(()))
-        lines = (corpus / "answers.jsonl").read_text().splitlines(keepends=True)
-        (corpus / "answers.jsonl").unlink()
-        (corpus / "ask/answers.jsonl").write_text("".join(lines[:2]))
-
-
-def in_child(work: Callable[[], object]) -> None:
-    """Computes in another process: this one must never start an accelerator or a thread.
-    RuntimeError with what it said if it failed.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jax warns of every fork
-        reader, writer = os.pipe()
-        child = os.fork()
-    if not child:
-        status = 1
-        try:
-            for number in (1, 2):
-                os.dup2(writer, number)
-            os.close(reader)
-            work()
-            status = 0
-        except SystemExit as end:
-            status = int(bool(end.code))
-            print(end.code if isinstance(end.code, str) else "")
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}")
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader, errors="replace") as file:
-        said = file.read()
-    if os.waitpid(child, 0)[1]:
-        raise RuntimeError(f"the good inputs could not be made:\n{said[-2000:]}")

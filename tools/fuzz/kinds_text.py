@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tools.fuzz import programs
 from tools.fuzz.case import Case, Kind
-from tools.fuzz.kinds_models import CONVERT, cases_of, corpus, edit_header, poison
+from tools.fuzz.kinds_models import CONVERT, cases_of, corpus
 from tools.fuzz.mutate import (
     byte_changes,
     edit_bytes,
@@ -17,6 +17,7 @@ from tools.fuzz.mutate import (
     set_json,
     value_changes,
 )
+from tools.fuzz.safetensors_damage import edit_header, poison
 
 FACTOR = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight"
 ADAPTER = "peft/adapter_config.json"

@@ -20,7 +20,6 @@ def prepare(corpus: pathlib.Path) -> None:
     """Before the first program: where they keep what they compile."""
     global _cache
     _cache = str(corpus / CACHE)
-    sys.path.insert(0, str(PROJECT / "tests"))
     sys.path.insert(0, str(PROJECT))
 
 
@@ -152,7 +151,7 @@ def answered(folder: pathlib.Path) -> str:
 
 
 def doctor(arguments: tuple[str, ...]) -> int:
-    from internvl3_jax.data.doctor.examine import main
+    from internvl3_jax.data.doctor.command import main
 
     limits = ("--tokens_per_row", "256", "--tiles_per_row", "16", "--max_frames", "8")
     return main(
@@ -167,10 +166,9 @@ def examined(folder: pathlib.Path) -> str:
 
 def open_pictures(arguments: tuple[str, ...]) -> int:
     """Cuts pictures into tiles as inference does, and prints what of each."""
-    from tiny_checkpoint import PROCESSOR
-
     from internvl3_jax.data.media.images import open_image
     from internvl3_jax.data.media.tiles import cut_tiles
+    from tests.support.tiny_checkpoint import PROCESSOR
 
     good = pathlib.Path(_cache).parent / "pictures"
     for name in sorted(f"pictures/{path.name}" for path in good.iterdir()):

@@ -1,3 +1,1 @@
-"""Operations of the model: attention and its implementations, rotary embedding, norms, linear
-layers.
-"""
+"""Operations of the model: attention and its backends, rotary embedding, norms, linear layers."""

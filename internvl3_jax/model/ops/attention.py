@@ -1,74 +1,99 @@
-"""One attention function; the rest of the code reaches every implementation through it.
-docs/attention.md says which runs where.
+"""Attention: one function for the whole code base, and the choice of its backend.
 
-B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width.
+    backend       runs on    what it is                                  float32 scores in memory
+    xla           all        plain products, all heads at once           B * N * T * S
+    xla_per_head  all        plain products, one head after another      T * S
+    flash         all        FlashAttention in plain JAX                 N * 512 * 512
+    ring          all        flash; keys of sharded rows go round a ring N * 512 * 512
+    splash        TPU        Pallas kernel of jax, heads of k * 64       none
+    cudnn         NVIDIA     cuDNN kernel, bfloat16 or float16           none
+
+"auto" takes the fused kernel of the accelerator where it supports the mask and the sizes. Elsewhere
+it takes xla for few scores, as in decoding, and flash for many; see `choose`. All backends agree to
+1e-5 in float32 (tests/test_attention.py). docs/attention.md has the reasons and the measurements.
+
+Axis letters are those of model/__init__.py.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from internvl3_jax.model.ops import cudnn_attention
 from internvl3_jax.model.ops.context_parallel import gather_keys, over_mesh
 from internvl3_jax.model.ops.flash_attention import flash_attention
-from internvl3_jax.model.ops.masks import MASKED, Mask, cache_mask, causal
+from internvl3_jax.model.ops.masks import MASKED, Mask, cache_mask, causal_mask
 from internvl3_jax.model.ops.remat import checkpoint_name
 from internvl3_jax.model.ops.xla_attention import xla_attention, xla_attention_per_head
 
-__all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "causal", "cache_mask", "platform"]
+__all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "cache_mask", "causal_mask"]
+__all__ += ["choose", "platform"]
 
-IMPLEMENTATIONS = ("auto", "xla", "heads", "blockwise", "ring", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "xla_per_head", "flash", "ring", "splash", "cudnn")
 
-# scores per head (T * S) from which one head at a time is faster on a CPU
-_MAP_HEADS_FROM = 128 * 1024
-_BLOCKS_FROM = 2048 * 2048  # and from which blocks are, and take less memory
-# bytes of float32 scores of a device's part that an accelerator may hold at once
-_SCORES = 256 * 2**20
-# bytes of a table of masked pairs that cuDNN is given; without remat every layer keeps one
-_TABLE = 64 * 2**20
-_FUSED_FROM = 256  # queries from which a fused kernel is called
+# On a CPU: scores per head (T * S) from which one head after another is faster than all at once.
+_PER_HEAD_FROM = 128 * 1024
+# On a CPU: scores per head from which blocks are faster, and take less memory.
+_FLASH_FROM = 2048 * 2048
+# On an accelerator: bytes of float32 scores that a device may hold at once.
+_MAX_SCORE_BYTES = 256 * 2**20
+# Bytes of the dense mask that cuDNN may be given. Without remat every layer keeps one.
+_MAX_MASK_BYTES = 64 * 2**20
+# Queries from which a fused kernel is called.
+_KERNEL_FROM = 256
 
 
-def attention(q, k, v, mask: Mask | None = None, implementation: str = "auto"):
-    """Softmax(q k^T / sqrt(H)) v with a float32 softmax; under a mesh, each device's part of it
-    (ops/context.py).
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Computes softmax(q k^T / sqrt(H)) v with a float32 softmax, sharded over the mesh in context.
 
     Args:
-      q: [B,T,N,H]; k, v: [B,S,K,H] of the same dtype.
-      mask: from `causal` (rows among themselves) or `cache_mask` (against a cache); None where
-          every query sees every key (the vision
-        tower).
-      implementation: one of IMPLEMENTATIONS:
-        "xla" all scores at once, "heads" one head at a time (on CPUs), "blockwise" flash attention in plain JAX, "ring" the same with
-        the keys of split rows passed round, "splash" the TPU kernel, "cudnn" the NVIDIA kernel;
-        "auto" chooses by the devices of the mesh, or else the default ones, and by sizes.
+      q: Queries. k and v have the same dtype.
+      k: Keys; each of the K heads serves N / K query heads.
+      v: Values.
+      mask: From `causal_mask` (tokens of rows among themselves) or `cache_mask` (against a cache).
+          None: every query sees every key, as in the vision tower.
+      implementation: One of IMPLEMENTATIONS. "auto" decides by the devices of the mesh, or the
+          default devices where no mesh is in context, and by the sizes.
 
-    Returns [B,T,N,H] in q's dtype, named "attention_output" for ops/remat.py. A query that sees no
-    key gives finite numbers.
+    Returns:
+      Outputs in q's dtype, named "attention_output" for ops/remat.py. A query that sees no key gets
+      finite numbers.
+
+    Raises:
+      ValueError: The implementation is unknown, or does not support the devices, sizes or mask.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
-        )
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"attention implementation {implementation!r} is not one of {known}")
     return over_mesh(functools.partial(_local, implementation=implementation), q, k, v, mask)
 
 
 def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
-    """On one device, or of one device's part. `axis`: see `over_mesh`."""
+    """Computes the shard of one device. `axis`: the mesh axis that keys are sharded over."""
     devices = platform()
     if implementation == "auto":
         implementation = choose(devices, q, k, mask, axis)
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(implementation, devices)
-    # a CPU emulates that one
-    if devices != needed and (implementation, devices) != ("splash", "cpu"):
+
+    # Pallas emulates splash on a CPU, which the tests use.
+    supported = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}.get(implementation, (devices,))
+    if devices not in supported:
         raise ValueError(
-            f"attention implementation {implementation!r} is for {needed}; these devices are {devices}; use 'auto'"
+            f"attention implementation {implementation!r} runs on {supported[0]}; these devices "
+            f"are {devices}; use 'auto'"
         )
-    if implementation in ("blockwise", "ring"):
+
+    if implementation in ("flash", "ring"):
         return flash_attention(q, k, v, mask, axis, ring=implementation == "ring")
     if implementation == "splash":
-        # Pallas takes a quarter of a second to import
+        # Importing Pallas takes a quarter of a second.
         from internvl3_jax.model.ops.splash_attention import splash
 
         return splash(q, k, v, mask, axis, interpret=devices == "cpu")
@@ -76,15 +101,14 @@ def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
         return cudnn_attention.cudnn(q, k, v, mask, axis)
     if mask is not None:
         k, v, mask = gather_keys(k, v, mask, axis)
-    return checkpoint_name(
-        (xla_attention if implementation == "xla" else xla_attention_per_head)(q, k, v, mask),
-        "attention_output",
-    )
+    backend = xla_attention if implementation == "xla" else xla_attention_per_head
+    return checkpoint_name(backend(q, k, v, mask), "attention_output")
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what the mesh in context is made of, be it there or only compiled
-    for; else the default devices.
+    """Returns "cpu", "gpu" or "tpu": the devices of the mesh in context, or the default devices.
+
+    The mesh may also consist of devices that are only compiled for (internvl3_jax/fit).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None or device.platform is None else device.platform
@@ -92,29 +116,33 @@ def platform() -> str:
 
 
 def choose(platform: str, q, k, mask: Mask | None, axis: str | None) -> str:
-    """The implementation for a device's part of q and k. `axis`: the keys are split over it and
-    will be gathered.
+    """Returns the implementation for one device's shards of q and k (arrays or their shapes).
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      axis: The mesh axis over which keys are sharded and will be gathered, or None.
     """
-    batch, length, heads, width = q.shape
-    parts = 1 if axis is None else jax.lax.axis_size(axis)
-    scores = length * k.shape[1] * parts
+    batch, num_queries, heads, width = q.shape
+    shards = 1 if axis is None else jax.lax.axis_size(axis)
+    scores = num_queries * k.shape[1] * shards
+
     if platform == "cpu":
-        return (
-            "xla" if scores < _MAP_HEADS_FROM else "heads" if scores < _BLOCKS_FROM else "blockwise"
-        )
-    if (
-        platform == "tpu"
-        and length >= _FUSED_FROM
-        and width % 64 == 0
-        and (mask is None or mask.kv_until is None)
-    ):
-        return "splash"
-    if platform == "gpu" and length >= _FUSED_FROM and width % 8 == 0 and width <= 128:
-        # Over split rows cuDNN would need a table.
+        if scores < _PER_HEAD_FROM:
+            return "xla"
+        return "xla_per_head" if scores < _FLASH_FROM else "flash"
+
+    # A fused kernel, where there are enough queries and it supports the mask.
+    if num_queries >= _KERNEL_FROM:
+        if platform == "tpu" and width % 64 == 0 and (mask is None or mask.kv_last_query is None):
+            return "splash"
+        # Where rows are sharded, cuDNN would need a dense mask.
         if (
-            q.dtype in (jnp.bfloat16, jnp.float16)
+            platform == "gpu"
+            and width % 8 == 0
+            and width <= 128
+            and q.dtype in (jnp.bfloat16, jnp.float16)
             and axis is None
-            and cudnn_attention.table_bytes(q, k, mask) <= _TABLE
+            and cudnn_attention.dense_mask_bytes(q, k, mask) <= _MAX_MASK_BYTES
         ):
             return "cudnn"
-    return "xla" if 4 * batch * heads * scores <= _SCORES else "blockwise"
+    return "xla" if 4 * batch * heads * scores <= _MAX_SCORE_BYTES else "flash"

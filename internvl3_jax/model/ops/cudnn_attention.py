@@ -1,44 +1,55 @@
-"""Attention on NVIDIA GPUs by cuDNN's fused kernel, through jax.nn.
+"""Attention on NVIDIA GPUs: cuDNN's fused kernel, through jax.nn.dot_product_attention.
 
-It knows causal rows and rows of given lengths. Segments, or queries in the middle of a row, it
-takes only as a table of queries by keys: 2 bytes for each pair of tokens, and no block is skipped.
-`table_bytes` is what to judge by.
-
-B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width.
+The kernel supports causal rows and rows of given lengths. Segments, or queries in the middle of a
+row, need a dense [T, S] mask: 2 bytes for each pair of tokens, and no block is skipped.
+`dense_mask_bytes` is what `attention.choose` decides by.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from internvl3_jax.model.ops.context_parallel import gather_keys
 from internvl3_jax.model.ops.masks import Mask
 from internvl3_jax.model.ops.remat import checkpoint_name
 
 
-def cudnn(q, k, v, mask: Mask | None, axis: str | None = None):
-    """[B,T,N,H] in q's dtype, which is bfloat16 or float16."""
+def cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask | None,
+    axis: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Computes attention of bfloat16 or float16 arrays. `axis`: see `context_parallel.over_mesh`."""
     if mask is not None:
         k, v, mask = gather_keys(k, v, mask, axis)
-    batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
-    how = {}
-    if needs_table(mask):
-        how["mask"] = jnp.pad(mask.dense(), ((0, 0), (0, length % 2), (0, keys % 2)))[:, None]
+    batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
+
+    # Express the mask in the kernel's terms.
+    options = {}
+    if needs_dense_mask(mask):
+        dense = jnp.pad(mask.dense(), ((0, 0), (0, num_queries % 2), (0, num_keys % 2)))
+        options["mask"] = dense[:, None]
     elif mask is not None:
-        how["is_causal"] = True
-    elif keys % 2:
-        how["key_value_seq_lengths"] = jnp.full(batch, keys, jnp.int32)
-    # Its backward pass refuses odd lengths. Behind a causal row, what is added is seen by nothing
-    # else.
+        options["is_causal"] = True
+    elif num_keys % 2:
+        options["key_value_seq_lengths"] = jnp.full(batch, num_keys, jnp.int32)
+
+    # The kernel's backward pass rejects odd lengths. No token of a causal row sees what is padded
+    # behind it.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how)[:, :length]
-    return checkpoint_name(mixed, "attention_output")
+    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
+    return checkpoint_name(out[:, :num_queries], "attention_output")
 
 
-def needs_table(mask: Mask | None) -> bool:
-    plain = mask is None or (mask.own and mask.parts == 1 and mask.q_segments is None)
-    return not plain
+def needs_dense_mask(mask: Mask | None) -> bool:
+    """Returns whether the kernel cannot express the mask by causality and lengths."""
+    if mask is None:
+        return False
+    return not (mask.self_attention and mask.context_shards == 1 and mask.q_segments is None)
 
 
-def table_bytes(q, k, mask: Mask | None) -> int:
-    """Of the table for these (local) arrays; 0 where none is needed."""
-    return 2 * q.shape[0] * q.shape[1] * k.shape[1] if needs_table(mask) else 0
+def dense_mask_bytes(q, k, mask: Mask | None) -> int:
+    """Returns the bytes of the dense mask for local arrays q and k; 0 if none is needed."""
+    return 2 * q.shape[0] * q.shape[1] * k.shape[1] if needs_dense_mask(mask) else 0

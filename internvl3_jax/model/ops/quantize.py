@@ -1,11 +1,11 @@
-"""Frozen matrices in 8 or 4 bits. qwix does the arithmetic; here they become plain arrays in the
-parameter tree.
+"""Quantization of frozen kernels to int8 or NF4, by qwix, as plain arrays in the parameter tree.
 
-In the place of a kernel [..., in, out] stand two leaves, of which the first is named after its
-kind:
+Two leaves replace a kernel [..., in, out]; the first is named after the format:
 
-    {"int8": i8[..., in, out],   "scales": f32[..., 1, out]}          one scale for each column
-    {"nf4":  u8[..., in/2, out], "scales": f32[..., in/tile, out]}    one for 64 rows of a column (Dettmers et al. 2023); two rows a byte
+    {"int8": i8[..., in, out],   "scales": f32[..., 1, out]}        one scale per column
+    {"nf4":  u8[..., in/2, out], "scales": f32[..., in/64, out]}    one scale per 64 rows of a column
+
+NF4 (Dettmers et al. 2023, QLoRA) packs two rows into a byte.
 """
 
 import math
@@ -13,33 +13,48 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
 
 KINDS = ("int8", "nf4")
-_TILE = 64
+_TILE = 64  # rows of a column that share a scale in NF4
 
 
-def quantize(kernel, kind: str) -> dict:
-    """kernel [L,in,out] -> the two leaves. Layer by layer, since what lies between is several times
-    as large as a layer.
+def quantize(kernel: Float[Array, "L d_in d_out"], kind: str) -> dict[str, Array]:
+    """Quantizes stacked kernels, layer by layer: the intermediates are several times a layer.
+
+    Args:
+      kind: "int8" or "nf4".
+
+    Returns:
+      The two leaves of the module docstring.
+
+    Raises:
+      ValueError: NF4 of an odd number of rows.
+      ImportError: qwix is not installed.
     """
     qwix = library()
-    tile = {0: math.gcd(kernel.shape[-2], _TILE)} if kind == "nf4" else {}
-    if kind == "nf4" and kernel.shape[-2] % 2:
-        raise ValueError(f"nf4 keeps two rows in a byte; a matrix has {kernel.shape[-2]}")
+    rows = kernel.shape[-2]
+    tiles = {0: math.gcd(rows, _TILE)} if kind == "nf4" else {}
+    if kind == "nf4" and rows % 2:
+        raise ValueError(
+            f"a kernel of {rows} rows: nf4 packs two rows into a byte, so the number must be even; "
+            "use int8"
+        )
 
-    def one(layer):
+    def quantize_layer(layer):
         layer = qwix.quantize(
-            layer.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tile
+            layer.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tiles
         )
         return {kind: _pack(layer.qvalue) if kind == "nf4" else layer.qvalue, "scales": layer.scale}
 
-    return jax.lax.map(one, kernel)
+    return jax.lax.map(quantize_layer, kernel)
 
 
-def dequantize(kernel, dtype):
-    """What `quantize` made, with or without leading axes, or a kernel as it is -> [..., in, out] in
-    `dtype`.
-    """
+def dequantize(
+    kernel: Mapping[str, Array] | Float[Array, "*L d_in d_out"], dtype: DTypeLike
+) -> Float[Array, "*L d_in d_out"]:
+    """Returns the kernel [..., in, out] in `dtype`, from its quantized leaves or a plain array."""
     if not isinstance(kernel, Mapping):
         return kernel.astype(dtype)
     qwix = library()
@@ -48,26 +63,23 @@ def dequantize(kernel, dtype):
     return qwix.dequantize(qwix.QArray(values, kernel["scales"], qtype=kind)).astype(dtype)
 
 
-def _pack(codes):
-    """u4[in,out] -> u8[in/2,out]. Neighbouring rows share a byte, so that rows can be split over
-    devices.
-    """
+def _pack(codes: Shaped[Array, "d_in d_out"]) -> Shaped[Array, "d_packed d_out"]:
+    """u4[in,out] -> u8[in/2,out]; adjacent rows share a byte, so that rows can be sharded."""
     low, high = codes[0::2].astype(jnp.uint8), codes[1::2].astype(jnp.uint8)
     return low | (high << 4)
 
 
-def _unpack(packed):
-    """The inverse, with any leading axes."""
+def _unpack(packed: Shaped[Array, "*L d_packed d_out"]) -> Shaped[Array, "*L d_in d_out"]:
+    """u8[...,in/2,out] -> u4[...,in,out], the inverse of `_pack`."""
     codes = jnp.stack([packed & 15, packed >> 4], axis=-2)
-    return codes.reshape(*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]).astype(
-        jnp.uint4
-    )
+    shape = *packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]
+    return codes.reshape(shape).astype(jnp.uint4)
 
 
 def library():
-    """qwix. ImportError saying how to have it."""
+    """Returns the module qwix. Raises ImportError with the command that installs it."""
     try:
-        import qwix  # an optional extra, which takes long to import
+        import qwix  # an optional extra, slow to import
     except ImportError as error:
         raise ImportError("lora.quantize needs qwix: pip install -e '.[quant]'") from error
     return qwix

@@ -1,18 +1,19 @@
-"""What the backward pass of a layer recomputes instead of keeping (Chen et al. 2016), by name.
+"""Rematerialization (Chen et al. 2016): what a layer's backward pass recomputes instead of keeping.
 
-Layers mark their intermediates with `keep`; a policy says which of them stay in memory between the
-two passes. The residual stream between the layers stays, in any case but the last.
+Layers name their intermediates with `checkpoint_name`. A policy says which of them stay in memory
+between the two passes. All but "offload" also keep the residual stream between the layers.
 
-    none       all: fastest, and the most memory
-    dots       products with weights; elementwise operations, norms and attention's scores are recomputed
-    attention  what goes into attention and comes out of it; the products around it and the MLP are
-    recomputed full       nothing: one more forward pass, and the least memory of the device's alone
-    offload    as full, and the residual stream between the layers waits in the host's memory
+    none       keeps everything: fastest, most memory
+    dots       keeps products with weights; recomputes elementwise operations, norms and scores
+    attention  keeps attention's inputs and output; recomputes the other products and the MLP
+    full       keeps nothing: one more forward pass, least device memory without offloading
+    offload    as full; the residual stream between the layers waits in the host's memory
 """
 
 import flax.linen as nn
 import jax
 from jax import ad_checkpoint
+from jaxtyping import Array, Shaped
 
 _POLICIES = {
     "none": None,
@@ -29,13 +30,15 @@ _POLICIES = {
     ),
 }
 POLICIES = tuple(_POLICIES)
-# that need nothing of the host
+# Policies that do not use the host's memory.
 ON_DEVICE = tuple(policy for policy in POLICIES if policy != "offload")
 
 
-def checkpoint_name(x, name: str):
-    """Marks x for the policies that keep it: "attention_input", "attention_output", or "stream"
-    where a layer begins. No operation.
+def checkpoint_name(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*shape"]:
+    """Names x for the policies; no operation.
+
+    Args:
+      name: "attention_input", "attention_output", or "stream" at the start of a layer.
     """
     return ad_checkpoint.checkpoint_name(x, name)
 
@@ -43,11 +46,16 @@ def checkpoint_name(x, name: str):
 def remat(
     layer: type[nn.Module], policy: str, unroll: int, static_argnums: tuple[int, ...] = ()
 ) -> type[nn.Module]:
-    """The layer's class, so that the scan over it keeps what `policy` says.
+    """Returns the layer class for a scan that keeps what `policy` says.
 
-    `unroll` layers per step of the scan: with more than one, the compiler must be kept from merging
-    the second forward pass with the first. `static_argnums` counts self as 0. Raises ValueError at
-    an unknown policy.
+    Args:
+      policy: One of POLICIES.
+      unroll: Layers per step of the scan. With more than one, the compiler must be kept from
+          merging the second forward pass with the first.
+      static_argnums: Static arguments of the layer's call, self being 0.
+
+    Raises:
+      ValueError: The policy is unknown.
     """
     if policy not in _POLICIES:
         raise ValueError(f"remat policy {policy!r} is not one of {', '.join(POLICIES)}")

@@ -1,28 +1,39 @@
 """Rotary position embedding at integer or fractional positions (V2PE).
 
-Positions arrive as int32 in units of 1/256 (see `positions.py`), so every delta is exact; only the
-angle is a float. It is formed from the whole and the fractional part separately: at delta 1 the
-fraction is zero and the angle equals the ordinary one bit for bit.
-
-B batch, T sequence, N heads, H head width.
+Positions are int32 in units of 1/256 (see positions.py), so every delta is exact; only the angle is
+a float. The angle is the sum of those of the integer and of the fractional part. At delta 1 the
+fraction is zero, and the angle equals that of ordinary RoPE bit for bit.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from internvl3_jax.config import UNITS, LanguageConfig
 
+# cos and sin of each token's angles.
+Rope = tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]]
+
 
 def inverse_frequencies(
-    config: LanguageConfig, positions=None, segments=None, scaling: str = "none"
-):
-    """f32[H/2], or f32[B,T,H/2] under "dynamic" scaling, where it depends on the length of each
-    sequence.
+    config: LanguageConfig,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    scaling: str = "none",
+) -> Float32[Array, " half"] | Float32[Array, "B T half"]:
+    """Returns the H/2 inverse frequencies; per token under "dynamic" scaling.
 
-    Dynamic NTK follows transformers >= 5 (`dynamic_frequency_update`): with L = highest position +
-    1 beyond `max_position`, the base becomes theta * (factor * L / max_position - (factor - 1)) **
-    (H / (H - 2)). L is taken per segment of a row, so that neither a neighbour in a packed row nor
-    another row of the batch changes a sequence's frequencies.
+    Dynamic NTK follows transformers >= 5 (`dynamic_frequency_update`). With L, the highest position
+    plus 1, beyond `max_position`, the base becomes
+    theta * (factor * L / max_position - (factor - 1)) ** (H / (H - 2)).
+
+    L is that of the token's segment. Neither another sample of a packed row nor another row of the
+    batch changes the frequencies of a sequence.
+
+    Args:
+      positions: In units of 1/256; needed for "dynamic".
+      segments: Sample of each token; None: every row is one sequence.
+      scaling: "none" or "dynamic".
     """
     width = config.head_dim
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -36,8 +47,10 @@ def inverse_frequencies(
     return 1.0 / (base[..., None] ** exponent[None, None])
 
 
-def _segment_max(positions, segments):
-    """For each token the highest position in its segment: i32[B,T]."""
+def _segment_max(
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """Returns the highest position in each token's segment."""
     if segments is None:
         return jnp.broadcast_to(positions.max(axis=1, keepdims=True), positions.shape)
 
@@ -48,23 +61,30 @@ def _segment_max(positions, segments):
     return jax.vmap(row)(positions, segments)
 
 
-def rope_tables(config: LanguageConfig, positions, segments=None, scaling: str = "none"):
-    """cos, sin: f32[B,T,H/2] at `positions` i32[B,T], in units of 1/256."""
+def rope_tables(
+    config: LanguageConfig,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    scaling: str = "none",
+) -> Rope:
+    """Returns cos and sin, f32[B,T,H/2] each; the arguments are those of `inverse_frequencies`."""
     frequencies = inverse_frequencies(config, positions, segments, scaling)
     if frequencies.ndim == 1:
         frequencies = frequencies[None, None]
-    whole = (positions // UNITS).astype(jnp.float32)[..., None]
+    integer = (positions // UNITS).astype(jnp.float32)[..., None]
     fraction = (positions % UNITS).astype(jnp.float32)[..., None] / UNITS
-    angle = whole * frequencies + fraction * frequencies
+    angle = integer * frequencies + fraction * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rope(x, cos, sin):
-    """Rotates x [B,T,N,H]; pairs are (i, i + H/2) as in Llama checkpoints. Float32 inside, x's
-    dtype outside.
+def apply_rope(
+    x: Float[Array, "B T N H"], cos: Float32[Array, "B T half"], sin: Float32[Array, "B T half"]
+) -> Float[Array, "B T N H"]:
+    """Rotates x in float32 and returns it in its dtype.
+
+    Pairs are (i, i + H/2), as in Llama checkpoints.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

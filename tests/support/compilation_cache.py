@@ -1,0 +1,35 @@
+"""The cache of compiled programs that the whole suite shares: pytest's workers, the programs that
+tests start, and the next run.
+"""
+
+import importlib.metadata
+import pathlib
+import shutil
+
+# `make clean` removes it with pytest's own cache.
+FOLDER = (
+    pathlib.Path(__file__).resolve().parents[2]
+    / ".pytest_cache"
+    / f"compiled-jax-{importlib.metadata.version('jax')}"
+)
+LIMIT = 2 << 30  # bytes
+
+
+def prune() -> None:
+    """Empties the cache once it exceeds its limit: entries of older code are never used again."""
+    if FOLDER.is_dir() and sum(path.stat().st_size for path in FOLDER.iterdir()) > LIMIT:
+        shutil.rmtree(FOLDER)
+
+
+def remove_incomplete(since: float) -> None:
+    """Removes entries written after `since`, in seconds of the epoch, that do not decompress: some
+    tests kill programs, perhaps while they write one.
+    """
+    from jax._src.compilation_cache import decompress_executable
+
+    for path in FOLDER.glob("*-cache"):
+        if path.stat().st_mtime >= since:
+            try:
+                decompress_executable(path.read_bytes())
+            except Exception:
+                path.unlink()

@@ -1,0 +1,179 @@
+"""The folder in which the pages' commands run: every file that they name exists there under that
+name, in miniature.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+from tests.support.documents import ROOT
+
+MODEL = ROOT / "examples" / "tiny_digits"
+# Not the package: as `internvl3_jax` it would be on the path twice.
+LINKED = ("train.py", "infer.py", "configs", "examples")
+READ = [("01_read.png", "39969"), ("02_read.png", "456"), ("04_read.png", "6")]
+READ_QUESTION = "Read the number."
+
+
+def model(path: pathlib.Path) -> None:
+    """The digits model as it was released: safetensors, config.json, tokenizer."""
+    path.mkdir(parents=True)
+    for file in MODEL.iterdir():
+        if file.is_file() and file.suffix != ".jsonl":
+            shutil.copy(file, path)
+
+
+def run(path: pathlib.Path) -> None:
+    """A training run, of which there is no more than the newest step's weights."""
+    from convert.open import open_model
+    from convert.run import convert
+
+    convert(open_model(MODEL), path / "checkpoints" / "2")
+
+
+def language_model(path: pathlib.Path) -> None:
+    from tests.support.components import write_llm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_llm(path)
+
+
+def vision_model(path: pathlib.Path) -> None:
+    from tests.support.components import write_tower
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tower(path, "bare")
+
+
+def picture(number: int = 0) -> Callable[[pathlib.Path], None]:
+    def make(path: pathlib.Path) -> None:
+        from PIL import Image
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(MODEL / "pictures" / READ[number][0]) as image:
+            image.convert("RGB").save(path)
+
+    return make
+
+
+def lines(*rows: dict) -> Callable[[pathlib.Path], None]:
+    def make(path: pathlib.Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for number, (name, _) in enumerate(READ):
+            if not (path.parent / name).exists():
+                picture(number)(path.parent / name)
+
+    return make
+
+
+def meta(annotation: str) -> Callable[[pathlib.Path], None]:
+    """Of rows whose pictures are beside their annotation file."""
+
+    def make(path: pathlib.Path) -> None:
+        folder = path.parent.resolve()
+        source = {
+            "root": str(folder),
+            "annotation": str(folder / annotation),
+            "data_augment": False,
+            "repeat_time": 1,
+        }
+        path.write_text(json.dumps({"digits": source}))
+        if annotation == "rows.jsonl":
+            lines(*ROWS)(folder / annotation)
+
+    return make
+
+
+ROWS = [
+    {
+        "id": number,
+        "image": name,
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{READ_QUESTION}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+    for number, (name, answer) in enumerate(READ)
+]
+REQUESTS = [
+    {"id": number, "image": name, "prompt": READ_QUESTION} for number, (name, _) in enumerate(READ)
+]
+# The digits model states no answers ("Answer: ..."): without known ones, pairs are made by Dropout
+# NTP.
+QUESTIONS = [
+    {"id": number, "image": name, "question": READ_QUESTION}
+    for number, (name, _) in enumerate(READ)
+]
+ANSWERED = [row | {"answer": answer} for row, (_, answer) in zip(QUESTIONS, READ, strict=True)]
+
+# Names in the pages, and what they are here. A page whose commands make one of them says so in
+# MADE.
+FILES: dict[str, Callable[[pathlib.Path], None]] = {
+    "DIR": model,
+    "CHECKPOINT": model,
+    "SRC": model,
+    "CRITIC_DIR": model,
+    "QWEN_DIR": language_model,
+    "VIT_DIR": vision_model,
+    "Qwen/Qwen2.5-1.5B": language_model,
+    "OpenGVLab/InternViT-300M-448px-V2_5": vision_model,
+    "OpenGVLab/InternVL3-1B": model,
+    "OpenGVLab/InternVL3-2B": model,
+    "OpenGVLab/InternVL3-8B": model,
+    "OpenGVLab/VisualPRM-8B-v1_1": model,
+    "checkpoints/internvl3-2b": model,
+    "checkpoints/internvl3-8b": model,
+    "checkpoints/internvl3-78b": model,
+    "checkpoints/visualprm-8b": model,
+    "checkpoints/new-2b": model,
+    "runs/sft-2b": run,
+    "cat.jpg": picture(),
+    "a.png": picture(0),
+    "b.png": picture(1),
+    "cubes.png": picture(),
+    "chart.png": picture(),
+    "receipt.jpg": picture(),
+    "prompt.txt": lambda path: path.write_text(f"<image>\n{READ_QUESTION}\n"),
+    "meta.json": meta("rows.jsonl"),
+    "sft.json": meta("rows.jsonl"),
+    "pairs.json": meta("pairs.jsonl"),
+    "labels.json": meta("labels.jsonl"),
+    "requests.jsonl": lines(*REQUESTS),
+    "questions.jsonl": lines(*QUESTIONS),
+}
+# A page's own form of a file: labels are made of known answers.
+OF_PAGE = {("docs/best_of_n.md", "questions.jsonl"): lines(*ANSWERED)}
+MADE = {
+    "docs/training.md": {"checkpoints/internvl3-2b", "checkpoints/new-2b", "runs/sft-2b"},
+    "docs/best_of_n.md": {"checkpoints/visualprm-8b"},
+}
+
+
+def build(folder: pathlib.Path, page: str, text: str) -> pathlib.Path:
+    """A folder with links to the clone and the files of FILES that the page's commands name and do
+    not make themselves.
+    """
+    folder.mkdir(parents=True)
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    for name, make in FILES.items():
+        if name in text and name not in MADE.get(page, ()):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            OF_PAGE.get((page, name), make)(folder / name)
+    return folder
+
+
+def batch() -> dict:
+    """README's `batch`: a row of eight tokens without a picture, and room for none."""
+    import numpy as np
+
+    tokens = np.arange(8, dtype=np.int32)[None]
+    no_tiles = np.zeros((1, 0, 32, 32, 3), np.uint8)
+    return {
+        "tokens": tokens,
+        "positions": tokens * 256,
+        "segments": np.ones_like(tokens),
+        "tiles": no_tiles,
+    }
