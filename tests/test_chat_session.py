@@ -667,7 +667,7 @@ def test_undo_takes_back_a_turn(chat):
 
 def test_compilation_is_timed_apart():
     """Of an answer with shapes that nothing had before, and of the same question again."""
-    chat = Chat(load(tiny_checkpoint.directory()), max_new_tokens=40)
+    chat = Chat(load(tiny_checkpoint.directory()), max_new_tokens=700)
     lines = []
     clock = chat.generator.compile_clock
 
