@@ -25,7 +25,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from convert.run import planned
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsWriter
 from internvl3_jax.config import ProcessorConfig

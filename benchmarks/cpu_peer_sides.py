@@ -45,7 +45,7 @@ def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
     from safetensors.torch import save_file
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    from convert.hf_files import to_hf
+    from convert.config_json import to_hf
     from internvl3_jax.config import ModelConfig
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -113,7 +113,8 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     from internvl3_jax import load
     from internvl3_jax.config import UNITS
     from internvl3_jax.data.batch import Prompt
-    from internvl3_jax.inference.generator import GenerationConfig, Generator, _encode
+    from internvl3_jax.inference.generator import GenerationConfig, Generator
+    from internvl3_jax.inference.programs import encode_tiles
     from internvl3_jax.inference.sampling import Sampling
 
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
@@ -133,7 +134,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
 
     def vision():
         began = time.perf_counter()
-        _encode(generator.model, generator.vision_params, tile).block_until_ready()
+        encode_tiles(generator.model, generator.vision_params, tile).block_until_ready()
         return {"vision": time.perf_counter() - began}
 
     def prefill():

@@ -1,7 +1,7 @@
 """Formats the rows of results/fit_table.json as the tables of docs/fit.md."""
 
 from internvl3_jax.fit.topology import parse
-from internvl3_jax.inference.generator import TOKENS_PER_CALL
+from internvl3_jax.inference.programs import TOKENS_PER_CALL
 
 # Columns that describe a training setting.
 SETTING = ("stage", "size", "devices", "mesh", "remat (vision, language)", "micro-batches")

@@ -94,16 +94,16 @@ def run_step(step: str, path: str) -> dict:
     """Seconds and peak memory of one step in this process. "text_only" scans for pictures to the
     end of the file, finding none.
     """
-    from internvl3_jax.data.sources import row_index
+    from internvl3_jax.data.sources import row_scan
     from internvl3_jax.data.sources.rows import Rows
 
     if step == "text_only":
-        row_index.MENTIONS = (b'"no such key"', b'"nor this one"')
+        row_scan.MENTIONS = (b'"no such key"', b'"nor this one"')
         os.unlink(f"{path}.index.npy")
     began, result = time.perf_counter(), {}
     if step != "imports":
         rows = Rows([path])
-        result = {"rows": len(rows), "has_pictures": rows.has_pictures}
+        result = {"rows": len(rows), "has_images": rows.has_images}
     result["seconds"] = round(time.perf_counter() - began, 3)
     if step == "read":
         import numpy as np

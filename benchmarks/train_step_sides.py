@@ -199,7 +199,7 @@ def measure_torch(options) -> dict:
     import torch
     import transformers
 
-    from convert.hf_files import to_hf
+    from convert.config_json import to_hf
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     checked = "; every tensor read again, hashes equal" if options.verify or merges else ""
     what += f", adapters of {len(model.pairs)} stacked layers merged" if merges else ""
     print(
-        f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, {time.perf_counter() - started:.1f} s{checked}"
+        f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, "
+        f"{time.perf_counter() - started:.1f} s{checked}"
     )
     return 0
 

@@ -151,7 +151,8 @@ def open_parts(
     values = read_json(files, "config.json", llm)
     if values is None:
         raise FileNotFoundError(
-            f"{llm} has no config.json; give the directory of a Qwen2.5, InternLM2 or InternLM3 model"
+            f"{llm} has no config.json; give the directory of a Qwen2.5, InternLM2 or InternLM3 "
+            "model"
         )
     decoder = SafetensorsSource(llm, rename=lambda name: "language_model." + name)
     known = Tokenizer.from_files(files, str(llm))
@@ -164,7 +165,8 @@ def open_parts(
     decoder = table_source(decoder, base)
     if known.vocab_size > base.vocab_size:
         raise ValueError(
-            f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only {base.vocab_size} rows"
+            f"{llm}: the tokenizer has {known.vocab_size} tokens, the model only "
+            f"{base.vocab_size} rows"
         )
 
     files = add_tokens(files, known)
@@ -177,7 +179,8 @@ def open_parts(
     vision_plan = plan(stored, tower, layout, dtype, "vision", allow_nonfinite)
     if vision_plan.dtype != language_plan.dtype:
         raise ValueError(
-            f"the tower is {vision_plan.dtype}, the language model {language_plan.dtype}; name one dtype with --dtype"
+            f"the tower is {vision_plan.dtype}, the language model {language_plan.dtype}; name "
+            "one dtype with --dtype"
         )
     language = dataclasses.replace(base, vocab_size=tokenizer.vocab_size, tie_embeddings=False)
     config = ModelConfig(vision=tower_config, language=language, image_token_id=token)
@@ -196,7 +199,8 @@ def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, Safetensors
     place = f"{directory}/"
     if values is None:
         raise FileNotFoundError(
-            f"{directory} has no config.json; give the directory of an InternViT or of an InternVL model"
+            f"{directory} has no config.json; give the directory of an InternViT or of an "
+            "InternVL model"
         )
     alone = {
         "intern_vit_6b": ("internvl", "vision_model."),

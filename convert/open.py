@@ -9,19 +9,15 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
+from convert.converted import Converted, open_converted
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.adapters import Adapter, adapter, check_base, describe, read_adapter
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
-from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
+from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.peft_settings import settings_of
-from internvl3_jax.checkpoints.hf.released import (
-    Converted,
-    Hashes,
-    Released,
-    open_converted,
-    open_released,
-)
+from internvl3_jax.checkpoints.hf.peft_writer import write_peft
+from internvl3_jax.checkpoints.hf.released import Hashes, Released, open_released
 from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
 from internvl3_jax.checkpoints.manifest import Base, Manifest
 from internvl3_jax.checkpoints.verification import undamaged
@@ -121,9 +117,9 @@ def open_model(
     if is_checkpoint(directory):
         if Manifest.read(directory).base is not None:
             return open_run(directory, dtype, accept_fingerprint, allow_nonfinite=allow_nonfinite)
-        with undamaged(directory, "full", accept_fingerprint, None):
+        with undamaged(directory, "full", accept_fingerprint):
             return open_converted(directory, dtype, accept_fingerprint, allow_nonfinite)
-    with undamaged(directory, "full", accept_fingerprint, None):
+    with undamaged(directory, "full", accept_fingerprint):
         return open_released(directory, dtype, accept_fingerprint, allow_nonfinite)
 
 
@@ -144,7 +140,7 @@ def open_run(
         accept_fingerprint,
         allow_nonfinite,
     )
-    with undamaged(directory, "full", accept_fingerprint, None):
+    with undamaged(directory, "full", accept_fingerprint):
         own = read_adapter(directory)
     leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
     check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
@@ -168,7 +164,8 @@ def open_with_peft(
         directory = resolve_hub_dir(str(directory))
     if not is_peft(directory):
         raise ConversionError(
-            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is converted by itself"
+            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is "
+            "converted by itself"
         )
     target, read = DTYPES[dtype or under.dtype], read_peft(directory, under.config, allow_nonfinite)
     return Adapted(
@@ -200,7 +197,7 @@ def export_adapter(
             raise ConversionError(
                 f"{directory} holds no adapter: it is neither a LoRA run nor a PEFT directory"
             )
-        with undamaged(directory, "full", False, None):
+        with undamaged(directory, "full", False):
             own, config, model, named = (
                 read_adapter(directory),
                 manifest.base.lora,
@@ -215,6 +212,7 @@ def _base_of_peft(directory: pathlib.Path) -> str:
     named = settings_of(directory).base
     if not named:
         raise ConversionError(
-            f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it is for"
+            f"{directory / PEFT} names no base_model_name_or_path; say with --base which model it "
+            "is for"
         )
     return named

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from convert.compose import Composed
+from convert.converted import Converted
 from convert.hf_files import export_files
 from convert.open import Adapted, open_model
 from internvl3_jax.checkpoints import manifest, storage
@@ -25,7 +26,7 @@ from internvl3_jax.checkpoints.hf.assemble import (
 )
 from internvl3_jax.checkpoints.hf.internlm2 import FileWriter, file_tensors
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, layers_of, source_shape
-from internvl3_jax.checkpoints.hf.released import Converted, Hashes, Released
+from internvl3_jax.checkpoints.hf.released import Hashes, Released
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsWriter
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig

@@ -1,14 +1,14 @@
-"""Writes the pictures and questions of `make demo`: four of each task, on handwriting that no
-training run sees.
+"""Writes the images and questions of `make demo`: four of each task, on handwriting of test scans.
 
-    python examples/make_questions.py            into examples/tiny_digits, beside the weights that answer them
+    python examples/make_questions.py    into examples/tiny_digits, beside the weights
 
-    pictures/01_read.png ...     the pictures
-    questions.jsonl              one question a line: {"id": 1, "task": .., "prompt": .., "image": [PATHS], "expected": ..}
+    pictures/01_read.png ...     the images
+    questions.jsonl              {"id": 1, "task": .., "prompt": .., "image": [PATHS], "expected": ..}
+                                 per line
 
-The seed is fixed, so the files are the same every time, and it is not the one of the held-out
-accuracy in the training report.
-infer.py answers the same file: --requests examples/tiny_digits/questions.jsonl.
+The seed is fixed, so the files are the same every time. It differs from the seed of the accuracy in
+the training report. infer.py answers the same file: --requests
+examples/tiny_digits/questions.jsonl.
 """
 
 import argparse
@@ -40,17 +40,17 @@ def main() -> None:
     (directory / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
     size = sum(path.stat().st_size for path in (directory / "pictures").iterdir())
     print(
-        f"{len(rows)} questions in {directory / 'questions.jsonl'}, {size / 1000:.0f} kB of pictures"
+        f"{len(rows)} questions in {directory / 'questions.jsonl'}, {size / 1000:.0f} kB of images"
     )
 
 
 def write(question: Question, number: int, directory: pathlib.Path) -> dict:
-    """Saves the pictures of a question; returns its line."""
+    """Saves the images of a question; returns its row."""
     paths = []
-    for index, picture in enumerate(question.pictures, 1):
-        suffix = f"_{index}" if len(question.pictures) > 1 else ""
+    for index, image in enumerate(question.images, 1):
+        suffix = f"_{index}" if len(question.images) > 1 else ""
         paths.append(f"pictures/{number:02}_{question.task}{suffix}.png")
-        picture.save(directory / paths[-1], optimize=True)
+        image.save(directory / paths[-1], optimize=True)
     prompt = question.messages[0]["content"]
     return {
         "id": number,

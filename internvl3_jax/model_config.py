@@ -172,6 +172,16 @@ class ProcessorConfig:
                 f"processor.max_total_tiles is {self.max_total_tiles}; "
                 f"it must be at least 1, or 0 for no limit"
             )
+        if not self.stop_tokens or not all(self.stop_tokens):
+            raise ValueError(
+                f"processor.stop_tokens is {self.stop_tokens!r}; name the tokens that end an "
+                'answer, such as "<|im_end|>"'
+            )
+        if self.frame_label.count("{}") != 1 or "<image>" in self.frame_label:
+            raise ValueError(
+                f"processor.frame_label is {self.frame_label!r}; it must have {{}} once, for the "
+                f"number of the frame, and no <image>"
+            )
 
 
 TILE_RULES = ("per image", "shared")

@@ -15,7 +15,7 @@ from convert.open import open_model
 from convert.run import convert
 from internvl3_jax import Chat, load
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.batch import cut_pictures, make_prompt
+from internvl3_jax.data.batch import cut_images, make_prompt
 from internvl3_jax.data.media.images import open_image
 
 pytestmark = pytest.mark.torchvision
@@ -58,7 +58,7 @@ def test_ids_pixels_and_answers(exported, question):
     inputs = their_inputs(processor, question)
     checkpoint = load(MODEL)
     pictures = [open_image(MODEL / path) for path in question["image"]]
-    tiles = cut_pictures(pictures, checkpoint.processor)
+    tiles = cut_images(pictures, checkpoint.processor)
     messages = [{"role": "user", "content": question["prompt"]}]
     prompt = make_prompt(
         messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles)

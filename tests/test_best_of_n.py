@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from internvl3_jax import Chat, Critic, load
-from internvl3_jax.inference import generator
-from internvl3_jax.inference.generator import Generator
+from internvl3_jax.inference import programs
+from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
 from tests.support import tiny_checkpoint
@@ -59,12 +59,12 @@ def test_more_candidates_begin_with_the_fewer():
 
 def test_a_question_is_run_once_for_all_its_candidates(monkeypatch):
     tiles, prompts = [], []
-    encode, prefill = generator._encode, generator._prefill
+    encode, prefill = programs.encode_tiles, programs.prefill
     monkeypatch.setattr(
-        generator, "_encode", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t)
+        programs, "encode_tiles", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t)
     )
     monkeypatch.setattr(
-        generator, "_prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a)
+        programs, "prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a)
     )
     chat().candidates(REQUESTS[:2], 4, temperature=1.0)
     assert sum(tiles) == 4 + 1 and prompts == [2]
@@ -78,7 +78,7 @@ def test_beginnings_with_pictures_and_positions():
     start = Generator.start
     try:
         Generator.start = lambda self, p, *rest: prompts.extend(p) or start(self, p, *rest)
-        chat().candidates(REQUESTS, 1, begun=["", "1 > 2", "Image-1:"])
+        chat().candidates(REQUESTS, 1, answer_prefixes=["", "1 > 2", "Image-1:"])
         chat().candidates(REQUESTS, 1)
     finally:
         Generator.start = start
@@ -100,9 +100,7 @@ def test_errors_of_candidates():
     with pytest.raises(ValueError, match="n is 0"):
         chat().candidates(REQUESTS, 0)
     with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
-        chat().generator.start(
-            [None, None], generator.GenerationConfig(1, Sampling(), (0, 0, 0), "none")
-        )
+        chat().generator.start([None, None], GenerationConfig(1, Sampling(), (0, 0, 0), "none"))
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -135,7 +133,8 @@ def test_the_critic_decides_and_the_majority_without_one(monkeypatch):
     )
     choice = best_of_n(chat(), FakeCritic(), "Q", n=4)
     assert (choice.best, choice.text, choice.new_tokens) == (1, texts[1], 8)
-    assert asked == {"n": 4, "greedy_first": True, "first": 1, "temperature": 0.7, "top_p": 0.95}
+    expected = {"n": 4, "greedy_first": True, "temperature": 0.7, "top_p": 0.95}
+    assert asked == expected | {"names": ["request 1"]}
     assert [candidate.votes for candidate in choice.candidates] == [1, 1, 2, 2]
     choice = best_of_n(chat(), None, "Q", n=4, temperature=1.0)
     assert choice.best == 2 and asked["temperature"] == 1.0 and choice.candidates[0].score is None

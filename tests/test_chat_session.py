@@ -1,18 +1,22 @@
 """`Chat`: what is streamed, what a conversation keeps, how answers end, and batches of questions."""
 
+import contextlib
+import dataclasses
 import functools
+import inspect
 import io
 
 import jax
 import numpy as np
 import pytest
 
-from internvl3_jax import Chat, load
+from internvl3_jax import Chat, Critic, load
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.inference.generator import ContextError, NotFiniteError
+from internvl3_jax.inference.options import OptionChanges, Options
 from internvl3_jax.inference.text_stream import TextStreamer
 from tests.support import tiny_checkpoint
 from tests.support.tiny_checkpoint import PROCESSOR, picture
@@ -479,8 +483,13 @@ def test_many_are_answered_as_one_by_one(chat, options):
 
 
 def test_errors_of_a_batch_name_the_request(chat):
-    with pytest.raises(ChatError, match="^request 8: 2 pictures, but 1 <image> tags"):
-        chat.answer_many([("hi", []), ("<image>", [SMALL, SMALL])], first=7)
+    pairs = [("hi", []), ("<image>", [SMALL, SMALL])]
+    with pytest.raises(ChatError, match="^request 2: 2 images, but 1 <image> tags"):
+        chat.answer_many(pairs)
+    with pytest.raises(ChatError, match="^line 8: 2 images, but 1 <image> tags"):
+        chat.candidates(pairs, 1, names=["line 7", "line 8"])
+    with pytest.raises(ImageError, match="^line 8: nowhere.png: no such file"):
+        chat.candidates([("hi", []), ("hi", "nowhere.png")], 1, names=["line 7", "line 8"])
     with pytest.raises(ContextError, match="^request 2: the prompt of"):
         chat.answer_many([("hi", []), ("number " * 2100, [])])
 
@@ -492,7 +501,7 @@ WRONG = {
         ("<image>", [SMALL, WIDE]),
         {},
         ChatError,
-        "3 pictures, but 2 <image> tags",
+        "3 images, but 2 <image> tags",
     ),
     "images is a path": (
         ("hi", "nowhere/cat.png"),
@@ -513,7 +522,7 @@ WRONG = {
         ImageError,
         "nowhere/cat.png: no such file",
     ),
-    "deltas": (("hi", [SMALL]), {"delta": ["1", "1/2"]}, ChatError, "2 deltas for 1 pictures"),
+    "deltas": (("hi", [SMALL]), {"delta": ["1", "1/2"]}, ChatError, "2 deltas for 1 images"),
     "delta": (("hi", [SMALL]), {"delta": "1/3"}, ValueError, "'1/3' is not a multiple of 1/256"),
     "context": (("number " * 2100, []), {}, ContextError, "the model knows 2,048"),
     "temperature": (
@@ -597,7 +606,7 @@ def test_an_unknown_option_is_an_error(chat):
         TypeError, match="Chat has no option 'temprature'; did you mean 'temperature'?"
     ):
         chat("hi", temprature=1.0)
-    with pytest.raises(TypeError, match="Chat has no option 'temprature'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         Chat(load(tiny_checkpoint.directory()), temprature=1.0)
 
 
@@ -609,5 +618,71 @@ def test_wrong_arguments_fail_when_they_are_given():
         Chat(checkpoint, delta="1/3")
     with pytest.raises(TypeError, match="not 'somewhere'; write Chat"):
         Chat("somewhere")
-    with pytest.raises(ValueError, match=r"adapter is \['a'\]; give the name of one"):
+    with pytest.raises(ValueError, match=r"adapter is \['a'\]; give its name"):
         Chat(checkpoint, ["a"])
+    for stop in ("", [".", ""]):
+        with pytest.raises(ValueError, match="an empty text would end every answer at once"):
+            Chat(checkpoint, stop=stop)
+    for tokens in ((), ("",)):
+        with pytest.raises(ValueError, match="stop_tokens is .*name the tokens that end an answer"):
+            dataclasses.replace(checkpoint.processor, stop_tokens=tokens)
+
+
+def test_the_options_are_keywords_that_an_editor_shows():
+    fields = {field.name: field.default for field in dataclasses.fields(Options)}
+    parameters = inspect.signature(Chat.__init__).parameters
+    keywords = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert keywords == fields
+    assert OptionChanges.__annotations__ == Options.__annotations__
+
+
+def test_a_chat_has_a_short_repr(chat):
+    chat.reset()
+    chat("hi", images=[SMALL])
+    assert repr(chat).startswith("Chat(<1 turns, 1 images>") and len(repr(chat)) < 120
+    critic = Critic(load(tiny_checkpoint.directory()), chat.generator, aggregate="min")
+    assert repr(critic) == "Critic(aggregate='min')"
+
+
+def test_undo_takes_back_a_turn(chat):
+    """The next answer is the one that it would have been, and reuses the cache."""
+    expected = turns(chat, SCRIPT[:2], reuse=True)
+    chat.reset()
+    with pytest.raises(ValueError, match="the conversation is empty"):
+        chat.undo()
+    chat(SCRIPT[0][0], images=SCRIPT[0][1])
+    chat("What else?", images=[WIDE])
+    chat.undo()
+    assert len(chat.messages) == 2 and len(chat.tiles) == len(SCRIPT[0][1])
+    chat(SCRIPT[1][0], images=SCRIPT[1][1], **SCRIPT[1][2])
+    assert chat.last.token_ids == expected[1].token_ids and chat.last.reused_tokens > 0
+    chat.undo()
+    chat.undo()
+    assert (chat.messages, chat.tiles, chat.deltas) == ([], [], [])
+
+
+def test_compilation_is_timed_apart():
+    """Of an answer with shapes that nothing had before, and of the same question again."""
+    chat = Chat(load(tiny_checkpoint.directory()), max_new_tokens=40)
+    lines = []
+    clock = chat.generator.compile_clock
+
+    @contextlib.contextmanager
+    def progress(program):
+        lines.append(program)
+        yield
+
+    clock.progress = progress
+    chat("hi", images=[SMALL])
+    first = chat.last
+    assert lines == ["vision tower", "prefill", "decode"]
+    parts = first.compile_seconds + first.first_token_seconds
+    assert 0 < first.compile_seconds < first.seconds and parts <= first.seconds
+    chat.reset()
+    chat("hi", images=[SMALL])
+    assert chat.last.compile_seconds == 0.0 and len(lines) == 3
+    assert chat.last.token_ids == first.token_ids

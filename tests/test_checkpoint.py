@@ -156,6 +156,13 @@ def test_damaged_description_is_named(saved):
             load(saved)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_other_weights_beside_a_checkpoint_are_ignored_with_a_word(name, saved, caplog):
+    (saved / name).write_bytes(b"x")
+    same_tensors(leaves(load(saved).params), leaves(random_params(MODEL)))
+    assert f"{saved}: reading params/ and ignoring {name}" in caplog.text
+
+
 # --- fingerprint ---------------------------------------------------------------------------------
 
 CHANGES = {
@@ -260,7 +267,7 @@ def test_newest_complete_step_counts_and_old_ones_go(tmp_path, caplog):
     assert "200.partial" in caplog.text
     assert "300: not a complete checkpoint" in caplog.text
     with pytest.raises(
-        FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"
+        FileNotFoundError, match="300 is not a complete checkpoint; the newest of this run is 100"
     ):
         steps.restore_training(tmp_path, 300, None, None)
     assert checkpoint_paths.latest_step(tmp_path / "elsewhere") is None
@@ -376,7 +383,7 @@ def test_verification_has_levels(saved):
     (saved / "files.json").unlink()
     load(saved)
     os.mkfifo(saved / "params" / "pipe")
-    with pytest.raises(Damaged, match="params/pipe is no regular file"):
+    with pytest.raises(Damaged, match="params/pipe is not a regular file"):
         load(saved)
 
 

@@ -3,14 +3,15 @@ drive the terminal.
 """
 
 import io
+import re
 import sys
 
 import pytest
-from absl.testing import flagsaver
 
-import infer
+from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.conversation import Conversation, image_paths
 from internvl3_jax.inference.options import Options
+from internvl3_jax.inference.terminal_answers import TerminalAnswers
 from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 
@@ -19,6 +20,10 @@ class Model:
 
     def __init__(self):
         self.processor, self.options, self.resets, self.used = PROCESSOR, Options(), 0, []
+        self.undone = 0
+
+    def undo(self):
+        self.undone += 1
 
     def reset(self):
         self.resets += 1
@@ -85,6 +90,7 @@ def test_commands(monkeypatch, capsys):
         "/imge x",
         "/help",
         "/reset",
+        "/undo",
         "/adapter a",
         "/adapter",
         "/image",
@@ -92,14 +98,19 @@ def test_commands(monkeypatch, capsys):
         "exit",
         " /etc is what?",
         r"a\nb",
+        "what is <image>?",
         "",
         "/exit",
     ]
     conversation = talk(monkeypatch, [*lines, "not asked"], ask)
-    assert asked == ["/etc is what?", "a\nb"]
-    assert conversation.chat.resets == 1 and conversation.chat.used == ["a", None]
+    assert asked == ["/etc is what?", "a\nb", "what is <image>?"]
+    assert conversation.chat.resets == conversation.chat.undone == 1 and conversation.chat.used == [
+        "a",
+        None,
+    ]
     err = capsys.readouterr().err
     assert "there is no command /imge; did you mean '/image'?; there are /image, /images" in err
+    assert err.count("note: no image for <image>: it is sent to the model as text\n") == 1
     assert "/image needs a path" in err and "no images" in err and "/quit leaves" in err
 
 
@@ -130,6 +141,9 @@ def test_paths_as_terminals_write_them(tmp_path, monkeypatch):
 
 def test_an_answer_cannot_drive_the_terminal(capsys):
     class Fake:
+        class generator:
+            compile_clock = CompileClock()
+
         class last:
             text, token_ids, prompt_tokens, tiles, seconds, finish = (
                 "\x1b[2J",
@@ -144,7 +158,31 @@ def test_an_answer_cannot_drive_the_terminal(capsys):
             yield "\x1b]52;c;cHduZWQ=\x07\x9b2J\u202epw"
             yield "ned\n\u4e66\t"
 
-    infer.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver():
-        infer.ask(Fake(), "q", [])
-        assert capsys.readouterr().out == "\\x1b]52;c;cHduZWQ=\\x07\\x9b2J\\u202epwned\n\u4e66\t\n"
+    TerminalAnswers().ask(Fake(), "q", [])
+    assert capsys.readouterr().out == "\\x1b]52;c;cHduZWQ=\\x07\\x9b2J\\u202epwned\n\u4e66\t\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_about_what_takes_long(capsys, monkeypatch, terminal):
+    """In a terminal alone, and never within the text of an answer."""
+
+    class Compiles:
+        class generator:
+            compile_clock = CompileClock()
+
+        class last:
+            token_ids, finish = [1, 2, 3], "length"
+
+        def stream(self, question, images):
+            for program, text in (("prefill", "a "), ("decode", "b "), ("decode", "c")):
+                with self.generator.compile_clock.call(program):
+                    pass
+                yield text
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", sys.stderr)  # one screen
+    TerminalAnswers().ask(Compiles(), "q", [])
+    screen = re.sub(r"\d+\.\d s", "N s", capsys.readouterr().err)
+    lines = "compiling prefill ... N s\ncompiling decode ... N s\n" if terminal else ""
+    cut = "the answer was cut off after 3 tokens; --max_new_tokens allows more\n"
+    assert screen == f"{lines}a b c\n{cut}"

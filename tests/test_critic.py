@@ -15,7 +15,7 @@ from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints.checkpoint import Checkpoint, load
 from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data import critic_format
-from internvl3_jax.data.batch import Prompt, cut_pictures, join_tiles
+from internvl3_jax.data.batch import Prompt, cut_images, join_tiles
 from internvl3_jax.data.text.chat_template import ChatError, encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.inference.generator import ContextError, Generator
@@ -103,7 +103,7 @@ def plain_scores(
     """Log-probabilities over the vocabulary of + and - [S,2] from one forward pass in the training
     layout, found by decoding.
     """
-    tiles = cut_pictures(images, opened.processor)
+    tiles = cut_images(images, opened.processor)
     messages = critic_format.critic_messages(question, solution_steps, system=system)
     encoded = encode_chat(
         messages,
@@ -199,7 +199,7 @@ def test_pictures_and_question_are_run_once(monkeypatch):
     number of solutions.
     """
     encoded, run = [], []
-    generate, step = critic_module.Generator.features, critic_module._step
+    generate, step = critic_module.Generator.features, critic_module.programs.hidden_states
 
     def features(self, prompts, length, keep):
         runs = [
@@ -215,7 +215,7 @@ def test_pictures_and_question_are_run_once(monkeypatch):
         return step(model, params, tokens, *rest)
 
     monkeypatch.setattr(critic_module.Generator, "features", features)
-    monkeypatch.setattr(critic_module, "_step", stepped)
+    monkeypatch.setattr(critic_module.programs, "hidden_states", stepped)
     tiny_critic().score(QUESTION, [picture(40, 20)], [f"{n}\n\nAnswer: {n}" for n in range(8)])
     assert sum(encoded) == 3  # two tiles and the thumbnail
     assert run == [(1, 64), (8, 64)]
@@ -274,7 +274,7 @@ def test_visualprm_architecture_against_torch():
     )
     image = picture(40, 20)
     found = Critic(opened).score(QUESTION, [image], SOLUTIONS)
-    (tiles,) = cut_pictures([image], opened.processor)
+    (tiles,) = cut_images([image], opened.processor)
     picture_text = "<img>" + "<IMG_CONTEXT>" * 4 * len(tiles) + "</img>"
     for solution, scores in zip(SOLUTIONS, found, strict=True):
         text = "<|im_start|>system\nJudge.<|im_end|>\n"
@@ -302,7 +302,7 @@ def test_errors():
     for options in ({"aggregate": "median"}, {"among": "all"}, {"max_steps": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
             Critic(checkpoint(), **options)
-    with pytest.raises(ChatError, match="question 7: 2 pictures, but 1 <image> tags"):
+    with pytest.raises(ChatError, match="question 7: 2 images, but 1 <image> tags"):
         tiny_critic().score("<image>", [picture(20, 20)] * 2, ["1"], "question 7")
     with pytest.raises(
         ContextError, match="question 8, read by the critic: .* the model knows 2,048"

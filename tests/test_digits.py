@@ -14,9 +14,9 @@ from examples.tiny_digits.recipe import data as digits
 from examples.tiny_digits.recipe.data import DigitsSource, Question, is_right
 from examples.tiny_digits.recipe.evaluate import score
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.batch import make_sample
 from internvl3_jax.data.media.tiles import count_tiles, image_limit
 from internvl3_jax.data.pipeline import make_tokenizer
+from tests.support.official_data import make_sample
 
 CONFIG = get_config()
 LATE = 20_000  # items from here on are as hard as they get
@@ -89,7 +89,7 @@ def contents(question):
     return (
         question.task,
         question.messages,
-        [(picture.size, picture.tobytes()) for picture in question.pictures],
+        [(picture.size, picture.tobytes()) for picture in question.images],
     )
 
 
@@ -119,9 +119,9 @@ def test_every_kind_occurs():
     """All tasks, one to five digits, one and several tiles, upright and lying pictures."""
     tasks, lengths, tiles = collections.Counter(), collections.Counter(), collections.Counter()
     for question in items():
-        limit = image_limit(CONFIG.processor, len(question.pictures))
+        limit = image_limit(CONFIG.processor, len(question.images))
         tiles.update(
-            count_tiles(*picture.size, CONFIG.processor, limit) for picture in question.pictures
+            count_tiles(*picture.size, CONFIG.processor, limit) for picture in question.images
         )
         for prompt, answer in turns(question):
             tasks[task_of(prompt)] += 1
@@ -130,7 +130,7 @@ def test_every_kind_occurs():
     assert set(tasks) == set(digits.TASKS) and min(tasks.values()) > 15
     assert set(lengths) == {1, 2, 3, 4, 5} and min(lengths.values()) > 5
     assert len(tiles) >= 4 and tiles[1] > 10
-    sizes = [picture.size for question in items() for picture in question.pictures]
+    sizes = [picture.size for question in items() for picture in question.images]
     assert len(set(sizes)) > 150
     assert any(height > width for width, height in sizes) and any(
         width > 3 * height for width, height in sizes
@@ -171,13 +171,13 @@ def test_answers_have_their_form_and_agree():
                 order = int(first) - int(second)
                 assert verdict == ("Image-1" if order > 0 else "Image-2" if order else "Neither")
                 assert first == str(int(first)) and second == str(int(second))
-                assert question.pictures or f"Image-1: {first}\nImage-2: {second}\n" in prompt
+                assert question.images or f"Image-1: {first}\nImage-2: {second}\n" in prompt
         if {"read", "count"} <= answers.keys():
             assert len(answers["read"]) == int(answers["count"])
         tags = sum(message["content"].count("<image>") for message in question.messages)
         assert (
             tags
-            == len(question.pictures)
+            == len(question.images)
             == {"compare": 2, "compare in words": 0}.get(question.task, 1)
         )
 
@@ -275,10 +275,10 @@ def test_samples_fit_the_rows_of_the_configuration():
     for question in items():
         sample = make_sample(
             question.messages,
-            question.pictures,
+            question.images,
             tokenizer,
             CONFIG.processor,
-            [UNITS] * len(question.pictures),
+            [UNITS] * len(question.images),
         )
         lengths.append(len(sample["tokens"]))
         tiles.append(len(sample["tiles"]))

@@ -9,11 +9,18 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.doctor.examine import examine, find_tokenizer, main, read_processor
-from internvl3_jax.data.doctor.report import UnresolvedErrors, check_report, report_folder
+from internvl3_jax.data.doctor.command import find_tokenizer, main, read_processor
+from internvl3_jax.data.doctor.examine import examine
+from internvl3_jax.data.doctor.report import (
+    UnresolvedErrors,
+    check_report,
+    integer_bins,
+    report_folder,
+)
 from internvl3_jax.data.doctor.table import rows_of
 from internvl3_jax.data.pipeline import sample_dataset
 from tests.support import tiny_checkpoint
@@ -35,9 +42,9 @@ DEFECTS = [
     ({"image": "broken.png", **TEXT}, "broken.png: "),
     (
         {"image": ["a.png", "a.png"], "conversations": turns("<image>", "ho")},
-        "2 pictures, but 1 <image> tags",
+        "2 images, but 1 <image> tags",
     ),
-    ({"image": ["a.png", "a.png"], **TEXT}, "2 pictures, but 0 <image> tags"),
+    ({"image": ["a.png", "a.png"], **TEXT}, "2 images, but 0 <image> tags"),
     (
         {"conversations": [*turns("hi"), *turns("hi", "ho")]},
         "is the user's where the assistant's was expected",
@@ -87,7 +94,7 @@ def test_each_defect_is_found(ward, report):
     for (_, _, reason), (_, expected) in zip(found, DEFECTS, strict=True):
         assert expected in reason
     assert sick["first_duplicate_ids"] == {"same": 11} and good["duplicate_ids"] == 0
-    assert good["tiles"]["sum"] == 3 and good["pictures"] == 1 and good["tokens"]["max"] < 60
+    assert good["tiles"]["sum"] == 3 and good["images"] == 1 and good["tokens"]["max"] < 60
     assert [
         "length is 4, but the annotation has 3 rows" in warning for warning in report["warnings"]
     ] == [True]
@@ -251,14 +258,55 @@ def test_what_the_doctor_says_of_answers_and_pairs(tmp_path, tokens, capsys):
     assert doctor(meta, tokens) == 1
     shown = capsys.readouterr().out
     assert (
-        "warning: a: 1 rows have an empty answer, the first: row 1" in shown
-        and "give --pairs" in shown
+        "warning: a: 1 row with an empty answer, the first: row 1" in shown
+        and "run the doctor with --pairs" in shown
     )
-    assert "1 errors; all of them in" in shown
+    assert f"1 error, listed in {meta}.doctor/errors.tsv; fix the rows, or" in shown
     meta = write_meta(tmp_path, a={"rows": rows[:1]})
     assert doctor(meta, tokens) == 0
     shown = capsys.readouterr().out
-    assert "0 errors\n" in shown and "all of them" not in shown
+    assert "0 errors\n" in shown and "listed in" not in shown
+
+
+def test_tags_that_stay_text_are_counted(tmp_path, tokens, capsys):
+    picture(20, 20).save(tmp_path / "a.png")
+    rows = [
+        TEXT,
+        {"conversations": turns("Write <image> here", "ho")},
+        {"conversations": turns("hi", "<image>")},
+        {"conversations": turns("<video> and <image>", "ho")},
+        {"image": "a.png", "conversations": turns("<image>", "ho", "a second <image>", "ho")},
+        {"image": "a.png", "conversations": turns("<image>", "ho")},
+    ]
+    meta = write_meta(tmp_path, a={"rows": rows})
+    assert doctor(meta, tokens) == 0
+    assert "a: 3 rows with <image> or <video> in the text and no image" in capsys.readouterr().out
+    report = json.loads(pathlib.Path(meta + ".doctor", "report.json").read_text())
+    assert report["sources"]["a"]["first_literal_tags"] == [1, 3, 4]
+
+
+def test_the_table_is_legible_at_80_columns(tmp_path, tokens, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    picture(20, 20).save(tmp_path / "a.png")
+    row = {"id": "same", "image": "a.png", **TEXT}
+    name = "a_source_of_a_long_name_" * 3
+    meta = write_meta(tmp_path, **{name: {"rows": [row] * 1200}})
+    assert doctor(meta, tokens, "--workers", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (numbers,) = [line.split()[1:] for line in lines if "1,200  " in line]
+    assert numbers == ["1,200", "0", "1,200", "434", "434", "1.0", "1"]
+    assert (
+        f"warning: {name}: 1 id that occurs more than once, such as 'same' (1,200 times)" in lines
+    )
+
+
+def test_bins_hold_whole_numbers():
+    for low, high in ((1, 1), (1, 13), (0, 59), (3, 64), (0, 16384)):
+        edges = integer_bins(np.array([low, high]))
+        width = edges[1] - edges[0]
+        assert (np.diff(edges) == width).all() and width == -(-(high - low + 1) // 60)
+        assert len(edges) <= 61 and edges[0] == low - 0.5 and high < edges[-1] <= high + width
+    assert integer_bins(np.array([], np.int64)).tolist() == [-0.5, 0.5]
 
 
 def test_the_tile_rule_is_told_and_followed(tmp_path, tokens, capsys):

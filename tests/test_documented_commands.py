@@ -76,14 +76,14 @@ NOT_RUN = (
 )
 # Commands whose files later ones of the same page make: they run at its end, with the name linked
 # to what was made.
-LAST = {"LORA_RUN": "runs/adapters", "peft_directory": "adapter"}
+LAST = {"peft_directory": "adapter"}
 UNREAD = "answers could not be read: wanted is a stated answer"
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}  # for --devices and --hosts
 
 ALL = [command for page in pages() for command in commands(page)]
 # Behind this heading all commands train or need what was trained: a chain of its own, in the same
 # kind of folder.
-TRAINING = {"README.md": "## Training"}
+TRAINING = {"README.md": "## Fine-tune on your data"}
 QUICK = (
     "README.md",
     "CONTRIBUTING.md",

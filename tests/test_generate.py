@@ -13,14 +13,10 @@ import pytest
 from internvl3_jax.config import UNITS, MeshConfig
 from internvl3_jax.data.batch import Prompt, join_tiles
 from internvl3_jax.data.media.tiles import cut_tiles
-from internvl3_jax.inference import generator as generator_module
-from internvl3_jax.inference.generator import (
-    ContextError,
-    GenerationConfig,
-    Generator,
-    bucket,
-    tile_pieces,
-)
+from internvl3_jax.inference import programs
+from internvl3_jax.inference.generator import ContextError, GenerationConfig, Generator
+from internvl3_jax.inference.programs import TOKENS_PER_CALL
+from internvl3_jax.inference.prompt_batch import TILE_BUCKETS, bucket, tile_pieces
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.model import kv_cache
 from internvl3_jax.model.internvl import InternVL
@@ -270,7 +266,7 @@ def test_pieces_come_as_they_are_drawn():
     expected = generator().generate(RAGGED, run)
     state = generator().start(RAGGED, run)
     pieces = list(generator().stream(state, run))
-    assert [len(piece) for piece, *_ in pieces] == [1, generator_module.TOKENS_PER_CALL, 3]
+    assert [len(piece) for piece, *_ in pieces] == [1, TOKENS_PER_CALL, 3]
     assert [
         [token for piece in pieces for token in piece[row]] for row in range(len(RAGGED))
     ] == expected
@@ -278,17 +274,17 @@ def test_pieces_come_as_they_are_drawn():
 
 def test_prompts_beyond_the_context_are_refused():
     prompt, limit = make_prompt(text=LANGUAGE.max_position - 20), 20
-    generator().check_room(prompt, make_run(limit=limit))
+    generator().check_context_length(prompt, make_run(limit=limit))
     with pytest.raises(
         ContextError,
         match=r"^line 3: the prompt of 2,029 tokens and 20 new ones reach position 2,049; the model knows 2,048\.",
     ):
-        generator().check_room(
+        generator().check_context_length(
             make_prompt(text=LANGUAGE.max_position - 19), make_run(limit=limit), "line 3"
         )
     # Under V2PE positions count, not tokens.
     tokens = np.full(8 * LANGUAGE.max_position, IMAGE, np.int32)
-    generator().check_room(
+    generator().check_context_length(
         Prompt(tokens, build_positions(len(tokens), [(0, len(tokens))], [16]), [], []),
         make_run(limit=limit),
     )
@@ -300,11 +296,13 @@ def test_dynamic_scaling_makes_room():
     )
     run = GenerationConfig(20, Sampling(), (0,), "dynamic")
     stretched = Generator(config, PARAMS)
-    stretched.check_room(make_prompt(text=2 * LANGUAGE.max_position - 20), run)
+    stretched.check_context_length(make_prompt(text=2 * LANGUAGE.max_position - 20), run)
     with pytest.raises(ContextError, match="the model knows 4,096"):
-        stretched.check_room(make_prompt(text=2 * LANGUAGE.max_position - 19), run)
+        stretched.check_context_length(make_prompt(text=2 * LANGUAGE.max_position - 19), run)
     with pytest.raises(ContextError, match="the model knows 2,048"):
-        stretched.check_room(make_prompt(text=2 * LANGUAGE.max_position - 20), make_run(limit=20))
+        stretched.check_context_length(
+            make_prompt(text=2 * LANGUAGE.max_position - 20), make_run(limit=20)
+        )
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -323,9 +321,7 @@ def test_buckets():
         320,
     ]
     for count in range(1, 60):
-        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(
-            generator_module.TILE_BUCKETS
-        )
+        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(TILE_BUCKETS)
 
 
 def test_compiled_programs_are_no_more_than_buckets():
@@ -336,12 +332,9 @@ def test_compiled_programs_are_no_more_than_buckets():
     )
     own = Generator(config, random_params(config), stop_ids=(456,))
     rng, run = np.random.default_rng(0), make_run(limit=2)
-    programs = {
-        name: getattr(generator_module, name)
-        for name in ("_encode", "_place", "_prefill", "_decode")
-    }
-    before = {name: program._cache_size() for name, program in programs.items()}
-    hit = {name: set() for name in programs}
+    names = ("encode_tiles", "write_features", "prefill", "decode")
+    before = {name: getattr(programs, name)._cache_size() for name in names}
+    hit = {name: set() for name in names}
     prompts = []
     for number in range(100):
         width, height = (int(side) for side in rng.integers(4, 80, 2))
@@ -353,16 +346,16 @@ def test_compiled_programs_are_no_more_than_buckets():
         runs = [(4, len(tiles) * PER_TILE)]
         prompts.append(Prompt(tokens, build_positions(len(tokens), runs, [UNITS]), runs, [tiles]))
         length = bucket(len(tokens))
-        slots = bucket(length + run.limit + generator_module.TOKENS_PER_CALL)
-        hit["_encode"] |= set(tile_pieces(len(tiles)))
-        hit["_place"] |= {(length, size) for size in tile_pieces(len(tiles))}
-        hit["_prefill"].add((length, slots))
-        hit["_decode"].add(slots)
+        slots = bucket(length + run.max_new_tokens + TOKENS_PER_CALL)
+        hit["encode_tiles"] |= set(tile_pieces(len(tiles)))
+        hit["write_features"] |= {(length, size) for size in tile_pieces(len(tiles))}
+        hit["prefill"].add((length, slots))
+        hit["decode"].add(slots)
     for prompt in prompts:
         own.generate([prompt], run)
-    compiled = {name: program._cache_size() - before[name] for name, program in programs.items()}
+    compiled = {name: getattr(programs, name)._cache_size() - before[name] for name in names}
     assert all(0 < compiled[name] <= len(shapes) for name, shapes in hit.items())
-    assert len(hit["_prefill"]) <= 6 and len({len(prompt.tokens) for prompt in prompts}) > 40
+    assert len(hit["prefill"]) <= 6 and len({len(prompt.tokens) for prompt in prompts}) > 40
 
     compilations = []
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from internvl3_jax.checkpoints.hf.config import from_hf, processor_from_hf
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.sizes import SIZES

@@ -154,7 +154,7 @@ def test_arrays(shape):
 )
 def test_other_arrays_are_refused(array):
     with pytest.raises(
-        ImageError, match=r"array .*\[.*\]: is no picture array; give uint8 \[height, width, 3\]"
+        ImageError, match=r"array .*\[.*\]: is no image array; give uint8 \[height, width, 3\]"
     ):
         open_image(array)
 
@@ -245,13 +245,13 @@ def test_damage_gives_a_picture_or_an_image_error(file_format):
         try:
             open_image(bytes(damaged))
         except ImageError as error:
-            assert "picture of" in str(error)
+            assert "image of" in str(error)
 
 
 def test_missing_file_directory_empty_file_and_text(tmp_path):
     with pytest.raises(ImageError, match=r"cat\.jpg: no such file in .*; check the path"):
         open_image(tmp_path / "cat.jpg")
-    with pytest.raises(ImageError, match="is a directory; name the picture inside it"):
+    with pytest.raises(ImageError, match="is a directory; name the image inside it"):
         open_image(tmp_path)
     (tmp_path / "empty.png").touch()
     with pytest.raises(ImageError, match=r"empty\.png: is empty"):
@@ -280,7 +280,7 @@ def test_named_pipe_is_refused_without_waiting(tmp_path):
 
 
 def test_things_that_are_no_source():
-    with pytest.raises(ImageError, match="picture of 0 bytes: is empty"):
+    with pytest.raises(ImageError, match="image of 0 bytes: is empty"):
         open_image(b"")
     for thing in (None, 7, ["a.png"]):
         with pytest.raises(ImageError, match="not something to open; give a path"):

@@ -56,7 +56,8 @@ def test_the_program_answers_what_its_json_says(ask, pictures):
     ]
     run = start("--checkpoint", tiny_checkpoint.directory(), *flags)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.startswith("first token ") and run.stderr.count("\n") == 2
+    times = r"compiled in \d+\.\d{3} s; first token \d+\.\d{3} s, then \d+\.\d ms per token; "
+    assert re.match(times, run.stderr) and run.stderr.count("\n") == 2
     assert (
         "finish: length\nthe answer was cut off after 12 tokens; --max_new_tokens allows more\n"
         in run.stderr
@@ -212,7 +213,10 @@ def answers_in(path):
     """The lines of an output file without what differs from run to run."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     for row in rows:
-        assert set(row) - {"image"} == FIELDS | {"id", "prompt", "run"} and row.pop("seconds") > 0
+        assert (
+            set(row) - {"image", "image_sha256"} == FIELDS | {"id", "prompt", "run"}
+            and row.pop("seconds") > 0
+        )
     return rows
 
 
@@ -283,7 +287,7 @@ def test_a_file_of_questions_is_resumed(ask, requests):
         ),
         (
             '{"prompt": "<image>", "image": ["wide.png", "wide.png"]}',
-            "line 2 (id 2): 2 pictures, but 1 <image> tags",
+            "line 2 (id 2): 2 images, but 1 <image> tags",
         ),
         ('{"prompt": 5}', "requests.jsonl line 2: prompt is the number 5; expected a text"),
     ],
@@ -321,6 +325,7 @@ def test_a_poisoned_request_fails_alone(ask, requests):
         "id",
         "prompt",
         "image",
+        "image_sha256",
         "run",
     }
     assert [row["id"] for row in rows] == ["a", "b", 3, 4] and rows[0]["text"]
@@ -355,6 +360,28 @@ def test_answers_of_other_settings_are_refused(ask, requests, changed):
 # --- errors --------------------------------------------------------------------------------------
 
 
+def test_a_tag_without_an_image_is_remarked(ask, requests):
+    note = "no image for <image>: it is sent to the model as text"
+    assert ask(prompt="What is <image>?").err.startswith(f"note: --prompt: {note}\n")
+    assert "note: " not in ask(prompt="What is it?").err
+    requests.write_text('{"prompt": "hi"}\n{"prompt": "<image>"}\n')
+    output = requests.with_name("answers.jsonl")
+    err = ask(requests=str(requests), output=str(output)).err
+    assert err.startswith(f"note: {requests} line 2 (id 2): {note}\n")
+
+
+def test_an_image_that_changed_meanwhile_is_refused(ask, requests):
+    output = requests.with_name("answers.jsonl")
+    settings = {"requests": str(requests), "output": str(output), "max_new_tokens": 2}
+    ask(**settings)
+    lines = output.read_text().split("\n")
+    output.write_text("\n".join(lines[:3]) + "\n")
+    shutil.copy(requests.with_name("small.png"), requests.with_name("wide.png"))
+    error = fail(ask, **settings)
+    assert f"{output} line 1 (id 'first') was answered for another image: " in error
+    assert output.read_text() == "\n".join(lines[:3]) + "\n"
+
+
 def test_the_program_fails_with_one_line(pictures):
     """A picture that is not there: no answer, no traceback, not even of a library."""
     flags = [
@@ -382,7 +409,7 @@ def test_the_program_fails_with_one_line(pictures):
         ({"checkpoint": __file__}, "test_infer.py is no checkpoint"),
         (
             {"prompt": "<image>", "image": ["small.png", "small.png"]},
-            "2 pictures, but 1 <image> tags",
+            "2 images, but 1 <image> tags",
         ),
         (
             {"prompt": "hi", "image": ["infer.py"]},
@@ -390,7 +417,7 @@ def test_the_program_fails_with_one_line(pictures):
         ),
         ({"prompt": "number " * 2100}, "the model knows 2,048"),
         ({"prompt": "hi", "delta": ["1/3"]}, "delta '1/3' is not a multiple of 1/256"),
-        ({"prompt": "hi", "delta": ["1", "1/2"]}, "2 deltas for 0 pictures"),
+        ({"prompt": "hi", "delta": ["1", "1/2"]}, "2 deltas for 0 images"),
         ({"prompt": "hi", "top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
         ({"prompt": "hi", "seed": 2**32}, "seed is 4294967296"),
         (
@@ -459,8 +486,8 @@ def test_flags_that_do_not_go_together(ask, capsys, values, message):
     ({"best_of": 2, "critic": __file__}, "test_infer.py is a file"),
     ({"max_tiles": 999_999_999}, "max_tiles is 999999999; it must be at least 1 and below 10,001"),
     ({"compilation_cache": __file__}, "compilation_cache .*test_infer.py"),
-    ({"image": ["WIDE", "WIDE"], "prompt": "<image> what?"}, "2 pictures, but 1 <image> tags in --prompt"),
-    ({"image": ["WIDE"], "delta": ["1/4", "1/8"]}, "2 deltas for 1 pictures"),
+    ({"image": ["WIDE", "WIDE"], "prompt": "<image> what?"}, "2 images, but 1 <image> tags in --prompt"),
+    ({"image": ["WIDE"], "delta": ["1/4", "1/8"]}, "2 deltas for 1 images"),
 ])  # fmt: skip
 def test_what_can_be_seen_without_a_model_is_checked_before_one_is_read(
     ask, pictures, tmp_path, flags, reason

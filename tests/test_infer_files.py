@@ -11,8 +11,13 @@ import sys
 import pytest
 
 from internvl3_jax.inference import answer_file, prompts
-from internvl3_jax.inference.answer_file import AnswerFile
-from internvl3_jax.inference.requests import check_images, count_answers, read_requests
+from internvl3_jax.inference.answer_file import AnswerFile, read_answers
+from internvl3_jax.inference.requests import (
+    check_requests,
+    image_hashes,
+    read_requests,
+    tag_remarks,
+)
 from internvl3_jax.io.safe_files import FileError
 
 pytestmark = pytest.mark.smoke
@@ -89,11 +94,23 @@ def test_files_of_other_systems(tmp_path):
 def test_missing_images(asked):
     asked[1]["image"] = ["/nowhere/a.png"]
     with pytest.raises(ValueError, match=r"q.jsonl line 2 \(id 2\): /nowhere/a.png does not exist"):
-        check_images(asked, "note")  # no request has its images: the paths are wrong
+        check_requests(asked, "note")  # no request has its images: the paths are wrong
     asked[2]["image"] = [__file__]
-    check_images(asked, "note")
+    check_requests(asked, "note")
     with pytest.raises(ValueError, match=r"line 2 \(id 2\)"):
-        check_images(asked, "stop")
+        check_requests(asked, "stop")
+
+
+def test_tags_without_images_are_remarked(asked):
+    assert tag_remarks(asked) == ""
+    asked[0]["prompt"], asked[2]["prompt"] = "<image> what?", "<video>"
+    assert tag_remarks(asked).endswith(
+        "q.jsonl line 1 (id 'a'): no image for <image>: it is sent to the model as text, and so for "
+        "1 more"
+    )
+    remark = "1 image for 3 <image>: the last is sent to the model as text"
+    assert prompts.tag_remark("<image> <image> <image>", 1) == remark
+    assert prompts.tag_remark("<image> <image>", 2) == prompts.tag_remark("what?", 2) == ""
 
 
 # --- the output ----------------------------------------------------------------------------------
@@ -111,13 +128,71 @@ def test_killed_anywhere_it_is_resumed_as_if_it_had_not_been(asked, output):
     assert output.with_name("answers.jsonl.settings.json").read_bytes() == sidecar
 
 
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b'{"id": "a"\0\0', b"\0\0 5}\n", b"\0\n\0\0\n"])
+def test_nul_bytes_of_a_power_failure_are_cut_off(asked, output, capsys, tail):
+    complete = fill(output, asked)
+    first = complete.index(b"\n") + 1
+    for kept in (complete[:first], b""):
+        output.write_bytes(kept + tail)
+        assert fill(output, asked) == complete
+        assert capsys.readouterr().err == (
+            f"{output}: the last {len(tail):,} bytes, after line {1 if kept else 0}, are a torn row "
+            "(the program or the machine stopped while writing); they are cut off and the row is "
+            "made again\n"
+        )
+    # Within the file they are damage.
+    content = complete[:first] + tail.rstrip(b"\n") + b"\n" + complete[first:]
+    output.write_bytes(content)
+    with pytest.raises(FileError, match="line 2: has NUL bytes, with complete lines after it"):
+        fill(output, asked)
+    # Without recorded settings a file of NUL bytes may be anything.
+    output.write_bytes(tail)
+    output.with_name("answers.jsonl.settings.json").unlink()
+    with pytest.raises(FileError, match="is no answer of infer.py|every line should be"):
+        fill(output, asked)
+    assert output.read_bytes() == tail
+
+
+def test_a_blank_line_is_named(asked, output):
+    complete = fill(output, asked)
+    first = complete.index(b"\n") + 1
+    for blank in (b"\n", b" \r\n"):
+        output.write_bytes(complete[:first] + blank + complete[first:])
+        with pytest.raises(FileError, match="answers.jsonl line 2: is blank; remove the line"):
+            fill(output, asked)
+
+
+def test_an_image_that_was_replaced_is_noticed(asked, output, tmp_path):
+    """Under the same path; an error row may be about the image as it was."""
+    image = tmp_path / "a.png"
+    with AnswerFile(output) as file:
+        file.start(asked, SETTINGS)
+        hashes = {"image_sha256": image_hashes(asked[1]["image"])}
+        rows = answered(asked, 3)
+        file.add([rows[0], rows[1] | hashes, rows[2]])
+    assert hashes == {"image_sha256": ["e3b0c44298fc1c14"]}  # of an empty file
+    fill(output, asked)
+    image.write_bytes(b"other")
+    before = output.read_bytes()
+    with pytest.raises(FileError, match=r"line 2 \(id 2\) was answered for another image: .*a.png"):
+        fill(output, asked)
+    assert output.read_bytes() == before
+    with AnswerFile(output.with_name("errors.jsonl")) as file:
+        file.start(asked, SETTINGS)
+        file.add([rows[0], asked[1]["asked"] | hashes | {"error": "broken"}])
+        assert len(read_answers(file.path, asked).rows) == 2
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"temperature": 1.0}, "temperature 0.0 there, 1.0 here"),
-        ({"weights": "def"}, "weights 'abc' there, 'def' here"),
-        ({"system": "Talk like a pirate."}, "system None there, 'Talk like a pirate.' here"),
-        ({"tiles": "shared"}, "tiles 'not recorded' there, 'shared' here"),
+        ({"temperature": 1.0}, "temperature is 0.0 in the file, 1.0 now"),
+        ({"weights": "def"}, "weights is 'abc' in the file, 'def' now"),
+        (
+            {"system": "Talk like a pirate."},
+            "system is None in the file, 'Talk like a pirate.' now",
+        ),
+        ({"tiles": "shared"}, "tiles is 'not recorded' in the file, 'shared' now"),
     ],
 )
 def test_answers_of_other_settings_are_not_added(asked, output, changed, said):
@@ -167,7 +242,7 @@ def test_a_file_of_somebody_else_stays_as_it_is(asked, output, content):
             fill(output, asked)
         assert output.read_bytes() == content
     with pytest.raises(FileError, match="answers.jsonl"):
-        count_answers(output, asked)
+        read_answers(output, asked)
 
 
 def test_a_foreign_sidecar_stays_as_it_is(asked, output):
@@ -240,19 +315,19 @@ def test_one_process_at_a_time(asked, output, tmp_path):
     ],
 )
 def test_typed_prompts(text, meant):
-    assert prompts.given(text) == meant
+    assert prompts.read_prompt(text) == meant
 
 
 def test_prompts_from_a_file_and_from_stdin(tmp_path, monkeypatch):
     path = tmp_path / "question.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\\n two\n\n")
-    assert prompts.given(f"@{path}") == "one\n\\n two\n"
+    assert prompts.read_prompt(f"@{path}") == "one\n\\n two\n"
     with path.open() as file:
         monkeypatch.setattr(sys, "stdin", file)
-        assert prompts.given("-") == "one\n\\n two\n"
+        assert prompts.read_prompt("-") == "one\n\\n two\n"
     path.write_bytes(b"\xff")
     with pytest.raises(FileError, match="question.txt: line 1 is not UTF-8"):
-        prompts.given(f"@{path}")
+        prompts.read_prompt(f"@{path}")
 
 
 def test_an_error_is_replaced_in_its_place(asked, output):

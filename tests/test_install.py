@@ -1,5 +1,5 @@
-"""Installs in empty environments: what the pages write (doctor, four training steps, export, infer),
-and the wheel outside of a clone (every console script).
+"""Installs in empty environments: what the pages write, with doctor, training, export and infer; and
+the wheel outside of a clone, with every console script.
 
 Run by `make test-install`. Of a line with an accelerator's extra, whose libraries are gigabytes,
 the same line without it is installed.
@@ -25,8 +25,10 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 PIP = ("-m", "pip", "--disable-pip-version-check")
 QUIET = ("--quiet", "--no-compile")
 LINE = re.compile(r"'\.\[([\w,]+)\]'")
-TRAIN = "train.py --config configs/finetune.py:checkpoints/internvl3-2b --config.data.source=meta.json --config.steps=4".split()
-TRAIN += "--config.optimizer.warmup_steps=0 --config.data.rows=1 --config.data.tokens_per_row=512 --config.data.tiles_per_row=12".split()
+TRAIN = ["train.py", "--config", "configs/finetune.py:checkpoints/internvl3-2b"]
+TRAIN += ["--config.data.source=meta.json", "--config.steps=4"]
+SMALL = ["--config.optimizer.warmup_steps=0", "--config.data.rows=1"]
+SMALL += ["--config.data.tokens_per_row=512", "--config.data.tiles_per_row=12"]
 
 
 def installations() -> list[tuple[str, ...]]:
@@ -56,7 +58,7 @@ def test_the_pages_install_what_training_needs():
 
 @pytest.mark.smoke
 def test_remedies_name_extras_that_exist():
-    """Nothing is published under the package's name: a message says how to install from the clone."""
+    """Nothing is published under the package's name: a message says how to install the clone."""
     known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     for path in [
         *ROOT.glob("internvl3_jax/**/*.py"),
@@ -126,7 +128,7 @@ def test_documented_installation(environment, extras):
     environment.run(
         "-m", "internvl3_jax.data.doctor", "meta.json", "--tokenizer", "checkpoints/internvl3-2b"
     )
-    printed = environment.run(*TRAIN, "--workdir", f"runs/{name}")
+    printed = environment.run(*TRAIN, *SMALL, "--workdir", f"runs/{name}")
     run = environment.world / "runs" / name
     assert ("matplotlib" in printed) == ("logging" not in extras)
     assert (run / "loss.png").exists() == ("logging" in extras) and (run / "log.jsonl").exists()
@@ -248,8 +250,7 @@ def test_the_installed_programs_work_outside_of_a_clone(installed_wheel):
     question = ("--image", "01_read.png", "--prompt", "Read the number.")
     assert run("internvl3-infer", "--checkpoint", "checkpoint", *question).split() == ["39969"]
     assert "0 errors" in run("internvl3-doctor", "meta.json", "--tokenizer", "checkpoint")
-    small = ["--config.data.source=meta.json", "--config.steps=3", "--config.data.rows=1"]
-    small += ["--config.data.tokens_per_row=512", "--config.data.tiles_per_row=12"]
+    small = ["--config.data.source=meta.json", "--config.steps=3", *SMALL]
     for recipe in ("finetune.py", "my_recipe.py"):
         printed = run(
             *("internvl3-train", "--config", f"{recipe}:checkpoint", "--workdir", recipe[:-3]),
@@ -263,10 +264,40 @@ def test_the_installed_programs_work_outside_of_a_clone(installed_wheel):
     assert "MFU" in planned
 
 
+# What a type checker must report of a user's code, by line; None: nothing.
+USER_CODE = {
+    "from internvl3_jax import SIZES, Chat, Critic, Options, TrainConfig, best_of_n, load": None,
+    "import internvl3_jax": None,
+    "checkpoint = load('DIR', dtype='float32')": None,
+    "chat = Chat(checkpoint, temperature=0.2)": None,
+    "text: str = chat('What?', images=['cat.jpg'], max_new_tokens=3)": None,
+    "score: float | None = best_of_n(chat, Critic(checkpoint), 'What?').candidates[0].score": None,
+    "size: int = SIZES['1b'].vision.image_size": None,
+    "version: str = internvl3_jax.__version__": None,
+    "load('DIR', dtyp='float32')": 'Unexpected keyword argument "dtyp"',
+    "Chat(checkpoint, temprature=1)": 'Unexpected keyword argument "temprature"',
+    "chat('What?', temprature=1)": 'Unexpected keyword argument "temprature"',
+    "Options(temperature='hot')": 'has incompatible type "str"',
+    "internvl3_jax.Chatt": 'Module has no attribute "Chatt"',
+}
+
+
 @pytest.mark.install
 def test_the_installed_package_is_typed(installed_wheel):
-    """Names that a user imports, and __version__, without jax being imported for them."""
+    """A type checker sees the public names, and reports wrong names, keywords and types."""
+    run = installed_wheel.run
+    run("python", *PIP, "install", *QUIET, "mypy")
+    (installed_wheel.work / "user.py").write_text("\n".join(USER_CODE) + "\n")
+    check = "from mypy import api; print(api.run(['--follow-imports=silent', 'user.py'])[0])"
+    printed = run("python", "-c", check)
+    errors = dict(re.findall(r"^user.py:(\d+): error: (.*)$", printed, re.M))
+    expected = {str(n): text for n, text in enumerate(USER_CODE.values(), 1) if text}
+    assert errors.keys() == expected.keys(), printed
+    assert all(text in errors[line] for line, text in expected.items()), printed
+
+
+@pytest.mark.install
+def test_the_installed_package_knows_its_version(installed_wheel):
+    """__version__ is that of pyproject.toml, and reading it does not import jax."""
     script = "import internvl3_jax, sys; print(internvl3_jax.__version__, 'jax' in sys.modules)"
     assert installed_wheel.run("python", "-c", script).split() == [VERSION, "False"]
-    run = installed_wheel.run("python", "-c", "from internvl3_jax import *; print(load, Chat)")
-    assert "function load" in run

@@ -44,14 +44,18 @@ WITHOUT_JAX |= {
     "checkpoints.fingerprint",
     "checkpoints.hf.config",
     "checkpoints.hf.fields",
+    "checkpoints.hf.keys",
     "checkpoints.hf.language",
 }
 WITHOUT_JAX |= {
     "inference.answer_file",
+    "inference.output_path",
+    "inference.resumable",
     "inference.prompts",
     "inference.requests",
     "reward.answer_matching",
     "reward.expressions",
+    "reward.matchers",
     "training.settings",
 }
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}

@@ -19,7 +19,8 @@ from internvl3_jax.checkpoints import checkpoint, steps
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import latest_step
-from internvl3_jax.io.remote_files import Lease, as_path
+from internvl3_jax.io.lease import Lease
+from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, InUse
 from tests.support import tiny_checkpoint
 from tests.support.local_processes import Processes, free_address

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.media.video import middle_frames
-from internvl3_jax.data.sources import files, row_index
+from internvl3_jax.data.sources import files, row_index, row_scan
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import FileError
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource, insert_frames
 from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.row_source import RowSource, insert_frames
 from internvl3_jax.data.sources.rows import RowError, Rows
 from tests.support.official_data import (
     PROCESSOR,
@@ -37,7 +38,7 @@ def read(source, row=0):
 
 
 def one_source(folder, rows, **entry):
-    return OfficialSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
+    return RowSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -77,14 +78,14 @@ def test_rows_of_every_kind(tmp_path):
     )
     assert users[5] == "What Frame-1: <image>\nFrame-2: <image>\nmoves?"
     assert users[6] == "Frame-1: <image>\nFrame-2: <image>\nWhat moves?"
-    assert [len(c.pictures) for c in found] == [0, 1, 1, 2, 0, 2, 2]
+    assert [len(c.images) for c in found] == [0, 1, 1, 2, 0, 2, 2]
     assert [c.max_tiles for c in found] == [8, 8, 8, 4, 8, 1, 1]
     assert (
         found[0].messages[0] == {"role": "system", "content": "Be brief."}
         and found[0].id == "7"
         and found[1].id is None
     )
-    assert all(c.augment for c in found) and source.has_pictures and found[5].is_video
+    assert all(c.augment for c in found) and source.has_images and found[5].is_video
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_rows_of_every_kind(tmp_path):
         ({"conversations": [{"from": "robot", "value": "hi"}]}, "turn 1 is from 'robot'"),
         (
             {"conversations": [{"from": "human", "value": 3}]},
-            "turn 1: its value is no text but the number 3",
+            "turn 1: its value is not a text but the number 3",
         ),
         ({"image": "gone.png", **TEXT}, "gone.png: no such file"),
         ({"image": 5, **TEXT}, "image is 5; expected a path"),
@@ -125,6 +126,15 @@ def test_a_video_tag_belongs_to_the_first_human_turn():
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "<video>"}]
     with pytest.raises(RowError, match="first human turn"):
         insert_frames(messages, 2, "Frame-{}: ")
+
+
+def test_a_frame_label_is_text_but_for_its_number():
+    messages = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A"}]
+    labelled = insert_frames(messages, 2, "{0} %s {a} {}} ")
+    assert labelled[0]["content"] == "{0} %s {a} 1} <image>\n{0} %s {a} 2} <image>\nWhat?"
+    for label in ("Frame: ", "{}-{}: ", "{0}: ", "Frame-{}<image>: "):
+        with pytest.raises(ValueError, match="processor.frame_label is .*must have {} once"):
+            ProcessorConfig(frame_label=label)
 
 
 # --- annotation files ----------------------------------------------------------------------------
@@ -151,13 +161,13 @@ def test_the_index_follows_its_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", ["", "\n", "\n\n  \n"], ids=repr)
 @pytest.mark.parametrize("chunk", [7, 1 << 24])
 def test_lines_whatever_their_length_and_end(tmp_path, monkeypatch, ending, chunk):
-    monkeypatch.setattr(row_index, "CHUNK", chunk)
+    monkeypatch.setattr(row_scan, "CHUNK", chunk)
     texts = ["x" * length for length in (0, 1, 5, 40, 2)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + ending)
     rows = Rows([str(path)])
     assert [rows[row][0]["text"] for row in range(len(rows))] == texts
-    assert not rows.has_pictures
+    assert not rows.has_images
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 24])
@@ -172,16 +182,14 @@ def test_lines_whatever_their_length_and_end(tmp_path, monkeypatch, ending, chun
     ],
     ids=str,
 )
-def test_whether_a_source_has_pictures(tmp_path, monkeypatch, row, expected, chunk):
-    monkeypatch.setattr(row_index, "CHUNK", chunk)
+def test_whether_a_source_has_images(tmp_path, monkeypatch, row, expected, chunk):
+    monkeypatch.setattr(row_scan, "CHUNK", chunk)
     filler = {"conversations": turns('say "image"', '"video"')}
     assert (
-        Rows([str(write_rows(tmp_path / "a.jsonl", [filler, row, filler]))]).has_pictures
-        == expected
+        Rows([str(write_rows(tmp_path / "a.jsonl", [filler, row, filler]))]).has_images == expected
     )
     assert (
-        Rows([str(write_rows(tmp_path / "b.jsonl", [filler, filler, row]))]).has_pictures
-        == expected
+        Rows([str(write_rows(tmp_path / "b.jsonl", [filler, filler, row]))]).has_images == expected
     )
 
 
@@ -217,11 +225,11 @@ def test_tar_shards_bring_their_pictures(tmp_path):
         }
         write_tar(tmp_path / f"{shard:02}.tar", content)
     meta = write_meta(tmp_path, a={"annotation": "{00..01}.tar", "root": ""})
-    source = OfficialSource(read_meta(meta)[0])
-    assert len(source) == 6 and source.has_pictures
+    source = RowSource(read_meta(meta)[0])
+    assert len(source) == 6 and source.has_images
     answers = [read(source, row).messages[1]["content"] for row in (0, 1, 3, 4)]
     assert answers == ["0", "0 again", "1", "1 again"]
-    np.testing.assert_array_equal(np.asarray(read(source, 4).pictures[0]), np.asarray(picture()))
+    np.testing.assert_array_equal(np.asarray(read(source, 4).images[0]), np.asarray(picture()))
     with pytest.raises(RowError, match=r"2.txt hold 0 .json"):
         read(source, 5)
     (tmp_path / "02.tar").write_bytes(b"no archive" * 100)
@@ -237,9 +245,9 @@ def test_array_record(tmp_path):
     )
     writer.write(archive.read_bytes())
     writer.close()
-    source = OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.array_record"}))[0])
-    assert len(source) == 2 and source.has_pictures
-    assert [len(read(source, row).pictures) for row in range(2)] == [0, 1]
+    source = RowSource(read_meta(write_meta(tmp_path, a={"annotation": "a.array_record"}))[0])
+    assert len(source) == 2 and source.has_images
+    assert [len(read(source, row).images) for row in range(2)] == [0, 1]
 
 
 def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
@@ -251,8 +259,8 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
         {"/data/rows/a.jsonl": json.dumps(row).encode(), "/data/images/0.png": encoded(picture())}
     )
     memory.pipe({"/data/meta.json": json.dumps({"a": entry}).encode()})
-    source = OfficialSource(read_meta("memory://data/meta.json")[0])
-    assert len(read(source).pictures) == 1 and len(list(tmp_path.iterdir())) == 1
+    source = RowSource(read_meta("memory://data/meta.json")[0])
+    assert len(read(source).images) == 1 and len(list(tmp_path.iterdir())) == 1
     memory.rm("/data/images/0.png")
     with pytest.raises(FileError, match=r"memory://data/images/0.png: no such file"):
         read(source)
@@ -303,7 +311,9 @@ def test_bad_meta_files(tmp_path):
         path.write_text(content)
         with pytest.raises(MetaError, match=reason):
             read_meta(str(path))
-    with pytest.raises(MetaError, match=r"data.source: letters: .*meta JSON, or MODULE:FUNCTION"):
+    with pytest.raises(
+        MetaError, match=r"data.source: letters: .*file of rows, or MODULE:FUNCTION"
+    ):
         read_meta("letters")
 
 
@@ -313,9 +323,9 @@ def test_roots_matter_only_for_pictures(tmp_path):
         one_source(tmp_path, [{"image": "a.png", **TEXT}], root="gone")
     with pytest.raises(MetaError, match="has no rows"):
         one_source(tmp_path, [])
-    with pytest.raises(FileError, match="annotations are"):
+    with pytest.raises(MetaError, match="has no rows"):
         (tmp_path / "a.json").write_text("[]")
-        OfficialSource(read_meta(write_meta(tmp_path, a={"annotation": "a.json"}))[0])
+        RowSource(read_meta(write_meta(tmp_path, a={"annotation": "a.json"}))[0])
 
 
 def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
@@ -328,7 +338,7 @@ def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
     for root in (".", "", "./", "../metas", str(tmp_path / "metas")):
         source = one_source(tmp_path / "metas", [row], root=root)
         assert source.spec.annotation == (str(tmp_path / "metas/a.jsonl"),)
-        assert len(source) == len(read(source).pictures) == 1
+        assert len(source) == len(read(source).images) == 1
     for entry in (
         {"annotation": "here.jsonl"},
         {"annotation": "her*.jsonl"},
@@ -339,7 +349,7 @@ def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
         with pytest.raises(
             MetaError, match="in the working directory, but paths are relative to the meta file"
         ):
-            OfficialSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
+            RowSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
 
 
 def test_a_length_that_disagrees_is_told(tmp_path):

@@ -20,8 +20,9 @@ from internvl3_jax.checkpoints.hf.assemble import (
     tensors_from_params,
 )
 from internvl3_jax.checkpoints.hf.config import from_hf
-from internvl3_jax.checkpoints.hf.peft import read_peft, write_peft
+from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS
+from internvl3_jax.checkpoints.hf.peft_writer import write_peft
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import LoraConfig
 from internvl3_jax.io.checkpoint_paths import PEFT
@@ -292,11 +293,11 @@ def grown(tensors, values):
         (reshaped, f"{UP}B.weight (5, 3) do not fit: the layer has 32 inputs and 48 outputs"),
         (
             lambda tensors, values: values.update(use_dora=True),
-            "use_dora is True; only False can be read",
+            "use_dora is True; supported: False",
         ),
         (
             lambda tensors, values: values.update(peft_type="IA3"),
-            "peft_type is 'IA3'; only 'LORA' can be read",
+            "peft_type is 'IA3'; supported: 'LORA'",
         ),
         (
             lambda tensors, values: values.update(init_lora_weights="pissa_niter_4"),
@@ -339,7 +340,7 @@ def grown(tensors, values):
         ),
         (
             lambda tensors, values: values.update(rank_pattern={"up_proj(": 3}),
-            "'up_proj(' is no regular expression",
+            "'up_proj(' is not a regular expression",
         ),
         (
             lambda tensors, values: values.update(rank_pattern={"up_proj": 0}),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from internvl3_jax.config import UNITS, DataConfig
-from internvl3_jax.data.batch import SampleError, average_weights, make_sample
+from internvl3_jax.data.batch import SampleError, average_weights
 from internvl3_jax.data.media.augment import recompress
 from internvl3_jax.data.pipeline import mix, sample_dataset, sample_stream, source_names
 from internvl3_jax.data.sources.catalog import open_sources
@@ -22,6 +22,7 @@ from internvl3_jax.data.truncation import NothingTrained, TooLong, encode_within
 from tests.support.official_data import (
     PROCESSOR,
     data_config,
+    make_sample,
     picture,
     tokenizer,
     turns,
@@ -168,7 +169,7 @@ def test_repeats_and_head_slices(repeat, expected):
 
 
 def test_rows_left_out():
-    selection = Selection(0, 10, 2.5, skipped=[0, 4, 9, 4])
+    selection = Selection(0, 10, 2.5, excluded=[0, 4, 9, 4])
     rows = [selection[index][1] for index in range(len(selection))]
     assert rows == [place % 10 for place in range(25) if place % 10 not in (0, 4, 9)]
 
@@ -226,7 +227,7 @@ def test_the_stream_has_the_shares_of_the_mixture_in_every_shard():
         ({"source_weights": "log"}, "data.source_weights is 'log'"),
         ({"source_weights": "given"}, "no weight for text"),
         ({"text_fraction": 2.0}, "at most 1"),
-        ({"text_fraction": 0.5}, "no source with pictures"),
+        ({"text_fraction": 0.5}, "no source with images"),
         ({"on_bad_sample": "ignore"}, "data.on_bad_sample is 'ignore'"),
         ({"min_frames": 9}, "data.min_frames is 9"),
         ({"deltas": ("2",)}, "delta '2'"),
@@ -371,8 +372,8 @@ def test_the_digits_come_through_the_same_functions():
         (0, number % 50, number) for number in range(60)
     ]
     question = open_sources(config)[0].questions[7]
-    deltas = [UNITS] * len(question.pictures)
-    expected = make_sample(question.messages, question.pictures, tokenizer(), PROCESSOR, deltas)
+    deltas = [UNITS] * len(question.images)
+    expected = make_sample(question.messages, question.images, tokenizer(), PROCESSOR, deltas)
     assert_equal(
         [expected], [{name: value for name, value in samples[7].items() if name not in SCALARS}]
     )

@@ -16,12 +16,12 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from internvl3_jax.data.reference_table import ReferenceError, ReferenceTable
-from internvl3_jax.data.sources import files, row_index, rows, tars
+from internvl3_jax.data.sources import files, row_index, row_scan, rows, tars
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.files import ChangedError, FileError
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
-from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.meta import MetaError, read_meta, read_sources
 from internvl3_jax.data.sources.mixture import read_drop_list
+from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.sources.rows import RowError, Rows, decode_tar
 from tests.support.official_data import (
     data_config,
@@ -127,12 +127,12 @@ def test_identity_is_of_rows_and_their_order(tmp_path):
         writer.write(json.dumps({"n": number}).encode())
         writer.close()
         records.append(Rows([str(tmp_path / f"{number}.array_record")]))
-    assert records[0].identity != records[1].identity and not records[0].has_pictures
+    assert records[0].identity != records[1].identity and not records[0].has_images
 
 
 def test_identity_of_sources(tmp_path):
     def identity(**entry):
-        return OfficialSource(
+        return RowSource(
             read_meta(write_meta(tmp_path, a={"rows": [TEXT] * 4} | entry))[0]
         ).identity
 
@@ -202,37 +202,29 @@ def test_files_that_hold_no_lines_of_json(tmp_path, content, reason):
 
 
 def test_other_kinds_of_files_say_what_to_do(tmp_path):
-    (tmp_path / "a.json").write_text("[]")
-    for name, reason in [
-        ("a.json", "it is a list, as LLaVA writes it"),
-        ("a.jsonl.gz", "unpack it"),
-        ("a.parquet", "annotations are"),
-    ]:
+    for name, reason in [("a.jsonl.gz", "unpack it"), ("a.parquet", "annotations are")]:
         (tmp_path / name).touch()
         with pytest.raises(FileError, match=reason):
             Rows([str(tmp_path / name)])
-    write_rows(tmp_path / "rows.jsonl", [TEXT])
-    with pytest.raises(
-        MetaError,
-        match=r'holds rows, not a meta JSON; write a file with .*"annotation": "rows.jsonl"',
-    ):
-        read_meta(str(tmp_path / "rows.jsonl"))
-    (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}\n')
-    with pytest.raises(MetaError, match="a row on each line is named .jsonl"):
-        read_meta(str(tmp_path / "rows.json"))
-    (tmp_path / "rows.json").write_text('{"root": ".", "annotation": "rows.jsonl"}')
-    with pytest.raises(MetaError, match="one entry without a name"):
-        read_meta(str(tmp_path / "rows.json"))
+    path = tmp_path / "rows.json"
+    for text, reason in [
+        (json.dumps(TEXT, indent=1), "is a single row, not a meta JSON; write rows as a list"),
+        ('{"root": ".", "annotation": "rows.jsonl"}', "one entry without a name"),
+        ("7", "is the number 7; expected an object with a name and settings"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(MetaError, match=reason):
+            read_sources(str(path))
 
 
 def test_a_row_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_index, "MAX_ROW", 100)
+    monkeypatch.setattr(row_scan, "MAX_ROW", 100)
     monkeypatch.setattr(rows, "MAX_ROW", 100)
-    monkeypatch.setattr(row_index, "CHUNK", 64)
+    monkeypatch.setattr(row_scan, "CHUNK", 64)
     found = Rows(
         [str(write_rows(tmp_path / "a.jsonl", [{"n": 1}, {"n": "x" * 1000}, {"image": "a.png"}]))]
     )
-    assert len(found) == 3 and found.has_pictures and found[2][0] == {"image": "a.png"}
+    assert len(found) == 3 and found.has_images and found[2][0] == {"image": "a.png"}
     with pytest.raises(RowError, match=r"has 1,0.. bytes; at most 100 are read"):
         found[1]
 
@@ -383,7 +375,7 @@ def test_samples_have_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MAX_MEMBERS", 3)
     with pytest.raises(RowError, match="more than 3 files"):
         decode_tar(PADDED + b"".join(header(f"a.{n}.png", 0) for n in range(5)))
-    monkeypatch.setattr(row_index, "MAX_ROW", 10)
+    monkeypatch.setattr(row_scan, "MAX_ROW", 10)
     monkeypatch.setattr(tars, "MAX_HEADER", 10)
     (tmp_path / "a.tar").write_bytes(PADDED + END)
     with pytest.raises(FileError, match="at most"):

@@ -10,18 +10,22 @@ import fsspec
 import pytest
 
 from internvl3_jax.data.media.video import middle_frames
-from internvl3_jax.data.sources.internvl_jsonl import OfficialSource
+from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.meta import read_meta
-from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer, read_messages
+from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer
+from internvl3_jax.data.sources.row_source import RowSource
+from internvl3_jax.data.sources.row_turns import read_turns
 from internvl3_jax.data.sources.rows import RowError
 from tests.support.official_data import (
     PROCESSOR,
+    data_config,
     encoded,
     picture,
     turns,
     write_meta,
     write_rows,
     write_tar,
+    write_video,
 )
 
 pytestmark = pytest.mark.smoke
@@ -36,7 +40,7 @@ def read(source, row=0):
 
 
 def source(folder, rows, **entry):
-    return OfficialSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
+    return RowSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
 # --- paths ---------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def test_paths_stay_under_their_root(place):
     root = str(place / "root")
     rows = [{"image": name.format(root=root), **TEXT} for name in INSIDE]
     found = source(place, rows, root="root")
-    assert [len(read(found, row).pictures) for row in range(len(rows))] == [1] * len(rows)
+    assert [len(read(found, row).images) for row in range(len(rows))] == [1] * len(rows)
     for key, wrap in (
         ("image", str),
         ("image", lambda name: [name]),
@@ -114,14 +118,14 @@ def test_the_root_may_be_left_where_the_meta_file_says_so(place):
     found = source(
         place, [{"image": name, **TEXT} for name in names], root="root", allow_outside_root=True
     )
-    assert [len(read(found, row).pictures) for row in range(4)] == [1] * 4
+    assert [len(read(found, row).images) for row in range(4)] == [1] * 4
     # Without a root paths are whole; relative ones are beside the meta file, and stay there.
     found = source(
         place / "root",
         [{"image": name, **TEXT} for name in [str(place / "secret.png"), "a.png", "../secret.png"]],
         root="",
     )
-    assert [len(read(found, row).pictures) for row in range(2)] == [1, 1]
+    assert [len(read(found, row).images) for row in range(2)] == [1, 1]
     with pytest.raises(RowError, match="outside of the source's root"):
         read(found, 2)
 
@@ -151,8 +155,8 @@ def test_rows_from_an_address_name_no_files_of_this_machine(place, monkeypatch):
         content = json.dumps({"a": {"root": root, "annotation": annotation}})
         with fsspec.open(f"{folder}/meta.json", "w") as file:
             file.write(content)
-        found = OfficialSource(read_meta(f"{folder}/meta.json")[0])
-        assert [len(read(found, row).pictures) for row in range(2)] == [1, 1]
+        found = RowSource(read_meta(f"{folder}/meta.json")[0])
+        assert [len(read(found, row).images) for row in range(2)] == [1, 1]
         for row in (2, 3, 4):
             with pytest.raises(RowError, match="outside of the source's root"):
                 read(found, row)
@@ -172,7 +176,7 @@ def test_rows_of_archives_name_files_of_their_archive(place, root, outside):
         with pytest.raises(
             RowError, match="is not in the row's sample of the archive, which holds a.png"
         ):
-            read(OfficialSource(read_meta(meta)[0]))
+            read(RowSource(read_meta(meta)[0]))
 
 
 @pytest.mark.parametrize("key", ["image", "images", "video"])
@@ -263,7 +267,7 @@ def test_what_is_no_path_is_said_in_short(place, key, value):
 def test_other_spellings_are_read(place, row, images):
     found = read(source(place, [row], root="."))
     assert (
-        len(found.pictures) == images
+        len(found.images) == images
         and sum(m["content"].count("<image>") for m in found.messages) == images
     )
     assert [m["role"] for m in found.messages][-2:] == ["user", "assistant"]
@@ -329,9 +333,10 @@ def test_keys_that_look_like_images_are_never_dropped(key):
         ({"image": "root/a.png", "image2": "b.png", **TEXT}, "unknown key 'image2'"),
         ({"image": "root/a.png", "audio": "b.wav", **TEXT}, "unknown key 'audio'"),
         (
-            {"system": "Be brief.", **TEXT},
-            "the key system = 'Be brief.' is not read; make it the first turn",
+            {"system": "Be brief.", "conversations": turns("a", "b", system="Be long.")},
+            "has both the key system and a system turn",
         ),
+        ({"system": ["Be brief."], **TEXT}, "system is not a text but the list"),
         ({"tools": "[]x", **TEXT}, "the key tools"),
         ({"objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}, **TEXT}, "the key objects"),
         ({"history": [["a", "b"]], **TEXT}, "the key history"),
@@ -349,8 +354,8 @@ def test_keys_that_look_like_images_are_never_dropped(key):
         ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1 is from ['user']"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-            "turn 1: its content is a list of parts",
+            {"messages": [{"role": "user", "content": {"type": "text", "text": "a"}}]},
+            "turn 1: its value is not a text but the object",
         ),
         (
             {"messages": [SAID[0], {**SAID[1], "loss": False}]},
@@ -380,54 +385,65 @@ def test_what_cannot_be_read_is_named(place, row, reason):
 
 
 def test_empty_answers():
-    assert is_empty_answer(read_messages({"conversations": turns("a", "b", "c", " \n")}))
-    assert not is_empty_answer(read_messages({"conversations": turns("", "b")}))
+    assert is_empty_answer(read_turns({"conversations": turns("a", "b", "c", " \n")}).messages)
+    assert not is_empty_answer(read_turns({"conversations": turns("", "b")}).messages)
 
 
 def test_pairs_and_their_images(place):
     row = {"images": ["root/a.png"], "question": "What?", "chosen": "b", "rejected": "c"}
     found = read(source(place, [row], root="."))
     assert (
-        len(found.pictures) == 1
+        len(found.images) == 1
         and found.rejected == "c"
         and found.messages[0]["content"] == "<image>\nWhat?"
     )
 
 
-def test_a_file_of_rows_of_other_spellings_has_pictures(tmp_path):
+def test_a_file_of_rows_of_other_spellings_has_images(tmp_path):
     for number, key in enumerate(("images", "videos")):
-        rows = OfficialSource(
+        rows = RowSource(
             read_meta(write_meta(tmp_path, a={"rows": [TEXT, {key: ["x"], "messages": SAID}]}))[0]
         )
-        assert rows.has_pictures, (number, key)
-    assert not source(tmp_path, [{"images": [], **TEXT}]).has_pictures
+        assert rows.has_images, (number, key)
+    assert not source(tmp_path, [{"images": [], **TEXT}]).has_images
 
 
 def test_the_documented_rows_and_sources_are_read(tmp_path):
     page = (pathlib.Path(__file__).resolve().parents[1] / "docs/data.md").read_text(
         encoding="utf-8"
     )
-    rows = [
-        json.loads(line)
-        for line in re.search(r"```jsonl\n(.*?)```", page, re.DOTALL)[1].splitlines()
-    ]
     for name in ("0007.jpg", "a.jpg", "b.jpg", "0011.jpg", "0012.jpg"):
         picture().save(tmp_path / name)
-    found = source(tmp_path, rows, root=".")
-    assert [len(read(found, row).pictures) for row in (0, 1, 3, 4, 5)] == [1, 2, 0, 1, 1]
-    meta = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    write_video(tmp_path / "clip.mp4", 100)
+    blocks = re.findall(r"```(jsonl?)\n(.*?)```", page, re.DOTALL)
+    (meta,) = [text for kind, text in blocks if kind == "json" and text.startswith("{")]
+    for kind, text in blocks:
+        if text == meta:
+            continue
+        path = tmp_path / f"rows.{kind}"
+        path.write_text(text, encoding="utf-8")
+        (rows,) = open_sources(data_config(str(path)))
+        for row in range(len(rows)):
+            conversation = read(rows, row)
+            assert conversation.messages[-1]["role"] == "assistant"
+            assert len(conversation.images) == sum(
+                message["content"].count("<image>") for message in conversation.messages
+            )
     (tmp_path / "receipts/images").mkdir(parents=True)
     for folder in ("shards", "more"):
         (tmp_path / folder).mkdir()
     write_rows(tmp_path / "receipts/train.jsonl", [TEXT])
     for name in [f"shards/{number:03}.tar" for number in range(128)] + ["more/x.tar"]:
         (tmp_path / name).touch()
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "meta.json").write_text(meta)
     specs = read_meta(str(tmp_path / "meta.json"))
     assert [len(spec.annotation) for spec in specs] == [1, 129] and specs[0].root == str(
         tmp_path / "receipts/images"
     )
-    keys = set(re.findall(r"^\| `(\w+)` \|", page.partition("## The path rule")[0], re.MULTILINE))
+    (table,) = re.findall(r"(?:^\|.*\n)*^\| `annotation` \|.*\n(?:^\|.*\n)*", page, re.MULTILINE)[
+        :1
+    ]
+    keys = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
     assert keys == {
         "root",
         "annotation",
@@ -455,4 +471,4 @@ def test_an_image_under_another_key_is_not_dropped(name, value):
 )
 def test_an_image_of_a_turn_is_not_dropped(turn):
     with pytest.raises(RowError, match="belongs to the row"):
-        read_messages({"conversations": [{"from": "human", "value": "x"} | turn]})
+        read_turns({"conversations": [{"from": "human", "value": "x"} | turn]})

@@ -71,7 +71,7 @@ WRONG = {
     "loss_chunk": 0,
     "scan_unroll": 0,
     "logging.profile_steps": (3, 2),
-    "attention_vision": "flash",
+    "attention_vision": "warp",
     "remat_language": "half",
     "model.vision.num_heads": 0,
     "model.vision.norm_eps": "1e-6",

@@ -1,4 +1,4 @@
-"""What must hold on every supported pair of Python and jax: all modules import, all programs start."""
+"""Every supported pair of Python and jax: all modules import, all programs start."""
 
 import ast
 import importlib

@@ -12,7 +12,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 )
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.batch import cut_pictures
+from internvl3_jax.data.batch import cut_images
 from internvl3_jax.data.media.tiles import choose_grid, count_tiles, cut_tiles, image_limit
 
 PROCESSOR = ProcessorConfig()
@@ -207,7 +207,7 @@ def test_wrong_tile_rules(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PROCESSOR, **change)
     with pytest.raises(ValueError, match=message):
-        cut_pictures([noise(9, 9)], PROCESSOR, **change)
+        cut_images([noise(9, 9)], PROCESSOR, **change)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 11, 65])
@@ -221,7 +221,7 @@ def test_tiles_and_pixels_of_several_images_equal_transformers(count):
     theirs = GotOcr2ImageProcessorPil(
         size=size, crop_to_patches=True, max_patches=12, do_rescale=False, do_normalize=False
     )(images, return_tensors="np")
-    ours = cut_pictures(images, ProcessorConfig(image_size=14))
+    ours = cut_images(images, ProcessorConfig(image_size=14))
     assert [len(part) for part in ours] == list(theirs["num_patches"])
     assert count < 4 or max(theirs["num_patches"]) == 13
     np.testing.assert_array_equal(
@@ -232,9 +232,9 @@ def test_tiles_and_pixels_of_several_images_equal_transformers(count):
 @pytest.mark.parametrize(("count", "tiles"), [(1, 13), (2, 7), (4, 1), (11, 1), (65, 1)])
 def test_tiles_of_several_images_by_the_rule_of_training(count, tiles):
     """`max(1, max_dynamic_patch // num_image)` of InternVL's dataset.py, for images of 4 x 3."""
-    shared = cut_pictures([noise(64, 48)] * count, TINY, tiles="shared")
+    shared = cut_images([noise(64, 48)] * count, TINY, tiles="shared")
     assert [len(part) for part in shared] == [tiles] * count
-    capped = cut_pictures([noise(64, 48)] * count, TINY, max_total_tiles=64)
+    capped = cut_images([noise(64, 48)] * count, TINY, max_total_tiles=64)
     assert [len(part) - (len(part) > 1) for part in capped] == [
         {1: 12, 2: 12, 4: 12, 11: 4, 65: 1}[count]
     ] * count

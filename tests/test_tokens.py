@@ -13,10 +13,10 @@ from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.media.tiles import count_tiles
 from internvl3_jax.data.tokens import (
     RELEASED_SIZES,
-    PictureCost,
+    ImageCost,
     cache_bytes_per_token,
+    image_cost,
     main,
-    picture_cost,
     prompt_report,
 )
 from internvl3_jax.positions import build_positions
@@ -33,17 +33,17 @@ def run(capsys, *arguments):
 
 
 def test_cost_of_a_screen():
-    assert picture_cost(1920, 1080, PROCESSOR) == PictureCost(1920, 1080, 4, 2, 9, 2304, 2306, 2306)
-    assert picture_cost(1920, 1080, PROCESSOR, delta=64).positions == 2304 // 4 + 2
-    assert picture_cost(1920, 1080, PROCESSOR, max_tiles=1) == PictureCost(
+    assert image_cost(1920, 1080, PROCESSOR) == ImageCost(1920, 1080, 4, 2, 9, 2304, 2306, 2306)
+    assert image_cost(1920, 1080, PROCESSOR, delta=64).positions == 2304 // 4 + 2
+    assert image_cost(1920, 1080, PROCESSOR, max_tiles=1) == ImageCost(
         1920, 1080, 1, 1, 1, 256, 258, 258
     )
-    assert picture_cost(1920, 1080, dataclasses.replace(PROCESSOR, delta=128)).positions == 1152 + 2
+    assert image_cost(1920, 1080, dataclasses.replace(PROCESSOR, delta=128)).positions == 1152 + 2
 
 
 def test_cost_of_a_picture_that_cannot_be():
     with pytest.raises(ValueError, match="0 x 3 pixels"):
-        picture_cost(0, 3, PROCESSOR)
+        image_cost(0, 3, PROCESSOR)
 
 
 def test_positions_agree_with_the_positions_of_a_sequence():
@@ -56,7 +56,7 @@ def test_positions_agree_with_the_positions_of_a_sequence():
                 int(rng.integers(1, 13)),
             )
             delta = int(rng.integers(1, UNITS + 1))
-            cost = picture_cost(width, height, processor, max_tiles, delta)
+            cost = image_cost(width, height, processor, max_tiles, delta)
             assert cost.tiles == count_tiles(width, height, processor, max_tiles)
             assert (
                 cost.tokens == cost.visual_tokens + 2 == cost.tiles * processor.tokens_per_tile + 2
@@ -79,8 +79,8 @@ def test_report_shares_the_limit_among_pictures():
     report = prompt_report(
         [("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10, "shared"
     )
-    assert report["tile_rule"] == "shared" and report["max_tiles_per_picture"] == 6
-    assert [picture["tiles"] for picture in report["pictures"]] == [3, 1]
+    assert report["tile_rule"] == "shared" and report["max_tiles_per_image"] == 6
+    assert [picture["tiles"] for picture in report["images"]] == [3, 1]
     assert report["prompt_tokens"] == 10 + (3 * 256 + 2) + (256 + 2)
     assert report["positions"] == 10 + (3 * 64 + 2) + (64 + 2)
     assert report["delta"] == "1/4"
@@ -103,7 +103,7 @@ def test_report_shares_the_limit_among_pictures():
 def test_the_rule_of_tiles_is_named(capsys, options, tiles, words):
     sizes = ["1600x1200"] * 4
     report = json.loads(run(capsys, *sizes, *options, "--json")[1])
-    assert [picture["tiles"] for picture in report["pictures"]] == tiles
+    assert [picture["tiles"] for picture in report["images"]] == tiles
     assert f"tile rule: {words}" in run(capsys, *sizes, *options)[1]
 
 
@@ -122,8 +122,8 @@ def test_limits_of_files(tmp_path, capsys):
 def test_report_for_tiny_uses_its_own_tiles():
     report = prompt_report([("a", 64, 64)], ["tiny"], 12, UNITS, 0)
     assert (
-        report["pictures"][0]["visual_tokens"]
-        == report["pictures"][0]["tiles"] * SIZES["tiny"].tokens_per_tile
+        report["images"][0]["visual_tokens"]
+        == report["images"][0]["tiles"] * SIZES["tiny"].tokens_per_tile
     )
 
 
@@ -143,8 +143,8 @@ def test_json(tmp_path, capsys):
     )
     assert status == 0 and out.count("\n") == 1
     report = json.loads(out)
-    assert [picture["name"] for picture in report["pictures"]] == [str(path), "100x50"]
-    assert (report["pictures"][0]["columns"], report["pictures"][0]["rows"]) == (2, 1)
+    assert [picture["name"] for picture in report["images"]] == [str(path), "100x50"]
+    assert (report["images"][0]["columns"], report["images"][0]["rows"]) == (2, 1)
     assert report["text_tokens"] == 20 and list(report["kv_cache"]) == ["1b", "8b"]
 
 
@@ -167,7 +167,7 @@ def test_names_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
 def test_a_file_named_like_a_size_is_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (30, 10)).save("5x7", "PNG")
-    assert json.loads(run(capsys, "5x7", "--json")[1])["pictures"][0]["width"] == 30
+    assert json.loads(run(capsys, "5x7", "--json")[1])["images"][0]["width"] == 30
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_file_named_like_a_size_is_a_file(tmp_path, capsys, monkeypatch):
         (["missing.png"], r"missing.png: no such file"),
         (["10x10", "--delta", "1/3"], "multiple of 1/256"),
         (["10x10", "--size", "3b"], "unknown size '3b'; choose from tiny, 1b"),
-        (["10x10", "--size", "tiny,1b"], "cut pictures into different tiles"),
+        (["10x10", "--size", "tiny,1b"], "cut images into different tiles"),
         (["10x10", "--max_tiles", "0"], "max_tiles=0"),
         (["10x10", "--max_tile", "3"], "Unknown command line flag 'max_tile'"),
         (["0x10"], "0 x 10 pixels"),

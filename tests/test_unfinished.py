@@ -9,6 +9,7 @@ import pytest
 
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.io import unfinished
+from internvl3_jax.io.integrity import MANIFEST
 from internvl3_jax.io.safe_files import InUse
 
 pytestmark = pytest.mark.smoke
@@ -18,7 +19,7 @@ def make(directory, text="new", **options):
     with storage.new_directory(directory, **options) as partial:
         (partial / "params").mkdir()
         (partial / "params" / "x").write_text(text)
-        (partial / unfinished.MANIFEST).write_text('{"format": 1}')
+        (partial / MANIFEST).write_text('{"format": 1}')
     return directory
 
 
@@ -35,7 +36,7 @@ def test_neighbours_stay(tmp_path):
     make(tmp_path / "a", overwrite=True)
     assert names(tmp_path) == sorted([*before, "a"])
     assert all((tmp_path / name / "notes.txt").exists() for name in before)
-    assert names(tmp_path / "a") == ["files.json", unfinished.MANIFEST, "params"]
+    assert names(tmp_path / "a") == ["files.json", MANIFEST, "params"]
 
 
 def test_what_was_not_made_here_is_not_replaced(tmp_path, monkeypatch):
@@ -114,3 +115,13 @@ def test_a_living_process_keeps_what_it_is_filling(tmp_path):
         make(tmp_path / "a")
     assert not partial.exists()
     assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_no_folders_that_it_made(tmp_path):
+    with pytest.raises(ValueError, match="no"), storage.new_directory(tmp_path / "a" / "b" / "c"):
+        raise ValueError("no")
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError, match="no"), storage.new_directory(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "notes.txt").write_text("mine")
+        raise ValueError("no")
+    assert names(tmp_path / "a") == ["notes.txt"]

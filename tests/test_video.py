@@ -2,8 +2,6 @@
 are those frames.
 """
 
-import functools
-import logging
 import os
 import struct
 
@@ -172,7 +170,7 @@ def test_damaged_videos_are_named(tmp_path, name):
 
 
 def test_an_empty_folder_and_frames_that_do_not_exist(tmp_path):
-    with pytest.raises(VideoError, match="holds no pictures"):
+    with pytest.raises(VideoError, match="holds no images"):
         read_frames(str(tmp_path), lambda footage: [0])
     frame(0).save(tmp_path / "0.png")
     with pytest.raises(VideoError, match=r"frames \[7\] were asked of 1"):
@@ -323,25 +321,77 @@ def test_the_count_is_that_of_frames_that_can_be_decoded_whatever_is_drawn(tmp_p
     assert totals == {len(frames)}
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts"])
-def test_a_damaged_middle_is_usable_whatever_is_drawn(tmp_path, ending, caplog):
-    path = record(tmp_path / f"a.{ending}", frames=60, options={"g": "60", "bf": "0", "crf": "1"})
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3 : len(data) // 2] = b"\xff" * (len(data) // 2 - len(data) // 3)
+DAMAGED = {  # file, codec, key frame interval, frames that refer to later ones, damaged packets
+    "one group": ("a.mp4", "libx264", 60, 0, (20, 30)),
+    "Matroska": ("a.mkv", "libx264", 12, 2, (20, 30)),
+    "AVI": ("a.avi", "libx264", 60, 0, (20, 30)),
+    "MPEG-TS": ("a.ts", "libx264", 12, 2, (20, 30)),
+    "several groups": ("a.mp4", "libx264", 12, 2, (18, 45)),
+    "MPEG-4": ("a.mp4", "mpeg4", 12, 0, (24, 25)),
+    "HEVC": ("a.mp4", "libx265", 12, 2, (45, 46)),
+}
+
+
+def packet_places(path):
+    """(position, size) of each packet in the file."""
+    import av
+
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_middle_gives_the_same_pixels_whatever_is_drawn(tmp_path, kind):
+    name, codec, interval, bf, (first, last) = DAMAGED[kind]
+    options = {"g": str(interval), "bf": str(bf), "crf": "1"}
+    path = record(tmp_path / name, codec, 60, options)
+    places, data = packet_places(path), bytearray(path.read_bytes())
+    start, stop = places[first][0] + 14, places[last][0]
+    data[start:stop] = np.random.default_rng(0).bytes(stop - start)
     path.write_bytes(data)
     totals = set()
 
-    def choose(rng, footage):
-        totals.add(footage.total)
-        return training_frames(footage, rng, 4, 8)
+    def read(choose):
+        indices = []
 
-    for seed in range(12):
-        with caplog.at_level(logging.WARNING):
-            pictures = read_frames(
-                str(path), functools.partial(choose, np.random.default_rng(seed))
-            )
-        assert {picture.size for picture in pictures} == {(64, 48)}
-    assert len(totals) == 1
+        def choose_once(footage):
+            totals.add(footage.total)
+            indices.extend(choose(footage))
+            return indices
+
+        images = read_frames(str(path), choose_once)
+        return [(index, np.asarray(image)) for index, image in zip(indices, images, strict=True)]
+
+    frames = [image for _, image in read(lambda footage: range(footage.total))]
+    assert {image.shape for image in frames} == {(48, 64, 3)}
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        for index, image in read(lambda footage, rng=rng: training_frames(footage, rng, 1, 8)):
+            np.testing.assert_array_equal(image, frames[index])
+    assert totals == {len(frames)}
+
+
+def test_the_last_frame_before_them_replaces_destroyed_frames(tmp_path, caplog):
+    options = {"g": "12", "bf": "0", "b": "2M"}
+    path = record(tmp_path / "a.mp4", "mpeg4", 36, options)
+    places, whole = packet_places(path), path.read_bytes()
+
+    def destroy(first, last, wanted):
+        data = bytearray(whole)
+        for position, size in places[first:last]:
+            data[position : position + size] = bytes(size)
+        path.write_bytes(data)
+        caplog.clear()
+        return numbers(read_frames(str(path), lambda footage: wanted))
+
+    frame_11, frame_12, frame_35 = destroy(0, 0, [11, 12, 35])
+    assert not caplog.records
+    assert destroy(12, 24, [11, 12, 23, 35]) == [frame_11, frame_11, frame_11, frame_35]
+    assert "2 of 4 frames cannot be decoded" in caplog.text
+    assert destroy(12, 24, [20]) == [frame_11]
+    assert destroy(0, 12, [3, 12]) == [frame_12, frame_12]  # nothing comes before them
+    with pytest.raises(VideoError, match="no frame that can be decoded"):
+        destroy(0, 36, [20])
 
 
 def test_a_truncated_file_is_refused_unless_that_is_allowed(tmp_path):

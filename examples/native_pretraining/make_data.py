@@ -3,13 +3,13 @@
     pip install -e '.[demo]'
     python examples/native_pretraining/make_data.py runs/miniature/data
 
-    pretrain.json    text: a novel, counting and comparing in words. Images: descriptions of numbers and of things,
-                     one by one and interleaved, some with boxes
-    sft.json         questions about such images, and the search for a number among images of things
-    held_out.json    the same questions about handwriting of unseen scans, about drawings by another hand, and about
-                     the training drawings in new images; and unseen chapters
+    pretrain.json    text: a novel, counting and comparing in words; images: descriptions of
+                     numbers and of things, one by one and interleaved, some with boxes
+    sft.json         questions about such images; the search for a number among images of things
+    held_out.json    the same questions about handwriting of unseen scans, about drawings by another
+                     hand, and about the training drawings in new images; and unseen chapters
     long.json        the search among 2 to 32 images of held_out.json
-    tokenizer/       Qwen2.5's construction, trained on all prompts and answers of the training data
+    tokenizer/       Qwen2.5's construction, trained on all texts of the training data
 
 Each JSON is a meta file with JSONL files and images beside it. The same seed writes the same files.
 packages.py says what is downloaded, and its licenses; the handwriting is scikit-learn's.

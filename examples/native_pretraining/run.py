@@ -1,13 +1,16 @@
 """Runs native pre-training in miniature and its ablations, and scores the results.
 
     python examples/native_pretraining/make_data.py runs/miniature/data
-    python examples/native_pretraining/run.py runs/miniature                   all variants, then the tables
-    python examples/native_pretraining/run.py runs/miniature --only native     one of them
-    python examples/native_pretraining/run.py runs/miniature --seeds 3         each of them from three seeds
-    python examples/native_pretraining/run.py runs/miniature_short --data runs/miniature/data --steps 60
+    python examples/native_pretraining/run.py runs/miniature
 
-    native      one stage of text and multimodal data 1 : 3 with a V2PE step sampled for each image, then SFT
-    text_only   the same stage without the multimodal data, with frozen tower and projector; then the same SFT
+    --only native                                one variant in place of all
+    --seeds 3                                    each variant from three seeds
+    --steps 60 --data runs/miniature/data        a short try, in another folder than runs/miniature
+
+    native      one stage of text and multimodal data 1 : 3 with a V2PE step sampled for each
+                image, then SFT
+    text_only   the same stage without the multimodal data, with frozen tower and projector; then
+                the same SFT
     delta_one   as native, with every V2PE step 1 in both stages
 
 Under OUTPUT, VARIANT/seed_S/pretrain and sft are runs of train.py, and VARIANT/seed_S/scores.json

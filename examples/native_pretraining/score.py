@@ -80,7 +80,7 @@ def rows_by_task(source, most: int | None = None) -> dict[str, list[int]]:
 def read(builder: ExampleBuilder, source, row: int) -> tuple[list[dict], list[np.ndarray]]:
     """Returns (messages, tiles u8[n,S,S,3] of each image) of a row."""
     conversation = builder.read(source, row, np.random.default_rng(0))
-    tiles = [builder.cut(picture, conversation) for picture in conversation.pictures]
+    tiles = [builder.cut(image, conversation) for image in conversation.images]
     return conversation.messages, tiles
 
 

@@ -1,16 +1,18 @@
-"""MPO in miniature: trains a model that makes mistakes on pairs of its own answers, and counts whether
-it makes fewer.
+"""MPO in miniature: trains a model that makes mistakes on pairs of its own answers, and counts its
+mistakes before and after.
 
     pip install -e '.[demo]'
     python examples/preference/run.py runs/preference
 
 For each seed:
 
-    policy       a run of train.py on solutions of a teacher who makes mistakes (examples/process_reward)
-    pairs        right and wrong answers of the policy to other images (internvl3_jax.reward.make_pairs)
+    policy       a run of train.py on solutions with mistakes (examples/process_reward)
+    pairs        right and wrong answers of the policy to other images
+                 (internvl3_jax.reward.make_pairs)
     mpo          from the policy, on the pairs
     generation   from the policy, on the chosen answers alone
-    test         share of images of unseen handwriting that each of the three answers correctly, greedily
+    test         fraction of images of unseen handwriting that each of the three models answers
+                 correctly, greedily
 
 Run again, it resumes. results.json, results.md and curves.png are made of all finished seeds.
 """

@@ -1,17 +1,19 @@
-"""A critic in miniature: a model that makes mistakes, a critic trained on labels of its steps, and how
+"""A critic in miniature: trains a model that makes mistakes and a critic of its steps, and counts how
 often the critic finds the correct one of eight answers.
 
     pip install -e '.[demo]'
     python examples/process_reward/run.py runs/process_reward
 
-    taught      images with solutions, and solutions without images; `policy`, a run of train.py, learns from them
-    labels      the policy's own solutions to other images, each step labeled + or - by 16 continuations
-                (internvl3_jax.reward.make_process_labels)
+    taught      images with solutions, and solutions without images: the data of `policy`, a run of
+                train.py
+    labels      the policy's own solutions to other images, each step labeled + or - by 16
+                continuations (internvl3_jax.reward.make_process_labels)
     critic      a run of train.py that starts from the policy and learns the labels
-    test        images of handwriting that is in no training image. Eight answers to each, one of them greedy. The
-                table compares the greedy answer, the majority and the critic's choice
+    test        images of unseen handwriting. Eight answers to each, one of them greedy. The table
+                compares the greedy answer, the majority and the critic's choice
 
-The task is in task.py. Run again, it resumes. results.json and results.md are made of all finished seeds.
+The task is in task.py. Run again, it resumes. results.json and results.md are made of all finished
+seeds.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from examples.experiment import (
 )
 
 # Number of questions in each file
-TAUGHT, TAUGHT_TEXT, LABELLED, TEST = 1500, 3000, 300, 400
+TAUGHT, TAUGHT_TEXT, LABELED, TEST = 1500, 3000, 300, 400
 N = 8  # answers to each test question
 COUNTS = (1, 2, 4, 8)
 LIMIT = 128  # tokens of an answer
@@ -65,9 +67,9 @@ def main() -> None:
         "--questions", type=int, default=TEST, help="questions of the evaluation (%(default)s)"
     )
     parser.add_argument(
-        "--labelled",
+        "--labeled",
         type=int,
-        default=LABELLED,
+        default=LABELED,
         help="questions that the critic learns from (%(default)s)",
     )
     options = parser.parse_args()
@@ -75,7 +77,7 @@ def main() -> None:
     settings = {"data.tokenizer": DIGITS_MODEL}
     if options.steps is not None:
         settings |= {"steps": options.steps, "optimizer.warmup_steps": 1}
-    make_data(folder, options.labelled, options.questions)
+    make_data(folder, options.labeled, options.questions)
     start = {"data.source": folder / "policy.json", "init_from": DIGITS_MODEL}
     train("process_reward.py:policy", folder / "policy", settings | start)
     label(folder)

@@ -1,18 +1,17 @@
-"""The task: which digits of a picture are even (e) and which odd (o), found one after the other.
+"""The task: mark each digit of an image as even (e) or odd (o), step by step.
 
-    7392                    what is read
-    7 is odd: o, 392        the marks so far, and what is left
+    7392                    the number that is read
+    7 is odd: o, 392        the marks so far, and the remaining digits
     3 is odd: oo, 92
     9 is odd: ooo, 2
     2 is even: oooe
-    Answer: oooe            the steps stand apart by blank lines
+    Answer: oooe            blank lines separate the steps
 
-The solutions that are taught were written by a teacher with two wrong ideas: more often than not 6
-is odd to him, and 9 even. So what he teaches is a model that mostly makes the same mistakes, and
-sometimes does not; the right answers are known, but not which step went wrong.
+The solutions of the training data make two mistakes on purpose: in 60 % of the cases 6 is called
+odd, and 9 even. A model trained on them mostly makes the same mistakes, and sometimes does not. The
+correct answers are known, but not which step is wrong.
 """
 
-import json
 import pathlib
 import sys
 
@@ -20,16 +19,18 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
 
+from examples.experiment import write_jsonl
 from examples.tiny_digits.recipe import data as digits
 
 QUESTION = "Which digits are even, which odd?"
-FEWEST, MOST = 4, 5  # digits of a picture
-CONFUSED, SHARE = (6, 9), 0.6  # digits, and how often the teacher is wrong about one of them
+FEWEST, MOST = 4, 5  # digits of an image
+# Digits that the training data calls by the wrong name, and how often
+CONFUSED, SHARE = (6, 9), 0.6
 
 
 def write_questions(folder: pathlib.Path, name: str, count: int, split: str, seed: int) -> None:
-    """`count` pictures of handwriting of a split, NAME.jsonl of questions and NAME_solved.jsonl of
-    conversations that solve them.
+    """Writes `count` images of a split's handwriting, questions (NAME.jsonl), and conversations with
+    solutions (NAME_solved.jsonl).
     """
     rng = np.random.default_rng((seed, sum(name.encode())))
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -44,13 +45,13 @@ def write_questions(folder: pathlib.Path, name: str, count: int, split: str, see
         questions.append({"id": number, "image": image, "question": QUESTION, "answer": answer})
         turns = _turns(f"<image>\n{QUESTION}", solve(scene.digits, rng))
         solved.append({"id": number, "image": image, "conversations": turns})
-    _write(folder / f"{name}.jsonl", questions)
-    _write(folder / f"{name}_solved.jsonl", solved)
+    write_jsonl(folder / f"{name}.jsonl", questions)
+    write_jsonl(folder / f"{name}_solved.jsonl", solved)
 
 
 def write_text(path: pathlib.Path, count: int, seed: int) -> None:
-    """Conversations without pictures: the digits stand in the question. The steps are learnt from
-    them, reading need not be.
+    """Writes conversations without images, with the digits in the question. They train the steps
+    without the reading.
     """
     rng = np.random.default_rng((seed, 1))
     rows = []
@@ -58,19 +59,15 @@ def write_text(path: pathlib.Path, count: int, seed: int) -> None:
         values = rng.integers(0, 10, rng.integers(FEWEST, MOST + 1)).tolist()
         question = f"{''.join(map(str, values))}\n{QUESTION}"
         rows.append({"id": number, "conversations": _turns(question, solve(values, rng))})
-    _write(path, rows)
+    write_jsonl(path, rows)
 
 
 def _turns(question: str, answer: str) -> list[dict]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def _write(path: pathlib.Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def solve(values: list[int], rng: np.random.Generator | None = None) -> str:
-    """The solution, by the teacher if there is a generator to draw his mistakes from."""
+    """Returns the solution. rng: Samples the mistakes of the training data; None makes none."""
     steps, marks = ["".join(map(str, values))], ""
     for number, value in enumerate(values):
         even = value % 2 == 0

@@ -1,9 +1,8 @@
-"""What is done before a checkpoint is used: its files are those that were written, its parameters
-are finite.
-"""
+"""Checks before a checkpoint is used: files are as they were written, parameters are finite."""
 
 import contextlib
 import hashlib
+import os
 import pathlib
 
 import jax
@@ -13,27 +12,36 @@ from jax.experimental import multihost_utils
 
 from internvl3_jax.checkpoints.fingerprint import FingerprintError
 from internvl3_jax.io import integrity
-from internvl3_jax.io.checkpoint_paths import damage, is_checkpoint
-from internvl3_jax.io.integrity import Damaged
-from internvl3_jax.io.remote_files import is_remote
+from internvl3_jax.io.checkpoint_paths import (
+    completed_steps,
+    damage,
+    is_checkpoint,
+    latest_step,
+)
+from internvl3_jax.io.integrity import MANIFEST, Damaged
+from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.io.unfinished import MANIFEST
+from internvl3_jax.parallel.multihost import assert_same_on_all_hosts
 
 
 @contextlib.contextmanager
 def undamaged(
-    directory: pathlib.Path, verify: str, accept_fingerprint: bool, mesh: jax.sharding.Mesh | None
+    directory: pathlib.Path, verify: str, accept_fingerprint: bool, *, together: bool = False
 ):
-    """Encloses the reading of everything but a checkpoint's arrays. Damaged, before the block or at
-    its end, if files are not those that were written.
+    """Encloses the reading of everything but a checkpoint's arrays.
 
-    Of a released directory that was exported here only the weights are compared: the rest is free
-    to change, within what the fingerprint allows. accept_fingerprint: the same for every directory.
-    mesh: over which the arrays will be.
+    Raises Damaged, before the block or at its end, if files are not those that were written. Of a
+    released directory that was exported here only the weights are compared: the rest is free to
+    change, within what the fingerprint allows.
+
+    Args:
+      verify: how closely files are compared; see `integrity.damage`.
+      accept_fingerprint: whether files beside the weights may have changed.
+      together: whether all processes call this, so that each can hash a share of the files.
     """
 
     def found(only) -> str | None:
-        return damage_for(directory, verify, mesh, only)
+        return damage_for(directory, verify, together, only)
 
     if not is_checkpoint(directory):
         if (directory / MANIFEST).is_file() and (wrong := found(_is_weights)):
@@ -42,8 +50,7 @@ def undamaged(
         return
     if wrong := found(_is_weights):
         raise _damaged(directory, wrong)
-    # What the fingerprint says of a file that was changed on purpose is worth more than that it was
-    # changed.
+    # A FingerprintError says more about a deliberate change than that a file differs.
     wrong = None if accept_fingerprint else found(lambda name: not _is_weights(name))
     try:
         yield
@@ -66,52 +73,73 @@ def _is_weights(name: str) -> bool:
 
 def _damaged(directory: pathlib.Path, wrong: str) -> Damaged:
     return Damaged(
-        f"{one_line(str(directory))} is damaged: {wrong}; bring it back from a copy, or use another checkpoint"
+        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use "
+        "another checkpoint"
     )
 
 
 def damage_for(
-    directory: pathlib.Path, verify: str, mesh: jax.sharding.Mesh | None, only=lambda name: True
+    directory: pathlib.Path, verify: str, together: bool = False, only=lambda name: True
 ) -> str | None:
     """Returns `checkpoint_paths.damage`, or of a released directory `integrity.damage`.
 
-    Over a mesh of all processes, those that see the same files each read a share of them, and all
-    get an answer if one does.
+    If all processes call it together, those that see the same files each hash a share of them, and
+    all get an answer if one does.
     """
     look = damage if is_checkpoint(directory) else integrity.damage
-    processes = 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
-    if (
-        processes < jax.process_count()
-        or processes == 1
-        or verify != "full"
-        or is_remote(directory)
-    ):
+    if not together or jax.process_count() == 1 or verify != "full" or is_remote(directory):
         return look(directory, verify, only=only)
-    mine = np.frombuffer(
-        hashlib.sha256(integrity.stamp(directory).encode()).digest()[:16], np.uint32
-    )
-    theirs = np.asarray(multihost_utils.process_allgather(mine))
-    same = [process for process, stamp in enumerate(theirs) if (stamp == mine).all()]
-    wrong = look(directory, verify, only=only, share=(same.index(jax.process_index()), len(same)))
-    answers = np.asarray(multihost_utils.process_allgather(np.array([wrong is not None]))).reshape(
-        -1
-    )
-    return wrong or (
-        f"process {int(answers.argmax())} found damage there, and names it"
-        if answers.any()
-        else None
-    )
+    # Processes with the same stamp read the same disk; a copy on a local disk has other inodes.
+    digest = hashlib.sha256(integrity.stamp(directory).encode()).digest()[:16]
+    stamp = np.frombuffer(digest, np.uint32)
+    stamps = np.asarray(multihost_utils.process_allgather(stamp))
+    same = [process for process, other in enumerate(stamps) if (other == stamp).all()]
+    share = (same.index(jax.process_index()), len(same))
+    wrong = look(directory, verify, only=only, share=share)
+    answers = np.asarray(multihost_utils.process_allgather(np.array([wrong is not None])))
+    if wrong is None and answers.any():
+        return f"damaged; see the message of process {int(answers.reshape(-1).argmax())}"
+    return wrong
+
+
+def agreed_step(run: str | os.PathLike, verify: str = "full") -> int | None:
+    """Returns `latest_step`, the same in all processes, which call it together.
+
+    ValueError if they see different steps, as they do if the run's directory is not shared.
+    """
+    steps = [
+        step
+        for step in completed_steps(run)
+        if is_checkpoint(as_path(run) / "checkpoints" / str(step))
+    ]
+    # Their data may have been indexed until now, on one host faster than on another.
+    seen = ", ".join(map(str, steps)) or "none"
+    assert_same_on_all_hosts(0, {"complete steps": seen}, seconds=1800)
+
+    def look(directory: pathlib.Path, verify: str) -> str | None:
+        if int(directory.name) not in steps:
+            return damage(directory, verify)
+        return damage_for(directory, verify, together=True)
+
+    return latest_step(run, verify, look)
+
+
+def spans_all_processes(mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether every process has devices of the mesh, so that all load a checkpoint onto it."""
+    if mesh is None:
+        return False
+    return len({device.process_index for device in mesh.devices.flat}) == jax.process_count()
 
 
 def check_finite(leaves: dict[str, object], where: str) -> None:
-    """ValueError naming the parameters, by path, that hold NaN or infinite values, and how many.
+    """Raises ValueError naming the parameters that hold NaN or infinite values, with their counts.
+
     All processes over which they are sharded call it together.
     """
     floating = {
         path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    # Each process counts in its own shards: compiled programs over several processes could meet in
-    # different orders.
+    # Each process counts in its local shards, so that no compiled program spans processes.
     mine = jax.device_get([_nonfinite(leaf) for leaf in floating.values()])
     counts = np.array([int(sum(parts)) for parts in mine], np.int64)
     if any(
@@ -130,17 +158,18 @@ def check_finite(leaves: dict[str, object], where: str) -> None:
         )
         more = f" and {len(found) - 5} more parameters" if len(found) > 5 else ""
         raise ValueError(
-            f"{one_line(where)}: NaN or infinite values in {named}{more}; the training that made them failed. Use an earlier "
+            f"{one_line(where)}: NaN or infinite values in {named}{more}; the training that made "
+            "them failed. Use an earlier "
             f"checkpoint, or allow_nonfinite to look at this one"
         )
 
 
 def _nonfinite(leaf) -> list:
-    """How many elements are not finite, of each shard that is here and is no copy of another one."""
+    """Returns the number of non-finite elements of each local shard, replicas left out."""
     if isinstance(leaf, np.ndarray):
         return [_counted(leaf)]
     shards = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
-    # On a CPU numpy is quicker than to compile a program for each shape.
+    # On a CPU, numpy is faster than compiling a program for each shape.
     return [
         _counted(np.asarray(part)) if part.device.platform == "cpu" else _count(part)
         for part in shards

@@ -1,8 +1,11 @@
 """Console scripts: run the programs of this repository from a clone or from an installed wheel.
 
-    internvl3-train      train.py                        internvl3-fit       python -m internvl3_jax.fit
-    internvl3-infer      infer.py                        internvl3-doctor    python -m internvl3_jax.data.doctor
-    internvl3-convert    python -m convert               internvl3-tokens    python -m internvl3_jax.data.tokens
+    internvl3-train      python train.py
+    internvl3-infer      python infer.py
+    internvl3-convert    python -m convert
+    internvl3-fit        python -m internvl3_jax.fit
+    internvl3-doctor     python -m internvl3_jax.data.doctor
+    internvl3-tokens     python -m internvl3_jax.data.tokens
 
 train.py, infer.py, convert/ and configs/ are at the top of the repository. A wheel has them in this
 folder instead (hatch_build.py copies them), so that site-packages gets no such top-level names.

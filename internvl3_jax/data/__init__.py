@@ -1,1 +1,1 @@
-"""From pictures, videos and messages to numpy batches. Nothing in this package imports jax."""
+"""From images, videos and messages to numpy batches. Nothing in this package imports jax."""

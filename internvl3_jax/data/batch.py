@@ -1,7 +1,6 @@
-"""The contract between the numpy side and the jax side: `Batch`, and how one conversation becomes a
-`Sample`.
+"""Makes samples of conversations, and defines `Batch`, which the model and the loss take.
 
-B rows, T tokens a row, N tiles a row, S pixels along a tile's side, P tokens per tile.
+B rows, T tokens per row, N tiles per row, S pixels along a tile's side, P tokens per tile.
 """
 
 import dataclasses
@@ -16,31 +15,31 @@ from internvl3_jax.data.media.tiles import cut_tiles, image_limit
 from internvl3_jax.data.text.chat_template import Encoded, encode_chat
 from internvl3_jax.positions import build_positions
 
-AVERAGES = {
-    "token": 0.0,
-    "sample": -1.0,
-    "square": -0.5,
-}  # power of a sample's number of trained tokens that each of them weighs
+# A trained token is weighted by this power of the sample's number of trained tokens.
+AVERAGES = {"token": 0.0, "sample": -1.0, "square": -0.5}
 
 
 class Batch(TypedDict):
-    """What the model and the loss take. A row holds one or several samples; nothing refers to
-    another row.
+    """Rows of packed samples. A row holds one or several; nothing refers to another row.
 
-    tokens        i32[B,T]       ids; P * tiles of them are <IMG_CONTEXT>, in the order of the row's tiles
+    tokens        i32[B,T]       ids; P * tiles of them are <IMG_CONTEXT>, in the order of the tiles
     targets       i32[B,T]       the id that should follow each token
     loss_weights  f32[B,T]       weight of each target, 0 where it is not trained
     segments      i32[B,T]       number of the sample in its row from 1, 0 for padding
     positions     i32[B,T]       in units of 1/256, from 0 in each sample
     tiles         u8[B,N,S,S,3]  RGB; unused ones at the end of a row are zero
 
-    Batches of pairs (data/pairs.py), whose `loss_weights` are of the chosen answers, have besides
+    Batches of pairs (data/pairs.py) have further fields; their `loss_weights` are of the chosen
+    answers.
 
-    answers       i32[B,T]       whose token the target is: 2 k + 1 of the chosen and 2 k + 2 of the rejected answer of the row's pair k,
-                                 0 of neither
-    features      i32[B,T]       which feature of the row's tiles a visual token stands for; elsewhere any
-    until         i32[B,T]       only if the answers share their question: the last place in the row that sees this token
-    reference     f32[B,T]       only if it was computed beforehand: the reference's log-probability of an answer, at its first target
+    answers       i32[B,T]       the answer that the target belongs to: 2 k + 1 for the chosen and
+                                 2 k + 2 for the rejected answer of the row's pair k, 0 for neither
+    features      i32[B,T]       number of the visual feature of the row's tiles that the token
+                                 takes; arbitrary where the token is not visual
+    until         i32[B,T]       only if the answers share their question: the last place in the row
+                                 that attends to this token
+    reference     f32[B,T]       only if precomputed: the reference model's log-probability of an
+                                 answer, at its first target
     """
 
     tokens: np.ndarray
@@ -52,12 +51,10 @@ class Batch(TypedDict):
 
 
 class Sample(TypedDict, total=False):
-    """One conversation: a row of `Batch` before packing and without segments; arrays of [T] and
-    u8[N,S,S,3].
+    """One conversation before packing: arrays of [T] and u8[N,S,S,3], without segments.
 
-    Those of the pipeline also say where they come from: `source`, the number of the source in the
-    mixture; `row`, the row in its source; `index`, the place in the mixture, by which the pipeline
-    can make the sample again.
+    The pipeline adds `source`, the number of the source in the mixture; `row`, the row in its
+    source; and `index`, the place in the mixture, by which it can make the sample again.
     """
 
     tokens: np.ndarray
@@ -71,59 +68,29 @@ class Sample(TypedDict, total=False):
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used. The message names its source and row and says why."""
+    """A sample that cannot be used. The message names its source and row, and the reason."""
 
 
-def cut_pictures(
-    pictures: Sequence[Image.Image],
+def cut_images(
+    images: Sequence[Image.Image],
     processor: ProcessorConfig,
     max_tiles: int | None = None,
     *,
     tiles: str | None = None,
     max_total_tiles: int | None = None,
 ) -> list[np.ndarray]:
-    """Tiles u8[n,S,S,3] of each image of one prompt, thumbnails included, by `tiles.image_limit`.
+    """Cuts each image of one prompt into tiles u8[n,S,S,3], thumbnails included.
 
-    max_tiles, tiles, max_total_tiles: in place of the processor's fields of these names, unless
-        None.
+    max_tiles, tiles, max_total_tiles: In place of the processor's fields, unless None.
 
     Raises:
-      ValueError: for an unknown rule or a limit out of range.
+      ValueError: The rule is unknown, or a limit is out of range.
     """
     changes = {"tiles": tiles, "max_total_tiles": max_total_tiles}
     changes = {name: value for name, value in changes.items() if value is not None}
     processor = dataclasses.replace(processor, **changes)
-    limit = image_limit(processor, len(pictures), max_tiles)
-    return [cut_tiles(picture, processor, limit) for picture in pictures]
-
-
-def make_sample(
-    messages,
-    pictures,
-    tokenizer,
-    processor: ProcessorConfig,
-    deltas: Sequence[int],
-    where: str = "",
-    *,
-    max_tiles: int | None = None,
-    loss_reduction: str = "square",
-) -> Sample:
-    """Messages and PIL pictures to a training sample; `deltas` are V2PE units, one per picture.
-
-    max_tiles: processor.max_tiles when None; processor.tiles says whether of each picture or of
-        all. loss_reduction: see
-      `average_weights`.
-    """
-    tiles = cut_pictures(pictures, processor, max_tiles)
-    encoded = encode_chat(
-        messages,
-        [len(part) for part in tiles],
-        tokenizer,
-        processor,
-        add_generation_prompt=False,
-        where=where,
-    )
-    return finish_sample(encoded, tiles, deltas, processor, loss_reduction)
+    limit = image_limit(processor, len(images), max_tiles)
+    return [cut_tiles(image, processor, limit) for image in images]
 
 
 def finish_sample(
@@ -133,7 +100,7 @@ def finish_sample(
     processor,
     loss_reduction: str,
 ) -> Sample:
-    """An encoded conversation and the tiles of its pictures to a training sample."""
+    """Makes a training sample of an encoded conversation and the tiles of its images."""
     trained = np.append(encoded.loss_mask[1:], False)
     return {
         "tokens": encoded.tokens,
@@ -145,8 +112,10 @@ def finish_sample(
 
 
 def average_weights(trained: np.ndarray, average: str) -> np.ndarray:
-    """Weights f32[T] of a sample with x trained tokens: "token" 1 each, "sample" 1 / x, "square" 1
-    / sqrt(x) (InternVL2.5 and 3).
+    """Returns loss weights f32[T] of a sample.
+
+    A trained token of x has the weight 1 ("token"), 1 / x ("sample") or 1 / sqrt(x) ("square", as
+    in InternVL2.5 and 3).
     """
     return (trained * max(1.0, trained.sum()) ** AVERAGES[average]).astype(np.float32)
 
@@ -159,8 +128,11 @@ def join_tiles(tiles: Sequence[np.ndarray], size: int) -> np.ndarray:
 class Prompt:
     """A conversation up to the point where the model answers.
 
-    tokens i32[T]; positions i32[T] in units of 1/256; runs: (first token, number of tokens) of each
-    picture; tiles: u8[n,S,S,3] of each picture.
+    Attributes:
+      tokens: i32[T].
+      positions: i32[T], in units of 1/256.
+      runs: (first token, number of tokens) of each image.
+      tiles: u8[n,S,S,3] of each image.
     """
 
     tokens: np.ndarray
@@ -177,12 +149,16 @@ def make_prompt(
     deltas: Sequence[int],
     where: str = "",
 ) -> Prompt:
-    """Messages ending with a user turn to a `Prompt`. `tiles` are those of each picture in order,
-    `deltas` their V2PE units.
+    """Makes a `Prompt` of messages that end with a user turn.
+
+    Args:
+      tiles: u8[n,S,S,3] of each image, in order.
+      deltas: V2PE units, one per image.
+      where: Names the conversation in errors.
     """
     encoded = encode_chat(
         messages,
-        [len(part) for part in tiles],
+        [len(image_tiles) for image_tiles in tiles],
         tokenizer,
         processor,
         add_generation_prompt=True,

@@ -1,8 +1,7 @@
-"""What a run's samples are made of, as short texts that change with it: saved with every step,
-compared when the run is resumed.
+"""Identifies the data of a run by short texts, saved with every step and compared when it resumes.
 
-A stream of samples resumes by numbers alone, so with other rows, or rows in another order, it would
-silently be another one.
+A stream of samples resumes by row numbers only, so that changed or reordered rows would silently
+give other samples.
 """
 
 import hashlib
@@ -14,27 +13,27 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 
 
 class DataChanged(ValueError):
-    """A run's data are no longer those that it began with; the message says which of them."""
+    """The data of a run have changed since it began; the message says which."""
 
 
 def data_identity(config: DataConfig, sources: Sequence, tokenizer: Tokenizer) -> dict[str, str]:
-    """Name of each thing that samples are made of -> text that changes when its content does.
+    """Returns a text for each input of the samples, by its name, that changes with its content.
 
-    sources: of `open_sources`, in their order.
+    sources: Of `open_sources`, in their order.
     """
-    found = {"order of the sources": ", ".join(source.name for source in sources)}
+    identity = {"order of the sources": ", ".join(source.name for source in sources)}
     for source in sources:
         weight = f", weight {source.weight}" if config.source_weights == "given" else ""
-        found[f"source {source.name!r} of {config.source}"] = f"{source.identity}{weight}"
-    found[f"tokenizer {config.tokenizer}"] = _tokenizer(tokenizer)
+        identity[f"source {source.name!r} of {config.source}"] = f"{source.identity}{weight}"
+    identity[f"tokenizer {config.tokenizer}"] = _tokenizer(tokenizer)
     for name in ("exclude_file", "ref_logps_file"):
         if path := getattr(config, name):
-            found[f"data.{name} {path}"] = _digest(read_bytes(path))
-    return found
+            identity[f"data.{name} {path}"] = _digest(read_bytes(path))
+    return identity
 
 
 def check_identity(saved: dict[str, str], now: dict[str, str], step: int, accept: bool) -> None:
-    """DataChanged unless both are equal; with `accept` it is printed in place of that."""
+    """Raises DataChanged unless both are equal; with `accept` prints the difference instead."""
     changed = [name for name in saved | now if saved.get(name) != now.get(name)]
     if not changed:
         return
@@ -46,8 +45,8 @@ def check_identity(saved: dict[str, str], now: dict[str, str], step: int, accept
         print(f"resuming from step {step} with other data: {texts}", flush=True)
         return
     raise DataChanged(
-        f"since step {step} was saved, {texts}. Resumed, the run would see other batches than it was begun for: bring the data back, "
-        f"begin a new run, or accept it with --config.accept_changed_data=true"
+        f"since step {step} was saved, {texts}. The resumed run would see other batches: restore "
+        f"the data, start a new run, or accept it with --config.accept_changed_data=true"
     )
 
 

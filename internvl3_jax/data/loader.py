@@ -1,10 +1,9 @@
-"""From streams of samples to the batches of one process, prepared ahead of time, with a state that
-resumes exactly.
+"""Loads the batches of one process ahead of time, with a state that resumes exactly.
 
-The rows of a global batch come from `data.shards` streams, rows/shards from each, and every stream
-packs its own. A process prepares the streams whose rows its devices compute (placement.py), so any
-number of processes sees the same global sequence of batches, and a run may go on with another
-number of them.
+The rows of a global batch come from `data.shards` streams, rows / shards from each, and every
+stream packs its own rows. A process prepares the streams whose rows its devices compute
+(parallel/data_shards.py). So any number of processes sees the same sequence of global batches, and
+a run may resume with another number of processes.
 """
 
 import dataclasses
@@ -22,24 +21,33 @@ from internvl3_jax.data.packing import Packer
 from internvl3_jax.data.pipeline import open_sources, sample_dataset, sample_stream
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
-_AHEAD = 2  # batches ready before they are asked for
+_AHEAD = 2  # batches prepared ahead of time
 
 
 @dataclasses.dataclass
 class HostBatch:
-    """A batch of this process and what the log and the checkpoint need to know about it."""
+    """A batch of this process, with what the log and the checkpoint need.
+
+    Attributes:
+      origins: For each row, the (source, row in the source) of its samples.
+      states: The state of each shard's stream after this batch.
+      skipped: Newest reasons of skipped samples.
+      skipped_count: Samples that this process has skipped in the run.
+      waited: Seconds that the caller waited for the batch.
+    """
 
     batch: Batch
-    origins: list[list[tuple[int, int]]]  # of each row: (source, row in the source) of its samples
-    states: dict[str, dict]  # shard -> state of its stream after this batch
-    skipped: list[str]  # newest reasons of samples that were left out
-    skipped_count: int  # since the run began, in this process
-    waited: float = 0.0  # seconds that the caller had to wait for it
+    origins: list[list[tuple[int, int]]]
+    states: dict[str, dict]
+    skipped: list[str]
+    skipped_count: int
+    waited: float = 0.0
 
 
 class BatchLoader:
-    """Endless iterator of `HostBatch`. Close it, or use it as a context manager: it owns threads
-    and maybe processes.
+    """Endless iterator of `HostBatch`, and context manager.
+
+    It has to be closed, since it owns a thread and, with data.workers, processes.
     """
 
     def __init__(
@@ -49,12 +57,14 @@ class BatchLoader:
         tokenizer: Tokenizer,
         shards: Sequence[int] | None = None,
     ):
-        """shards: the streams to prepare; None: all. `identity` says what the samples are made of;
-        see data/identity.py.
+        """Opens the data.
+
+        shards: Streams to prepare; None takes all.
         """
         if config.shards < 1 or config.rows % config.shards:
             raise ValueError(
-                f"data.rows is {config.rows}; it must be a multiple of data.shards ({config.shards})"
+                f"data.rows is {config.rows}; it must be a multiple of data.shards "
+                f"({config.shards})"
             )
         self.shards = range(config.shards) if shards is None else shards
         self.rows = config.rows // config.shards
@@ -77,15 +87,14 @@ class BatchLoader:
         self.thread: threading.Thread | None = None
 
     def restore(self, states: dict[str, dict]) -> None:
-        """Goes on after the batch whose `states` these are; those of other processes' shards may be
-        among them.
-        """
+        """Resumes after the batch with these `states`; those of other shards are ignored."""
         if self.thread:
             raise RuntimeError("restore comes before the first batch")
         missing = [shard for shard in self.shards if str(shard) not in states]
         if missing:
             raise ValueError(
-                f"the checkpoint has data streams {sorted(states)}, not {missing}: data.shards has changed"
+                f"the checkpoint has data streams {sorted(states)}, not {missing}: data.shards "
+                f"has changed"
             )
         for shard, packer in self.packers.items():
             packer.set_state(states[str(shard)])
@@ -100,12 +109,12 @@ class BatchLoader:
         began = time.perf_counter()
         item = self.ready.get()
         if isinstance(item, BaseException):
-            self.ready.put(item)  # nothing comes after it
+            self.ready.put(item)  # for every later call
             raise item
         return dataclasses.replace(item, waited=time.perf_counter() - began)
 
     def _work(self) -> None:
-        """Fills `ready`; an exception goes to the caller, who meets it in its place."""
+        """Fills `ready`; an exception takes the place of its batch and is raised to the caller."""
         while not self.closing.is_set():
             try:
                 item = self._prepare()

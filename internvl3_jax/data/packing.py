@@ -1,11 +1,12 @@
-"""Packs samples into rows under a token budget and a tile budget at once. A sample is never split.
+"""Packs samples into rows under a token budget and a tile budget. A sample is never split.
 
-Samples wait in a buffer. A row begins with the one that has waited longest, so none waits for ever.
-It is then filled with the waiting sample that fits and best uses what is left of both budgets: the
-largest dot product of its size with the room left, both in units of the full row (Panigrahy et al.
-2011, "Heuristics for Vector Bin Packing"). benchmarks/packing.py compares this rule with others.
+Samples wait in a buffer. A row begins with the one that has waited longest, so that none waits
+forever. It is then filled with the waiting sample that fits and uses the rest of both budgets best:
+the largest dot product of its size with the remaining room, both in units of a full row (Panigrahy
+et al. 2011, "Heuristics for Vector Bin Packing"). benchmarks/packing.py compares this rule with
+others.
 
-The stream resumes exactly: its state names the waiting samples by number, and they are made again.
+The stream resumes exactly: its state has the numbers of the waiting samples, which are made again.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +24,15 @@ _FIELDS = {
     "positions": np.int32,
 }
 _PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32}
-_GIVEN_FIELDS = {"until": np.int32, "reference": np.float32}  # where the samples have them
+_OPTIONAL_FIELDS = {"until": np.int32, "reference": np.float32}
 
 
 def choose(sizes: np.ndarray, budgets: np.ndarray) -> list[int]:
-    """Which of the waiting samples form the next row.
+    """Chooses the waiting samples that form the next row; returns their indices, 0 first.
 
-    sizes i64[n,2]: tokens and tiles of each, in order of arrival; budgets i64[2]. Returns indices,
-    0 first.
+    Args:
+      sizes: i64[n,2], tokens and tiles of each sample, in order of arrival.
+      budgets: i64[2], tokens and tiles of a row.
     """
     chosen, room = [0], budgets - sizes[0]
     free = np.ones(len(sizes), bool)
@@ -47,12 +49,12 @@ def choose(sizes: np.ndarray, budgets: np.ndarray) -> list[int]:
 
 
 def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
-    """One row [T] of a Batch from samples that fit in it, padded with zeros."""
+    """Joins samples to one row [T] of a Batch, padded with zeros."""
     pairs = "answers" in samples[0]
     fields = (
         _FIELDS
         | (_PAIR_FIELDS if pairs else {})
-        | {name: _GIVEN_FIELDS[name] for name in _GIVEN_FIELDS if name in samples[0]}
+        | {name: dtype for name, dtype in _OPTIONAL_FIELDS.items() if name in samples[0]}
     )
     row = {name: np.zeros(tokens, dtype) for name, dtype in fields.items()}
     row |= {"segments": np.zeros(tokens, np.int32), "sources": np.zeros(tokens, np.int32)}
@@ -80,21 +82,24 @@ def join(samples: Sequence[Sample], tokens: int, tiles: int) -> Batch:
 
 
 def _renumber(
-    part: dict[str, np.ndarray], segment: int, answer: int, feature: int, token: int
+    pair: dict[str, np.ndarray], segment: int, answer: int, feature: int, token: int
 ) -> None:
-    """Makes the numbers of a pair those of its place in the row."""
-    part["segments"] += segment
-    part["answers"][part["answers"] > 0] += answer
-    part["features"] += feature
-    if "until" in part:
-        part["until"][part["until"] < NO_END] += token
+    """Offsets the numbers of a pair by what comes before it in the row."""
+    pair["segments"] += segment
+    pair["answers"][pair["answers"] > 0] += answer
+    pair["features"] += feature
+    if "until" in pair:
+        pair["until"][pair["until"] < NO_END] += token
 
 
 class Packer(grain.DatasetIterator):
-    """Rows (`Batch` without the batch axis) from an iterator of samples, and what they are made of.
+    """Packs an iterator of samples into rows (`Batch` without the batch axis).
 
-    Each item is (row, origins): origins are the (source, row) of its samples. `skipped` holds the
-    newest error markers (see pipeline.py) that came along, `skipped_count` how many there were.
+    Each item is (row, origins); origins are the (source, row) of its samples.
+
+    Attributes:
+      skipped: The newest error markers (see pipeline.py).
+      skipped_count: Number of error markers so far.
     """
 
     def __init__(
@@ -106,8 +111,13 @@ class Packer(grain.DatasetIterator):
         size: int,
         most: int | None = None,
     ):
-        """make: a sample by its "index", to fill the buffer again on resuming; size: of the buffer,
-        in samples; most: samples a row.
+        """Starts with an empty buffer.
+
+        Args:
+          make: Makes a sample by its "index", to fill the buffer when resuming.
+          tokens, tiles: Budgets of a row.
+          size: Samples in the buffer.
+          most: Samples in a row; None is no limit.
         """
         super().__init__(samples)
         if size < 1:
@@ -154,7 +164,8 @@ class Packer(grain.DatasetIterator):
             if len(sample[name]) > limit:
                 where = f"source {sample.get('source', 0)} row {sample.get('row', 0)}"
                 raise ValueError(
-                    f"{where} has {len(sample[name])} {name}, a row holds {limit}: raise data.{name}_per_row"
+                    f"{where} has {len(sample[name])} {name}, a row holds {limit}: raise "
+                    f"data.{name}_per_row"
                 )
 
     def get_state(self) -> dict:

@@ -1,18 +1,16 @@
-"""Pairs for preference optimisation: one question with a chosen and a rejected answer, as one
-sample.
+"""Makes samples of pairs for preference optimization: one question, a chosen and a rejected answer.
 
-Both answers stand in one row, so that each picture of the question is encoded once. Either the
-question stands there twice, and the two conversations are segments of their own, as packed samples
-are:
+Both answers are in one row, so that each image of the question is encoded once. The question is in
+the row twice, and the two conversations are segments, as packed samples are:
 
     question chosen | question rejected          segments 1 and 2
 
-or, with `shared`, once, and the decoder computes it once:
+or, with `shared`, once, so that the decoder computes it once:
 
     question, then chosen and rejected           one segment; `until` hides chosen from rejected
 
-In the second form the question's last token, whose target is the answer's first, stands before each
-of the answers.
+In the second form the question's last token, whose target is the first token of the answer, is
+repeated before each answer.
 """
 
 import numpy as np
@@ -31,12 +29,10 @@ class PairError(ValueError):
 def finish_pair(
     rejected: Encoded, chosen: Encoded, tiles, deltas, processor, loss_reduction: str, shared: bool
 ) -> Sample:
-    """Two encoded conversations that differ in their answer, and the tiles of their pictures, to
-    one sample of [T] tokens.
+    """Makes one sample of [T] tokens of two encoded conversations that differ in their answer.
 
-    Beside the fields of a conversation's sample (data/batch.py; `loss_weights` are of the chosen
-    answer alone) it has those of `Batch` that are of pairs: answers, features, until; and segments,
-    counted from 1.
+    It has the fields of a conversation's sample (data/batch.py; `loss_weights` are of the chosen
+    answer), those of a `Batch` of pairs (answers, features, until), and segments from 1.
     """
     sides = [_side(encoded, deltas, number) for number, encoded in enumerate((chosen, rejected), 1)]
     sides[0]["loss_weights"] = average_weights(sides[0]["answers"] > 0, loss_reduction)
@@ -50,12 +46,12 @@ def finish_pair(
 
 
 def pair_length(chosen: Encoded, rejected: Encoded, shared: bool) -> int:
-    """Tokens of the sample."""
+    """Counts the tokens of the sample."""
     return len(chosen.tokens) + len(rejected.tokens) - (_question_length(chosen) if shared else 0)
 
 
 def _question_length(encoded: Encoded) -> int:
-    """Without its last token."""
+    """Counts the tokens of the question without its last one."""
     return int(np.argmax(encoded.loss_mask)) - 1
 
 
@@ -71,13 +67,13 @@ def _side(encoded: Encoded, deltas, number: int) -> Sample:
         "loss_weights": np.zeros(length, np.float32),
         "positions": build_positions(length, encoded.runs, deltas),
         "answers": np.where(trained, number, 0).astype(np.int32),
-        # The k-th visual token of either side is the k-th feature of the pair's pictures.
+        # The k-th visual token of either side takes the k-th feature of the pair's images.
         "features": np.maximum(np.cumsum(visual) - 1, 0).astype(np.int32),
     }
 
 
 def _share(chosen: Sample, rejected: Sample) -> list[Sample]:
-    """The question without its last token; then, with it, the two answers."""
+    """Splits a pair into the question without its last token, and the two answers with it."""
     end = int(np.argmax(chosen["answers"] > 0))
     if (
         end != int(np.argmax(rejected["answers"] > 0))
@@ -87,8 +83,8 @@ def _share(chosen: Sample, rejected: Sample) -> list[Sample]:
     question = {name: value[:end] for name, value in chosen.items()}
     answers = [{name: value[end:] for name, value in side.items()} for side in (chosen, rejected)]
     length = len(answers[0]["tokens"])
-    parts = [question, *answers]
-    for part, last in zip(parts, (NO_END, end + length - 1, NO_END), strict=True):
-        part["until"] = np.full(len(part["tokens"]), last, np.int32)
-        part["segments"] = np.ones(len(part["tokens"]), np.int32)
-    return parts
+    sections = [question, *answers]
+    for section, last in zip(sections, (NO_END, end + length - 1, NO_END), strict=True):
+        section["until"] = np.full(len(section["tokens"]), last, np.int32)
+        section["segments"] = np.ones(len(section["tokens"]), np.int32)
+    return sections

@@ -1,14 +1,13 @@
-"""From a source of conversations to an endless stream of samples, by grain; its state is small JSON
-and resumes exactly.
+"""Makes an endless stream of samples of the sources, by grain, with a JSON state that resumes
+exactly.
 
-A sample depends on the seed and its place in the mixture alone: frames, recompression and deltas
-are drawn from an rng of its own.
-So any number of workers and threads gives the same stream, and `dataset[index]` makes a sample
-again.
+A sample depends only on the seed and its place in the mixture: frames, recompression and deltas are
+sampled from its own rng. So any number of workers and threads gives the same stream, and
+`dataset[index]` makes a sample again.
 
-A sample that cannot be used becomes a marker {"error": why, "source", "row", "index", "fatal"} in
-its place. `sample_stream` raises SampleError at a fatal one, in the training process; the others
-are for the packer to count and log.
+A sample that cannot be used is replaced by a marker {"error": reason, "source", "row", "index",
+"fatal"}. `sample_stream` raises SampleError at a fatal marker, in the training process; the packer
+counts and logs the others.
 """
 
 import contextlib
@@ -43,19 +42,20 @@ __all__ = [
     "source_names",
 ]
 
-# Sources are mixed in a fixed rhythm (A B A B ...), in which a shard that takes every second sample
-# would meet one source only.
-_WINDOW = 1024  # places that are shuffled among themselves against it
-# A sample may hold dozens of tiles of 600 kB, so few of them wait.
+# Sources are mixed in a fixed order (A B A B ...), of which a shard that takes every second sample
+# would see only one source. So places are shuffled within windows.
+_WINDOW = 1024
+# A sample may have dozens of tiles of 600 kB, so only few of them are prepared ahead.
 _MOST_THREADS = 16
-_AHEAD = 4  # samples that wait in each worker process
+_AHEAD = 4  # samples prepared ahead in each worker process
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """Loads the tokenizer of `config.tokenizer`, a directory. ValueError if the setting is empty."""
+    """Loads the tokenizer of `config.tokenizer`. ValueError if the setting is empty."""
     if not config.tokenizer:
         raise ValueError(
-            "data.tokenizer is empty; name a directory with a tokenizer: --config.data.tokenizer=CHECKPOINT"
+            "data.tokenizer is empty; name a directory with a tokenizer: "
+            "--config.data.tokenizer=CHECKPOINT"
         )
     return Tokenizer.from_directory(config.tokenizer)
 
@@ -66,24 +66,23 @@ def sample_dataset(
     tokenizer: Tokenizer,
     sources: list | None = None,
 ) -> grain.MapDataset:
-    """Endless mixture of samples and, where one cannot be used, markers. Random access by "index".
+    """Makes the endless mixture of samples and markers, with random access by "index".
 
-    sources: of `open_sources(config)`, where they are open already.
+    sources: Of `open_sources(config)`; None opens them.
 
     Raises:
-      ValueError: a subclass naming the file, entry or field that is wrong, before any sample is
-      made.
+      ValueError: A file, entry or setting is wrong; raised before any sample is made.
     """
     if config.on_bad_sample not in ("stop", "skip"):
         raise ValueError(f"data.on_bad_sample is {config.on_bad_sample!r}; it must be stop or skip")
-    preparer = ExampleBuilder(config, processor, tokenizer)
+    builder = ExampleBuilder(config, processor, tokenizer)
     sources = open_sources(config) if sources is None else sources
     check_report(config)
-    return _order(config, sources).map_with_index(_BuildExample(preparer, sources))
+    return _order(config, sources).map_with_index(_BuildExample(builder, sources))
 
 
 def _order(config: DataConfig, sources: list) -> grain.MapDataset:
-    """Endless (source number, row)."""
+    """Makes the endless mixture of (source number, row)."""
     dropped = read_drop_list(
         config.exclude_file,
         [source.name for source in sources],
@@ -96,7 +95,8 @@ def _order(config: DataConfig, sources: list) -> grain.MapDataset:
     for source, selection in zip(sources, selections, strict=True):
         if not len(selection):
             raise MetaError(
-                f"source {source.name!r}: repeat_time {source.repeat} and the drop list leave none of its rows"
+                f"source {source.name!r}: repeat_time {source.repeat} and the drop list leave "
+                f"none of its rows"
             )
     if len(sources) == 1 and sources[0].ordered:
         return grain.MapDataset.source(selections[0]).repeat()
@@ -105,58 +105,59 @@ def _order(config: DataConfig, sources: list) -> grain.MapDataset:
 
 
 def mix(selections: Sequence[Selection], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Endless (source number, row): each source in an order of its own, new in every epoch over it."""
+    """Mixes (source number, row) endlessly; each source is shuffled anew in each of its epochs."""
     chosen = [
         (selection, weight)
         for selection, weight in zip(selections, weights, strict=True)
         if weight > 0
     ]
-    parts = []
+    datasets = []
     for selection, _ in chosen:
-        own_seed = int(np.random.SeedSequence([seed, selection.source]).generate_state(1)[0])
-        parts.append(grain.MapDataset.source(selection).shuffle(seed=own_seed).repeat())
-    if len(parts) == 1:
-        return parts[0]
-    mixed = grain.MapDataset.mix(parts, weights=[weight for _, weight in chosen])
-    return WindowShuffleMapDataset(mixed, window_size=_WINDOW, seed=seed % 2**31)
+        source_seed = int(np.random.SeedSequence([seed, selection.source]).generate_state(1)[0])
+        datasets.append(grain.MapDataset.source(selection).shuffle(seed=source_seed).repeat())
+    if len(datasets) == 1:
+        return datasets[0]
+    mixture = grain.MapDataset.mix(datasets, weights=[weight for _, weight in chosen])
+    return WindowShuffleMapDataset(mixture, window_size=_WINDOW, seed=seed % 2**31)
 
 
 class _BuildExample:
-    """(index, (source number, row)) to a sample or a marker."""
+    """Makes a sample or a marker of (index, (source number, row))."""
 
-    def __init__(self, preparer: ExampleBuilder, sources: list):
-        self.preparer, self.sources = preparer, sources
+    def __init__(self, builder: ExampleBuilder, sources: list):
+        self.builder, self.sources = builder, sources
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        _end_with_parent()  # it is unpickled in worker processes alone
+        _end_with_parent()  # it is only unpickled in worker processes
 
     def __call__(self, index: int, reference: tuple[int, int]) -> Sample | dict:
         number, row = reference
-        config, source = self.preparer.config, self.sources[number]
+        config, source = self.builder.config, self.sources[number]
         identity = {"source": number, "row": row, "index": int(index)}
         try:
-            # What was computed beforehand is of one sample of each row, whatever the epoch.
-            drawn = row if config.ref_logps_file else int(index)
+            # The precomputed reference is that of one sample per row, for every epoch.
+            sample_seed = row if config.ref_logps_file else int(index)
             return (
-                self.preparer.sample(source, row, np.random.default_rng((config.seed, drawn)))
+                self.builder.sample(source, row, np.random.default_rng((config.seed, sample_seed)))
                 | identity
             )
         except (ValueError, OSError) as error:
-            chosen = isinstance(error, TooLong) and config.overlong == "drop"
+            dropped = isinstance(error, TooLong) and config.overlong == "drop"
             fatal = isinstance(error, ChangedError) or (
-                config.on_bad_sample == "stop" and not chosen
+                config.on_bad_sample == "stop" and not dropped
             )
             return {"error": f"{source.locate(row)}: {error}", **identity, "fatal": fatal}
 
 
 def _end_with_parent() -> None:
-    """Makes a worker process end with the training process, also when that is killed; it would wait
-    for ever, and hold its output open.
+    """Ends a worker process with the training process, even if that is killed.
+
+    Otherwise it would wait forever, with the output of the training process open.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # Ctrl-C goes to the whole group; the training process decides what becomes of it
+        # Ctrl-C reaches all processes of the group; only the training process handles it.
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -170,32 +171,35 @@ def _end_with_parent() -> None:
 def sample_stream(
     dataset: grain.MapDataset, shard: int, shards: int, workers: int
 ) -> grain.IterDataset:
-    """Every `shards`-th sample of `sample_dataset` from number `shard` on, prepared ahead of time.
+    """Prepares every `shards`-th sample from number `shard` on, ahead of time.
 
-    workers: processes that prepare samples; 0: threads of this one. Close the iterator, or its
-        processes complain at exit.
+    workers: Number of processes that prepare samples; 0 takes threads of this process. The iterator
+        has to be closed, or the processes print errors at exit.
     """
-    part = dataset[shard::shards] if shards > 1 else dataset
+    own_samples = dataset[shard::shards] if shards > 1 else dataset
     if workers:
-        # grain reads its settings from absl's flags, which a notebook never parses
+        # grain reads its settings from absl's flags, which a notebook does not parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        stream = part.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        stream = own_samples.to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-        ).map(_own)
+        ).map(_copy_arrays)
     else:
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
-        stream = part.to_iter_dataset(
+        stream = own_samples.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         )
     return stream.map(_raise_at_error)
 
 
-def _own(sample: dict) -> dict:
-    """Copies the arrays that a worker has put into shared memory. Each of them holds an open file
-    and its share of /dev/shm, and those that are let go of as the program ends are left to Python's
-    resource tracker, which complains.
+def _copy_arrays(sample: dict) -> dict:
+    """Copies the arrays that a worker has put into shared memory.
+
+    Each of them keeps a file open and takes space of /dev/shm, and Python's resource tracker prints
+    an error for those that are released as the program ends.
     """
     return {
         name: np.array(value) if isinstance(value, np.ndarray) else value

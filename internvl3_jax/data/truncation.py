@@ -1,4 +1,4 @@
-"""Samples longer than a row: an error, left out, or cut after a whole turn. A picture is never cut."""
+"""Handles samples longer than a row: raises, drops, or cuts after a turn, never within an image."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,14 +8,14 @@ RULES = ("error", "truncate", "drop")
 
 
 class TooLong(ValueError):
-    """A sample that fits no row."""
+    """A sample that does not fit into a row."""
 
 
 class NothingTrained(ValueError):
     """A sample without a trained token."""
 
 
-# messages and tiles of each of their pictures
+# Takes messages and the number of tiles of each image.
 Encode = Callable[[Sequence[Message], Sequence[int]], Encoded]
 
 
@@ -27,66 +27,68 @@ def encode_within(
     max_tiles: int,
     rule: str,
 ) -> tuple[Encoded, int]:
-    """(the encoded conversation, number of its pictures), shortened to a row where `rule` is
-    "truncate".
+    """Encodes a conversation, shortened to a row if `rule` is "truncate".
 
     Args:
-      tiles: number of tiles of each picture.
-      max_tokens, max_tiles: what a row holds.
+      tiles: Number of tiles of each image.
+      max_tokens, max_tiles: Budgets of a row.
+      rule: One of RULES.
+
+    Returns:
+      (encoded conversation, number of its images).
 
     Raises:
-      TooLong: if it does not fit and is not to be shortened, or does not fit with a single answer.
-      NothingTrained: if there is no answer to learn.
+      TooLong: It does not fit and is not shortened, or does not fit even with a single answer.
+      NothingTrained: There is no answer to learn.
     """
 
-    def fits(encoded: Encoded, pictures: int) -> bool:
-        return len(encoded.tokens) <= max_tokens and sum(tiles[:pictures]) <= max_tiles
+    def fits(encoded: Encoded, images: int) -> bool:
+        return len(encoded.tokens) <= max_tokens and sum(tiles[:images]) <= max_tiles
 
-    encoded, pictures = encode(messages, tiles), len(tiles)
+    encoded, images = encode(messages, tiles), len(tiles)
     if not encoded.loss_mask[1:].any():
         raise NothingTrained("no turn of the assistant: nothing to learn")
-    if fits(encoded, pictures):
-        return encoded, pictures
+    if fits(encoded, images):
+        return encoded, images
     if rule == "truncate":
         kept = _longest(messages, tiles, encode, fits)
         if kept:
             return kept
-    raise TooLong(_complaint(len(encoded.tokens), sum(tiles), max_tokens, max_tiles, rule))
+    raise TooLong(_advise(len(encoded.tokens), sum(tiles), max_tokens, max_tiles, rule))
 
 
 def _longest(messages, tiles, encode: Encode, fits) -> tuple[Encoded, int] | None:
-    """The most whole turns that fit, by bisection over the ends of the answers; None if not even
-    one does.
-    """
+    """Finds the most turns that fit, by bisection over the ends of answers; None if none do."""
     ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
     best, low, high = None, 0, len(ends)
     while low < high:
         middle = (low + high) // 2
         kept = messages[: ends[middle]]
-        pictures = sum(count_places(kept, len(tiles)))
-        encoded = encode(kept, tiles[:pictures])
-        if fits(encoded, pictures):
-            best, low = (encoded, pictures), middle + 1
+        images = sum(count_places(kept, len(tiles)))
+        encoded = encode(kept, tiles[:images])
+        if fits(encoded, images):
+            best, low = (encoded, images), middle + 1
         else:
             high = middle
     return best
 
 
-def _complaint(tokens: int, tiles: int, max_tokens: int, max_tiles: int, rule: str) -> str:
+def _advise(tokens: int, tiles: int, max_tokens: int, max_tiles: int, rule: str) -> str:
     advice = (
         "set data.overlong to truncate or drop"
         if rule == "error"
         else "its first answer alone does not fit"
     )
     advice = "data.overlong is drop" if rule == "drop" else advice
-    return complaint(
+    return too_long_message(
         "a conversation", [("tokens", tokens, max_tokens), ("tiles", tiles, max_tiles)], advice
     )
 
 
-def complaint(what: str, sizes: Sequence[tuple[str, int, int]], advice: str) -> str:
-    """sizes: (name, count, limit) of what a row holds, one of them over its limit."""
+def too_long_message(subject: str, sizes: Sequence[tuple[str, int, int]], advice: str) -> str:
+    """Describes the first of `sizes`, (name, count, limit of a row), that is over its limit."""
     name, count, limit = next(size for size in sizes if size[1] > size[2])
     return (
-        f"{what} has {count:,} {name}, a row holds {limit:,}: raise data.{name}_per_row ({advice})"
+        f"{subject} has {count:,} {name}, a row holds {limit:,}: raise data.{name}_per_row "
+        f"({advice})"
     )

@@ -1,8 +1,11 @@
-"""The file that answers go to, one a line in the order asked: never one of somebody else, never of
-two models, resumed after a kill.
+"""The output of infer.py --requests: one answer per line, in the order of the requests.
 
-OUTPUT.lock     held while a process writes; the system releases it when the process ends
-OUTPUT.settings.json     what the answers depend on; each line has its hash as "run"
+    OUTPUT                 the answers; a killed run resumes after the last complete line
+    OUTPUT.lock            held by the writing process; the system releases it when that ends
+    OUTPUT.settings.json   what the answers depend on; each line has its hash as "run"
+
+A file that has other lines, answers to other requests, or answers made with other settings is never
+changed.
 """
 
 import hashlib
@@ -12,38 +15,43 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from internvl3_jax.inference.requests import read_answers
+from internvl3_jax.inference.output_path import check_output_path, path_beside
+from internvl3_jax.inference.requests import image_hashes
+from internvl3_jax.inference.resumable import ROW_START, Rows, read_own_rows
 from internvl3_jax.io import jsonl, remote_files, safe_files, strict_json
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.safe_files import FileError
+from internvl3_jax.io.strict_json import JsonError
 from internvl3_jax.io.terminal import excerpt, one_line
 
 KIND = "settings of a file of answers"
-UNSAID = "not recorded"
-START = b'{"id": '  # of every line
+NOT_RECORDED = "not recorded"
+NOUN = "answer of infer.py"
 
 
 class AnswerFile:
-    """A context manager. Between `check` and its end no other process can use the same output.
+    """A context manager that locks the output while it is open.
 
     Args:
-      path: of --output.
-      inputs: files that are read, which it must not be.
+      path: the output; a local path or an address of object storage.
+      inputs: files that the program reads; the output must be none of them.
     """
 
     def __init__(self, path: str | os.PathLike, inputs: Sequence[str | os.PathLike] = ()):
         self.path = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path))
-        check_place(self.path, inputs, "--output")
+        check_output_path(self.path, inputs)
+        self.sidecar = path_beside(self.path, "settings.json")
         if not is_remote(self.path):
-            check_ours(self.path)
-        self.sidecar = beside(self.path, "settings.json")
+            # Before the lock is written beside the file of somebody else.
+            _check_first_bytes(self.path, os.path.lexists(self.sidecar))
         self.answers: list[dict] = []
         self._lock = safe_files.lock_at(
-            beside(self.path, "lock"),
+            path_beside(self.path, "lock"),
             one_line(str(self.path)),
             lambda text: print(text, file=sys.stderr),
         )
-        self._size, self._file, self._run = 0, None, ""
+        self._content = Rows(self.path, [], [], b"")
+        self._file, self._run = None, ""
 
     def __enter__(self) -> "AnswerFile":
         self._lock.acquire()
@@ -55,34 +63,38 @@ class AnswerFile:
         self._lock.release()
 
     def check(self, requests: Sequence[dict], settings: dict) -> None:
-        """FileError unless what is there is ours, of the same requests, and made with these
-        settings, as far as they are known yet.
+        """Reads the existing answers into `self.answers`; writes nothing.
 
-        Nothing is written. `self.answers` are the answers that are there.
+        Args:
+          requests: of `read_requests`.
+          settings: what the answers depend on, as far as it is known before a model is loaded.
+
+        Raises:
+          FileError: the file has other lines, or answers other requests, or was made with other
+            settings.
         """
-        known = self._recorded()
-        if known is not None:
-            compare(known["settings"], settings, str(self.path))
-        self.answers, self._size = read_answers(self.path, requests, known and known["run"])
-        self._run = known["run"] if known else ""
+        recorded = self._recorded()
+        if recorded is not None:
+            compare_settings(recorded["settings"], settings, str(self.path))
+        self._run = recorded["run"] if recorded else ""
+        self._content = read_answers(self.path, requests, self._run or None)
+        self.answers = list(self._content.rows)
 
     def start(self, requests: Sequence[dict], settings: dict) -> None:
-        """`check` with all settings; then the file is open for `add`, without a last line that was
-        cut off.
-        """
+        """Opens the file for `add`. Runs `check` with all settings, then cuts off a torn tail."""
         self.check(requests, settings)
         if not self._run:
             self._run = settings_hash(settings)
             if any(row.get("run", self._run) != self._run for row in self.answers):
                 raise FileError(
-                    f"{one_line(str(self.path))} was answered by another model or with other settings; move it away or name another "
-                    f"--output"
+                    f"{one_line(str(self.path))} was answered by another model or with other "
+                    "settings; move it away or name another --output"
                 )
             content = {"kind": KIND, "run": self._run, "settings": settings}
-            safe_files.replace(
-                self.sidecar, json.dumps(content, indent=1, ensure_ascii=True) + "\n"
-            )
-        self._file = jsonl.Appender(self.path, self._size)
+            text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+            safe_files.replace(self.sidecar, text)
+        self._content.warn_of_tail()
+        self._file = jsonl.Appender(self.path, sum(self._content.sizes))
         self._file.__enter__()
 
     def add(self, rows: Sequence[dict]) -> None:
@@ -92,12 +104,10 @@ class AnswerFile:
         self.answers += rows
 
     def correct(self, rows: dict[int, dict]) -> None:
-        """Puts other rows in the place of answers, by their index; a kill leaves the file before or
-        after that.
-        """
+        """Replaces answers by index. A kill leaves the file as it was before or after that."""
         self.answers = [
-            rows[number] | {"run": self._run} if number in rows else row
-            for number, row in enumerate(self.answers)
+            rows[index] | {"run": self._run} if index in rows else row
+            for index, row in enumerate(self.answers)
         ]
         lines = [jsonl.dumps(row) for row in self.answers]
         self._file.__exit__(None, None, None)
@@ -106,10 +116,13 @@ class AnswerFile:
         self._file.__enter__()
 
     def _recorded(self) -> dict | None:
-        """What the sidecar says; None if there is none, or no answers. FileError if it is not ours."""
-        if not (
-            self.sidecar.exists() if is_remote(self.sidecar) else os.path.lexists(self.sidecar)
-        ):
+        """Returns the content of the sidecar; None if there is none, or if there are no answers.
+
+        Raises:
+          FileError: the sidecar was not written by this program.
+        """
+        remote = is_remote(self.sidecar)
+        if not (self.sidecar.exists() if remote else os.path.lexists(self.sidecar)):
             return None
         try:
             values = strict_json.read(self.sidecar, max_bytes=1 << 20)
@@ -122,92 +135,116 @@ class AnswerFile:
             isinstance(values, dict)
             and values.get("kind") == KIND
             and isinstance(values.get("settings"), dict)
+            and isinstance(values.get("run"), str)
         )
-        if not ours or not isinstance(values.get("run"), str):
+        if not ours:
             raise FileError(f"{one_line(str(self.sidecar))}: is no {KIND}; name another --output")
-        # Of answers that were moved away nothing need be kept.
-        if is_remote(self.path):
+        # The settings of answers that were moved away bind nobody.
+        if remote:
             return values if remote_files.exists(self.path) else None
         return values if os.path.exists(self.path) and os.path.getsize(self.path) else None
 
 
-def check_place(path: pathlib.Path, inputs: Sequence[str | os.PathLike], flag: str) -> None:
-    """FileError unless a file can be at `path`: its folder is there and can be written to, and it
-    is none of the files that are read.
+def read_answers(
+    output: str | os.PathLike, requests: Sequence[dict], run: str | None = None
+) -> Rows:
+    """Reads the answers of an output and checks that they answer the first of `requests`.
+
+    Args:
+      run: hash of the settings that the answers must have, where they have one; None if no
+        settings are recorded.
+
+    Raises:
+      FileError: the file has a line that is no answer of infer.py, or answers other requests or
+        other images, or was made with other settings.
     """
-    name = one_line(str(path))
-    if is_remote(path):
-        if any(str(source) == str(path) for source in inputs):
-            raise FileError(f"{flag} {name}: is read as well; name another file")
+    if not (remote_files.exists(output) if is_remote(output) else os.path.lexists(output)):
+        return Rows(output, [], [], b"")
+    content = read_own_rows(output, _is_answer, NOUN)
+    rows, name, advice = (
+        content.rows,
+        one_line(str(output)),
+        "move it away or name another --output",
+    )
+    if content.tail and not (content.tail_is_torn() and (rows or run)):
+        raise JsonError(
+            f"{name} line {len(rows) + 1} is no {NOUN}, nor the beginning of one; name another "
+            "--output"
+        )
+    if len(rows) > len(requests):
+        raise JsonError(
+            f"{name} holds {len(rows)} answers, and {len(requests)} were asked for; {advice}"
+        )
+    for number, (row, request) in enumerate(zip(rows, requests, strict=False), 1):
+        asked = request["asked"]
+        names = ("id", "prompt", "image") if "run" in row else ("id", "prompt")
+        if any(row.get(key) != asked.get(key) for key in names):
+            raise JsonError(
+                f"{name} holds answers to other questions than were asked (line {number} is of id "
+                f"{excerpt(row['id'])}); {advice}"
+            )
+        _check_images(row, request, f"{name} line {number}", advice)
+        if run and row.get("run", run) != run:
+            raise JsonError(
+                f"{name} line {number} was answered by another model or with other settings; "
+                f"{advice}"
+            )
+    return content
+
+
+def _check_images(row: dict, request: dict, where: str, advice: str) -> None:
+    """Raises JsonError if the files of an answered request have changed since."""
+    recorded = row.get("image_sha256")
+    if recorded is None or "error" in row:
         return
-    if "\0" in str(path):
-        raise FileError(f"{flag} {name}: a name cannot have a null character in it")
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileError(
-            f"{flag} {name}: there is no folder {one_line(str(folder))}; make it, or name another place"
-        )
-    if path.is_dir():
-        raise FileError(f"{flag} {name}: is a folder; name a file in it")
-    if path.is_symlink() and not path.exists():
-        raise FileError(f"{flag} {name}: is a link to nothing; remove it, or name another place")
-    if path.exists() and not path.is_file():
-        raise FileError(
-            f"{flag} {name}: is not a regular file (a pipe, socket or device); name a regular file"
-        )
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise FileError(f"{flag} {name}: cannot be written (no permission); name another place")
-    for source in inputs:
-        if os.path.exists(source) and path.exists() and os.path.samefile(source, path):
-            raise FileError(
-                f"{flag} {name}: is {one_line(os.fspath(source))}, which is read; name another file"
+    for image, old, new in zip(
+        request["image"], recorded, image_hashes(request["image"]), strict=False
+    ):
+        if new != old:
+            raise JsonError(
+                f"{where} (id {excerpt(row['id'])}) was answered for another image: "
+                f"{excerpt(image)[1:-1]} has changed since; {advice}"
             )
 
 
-def check_ours(path: pathlib.Path) -> None:
-    """Raises FileError if a file of somebody else is there, before anything is written beside it."""
+def _is_answer(row: dict) -> bool:
+    return "id" in row and isinstance(row.get("prompt"), str) and bool({"text", "error"} & set(row))
+
+
+def _check_first_bytes(path: pathlib.Path, has_sidecar: bool) -> None:
+    """Raises FileError if the file does not begin like an answer, or like a torn one of ours."""
     if not path.exists() or not path.stat().st_size:
         return
     with open(path, "rb") as file:
-        start = file.read(len(START))
-    if not (start.startswith(START) or START.startswith(start)):
+        start = file.read(len(ROW_START))
+    torn = has_sidecar and start.startswith(b"\0")
+    if not (start.startswith(ROW_START) or ROW_START.startswith(start) or torn):
         raise FileError(
-            f"{one_line(str(path))} line 1 is no answer of infer.py, nor the beginning of one; name another --output"
+            f"{one_line(str(path))} line 1 is no {NOUN}, nor the beginning of one; name another "
+            "--output"
         )
-
-
-def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
-    """A file of ours beside an output: beside what a link names, so that every name of one output
-    has the same lock.
-    """
-    real = path if is_remote(path) else pathlib.Path(os.path.realpath(path))
-    return real.with_name(f"{real.name}.{ending}")
 
 
 def settings_hash(settings: dict) -> str:
-    """12 hexadecimal digits."""
+    """Returns 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def compare(there: dict, here: dict, output: str) -> None:
-    """FileError naming the settings that differ; only those in `here` are looked at."""
-    # A setting that a later version added is not recorded; it was as None and False say.
+def compare_settings(recorded: dict, current: dict, output: str) -> None:
+    """Raises FileError naming the settings that differ; only those in `current` are compared."""
+    # A setting that a later version added is not recorded; its old value is None or False.
     differing = [
         name
-        for name in here
-        if (there[name] != _plain(here[name]) if name in there else here[name])
+        for name, value in current.items()
+        if (recorded[name] != json.loads(json.dumps(value)) if name in recorded else value)
     ]
     if differing:
         listed = "; ".join(
-            f"{name} {excerpt(there.get(name, UNSAID))} there, {excerpt(here[name])} here"
+            f"{name} is {excerpt(recorded.get(name, NOT_RECORDED))} in the file, "
+            f"{excerpt(current[name])} now"
             for name in differing
         )
         raise FileError(
-            f"{one_line(output)} holds answers of another model or other settings: {listed}; use the same, move it away or name another "
-            f"--output"
+            f"{one_line(output)} holds answers of another model or other settings: {listed}; use "
+            "the same, move it away or name another --output"
         )
-
-
-def _plain(value):
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))

@@ -1,13 +1,15 @@
-"""The flags of infer.py, which of them go together, and what they say to `Chat`, `Critic` and
-`best_of_many`.
+"""The flags of infer.py, which of them go together, and the options that they give `Chat`, `Critic`
+and `best_of_many`.
 """
 
 from absl import flags
 
+from internvl3_jax.data import critic_format
 from internvl3_jax.io.command_line import UsageError
 
 FLAGS = flags.FLAGS
 
+# --- the model ------------------------------------------------------------------------------------
 flags.DEFINE_string(
     "checkpoint",
     None,
@@ -17,27 +19,34 @@ flags.DEFINE_string(
 flags.DEFINE_multi_string(
     "adapter",
     [],
-    "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first is used.",
+    "LoRA run or PEFT directory to put on the checkpoint; may be repeated, as NAME=DIR. The first "
+    "is used.",
 )
 flags.DEFINE_string("use", None, "Name of the adapter to use in place of the first; empty: none.")
-flags.DEFINE_multi_string(
-    "image", [], "Image file; may be repeated. <image> in the prompt marks the places."
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Dtype of parameters and computation. Default: float32 on a CPU, elsewhere as stored.",
 )
+flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
+
+# --- the question ---------------------------------------------------------------------------------
 flags.DEFINE_string(
     "prompt",
     None,
-    r"The question; \n is a line break, @FILE a file, - stdin. Without it and --requests a conversation starts.",
+    r"The question; \n is a line break, @FILE a file, - stdin. Without it and --requests a "
+    "conversation starts.",
 )
-flags.DEFINE_string("requests", None, "JSONL file of questions.")
-flags.DEFINE_string("output", None, "Where the answers to --requests go (JSONL).")
-flags.DEFINE_enum(
-    "on_error",
-    "note",
-    ["note", "stop"],
-    "A request that cannot be answered: write the error in its place and continue, or stop.",
+flags.DEFINE_multi_string(
+    "image", [], "Image file; may be repeated. <image> in the prompt marks the places."
 )
-flags.DEFINE_bool("retry_errors", False, "Ask the requests again that have an error in --output.")
-flags.DEFINE_integer("batch_size", 8, "Answers written together with --requests.", lower_bound=1)
+flags.DEFINE_bool(
+    "json", False, "Print one JSON object per answer, on a line of its own, instead of the text."
+)
+flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
+
+# --- the answer -----------------------------------------------------------------------------------
 flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer, in tokens.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 is greedy decoding.", lower_bound=0.0)
 flags.DEFINE_float(
@@ -46,9 +55,9 @@ flags.DEFINE_float(
 flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 is all.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
-flags.DEFINE_multi_string(
-    "delta", [], "V2PE step of the images' tokens, such as 1/4; once, or once per image."
-)
+
+# --- images ---------------------------------------------------------------------------------------
+IMAGE_FLAGS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
 flags.DEFINE_integer(
     "max_tiles",
     None,
@@ -67,6 +76,9 @@ flags.DEFINE_integer(
     "Largest number of tiles of all images of a turn; 0: no limit.",
     lower_bound=0,
 )
+flags.DEFINE_multi_string(
+    "delta", [], "V2PE step of the images' tokens, such as 1/4; once, or once per image."
+)
 flags.DEFINE_integer(
     "max_image_pixels",
     None,
@@ -75,34 +87,24 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool("allow_truncated", False, "Accept truncated images; the missing part is gray.")
 
-IMAGE_FLAGS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
-flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
+# --- many questions -------------------------------------------------------------------------------
+flags.DEFINE_string("requests", None, "JSONL file of questions.")
+flags.DEFINE_string("output", None, "Where the answers to --requests go (JSONL).")
+flags.DEFINE_integer("batch_size", 8, "Answers written together with --requests.", lower_bound=1)
 flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16", "float16"],
-    "Dtype of parameters and computation. Default: float32 on a CPU, elsewhere as stored.",
+    "on_error",
+    "note",
+    ["note", "stop"],
+    "A request that cannot be answered: write the error in its place and continue, or stop.",
 )
-flags.DEFINE_integer(
-    "devices",
-    1,
-    "Number of devices to shard the model over (tensor parallelism).",
-    lower_bound=1,
-)
-flags.DEFINE_integer(
-    "fsdp",
-    1,
-    "Of --devices, the number to shard the weights over by their width as well (FSDP); for more devices than key heads.",
-)
-flags.DEFINE_bool(
-    "hosts",
-    False,
-    "Use all devices of all hosts. Each host runs this command.",
-)
+flags.DEFINE_bool("retry_errors", False, "Ask the requests again that have an error in --output.")
+
+# --- best of N ------------------------------------------------------------------------------------
 flags.DEFINE_integer(
     "best_of",
     None,
-    "Number of answers to choose from, the first greedy, the others sampled; see docs/best_of_n.md.",
+    "Number of answers to choose from, the first greedy, the others sampled; see "
+    "docs/best_of_n.md.",
     lower_bound=1,
     upper_bound=1024,
 )
@@ -122,17 +124,31 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "critic_system",
     None,
-    "System message for the critic in place of its checkpoint's; visualprm: its data's; visualprm_trained: as its trainer showed it.",
+    "System message for the critic in place of its checkpoint's; visualprm: its data's; "
+    "visualprm_trained: as its trainer showed it.",
 )
-flags.DEFINE_bool(
-    "json", False, "Print one JSON object per answer, on a line of its own, in place of the text."
+
+# --- devices --------------------------------------------------------------------------------------
+flags.DEFINE_integer(
+    "devices",
+    1,
+    "Number of devices to shard the model over (tensor parallelism).",
+    lower_bound=1,
 )
-flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
-flags.DEFINE_bool(
-    "accept_fingerprint",
-    False,
-    "Use a checkpoint whose files no longer agree with how it was made.",
+flags.DEFINE_integer(
+    "fsdp",
+    1,
+    "Of --devices, the number to shard the weights over by their width as well (FSDP); for more "
+    "devices than key heads.",
 )
+flags.DEFINE_bool("hosts", False, "Use all devices of all hosts. Each host runs this command.")
+flags.DEFINE_string(
+    "compilation_cache",
+    "~/.cache/internvl3_jax/xla",
+    "Directory that keeps compiled programs; empty: none.",
+)
+
+# --- checks ---------------------------------------------------------------------------------------
 flags.DEFINE_enum(
     "verify",
     "full",
@@ -140,16 +156,15 @@ flags.DEFINE_enum(
     "How a checkpoint's files are compared with what was written, before they are used.",
 )
 flags.DEFINE_bool(
+    "accept_fingerprint",
+    False,
+    "Use a checkpoint whose files no longer agree with how it was made.",
+)
+flags.DEFINE_bool(
     "allow_nonfinite", False, "Open a checkpoint that has NaN or infinite parameters."
 )
-flags.DEFINE_string(
-    "compilation_cache",
-    "~/.cache/internvl3_jax/xla",
-    "Directory that keeps compiled programs; empty: none.",
-)
 
-
-# As -h shows them.
+# Headings of -h and the flags below them.
 SECTIONS = {
     "Model": ["checkpoint", "adapter", "use", "dtype", "system"],
     "Question": ["prompt", "image", "json", "stats"],
@@ -178,7 +193,7 @@ SECTIONS = {
 
 
 def check_flags() -> None:
-    """UsageError for flags that do not go together."""
+    """Raises UsageError for flags that do not go together."""
     if FLAGS.requests and (FLAGS.prompt is not None or FLAGS.image or not FLAGS.output):
         raise UsageError(
             "--requests needs --output, and takes prompts and images from the file alone"
@@ -193,24 +208,24 @@ def check_flags() -> None:
         raise UsageError("--image needs --prompt; in a conversation write /image PATH")
     if FLAGS.retry_errors and (FLAGS.hosts or not FLAGS.requests):
         raise UsageError("--retry_errors is about --requests, on a single host")
-    check_best_of()
+    _check_best_of()
     if FLAGS.hosts and FLAGS.prompt is None and not FLAGS.requests:
         raise UsageError("--hosts needs --prompt or --requests: a conversation is with one host")
 
 
-def check_best_of() -> None:
+def _check_best_of() -> None:
     if not FLAGS.best_of:
         if FLAGS.critic or FLAGS.majority:
             raise UsageError("--critic and --majority choose among --best_of N answers; give N")
     elif bool(FLAGS.critic) == FLAGS.majority:
         raise UsageError("--best_of needs --critic DIR or --majority, one of them, to choose by")
-    of_critic = [
+    critic_flags = [
         name
         for name in ("aggregate", "max_steps", "critic_system")
         if not FLAGS[name].using_default_value
     ]
-    if of_critic and not FLAGS.critic:
-        raise UsageError(f"--{of_critic[0]} is about a critic's scores; give --critic DIR")
+    if critic_flags and not FLAGS.critic:
+        raise UsageError(f"--{critic_flags[0]} is about a critic's scores; give --critic DIR")
     if FLAGS.best_of and not FLAGS.requests and FLAGS.prompt is None:
         raise UsageError(
             "--best_of needs --prompt or --requests; a conversation takes one answer at a time"
@@ -218,6 +233,7 @@ def check_best_of() -> None:
 
 
 def chat_options() -> dict:
+    """Returns keyword arguments of `Chat`."""
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "system", *IMAGE_FLAGS)
     return {name: FLAGS[name].value for name in names} | {
         "stop": tuple(FLAGS.stop),
@@ -226,15 +242,14 @@ def chat_options() -> dict:
 
 
 def critic_options() -> dict:
-    from internvl3_jax.data import critic_format
-
+    """Returns keyword arguments of `Critic`."""
     system = critic_format.SYSTEMS.get(FLAGS.critic_system, FLAGS.critic_system)
     images = {name: FLAGS[name].value for name in IMAGE_FLAGS}
     return {"aggregate": FLAGS.aggregate, "max_steps": FLAGS.max_steps, "system": system} | images
 
 
 def best_of_options() -> dict:
-    """Of `best_of_many`."""
+    """Returns keyword arguments of `best_of_many`."""
     from internvl3_jax.inference.options import CANDIDATE_SAMPLING
 
     return {"n": FLAGS.best_of} | {
@@ -245,7 +260,7 @@ def best_of_options() -> dict:
 
 
 def asked_settings() -> dict:
-    """What the answers depend on, as far as the flags say it."""
+    """Returns what the answers depend on, as far as the flags say it."""
     settings = chat_options()
     if FLAGS.best_of:
         settings |= {"best_of": best_of_options(), "majority": FLAGS.majority}

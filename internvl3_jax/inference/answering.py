@@ -1,17 +1,23 @@
-"""A file of requests to a file of answers: in batches, resumed after a kill, and with an error in
-the place of what cannot be answered.
+"""Answers a file of requests: in batches, resumed after a kill. A request that cannot be answered
+gets an "error" in place of its answer.
 """
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import to_dict
 from internvl3_jax.inference.answer_file import AnswerFile
 from internvl3_jax.inference.chat import Answer, Chat
-from internvl3_jax.io.terminal import excerpt, one_line
+from internvl3_jax.inference.requests import image_hashes, name_of
+from internvl3_jax.io.terminal import one_line, printable
 from internvl3_jax.parallel import multihost
 
 ON_ERROR = ("note", "stop")
@@ -19,52 +25,49 @@ FIELDS = ("text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish")
 
 
 def as_json(answer: Answer) -> dict:
-    fields = dataclasses.asdict(answer)
-    return {name: fields[name] for name in FIELDS}
+    """Returns the fields of an answer that --json and --requests write."""
+    return {name: getattr(answer, name) for name in FIELDS}
 
 
-def weights_of(checkpoint, adapter: str | None = None) -> str:
-    """A hash of the parameters that answer, the same wherever they are stored and however they are
-    split.
-    """
-    found = tree_hash(by_path(checkpoint.params))
+def weights_hash(checkpoint, adapter: str | None = None) -> str:
+    """Returns a hash of the parameters that answer; it does not depend on how they are sharded."""
+    base = tree_hash(by_path(checkpoint.params))
     if adapter is None:
-        return found
-    own = checkpoint.adapters[adapter]
-    return f"{found}+{tree_hash(by_path({'lora': own.lora, 'whole': own.whole}))}"
+        return base
+    chosen = checkpoint.adapters[adapter]
+    return f"{base}+{tree_hash(by_path({'lora': chosen.lora, 'whole': chosen.whole}))}"
 
 
 def model_settings(checkpoint, adapter: str | None) -> dict:
-    """What answers depend on beside the questions and options: parameters, precision, the rule for
-    tiles and prompts.
+    """Returns what answers depend on besides questions and options: parameters, dtype, and the
+    rules for tiles and prompts.
     """
     processor = {
         f"processor.{name}": value for name, value in to_dict(checkpoint.processor).items()
     }
     return {
-        "weights": weights_of(checkpoint, adapter),
+        "weights": weights_hash(checkpoint, adapter),
         "dtype": checkpoint.model.dtype.name,
     } | processor
 
 
 @dataclasses.dataclass
-class Asking:
-    """How requests are answered.
+class Answerer:
+    """Turns requests into rows of the output.
 
     Attributes:
-      chat: Reads the requests and, without `choose`, answers them.
-      choose: Answers a list of (question, images) pairs with the best of `candidates` answers each,
-          such as
-        `reward.best_of_n.best_of_many`. Each result has `as_json()`. None: one answer each.
-      candidates: Answers that `choose` generates for each question.
+      chat: prepares the requests and, without `choose`, answers them.
+      choose: answers a list of (question, images) pairs, called `names` in errors, with the best of
+        `candidates` answers each. Each result has `as_json()`. None: one answer each.
+      candidates: answers that `choose` generates for each question.
       on_error: "note" writes a row with the error for a request that cannot be answered; "stop"
-          ends the run.
-      batch_size: Answers that are generated and written together.
-      hosts: Whether several hosts answer together.
+        raises ValueError.
+      batch_size: answers that are generated and written together.
+      hosts: whether several hosts answer together.
     """
 
     chat: Chat
-    choose: Callable[[Sequence[tuple]], list] | None = None
+    choose: Callable[..., list] | None = None
     candidates: int = 1
     on_error: str = "note"
     batch_size: int = 8
@@ -75,109 +78,172 @@ class Asking:
         return max(1, self.batch_size // self.candidates)
 
     def rows(self, batch: Sequence[dict], first: int) -> list[dict]:
-        """The output's rows of some requests. first: number of the first, from 1."""
-        prompts, errors = {}, {}
-        for number, request in enumerate(batch):
+        """Returns the output's rows of some requests. first: number of the first one, from 1."""
+        # Prepare each request, so that one that cannot be read does not spoil the batch.
+        prompts, results = {}, {}
+        for index, request in enumerate(batch):
             try:
-                prompts[number] = self.chat.prepare(
-                    request["prompt"], request["image"], where=_where(request)
+                prompts[index] = self.chat.prepare(
+                    request["prompt"], request["image"], where=name_of(request)
                 )
             except (ValueError, OSError) as error:
-                errors[number] = self._noted(request, error)
+                results[index] = self._error_row(request, error)
         if self.hosts:
             multihost.assert_same_on_all_hosts(
-                first, {"requests that cannot be read": str(sorted(errors))}, seconds=3600
+                first, {"requests that cannot be read": str(sorted(results))}, seconds=3600
             )
-        found = {}
-        if prompts:
-            try:
-                found = dict(zip(prompts, self._answers(batch, prompts), strict=True))
-            except (ValueError, OSError) as error:
-                found = self._one_by_one(batch, prompts, error)
+        # Answer the rest together; after an error one by one, to learn which request it is.
+        try:
+            results |= dict(zip(prompts, self._answers(batch, prompts), strict=True))
+        except (ValueError, OSError):
+            results |= self._one_by_one(batch, prompts)
         return [
-            request["asked"] | (found.get(number) or errors[number])
-            for number, request in enumerate(batch)
+            request["asked"] | _image_fields(request) | results[index]
+            for index, request in enumerate(batch)
         ]
 
-    def _one_by_one(self, batch: Sequence[dict], prompts: dict, error: Exception) -> dict:
-        """Rows of requests of which at least one failed while it was answered."""
-        if len(prompts) == 1:
-            return {number: self._noted(batch[number], error) for number in prompts}
-        found = {}
-        for number, prompt in prompts.items():
+    def _one_by_one(self, batch: Sequence[dict], prompts: dict) -> dict[int, dict]:
+        results = {}
+        for index, prompt in prompts.items():
             try:
-                (found[number],) = self._answers(batch, {number: prompt})
-            except (ValueError, OSError) as own:
-                found[number] = self._noted(batch[number], own)
-        return found
+                (results[index],) = self._answers(batch, {index: prompt})
+            except (ValueError, OSError) as error:
+                results[index] = self._error_row(batch[index], error)
+        return results
 
     def _answers(self, batch: Sequence[dict], prompts: dict) -> list[dict]:
+        if not prompts:
+            return []
         if self.choose is None:
             return [as_json(answer) for answer in self.chat.answer_many(list(prompts.values()))]
-        pairs = [(batch[number]["prompt"], batch[number]["image"]) for number in prompts]
-        return [choice.as_json() for choice in self.choose(pairs)]
+        requests = [batch[index] for index in prompts]
+        pairs = [(request["prompt"], request["image"]) for request in requests]
+        return [
+            choice.as_json() for choice in self.choose(pairs, names=list(map(name_of, requests)))
+        ]
 
-    def _noted(self, request: dict, error: Exception) -> dict:
-        text = str(error)
+    def _error_row(self, request: dict, error: Exception) -> dict:
+        text = with_name(name_of(request), error)
         if self.on_error == "stop":
-            where = _where(request)
-            raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
+            raise ValueError(text) from error
         return {"error": one_line(text)}
 
 
-def _where(request: dict) -> str:
-    return f"{request['where']} (id {excerpt(request['id'])})"
+def with_name(name: str, error: Exception) -> str:
+    """Returns the message of an error, with the name of the request in front if it lacks it."""
+    text = str(error)
+    return text if text.startswith(name) else f"{name}: {text}"
 
 
-def ask_again(asking: Asking, requests: Sequence[dict], output: AnswerFile) -> int:
-    """Asks the requests once more that have an error in the output, batch by batch; returns how
-    many there were.
+def _image_fields(request: dict) -> dict:
+    return {"image_sha256": image_hashes(request["image"])} if request["image"] else {}
+
+
+def answer_file(
+    answerer: Answerer,
+    requests: Sequence[dict],
+    output: AnswerFile | None,
+    settings: dict,
+    *,
+    retry_errors: bool = False,
+    stats: bool = False,
+) -> None:
+    """Answers the requests that the output does not hold yet, and reports on stderr.
+
+    Args:
+      output: None on all hosts but the first.
+      settings: what the answers depend on.
+      retry_errors: ask the requests again that have an error in the output.
+      stats: print the totals of this run.
+
+    Raises:
+      FileError: the output holds other answers.
+      ValueError: at the end, if any row of the output has an error.
     """
-    failed = [number for number, row in enumerate(output.answers) if "error" in row]
-    size = asking.requests_per_batch
+    # Find out where an earlier run stopped.
+    if output is not None:
+        output.start(requests, settings)
+    answered = len(output.answers) if output is not None else 0
+    if answerer.hosts:
+        answered = int(multihost_utils.broadcast_one_to_all(np.int32(answered)))
+    if answered and output is not None:
+        note(f"{output.path} holds {answered} of {len(requests)} answers; resuming with the rest")
+        if any("run" not in row for row in output.answers):
+            note(
+                f"warning: {output.path} does not say how some of them were made; they are taken "
+                "as made with these settings"
+            )
+
+    # Answer.
+    began = time.perf_counter()
+    if retry_errors:
+        note(f"{ask_again(answerer, requests, output)} requests with an error were asked again")
+    answer_from(answerer, requests, output, answered)
+
+    # Report.
+    if output is None:
+        return
+    if stats:
+        note(totals(output.answers[answered:], time.perf_counter() - began))
+    note(f"{len(requests) - answered} answers written to {output.path}")
+    if failed := failures(requests, output.answers):
+        raise ValueError(f"{output.path}: {failed}")
+
+
+def ask_again(answerer: Answerer, requests: Sequence[dict], output: AnswerFile) -> int:
+    """Asks the requests again that have an error in the output, and replaces their rows.
+
+    Returns:
+      how many requests that were.
+    """
+    failed = [index for index, row in enumerate(output.answers) if "error" in row]
+    size = answerer.requests_per_batch
     for start in range(0, len(failed), size):
-        numbers = failed[start : start + size]
-        rows = asking.rows([requests[number] for number in numbers], numbers[0] + 1)
-        output.correct(dict(zip(numbers, rows, strict=True)))
+        indices = failed[start : start + size]
+        rows = answerer.rows([requests[index] for index in indices], indices[0] + 1)
+        output.correct(dict(zip(indices, rows, strict=True)))
     return len(failed)
 
 
-def answer_all(
-    asking: Asking, requests: Sequence[dict], output: AnswerFile | None, answered: int
+def answer_from(
+    answerer: Answerer, requests: Sequence[dict], output: AnswerFile | None, start: int
 ) -> None:
-    """Answers the requests from number `answered` (from 0) on and adds them to the output, batch by
-    batch.
-
-    output: None on all hosts but the first.
-    """
+    """Answers the requests from index `start` on; appends each batch to the output, if any."""
     from rich.progress import track
 
-    size = asking.requests_per_batch
-    batches = range(answered, len(requests), size)
-    for start in track(
-        batches, description="answering", disable=not (sys.stderr.isatty() and output is not None)
-    ):
-        rows = asking.rows(requests[start : start + size], start + 1)
+    size = answerer.requests_per_batch
+    batches = range(start, len(requests), size)
+    show = sys.stderr.isatty() and output is not None
+    for index in track(batches, description="answering", disable=not show):
+        rows = answerer.rows(requests[index : index + size], index + 1)
         if output is not None:
             output.add(rows)
 
 
 def failures(requests: Sequence[dict], rows: Sequence[dict]) -> str:
-    """How many rows have an error, and the first one; "" if none has."""
-    failed = [number for number, row in enumerate(rows) if "error" in row]
+    """Returns how many rows have an error, and the first one; "" if none has."""
+    failed = [index for index, row in enumerate(rows) if "error" in row]
     if not failed:
         return ""
-    where, text = _where(requests[failed[0]]), rows[failed[0]]["error"]
-    first = text if text.startswith(where) else f"{where}: {text}"
+    first = with_name(name_of(requests[failed[0]]), ValueError(rows[failed[0]]["error"]))
     return (
-        f'{len(failed)} of {len(rows)} requests could not be answered; their lines say why in "error", and --retry_errors asks them '
-        f"again. The first: {first}"
+        f"{len(failed)} of {len(rows)} requests could not be answered; their lines say why in "
+        f'"error", and --retry_errors asks them again. The first: {first}'
     )
 
 
-def stats(rows: Sequence[dict], seconds: float) -> str:
-    """Totals of the answers of this run."""
+def totals(rows: Sequence[dict], seconds: float) -> str:
+    """Returns the number of answers and tokens of this run, and the tokens per second."""
     tokens = sum(row.get("new_tokens", len(row.get("token_ids", ()))) for row in rows)
     cut = sum(row.get("finish") == "length" for row in rows)
     more = f"; {cut} were cut off by --max_new_tokens" if cut else ""
-    return f"{len(rows)} answers, {tokens:,} new tokens in {seconds:.3f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s{more}"
+    return (
+        f"{len(rows)} answers, {tokens:,} new tokens in {seconds:.3f} s, "
+        f"{tokens / max(seconds, 1e-9):.1f} tokens/s{more}"
+    )
+
+
+def note(text: str) -> None:
+    """Prints a line to stderr on the first host."""
+    if jax.process_index() == 0:
+        print(printable(text), file=sys.stderr)

@@ -1,339 +1,331 @@
-"""Talking to a model: `Chat` keeps a conversation and the cache of its earlier turns; `answer_many`
-and `candidates` take independent questions, the latter with several answers to each.
+"""Conversations with a model.
 
-chat = Chat(load("checkpoints/internvl3-1b"))
-chat("What is in the picture?", images=["cat.jpg"])
-chat("And what colour is it?")                        # the picture is not encoded again
-for piece in chat.stream("Tell me more."): print(piece, end="")
+    chat = Chat(load("checkpoints/internvl3-1b"))
+    chat("What is in the image?", images=["cat.jpg"])
+    chat("And what color is it?")                      # the image is not encoded again
+    for piece in chat.stream("Tell me more."): print(piece, end="")
+
+`answer_many` and `candidates` answer independent questions in one batch, the latter with several
+answers to each.
 """
 
 import dataclasses
-import hashlib
 import os
-import time
 from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
-from internvl3_jax.config import UNITS, ProcessorConfig
-from internvl3_jax.data.batch import Prompt, cut_pictures, make_prompt
-from internvl3_jax.data.text.chat_template import ChatError, insert_missing_tags
-from internvl3_jax.inference.generator import GenerationConfig, Generator, State
-from internvl3_jax.inference.given_images import open_images
-from internvl3_jax.inference.options import Options, units
-from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.data.batch import Prompt, make_prompt
+from internvl3_jax.data.text.chat_template import insert_missing_tags
+from internvl3_jax.inference.answer import Answer, Stopwatch
+from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.options import OptionChanges, Options, units
+from internvl3_jax.inference.programs import DecodeState
+from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
 from internvl3_jax.inference.text_stream import TextStreamer
+from internvl3_jax.inference.turn import image_tiles, system_messages, user_message
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import rope_scaling
 
 
-@dataclasses.dataclass
-class Answer:
-    """What was answered, and what it took."""
-
-    text: str
-    token_ids: list[int]  # as generated; the stop id is the last one when it was generated
-    prompt_tokens: int
-    tiles: list[int]  # of each picture of the conversation, thumbnails included
-    seconds: float  # from the question to the last token
-    first_token_seconds: float
-    reused_tokens: int = 0  # of the prompt, already in the cache from earlier turns
-    finish: str = "stop"  # "stop": by a stop token or text; "length": cut off by max_new_tokens
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Of the tokens after the first; 0.0 if there is only one."""
-        following = len(self.token_ids) - 1
-        return (self.seconds - self.first_token_seconds) / following if following > 0 else 0.0
-
-
-@dataclasses.dataclass
-class _Cached:
-    """The cache of a conversation, and the tokens that its slots stand for."""
-
-    state: State
-    prompt: Prompt
-    tokens: np.ndarray
-    positions: np.ndarray
-    scaling: str
-
-
 class Chat:
-    """A conversation with a checkpoint from `internvl3_jax.load`. Keyword arguments are those of
-    `Options`.
+    """A conversation with a checkpoint.
 
-    adapter: of those that `load` was given, the name of the one that is put on; None for the base.
-        `use` changes it.
+    Args:
+      checkpoint: of `internvl3_jax.load`.
+      adapter: name of the LoRA adapter, of those given to `load`, that is put on; None for the
+        base. `use` changes it.
+      max_new_tokens ... system: as of `Options`, for all answers; a call can change them for one.
+
+    Attributes:
+      last: the last `Answer`; None before the first.
+
+    Raises:
+      TypeError: `checkpoint` is a path, for example.
+      ValueError: an option has a wrong type or is out of range, the adapter does not exist, or the
+        checkpoint has no stop tokens.
     """
 
-    def __init__(self, checkpoint, adapter: str | None = None, **options):
+    def __init__(
+        self,
+        checkpoint,
+        adapter: str | None = None,
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        delta: str | float | Sequence | None = None,
+        max_tiles: int | None = None,
+        tiles: str | None = None,
+        max_total_tiles: int | None = None,
+        max_image_pixels: int | None = None,
+        allow_truncated: bool = False,
+        system: str | None = None,
+    ):
         if not hasattr(checkpoint, "params"):
-            given = (
-                excerpt(checkpoint)
-                if isinstance(checkpoint, str | os.PathLike)
-                else type(checkpoint).__name__
-            )
+            is_path = isinstance(checkpoint, str | os.PathLike)
+            given = excerpt(checkpoint) if is_path else type(checkpoint).__name__
             raise TypeError(
                 f"Chat needs what internvl3_jax.load returns, not {given}; write Chat(load(...))"
             )
-        self.options = Options().with_changes(options)
+        self.options = Options(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            delta=delta,
+            max_tiles=max_tiles,
+            tiles=tiles,
+            max_total_tiles=max_total_tiles,
+            max_image_pixels=max_image_pixels,
+            allow_truncated=allow_truncated,
+            system=system,
+        )
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
-        stop_ids = [self.tokenizer.token_id(token) for token in self.processor.stop_tokens]
         self.generator = Generator(
             checkpoint.config,
             checkpoint.params,
             checkpoint.model.dtype,
-            stop_ids,
+            [self.tokenizer.token_id(token) for token in self.processor.stop_tokens],
             checkpoint.adapters,
         )
         self.use(adapter)
 
+    def __repr__(self) -> str:
+        adapter = "" if self._adapter is None else f", adapter={self._adapter!r}"
+        changed = "".join(
+            f", {field.name}={getattr(self.options, field.name)!r}"
+            for field in dataclasses.fields(self.options)
+            if getattr(self.options, field.name) != field.default
+        )
+        return f"Chat(<{len(self._turns)} turns, {len(self.tiles)} images>{adapter}{changed})"
+
     def use(self, adapter: str | None) -> None:
-        """Resumes with another adapter, in a new conversation. ValueError if none has this name."""
+        """Puts another adapter on, or none, and begins a new conversation.
+
+        Raises:
+          ValueError: there is no adapter of this name.
+        """
         if adapter is not None and not isinstance(adapter, str):
             raise ValueError(
-                f"adapter is {excerpt(adapter)}; give the name of one, as `load` was given it"
+                f"adapter is {excerpt(adapter)}; give its name, as it was given to `load`"
             )
         self.generator.use(adapter)
+        self._adapter = adapter
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Begins a new conversation."""
         self.messages: list[dict] = []
-        self.tiles: list[np.ndarray] = []  # of every picture so far
+        self.tiles: list[np.ndarray] = []  # of each image so far
         self.deltas: list[int] = []
         self.last: Answer | None = None
-        self._cached: _Cached | None = None
+        self._turns: list[tuple[int, int]] = []  # messages and images before each turn
+        self._cached: PromptCache | None = None
 
-    def __call__(self, question: str, images=(), **options) -> str:
-        """The answer as text.
+    def undo(self) -> None:
+        """Takes back the last question, its images and its answer.
+
+        Raises:
+          ValueError: the conversation is empty.
+        """
+        if not self._turns:
+            raise ValueError("the conversation is empty: there is no question to take back")
+        messages, images = self._turns.pop()
+        del self.messages[messages:], self.tiles[images:], self.deltas[images:]
+        self.last = None
+
+    def __call__(self, question: str, images=(), **options: Unpack[OptionChanges]) -> str:
+        """Returns the answer as text.
 
         Args:
-          question: a text; `<image>` in it marks the images' places.
-          images: one image or a list of them, each a path (a text is one path), bytes, an array
-              u8[H,W,3] or a PIL image.
+          question: a text; `<image>` in it marks the places of the images.
+          images: one image or a list of them, each a path (a str is one path), bytes, an array
+            u8[H,W,3] or a PIL image.
           options: as of `Options`, for this answer alone.
         """
         for _ in self.stream(question, images, **options):
             pass
         return self.last.text
 
-    def stream(self, question: str, images=(), **options) -> Iterator[str]:
+    def stream(self, question: str, images=(), **options: Unpack[OptionChanges]) -> Iterator[str]:
         """Yields the answer piece by piece; `self.last` is the whole `Answer` afterwards.
 
         A turn that fails, or that the caller leaves before its end, does not enter the
         conversation.
         """
-        began = time.perf_counter()
+        watch = Stopwatch(self.generator.compile_clock)
         options = self.options.with_changes(options)
-        tiles, deltas = _pictures(images, self.processor, options)
-        messages = (self.messages or _opening(options)) + insert_missing_tags(
-            [_user(question)], len(tiles)
-        )
+        # 1) The conversation so far and the question, as one prompt.
+        tiles, deltas = image_tiles(images, self.processor, options)
+        question = insert_missing_tags([user_message(question)], len(tiles))
+        messages = (self.messages or system_messages(options)) + question
         tiles, deltas = self.tiles + tiles, self.deltas + deltas
         prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas)
-        run = options.run(1, self._scaling(options, deltas))
-        self.generator.check_room(prompt, run)
-        keep = self._reusable(prompt, run.scaling)
-        cache = self._cached.state.cache if keep else None
-        self._cached = None  # its buffers are given away
-        state = self.generator.start([prompt], run, cache, keep)
-        reader, first_token = TextStreamer(self.tokenizer, options.stop), 0.0
-        for (piece,) in self.generator.stream(state, run):
-            first_token = first_token or time.perf_counter() - began
-            yield reader.read(piece)
-            if reader.ended:
-                break
-        yield reader.finish()
-        seconds = time.perf_counter() - began
-        counts = [len(part) for part in tiles]
-        finish = self._finish(reader, options)
-        self.last = Answer(
-            reader.text.strip(),
-            reader.ids,
-            len(prompt.tokens),
-            counts,
-            seconds,
-            first_token,
-            keep,
-            finish,
-        )
+        config = options.generation_config((options.seed,), self._scaling(options, deltas))
+        self.generator.check_context_length(prompt, config)
+        # 2) Reuse the beginning that is in the cache, whose buffers are donated.
+        max_position = self.generator.config.language.max_position
+        cached, self._cached = self._cached, None
+        keep = cached.reusable(prompt, config.scaling, max_position) if cached else 0
+        cache = cached.state.cache if keep else None
+        # 3) Answer.
+        state = self.generator.start([prompt], config, cache, keep)
+        streamer = TextStreamer(self.tokenizer, options.stop)
+        for (piece,) in self._decode_texts(state, config, [streamer], watch):
+            yield piece
+        # 4) The turn is complete: it enters the conversation.
+        self.last = self._answer(streamer, prompt, options, watch, reused_tokens=keep)
+        self._turns.append((len(self.messages), len(self.tiles)))
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         self.tiles, self.deltas = tiles, deltas
-        self._cached = _remember(state, prompt, reader.ids, run.scaling)
+        self._cached = PromptCache.after(state, prompt, streamer.ids, config.scaling)
 
     def prepare(
-        self, question: str, images=(), *, where: str = "", begun: str = "", **options
+        self,
+        question: str,
+        images=(),
+        *,
+        where: str = "",
+        answer_prefix: str = "",
+        **options: Unpack[OptionChanges],
     ) -> Prompt:
-        """The prompt of a question as a conversation of its own, for `answer_many` and
+        """Returns the prompt of a question as a conversation of its own, for `answer_many` and
         `candidates`.
 
         Args:
+          question, images: as of a call.
           where: what errors call the question.
-          begun: text that its answer starts with.
+          answer_prefix: text that its answer begins with.
 
         Raises:
-          ChatError, ImageError, ContextError, OSError: it cannot be asked: its text or tags, an
-          image, or its length.
+          ChatError: the text or its tags do not fit.
+          ImageError: an image cannot be read.
+          ContextError: the prompt is too long.
         """
         options = self.options.with_changes(options)
-        tiles, deltas = _pictures(images, self.processor, options)
-        messages = _opening(options) + insert_missing_tags([_user(question)], len(tiles), where)
+        tiles, deltas = image_tiles(images, self.processor, options, where)
+        messages = insert_missing_tags([user_message(question)], len(tiles), where)
+        messages = system_messages(options) + messages
         prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where)
-        if begun:
-            prompt = _continued(prompt, self.tokenizer.encode(begun, special=False))
-        self.generator.check_room(prompt, options.run(1, self._scaling(options, [])), where)
+        if answer_prefix:
+            prompt = extend_prompt(prompt, self.tokenizer.encode(answer_prefix, special=False))
+        config = options.generation_config((options.seed,), self._scaling(options, []))
+        self.generator.check_context_length(prompt, config, where)
         return prompt
 
     def answer_many(
-        self, requests: Sequence[tuple[str, Sequence] | Prompt], first: int = 1, **options
+        self, requests: Sequence[tuple[str, Any] | Prompt], **options: Unpack[OptionChanges]
     ) -> list[Answer]:
-        """Answers (question, images) pairs, or prompts of `prepare`, in one batch, each as a
-        conversation of its own; this one stays.
+        """Answers (question, images) pairs, or prompts of `prepare`, in one batch.
 
-        Every answer is the one that its question alone would get. Seconds are those of the whole
-        batch. Errors number the requests from `first`.
+        Each is a conversation of its own, and gets the answer that it would get alone; the
+        conversation of this object does not change. Seconds are those of the whole batch.
         """
-        return [answer for (answer,) in self.candidates(requests, 1, first=first, **options)]
+        return [answer for (answer,) in self.candidates(requests, 1, **options)]
 
     def candidates(
         self,
-        requests: Sequence[tuple[str, Sequence] | Prompt],
+        requests: Sequence[tuple[str, Any] | Prompt],
         n: int,
         *,
         greedy_first: bool = False,
-        begun: Sequence[str] = (),
-        first: int = 1,
-        **options,
+        answer_prefixes: Sequence[str] = (),
+        names: Sequence[str] = (),
+        **options: Unpack[OptionChanges],
     ) -> list[list[Answer]]:
-        """n answers to each of the (question, images) pairs, or prompts of `prepare`, in one batch;
-        a question is run once for all of its answers.
+        """Returns n answers to each of the (question, images) pairs, or prompts of `prepare`.
+
+        All run in one batch, each question once for all of its answers. Answer k is sampled with
+        the seed `seed + k`.
 
         Args:
-          greedy_first: the first answer takes the likeliest tokens, only the others are drawn.
-              Answer k is drawn with seed + k.
-          begun: text that each request's answers start with; they are what follows it, with the
-              space or line break they begin with.
-          first: number of the first request in errors.
+          greedy_first: decode the first answer to each question greedily; sample the others.
+          answer_prefixes: text that the answers to each pair begin with. The answers do not repeat
+            it; they keep the space or line break that they begin with.
+          names: what errors call the pairs; by default "request 1" and so on.
         """
         if n < 1:
             raise ValueError(f"n is {n}; it must be at least 1")
         if not requests:
             return []
-        began = time.perf_counter()
-        given, options = options, self.options.with_changes(options)
-        sampling = Sampling(
-            options.temperature, options.top_k, options.top_p, greedy_every=n if greedy_first else 0
+        watch = Stopwatch(self.generator.compile_clock)
+        # 1) Prompts.
+        names = names or [f"request {number}" for number in range(1, len(requests) + 1)]
+        prefixes = answer_prefixes or [""] * len(requests)
+        prompts = [
+            request
+            if isinstance(request, Prompt)
+            else self.prepare(*request, where=name, answer_prefix=prefix, **options)
+            for request, name, prefix in zip(requests, names, prefixes, strict=True)
+        ]
+        # 2) One row per answer.
+        options = self.options.with_changes(options)
+        seeds = tuple((options.seed + k) % 2**32 for k in range(n)) * len(requests)
+        config = options.generation_config(
+            seeds, self._scaling(options, []), greedy_every=n if greedy_first else 0
         )
-        seeds = tuple((options.seed + number) % 2**32 for number in range(n)) * len(requests)
-        run = GenerationConfig(options.max_new_tokens, sampling, seeds, self._scaling(options, []))
-        prompts = []
-        for number, request in enumerate(requests, first):
-            if not isinstance(request, Prompt):
-                start = begun[number - first] if begun else ""
-                request = self.prepare(*request, where=f"request {number}", begun=start, **given)
-            prompts.append(request)
-        readers, first_token = [TextStreamer(self.tokenizer, options.stop) for _ in seeds], 0.0
-        for pieces in self.generator.stream(self.generator.start(prompts, run), run):
-            first_token = first_token or time.perf_counter() - began
-            for reader, piece in zip(readers, pieces, strict=True):
-                reader.read(piece)
-            if all(reader.ended for reader in readers):
-                break
-        for reader in readers:
-            reader.finish()
-        seconds = time.perf_counter() - began
-        rows = [prompt for prompt in prompts for _ in range(n)]
+        streamers = [TextStreamer(self.tokenizer, options.stop) for _ in seeds]
+        for _ in self._decode_texts(
+            self.generator.start(prompts, config), config, streamers, watch
+        ):
+            pass
+        # 3) n answers per prompt.
         answers = [
-            Answer(
-                reader.text.rstrip() if begun else reader.text.strip(),
-                reader.ids,
-                len(row.tokens),
-                [len(part) for part in row.tiles],
-                seconds,
-                first_token,
-                finish=self._finish(reader, options),
+            self._answer(
+                streamer, prompts[row // n], options, watch, keep_start=bool(answer_prefixes)
             )
-            for reader, row in zip(readers, rows, strict=True)
+            for row, streamer in enumerate(streamers)
         ]
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
-    def _finish(self, reader: TextStreamer, options: Options) -> str:
-        stopped = reader.ended or (reader.ids and reader.ids[-1] in self.generator.stop_ids)
-        return "stop" if stopped or len(reader.ids) < options.max_new_tokens else "length"
+    def _decode_texts(
+        self,
+        state: DecodeState,
+        config: GenerationConfig,
+        streamers: Sequence[TextStreamer],
+        watch: Stopwatch,
+    ) -> Iterator[list[str]]:
+        """Yields the new text of each row until all have ended, then what was held back."""
+        for pieces in self.generator.stream(state, config):
+            watch.first_token()
+            yield [streamer.read(piece) for streamer, piece in zip(streamers, pieces, strict=True)]
+            if all(streamer.ended for streamer in streamers):
+                break
+        yield [streamer.finish() for streamer in streamers]
+        watch.stop()
+
+    def _answer(
+        self,
+        streamer: TextStreamer,
+        prompt: Prompt,
+        options: Options,
+        watch: Stopwatch,
+        *,
+        reused_tokens: int = 0,
+        keep_start: bool = False,
+    ) -> Answer:
+        ids = streamer.ids
+        stopped = streamer.ended or (ids and ids[-1] in self.generator.stop_ids)
+        return Answer(
+            text=streamer.text.rstrip() if keep_start else streamer.text.strip(),
+            token_ids=ids,
+            prompt_tokens=len(prompt.tokens),
+            tiles=[len(tiles) for tiles in prompt.tiles],
+            seconds=watch.seconds,
+            first_token_seconds=watch.first_token_seconds,
+            reused_tokens=reused_tokens,
+            finish="stop" if stopped or len(ids) < options.max_new_tokens else "length",
+            compile_seconds=watch.compile_seconds,
+        )
 
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:
-        """Returns the rope scaling of a run. deltas: Units of earlier images of the conversation."""
-        own = [self.processor.delta] if options.delta is None else units(options.delta)
-        return rope_scaling(self.generator.config.language, [*own, *deltas])
-
-    def _reusable(self, prompt: Prompt, scaling: str) -> int:
-        """How many leading tokens of the prompt have their keys and values in the cache.
-
-        Tokens, positions and pictures are compared, so that the answer is the one without reuse,
-        even where an earlier answer's text is tokenised differently from how it was generated.
-        """
-        cached, language = self._cached, self.generator.config.language
-        if cached is None or cached.scaling != scaling:
-            return 0
-        if scaling == "dynamic" and prompt.positions[-1] // UNITS >= language.max_position:
-            return 0  # the frequencies depend on the length, which has changed
-        length = min(len(cached.tokens), len(prompt.tokens) - 1)
-        same = (cached.tokens[:length] == prompt.tokens[:length]) & (
-            cached.positions[:length] == prompt.positions[:length]
-        )
-        keep = length if same.all() else int(np.argmin(same))
-        for number, (start, count) in enumerate(prompt.runs):
-            known = number < len(cached.prompt.tiles) and _digest(
-                cached.prompt.tiles[number]
-            ) == _digest(prompt.tiles[number])
-            if start < keep and (not known or keep < start + count):
-                return start
-        return keep
-
-
-def _pictures(
-    images, processor: ProcessorConfig, options: Options
-) -> tuple[list[np.ndarray], list[int]]:
-    """Tiles and V2PE units of the images of one turn."""
-    opened = open_images(images, processor, options)
-    deltas = [processor.delta] if options.delta is None else units(options.delta)
-    if len(deltas) == 1:
-        deltas = deltas * len(opened)
-    if len(deltas) != len(opened):
-        raise ChatError(
-            f"{len(deltas)} deltas for {len(opened)} pictures; give one, or one per picture"
-        )
-    limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
-    return cut_pictures(opened, processor, options.max_tiles, **limits), deltas
-
-
-def _user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def _opening(options: Options) -> list[dict]:
-    return [] if options.system is None else [{"role": "system", "content": options.system}]
-
-
-def _continued(prompt: Prompt, ids: Sequence[int]) -> Prompt:
-    """The prompt with the beginning of its answer."""
-    tokens, positions = _followed(prompt, ids)
-    return Prompt(tokens, positions, prompt.runs, prompt.tiles)
-
-
-def _followed(prompt: Prompt, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and positions of a prompt and of text after it."""
-    following = prompt.positions[-1] + UNITS * np.arange(1, len(ids) + 1, dtype=np.int32)
-    return np.concatenate([prompt.tokens, np.asarray(ids, np.int32)]), np.concatenate(
-        [prompt.positions, following]
-    )
-
-
-def _remember(state: State, prompt: Prompt, ids: Sequence[int], scaling: str) -> _Cached:
-    # The last id drawn has not been run, so it has no keys and values yet.
-    return _Cached(state, prompt, *_followed(prompt, ids[:-1]), scaling)
-
-
-def _digest(tiles: np.ndarray) -> bytes:
-    return hashlib.sha256(tiles.tobytes()).digest()
+        """Returns the rope scaling. deltas: V2PE units of the images of the conversation."""
+        current = [self.processor.delta] if options.delta is None else units(options.delta)
+        return rope_scaling(self.generator.config.language, [*current, *deltas])

@@ -1,5 +1,6 @@
 """A conversation in a terminal: questions, and commands that begin with a slash."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -7,49 +8,60 @@ from collections.abc import Callable
 
 from internvl3_jax.inference.chat import Chat
 from internvl3_jax.inference.given_images import open_images
-from internvl3_jax.inference.prompts import typed
+from internvl3_jax.inference.prompts import tag_remark, unescape
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import one_line, printable
 
 COMMANDS = {
     "/image PATH": "show an image with the next question; may be repeated",
     "/images": "list the images that wait for the next question",
-    "/forget": "take them back",
+    "/forget": "take back the images that wait",
+    "/undo": "take back the last question and its answer",
     "/reset": "begin a new conversation",
-    "/adapter NAME": "answer with another adapter, without a name with none; begins a new conversation",
-    "/help": "this list",
+    "/adapter NAME": "begin a new conversation with another adapter; without a name, with none",
+    "/help": "list the commands",
     "/quit": "leave, as Ctrl-D does",
 }
 NAMES = [command.split()[0] for command in COMMANDS]
 HELP = "\n".join(
     [
-        *(f"  {command:14} {what}" for command, what in COMMANDS.items()),
-        r"  \n in a question is a line break. A question that begins with / has a space before it. Ctrl-C stops an answer.",
+        *(f"  {command:14} {meaning}" for command, meaning in COMMANDS.items()),
+        r"  \n in a question is a line break. A question that begins with / has a space before it.",
+        "  Ctrl-C stops an answer; the question and what was answered are dropped.",
     ]
 )
 
 
 class Conversation:
-    """Args:
-    chat: that answers.
-    ask: prints the answer to (chat, question, images).
+    """Reads questions and commands from stdin.
+
+    Args:
+      chat: the model.
+      ask: prints the answer to (chat, question, images).
+
+    Attributes:
+      images: paths that wait for the next question.
     """
 
     def __init__(self, chat: Chat, ask: Callable[[Chat, str, list[str]], None]):
         self.chat, self.ask, self.images = chat, ask, []
 
     def run(self) -> None:
-        """Reads lines from the terminal until they end. What is wrong with one ends that turn, not
-        the conversation.
+        """Reads lines until they end. An error in one ends that turn, not the conversation.
+
+        Raises:
+          KeyboardInterrupt: Ctrl-C twice in a row, or from a script.
         """
         interactive = sys.stdin.isatty()
         if interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (lets input() edit lines and recall earlier ones)
             print("Ask a question; /help lists the commands.", file=sys.stderr)
-        stopped = False
+        interrupted = False
         while True:
             try:
-                line = input("> ")
-                stopped = False
+                line = input("> " if interactive else "")
+                interrupted = False
                 if not self.take(line):
                     return
             except EOFError:
@@ -57,9 +69,9 @@ class Conversation:
                     print()
                 return
             except KeyboardInterrupt:
-                if stopped or not interactive:  # twice in a row, or from a script
+                if interrupted or not interactive:
                     raise
-                stopped = True
+                interrupted = True
                 print("\nstopped; /quit or Ctrl-D leaves", file=sys.stderr)
             except BrokenPipeError:
                 raise
@@ -67,15 +79,17 @@ class Conversation:
                 print(f"error: {printable(str(error))}", file=sys.stderr)
 
     def take(self, line: str) -> bool:
-        """One line; False if it ends the conversation. The images of a question that fails stay for
-        the next one.
+        """Takes one line; returns False if it ends the conversation. The images of a question that
+        fails wait for the next one.
         """
         if line.startswith("/"):
             return self._command(line.strip())
-        question = typed(line.strip())
+        question = unescape(line.strip())
         if question.lower() in ("quit", "exit"):
             raise ValueError("/quit leaves; with a space and more words it is asked")
         if question:
+            if remark := tag_remark(question, len(self.images)):
+                print(f"note: {remark}", file=sys.stderr)
             self.ask(self.chat, question, self.images)
             self.images = []
         return True
@@ -90,23 +104,26 @@ class Conversation:
         elif command == "/reset":
             self.chat.reset()
             self.images = []
+        elif command == "/undo":
+            self.chat.undo()
+            print("the last question is taken back", file=sys.stderr)
         elif command == "/forget":
             self.images = []
         elif command == "/images":
             print("\n".join(map(one_line, self.images)) or "no images", file=sys.stderr)
         elif command == "/image":
-            self._show(argument)
+            self._add_images(argument)
         elif command == "/adapter":
             self.chat.use(argument or None)
         else:
-            near = suggestion(command, NAMES)
             raise ValueError(
-                f"there is no command {one_line(command)}{near}; there are {', '.join(NAMES)}. A question that begins with / has a "
-                f"space before it"
+                f"there is no command {one_line(command)}{suggestion(command, NAMES)}; there are "
+                f"{', '.join(NAMES)}. A question that begins with / has a space before it"
             )
         return True
 
-    def _show(self, argument: str) -> None:
+    def _add_images(self, argument: str) -> None:
+        """Opens the images at once, so that a wrong path does not spoil a question."""
         if not argument:
             raise ValueError("/image needs a path, such as /image cat.png")
         paths = image_paths(argument)
@@ -116,16 +133,16 @@ class Conversation:
 
 
 def image_paths(text: str) -> list[str]:
-    """The path, or the paths, of a line: as typed, or with the quotes and backslashes of a shell,
-    as terminals write dragged files.
+    """Returns the path, or the paths, of a line: as typed, or with the quotes and backslashes of a
+    shell, as terminals write dragged files.
     """
-    whole = os.path.expanduser(text)
-    if os.path.exists(whole):
-        return [whole]
+    as_typed = os.path.expanduser(text)
+    if os.path.exists(as_typed):
+        return [as_typed]
     try:
-        parts = [os.path.expanduser(part) for part in shlex.split(text)]
+        paths = [os.path.expanduser(word) for word in shlex.split(text)]
     except ValueError:
-        return [whole]
-    if len(parts) > 1 and not any(map(os.path.exists, parts)):
-        return [whole]
-    return parts
+        return [as_typed]
+    if len(paths) > 1 and not any(map(os.path.exists, paths)):
+        return [as_typed]
+    return paths

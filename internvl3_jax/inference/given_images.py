@@ -1,4 +1,4 @@
-"""Images as people hand them in: one or several, as paths, bytes, arrays or PIL images."""
+"""Images as callers give them: one or several, as paths, bytes, arrays or PIL images."""
 
 import os
 
@@ -11,8 +11,10 @@ from internvl3_jax.io.terminal import excerpt
 
 
 def as_list(images) -> list:
-    """Images as a list: of one image, a path or what `open_image` takes, or of several. ChatError
-    for what is neither.
+    """Returns images as a list: of None, one image, or several.
+
+    Raises:
+      ChatError: it is none of these.
     """
     if images is None:
         return []
@@ -21,14 +23,22 @@ def as_list(images) -> list:
         return [images]
     if isinstance(images, dict) or not hasattr(images, "__iter__"):
         raise ChatError(
-            f"images is {excerpt(images)}; give one image or a list of them: paths, bytes, arrays or PIL images"
+            f"images is {excerpt(images)}; give one image or a list of them: paths, bytes, arrays "
+            "or PIL images"
         )
     return list(images)
 
 
 def open_images(images, processor: ProcessorConfig, options) -> list[Image.Image]:
-    """RGB images of one or several given as for `Chat`. options: whose max_image_pixels and
-    allow_truncated count.
+    """Returns RGB images.
+
+    Args:
+      images: as of `Chat`.
+      processor: says whether their EXIF orientation is applied.
+      options: with `max_image_pixels` and `allow_truncated`.
+
+    Raises:
+      ImageError: one cannot be read.
     """
     limits = {"max_pixels": options.max_image_pixels, "allow_truncated": options.allow_truncated}
     return [

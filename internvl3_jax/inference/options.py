@@ -1,9 +1,10 @@
-"""How to answer: the options of `Chat`, typed and checked when they are given."""
+"""The options of `Chat`, checked when they are given."""
 
 import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypedDict
 
 from internvl3_jax.config import check_tile_rule
 from internvl3_jax.inference.generator import GenerationConfig
@@ -12,17 +13,33 @@ from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import parse_delta
 
-MOST_TILES = 10_000  # as of a checkpoint's processor
-# Of candidates for best of N, where the caller does not give them.
+MAX_TILES = 10_000  # as of a checkpoint's processor
+# Sampling of the candidates for best of N, where the caller does not give it.
 CANDIDATE_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 
 
 @dataclasses.dataclass
 class Options:
-    """How to answer. `delta` is the V2PE step: one value or one per picture, such as "1/4"; None is
-    the checkpoint's own.
+    """How a question is answered.
 
-    ValueError, at once, for a value of a wrong type or out of its range.
+    Attributes:
+      max_new_tokens: longest answer, in tokens.
+      temperature: 0 is greedy decoding.
+      top_p: sample from the likeliest tokens that together reach this probability.
+      top_k: sample from the k likeliest tokens; 0 is all.
+      seed: of the sampling, below 2**32.
+      stop: text or texts that end an answer and are not part of it.
+      delta: V2PE step of the images' tokens, such as "1/4": one, or one per image. None is the
+        checkpoint's own, as for the next three.
+      max_tiles: largest number of tiles of an image, thumbnails not counted.
+      tiles: "per image": `max_tiles` is for each image; "shared": for all images of a turn.
+      max_total_tiles: largest number of tiles of all images of a turn; 0 is no limit.
+      max_image_pixels: larger images are refused; 0 is no limit. None: PIL.Image.MAX_IMAGE_PIXELS.
+      allow_truncated: use images whose end is missing; the missing part is gray.
+      system: system message in place of the checkpoint's; None keeps that.
+
+    Raises:
+      ValueError: a value has a wrong type or is out of range.
     """
 
     max_new_tokens: int = 1024
@@ -30,30 +47,26 @@ class Options:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    stop: str | Sequence[str] = ()  # text or texts that end an answer and are not part of it
+    stop: str | Sequence[str] = ()
     delta: str | float | Sequence | None = None
-    max_tiles: int | None = None  # in place of the checkpoint's, as are the next two
-    # "per image": each image has its own max_tiles; "shared": all images of a turn together
+    max_tiles: int | None = None
     tiles: str | None = None
-    max_total_tiles: int | None = None  # of all images of a turn; 0 is no limit
-    # larger images are refused; 0 is no limit; None: PIL.Image.MAX_IMAGE_PIXELS
+    max_total_tiles: int | None = None
     max_image_pixels: int | None = None
-    allow_truncated: bool = False  # use images whose end is missing; the missing part is gray
-    system: str | None = None  # in place of the checkpoint's system message
+    allow_truncated: bool = False
+    system: str | None = None
 
     def __post_init__(self):
-        self.max_new_tokens = whole("max_new_tokens", self.max_new_tokens, 1)
-        self.top_k = whole("top_k", self.top_k, 0)
-        self.seed = whole("seed", self.seed, 0, 2**32)
-        self.temperature, self.top_p = (
-            _number("temperature", self.temperature),
-            _number("top_p", self.top_p),
-        )
+        self.max_new_tokens = check_int("max_new_tokens", self.max_new_tokens, 1)
+        self.top_k = check_int("top_k", self.top_k, 0)
+        self.seed = check_int("seed", self.seed, 0, 2**32)
+        self.temperature = _check_float("temperature", self.temperature)
+        self.top_p = _check_float("top_p", self.top_p)
         if self.max_tiles is not None:
-            self.max_tiles = whole("max_tiles", self.max_tiles, 1, MOST_TILES + 1)
+            self.max_tiles = check_int("max_tiles", self.max_tiles, 1, MAX_TILES + 1)
         for name in ("max_total_tiles", "max_image_pixels"):
             if getattr(self, name) is not None:
-                setattr(self, name, whole(name, getattr(self, name), 0))
+                setattr(self, name, check_int(name, getattr(self, name), 0))
         if not isinstance(self.allow_truncated, bool):
             raise ValueError(
                 f"allow_truncated is {excerpt(self.allow_truncated)}; it must be True or False"
@@ -62,18 +75,18 @@ class Options:
             check_tile_rule(self.tiles, "tiles")
         if self.system is not None and not isinstance(self.system, str):
             raise ValueError(f"system is {excerpt(self.system)}; it must be a text or None")
-        if self.stop is None or isinstance(self.stop, str):
-            self.stop = (self.stop,) if self.stop else ()
-        if not isinstance(self.stop, Sequence) or not all(
-            isinstance(text, str) for text in self.stop
-        ):
-            raise ValueError(f"stop is {excerpt(self.stop)}; it must be a text or a list of texts")
+        self.stop = _check_stop(self.stop)
         if self.delta is not None:
             units(self.delta)
-        self.run(1, "none")
+        self.generation_config((self.seed,), "none")  # checks the ranges of the sampling
 
     def with_changes(self, changes: dict, owner: str = "Chat") -> "Options":
-        """A copy with some options changed. TypeError for a name that is no option."""
+        """Returns a copy with some options changed.
+
+        Raises:
+          TypeError: a name is no option. owner: whose option it is, for the message.
+          ValueError: as of the constructor.
+        """
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
@@ -81,34 +94,60 @@ class Options:
                 raise TypeError(f"{owner} has no option {name!r}{near}")
         return dataclasses.replace(self, **changes)
 
-    def run(self, rows: int, scaling: str) -> GenerationConfig:
-        return GenerationConfig(
-            self.max_new_tokens,
-            Sampling(self.temperature, self.top_k, self.top_p),
-            (self.seed,) * rows,
-            scaling,
-        )
+    def generation_config(
+        self, seeds: tuple[int, ...], scaling: str, greedy_every: int = 0
+    ) -> GenerationConfig:
+        """Returns the settings of a batch with one row per seed. scaling: of the rope."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, greedy_every)
+        return GenerationConfig(self.max_new_tokens, sampling, seeds, scaling)
 
 
-def whole(name: str, value, low: int, below: float = math.inf) -> int:
-    """`value` as an int, if it is a whole number within the bounds."""
+class OptionChanges(TypedDict, total=False):
+    """The fields of `Options`, as keyword arguments for one answer."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: str | Sequence[str]
+    delta: str | float | Sequence | None
+    max_tiles: int | None
+    tiles: str | None
+    max_total_tiles: int | None
+    max_image_pixels: int | None
+    allow_truncated: bool
+    system: str | None
+
+
+def check_int(name: str, value, low: int, below: float | int = math.inf) -> int:
+    """Returns `value` as an int. ValueError unless it is an integer with low <= value < below."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number")
     if not low <= value < below:
-        raise ValueError(
-            f"{name} is {value}; it must be at least {low}{f' and below {below:,}' if below < math.inf else ''}"
-        )
+        bound = f" and below {below:,}" if below < math.inf else ""
+        raise ValueError(f"{name} is {value}; it must be at least {low}{bound}")
     return int(value)
 
 
-def _number(name: str, value) -> float:
+def _check_float(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} is {excerpt(value)}; it must be a number")
     return float(value)
 
 
-def units(delta) -> list[int]:
-    """V2PE units of one delta or a list of them."""
-    return [
-        parse_delta(value) for value in (delta if isinstance(delta, (list, tuple)) else [delta])
-    ]
+def _check_stop(stop) -> tuple[str, ...]:
+    texts = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"stop is {excerpt(stop)}; it must be a text or a list of texts")
+    if "" in texts:
+        raise ValueError(
+            f"stop is {excerpt(stop)}: an empty text would end every answer at once; leave it out"
+        )
+    return tuple(texts)
+
+
+def units(delta: str | float | Sequence) -> list[int]:
+    """Returns the V2PE units (1/256) of one delta or of a list of them."""
+    deltas = delta if isinstance(delta, list | tuple) else [delta]
+    return [parse_delta(value) for value in deltas]

@@ -1,23 +1,27 @@
-"""Requests in a JSONL file: what infer.py --requests reads.
+"""Reads the JSONL file of infer.py --requests.
 
-    {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY, "expected": ANY, "task": ANY, "extra": ANY}
+    {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY, "expected": ANY, "extra": ANY, ...}
 
-All but the prompt may be missing. Relative paths start at the file's folder. The keys in `KEPT` are
-not looked at; they are kept in the answer, and "extra" has room for anything else.
+Only the prompt is required. Relative paths start at the directory of the file. The keys in `KEPT`
+are not interpreted; the answer repeats them, and "extra" has room for anything else.
 """
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
 
-from internvl3_jax.io import jsonl, remote_files, strict_json
+from internvl3_jax.data.text.chat_template import IMAGE_TAG
+from internvl3_jax.inference.prompts import tag_remark
+from internvl3_jax.io import jsonl, remote_files, safe_files, strict_json
 from internvl3_jax.io.remote_files import as_path, is_remote
+from internvl3_jax.io.safe_files import FileError
 from internvl3_jax.io.strict_json import JsonError
-from internvl3_jax.io.terminal import excerpt
+from internvl3_jax.io.terminal import excerpt, one_line
 
 KEPT = ("expected", "answer", "label", "task", "category", "source", "extra")
-# What other programs call it.
-ELSEWHERE = {
+# Keys of other programs, and what they are called here.
+ALIASES = {
     "images": "image",
     "picture": "image",
     "image_path": "image",
@@ -38,164 +42,127 @@ ELSEWHERE = {
     "video": "the frames as image",
     "videos": "the frames as image",
 }
+MAX_IMAGE_BYTES = 4 << 30
 
 
 def read_requests(path: str | os.PathLike) -> list[dict]:
-    """The requests of a file, each with the fields
+    """Reads the requests of a file. Whether their images can be opened is not checked.
 
-    prompt: text; image: list of paths, relative ones from the file's folder; id: by default the
-        line number;
-    where: "FILE line N"; asked: what the answer repeats of the line: id, prompt, image and the keys
-        in `KEPT`.
+    Returns:
+      A dict per request with
+        prompt: the text;
+        image: list of paths, relative ones completed with the directory of the file;
+        id: by default the line number;
+        where: "FILE line N", for messages;
+        asked: what the answer repeats of the line: id, prompt, image and the keys in `KEPT`.
 
     Raises:
-      FileError: naming file and line, if any line is no request. Whether its images can be opened
-      is not looked at.
+      FileError: a line is no request; the message names file and line.
     """
-    path, requests = (
-        as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path)),
-        [],
-    )
+    path = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path))
+    requests = []
     for row in jsonl.read_objects(path):
-        number = int(row.where.rpartition(" ")[2])
         prompt = row.get("prompt", str)
         images = row.get("image", (str, list), [])
         images = [images] if isinstance(images, str) else images
-        for image in images:
-            if not isinstance(image, str) or not image:
-                raise JsonError(
-                    f"{row.where}: image is {excerpt(row.values['image'])}; expected a path or a list of paths"
-                )
+        if not all(isinstance(image, str) and image for image in images):
+            raise JsonError(
+                f"{row.where}: image is {excerpt(row.values['image'])}; expected a path or a list "
+                "of paths"
+            )
         refuse_unknown(row, ("prompt", "image", "id", *KEPT))
-        asked = {
+        request_id = row.values.get("id", int(row.where.rpartition(" ")[2]))
+        kept = {
             name: row.values[name] for name in ("image", *KEPT) if row.values.get(name) is not None
         }
-        asked = {"id": row.values.get("id", number), "prompt": prompt} | asked
-        files = [
-            image if is_remote(image) else str(path.parent / os.path.expanduser(image))
-            for image in images
-        ]
         requests.append(
             {
                 "prompt": prompt,
-                "image": files,
-                "id": asked["id"],
+                "image": [
+                    image if is_remote(image) else str(path.parent / os.path.expanduser(image))
+                    for image in images
+                ],
+                "id": request_id,
                 "where": row.where,
-                "asked": asked,
+                "asked": {"id": request_id, "prompt": prompt} | kept,
             }
         )
     if not requests:
-        raise JsonError(f"{excerpt(str(path))[1:-1]}: has no requests")
+        raise JsonError(f"{one_line(str(path))}: has no requests")
     return requests
 
 
 def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
-    """JsonError for a key that is not known: an image or a question under another name must not be
-    left out without a word.
+    """Raises JsonError for a key that is not in `known`, so that no image or question under
+    another name is silently ignored.
     """
     for name in row.values:
         if name not in known:
             near = (
-                f"; did you mean {ELSEWHERE[name]!r}?"
-                if name in ELSEWHERE
+                f"; did you mean {ALIASES[name]!r}?"
+                if name in ALIASES
                 else strict_json.suggestion(name, known)
             )
             raise JsonError(
-                f"{row.where}: unknown key {excerpt(name)}{near or '; what is to be kept beside the answer goes into extra'}"
+                f"{row.where}: unknown key {excerpt(name)}"
+                f"{near or '; what is to be kept beside the answer goes into extra'}"
             )
 
 
-def check_images(requests: Sequence[dict], on_error: str) -> None:
-    """ValueError for an image file that is missing, naming its line; with on_error "note" only if
-    no request has all of its own.
+def check_requests(requests: Sequence[dict], on_error: str) -> None:
+    """Checks that the image files of requests exist, and that their tags fit.
+
+    Raises:
+      ValueError: with on_error "stop", naming the first line with a missing file or fewer tags than
+        images; with "note" only if every request with images has a missing file, since then the
+        paths are wrong.
     """
     missing = []
     for request in requests:
-        if absent := [image for image in request["image"] if not _is_there(image)]:
-            missing.append(
-                f"{request['where']} (id {excerpt(request['id'])}): {excerpt(absent[0])[1:-1]} does not exist"
+        tags, images = request["prompt"].count(IMAGE_TAG), len(request["image"])
+        if on_error == "stop" and 0 < tags < images:
+            raise ValueError(
+                f"{name_of(request)}: {images} images, but {tags} {IMAGE_TAG} tags; write one "
+                "for each, or none"
             )
+        if absent := [image for image in request["image"] if not _exists(image)]:
+            missing.append(f"{name_of(request)}: {one_line(absent[0])} does not exist")
     with_images = sum(bool(request["image"]) for request in requests)
     if missing and (on_error == "stop" or len(missing) == with_images):
         more = f", and so for {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}{more}; relative paths start at the folder of the requests")
 
 
-def _is_there(image: str) -> bool:
-    return remote_files.exists(image) if is_remote(image) else os.path.exists(image)
+def name_of(request: dict) -> str:
+    """Returns what messages call a request: "FILE line N (id X)"."""
+    return f"{request['where']} (id {excerpt(request['id'])})"
 
 
-def count_answers(
-    output: str | os.PathLike, requests: Sequence[dict], run: str | None = None
-) -> int:
-    """How many requests an output file has answered. Nothing is changed.
-
-    run: settings' hash that the answers must have, where they have one.
-
-    Raises:
-      FileError: the file has a line that is no answer of infer.py, or answers other requests; what
-      follows the last line break is no
-        beginning of an answer.
+def tag_remarks(requests: Sequence[dict]) -> str:
+    """Returns a remark about tags that the model gets as text (`prompts.tag_remark`), naming the
+    first request; "" if there are none.
     """
-    return len(read_answers(output, requests, run)[0])
+    remarks = [
+        f"{name_of(request)}: {remark}"
+        for request in requests
+        if (remark := tag_remark(request["prompt"], len(request["image"])))
+    ]
+    more = f", and so for {len(remarks) - 1} more" if len(remarks) > 1 else ""
+    return f"{remarks[0]}{more}" if remarks else ""
 
 
-def read_answers(
-    output: str | os.PathLike, requests: Sequence[dict], run: str | None = None
-) -> tuple[list[dict], int]:
-    """(the answers of an output file, their bytes); see `count_answers`. What follows those bytes
-    is a torn line, and can be cut off.
-    """
-    if not (remote_files.exists(output) if is_remote(output) else os.path.lexists(output)):
-        return [], 0
-    advice = "name another --output"
-    lines = jsonl.whole_lines(output)
-    size = sum(map(len, lines))
+def image_hashes(images: Sequence[str]) -> list[str | None]:
+    """Returns 16 hexadecimal digits of the SHA-256 of each file; None if it cannot be read."""
+    return [_image_hash(image) for image in images]
+
+
+def _image_hash(image: str) -> str | None:
     try:
-        rows = [_answer(row, advice).values for row in jsonl.parse(lines, output)]
-    except JsonError as error:
-        text = (
-            str(error)
-            if advice in str(error)
-            else f"{error}; these are no answers of infer.py: {advice}"
-        )
-        raise JsonError(text) from error
-    torn = jsonl.torn(output)
-    if torn and not (rows and _may_be_torn(torn)) and not (run and _may_be_torn(torn)):
-        raise JsonError(
-            f"{output} line {len(rows) + 1} is no answer of infer.py, nor the beginning of one; {advice}"
-        )
-    if len(rows) > len(requests):
-        raise JsonError(
-            f"{output} holds {len(rows)} answers, and {len(requests)} were asked for; move it away or {advice}"
-        )
-    for number, (row, request) in enumerate(zip(rows, requests, strict=False), 1):
-        asked = request.get("asked", {"id": request["id"], "prompt": request["prompt"]})
-        same = all(row.get(name) == asked.get(name) for name in ("id", "prompt"))
-        if not same or ("run" in row and row.get("image") != asked.get("image")):
-            raise JsonError(
-                f"{output} holds answers to other questions than were asked (line {number} is of id {excerpt(row['id'])}); move it away "
-                f"or {advice}"
-            )
-        if run and row.get("run", run) != run:
-            raise JsonError(
-                f"{output} line {number} was answered by another model or with other settings; move it away or {advice}"
-            )
-    return rows, size
+        data = safe_files.read_bytes(image, max_bytes=MAX_IMAGE_BYTES)
+    except (FileError, OSError):
+        return None
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _answer(row: strict_json.Object, advice: str) -> strict_json.Object:
-    values = row.values
-    if (
-        "id" not in values
-        or not isinstance(values.get("prompt"), str)
-        or not ("text" in values or "error" in values)
-    ):
-        raise JsonError(f"{row.where} is no answer of infer.py; {advice}")
-    return row
-
-
-def _may_be_torn(torn: bytes) -> bool:
-    """Whether it may be the beginning of one of our lines."""
-    start = b'{"id": '
-    return torn.startswith(start) or start.startswith(torn)
+def _exists(image: str) -> bool:
+    return remote_files.exists(image) if is_remote(image) else os.path.exists(image)

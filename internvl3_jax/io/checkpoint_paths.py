@@ -1,5 +1,5 @@
-"""From what a user names to a directory: a checkpoint, the newest step of a run, a released model,
-a hub id.
+"""Resolves what a user names to a directory: a checkpoint, the newest step of a run, a released
+model, a hub id.
 """
 
 import logging
@@ -10,15 +10,16 @@ from collections.abc import Callable
 
 from internvl3_jax.io import integrity, strict_json
 from internvl3_jax.io.file_errors import FileError
+from internvl3_jax.io.integrity import MANIFEST, TRAINING
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.safe_files import OWN, is_own
 from internvl3_jax.io.terminal import one_line
-from internvl3_jax.io.unfinished import MANIFEST, TRAINING, check_name
+from internvl3_jax.io.unfinished import check_name
 
 # The name of a step's directory in RUN/checkpoints.
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-PEFT = "adapter_config.json"  # of an adapter as PEFT saves it
-# What is downloaded of a hub repository: no weights of other formats, no pictures.
+PEFT = "adapter_config.json"  # of an adapter that PEFT saved
+# Files of a hub repository that are downloaded: no weights of other formats, no images.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
 
 # owner/name, or with a branch, a tag or a commit: owner/name@revision
@@ -35,7 +36,7 @@ def is_checkpoint(directory: pathlib.Path) -> bool:
 
 
 def is_safetensors(directory: pathlib.Path) -> bool:
-    # A link to nothing counts, so that reading it says what is missing.
+    # A dangling link counts, so that reading it says what is missing.
     return os.path.lexists(directory / "config.json") and any(directory.glob("*.safetensors*"))
 
 
@@ -44,15 +45,16 @@ def is_peft(directory: pathlib.Path) -> bool:
 
 
 def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathlib.Path:
-    """The directory that a user's path means: itself, the newest undamaged step of a training run,
-    or a download of a hub id.
+    """Returns the directory that a path names: itself, the newest intact step of a training run,
+    or the download of a hub id.
 
     Args:
-      verify: how the steps of a training run are looked at, as in `integrity.damage`.
+      path: a local path, an address in object storage or a hub id.
+      verify: how closely the steps of a training run are compared; see `integrity.damage`.
 
     Raises:
-      FileNotFoundError: saying what was looked for.
-      Damaged: a training run of which every step is damaged.
+      FileNotFoundError: there is no checkpoint; the message says what was expected.
+      Damaged: every step of the training run is damaged.
     """
     directory = as_path(path)
     if is_remote(directory):
@@ -61,10 +63,16 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         if HUB_ID.fullmatch(str(path)):
             return _download(str(path))
         raise FileNotFoundError(
-            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training run or a hub id (owner/name, or "
+            f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training "
+            "run or a hub id (owner/name, or "
             f"owner/name@revision)"
         )
-    if is_checkpoint(directory) or is_safetensors(directory):
+    if is_checkpoint(directory):
+        if strays := sorted(path.name for path in directory.glob("*.safetensors*")):
+            names = one_line(", ".join(strays[:12]))
+            log.warning("%s: reading params/ and ignoring %s", one_line(str(directory)), names)
+        return directory
+    if is_safetensors(directory):
         return directory
     runs = directory if directory.name == "checkpoints" else directory / "checkpoints"
     step = latest_step(runs.parent, verify) if runs.is_dir() else None
@@ -76,13 +84,15 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         else "a file"
     )
     raise FileNotFoundError(
-        f"{directory} is no checkpoint. Expected one of: {MANIFEST} and params/ (converted or saved here); checkpoints/STEP with these "
-        f"(a training run); config.json and *.safetensors (a released model). It holds: {held or 'nothing'}"
+        f"{directory} is not a checkpoint. Expected one of: {MANIFEST} and params/ (converted or "
+        "saved here); checkpoints/STEP with these "
+        "(a training run); config.json and *.safetensors (a released model). It holds: "
+        f"{held or 'nothing'}"
     )
 
 
 def _find_remote(directory, verify: str):
-    """As `resolve_checkpoint`, of an address. Released models are read from local disks alone."""
+    """Resolves an address. Released models are read from local disks only."""
     if is_checkpoint(directory):
         return directory
     run = directory.parent if directory.name == "checkpoints" else directory
@@ -91,16 +101,19 @@ def _find_remote(directory, verify: str):
         return run / "checkpoints" / str(step)
     if (directory / "config.json").exists() and not (directory / "checkpoints").is_dir():
         raise FileNotFoundError(
-            f"{directory} is a released model; copy it to a local disk, or convert it and use the checkpoint"
+            f"{directory} is a released model; copy it to a local disk, or convert it and use the "
+            "checkpoint"
         )
     raise FileNotFoundError(
-        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and params/, or checkpoints/STEP"
+        f"{directory} is neither a checkpoint nor a training run; it needs {MANIFEST} and "
+        "params/, or checkpoints/STEP"
     )
 
 
 def check_exists(path: str | os.PathLike) -> None:
-    """Raises FileNotFoundError unless a local directory is there, or the name may be a hub id or an
-    address. Reads nothing.
+    """Raises FileNotFoundError if a local directory does not exist. Hub ids and addresses pass.
+
+    Reads nothing.
     """
     if "://" in str(path) or HUB_ID.fullmatch(str(path)):
         return
@@ -108,13 +121,14 @@ def check_exists(path: str | os.PathLike) -> None:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(
-            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a hub id "
+            f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a "
+            "hub id "
             f"(owner/name, or owner/name@revision)"
         )
 
 
 def resolve_hub_dir(path: str | os.PathLike) -> pathlib.Path:
-    """A local directory as it is, or the download of a hub id: for models that are no InternVL."""
+    """Returns a local directory, or the download of a hub id, of a model other than InternVL."""
     directory = pathlib.Path(os.path.expanduser(path)).absolute()
     if directory.exists():
         return directory
@@ -126,33 +140,34 @@ def resolve_hub_dir(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _download(hub_id: str) -> pathlib.Path:
-    """The snapshot of owner/name, or of owner/name@revision: a branch, a tag or a commit."""
-    import huggingface_hub  # takes long to import, and little needs it
+    """Downloads owner/name, or owner/name@revision (a branch, a tag or a commit)."""
+    import huggingface_hub  # slow to import, and rarely needed
 
     name, _, revision = hub_id.partition("@")
     try:
         found = huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=list(HUB_PATTERNS)
         )
-    except Exception as error:  # the hub's own errors, network errors, bad ids: all end here
+    except Exception as error:  # the hub's own errors, network errors, invalid ids
         offline = getattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         why = (
-            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download it where there is a network"
+            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download "
+            "it where there is a network"
             if offline
             else f"it could not be downloaded from the hub: {_short(error)}"
         )
-        raise FileNotFoundError(f"{hub_id} is no local directory, and {why}") from error
+        raise FileNotFoundError(f"{hub_id} is not a local directory, and {why}") from error
     return pathlib.Path(found)
 
 
 def _short(error: BaseException) -> str:
-    """The beginning of a message, on one line: the hub's run over many."""
+    """Shortens a message to one line; those of the hub have many."""
     text = " ".join(str(error).split()) or type(error).__name__
     return one_line(text if len(text) <= 300 else f"{text[:297]}...")
 
 
 def hub_source(directory: pathlib.Path) -> str | None:
-    """owner/name@commit of a directory in the hub's cache, None for any other."""
+    """Returns owner/name@commit of a directory in the hub's cache, None for any other."""
     match = _SNAPSHOT.search(str(directory))
     return f"{match['owner']}/{match['name']}@{match['commit']}" if match else None
 
@@ -206,26 +221,28 @@ def latest_step(
     verify: str = "full",
     damage: Callable[[pathlib.Path, str], str | None] = damage,
 ) -> int | None:
-    """The newest undamaged step under RUN/checkpoints, None if none was ever completed. What is
-    passed over is named in the log.
+    """Returns the newest intact step under RUN/checkpoints, None if none was ever completed.
+
+    Skipped entries are named in the log.
 
     Args:
-      verify: as in `integrity.damage`; older steps than the one that is returned are not looked at.
-      damage: looks at a step.
+      run: the training run's directory.
+      verify: how closely files are compared; see `integrity.damage`. Steps older than the result
+        are not read.
+      damage: says what is wrong with a step.
 
     Raises:
       Damaged: there are steps, and every one is damaged.
     """
     directory = as_path(run) / "checkpoints"
     check_name(directory)
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    for entry in entries:
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if not is_step(entry):
             log.warning(
-                "ignoring %s: no complete checkpoint (a write was interrupted, or is under way)",
+                "ignoring %s: not a complete checkpoint (a write was interrupted or is under way)",
                 one_line(str(entry)),
             )
-    steps = sorted((int(entry.name) for entry in entries if is_step(entry)), reverse=True)
+    steps = completed_steps(run)[::-1]
     wrong = None
     for step in steps:
         wrong = damage(directory / str(step), verify)
@@ -234,10 +251,18 @@ def latest_step(
         log.warning("ignoring %s: %s", one_line(str(directory / str(step))), wrong)
     if steps:
         raise integrity.Damaged(
-            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: {wrong}); bring one back "
-            f"from a copy, or move the directory away to begin again"
+            f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: "
+            f"{wrong}); restore one "
+            f"from a copy, or move the directory away to start again"
         )
     return None
+
+
+def completed_steps(run: str | os.PathLike) -> list[int]:
+    """Returns the completed steps under RUN/checkpoints in ascending order, damaged or not."""
+    directory = as_path(run) / "checkpoints"
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if is_step(entry))
 
 
 def check_steps_writable(run: pathlib.Path) -> None:
@@ -253,8 +278,9 @@ def check_steps_writable(run: pathlib.Path) -> None:
 
 
 def is_step(entry: pathlib.Path) -> bool:
-    """Whether a directory below RUN/checkpoints is a step that was completed: by its name, or in
-    object storage by its files.json.
+    """Returns whether an entry of RUN/checkpoints is a completed step.
+
+    The name decides; in object storage files.json does.
     """
     return STEP.fullmatch(entry.name) is not None and (
         not is_remote(entry) or (entry / integrity.FILES).exists() or not (entry / OWN).exists()

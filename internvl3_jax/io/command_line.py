@@ -1,13 +1,12 @@
-"""How every program of this repository meets its user: usage errors and refusals in one line, help
-with status 0, no tracebacks for what the user can fix.
+"""Command-line entry points: user errors in one line, help with status 0, tracebacks only for bugs.
 
     if __name__ == "__main__":
-        command_line.run(main)                      # a program with absl's flags: infer.py, train.py, fit, make_reference
-        sys.exit(command_line.call(lambda: ...))    # a program with `Parser`: convert, doctor, make_pairs, make_process_labels
+        command_line.run(main)                      # with absl's flags: infer.py, train.py
+        sys.exit(command_line.call(lambda: ...))    # with `Parser`: convert, the doctor
 
 Status 0: done; 1: refused, with a line "error: ..."; 2: the command line is wrong; 130: interrupted
-by Ctrl-C; 141: the reader of the output is gone (`| head`). Anything that is no ValueError and no
-OSError is our fault and keeps its traceback.
+by Ctrl-C; 141: the reader of the output is gone (`| head`). An error that is neither a ValueError
+nor an OSError is a bug and keeps its traceback.
 """
 
 import argparse
@@ -35,14 +34,14 @@ _HELP = "run it with --help for all options"
 
 
 class UsageError(ValueError):
-    """A command line that cannot be used: `error: ...` in one line and status 2."""
+    """A command line that cannot be parsed: prints `error: ...` and exits with status 2."""
 
 
-# --- what an error becomes -----------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 def message(error: BaseException) -> str:
-    """An error as one line that is fit for a terminal. An OSError begins with its file's name."""
+    """Returns an error as one line, safe to print. An OSError begins with its file's name."""
     if isinstance(error, OSError) and error.filename is not None:
         names = [
             os.fsdecode(name)
@@ -65,9 +64,7 @@ def message(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Gives an OSError that names no file, such as "No space left on device" from a write, this
-    one.
-    """
+    """Adds `path` to an OSError that names no file, such as "No space left on device"."""
     try:
         yield
     except OSError as error:
@@ -82,12 +79,12 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_in_one_line(*also: type[Exception], failed: int = 1) -> Iterator[None]:
-    """Turns ValueError, OSError, the errors in `also` and Ctrl-C into SystemExit, as the top of
-    this file says.
+    """Turns ValueError, OSError and Ctrl-C into SystemExit with the statuses above.
 
-    failed: status of a refusal, if not 1. With 1 the exit's code is the text "error: ...", which
-        Python prints, and which
-        `distributed.together` tells the other processes.
+    Args:
+      *also: more error types that a user can fix.
+      failed: exit status of a refusal. With 1, the default, the exit code is the text "error: ...",
+        which Python prints and `multihost.abort_together` sends to the other processes.
     """
     try:
         yield
@@ -112,7 +109,7 @@ def errors_in_one_line(*also: type[Exception], failed: int = 1) -> Iterator[None
 
 
 def _forget_output() -> None:
-    """Nothing more is written to a pipe whose reader is gone, also not when Python ends."""
+    """Redirects output to /dev/null after its reader is gone, so that exiting raises nothing."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -128,18 +125,16 @@ def _forget_output() -> None:
 
 
 def expanded(path: str) -> pathlib.Path:
-    """A path of the command line, ~ being the home directory. As `type` of an argument."""
+    """Returns a path with ~ expanded; for `type=` of an argument."""
     return pathlib.Path(os.path.expanduser(path))
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the file's docstring as it is, defaults in the help, and usage errors in one
-    line.
-    """
+    """An ArgumentParser that keeps the docstring's layout and prints usage errors in one line."""
 
     def __init__(self, *arguments, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        # a new option must not change what an old command means
+        # Abbreviations would change their meaning when an option is added.
         options.setdefault("allow_abbrev", False)
         super().__init__(*arguments, **options)
 
@@ -149,7 +144,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, text: str):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", text)
         if "arguments are required" in text:
-            # A misspelt option is the reason why the right one is missing.
+            # A misspelled option is why the right one is missing.
             given = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
             wrong = next((word for word in given if word not in self._option_string_actions), None)
             if wrong:
@@ -161,8 +156,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def call(body: Callable[[], int | None], *also: type[Exception], failed: int = 1) -> int:
-    """The status of a program: what `body` returns (None is 0), or that of the error, which is
-    printed.
+    """Runs `body` and returns the exit status: its result (None is 0), or that of its error.
+
+    Errors are printed.
     """
     try:
         with errors_in_one_line(*also, failed=failed):
@@ -183,10 +179,14 @@ def run(
     failed: int = 1,
     sections: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Parses the flags, calls `main` with what is left of the command line, and ends the process.
+    """Parses absl's flags, calls `main` with the remaining arguments, and exits.
 
-    sections: Heading -> names of flags, in the order in which -h shows them; None shows all flags
-        under one heading.
+    Args:
+      main: the program.
+      *also: more error types that a user can fix.
+      failed: exit status of a refusal.
+      sections: heading -> names of flags, in the order of the help; None shows all flags under one
+        heading.
     """
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
         with errors_in_one_line():
@@ -203,8 +203,12 @@ def run(
 def help_text(
     description: str, sections: Mapping[str, Sequence[str]] | None = None, width: int | None = None
 ) -> str:
-    """Returns the help of a program with absl's flags. sections: As of `run`. width: None takes
-    that of the terminal.
+    """Returns the help text of a program with absl's flags.
+
+    Args:
+      description: text above the options.
+      sections: as in `run`.
+      width: columns; None takes the terminal's.
     """
     width = width or min(shutil.get_terminal_size().columns, 110)
     if sections is None:
@@ -220,12 +224,12 @@ def help_text(
 
 
 def _flag_help(flag, width: int) -> list[str]:
-    """One flag: its name and value, its meaning, its default."""
+    """Returns the lines of one flag: its name and value, its meaning, its default."""
     kind = flag.flag_type()
     value = {"bool": "", "int": " N", "float": " X"}.get(kind.removeprefix("multi "), " TEXT")
     if "enum" in kind:
         value = f" {{{','.join(flag.parser.enum_values)}}}"
-    # absl's own additions, which are about enums and flags that may be repeated
+    # Drop what absl adds about enums and repeated flags.
     meaning = re.sub(
         r"^<[^>]*>: |; repeat this option to specify a list of values$",
         "",
@@ -246,13 +250,11 @@ def _flag_help(flag, width: int) -> list[str]:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are no flags. Ends the process after help, or after one line about what is
-    wrong.
-    """
+    """Parses the flags and returns the other arguments; exits after help or a usage error."""
     try:
         with contextlib.suppress(BrokenPipeError):
             return flags.FLAGS(list(arguments))
-    except SystemExit as ended:  # --help and its relatives of absl have been printed
+    except SystemExit as ended:  # absl has printed the help
         if not isinstance(ended.code, str):
             with errors_in_one_line():
                 pass
@@ -260,7 +262,8 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         raise
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flags.FLAGS if not name.startswith("no")]
-        text = f"--{one_line(error.flagname)}: there is no such option{suggestion(error.flagname, known)}"
+        near = suggestion(error.flagname, known)
+        text = f"--{one_line(error.flagname)}: there is no such option{near}"
     except flags.Error as error:
         missing = re.match(
             r"flag --(\S+)=None: Flag --\S+ must have a value other than None", str(error)

@@ -1,7 +1,7 @@
-"""files.json: sizes and sha256 of every file of a directory, written last, so that any damage is
-found before it is used.
+"""files.json: size and sha256 of every file of a directory, written last, to find damage.
 
-    {"format": 2, "made_by": "internvl3_jax", "files": {"params/...": {"bytes": 123, "sha256": "..."}}}
+    {"format": 2, "made_by": "internvl3_jax",
+     "files": {"params/...": {"bytes": 123, "sha256": "..."}}}
 
 In object storage (remote_files.py) the list has the storage's own checksums, which listings give:
 "full" and "sizes" read no array there.
@@ -25,23 +25,23 @@ from internvl3_jax.io.safe_files import OWN, FileError, open_regular, sync_direc
 from internvl3_jax.io.terminal import one_line
 
 FILES = "files.json"
+MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
+TRAINING = "training.json"  # of a step of a training run
 FORMAT = 2
 MADE_BY = "internvl3_jax"
 LEVELS = ("full", "sizes", "none")  # of verification: all bytes, names and sizes, nothing
-_MAX_DEPTH = 16  # of folders; a symbolic link to its own parent has no end
+_MAX_DEPTH = 16  # of folders; a symbolic link to its own parent never ends
 _THREADS = min(16, os.cpu_count() or 1)
-# seconds; a file that changed later may change again within the resolution of its time stamp
+# Seconds. A younger file may change again within the resolution of its time stamp.
 _SETTLED = 2.0
-# "" where it is not known
+# sha256 and checksum are "" where they are unknown.
 _Entry = collections.namedtuple("_Entry", "bytes sha256 checksum", defaults=("", ""))
 
-_seen: dict[str, tuple] = {}  # file -> what of it was hashed and found right
+_seen: dict[str, tuple] = {}  # file -> stamp of the content that was hashed and correct
 
 
 class Damaged(FileError):
-    """A checkpoint or step whose files are not those that were written. The message names the first
-    one.
-    """
+    """A checkpoint whose files differ from what was written; the message names the first."""
 
 
 def check_level(level: str) -> None:
@@ -52,8 +52,9 @@ def check_level(level: str) -> None:
 def files_of(
     directory: pathlib.Path, depth: int = _MAX_DEPTH
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """(path with "/" below the directory, status) of all that is not a folder, through symbolic
-    links; FileError where they do not end.
+    """Yields (path below the directory, status) of all files, following symbolic links.
+
+    FileError if folders are nested too deep, as by a link to its own parent.
     """
     for entry in sorted(directory.iterdir()):
         try:
@@ -103,9 +104,7 @@ def _values(listed: dict[str, _Entry]) -> dict:
 
 
 def publish(directory: pathlib.Path, remote) -> None:
-    """Puts a sealed local directory below an address; it is complete there when its files.json is,
-    which is written last.
-    """
+    """Uploads a sealed local directory. The copy is complete with files.json, written last."""
     listed = listed_files(directory)
     remote_files.upload(directory, remote, list(listed))
     stored = remote_files.objects(remote)
@@ -113,7 +112,8 @@ def publish(directory: pathlib.Path, remote) -> None:
         size, checksum = stored.get(name, (None, ""))
         if size != entry.bytes:
             raise OSError(
-                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try again"
+                f"{remote / name}: {entry.bytes} bytes were uploaded and {size} are stored; try "
+                "again"
             )
         listed[name] = entry._replace(checksum=checksum)
     remote_files.write_bytes(remote / FILES, json.dumps(_values(listed), indent=1).encode())
@@ -130,7 +130,7 @@ def _sealed(path: pathlib.Path) -> _Entry:
 
 
 def _spread(function: Callable, items: list) -> list:
-    # hashlib leaves the interpreter to other threads while it hashes.
+    # hashlib releases the GIL while it hashes.
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(function, items))
 
@@ -139,9 +139,7 @@ def _spread(function: Callable, items: list) -> list:
 
 
 def listed_files(directory: pathlib.Path) -> dict[str, _Entry] | None:
-    """What files.json lists (sha256 is "" where it is not known); None if there is none. JsonError
-    if it is damaged.
-    """
+    """Returns the entries of files.json, None if there is none; JsonError if it is damaged."""
     path = directory / FILES
     if not (remote_files.exists(path) if is_remote(path) else os.path.lexists(path)):
         return None
@@ -174,15 +172,16 @@ def damage(
     only: Callable[[str], bool] = lambda name: True,
     share: tuple[int, int] = (0, 1),
 ) -> str | None:
-    """How a directory's files differ from its files.json: the first that is missing, of another
-    size or content, no regular file, or, in a folder, not listed. None if nothing differs or
-    nothing is listed.
+    """Says how a directory differs from its files.json, None if it does not or there is no list.
+
+    The first file is named that is missing, differs in size or content, is not a regular file, or
+    is in a listed folder without being listed.
 
     Args:
-      level: "full" reads all bytes, unless this process has done so before; "sizes" names and
-          sizes; "none" nothing.
-      only: which files, by name, to look at.
-      share: (index, count): hashes only every count-th file, from the index on.
+      directory: a local directory or an address.
+      level: "full" compares all bytes, once per process; "sizes" names and sizes; "none" nothing.
+      only: takes a file's name and returns whether to compare it.
+      share: (index, count): hash only every count-th file, starting at the index.
     """
     check_level(level)
     if level == "none":
@@ -197,7 +196,7 @@ def damage(
         return str(error)
     for name, status in present.items():
         if not stat.S_ISREG(status.st_mode) and only(name):
-            return f"{name} is no regular file"
+            return f"{name} is not a regular file"
     if listed is None:
         return None
     names = [name for name in listed if only(name)]
@@ -270,8 +269,9 @@ def _wrong(path: pathlib.Path, sha256: str, status: os.stat_result) -> str | Non
 
 
 def stamp(directory: pathlib.Path) -> str:
-    """The same in two processes if they see the same files, and not copies of them. Of local
-    directories.
+    """Returns a text that is the same in two processes if they see the same files, not copies.
+
+    For local directories.
     """
     found = [
         f"{name} {status.st_size} {status.st_ino} {status.st_mtime_ns}"
@@ -281,9 +281,7 @@ def stamp(directory: pathlib.Path) -> str:
 
 
 def unlisted(directory: pathlib.Path) -> list[str] | None:
-    """Files in a directory of ours that were not written with it; None if it has no list that says
-    so.
-    """
+    """Returns the files that were not written with a directory, None if it has no readable list."""
     try:
         listed = listed_files(directory)
     except FileError:

@@ -1,9 +1,9 @@
-"""Files of one JSON value per line (JSONL): read strictly, added to durably, resumed after a kill.
+"""Files of one JSON value per line (JSONL): read strictly, append durably, resume after a kill.
 
-A line is complete when its line break is there. `read` is for files that people wrote: a last line
-without a break counts. `whole_lines` is for files that a program of ours was writing when it may
-have been killed: what follows the last line break is torn, even within a character, and is no line.
-`Appender` adds whole lines and makes them durable.
+A line is complete with its line break. `read` is for files that people wrote, where a last line
+without a break counts. `whole_lines` is for files of this program, which may have been killed while
+writing: what follows the last line break is torn, maybe within a character, and does not count.
+`Appender` appends complete lines durably.
 """
 
 import json
@@ -23,14 +23,13 @@ MAX_LINE = 64 << 20  # bytes of one line
 
 
 def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[int, str]]:
-    """(number from 1, text) of each line that is not blank, without its end, which is LF or CRLF; a
-    byte order mark is left out.
+    """Returns (number from 1, text) of each line that is not blank, without LF, CRLF or a BOM.
 
-    Only LF ends a line: U+2028 and the like may stand inside a JSON string.
+    Only LF ends a line: U+2028 and the like may occur inside a JSON string.
 
     Raises:
-      FileError: the file is missing, no regular file, too large, or not UTF-8; the message names
-      the line.
+      FileError: the file is missing, not regular, too large or not UTF-8; the message names the
+        line.
     """
     name = one_line(os.fspath(path))
     data = safe_files.read_bytes(path, max_bytes=max_bytes)
@@ -38,7 +37,8 @@ def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[
     text = strict_json.decode(data, name)
     if len(text) > MAX_LINE and any(len(line) > MAX_LINE for line in text.split("\n")):
         raise FileError(
-            f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per line?"
+            f"{name}: has a line of more than {MAX_LINE:,} characters; is it JSONL, one value per "
+            "line?"
         )
     return [
         (number, line.rstrip("\r"))
@@ -48,8 +48,12 @@ def lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[tuple[
 
 
 def check_kind(start: bytes, last: bytes, name: str) -> None:
-    """Raises FileError for what is no file of lines of JSON at all. start: Its first bytes. last:
-    Its last byte that is no white space.
+    """Raises FileError for another kind of file.
+
+    Args:
+      start: the first bytes.
+      last: the last byte that is not white space.
+      name: what errors call the file.
     """
     if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
         raise FileError(f"{name}: is compressed; unpack it")
@@ -59,15 +63,16 @@ def check_kind(start: bytes, last: bytes, name: str) -> None:
         raise FileError(f"{name}: is a Git LFS pointer; fetch the file itself with git lfs pull")
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and last == b"]":
         raise FileError(
-            f"{name}: is one JSON list; make a row a line of it with jq -c '.[]' {name} > rows.jsonl"
+            f"{name}: is one JSON list; convert it to one row per line with jq -c '.[]' {name} > "
+            "rows.jsonl"
         )
 
 
 def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, object]]:
-    """(where, value) of each line that is not blank; `where` is "FILE line N", as errors name it.
+    """Yields (where, value) of each line that is not blank; `where` is "FILE line N" for errors.
 
     Raises:
-      FileError: as of `lines`, or a line is not strict JSON (strict_json.JsonError).
+      FileError: see `lines`; also if a line is not strict JSON (strict_json.JsonError).
     """
     name = one_line(os.fspath(path))
     for number, line in lines(path, max_bytes=max_bytes):
@@ -78,15 +83,13 @@ def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Iterator[tup
 def read_objects(
     path: str | os.PathLike, *, max_bytes: int = MAX_BYTES
 ) -> Iterator[strict_json.Object]:
-    """Each line as an object; its `where` names file and line."""
+    """Yields each line as an object; its `where` names file and line."""
     for where, value in read(path, max_bytes=max_bytes):
         yield strict_json.Object(value, where)
 
 
 def whole_lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[bytes]:
-    """The lines of a file that a kill may have torn, with their ends; without what follows the last
-    line break.
-    """
+    """Returns the complete lines of a file that a kill may have torn, with their line breaks."""
     data = safe_files.read_bytes(path, max_bytes=max_bytes)
     return [line + b"\n" for line in data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]]
 
@@ -98,7 +101,7 @@ def torn(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def parse(parts: Sequence[bytes], path: str | os.PathLike) -> list[strict_json.Object]:
-    """The objects of lines from `whole_lines`; JsonError names file and line."""
+    """Parses lines of `whole_lines` as objects; JsonError names file and line."""
     name = one_line(os.fspath(path))
     found = []
     for number, line in enumerate(parts, 1):
@@ -108,23 +111,24 @@ def parse(parts: Sequence[bytes], path: str | os.PathLike) -> list[strict_json.O
 
 
 def dumps(value) -> str:
-    r"""The value in one line, letters of all languages as they are; what could drive a terminal,
-    end a line of text or not be UTF-8 is written as \uXXXX, which is the same JSON. ValueError for
-    NaN and infinities, which are no JSON.
+    r"""Returns JSON in one line; ValueError for NaN and infinities.
+
+    Letters of all languages stay as they are. Control characters, line separators and lone
+    surrogates are escaped as \uXXXX.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Appender:
-    """Adds whole lines to a file; a context manager. OSError names the file, also when the disk is
-    full.
+    """Appends complete lines to a file; a context manager.
+
+    OSError names the file, also when the disk is full.
 
     Args:
-      path: the file; made if it is missing, its folder must exist.
-      keep: bytes to keep of an existing file, counted with `whole_lines` after checking that they
-          are ours; the rest, which is torn,
-        is cut off when the file is opened. None refuses a file that exists.
+      path: the file. It is created if it is missing; its folder must exist.
+      keep: bytes of an existing file to keep, counted with `whole_lines` after checking that this
+        program wrote them; the torn rest is cut off. None refuses an existing file.
     """
 
     def __init__(self, path: str | os.PathLike, keep: int | None):
@@ -154,7 +158,8 @@ class Appender:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 os.close(self._file)
                 raise FileError(
-                    f"{one_line(str(self.path))}: is not a regular file (a pipe, socket or device); name a regular file"
+                    f"{one_line(str(self.path))}: is not a regular file (a pipe, socket or "
+                    "device); name a regular file"
                 )
             if os.fstat(self._file).st_size > (self.keep or 0):
                 os.ftruncate(self._file, self.keep or 0)
@@ -162,15 +167,17 @@ class Appender:
         return self
 
     def write(self, texts: Sequence[str]) -> None:
-        """Adds lines given without their ends. They are on the disk, or an OSError was raised, when
-        this returns; in object storage a few seconds later (remote_files.append).
+        """Appends lines given without line breaks.
+
+        They are on the disk when this returns, or an OSError is raised. In object storage they are
+        written a few seconds later (remote_files.append).
         """
         data = memoryview("".join(f"{text}\n" for text in texts).encode("utf-8"))
         if is_remote(self.path):
             remote_files.append(self.path, bytes(data))
             return
         with naming(self.path):
-            while data:  # a nearly full disk takes a part
+            while data:  # a nearly full disk may take only some of it
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
 
@@ -184,9 +191,7 @@ class Appender:
 
 
 def append(path: pathlib.Path, texts: Sequence[str]) -> None:
-    """Adds lines, given without their ends, to a file that is made if it is missing. OSError names
-    the file.
-    """
+    """Appends lines, given without line breaks, to a file, which is created if it is missing."""
     data = "".join(f"{text}\n" for text in texts)
     if is_remote(path):
         remote_files.append(path, data.encode("utf-8"))
@@ -196,7 +201,5 @@ def append(path: pathlib.Path, texts: Sequence[str]) -> None:
 
 
 def rewrite(path: str | os.PathLike, texts: Sequence[str]) -> None:
-    """The file with exactly these lines, given without their ends: a kill leaves the old or the new
-    one.
-    """
+    """Replaces a file by these lines, given without line breaks, in one atomic step."""
     safe_files.replace(path, "".join(f"{text}\n" for text in texts))

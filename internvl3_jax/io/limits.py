@@ -1,8 +1,7 @@
-"""What each setting may be, in one table: the class and field, and the values allowed.
+"""The values that each setting may have, in one table by class and field.
 
-`problems` checks a whole configuration by it, and by the annotations. What two settings say
-together is checked where they meet:
-config.validate for the model, checks.validate for a run.
+`problems` checks a configuration against the table and the type annotations. Contradictions between
+settings are found by config.validate (the model) and training/checks.validate (a run).
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ class Rule(NamedTuple):
 
 
 def _from(low, high=None) -> Rule:
-    """Both inclusive."""
+    """Returns a rule for numbers from low to high, both inclusive."""
     if high is None:
         return Rule(lambda value: value >= low, f"at least {low}")
     bounds = f"{low} to {high:,}" if isinstance(high, int) else f"{low:g} to {high:g}"
@@ -54,7 +53,7 @@ _RATE = _from(0.0, 1e4)
 _SHARE = _from(0.0, 1.0)
 _AXIS = Rule(
     lambda value: value == -1 or 1 <= value <= 2**20,
-    "at least 1, or -1 for what the other axes leave",
+    "at least 1, or -1 for all devices that the other axes leave",
 )
 
 # (lowest, highest) of a model's real numbers. Beyond them a value is a slip, and float32 would
@@ -117,7 +116,8 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "samples": _from(1, 2**40),
         "source_weights": one_of("length", "sqrt", "given"),
         "text_fraction": Rule(
-            lambda value: value <= 1, "a share from 0 to 1, or negative for the mixture as it comes"
+            lambda value: value <= 1,
+            "a share from 0 to 1, or negative to keep the mixture as it is",
         ),
         "on_bad_sample": one_of("stop", "skip"),
         "pairs_per_row": _from(1, 4_096),
@@ -204,8 +204,11 @@ LIMITS: dict[str, dict[str, Rule]] = {
 
 
 def problems(config, where: str = "") -> list[str]:
-    """One line for each setting of a dataclass, and of those in it, whose type or value is not
-    allowed. where: "data." before a name.
+    """Returns one line for each setting whose type or value is not allowed.
+
+    Args:
+      config: a dataclass of settings, possibly nested.
+      where: prefix of names in messages, such as "data.".
     """
     found, rules = [], LIMITS.get(type(config).__name__, {})
     for field in dataclasses.fields(config):

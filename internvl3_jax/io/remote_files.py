@@ -1,39 +1,33 @@
-"""Object storage as directories: gs:// (Google Cloud Storage) and s3:// (Amazon S3 and what speaks
-its protocol).
+"""Object storage as directories: gs:// (Google Cloud Storage) and s3:// (Amazon S3 or compatible).
 
-`as_path` makes of what a user names a `pathlib.Path` or, of an address, an `etils.epath.Path`,
-which has the same methods. An object appears whole or not at all, so writing one is atomic. A
-directory cannot be renamed: what belongs together is complete when its last object, files.json, is
-there. Nothing can be added to an object: `append` collects what is added and writes the object anew
-from time to time, and `flush` at once.
+`as_path` turns what a user names into a `pathlib.Path` or, for an address, an `etils.epath.Path`
+with the same methods. Writing an object is atomic. A directory cannot be renamed, so it is complete
+with its last object, files.json. An object cannot be appended to: `append` buffers and rewrites the
+object from time to time; `flush` rewrites it at once.
 
 Credentials and endpoints are those of gcsfs and s3fs, and of TensorStore for arrays: the machine's
-own on Google Cloud and AWS;
-STORAGE_EMULATOR_HOST with TENSORSTORE_GCS_HTTP_URL, or AWS_ENDPOINT_URL, name any other server.
+own on Google Cloud and AWS. STORAGE_EMULATOR_HOST with TENSORSTORE_GCS_HTTP_URL, or
+AWS_ENDPOINT_URL, name another server.
 """
 
 import atexit
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import pathlib
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from internvl3_jax.io.file_errors import FileError, InUse
+from internvl3_jax.io.file_errors import FileError
 from internvl3_jax.io.terminal import excerpt, one_line
 
 SCHEMES = ("gs://", "s3://")
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
-LEASE = 45.0  # seconds
-_TRIES = 4  # at an object, with a growing pause between them
+_TRIES = 4  # with a growing pause between them
 _SMALL = 16 << 20  # bytes of a file that is uploaded from memory
-_FLUSH_SECONDS = 5.0  # between two writes of an object that is added to
+_FLUSH_SECONDS = 5.0  # between two writes of an object that is appended to
 
 
 def is_remote(path) -> bool:
@@ -41,11 +35,10 @@ def is_remote(path) -> bool:
 
 
 def as_path(path: str | os.PathLike):
-    """A local path, absolute and with ~ expanded, or the epath.Path of a gs:// or s3:// address.
-    file:// is local.
+    """Returns an absolute local path with ~ expanded, or an address as epath.Path.
 
     Raises:
-      FileError: another scheme, an address without a bucket, or a driver that is not installed.
+      FileError: the scheme is unknown, the bucket is missing, or a driver is not installed.
     """
     text = os.fspath(path)
     if text.startswith("file://"):
@@ -54,21 +47,23 @@ def as_path(path: str | os.PathLike):
         return pathlib.Path(os.path.expanduser(text)).absolute()
     if not text.startswith(SCHEMES):
         raise FileError(
-            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a local path"
+            f"{one_line(text)}: is an address of an unknown kind; use {', '.join(SCHEMES)} or a "
+            "local path"
         )
     bucket = text.partition("://")[2].partition("/")[0]
-    if not bucket or "@" in bucket:  # credentials belong into the environment, not into logs
+    if not bucket or "@" in bucket:  # credentials belong in the environment, not in logs
         raise FileError(
-            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or s3://BUCKET/PATH"
+            f"{one_line(text.partition('://')[0])}://: names no bucket; write gs://BUCKET/PATH or "
+            "s3://BUCKET/PATH"
         )
     check_driver(text)
-    from etils import epath  # takes long to import, and local paths do not need it
+    from etils import epath  # slow to import, and local paths do not need it
 
     return epath.Path(text.rstrip("/"))
 
 
 def check_driver(path) -> None:
-    """FileError if the packages that an address needs are not installed."""
+    """Raises FileError if the packages that an address needs are not installed."""
     driver = _DRIVERS[str(path).partition("://")[0]]
     if missing := [name for name in ("fsspec", driver) if importlib.util.find_spec(name) is None]:
         raise FileError(
@@ -77,13 +72,13 @@ def check_driver(path) -> None:
 
 
 def filesystem(path):
-    """fsspec's file system of an address; its methods take the whole address."""
+    """Returns fsspec's file system of an address; its methods take the full address."""
     return _filesystem(str(path).partition("://")[0])
 
 
 @functools.cache
 def _filesystem(scheme: str):
-    # gcsfs asks by gRPC what kind of bucket it is, which servers other than Google's do not answer.
+    # gcsfs asks for the kind of bucket by gRPC, which only Google's servers answer.
     if "STORAGE_EMULATOR_HOST" in os.environ:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
@@ -97,25 +92,21 @@ def _filesystem(scheme: str):
 
 @contextlib.contextmanager
 def named(path) -> Iterator[None]:
-    """Turns whatever a driver raises into an OSError, or a FileNotFoundError, that names the
-    address.
-    """
+    """Turns any error of a driver into an OSError or FileNotFoundError that names the address."""
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: there is no such object") from error
     except FileError:
         raise
-    except Exception as error:  # every driver has exceptions of its own
+    except Exception as error:  # every driver has its own exceptions
         raise OSError(
             f"{path}: {type(error).__name__}: {excerpt(str(error), 200)[1:-1]}"
         ) from error
 
 
 def _tried(path, call: Callable):
-    """The result of a call, tried again where the network or the server failed. What is missing or
-    forbidden is not tried again.
-    """
+    """Calls, and retries network and server errors; a missing or forbidden object is final."""
     for left in reversed(range(_TRIES)):
         try:
             with named(path):
@@ -133,7 +124,7 @@ def exists(path) -> bool:
 
 
 def read_bytes(path, *, max_bytes: int) -> bytes:
-    """All bytes of an object. FileError if it has more than `max_bytes`, or if there is none."""
+    """Returns the bytes of an object; FileError if it is missing or has more than `max_bytes`."""
 
     def read() -> bytes:
         size = filesystem(path).info(str(path))["size"]
@@ -148,7 +139,7 @@ def read_bytes(path, *, max_bytes: int) -> bytes:
 
 
 def write_bytes(path, data: bytes) -> None:
-    """Puts an object, whole or not at all. OSError names the address."""
+    """Writes an object atomically. OSError names the address."""
     # gcsfs ends a single-request upload with \n and the boundary. After a last byte \r a server
     # reads \r\n as the delimiter and drops the byte; a resumable upload has no delimiter.
     ends_in_delimiter = str(path).startswith("gs://") and data.endswith(b"\r")
@@ -157,10 +148,9 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def objects(directory) -> dict[str, tuple[int, str]]:
-    """Path below a directory -> (bytes, checksum as the storage knows it) of every object, from
-    listings alone.
+    """Returns path below a directory -> (bytes, the storage's checksum), from listings only.
 
-    The checksum is "crc32c:..." of gs:// and "etag:..." of s3://. It changes with the content.
+    The checksum is "crc32c:..." for gs:// and "etag:..." for s3://. It changes with the content.
     """
     root = filesystem(directory)._strip_protocol(str(directory)).rstrip("/") + "/"
     found = _tried(directory, lambda: filesystem(directory).find(str(directory), detail=True))
@@ -179,7 +169,7 @@ def _checksum(info: dict) -> str:
 
 
 def upload(local: pathlib.Path, remote, names: list[str]) -> None:
-    """Puts files of a local directory below an address, in this order."""
+    """Uploads files of a local directory, in this order."""
     for name in names:
         source, target = local / name, remote / name
         if source.stat().st_size < _SMALL:
@@ -194,7 +184,7 @@ def upload(local: pathlib.Path, remote, names: list[str]) -> None:
 
 
 def remove(directory, names: list[str]) -> None:
-    """Deletes objects below a directory, in this order; those that are gone already do not matter."""
+    """Deletes objects below a directory, in this order; missing ones are ignored."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             _tried(
@@ -203,11 +193,11 @@ def remove(directory, names: list[str]) -> None:
             )
 
 
-# --- adding to an object -------------------------------------------------------------------------
+# --- appending to an object ----------------------------------------------------------------------
 
 
 class _Growing:
-    """An object that is added to by this process alone."""
+    """An object that only this process appends to."""
 
     def __init__(self, path, content: bytes):
         self.path, self.content, self.written = path, bytearray(content), len(content)
@@ -230,8 +220,9 @@ _growing: dict[str, _Growing] = {}
 
 
 def append(path, data: bytes) -> None:
-    """Adds to an object, which is made if it is missing. A kill may lose what was added since the
-    last `flush`.
+    """Appends to an object, which is created if it is missing.
+
+    A kill may lose what was appended since the last `flush`.
     """
     known = _growing.get(str(path))
     if known is None:
@@ -244,120 +235,17 @@ def append(path, data: bytes) -> None:
 
 
 def forget(path) -> None:
-    """Lets go of what is known of an object that is about to be written whole."""
+    """Drops the buffer of an object that is about to be replaced."""
     _growing.pop(str(path), None)
 
 
 def flush() -> None:
-    """Writes all that was added."""
+    """Writes everything that was appended."""
     for growing in list(_growing.values()):
         growing.flush()
 
 
 @atexit.register
 def _flush_at_exit() -> None:
-    with contextlib.suppress(OSError):  # the program has said what it had to say
+    with contextlib.suppress(OSError):  # the program has reported its own errors
         flush()
-
-
-# --- one process at a time -----------------------------------------------------------------------
-
-
-class Lease:
-    """Held by one process at a time, for as long as it gives signs of life; a context manager like
-    safe_files.Lock.
-
-    The holder writes an object anew several times within LEASE seconds (45, or INTERNVL3_JAX_LEASE
-    of the environment, the same for all).
-    Whoever finds the object watches it that long and takes it over if it does not change meanwhile.
-    So a holder that was killed blocks nobody for longer, and no clocks are compared.
-
-    Args:
-      path: address of the lease's object.
-      what: what errors say is in use.
-      note: called with a text when there is something to wait for.
-
-    Raises:
-      InUse: from `acquire` and `with`: the holder is alive.
-    """
-
-    def __init__(self, path, what: str, note: Callable[[str], None] = lambda text: None):
-        self.path, self.what, self.note = path, what, note
-        self.patience = float(os.environ.get("INTERNVL3_JAX_LEASE", LEASE))
-        self.token, self.stopped, self.thread = secrets.token_hex(8), threading.Event(), None
-
-    def acquire(self) -> None:
-        if (found := self._read()) is not None:
-            self.note(
-                f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for a sign of life"
-            )
-            self._watch(found)
-        self._write(0)
-        # of two that begin at once the one that wrote last stays
-        time.sleep(min(1.0, self.patience / 10))
-        if self.token not in (self._read() or b"").decode(errors="replace"):
-            raise InUse(
-                f"{self.what} is in use by another process that began at the same time; use another place"
-            )
-        self.stopped.clear()
-        self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self.thread.start()
-
-    def release(self) -> None:
-        if self.thread is not None:
-            self.stopped.set()
-            self.thread.join()
-            self.thread = None
-            with contextlib.suppress(OSError):
-                remove(self.path.parent, [self.path.name])
-
-    def __enter__(self) -> "Lease":
-        self.acquire()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-    def _watch(self, found: bytes | None) -> None:
-        until = time.monotonic() + self.patience
-        while found is not None and time.monotonic() < until:
-            time.sleep(min(1.0, self.patience / 10))
-            now = self._read()
-            if now is not None and now != found:
-                raise InUse(
-                    f"{self.what} is in use by another process{holder(now)}; wait for it or end it, or use another place"
-                )
-            found = now
-
-    def _beat(self) -> None:
-        count = 0
-        while not self.stopped.wait(self.patience / 5):
-            count += 1
-            with contextlib.suppress(OSError):  # the next one may get through
-                self._write(count)
-
-    def _read(self) -> bytes | None:
-        try:
-            return read_bytes(self.path, max_bytes=4096)
-        except FileError:
-            return None
-
-    def _write(self, count: int) -> None:
-        values = {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "token": self.token,
-            "beat": count,
-        }
-        write_bytes(self.path, json.dumps(values).encode())
-
-
-def holder(content: bytes) -> str:
-    """ " (process 12 on host)" of what a lock's holder wrote into it; nothing if that cannot be
-    read.
-    """
-    try:
-        values = json.loads(content)
-        return f" (process {int(values['process'])} on {one_line(str(values['host']))})"
-    except (ValueError, TypeError, KeyError):
-        return ""

@@ -1,10 +1,9 @@
 """Local files, handled so that nothing is lost and nothing hangs.
 
 `open_regular` and `read_bytes` refuse pipes, devices and files beyond a limit. `replace` writes a
-file so that a crash at any moment leaves the old or the new one. `Lock` lets one process at a time
-work on a directory or file; the system releases it when its holder dies, however that dies.
-`mark_own`, `is_own` and `remove_own` are the one rule of deletion: a directory is deleted only if
-it holds the marker that was put into it when it was created here.
+file atomically. `Lock` lets one process at a time use a directory or file; the system releases it
+when its holder ends in any way. `mark_own`, `is_own` and `remove_own` are the one rule of deletion:
+a directory is deleted only if it holds the marker that this program put into it.
 """
 
 import contextlib
@@ -22,10 +21,11 @@ from typing import BinaryIO
 
 from internvl3_jax.io import remote_files
 from internvl3_jax.io.file_errors import FileError, InUse
+from internvl3_jax.io.lease import Lease, holder
 from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.terminal import one_line
 
-# marker in a directory that is being filled, or that is about to be deleted
+# Marker in a directory that is being filled or about to be deleted.
 OWN = ".internvl3_jax_unfinished"
 
 
@@ -33,12 +33,13 @@ OWN = ".internvl3_jax_unfinished"
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A regular file open for reading in binary. FileError if there is none; it never waits for a
-    pipe or device.
+    """Opens a regular file for reading in binary; FileError for anything else.
+
+    It never waits for a pipe or device.
     """
     name = one_line(os.fspath(path))
     try:
-        # A FIFO without a writer blocks in open() unless it is asked not to.
+        # Without O_NONBLOCK, open() waits for the writer of a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise FileError(f"{name}: cannot be read ({reason(error)})") from error
@@ -53,9 +54,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, *, max_bytes: int) -> bytes:
-    """All bytes of a regular file, or of an object (remote_files.py). FileError if it has more than
-    `max_bytes`.
-    """
+    """Returns the bytes of a regular file or object; FileError if it has more than `max_bytes`."""
     if is_remote(path):
         return remote_files.read_bytes(path, max_bytes=max_bytes)
     with open_regular(path) as file:
@@ -68,7 +67,7 @@ def read_bytes(path: str | os.PathLike, *, max_bytes: int) -> bytes:
 
 
 def reason(error: BaseException) -> str:
-    """Why the system refused something, without the path, which the caller names."""
+    """Returns the system's reason for an error, without the path, which the caller names."""
     return (
         (error.strerror if isinstance(error, OSError) else None)
         or str(error)
@@ -80,11 +79,9 @@ def reason(error: BaseException) -> str:
 
 
 def replace(path: str | os.PathLike, content: bytes | str) -> None:
-    """Writes a file whole: a crash at any moment leaves the old one or the new one. OSError names
-    the file.
+    """Writes a file atomically: a crash leaves the old content or the new. OSError names the file.
 
-    A symbolic link stays one, and what it names is replaced; the permissions of an existing file
-    stay. Objects (remote_files.py) are written whole by themselves.
+    A symbolic link stays, and its target is replaced. An existing file keeps its permissions.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_remote(path):
@@ -109,7 +106,7 @@ def replace(path: str | os.PathLike, content: bytes | str) -> None:
 
 
 def sync_directory(path: str | os.PathLike) -> None:
-    """Makes renames in a directory survive a power cut, where the file system can."""
+    """Makes renames in a directory survive a power cut, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -121,14 +118,14 @@ def sync_directory(path: str | os.PathLike) -> None:
 # --- one process at a time -----------------------------------------------------------------------
 
 
-_HOLDER = b'{"host": '  # how a lock's file begins, unless it is empty
+_HOLDER = b'{"host": '  # start of a lock's file, unless it is empty
 _NO_LOCK = "is not a lock file of this program; move it away"
 
 
 class Lock:
-    """Held by one process at a time, in a file that stays; a context manager.
+    """A lock that one process at a time holds on a file, which stays; a context manager.
 
-    The system releases it when the process ends, also by kill -9, so a lock is never stale. Its
+    The system releases it when the process ends, also by kill -9, so a lock is never stale. The
     file names the holder.
 
     Args:
@@ -166,14 +163,15 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = remote_files.holder(content)
+            who = holder(content)
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise OSError(
                     error.errno, f"cannot be locked ({reason(error)})", str(self.path)
                 ) from error
             raise InUse(
-                f"{self.what} is in use by another process{holder}; wait for it or end it, or use another place"
+                f"{self.what} is in use by another process{who}; wait for it or end it, or use "
+                "another place"
             ) from error
         file.seek(0)
         file.truncate()
@@ -196,31 +194,31 @@ class Lock:
 
 def lock_at(
     path: str | os.PathLike, what: str, note: Callable[[str], None] = lambda text: None
-) -> "Lock | remote_files.Lease":
-    """A `Lock`, or in object storage a `remote_files.Lease`; note: of the lease."""
-    return remote_files.Lease(path, what, note) if is_remote(path) else Lock(path, what)
+) -> "Lock | Lease":
+    """Returns a `Lock` or, for an address, a `Lease`, which calls `note` before waiting."""
+    return Lease(path, what, note) if is_remote(path) else Lock(path, what)
 
 
 # --- deleting ------------------------------------------------------------------------------------
 
 
 def mark_own(directory: str | os.PathLike) -> None:
-    """Notes in a directory that it was made here and may be deleted."""
+    """Marks a directory as created by this program, so that it may be deleted."""
     (pathlib.Path(directory) / OWN).write_bytes(b"")
 
 
 def is_own(directory: str | os.PathLike) -> bool:
-    """Whether a directory has the marker, and is no symbolic link."""
+    """Returns whether a directory has the marker and is not a symbolic link."""
     path = pathlib.Path(directory)
     return path.is_dir() and not path.is_symlink() and (path / OWN).is_file()
 
 
 def remove_own(directory: str | os.PathLike) -> bool:
-    """Deletes a directory that has the marker; False, and nothing happens, for any other."""
+    """Deletes a directory that has the marker; returns False for any other and leaves it."""
     if not is_own(directory):
         return False
     marker = pathlib.Path(directory) / OWN
-    # The marker goes last, so that a deletion that was killed can be taken up again.
+    # The marker goes last, so that an interrupted deletion can be continued.
     for entry in list(os.scandir(directory)):
         if entry.name == OWN:
             continue

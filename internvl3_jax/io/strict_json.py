@@ -1,10 +1,9 @@
-"""Strict, bounded reading of JSON. Every JSON that people hand in or that a crash may have damaged
-is read here.
+"""Strict, bounded reading of JSON from users and of JSON that a crash may have damaged.
 
-`loads` refuses what Python's parser lets pass and what eats the machine: NaN and infinities, a key
+`loads` refuses what Python's parser accepts or what exhausts the machine: NaN and infinities, a key
 that occurs twice in an object, numbers beyond a float's range, nesting beyond `MAX_DEPTH`, text
-that is not UTF-8. `Object` reads the keys of one object with their types and ranges. Every error is
-a JsonError, one line that names the file and, where it is known, the line or the key.
+that is not UTF-8. `Object` reads the keys of one object with types and ranges. Every error is a
+JsonError of one line that names the file and, if known, the line or the key.
 """
 
 import difflib
@@ -18,10 +17,10 @@ from typing import NamedTuple
 from internvl3_jax.io.safe_files import FileError, read_bytes
 from internvl3_jax.io.terminal import LONGEST, excerpt, one_line
 
-# of a JSON file, by default; a tokenizer.json has about 11 MB, an index of the 78B model 100 kB
+# Default for one file. A tokenizer.json has about 11 MB, the index of the 78B model 100 kB.
 MAX_BYTES = 256 << 20
 MAX_DEPTH = 64
-MAX_DIGITS = 400  # of a number
+MAX_DIGITS = 400  # of one number
 
 _KINDS = {
     str: "a text",
@@ -37,39 +36,39 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 class JsonError(FileError):
-    """JSON that cannot be used. The message names the file and the line or key."""
+    """Invalid JSON or an invalid value in it. The message names the file and the line or key."""
 
 
 def loads(data: bytes | str, where: str):
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Args:
-      data: bytes in UTF-8, with or without a byte order mark, or a text.
+      data: UTF-8 bytes, with or without a byte order mark, or a text.
       where: what errors call it, usually the file's path.
 
     Raises:
-      JsonError: it is not JSON by the rules at the top of this file.
+      JsonError: it is not JSON by the rules above.
     """
     text = decode(data, where) if isinstance(data, bytes) else data
     _check_depth(text, where)
 
-    wrong = []  # what is no number, until the object that it is in is complete and its key is known
+    problems = []  # of numbers, until the enclosing object is complete and the key is known
 
     def number(digits: str, kind: Callable):
         if len(digits) > MAX_DIGITS:
-            wrong.append(f"a number of {len(digits):,} digits; at most {MAX_DIGITS} are read")
+            problems.append(f"a number of {len(digits):,} digits; at most {MAX_DIGITS} are read")
             return math.nan
         value = kind(digits)
         if isinstance(value, float) and not math.isfinite(value):
-            wrong.append(f"the number {excerpt(digits)[1:-1]} is too large")
+            problems.append(f"the number {excerpt(digits)[1:-1]} is too large")
         return value
 
     def constant(name: str):
-        wrong.append(f"{name} is no JSON number; write a finite number or null")
+        problems.append(f"{name} is not a JSON number; write a finite number or null")
         return math.nan
 
     def pairs(items: list[tuple[str, object]]):
-        if wrong:
+        if problems:
             for name, value in items:
                 if (path := _path_to_wrong(value)) is not None:
                     return _Wrong(f"{one_line(name[:LONGEST])}: {path}")
@@ -90,8 +89,8 @@ def loads(data: bytes | str, where: str):
             parse_constant=constant,
             object_pairs_hook=pairs,
         )
-        if wrong:
-            raise JsonError(f"{where}: {_path_to_wrong(value) or ''}{wrong[0]}")
+        if problems:
+            raise JsonError(f"{where}: {_path_to_wrong(value) or ''}{problems[0]}")
         return value
     except JsonError:
         raise
@@ -104,9 +103,9 @@ def loads(data: bytes | str, where: str):
 
 
 class _Wrong(NamedTuple):
-    """An object that holds what is no number."""
+    """An object that holds an invalid number."""
 
-    path: str  # to it: "a: b: "
+    path: str  # of keys to it: "a: b: "
 
 
 def _path_to_wrong(value) -> str | None:
@@ -118,7 +117,7 @@ def _path_to_wrong(value) -> str | None:
 
 
 def decode(data: bytes, where: str) -> str:
-    """Bytes in UTF-8 to text, without a byte order mark. JsonError says what else they are."""
+    """Decodes UTF-8 without a byte order mark; JsonError says what is wrong."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         raise JsonError(f"{where}: is UTF-16 or UTF-32 text, or binary; save it as UTF-8")
     try:
@@ -145,30 +144,27 @@ def _check_depth(text: str, where: str) -> None:
 
 
 def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES):
-    """The value of a local JSON file. JsonError if it is missing, no regular file, too large, or
-    not strict JSON.
-    """
+    """Reads a JSON file; FileError if it is missing, not regular, too large or invalid."""
     return loads(read_bytes(path, max_bytes=max_bytes), str(path))
 
 
 def read_object(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> "Object":
-    """The object that a JSON file holds."""
+    """Reads a JSON file that holds an object."""
     return Object(read(path, max_bytes=max_bytes), str(path))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for a misspelt name, or nothing."""
+    """Returns "; did you mean 'x'?" for a misspelled name, or ""."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Object:
-    """One JSON object, read key by key; remembers the names that were asked for, so that `finish`
-    can refuse the rest.
+    """A JSON object that is read key by key; `finish` refuses the keys that were never read.
 
     Args:
-      values: what `loads` gave; JsonError unless it is an object.
-      where: file, or file and key, as errors name it.
+      values: result of `loads`; JsonError unless it is an object.
+      where: file, or file and key, for errors.
     """
 
     def __init__(self, values, where: str):
@@ -186,17 +182,17 @@ class Object:
         high=None,
         choices=None,
     ):
-        """A key's value; null counts as absent.
+        """Returns a key's value; null counts as absent.
 
         Args:
           kind: str, bool, int, float (takes whole numbers), dict or list, or several of them. A
               bool is never a number.
-          default: for an absent key; without it the key must be there.
+          default: value of an absent key; without it the key is required.
           low, high: bounds of a number, or of the length of a text, list or object; both inclusive.
-          choices: all values that are allowed.
+          choices: the allowed values.
 
         Raises:
-          JsonError: naming the key, its value and what was expected.
+          JsonError: it names the key, its value and what is expected.
         """
         self.asked.add(name)
         value = self.values.get(name)
@@ -210,7 +206,7 @@ class Object:
     def list_of(
         self, name: str, kind, default=_REQUIRED, *, length: int | None = None, **bounds
     ) -> list:
-        """A key's list, every element checked as by `get`. length: how many elements it must have."""
+        """Returns a key's list, each element checked as in `get`; `length` is the exact length."""
         values = self.get(name, list, default)
         if values is default:
             return default
@@ -222,7 +218,7 @@ class Object:
         ]
 
     def object(self, name: str, default=_REQUIRED) -> "Object":
-        """A key's object as another `Object`."""
+        """Returns a key's object as another `Object`."""
         values = self.get(name, dict, default)
         return (
             values
@@ -231,7 +227,7 @@ class Object:
         )
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Refuses every key that was neither asked for nor is in `ignored`."""
+        """Refuses every key that was neither read nor is in `ignored`."""
         known = self.asked | set(ignored)
         for name in self.values:
             if name not in known:
@@ -242,14 +238,11 @@ class Object:
 
 
 def check(value, kind: type | tuple[type, ...], where: str, *, low=None, high=None, choices=None):
-    """`value`, if it has the kind and lies within the bounds; see `Object.get`. JsonError
-    otherwise.
-    """
+    """Returns `value` after checking its kind and bounds; see `Object.get`."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not _is_kind(value, kinds):
-        raise JsonError(
-            f"{where} is {describe(value)}; expected {' or '.join(_KINDS[one] for one in kinds)}"
-        )
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        raise JsonError(f"{where} is {describe(value)}; expected {expected}")
     if choices is not None and value not in choices:
         near = suggestion(value, choices) if isinstance(value, str) else ""
         raise JsonError(
@@ -284,7 +277,7 @@ def _is_kind(value, kinds: tuple[type, ...]) -> bool:
 
 
 def describe(value) -> str:
-    """A JSON value's type with its beginning, as errors show it."""
+    """Returns a JSON value's type and beginning, for errors."""
     if value is None:
         return "null"
     name = {

@@ -1,9 +1,8 @@
-"""Dataclasses of settings to dicts and back, with the types of their annotations, so that no value
-of a wrong kind gets further.
+"""Converts dataclasses of settings to dicts and back, checked against their annotations.
 
 Annotations are int, float (takes whole numbers), str, bool, tuple[X, ...], X | None and other
-dataclasses. What comes from a file (manifests, adapters, config.json of a run) and what a
-configuration in Python holds is checked by the same function, `typed`.
+dataclasses. Values from files (manifests, adapters, config.json of a run) and from a configuration
+in Python are checked by the same function, `typed`.
 """
 
 import dataclasses
@@ -18,9 +17,7 @@ _LARGEST = 2**63 - 1
 
 
 class ConfigError(ValueError):
-    """A setting that makes no sense. The message names it, its value and what it may be; a line for
-    each if there are several.
-    """
+    """An invalid setting. The message names it, its value and what it may be, in one line each."""
 
 
 def to_dict(config) -> dict:
@@ -28,11 +25,10 @@ def to_dict(config) -> dict:
 
 
 def from_dict(cls, values, where: str = ""):
-    """A dataclass from `to_dict`'s output, or from the JSON of it.
+    """Returns a dataclass from `to_dict`'s output, or from its JSON.
 
     Raises:
-      ConfigError: naming a field that is unknown (and the nearest one), missing, of a wrong type,
-      or not finite.
+      ConfigError: a field is unknown, missing, of a wrong type or not finite; the message names it.
     """
     named, where = bool(where), where or cls.__name__
     if not isinstance(values, dict):
@@ -49,19 +45,20 @@ def from_dict(cls, values, where: str = ""):
             raise ConfigError(f"{where}: field {name!r} is missing")
     try:
         return cls(**arguments)
-    except ValueError as error:  # of its __post_init__, which does not know the file
+    except ValueError as error:  # from __post_init__, which does not know the file
         raise ConfigError(f"{where}: {error}" if named else str(error)) from error
 
 
 def typed(value, kind, where: str):
-    """`value` if it is of the annotation `kind`, lists as tuples and dicts as dataclasses.
-    ConfigError naming `where` if it is not.
+    """Returns a value that matches an annotation, with lists as tuples and dicts as dataclasses.
+
+    ConfigError names `where` if it does not match.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in arguments:
             return None
-        (kind,) = (one for one in arguments if one is not types.NoneType)
+        (kind,) = (argument for argument in arguments if argument is not types.NoneType)
         return typed(value, kind, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -69,7 +66,7 @@ def typed(value, kind, where: str):
         if len(value) > LONGEST:
             raise ConfigError(f"{where} has {len(value):,} elements; at most {LONGEST:,} are read")
         return tuple(
-            typed(one, arguments[0], f"{where}[{index}]") for index, one in enumerate(value)
+            typed(element, arguments[0], f"{where}[{index}]") for index, element in enumerate(value)
         )
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, where)

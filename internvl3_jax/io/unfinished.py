@@ -1,9 +1,8 @@
-"""Directories that appear whole or not at all, and never in the place of something that was not
-made here.
+"""Directories that are created atomically and never replace what this program did not create.
 
-A directory is filled as .NAME.RANDOM.partial beside its place, with the marker of safe_files.py in
-it, which its process keeps locked, and is then renamed. What killed processes left is recognized by
-marker and lock, and by nothing else.
+A directory is filled as .NAME.RANDOM.partial next to its final place, with the marker of
+safe_files.py in it, which its process keeps locked, and is then renamed. What killed processes left
+is recognized by marker and lock only.
 """
 
 import contextlib
@@ -13,56 +12,48 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterable
 
-from internvl3_jax.io import integrity, remote_files, strict_json
+from internvl3_jax.io import integrity, remote_files
 from internvl3_jax.io.remote_files import as_path, is_remote
+from internvl3_jax.io.replaceable import foreign_files
 from internvl3_jax.io.safe_files import (
     OWN,
-    FileError,
     InUse,
     Lock,
     is_own,
     mark_own,
-    reason,
     remove_own,
     sync_directory,
 )
 from internvl3_jax.io.terminal import one_line
 
-MANIFEST = "internvl3_jax.json"  # of a checkpoint, and of what is exported from one
-TRAINING = "training.json"  # of a step of a training run
 _NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-# What checkpoints and exports consisted of before there was a list of their files.
-_KNOWN = re.compile(
-    r"params/.*|.*\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.(json|model)|vocab\.json|merges\.txt|[\w-]*tokens[\w-]*\.json"
-    rf"|chat_template\.\w+|[\w-]+\.py|LICENSE[\w.-]*|adapter_model\.bin|{re.escape(MANIFEST)}"
-)
 
 
 def absolute(path: str | os.PathLike) -> pathlib.Path:
-    """Where a user's path or address is; ~ is the home directory. ValueError for names that cannot
-    hold arrays.
-    """
+    """Returns an absolute path or address, with ~ expanded; ValueError if it cannot hold arrays."""
     final = as_path(path)
     check_name(final)
     return final
 
 
 def check_name(path: pathlib.Path) -> None:
-    """ValueError for a path with a backslash, which TensorStore takes for a slash, a null
-    character, or bytes that are not UTF-8.
+    """Raises ValueError for a path with a null character, bytes that are not UTF-8, or a backslash.
+
+    TensorStore takes a backslash for a slash.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another name"
+            f"{one_line(str(path))}: a path that is not UTF-8 cannot hold arrays; choose another "
+            "name"
         ) from error
     if "\\" in str(path) or "\0" in str(path):
         raise ValueError(
-            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; choose another name"
+            f"{one_line(str(path))}: a backslash or null character in a path is not supported; "
+            "choose another name"
         )
 
 
@@ -70,17 +61,20 @@ class Unfinished:
     """A directory that is being filled at `path`, to become `final`.
 
     Args:
-      name: the random part of its name; the same in all processes.
+      final: where the directory is moved.
+      name: the random part of its name, the same in all processes.
       creates: whether this process creates, moves and removes it.
     """
 
     def __init__(self, final: pathlib.Path, name: str, creates: bool):
         self.final, self.creates, self.lock = final, creates, None
         self.path = final.with_name(f".{final.name}.{name}.partial")
+        self._made_parents = []
         if creates:
+            self._made_parents = [folder for folder in final.parents if not folder.exists()]
             final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
-            # Locked before it has the name by which others may delete it.
+            # Lock the marker before it has the name by which others may delete it.
             new = self.path / f"{OWN}.new"
             mark_own(self.path) if (lock := _locked(new)) is None else os.rename(
                 new, self.path / OWN
@@ -88,17 +82,20 @@ class Unfinished:
             self.lock = lock
 
     def abandon(self) -> None:
-        """Removes it."""
+        """Removes it, and the parent folders created for it if nothing else is in them."""
         if self.creates:
             try:
                 with contextlib.suppress(OSError):
                     remove_own(self.path)
+                    for folder in self._made_parents:
+                        os.rmdir(folder)
             finally:
                 self._release()
 
     def commit(self, overwrite: bool) -> None:
-        """Moves it to its place, in one step where the system can; FileExistsError, and nothing
-        happens, if something is there and it is not to be overwritten.
+        """Moves it to its final place, atomically if the system can.
+
+        FileExistsError, and nothing is moved, if something is there and `overwrite` is false.
         """
         if not self.creates:
             return
@@ -109,7 +106,7 @@ class Unfinished:
         sync_directory(self.final.parent)
         (self.final / OWN).unlink(missing_ok=True)
         self._release()
-        remove_own(self.path)  # after an exchange: what was there before
+        remove_own(self.path)  # after an exchange: the replaced directory
 
     def _replace_in_two_steps(self) -> None:
         old = self.final.with_name(f".{self.final.name}.{secrets.token_hex(4)}.replaced")
@@ -125,9 +122,9 @@ class Unfinished:
 
 
 class InPlace:
-    """A directory in object storage that is being filled where it will be: it is complete when
-    `integrity.seal` or `publish` has written its files.json. Until then it has the marker. The
-    attributes are those of `Unfinished`.
+    """A directory in object storage that is filled in its final place; like `Unfinished`.
+
+    It has the marker until `integrity.seal` or `publish` has written files.json, its last object.
     """
 
     def __init__(self, final, creates: bool):
@@ -136,7 +133,7 @@ class InPlace:
             remote_files.write_bytes(final / OWN, b"")
 
     def abandon(self) -> None:
-        """Removes it, unless it is complete."""
+        """Removes it unless it is complete."""
         if self.creates:
             with contextlib.suppress(OSError):
                 remove_incomplete(self.final)
@@ -147,8 +144,9 @@ class InPlace:
 
 
 def remove_incomplete(directory) -> bool:
-    """Deletes a directory in object storage that has the marker and no files.json. False, and
-    nothing happens, for any other.
+    """Deletes a directory in object storage that has the marker and no files.json.
+
+    Returns False for any other, and leaves it.
     """
     present = remote_files.objects(directory)
     if OWN not in present or integrity.FILES in present:
@@ -158,7 +156,7 @@ def remove_incomplete(directory) -> bool:
 
 
 def _locked(path: pathlib.Path) -> Lock | None:
-    """The lock in a marker; None on a file system without locks. InUse if another process has it."""
+    """Locks a marker; None if the file system has no locks, InUse if another process has it."""
     lock = Lock(path, f"{one_line(str(path.parent))}")
     try:
         lock.acquire()
@@ -175,7 +173,7 @@ def _move(source: pathlib.Path, target: pathlib.Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(
             errno.EEXIST,
-            "something else appeared there meanwhile; choose another place",
+            "something else was created there meanwhile; choose another place",
             str(target),
         )
     os.rename(source, target)
@@ -184,8 +182,9 @@ def _move(source: pathlib.Path, target: pathlib.Path) -> None:
 def _renameat2(
     source: pathlib.Path, target: pathlib.Path, flags: int, before=lambda target: None
 ) -> bool:
-    """False where the system or the file system has no such call; `before` is called once it is
-    known to have it.
+    """Calls renameat2; returns False if the system or file system does not support it.
+
+    `before` is called first if the system has the call.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
@@ -199,20 +198,19 @@ def _renameat2(
         return False
     raise OSError(
         code,
-        f"cannot be moved to its place ({os.strerror(code)}); what was there is unchanged",
+        f"cannot be moved to its place ({os.strerror(code)}); nothing was changed there",
         str(target),
     )
 
 
-# --- what others left behind ---------------------------------------------------------------------
+# --- remains of killed processes -----------------------------------------------------------------
 
 
 def clean(parent: pathlib.Path, name: str | None = None) -> None:
-    """Removes what killed processes of ours left of the directory `name`, or of any, in `parent`.
-    InUse if one of them is alive.
+    """Removes what killed processes left of the directory `name`, or of any step, in `parent`.
 
-    An old directory whose replacement was interrupted comes back, where its place is free. In
-    object storage the caller's lease says that nobody else writes there.
+    InUse if the process is alive. A directory whose replacement was interrupted is moved back if
+    its place is free. In object storage the caller's lease ensures that nobody else writes there.
     """
     if is_remote(parent):
         for entry in [parent / name] if name else remote_folders(parent):
@@ -225,10 +223,10 @@ def clean(parent: pathlib.Path, name: str | None = None) -> None:
         if match is None:
             continue
         if not is_own(entry):
+            # Killed before its marker was written or after it was removed, it is empty. rmdir
+            # removes nothing else.
             with contextlib.suppress(OSError):
-                os.rmdir(
-                    entry
-                )  # killed before its marker was there or after it was gone, it is empty; nothing else can be removed so
+                os.rmdir(entry)
             continue
         if match["kind"] == "replaced" and not os.path.lexists(parent / match["name"]):
             (entry / OWN).unlink(missing_ok=True)
@@ -238,7 +236,7 @@ def clean(parent: pathlib.Path, name: str | None = None) -> None:
 
 
 def remote_folders(parent) -> list:
-    """What lies directly below an address and has something below it."""
+    """Returns the folders directly below an address."""
     return [
         parent / name
         for name in sorted(
@@ -253,7 +251,7 @@ def _remove_dead(directory: pathlib.Path, final: pathlib.Path) -> None:
         lock = _locked(marker)
     except InUse as error:
         raise InUse(str(error).replace(one_line(str(directory)), one_line(str(final)))) from error
-    except OSError:  # another process removes it, too
+    except OSError:  # another process is removing it as well
         return
     if lock is None:
         return
@@ -267,24 +265,25 @@ def _remove_dead(directory: pathlib.Path, final: pathlib.Path) -> None:
         lock.release()
 
 
-# --- finished ones -------------------------------------------------------------------------------
+# --- finished directories ------------------------------------------------------------------------
 
 
 def remove_finished(directory: pathlib.Path) -> str | None:
-    """Deletes a directory that was made here. If it holds a file that was not written with it,
-    nothing happens, and that is returned.
+    """Deletes a directory that this program created.
+
+    If it holds a file that was not written with it, nothing is deleted and that name is returned.
     """
-    foreign = integrity.unlisted(directory) if is_remote(directory) else _foreign(directory)
+    foreign = integrity.unlisted(directory) if is_remote(directory) else foreign_files(directory)
     if foreign is None or foreign:
         return foreign[0] if foreign else "no list of its files"
     if is_remote(directory):
-        # Marked and without files.json it is incomplete, and no longer a step.
+        # With the marker and without files.json it no longer counts as a step.
         remote_files.write_bytes(directory / OWN, b"")
         remote_files.remove(directory, [integrity.FILES])
         remove_incomplete(directory)
         return None
     mark_own(directory)
-    # Out of sight first: half deleted it would look like a damaged one.
+    # Rename first: half deleted it would look like a damaged step.
     aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
     os.rename(directory, aside)
     remove_own(aside)
@@ -292,78 +291,9 @@ def remove_finished(directory: pathlib.Path) -> str | None:
 
 
 def set_aside(directory: pathlib.Path) -> None:
-    """Gives a damaged directory another name, .NAME.RANDOM.damaged. Nothing in it is deleted: it
-    may be all that is left.
-    """
+    """Renames a damaged directory to .NAME.RANDOM.damaged; it may be all that is left."""
     if is_remote(directory):
         raise FileExistsError(
-            f"{directory} is damaged, and in object storage it cannot be given another name; move it away"
+            f"{directory} is damaged and cannot be renamed in object storage; move it away"
         )
     os.rename(directory, directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.damaged"))
-
-
-# --- what may be replaced ------------------------------------------------------------------------
-
-
-def check_replaceable(
-    final: pathlib.Path, sources: Iterable[str | os.PathLike] = (), program: str = "--overwrite"
-) -> None:
-    """FileExistsError unless a directory was made here and holds nothing else, and is, holds and
-    lies in none of `sources`.
-    """
-
-    def refuse(why: str):
-        return FileExistsError(
-            f"{one_line(str(final))}: {why}; {program} does not replace it. Choose another place, or move it away"
-        )
-
-    if is_remote(final):
-        foreign = integrity.unlisted(final)
-        if foreign is None:
-            raise refuse("was not made by this program")
-        if foreign:
-            raise refuse(f"holds {one_line(foreign[0])}, not written by this program")
-        if any(str(final) == str(source) for source in sources):
-            raise refuse("is what is read")
-        return
-    if final.is_symlink():
-        raise refuse("is a symbolic link")
-    if not final.is_dir():
-        raise refuse("is no directory")
-    here = final.resolve()
-    for source in sources:
-        there = pathlib.Path(source).resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise refuse(f"is, holds or lies in {one_line(str(source))}, which is read")
-    if (final / TRAINING).exists():
-        raise refuse("is a step of a training run")
-    try:
-        foreign = _foreign(final)
-    except OSError as error:
-        raise refuse(f"cannot be read ({reason(error)})") from error
-    except FileError as error:
-        raise refuse(str(error)) from error
-    if foreign is None:
-        raise refuse("was not made by this program")
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise refuse(f"holds {one_line(foreign[0])}{more}, not written by this program")
-
-
-def _foreign(directory: pathlib.Path) -> list[str] | None:
-    """Files of a directory that were not written by this program; None if it is no directory of
-    ours.
-    """
-    names = [name for name, _ in integrity.files_of(directory)]
-    if not names and not any(directory.iterdir()):
-        return []
-    unlisted = integrity.unlisted(directory)
-    if unlisted is not None:
-        return unlisted
-    try:
-        strict_json.read_object(directory / MANIFEST).get("format", int)
-    except FileError:
-        return None
-    return [
-        name for name in names if not _KNOWN.fullmatch(name) and name not in (OWN, integrity.FILES)
-    ]

@@ -1,5 +1,5 @@
-"""Questions with known answers, that answers are drawn to: for pairs (make_pairs.py) and for a
-critic's labels (make_process_labels.py).
+"""Questions with known answers, which a model answers many times: for preference pairs
+(make_pairs.py) and for a critic's labels (make_process_labels.py).
 """
 
 import dataclasses
@@ -7,105 +7,122 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
 
-from internvl3_jax.data.text.chat_template import PICTURE_TAG, insert_missing_tags
-from internvl3_jax.inference.requests import KEPT, refuse_unknown
-from internvl3_jax.io import jsonl
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, insert_missing_tags
+from internvl3_jax.inference.requests import KEPT, image_hashes, refuse_unknown
+from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.terminal import excerpt, one_line, short_name
 from internvl3_jax.reward.answer_matching import extract_answer, same_answer
+from internvl3_jax.reward.matchers import Matcher
+
+# What messages ask for when no answer could be read.
+STATED_ANSWER = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the questions'
 
 
 @dataclasses.dataclass
 class Question:
-    id: object
-    question: str  # with a tag for each picture
-    images: list[str]  # files
-    answer: str | None  # None where none can be checked
-    image: object  # as the line has it
-    mark: str = ""  # hash of the question and of how it is asked; see `marked`
+    """A line of a file of questions.
 
-
-WANTED = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the questions'
-
-
-def with_fingerprint(questions: Sequence[Question], settings, checkpoint: str) -> list[Question]:
-    """Each with its mark, by which a program that goes on knows its own earlier work: of the same
-    question, model and settings but for settings.batch_size, which changes no answer. checkpoint:
-    what tells the model's parameters from others.
+    Attributes:
+      id: any JSON value; by default the line number.
+      question: the text, with an <image> for each image.
+      images: the image files.
+      answer: the right answer; None if it is not known.
+      image: the images as the line has them, for the rows that are written.
+      where: "FILE line N (id X)", for messages.
     """
-    how = {
-        name: value for name, value in dataclasses.asdict(settings).items() if name != "batch_size"
-    }
 
-    def mark(question: Question) -> str:
-        asked = [question.question, question.image, question.answer, how, checkpoint]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-
-    return [dataclasses.replace(question, mark=mark(question)) for question in questions]
+    id: object
+    question: str
+    images: list[str]
+    answer: str | None
+    image: object
+    where: str = ""
 
 
-def read_questions(path: pathlib.Path, checked: bool = True) -> list[Question]:
-    """The lines of a JSONL file; with `checked` each has an answer, otherwise an answer or an
-    image.
+def fingerprint(question: Question, settings, checkpoint: str) -> str:
+    """Returns 12 hexadecimal digits of a hash of all that the rows of a question depend on.
+
+    It covers the question with the content of its images, the parameters of the model, and the
+    settings but for `batch_size`, which changes no answer.
+
+    Args:
+      settings: a dataclass.
+      checkpoint: hash of the parameters.
+    """
+    values = dataclasses.asdict(settings)
+    values.pop("batch_size", None)
+    images = image_hashes(question.images)
+    content = [question.question, question.image, images, question.answer, values, checkpoint]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_questions(path: pathlib.Path, need_answers: bool = True) -> list[Question]:
+    """Reads the questions of a JSONL file.
+
+    Args:
+      need_answers: whether each needs an answer; otherwise it needs an answer or an image.
 
     Raises:
-      ValueError: naming file and line of one that is no question, has keys of another meaning,
-      whose images are missing or more than its
-        tags, or whose id occurs twice.
+      ValueError: naming file and line, for a line that is no question, has unknown keys, missing
+        images, fewer tags than images, or the id of another line.
     """
-    path, questions, ids = pathlib.Path(os.path.expanduser(path)), [], {}
+    path = pathlib.Path(os.path.expanduser(path))
+    questions, lines_of_ids = [], {}
     for row in jsonl.read_objects(path):
-        where, number = row.where, int(row.where.rpartition(" ")[2])
-        text = row.get("question", str)
-        image, answer = (
-            row.get("image", (str, list), None),
-            row.get("answer", (str, int, float), None),
-        )
-        names = [image] if isinstance(image, str) else image or []
-        if not all(isinstance(name, str) and name for name in names):
+        question = _read_question(row, path.parent, need_answers)
+        key = json.dumps(question.id, sort_keys=True)
+        if (first := lines_of_ids.setdefault(key, row.where)) != row.where:
             raise ValueError(
-                f"{where}: image is {excerpt(image)}; expected a path or a list of paths"
+                f"{row.where}: the id {excerpt(question.id)} is also that of {first}; a run that "
+                "was stopped is resumed by ids"
             )
-        refuse_unknown(row, ("question", "id", "image", *KEPT))
-        files = [path.parent / os.path.expanduser(name) for name in names]
-        missing = [file for file in files if not os.path.isfile(file)]
-        if missing:
-            raise ValueError(
-                f"{where}: {short_name(str(missing[0]))} does not exist; relative paths start at the folder of the questions"
-            )
-        if answer is None and (checked or not files):
-            raise ValueError(
-                f"{where} has no answer{'' if checked else ' and no image'}: what is right is not known"
-            )
-        (turn,) = insert_missing_tags([{"role": "user", "content": text}], len(files), where)
-        if (tags := turn["content"].count(PICTURE_TAG)) < len(files):
-            raise ValueError(f"{where}: {len(files)} pictures, but {tags} {PICTURE_TAG} tags")
-        known = row.values.get("id", number)
-        if (first := ids.setdefault(json.dumps(known, sort_keys=True), where)) != where:
-            raise ValueError(
-                f"{where}: the id {excerpt(known)} is also that of {first}; a run that was stopped is resumed by ids"
-            )
-        answer = None if answer is None else str(answer)
-        questions.append(Question(known, turn["content"], list(map(str, files)), answer, image))
+        questions.append(question)
     if not questions:
         raise ValueError(f"{one_line(str(path))}: has no questions")
     return questions
 
 
-def is_correct(solution: str, answer: str) -> bool:
-    """Whether a solution states the answer. What it does not state it does not answer."""
-    stated = extract_answer(solution)
-    return stated is not None and same_answer(stated, answer)
-
-
-def may_be_torn(torn: bytes, question: Question | None) -> bool:
-    """Whether what follows the last line break of an output may be the beginning of a row about
-    this question.
-    """
-    start = b'{"id": ' + (
-        b""
-        if question is None
-        else json.dumps(question.id, ensure_ascii=False).encode("utf-8", "replace")
+def _read_question(row: strict_json.Object, folder: pathlib.Path, need_answer: bool) -> Question:
+    """Reads one line; relative paths start at `folder`. Raises ValueError as `read_questions`."""
+    where = row.where
+    text = row.get("question", str)
+    image = row.get("image", (str, list), None)
+    answer = row.get("answer", (str, int, float), None)
+    names = [image] if isinstance(image, str) else image or []
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{where}: image is {excerpt(image)}; expected a path or a list of paths")
+    refuse_unknown(row, ("question", "id", "image", *KEPT))
+    files = [folder / os.path.expanduser(name) for name in names]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise ValueError(
+            f"{where}: {short_name(str(missing[0]))} does not exist; relative paths start at the "
+            "folder of the questions"
+        )
+    if answer is None and (need_answer or not files):
+        raise ValueError(
+            f"{where} has no answer{'' if need_answer else ' and no image'}: what is right is not "
+            "known"
+        )
+    (turn,) = insert_missing_tags([{"role": "user", "content": text}], len(files), where)
+    if (tags := turn["content"].count(IMAGE_TAG)) < len(files):
+        raise ValueError(f"{where}: {len(files)} images, but {tags} {IMAGE_TAG} tags")
+    question_id = row.values.get("id", int(where.rpartition(" ")[2]))
+    return Question(
+        id=question_id,
+        question=turn["content"],
+        images=list(map(str, files)),
+        answer=None if answer is None else str(answer),
+        image=image,
+        where=f"{where} (id {excerpt(question_id)})",
     )
-    return torn.startswith(start) or start.startswith(torn)
+
+
+def is_correct(solution: str, answer: str, matches: Matcher = same_answer) -> bool:
+    """Returns whether a solution states the answer; one that states none is not correct.
+
+    matches: compares the stated answer with the right one (see matchers.py).
+    """
+    stated = extract_answer(solution)
+    return stated is not None and matches(stated, answer)

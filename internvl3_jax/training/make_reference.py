@@ -36,7 +36,7 @@ from internvl3_jax.data.reference_table import key_of
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.mixture import read_drop_list
 from internvl3_jax.data.truncation import TooLong
-from internvl3_jax.inference.answer_file import beside, check_place
+from internvl3_jax.inference.output_path import check_output_path, path_beside
 from internvl3_jax.io import command_line, jsonl, safe_files
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.parallel import sharding
@@ -206,8 +206,8 @@ def main(argv) -> None:
     checks.validate(config)
     if not output.parent.is_dir():
         raise ValueError(f"--output is {output}: there is no folder {output.parent}; make it")
-    check_place(output, [config.data.source], "--output")
-    with safe_files.Lock(beside(output, "lock"), str(output)):
+    check_output_path(output, [config.data.source], "--output")
+    with safe_files.Lock(path_beside(output, "lock"), str(output)):
         count = make_reference(config, output)
     print(f"{output} has the log-probabilities of {count:,} pairs")
 

@@ -25,13 +25,11 @@ from internvl3_jax.io.checkpoint_paths import (
     check_steps_writable,
     is_checkpoint,
     is_safetensors,
-    latest_step,
 )
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.safe_files import FileError, reason
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.io.typed import typed
-from internvl3_jax.parallel import multihost
 from internvl3_jax.training.config_diff import config_diff
 from internvl3_jax.training.optimizer import make_schedule, warmup_steps
 
@@ -151,20 +149,6 @@ class _Closing:
 
 
 # --- the newest step -----------------------------------------------------------------------------
-
-
-def agreed_step(workdir: pathlib.Path) -> int | None:
-    """Returns the newest complete step, or None.
-
-    Raises:
-      multihost.DisagreementError: Processes see different ones, as where WORKDIR is not shared.
-    """
-    step = latest_step(workdir)
-    # One host may have taken longer than another to index its data.
-    multihost.assert_same_on_all_hosts(
-        0, {"newest complete step": "none" if step is None else step}, seconds=1800
-    )
-    return step
 
 
 # --- the configuration ---------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 from safetensors.numpy import save_file
 
 from convert.compose import NEW_TOKENS
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.hf.assemble import tensors_from_params

@@ -28,10 +28,10 @@ def pair(vit="300m", llm="qwen2", tied=False):
     return reference, config, params
 
 
-def conversation(config, tiles_per_picture, rng, lead=3, text=5):
+def conversation(config, tiles_per_image, rng, lead=3, text=5):
     """Returns (tokens, image spans) of text, then images with text between them."""
     tokens, runs = list(rng.integers(0, config.image_token_id, lead)), []
-    for tiles in tiles_per_picture:
+    for tiles in tiles_per_image:
         runs.append((len(tokens), tiles * config.tokens_per_tile))
         tokens += [config.image_token_id] * runs[-1][1] + list(
             rng.integers(0, config.image_token_id, text)
@@ -39,12 +39,12 @@ def conversation(config, tiles_per_picture, rng, lead=3, text=5):
     return np.asarray(tokens, np.int32), runs
 
 
-def make_row(config, tiles_per_picture, seed, **shape):
+def make_row(config, tiles_per_image, seed, **shape):
     """Returns (batch of one row, normalized pixels for torch f32[N,3,S,S])."""
     rng = np.random.default_rng(seed)
-    tokens, _ = conversation(config, tiles_per_picture, rng, **shape)
+    tokens, _ = conversation(config, tiles_per_image, rng, **shape)
     size = config.vision.image_size
-    tiles = rng.integers(0, 256, (1, sum(tiles_per_picture), size, size, 3), dtype=np.uint8)
+    tiles = rng.integers(0, 256, (1, sum(tiles_per_image), size, size, 3), dtype=np.uint8)
     positions = np.arange(len(tokens), dtype=np.int32)[None] * UNITS
     batch = {
         "tokens": tokens[None],
@@ -74,7 +74,7 @@ def greedy(limit, rows, config):
     return GenerationConfig(limit, Sampling(), (0,) * rows, config.language.rope_scaling)
 
 
-def as_prompt(config, batch, tiles_per_picture, deltas=None):
+def as_prompt(config, batch, tiles_per_image, deltas=None):
     tokens = batch["tokens"][0]
     starts = [
         i
@@ -83,9 +83,9 @@ def as_prompt(config, batch, tiles_per_picture, deltas=None):
     ]
     runs = [
         (start, tiles * config.tokens_per_tile)
-        for start, tiles in zip(starts, tiles_per_picture, strict=True)
+        for start, tiles in zip(starts, tiles_per_image, strict=True)
     ]
-    cuts = np.cumsum(tiles_per_picture)[:-1] if tiles_per_picture else []
-    pictures = np.split(batch["tiles"][0], cuts) if tiles_per_picture else []
+    cuts = np.cumsum(tiles_per_image)[:-1] if tiles_per_image else []
+    pictures = np.split(batch["tiles"][0], cuts) if tiles_per_image else []
     deltas = [UNITS] * len(runs) if deltas is None else deltas
     return Prompt(tokens, build_positions(len(tokens), runs, deltas), runs, pictures)

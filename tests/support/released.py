@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from convert.hf_files import to_hf
+from convert.config_json import to_hf
 from convert.open import open_model
 from convert.run import convert as convert_model
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer

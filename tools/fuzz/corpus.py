@@ -79,7 +79,7 @@ def _adapter(corpus: pathlib.Path) -> None:
     import numpy as np
 
     from convert.open import open_model
-    from internvl3_jax.checkpoints.hf.peft import write_peft
+    from internvl3_jax.checkpoints.hf.peft_writer import write_peft
     from internvl3_jax.config import LoraConfig
 
     model, rng = open_model(corpus / "conv").config, np.random.default_rng(0)

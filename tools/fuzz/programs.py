@@ -151,7 +151,7 @@ def answered(folder: pathlib.Path) -> str:
 
 
 def doctor(arguments: tuple[str, ...]) -> int:
-    from internvl3_jax.data.doctor.examine import main
+    from internvl3_jax.data.doctor.command import main
 
     limits = ("--tokens_per_row", "256", "--tiles_per_row", "16", "--max_frames", "8")
     return main(

@@ -60,7 +60,7 @@ def preload() -> None:
     import rich.progress
     import rich.table  # noqa: F401
 
-    import internvl3_jax.data.doctor.examine
+    import internvl3_jax.data.doctor.command
     import internvl3_jax.reward.best_of_n
     import internvl3_jax.reward.make_pairs
     import internvl3_jax.training.evaluation

@@ -1,10 +1,9 @@
-"""Pictures of real handwritten digits with questions about them: the data of
-configs/tiny_digits.py.
+"""Composes images of real handwritten digits, with questions: the data of configs/tiny_digits.py.
 
 The handwriting is scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, UCI Optical Recognition
-of Handwritten Digits). It is split by scan: the test scans are never seen in training. Pictures of
-varied sizes and shapes are composed from them, so that they take one or several tiles, and every
-picture comes with a conversation in the form that the big models use.
+of Handwritten Digits), split by scan into training and test. The images vary in size and shape, so
+that they are cut into one or several tiles. Each comes with a conversation in the form of the large
+models' data.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from PIL import Image
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.media.tiles import image_limit
-from internvl3_jax.data.sources.internvl_jsonl import Conversation
+from internvl3_jax.data.sources.row_source import Conversation
 
 TASKS = ("read", "count", "locate", "compare")
 PROMPTS = {
@@ -31,9 +30,7 @@ _SPLIT_SEED = 0
 
 @dataclasses.dataclass
 class Scene:
-    """A picture and what is on it: each digit's value and its box (left, top, right, bottom) in
-    pixels.
-    """
+    """An image, with the value and the box (left, top, right, bottom; pixels) of each digit."""
 
     image: Image.Image
     digits: list[int]
@@ -49,7 +46,7 @@ class Scene:
 class Question:
     task: str
     messages: list[dict]  # user turns with their answers
-    pictures: list[Image.Image]
+    images: list[Image.Image]
 
     @property
     def answer(self) -> str:
@@ -58,7 +55,7 @@ class Question:
 
 @functools.cache
 def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(u8[n,8,8] ink, int[n] labels) of "train" or "test"."""
+    """Returns (ink u8[n,8,8], labels int[n]) of "train" or "test"."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -70,9 +67,8 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(data.images[chosen] * 16, 255).astype(np.uint8), data.target[chosen]
 
 
-# A curriculum: first single digits are read, then numbers, then everything is asked. Pictures and
-# questions of all kinds from the start would take a tower with random weights several times longer
-# to see its first digit.
+# A curriculum: single digits, then numbers, then all tasks. With all tasks from the start, a tower
+# with random weights takes several times longer to learn its first digit.
 _SINGLE_UNTIL = 5_000  # items
 _READ_UNTIL = 10_000
 _MOST = 5
@@ -80,9 +76,7 @@ _SHEETS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3))  # rows and columns o
 
 
 class DigitsSource:
-    """Random-access source of training conversations: item i depends on (seed, i) alone, not on the
-    order of reading.
-    """
+    """Random-access source of questions: item i depends on (seed, i) alone."""
 
     def __init__(self, length: int, seed: int, split: str = "train"):
         self.length, self.seed, self.split = length, seed, split
@@ -105,11 +99,9 @@ class DigitsSource:
 
 
 class DigitsConversations:
-    """The questions as a source of training conversations; see
-    `internvl3_jax.data.sources.catalog.Source`.
-    """
+    """The questions as a source of training data, `internvl3_jax.data.sources.catalog.Source`."""
 
-    name, has_pictures, repeat, weight = "digits", True, 1.0, None
+    name, has_images, repeat, weight = "digits", True, 1.0, None
     ordered = True  # the curriculum
 
     def __init__(self, length: int, seed: int):
@@ -130,17 +122,17 @@ class DigitsConversations:
     ) -> Conversation:
         question = self.questions[row]
         return Conversation(
-            question.messages, question.pictures, image_limit(processor, len(question.pictures))
+            question.messages, question.images, image_limit(processor, len(question.images))
         )
 
 
 def sources(config: DataConfig) -> list[DigitsConversations]:
-    """What data.source of configs/tiny_digits.py names."""
+    """Returns the sources of the mixture: the function that configs/tiny_digits.py names."""
     return [DigitsConversations(config.samples, config.seed)]
 
 
 def held_out(per_task: int, seed: int = 1) -> list[Question]:
-    """`per_task` questions of each task on test handwriting, one turn each."""
+    """Returns `per_task` questions of each task on test handwriting, one turn each."""
     return [
         ask(task, np.random.default_rng((seed, t, i)), "test")
         for t, task in enumerate(TASKS)
@@ -149,7 +141,7 @@ def held_out(per_task: int, seed: int = 1) -> list[Question]:
 
 
 def ask(task: str, rng: np.random.Generator, split: str, most: int = _MOST) -> Question:
-    """One question of a given task about a fresh picture, or about two for "compare"."""
+    """Returns a question of a task about a new image, or about two images for "compare"."""
     if task == "compare":
         scenes = [_number(rng, split, 2) for _ in range(2)]
         turn = [
@@ -161,16 +153,14 @@ def ask(task: str, rng: np.random.Generator, split: str, most: int = _MOST) -> Q
 
 
 def compare_in_words(rng: np.random.Generator) -> Question:
-    """The comparison without pictures: text-only samples teach the language model what the pictures
-    need not.
-    """
+    """Returns a comparison of two numbers as text, without images."""
     numbers = [str(rng.integers(10 ** int(rng.integers(1, 3)))) for _ in range(2)]
     question = PROMPTS["compare"].replace("<image>", "{}").format(*numbers)
     return Question("compare in words", [_user(question), _assistant(_comparison(*numbers))], [])
 
 
 def conversation(rng: np.random.Generator, split: str) -> Question:
-    """Several questions about one picture: more is learnt from each."""
+    """Returns two questions about one image."""
     scene = _scene("locate", rng, split, _MOST)
     tasks = ["locate", str(rng.choice(["locate", "count"])) if len(_single(scene)) > 1 else "count"]
     rng.shuffle(tasks)
@@ -178,7 +168,7 @@ def conversation(rng: np.random.Generator, split: str) -> Question:
 
 
 def _scene(task: str, rng: np.random.Generator, split: str, most: int) -> Scene:
-    """A picture that the task can be asked about."""
+    """Composes an image that suits the task."""
     while True:
         scene = (
             line(rng, split, most)
@@ -190,7 +180,7 @@ def _scene(task: str, rng: np.random.Generator, split: str, most: int) -> Scene:
 
 
 def _about(scene: Scene, tasks: list[str], rng: np.random.Generator) -> Question:
-    wanted = iter(rng.permutation(_single(scene)))  # each digit is looked for once
+    wanted = iter(rng.permutation(_single(scene)))  # each digit is asked for once
     messages = []
     for task in tasks:
         messages += _turn(task, scene, int(next(wanted)) if task == "locate" else None)
@@ -199,12 +189,12 @@ def _about(scene: Scene, tasks: list[str], rng: np.random.Generator) -> Question
 
 
 def line(rng: np.random.Generator, split: str, most: int) -> Scene:
-    """A number written from left to right."""
+    """Composes a number, written from left to right."""
     return _cells(rng, split, [(0, column) for column in range(int(rng.integers(1, most + 1)))])
 
 
 def sheet(rng: np.random.Generator, split: str, most: int) -> Scene:
-    """Digits here and there on a sheet of up to two by three cells, some of them empty."""
+    """Composes digits on a sheet of up to two by three cells, some of them empty."""
     rows, columns = _SHEETS[int(rng.integers(len(_SHEETS)))]
     cells = [(row, column) for row in range(rows) for column in range(columns)]
     count = int(rng.integers(1, min(most, len(cells)) + 1))
@@ -213,7 +203,7 @@ def sheet(rng: np.random.Generator, split: str, most: int) -> Scene:
 
 
 def _number(rng: np.random.Generator, split: str, most: int) -> Scene:
-    """A line that does not begin with a zero, unless that is all."""
+    """Composes a number without leading zeros."""
     while True:
         scene = line(rng, split, most)
         if scene.number == str(int(scene.number)):
@@ -221,7 +211,7 @@ def _number(rng: np.random.Generator, split: str, most: int) -> Scene:
 
 
 def _single(scene: Scene) -> list[int]:
-    """The digits that occur once."""
+    """Returns the digits that occur once."""
     return [digit for digit in scene.digits if scene.digits.count(digit) == 1]
 
 
@@ -231,8 +221,8 @@ def _cells(
     filled: list[tuple[int, int]],
     shape: tuple[int, int] | None = None,
 ) -> Scene:
-    """Digits in the given (row, column) cells, each somewhere in its own; sizes, margins and
-    proportions vary from picture to picture.
+    """Composes digits in the given (row, column) cells, each at a random place in its cell. Sizes,
+    margins and proportions are random.
     """
     rows, columns = shape or (1, len(filled))
     size = rng.uniform(20, 36)
@@ -240,18 +230,16 @@ def _cells(
     left, right, top, bottom = rng.uniform(0, 0.05, 4) * size
     boxes = []
     for row, column in filled:
-        own = min(size * rng.uniform(0.95, 1.02), width, height)
-        x, y = (
-            left + column * width + rng.uniform(0, width - own),
-            top + row * height + rng.uniform(0, height - own),
-        )
-        boxes.append((x, y, x + own, y + own))
+        side = min(size * rng.uniform(0.95, 1.02), width, height)
+        x = left + column * width + rng.uniform(0, width - side)
+        y = top + row * height + rng.uniform(0, height - side)
+        boxes.append((x, y, x + side, y + side))
     size = (round(left + columns * width + right), round(top + rows * height + bottom))
     return Scene(*_draw(rng, split, boxes, size), boxes, is_line=shape is None)
 
 
 def _draw(rng, split: str, boxes: list, size: tuple[int, int]) -> tuple[Image.Image, list[int]]:
-    """Random scans in the boxes; the picture and the digits."""
+    """Draws random scans into the boxes; returns the image and the digits."""
     ink, labels = handwriting(split)
     paper, pen = rng.integers(190, 256, 3), rng.integers(0, 80, 3)
     image = Image.new("RGB", size, tuple(int(c) for c in paper))
@@ -262,8 +250,8 @@ def _draw(rng, split: str, boxes: list, size: tuple[int, int]) -> tuple[Image.Im
 
 
 def _stamp(image: Image.Image, ink: Image.Image, box, pen, rng) -> None:
-    """Draws one scan into its box; with an rng (training only) slightly turned, slanted and
-    stretched.
+    """Draws one scan into its box. rng: Rotates, slants and stretches it a little; None for test
+    scans.
     """
     width, height = round(box[2] - box[0]), round(box[3] - box[1])
     mask = ink.resize((4 * width, 4 * height), Image.Resampling.BICUBIC)
@@ -288,11 +276,11 @@ def _turn(task: str, scene: Scene, wanted: int | None) -> list[dict]:
         return [_user(PROMPTS["read"]), _assistant(scene.number)]
     if task == "count":
         return [_user(PROMPTS["count"]), _assistant(str(len(scene.digits)))]
-    place = scene.digits.index(wanted)
-    box = format_box(scene.boxes[place], scene.image.size)
-    # It reads until it meets the digit, and then says where that is: without these steps a model
-    # this small never learns to search.
-    read = "".join(map(str, scene.digits[: place + 1]))
+    index = scene.digits.index(wanted)
+    box = format_box(scene.boxes[index], scene.image.size)
+    # The answer reads up to the digit and then gives its box: without these steps a model this
+    # small never learns to search.
+    read = "".join(map(str, scene.digits[: index + 1]))
     return [
         _user(PROMPTS["locate"].format(wanted)),
         _assistant(f"{read}: <ref>{wanted}</ref><box>[{box}]</box>"),
@@ -300,25 +288,17 @@ def _turn(task: str, scene: Scene, wanted: int | None) -> list[dict]:
 
 
 def format_box(box, size: tuple[int, int]) -> str:
-    """Integers 0..1000 relative to the whole picture, as InternVL writes boxes; rounded to tens."""
-    scale = (size[0], size[1], size[0], size[1])
-    return str(
-        [
-            min(1000, max(0, round(100 * side / whole) * 10))
-            for side, whole in zip(box, scale, strict=True)
-        ]
-    )
+    """Formats a box as InternVL does: integers 0..1000 relative to the image, rounded to tens."""
+    scaled = [
+        round(100 * side / length) * 10 for side, length in zip(box, (*size, *size), strict=True)
+    ]
+    return str([min(1000, max(0, value)) for value in scaled])
 
 
 def _comparison(first: str, second: str) -> str:
-    """Both numbers are written before they are compared."""
-    verdict = (
-        "Image-1"
-        if int(first) > int(second)
-        else "Image-2"
-        if int(first) < int(second)
-        else "Neither"
-    )
+    """Returns the answer, which writes both numbers before it compares them."""
+    difference = int(first) - int(second)
+    verdict = "Image-1" if difference > 0 else "Image-2" if difference < 0 else "Neither"
     return f"{first}, {second}: {verdict}"
 
 
@@ -331,20 +311,19 @@ def _assistant(text: str) -> dict:
 
 
 def is_right(task: str, expected: str, answered: str) -> bool:
-    """Exact match; for boxes the same digit, as many boxes, and each at least half over its own
-    (IoU >= 0.5, as RefCOCO scores).
-    """
+    """Compares texts exactly, boxes by digit, number and IoU (>= 0.5 each, as in RefCOCO)."""
     if task != "locate":
         return expected == answered
-    (label, boxes), (said, found) = _parse(expected), _parse(answered)
+    (digit, boxes), (answered_digit, answered_boxes) = _parse(expected), _parse(answered)
     return (
-        label == said
-        and len(boxes) == len(found)
-        and all(iou(a, b) >= 0.5 for a, b in zip(boxes, found, strict=True))
+        digit == answered_digit
+        and len(boxes) == len(answered_boxes)
+        and all(iou(a, b) >= 0.5 for a, b in zip(boxes, answered_boxes, strict=True))
     )
 
 
 def _parse(text: str) -> tuple[str, list[tuple[int, ...]]]:
+    """Returns (digit, boxes) of an answer to "locate"; ("", []) if it has another form."""
     match = re.fullmatch(r"\d+: <ref>(.*)</ref><box>(.*)</box>", text)
     if not match:
         return "", []
@@ -354,6 +333,7 @@ def _parse(text: str) -> tuple[str, list[tuple[int, ...]]]:
 
 
 def iou(a, b) -> float:
+    """Returns intersection over union of two boxes (left, top, right, bottom)."""
     width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
     area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height

@@ -1,9 +1,8 @@
-"""Scores a run of configs/tiny_digits.py on handwriting that it never saw, and writes
-RUN/report.json.
+"""Scores a run of configs/tiny_digits.py on unseen handwriting, and writes RUN/report.json.
 
     python examples/tiny_digits/recipe/evaluate.py runs/tiny_digits
 
-The questions go through the same prompts and the same generation as in use.
+Prompts and generation are those of inference.
 """
 
 import argparse
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from examples.tiny_digits.recipe import data
 from internvl3_jax import Checkpoint, load
-from internvl3_jax.data.batch import cut_pictures, make_prompt
+from internvl3_jax.data.batch import cut_images, make_prompt
 from internvl3_jax.inference.generator import GenerationConfig, Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io import safe_files
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=pathlib.Path, help="the --workdir of the training")
     parser.add_argument(
-        "--per_task", type=int, default=500, help="questions of each task (%(default)s)"
+        "--per_task", type=int, default=500, help="questions per task (%(default)s)"
     )
     options = parser.parse_args(arguments)
     try:
@@ -45,17 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(
         "\n".join(
-            ["held-out handwriting"]
+            ["unseen handwriting"]
             + [f"  {name:<8} {100 * value:6.2f} %" for name, value in scores.items()]
         )
     )
 
 
 def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) -> dict[str, float]:
-    """Returns the share of right greedy answers by task, and by "digit" that of single digits read
-    right, place by place.
+    """Returns task -> fraction of correct greedy answers, and "digit" -> fraction of correct digits
+    in "read".
 
-    delta: V2PE units, in place of the processor's.
+    delta: V2PE step in units of 1/256; None is the processor's.
     """
     processor, tokenizer = checkpoint.processor, checkpoint.tokenizer
     stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
@@ -85,17 +84,16 @@ def score(questions: list[data.Question], answers: list[str]) -> dict[str, float
         scores[task] = sum(right) / len(right)
     read = [(q.answer, a) for q, a in zip(questions, answers, strict=True) if q.task == "read"]
     hits = sum(
-        wanted == found
+        digit == answered_digit
         for expected, answered in read
-        for wanted, found in zip(expected, answered, strict=False)
+        for digit, answered_digit in zip(expected, answered, strict=False)
     )
-    return scores | {
-        "digit": hits / sum(max(len(expected), len(answered)) for expected, answered in read)
-    }
+    digits = sum(max(len(expected), len(answered)) for expected, answered in read)
+    return scores | {"digit": hits / digits}
 
 
 def write(run: pathlib.Path, scores: dict[str, float], per_task: int) -> None:
-    """Writes RUN/report.json: the scores, steps, seconds, machine and versions."""
+    """Writes RUN/report.json: scores, steps, seconds, machine and versions."""
     last = [row for row in read_rows(run / LOG) if "loss" in row][-1]
     report = {
         "held_out": {name: round(value, 4) for name, value in scores.items()},
@@ -110,10 +108,10 @@ def write(run: pathlib.Path, scores: dict[str, float], per_task: int) -> None:
 
 
 def _prompt(question: data.Question, tokenizer, processor, delta: int | None):
-    units = [processor.delta if delta is None else delta] * len(question.pictures)
+    units = [processor.delta if delta is None else delta] * len(question.images)
     return make_prompt(
         question.messages[:-1],
-        cut_pictures(question.pictures, processor),
+        cut_images(question.images, processor),
         tokenizer,
         processor,
         units,

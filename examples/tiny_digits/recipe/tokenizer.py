@@ -1,8 +1,7 @@
-"""The tokenizer of the digits model: Qwen2.5's construction with 448 entries, learnt from the
-prompts themselves.
+"""Trains the tokenizer of the digits model: Qwen2.5's construction with 448 entries.
 
-Same normaliser, split rule, byte-level alphabet and added tokens as the released models, so that it
-runs through the same code.
+Normalizer, split rule, byte-level alphabet and added tokens are those of the released models, so
+that the same code reads it. The corpus is the prompts and a little English.
 """
 
 import json
@@ -15,15 +14,20 @@ from internvl3_jax.data.text.tokenizer_files import QWEN2_SPLIT
 ENTRIES = 448  # before the added tokens
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 MARKUP = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-# Enough plain English that the merges are words, not accidents.
-_TEXT = """What is in the picture? Describe the image in detail. There are several handwritten digits on a sheet of paper.
-The first number is larger than the second one. Please answer the question with a single word or phrase. Where is it? Is there any text?
-Read the number from left to right and locate every digit. Compare both pictures and say which of them shows the larger number."""
+# Plain English, so that the merges are words.
+_TEXT = (
+    "What is in the picture? Describe the image in detail. "
+    "There are several handwritten digits on a sheet of paper.",
+    "The first number is larger than the second one. "
+    "Please answer the question with a single word or phrase. Where is it? Is there any text?",
+    "Read the number from left to right and locate every digit. "
+    "Compare both pictures and say which of them shows the larger number.",
+)
 
 
 def build() -> dict[str, bytes]:
-    """File name -> content: vocab.json, merges.txt, added_tokens.json, special_tokens_map.json,
-    tokenizer_config.json.
+    """Returns file name -> content: vocab.json, merges.txt, added_tokens.json,
+    special_tokens_map.json, tokenizer_config.json.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -79,8 +83,7 @@ def _added_entry(token: str) -> dict:
 
 
 def _corpus():
-    # Repeated so that the words of the chat format and of the tasks become single tokens before
-    # anything else.
+    # Repeated, so that the words of the chat format and of the tasks are merged first.
     yield from ["system\n", "user\n", "assistant\n"] * 50
     yield from [prompt.replace("{}", "") for prompt in digits.PROMPTS.values()] * 50
     yield from [
@@ -97,4 +100,4 @@ def _corpus():
         ", ",
         "], [",
     ] * 50
-    yield from _TEXT.splitlines()
+    yield from _TEXT

@@ -1,36 +1,19 @@
-"""The decoder's part of a released config.json, of Qwen2, InternLM2 or InternLM3, read into our
-dataclass.
-"""
+"""Reads the decoder's part of a released config.json: Qwen2, InternLM2 or InternLM3."""
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
+from internvl3_jax.checkpoints.hf.keys import EPSILON, LANGUAGE, bounds, read_keys
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.io import limits
 from internvl3_jax.io.strict_json import JsonError
 from internvl3_jax.io.terminal import excerpt
 
-# What a model can have at most. The largest released one has 8,192 channels, 80 layers and 151,674
-# entries; beyond these bounds a number is a slip, and the machine would be out of memory before
-# anything else said so.
-CHANNELS = {"low": 1, "high": 1 << 18}
-LAYERS = {"low": 1, "high": 1024}
-HEADS = {"low": 1, "high": 4096}
-VOCABULARY = {"low": 1, "high": 1 << 24}
-POSITIONS = {"low": 1, "high": 1 << 30}
-
-
-def bounds(range_: tuple[float, float]) -> dict[str, float]:
-    """A range of io/limits.py as arguments of `Fields.get`."""
-    return dict(zip(("low", "high"), range_, strict=True))
-
-
-EPSILON = bounds(limits.EPSILON)
-
 
 def read_language(
     values: dict, where: str = "config.json: config", *, tied: bool
 ) -> LanguageConfig:
-    """A Qwen2, InternLM2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and
-    converted 9B checkpoints say so).
+    """Reads the decoder's configuration.
+
+    A "llama" is InternLM3: transformers reads it so, and converted 9B checkpoints say so.
     """
     fields = Fields(values, where)
     fields.expect("model_type", "qwen2", "internlm2", "internlm3", "llama", default="absent")
@@ -39,7 +22,8 @@ def read_language(
     fields.expect("use_sliding_window", False)
     fields.expect("pretraining_tp", 1)
     fields.expect("use_mrope", False)
-    layers = fields.get("num_hidden_layers", int, **LAYERS)
+    sizes = read_keys(fields, LANGUAGE)
+    layers, heads, hidden = (sizes[name] for name in ("num_layers", "num_heads", "hidden_size"))
     kinds = fields.list_of("layer_types", str, [], choices=("full_attention",))
     if len(kinds) not in (0, layers):
         raise JsonError(
@@ -48,10 +32,7 @@ def read_language(
     if fields.get("moe_config", dict, None):
         fields.refuse("moe_config", "mixture of experts is not supported")
     qkv_bias, o_bias, mlp_bias = _biases(fields, family)
-    heads = fields.get("num_attention_heads", int, **HEADS)
-    kv_heads = fields.get("num_key_value_heads", int, **HEADS)
-    hidden = fields.get("hidden_size", int, **CHANNELS)
-    if heads % kv_heads:
+    if heads % sizes["num_kv_heads"]:
         fields.refuse("num_key_value_heads", f"it does not divide num_attention_heads {heads}")
     head_dim = fields.get("head_dim", int, None, low=2, high=1 << 14)
     if head_dim is None and hidden % heads:
@@ -59,23 +40,16 @@ def read_language(
             "num_attention_heads",
             f"it does not divide hidden_size {hidden}, and head_dim is missing",
         )
-    max_position = fields.get("max_position_embeddings", int, **POSITIONS)
-    theta, scaling, factor = _rope(fields, max_position)
+    theta, scaling, factor = _rope(fields, sizes["max_position"])
     fields.get("tie_word_embeddings", bool, None)
     eps = {"default": 1e-6} if family == "qwen2" else {}
     language = LanguageConfig(
-        vocab_size=fields.get("vocab_size", int, **VOCABULARY),
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
+        **sizes,
         head_dim=head_dim or hidden // heads,
-        intermediate_size=fields.get("intermediate_size", int, **CHANNELS),
         norm_eps=float(fields.get("rms_norm_eps", float, **eps, **EPSILON)),
         rope_theta=float(theta),
         rope_scaling=scaling,
         rope_factor=float(factor),
-        max_position=max_position,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -87,11 +61,11 @@ def read_language(
 
 
 def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
-    """Whether q, k and v, o, and the MLP have biases."""
+    """Returns whether q, k and v, o, and the MLP have biases."""
     if family == "qwen2":
         return True, False, False
     if family == "internlm2":
-        # Its class takes true for a missing "bias", its released models say false.
+        # Its class takes a missing "bias" for true; its released models say false.
         bias = fields.get("bias", bool)
         return bias, bias, False
     qkv_bias = fields.same(("attention_bias", "qkv_bias"), bool, default=False)
@@ -101,8 +75,9 @@ def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
 
 
 def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
-    """(theta, scaling, factor) from rope_theta and rope_scaling (transformers 4) or rope_parameters
-    (transformers 5).
+    """Returns (theta, scaling, factor) of rotary embedding.
+
+    transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters.
     """
     base, factors = bounds(limits.ROPE_THETA), bounds(limits.ROPE_FACTOR)
     blocks = [fields.fields(name, {}) for name in ("rope_parameters", "rope_scaling")]
@@ -125,7 +100,8 @@ def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
     if len(thetas) != 1 or len(kinds) > 1:
         what = f"give {sorted(thetas)} with {sorted(kinds)}" if thetas else "give no base"
         raise JsonError(
-            f"{fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one is needed"
+            f"{fields.where}: rope_theta, rope_scaling and rope_parameters together {what}; one "
+            "is needed"
         )
     scaling, factor = kinds.pop() if kinds else ("none", 1.0)
     return thetas.pop(), scaling, factor

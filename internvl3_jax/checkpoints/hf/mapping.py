@@ -1,14 +1,13 @@
-"""The one table between our parameter tree and the tensors of the two released layouts; it runs in
-both directions.
+"""The table between our parameter tree and the tensors of the two released layouts.
 
-Each row names a leaf of the tree, the shape of one layer of it, what it is called in either layout,
-and how the bytes are rearranged. A layout may keep one leaf in several tensors (q, k and v of the
-vision tower in transformers): they are joined along their first axis. `{}` is the layer's number.
-Rows whose `when` is false for a configuration do not exist for it.
+It is used in both directions. A row has a leaf of the tree, the shape of one layer, its name in
+either layout, and how the values are rearranged. A layout may store a leaf in several tensors (q, k
+and v of the vision tower in transformers), joined along their first axis. `{}` is the layer's
+number.
 
-Shapes are of one layer, without the padding of the vocabulary (see `assemble.py`): C, M, P, N
-width, inner width, pixels of a patch and positions of the vision tower; D, F, V width, inner width
-and vocabulary of the decoder; Q and K widths of its queries and keys; S width after pixel shuffle.
+Shapes are of one layer, without the vocabulary's padding (see assemble.py). Vision tower: C width,
+M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q and
+K widths of queries and keys. Projector: S width after pixel shuffle.
 """
 
 import dataclasses
@@ -21,9 +20,7 @@ from internvl3_jax.config import ModelConfig
 
 
 class Transform(enum.Enum):
-    """How a tensor in a file (joined, where it is several) becomes a leaf. The inverse is computed,
-    not written twice.
-    """
+    """How a tensor of a file, joined if several, becomes a leaf. The inverse is derived."""
 
     VECTOR = "as it is; leading axes of length 1 are dropped"
     LINEAR = "torch weight [out, in] -> kernel [in, out]"
@@ -41,165 +38,107 @@ class Row:
     when: str = ""
 
     def keys(self, layout: str, layer: int | None) -> tuple[str, ...]:
-        """The tensor names in a layout that hold this leaf (of this layer)."""
+        """Returns the names of this leaf's tensors in a layout (of one layer)."""
         patterns = (self.internvl,) if layout == "internvl" else self.hf
         return tuple(pattern.format(layer) for pattern in patterns)
 
 
-def _rows() -> list[Row]:
-    vector, linear, conv, rows = (
-        Transform.VECTOR,
-        Transform.LINEAR,
-        Transform.CONV,
-        Transform.ROWS,
-    )
+# A block starts with the prefixes of our leaf and of its names in the original layout and in
+# transformers. Columns: leaf, shape of one layer, transform, the two names, and the flag of
+# `active_rows` without which the leaf does not exist. "[qkv]" stands for three tensors.
+_TEXT = """
+vision/  vision_model.embeddings.  model.vision_tower.embeddings.
+  patch_embedding/kernel  P,C  CONV    patch_embedding.weight  patch_embeddings.projection.weight
+  patch_embedding/bias    C    VECTOR  patch_embedding.bias    patch_embeddings.projection.bias
+  class_embedding         C    VECTOR  class_embedding         cls_token
+  position_embedding      N,C  VECTOR  position_embedding      position_embeddings
+
+vision/layers/  vision_model.encoder.layers.{}.attn.  model.vision_tower.encoder.layer.{}.attention.
+  qkv/kernel    C,3C  LINEAR  qkv.weight     [qkv]_proj.weight
+  qkv/bias      3C    VECTOR  qkv.bias       [qkv]_proj.bias          qkv_bias
+  q_norm/scale  C     VECTOR  q_norm.weight  q_norm.weight            qk_norm
+  k_norm/scale  C     VECTOR  k_norm.weight  k_norm.weight            qk_norm
+  proj/kernel   C,C   LINEAR  proj.weight    projection_layer.weight
+  proj/bias     C     VECTOR  proj.bias      projection_layer.bias
+
+vision/layers/  vision_model.encoder.layers.{}.  model.vision_tower.encoder.layer.{}.
+  norm1/scale   C  VECTOR  norm1.weight  layernorm_before.weight
+  norm1/bias    C  VECTOR  norm1.bias    layernorm_before.bias    layer_norm
+  layer_scale1  C  VECTOR  ls1           lambda_1
+  norm2/scale   C  VECTOR  norm2.weight  layernorm_after.weight
+  norm2/bias    C  VECTOR  norm2.bias    layernorm_after.bias     layer_norm
+  layer_scale2  C  VECTOR  ls2           lambda_2
+
+vision/layers/  vision_model.encoder.layers.{}.mlp.  model.vision_tower.encoder.layer.{}.mlp.
+  fc1/kernel  C,M  LINEAR  fc1.weight  fc1.weight
+  fc1/bias    M    VECTOR  fc1.bias    fc1.bias
+  fc2/kernel  M,C  LINEAR  fc2.weight  fc2.weight
+  fc2/bias    C    VECTOR  fc2.bias    fc2.bias
+
+projector/  mlp1.  model.multi_modal_projector.
+  norm/scale  S    VECTOR  0.weight  layer_norm.weight
+  norm/bias   S    VECTOR  0.bias    layer_norm.bias
+  fc1/kernel  S,D  LINEAR  1.weight  linear_1.weight
+  fc1/bias    D    VECTOR  1.bias    linear_1.bias
+  fc2/kernel  D,D  LINEAR  3.weight  linear_2.weight
+  fc2/bias    D    VECTOR  3.bias    linear_2.bias
+
+language/  language_model.model.  model.language_model.
+  embedding   V,D  ROWS    embed_tokens.weight  embed_tokens.weight
+  norm/scale  D    VECTOR  norm.weight          norm.weight
+
+language/head/  language_model.lm_head.  lm_head.
+  kernel  D,V  LINEAR  weight  weight  head
+
+language/layers/  language_model.model.layers.{}.  model.language_model.layers.{}.
+  input_norm/scale  D  VECTOR  input_layernorm.weight           input_layernorm.weight
+  post_norm/scale   D  VECTOR  post_attention_layernorm.weight  post_attention_layernorm.weight
+
+language/layers/ language_model.model.layers.{}.self_attn. model.language_model.layers.{}.self_attn.
+  q/kernel  D,Q  LINEAR  q_proj.weight  q_proj.weight
+  q/bias    Q    VECTOR  q_proj.bias    q_proj.bias    language_qkv_bias
+  k/kernel  D,K  LINEAR  k_proj.weight  k_proj.weight
+  k/bias    K    VECTOR  k_proj.bias    k_proj.bias    language_qkv_bias
+  v/kernel  D,K  LINEAR  v_proj.weight  v_proj.weight
+  v/bias    K    VECTOR  v_proj.bias    v_proj.bias    language_qkv_bias
+  o/kernel  Q,D  LINEAR  o_proj.weight  o_proj.weight
+  o/bias    D    VECTOR  o_proj.bias    o_proj.bias    o_bias
+
+language/layers/  language_model.model.layers.{}.mlp.  model.language_model.layers.{}.mlp.
+  gate/kernel  D,F  LINEAR  gate_proj.weight  gate_proj.weight
+  gate/bias    F    VECTOR  gate_proj.bias    gate_proj.bias    mlp_bias
+  up/kernel    D,F  LINEAR  up_proj.weight    up_proj.weight
+  up/bias      F    VECTOR  up_proj.bias      up_proj.bias      mlp_bias
+  down/kernel  F,D  LINEAR  down_proj.weight  down_proj.weight
+  down/bias    D    VECTOR  down_proj.bias    down_proj.bias    mlp_bias
+"""
+
+
+def _parse_table(text: str) -> list[Row]:
     table = []
-
-    def row(target, shape, transform, internvl, *hf, when=""):
-        table.append(Row(target, shape, transform, internvl, hf, when))
-
-    old, new = "vision_model.embeddings.", "model.vision_tower.embeddings."
-    row(
-        "vision/patch_embedding/kernel",
-        "P C",
-        conv,
-        old + "patch_embedding.weight",
-        new + "patch_embeddings.projection.weight",
-    )
-    row(
-        "vision/patch_embedding/bias",
-        "C",
-        vector,
-        old + "patch_embedding.bias",
-        new + "patch_embeddings.projection.bias",
-    )
-    row("vision/class_embedding", "C", vector, old + "class_embedding", new + "cls_token")
-    row(
-        "vision/position_embedding",
-        "N C",
-        vector,
-        old + "position_embedding",
-        new + "position_embeddings",
-    )
-
-    ours, old, new = (
-        "vision/layers/",
-        "vision_model.encoder.layers.{}.",
-        "model.vision_tower.encoder.layer.{}.",
-    )
-    qkv = tuple(f"{new}attention.{name}_proj." for name in "qkv")
-    row(
-        ours + "qkv/kernel",
-        "C 3C",
-        linear,
-        old + "attn.qkv.weight",
-        *(name + "weight" for name in qkv),
-    )
-    row(
-        ours + "qkv/bias",
-        "3C",
-        vector,
-        old + "attn.qkv.bias",
-        *(name + "bias" for name in qkv),
-        when="qkv_bias",
-    )
-    for name in ("q_norm", "k_norm"):
-        row(
-            f"{ours}{name}/scale",
-            "C",
-            vector,
-            f"{old}attn.{name}.weight",
-            f"{new}attention.{name}.weight",
-            when="qk_norm",
-        )
-    row(
-        ours + "proj/kernel",
-        "C C",
-        linear,
-        old + "attn.proj.weight",
-        new + "attention.projection_layer.weight",
-    )
-    row(
-        ours + "proj/bias",
-        "C",
-        vector,
-        old + "attn.proj.bias",
-        new + "attention.projection_layer.bias",
-    )
-    for index, name in ((1, "layernorm_before"), (2, "layernorm_after")):
-        row(
-            f"{ours}norm{index}/scale",
-            "C",
-            vector,
-            f"{old}norm{index}.weight",
-            f"{new}{name}.weight",
-        )
-        row(
-            f"{ours}norm{index}/bias",
-            "C",
-            vector,
-            f"{old}norm{index}.bias",
-            f"{new}{name}.bias",
-            when="layer_norm",
-        )
-        row(f"{ours}layer_scale{index}", "C", vector, f"{old}ls{index}", f"{new}lambda_{index}")
-    for name, shape, bias in (("fc1", "C M", "M"), ("fc2", "M C", "C")):
-        row(
-            f"{ours}{name}/kernel",
-            shape,
-            linear,
-            f"{old}mlp.{name}.weight",
-            f"{new}mlp.{name}.weight",
-        )
-        row(f"{ours}{name}/bias", bias, vector, f"{old}mlp.{name}.bias", f"{new}mlp.{name}.bias")
-
-    new = "model.multi_modal_projector."
-    for part in ("weight", "bias"):
-        ours = "scale" if part == "weight" else "bias"
-        row(f"projector/norm/{ours}", "S", vector, f"mlp1.0.{part}", f"{new}layer_norm.{part}")
-    for name, shape, old, linear_name in (
-        ("fc1", "S D", "mlp1.1.", "linear_1."),
-        ("fc2", "D D", "mlp1.3.", "linear_2."),
-    ):
-        row(f"projector/{name}/kernel", shape, linear, old + "weight", new + linear_name + "weight")
-        row(f"projector/{name}/bias", "D", vector, old + "bias", new + linear_name + "bias")
-
-    ours, old, new = "language/", "language_model.model.", "model.language_model."
-    row(ours + "embedding", "V D", rows, old + "embed_tokens.weight", new + "embed_tokens.weight")
-    row(ours + "norm/scale", "D", vector, old + "norm.weight", new + "norm.weight")
-    row(
-        ours + "head/kernel",
-        "D V",
-        linear,
-        "language_model.lm_head.weight",
-        "lm_head.weight",
-        when="head",
-    )
-    ours, old, new = ours + "layers/", old + "layers.{}.", new + "layers.{}."
-    for name, theirs in (
-        ("input_norm", "input_layernorm"),
-        ("post_norm", "post_attention_layernorm"),
-    ):
-        row(f"{ours}{name}/scale", "D", vector, f"{old}{theirs}.weight", f"{new}{theirs}.weight")
-    shapes = {"q": ("D Q", "Q"), "k": ("D K", "K"), "v": ("D K", "K"), "o": ("Q D", "D")}
-    shapes |= {"gate": ("D F", "F"), "up": ("D F", "F"), "down": ("F D", "D")}
-    for name, (shape, bias) in shapes.items():
-        block, flag = (
-            ("self_attn", "language_qkv_bias" if name in "qkv" else "o_bias")
-            if len(name) == 1
-            else ("mlp", "mlp_bias")
-        )
-        tail = f"{block}.{name}_proj."
-        row(f"{ours}{name}/kernel", shape, linear, f"{old}{tail}weight", f"{new}{tail}weight")
-        row(f"{ours}{name}/bias", bias, vector, f"{old}{tail}bias", f"{new}{tail}bias", when=flag)
+    for block in text.strip().split("\n\n"):
+        prefixes, *lines = (line.split() for line in block.splitlines())
+        leaf_prefix, internvl_prefix, hf_prefix = prefixes
+        for leaf, shape, transform, internvl, hf, *when in lines:
+            names = [hf.replace("[qkv]", letter) for letter in "qkv"] if "[qkv]" in hf else [hf]
+            table.append(
+                Row(
+                    target=leaf_prefix + leaf,
+                    shape=shape.replace(",", " "),
+                    transform=Transform[transform],
+                    internvl=internvl_prefix + internvl,
+                    hf=tuple(hf_prefix + name for name in names),
+                    when="".join(when),
+                )
+            )
     return table
 
 
-TABLE = _rows()
+TABLE = _parse_table(_TEXT)
 
-# Constants that some versions saved with the weights; they are computed here.
+# Constants that some versions save with the weights; they are computed here.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|position_ids|relative_position_index)$")
-# Names on disk in the -hf repositories, and what current transformers calls them.
+# Names in the files of -hf repositories, and in current transformers.
 OLD_HF_NAMES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),
@@ -209,9 +148,7 @@ OLD_HF_NAMES = (
 
 
 def canonical_key(name: str, layout: str) -> str:
-    """The table's spelling of a tensor's name: older names of the transformers layout are brought
-    up to date.
-    """
+    """Returns the table's name of a tensor; older names of the transformers layout are mapped."""
     if layout == "hf":
         for old, new in OLD_HF_NAMES:
             if name.startswith(old):
@@ -219,8 +156,7 @@ def canonical_key(name: str, layout: str) -> str:
     return name
 
 
-# InternLM2's names in the original layout -> the table's. One of its tensors holds q, k and v; see
-# internlm2.py.
+# InternLM2's names in the original layout -> the table's. wqkv holds q, k and v; see internlm2.py.
 QKV = ("q_proj", "k_proj", "v_proj")
 INTERNLM2_QKV = re.compile(r"\.attention\.wqkv\.")
 INTERNLM2_NAMES = (
@@ -236,18 +172,18 @@ INTERNLM2_NAMES = (
 
 
 def internlm2_names(name: str) -> list[str]:
-    """The table's names of what a tensor of an InternLM2 model holds."""
+    """Returns the table's names of the content of an InternLM2 tensor."""
     if not name.startswith("language_model."):
         return [name]
     if INTERNLM2_QKV.search(name):
         return [INTERNLM2_QKV.sub(f".self_attn.{part}.", name) for part in QKV]
-    for theirs, tables in INTERNLM2_NAMES:
-        name = name.replace(theirs, tables)
+    for internlm2, table in INTERNLM2_NAMES:
+        name = name.replace(internlm2, table)
     return [name]
 
 
 def file_name(key: str, config: ModelConfig, layout: str) -> str:
-    """The name that a layout's files have for the table's."""
+    """Returns the name in a layout's files of a name of the table."""
     if (
         config.language.family != "internlm2"
         or layout != "internvl"
@@ -256,13 +192,13 @@ def file_name(key: str, config: ModelConfig, layout: str) -> str:
         return key
     for part in QKV:
         key = key.replace(f".self_attn.{part}.", ".attention.wqkv.")
-    for theirs, tables in INTERNLM2_NAMES:
-        key = key.replace(tables, theirs)
+    for internlm2, table in INTERNLM2_NAMES:
+        key = key.replace(table, internlm2)
     return key
 
 
 def active_rows(config: ModelConfig) -> list[Row]:
-    """The rows that exist for a configuration, in the table's order."""
+    """Returns the rows that exist for a configuration, in the table's order."""
     vision, language = config.vision, config.language
     flags = {
         "": True,
@@ -278,7 +214,7 @@ def active_rows(config: ModelConfig) -> list[Row]:
 
 
 def layers_of(row: Row, config: ModelConfig) -> int | None:
-    """How many layers a leaf stacks on its first axis, None for a leaf without one."""
+    """Returns the number of layers on a leaf's first axis, None for a leaf without layers."""
     if "/layers/" not in row.target:
         return None
     return (
@@ -287,7 +223,7 @@ def layers_of(row: Row, config: ModelConfig) -> int | None:
 
 
 def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of one layer of the leaf, vocabulary not padded."""
+    """Returns the shape of one layer of a leaf, without padding."""
     vision, language = config.vision, config.language
     axes = {
         "P": 3 * vision.patch_size**2,
@@ -306,7 +242,7 @@ def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
 
 
 def source_shape(row: Row, config: ModelConfig, layout: str) -> tuple[int, ...]:
-    """Shape of each tensor in a file that holds (a part of) one layer of the leaf."""
+    """Returns the shape of each tensor that holds (a part of) one layer of a leaf."""
     shape = leaf_shape(row, config)
     parts = 1 if layout == "internvl" else len(row.hf)
     if row.transform is Transform.CONV:
@@ -322,7 +258,7 @@ def source_shape(row: Row, config: ModelConfig, layout: str) -> tuple[int, ...]:
 
 
 def to_leaf(row: Row, tensors: list[np.ndarray], config: ModelConfig) -> np.ndarray:
-    """The tensors of one layer -> that layer of the leaf. May return a view."""
+    """Converts the tensors of one layer to that layer of the leaf. May return a view."""
     tensor = (
         tensors[0]
         if len(tensors) == 1
@@ -336,9 +272,7 @@ def to_leaf(row: Row, tensors: list[np.ndarray], config: ModelConfig) -> np.ndar
 
 
 def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> list[np.ndarray]:
-    """One layer of a leaf -> the tensors a layout keeps it in, contiguous; the exact inverse of
-    `to_leaf`.
-    """
+    """Converts one layer of a leaf to a layout's contiguous tensors; the inverse of `to_leaf`."""
     if row.transform is Transform.LINEAR:
         leaf = leaf.T
     elif row.transform is Transform.CONV:
@@ -353,7 +287,5 @@ def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> l
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The array as unsigned integers of its width: numpy moves those many times faster than
-    bfloat16.
-    """
+    """Returns the array as unsigned integers, which numpy moves much faster than bfloat16."""
     return array.view(f"u{array.dtype.itemsize}")

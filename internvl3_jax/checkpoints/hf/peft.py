@@ -11,15 +11,11 @@ Read from three adapters with an a each, it has all three, and thrice the rank.
 """
 
 import collections
-import json
-import math
 import pathlib
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from internvl3_jax.checkpoints.adapters import Adapter
 from internvl3_jax.checkpoints.hf.assemble import (
@@ -28,7 +24,6 @@ from internvl3_jax.checkpoints.hf.assemble import (
     Plan,
     fill_leaf,
     layer_numbers,
-    leaf_tensors,
     padded_shape,
 )
 from internvl3_jax.checkpoints.hf.mapping import (
@@ -42,8 +37,8 @@ from internvl3_jax.checkpoints.hf.mapping import (
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS, Settings, ends_with, settings_of
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
 from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
-from internvl3_jax.checkpoints.storage import by_path, nest
-from internvl3_jax.config import LoraConfig, ModelConfig
+from internvl3_jax.checkpoints.storage import nest
+from internvl3_jax.config import ModelConfig
 from internvl3_jax.io.checkpoint_paths import PEFT
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.model import lora
@@ -53,126 +48,18 @@ LAYOUTS = ("internvl", "hf")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
-def write_peft(
-    directory: pathlib.Path,
-    own: Mapping,
-    config: LoraConfig,
-    model: ModelConfig,
-    layout: str,
-    base: str,
-) -> dict[str, np.ndarray]:
-    """Writes what a LoRA run trained, or an adapter of scale 1, as PEFT does; returns the tensors.
-
-    own: "lora" with a and b as they are trained, and parameters trained whole. base: what
-        adapter_config.json calls the model.
-    """
-    _check_names(model, layout)
-    rows = {row.target: row for row in active_rows(model)}
-    tensors, ranks = {}, {}
-    for path, (a, b) in _pairs(own[lora.SUBTREE]).items():
-        row = rows[f"{path}/kernel"]
-        ranks[row] = a.shape[-1]
-        for layer in layer_numbers(row, model):
-            modules = [name.removesuffix(".weight") for name in row.keys(layout, layer)]
-            down, up = (part if layer is None else part[layer] for part in (a, b))
-            for module, columns in zip(modules, np.split(up, len(modules), axis=1), strict=True):
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(down.T)
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(columns.T)
-    whole = _whole_tensors(lora.base_params(own), rows, model, layout)
-    tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / PEFT).write_text(
-        json.dumps(_config(config, ranks, whole, layout, base), indent=2) + "\n"
-    )
-    return tensors
-
-
-def _check_names(model: ModelConfig, layout: str) -> None:
+def check_names(model: ModelConfig, layout: str) -> None:
     if model.language.family == "internlm2" and layout == "internvl":
         raise ConversionError(
-            "InternLM2's original code has q, k and v in one interleaved matrix, for which adapters are not read or written; use the hf "
+            "InternLM2's original code has q, k and v in one interleaved matrix, for which "
+            "adapters are not read or written; use the hf "
             "layout, or merge"
         )
 
 
-def _pairs(adapters: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Layer's path -> (a, b) as float32."""
-    leaves = by_path(adapters)
-    names = sorted({path.rpartition("/")[0] for path in leaves})
-    return {
-        name: tuple(np.asarray(leaves[f"{name}/{part}"], np.float32) for part in "ab")
-        for name in names
-    }
-
-
-def _whole_tensors(
-    whole: Mapping, rows: Mapping[str, Row], model: ModelConfig, layout: str
-) -> dict[str, np.ndarray]:
-    """Tensors of what was trained whole. ConversionError where they are not all of some torch
-    modules, which is all PEFT can take.
-    """
-    if model.language.tie_embeddings and "language/embedding" in by_path(whole):
-        raise ConversionError(
-            "a tied embedding that was trained whole has no place in a PEFT adapter; merge the run instead"
-        )
-    tensors = {}
-    for path, leaf in by_path(whole).items():
-        tensors |= dict(leaf_tensors(model, rows[path], np.asarray(leaf, np.float32), layout))
-    modules = {_module(name) for name in tensors}
-    for row in active_rows(model):
-        for layer in layer_numbers(row, model):
-            for name in row.keys(layout, layer):
-                if _module(name) in modules and name not in tensors:
-                    raise ConversionError(
-                        f"PEFT keeps whole modules: {_module(name)} was trained but for {name}; merge the run instead"
-                    )
-    return tensors
-
-
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
     """The torch module that holds a tensor."""
     return name.rpartition(".")[0]
-
-
-def _config(
-    config: LoraConfig, ranks: Mapping[Row, int], whole: Mapping, layout: str, base: str
-) -> dict:
-    other = {
-        _suffix(name): rank
-        for row, rank in ranks.items()
-        if rank != config.rank
-        for name in row.keys(layout, "")
-    }
-    root = math.sqrt if config.rslora else float
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "target_modules": sorted({_suffix(name) for row in ranks for name in row.keys(layout, "")}),
-        "modules_to_save": sorted({_module(name) for name in whole}) or None,
-        "rank_pattern": other,
-        "alpha_pattern": {name: lora.scale(config) * root(rank) for name, rank in other.items()},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-
-
-def _suffix(name: str) -> str:
-    """What the layer is called in every block: "self_attn.q_proj" of
-    "language_model.model.layers..self_attn.q_proj.weight".
-    """
-    return _module(name).rpartition("..")[2]
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 class _Named(NamedTuple):
@@ -199,7 +86,8 @@ def read_peft(
     for name, info in source.infos().items():
         if info.dtype not in DTYPES:
             raise ConversionError(
-                f"{directory / WEIGHTS}: {one_line(name)} is {info.dtype}; expected one of {', '.join(DTYPES)}"
+                f"{directory / WEIGHTS}: {one_line(name)} is {info.dtype}; expected one of "
+                f"{', '.join(DTYPES)}"
             )
     if not allow_nonfinite:
         refuse_nonfinite((name, source.read(name)) for name in source.infos())
@@ -208,7 +96,7 @@ def read_peft(
         key=lambda named: len(named.unknown),
     )
     if named.unknown:
-        _check_names(
+        check_names(
             model,
             "internvl"
             if any("wqkv" in name or "feed_forward" in name for name in named.unknown)
@@ -216,7 +104,8 @@ def read_peft(
         )
         raise ConversionError(
             f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as "
-            f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, with the layers of the original layout or of "
+            f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, "
+            "with the layers of the original layout or of "
             f"transformers'"
         )
     layers = {}
@@ -245,7 +134,7 @@ def _check_complete(
         adapts = lora.LINEAR.fullmatch(row.target.removesuffix("/kernel"))
         for layer in layer_numbers(row, model):
             for key in row.keys(named.layout, layer):
-                module = _module(key)
+                module = module_of(key)
                 if (
                     adapts
                     and key not in named.factors
@@ -258,7 +147,8 @@ def _check_complete(
                     missing.append(key)
     if missing:
         raise ConversionError(
-            f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says were trained (target_modules, "
+            f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says "
+            "were trained (target_modules, "
             f"modules_to_save), such as {', '.join(missing[:5])}; save the adapter again"
         )
 
@@ -376,7 +266,8 @@ def _check_shapes(
         if (found := tuple(source.infos()[name].shape)) != expected:
             grown = "V" in row.shape.split() and found[1:] == expected[1:]
             why = (
-                "; its vocabulary was resized, so give the base whose embeddings were resized as well"
+                "; its vocabulary was resized, so give the base whose embeddings were resized as "
+                "well"
                 if grown
                 else ""
             )

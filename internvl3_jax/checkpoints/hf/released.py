@@ -22,12 +22,9 @@ import numpy as np
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
 from internvl3_jax.checkpoints.hf.assemble import (
-    DTYPES,
     ConversionError,
     Plan,
     Source,
-    cast,
-    check_params,
     fill_leaf,
     fill_parts,
     has_head,
@@ -41,7 +38,6 @@ from internvl3_jax.checkpoints.hf.config import from_hf, layout_of, processor_fr
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
-from internvl3_jax.checkpoints.hf.values import nonfinite, refuse_nonfinite
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
 from internvl3_jax.data.text.chat_template import TEMPLATES
@@ -153,43 +149,6 @@ class Released:
         return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
 
-@dataclasses.dataclass
-class Converted:
-    """A checkpoint of ours."""
-
-    directory: pathlib.Path
-    config: ModelConfig
-    processor: ProcessorConfig
-    tokenizer: Tokenizer
-    files: dict[str, bytes]
-    reader: storage.TreeReader
-    target: np.dtype
-    hashes: dict[str, str]
-    allow_nonfinite: bool = False
-
-    @property
-    def dtype(self) -> str:
-        return self.target.name
-
-    def leaf(
-        self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
-    ) -> np.ndarray:
-        leaf = self.reader.read(row.target)
-        if not self.allow_nonfinite and nonfinite(leaf):
-            names = self.reader.names
-            refuse_nonfinite(
-                (name, leaf if name == row.target else self.reader.read(name)) for name in names
-            )
-        if leaf.dtype != self.target:
-            leaf = cast(leaf, self.target, row.target)
-        if hashes is not None:
-            hashes.add_leaf(self.config, row, leaf)
-        return leaf
-
-    def hash_leaf(self, row: Row, hashes: Hashes) -> None:
-        self.leaf(row, hashes)
-
-
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """((start, stop), ...) of each dimension"""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -282,7 +241,8 @@ def open_released(
     processor = processor_from_hf(values, pictures, place)
     if processor.template not in TEMPLATES:
         raise ConversionError(
-            f"{place}config.json: template {excerpt(processor.template)} is unknown; supported: {', '.join(TEMPLATES)}"
+            f"{place}config.json: template {excerpt(processor.template)} is unknown; supported: "
+            f"{', '.join(TEMPLATES)}"
         )
     check_vocabulary(config, tokenizer, directory)
     tensors = table_source(tensors, config.language, layout)
@@ -304,8 +264,10 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, directory: pathl
     rows = config.language.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocab_size is {rows:,}; tokens were added to the "
-            f"tokenizer alone, so resize the model's embeddings where that was done, or take the tokenizer that the model came with"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's "
+            f"vocab_size is {rows:,}; tokens were added to the "
+            "tokenizer alone, so resize the model's embeddings where that was done, or take the "
+            "tokenizer that the model came with"
         )
 
 
@@ -320,7 +282,8 @@ def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> M
             f"{name.replace('/', '.')} ({said[name]} and {kept[name]})" for name in wrong
         )
         raise ValueError(
-            f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove {MANIFEST} if config.json is right"
+            f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove "
+            f"{MANIFEST} if config.json is right"
         )
     return ours
 
@@ -330,40 +293,3 @@ def _plain(config: ModelConfig) -> dict:
     values = to_dict(config)
     values["vision"] |= {name: str(values["vision"][name]) for name in ("mean", "std")}
     return values
-
-
-def open_converted(
-    directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, allow_nonfinite: bool
-) -> Converted:
-    manifest = Manifest.read(directory)
-    reader = storage.TreeReader(
-        directory / "params", [row.target for row in active_rows(manifest.model)]
-    )
-    check_params(manifest.model, reader.infos)
-    names = sorted({info.dtype.name for info in reader.infos.values()})
-    if dtype is None and len(names) > 1:
-        raise ConversionError(
-            f"{directory} holds parameters of several dtypes ({', '.join(names)}); name one with --dtype"
-        )
-    tokenizer = Tokenizer.from_directory(directory)
-    check_vocabulary(manifest.model, tokenizer, directory)
-    compare(
-        manifest.fingerprint,
-        fingerprint(manifest.model, manifest.processor, tokenizer, "+".join(names)),
-        str(directory),
-        accept_fingerprint,
-    )
-    target = DTYPES[dtype or names[0]]
-    hashes = manifest.hashes if [target.name] == names else {}
-    files = travelling_files(directory)
-    return Converted(
-        directory,
-        manifest.model,
-        manifest.processor,
-        tokenizer,
-        files,
-        reader,
-        target,
-        hashes,
-        allow_nonfinite,
-    )

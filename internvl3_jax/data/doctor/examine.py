@@ -1,69 +1,50 @@
-"""Reads every sample of a training mixture once, before training does, and says what is wrong with
-which.
+"""Reads and encodes every row of the training data and collects what is wrong with each."""
 
-    python -m internvl3_jax.data.doctor META --tokenizer CHECKPOINT [--tokens_per_row 16384] [--tiles_per_row 48]
-
-It opens and decodes all pictures and videos, counts tags, tiles and tokens, and encodes every
-conversation as training will. Of a video it takes the largest number of frames. It prints a table
-and writes report.json, histogram.png and errors.tsv to META.doctor or another folder; errors.tsv
-can be given to training as data.exclude_file. The exit status is 1 if there are errors.
-
-Errors: a row, picture or video that cannot be read; tags that do not match the pictures; roles that
-do not take turns; nothing to learn; more tokens or tiles than a row holds (with --overlong truncate
-or drop: a warning). Warnings: ids that occur twice; empty answers; a length in the meta JSON that
-is not the number of rows.
-"""
-
-import argparse
 import collections
 import dataclasses
 import datetime
 import multiprocessing
-import os
 import pathlib
 import platform
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from internvl3_jax.config import TILE_RULES, DataConfig, ProcessorConfig, from_dict
-from internvl3_jax.data.doctor.report import claim_folder, report_folder, summary, write_report
-from internvl3_jax.data.doctor.table import print_report
+from internvl3_jax.config import DataConfig, ProcessorConfig
+from internvl3_jax.data.doctor.report import claim_folder, summary, write_report
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.pairs import PairError
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.mixture import Selection
 from internvl3_jax.data.sources.row_fields import is_empty_answer
+from internvl3_jax.data.sources.row_turns import VIDEO_TAG
+from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message
 from internvl3_jax.data.text.tokenizer import Tokenizer
-from internvl3_jax.data.truncation import RULES, TooLong
-from internvl3_jax.io import command_line
-from internvl3_jax.io.checkpoint_paths import MANIFEST, resolve_checkpoint
-from internvl3_jax.io.strict_json import read_object
+from internvl3_jax.data.truncation import TooLong
 from internvl3_jax.io.terminal import one_line
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 LONGEST = 1000  # characters of a reason
-CHUNK = 64  # rows that a worker takes at a time
+CHUNK = 64  # rows per task of a worker
 
 
 @dataclasses.dataclass
 class Finding:
-    """What is known of one sample. tokens and tiles are 0 if it cannot be read."""
+    """The result of examining one row. tokens and tiles are 0 if it cannot be read."""
 
     row: int
     tokens: int = 0
     tiles: int = 0
-    pictures: int = 0
+    images: int = 0
     id: str | None = None
     error: str = ""  # one line
     warning: str = ""
     has_empty_answer: bool = False
+    literal_tags: int = 0  # <image> and <video> of human turns without an image for them
 
 
 class Examiner:
-    """Examines rows; every worker process has its own."""
+    """Examines rows; each worker process has its own."""
 
     def __init__(
         self,
@@ -72,43 +53,56 @@ class Examiner:
         tokenizer: Tokenizer,
         sources: list | None = None,
     ):
-        # Videos at their longest.
-        self.preparer = ExampleBuilder(
+        # Videos have their largest number of frames.
+        self.builder = ExampleBuilder(
             dataclasses.replace(config, min_frames=config.max_frames), processor, tokenizer
         )
         with warnings.catch_warnings():
-            # the main process reports what opening the sources warns of
+            # The main process reports these warnings.
             warnings.simplefilter("ignore")
             self.sources = open_sources(config) if sources is None else sources
 
     def examine(self, number: int, row: int) -> Finding:
-        finding, preparer = Finding(row), self.preparer
+        """Reads and encodes a row as training does."""
+        finding, builder = Finding(row), self.builder
         try:
-            conversation = preparer.read(self.sources[number], row, np.random.default_rng((0, row)))
-            tiles = preparer.count(conversation)
-            whole = preparer.encode_all(conversation.messages, tiles)
-            finding.id, finding.pictures = conversation.id, len(tiles)
+            conversation = builder.read(self.sources[number], row, np.random.default_rng((0, row)))
+            tiles = builder.count(conversation)
+            full = builder.encode_all(conversation.messages, tiles)
+            finding.id, finding.images = conversation.id, len(tiles)
             finding.has_empty_answer = is_empty_answer(conversation.messages)
-            finding.tokens, finding.tiles = len(whole.tokens), sum(tiles)
-            encoded, kept = preparer.encode(conversation, tiles)
-            if preparer.config.pairs:
-                finding.tokens += len(preparer.rejected(conversation, encoded).tokens)
-            if len(encoded.tokens) < len(whole.tokens):
-                finding.warning = f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} pictures"
+            finding.literal_tags = literal_tags(conversation.messages, len(tiles))
+            finding.tokens, finding.tiles = len(full.tokens), sum(tiles)
+            encoded, kept = builder.encode(conversation, tiles)
+            if builder.config.pairs:
+                finding.tokens += len(builder.rejected(conversation, encoded).tokens)
+            if len(encoded.tokens) < len(full.tokens):
+                finding.warning = (
+                    f"cut from {len(full.tokens):,} to {len(encoded.tokens):,} tokens, "
+                    f"{len(tiles)} to {kept} images"
+                )
         except Exception as error:
-            # a row that a decoder trips over is an error of that row, and not the end of the
-            # examination
-            if isinstance(error, TooLong) and preparer.config.overlong == "drop":
-                finding.warning = _told(error)
+            # Whatever a decoder raises is an error of that row and does not end the examination.
+            if isinstance(error, TooLong) and builder.config.overlong == "drop":
+                finding.warning = _describe(error)
             else:
-                finding.error = _told(error)
-            if isinstance(error, PairError) and not preparer.config.pairs:
-                finding.error += "; for the doctor: give --pairs"
+                finding.error = _describe(error)
+            if isinstance(error, PairError) and not builder.config.pairs:
+                finding.error += "; run the doctor with --pairs"
         return finding
 
 
-def _told(error: Exception) -> str:
-    """One line of an error, without what could drive a terminal."""
+def literal_tags(messages: Sequence[Message], images: int) -> int:
+    """Counts the tags of human turns that stay text: those beyond the number of images, videos."""
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    image_tags, video_tags = (
+        sum(content.count(tag) for content in contents) for tag in (IMAGE_TAG, VIDEO_TAG)
+    )
+    return max(0, image_tags - images) + video_tags
+
+
+def _describe(error: Exception) -> str:
+    """Describes an error in one line, without control characters of terminals."""
     known = isinstance(error, ValueError | OSError)
     text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
     return (
@@ -117,7 +111,7 @@ def _told(error: Exception) -> str:
 
 
 def examine_all(examiner: Examiner, workers: int) -> Iterator[tuple[int, list[Finding]]]:
-    """(source number, findings) of all rows that training reads, in order, a chunk at a time."""
+    """Yields (source number, findings) of all rows that training reads, in order, in chunks."""
     tasks = []
     for number, source in enumerate(examiner.sources):
         rows = len(Selection(number, len(source), min(1.0, source.repeat)))
@@ -147,14 +141,15 @@ def _examine_chunk(task: tuple[int, range]) -> tuple[int, list[Finding]]:
 
 
 class Summary:
-    """Gathers the findings of one source."""
+    """Collects the findings of one source."""
 
     def __init__(self, name: str, rows: int):
         self.name, self.rows = name, rows
-        self.tokens, self.tiles, self.pictures = [], [], 0
+        self.tokens, self.tiles, self.images = [], [], 0
         self.errors: list[tuple[str, int, str]] = []
         self.warnings: list[tuple[int, str]] = []
         self.empty_answers: list[int] = []
+        self.literal_tags: list[int] = []  # rows
         self.ids: collections.Counter = collections.Counter()
 
     def add(self, finding: Finding) -> None:
@@ -167,7 +162,9 @@ class Summary:
             self.tiles.append(finding.tiles)
         if finding.has_empty_answer:
             self.empty_answers.append(finding.row)
-        self.pictures += finding.pictures
+        if finding.literal_tags:
+            self.literal_tags.append(finding.row)
+        self.images += finding.images
         if finding.id is not None:
             self.ids[finding.id] += 1
 
@@ -177,11 +174,13 @@ class Summary:
             "rows": self.rows,
             "errors": len(self.errors),
             "shortened_or_dropped": len(self.warnings),
-            "pictures": self.pictures,
+            "images": self.images,
             "tokens": summary(np.asarray(self.tokens, np.int64)),
             "tiles": summary(np.asarray(self.tiles, np.int64)),
             "empty_answers": len(self.empty_answers),
             "first_empty_answers": self.empty_answers[:10],
+            "literal_tags": len(self.literal_tags),
+            "first_literal_tags": self.literal_tags[:10],
             "duplicate_ids": len(duplicates),
             "first_duplicate_ids": dict(list(duplicates.items())[:10]),
             "first_errors": [{"row": row, "reason": reason} for _, row, reason in self.errors[:10]],
@@ -234,127 +233,3 @@ def examine(
     ]
     write_report(pathlib.Path(folder), report, errors, *numbers)
     return report
-
-
-def read_processor(directory: str | os.PathLike, max_tiles: int | None) -> ProcessorConfig:
-    """That of a converted checkpoint, or the released models' for a directory of a tokenizer alone."""
-    path = pathlib.Path(directory) / MANIFEST
-    processor = ProcessorConfig()
-    if path.is_file():
-        processor = from_dict(
-            ProcessorConfig, read_object(path).get("processor", dict), f"{path}: processor"
-        )
-    return processor if max_tiles is None else dataclasses.replace(processor, max_tiles=max_tiles)
-
-
-def find_tokenizer(path: str) -> pathlib.Path:
-    """The directory that a user means: one with a tokenizer's files, or what `resolve_checkpoint`
-    finds.
-    """
-    directory = pathlib.Path(os.path.expanduser(path))
-    if any((directory / name).is_file() for name in TOKENIZER_FILES):
-        return directory
-    return resolve_checkpoint(path)
-
-
-def whole(low: int, high: int = 2**31 - 1):
-    """argparse's type of a whole number within bounds."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-
-    return parse
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = command_line.Parser("doctor", description=__doc__)
-    flag = parser.add_argument
-    flag("meta", help="meta JSON")
-    flag(
-        "--tokenizer",
-        required=True,
-        help="checkpoint, training run, released model, hub id, or a tokenizer's directory",
-    )
-    flag(
-        "--max_tiles",
-        type=whole(1, 1024),
-        help="tiles of an image, or of a sample's images together; see --tiles (the checkpoint's)",
-    )
-    flag(
-        "--tiles",
-        default=DataConfig.tiles,
-        choices=TILE_RULES,
-        help="as data.tiles: whose the limit is (%(default)s)",
-    )
-    flag(
-        "--tokens_per_row",
-        type=whole(1),
-        default=DataConfig.tokens_per_row,
-        help="as data.tokens_per_row (%(default)s)",
-    )
-    flag(
-        "--tiles_per_row",
-        type=whole(0),
-        default=DataConfig.tiles_per_row,
-        help="as data.tiles_per_row (%(default)s)",
-    )
-    flag(
-        "--max_frames",
-        type=whole(1, 100_000),
-        default=DataConfig.max_frames,
-        help="of a video (%(default)s)",
-    )
-    flag(
-        "--max_image_pixels",
-        type=whole(0),
-        default=DataConfig.max_image_pixels,
-        help="as data.max_image_pixels (%(default)s)",
-    )
-    flag(
-        "--allow_truncated",
-        action="store_true",
-        help="as data.allow_truncated: images whose end is missing are used",
-    )
-    flag(
-        "--overlong",
-        default=DataConfig.overlong,
-        choices=RULES,
-        help="as data.overlong (%(default)s)",
-    )
-    flag(
-        "--pairs",
-        action="store_true",
-        help="as data.pairs: rows are a question, a chosen and a rejected answer",
-    )
-    flag("--workers", type=whole(0, 1024), default=0, help="processes; 0: this one")
-    flag("--report", help="folder to write to (META.doctor, where training looks)")
-    options = parser.parse_args(arguments)
-    return command_line.call(lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # a terminal that cannot show a name shows its code
-            stream.reconfigure(errors="backslashreplace")
-    config = DataConfig(
-        source=options.meta,
-        tokenizer=options.tokenizer,
-        tokens_per_row=options.tokens_per_row,
-        tiles_per_row=options.tiles_per_row,
-        tiles=options.tiles,
-        max_frames=options.max_frames,
-        max_image_pixels=options.max_image_pixels,
-        allow_truncated=options.allow_truncated,
-        overlong=options.overlong,
-        pairs=options.pairs,
-    )
-    folder = os.path.expanduser(options.report) if options.report else report_folder(options.meta)
-    found = find_tokenizer(options.tokenizer)
-    processor = read_processor(found, options.max_tiles)
-    report = examine(config, processor, Tokenizer.from_directory(found), folder, options.workers)
-    print_report(report, folder)
-    return 1 if report["errors"] else 0

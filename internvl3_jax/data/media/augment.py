@@ -1,4 +1,4 @@
-"""The one augmentation of InternVL's training: JPEG recompression."""
+"""JPEG recompression, the only augmentation of InternVL's training."""
 
 import io
 
@@ -9,10 +9,10 @@ QUALITIES = range(75, 101)
 
 
 def recompress(tiles: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Tiles u8[n,S,S,3], each written as JPEG and read again, at a quality of its own drawn
-    uniformly from 75..100.
+    """Writes each tile of u8[n, S, S, 3] as JPEG and reads it again.
 
-    As in the reference, but for video frames: there it comes before the frame is resized to a tile.
+    The quality of each is sampled uniformly from 75..100. InternVL's code does the same, but
+    recompresses a video frame before it is resized to a tile.
     """
     qualities = rng.integers(QUALITIES.start, QUALITIES.stop, len(tiles))
     return np.stack(

@@ -1,23 +1,24 @@
-"""Opening pictures: whatever holds one becomes an RGB image with the pixels the released model
-sees, or a clear error.
+"""Opens images of any kind as RGB images with the pixels that the released model sees.
 
-The rule is Pillow's `convert("RGB")`, as in the InternVL code, with these decisions on top:
+The rule is Pillow's `convert("RGB")`, as in the InternVL code, with these decisions:
 
-  transparency           dropped: a transparent pixel shows the colour stored beneath it, no background is blended in
-  palette, CMYK, 1-bit   as Pillow converts them
-  16-bit greyscale       the high byte, which is what Pillow keeps of 16-bit colour too. Pillow itself clips 16-bit grey at 255,
-                         which turns most pictures white. 12-bit data in 16-bit files is for the
-                         caller to stretch.
-  32-bit integer, float  refused: their range is unknown
-  several frames, pages  the first one, unless `frame` says which; a GIF can also be read as a video
-  (video.py)
-  EXIF orientation       ignored, as the released code does, unless asked for; Pillow itself always turns TIFF files
-  formats                those that hold pixels; EPS, PostScript, WMF and the like are refused, whatever the file is called: Pillow
-                         hands them to other programs
-  PNG texts, profiles    of any size are passed over; Pillow alone refuses files with more than 1 MB
-  truncated files        refused, unless `allow_truncated` (the official trainer allows them)
-  very large files       refused above `max_pixels`, by default PIL.Image.MAX_IMAGE_PIXELS: 89 million unless changed (no limit in
-                         the official trainer)
+  transparency          dropped: a transparent pixel has the color stored beneath it, without a
+                        background
+  palette, CMYK, 1-bit  as Pillow converts them
+  16-bit grayscale      the high byte, which Pillow also keeps of 16-bit color; Pillow itself clips
+                        16-bit gray at 255, so that most images become white. 12-bit data in 16-bit
+                        files has to be scaled by the caller
+  32-bit integer,       refused: their range is unknown
+    float
+  several frames        the first one, unless `frame` says which; a GIF can also be a video
+                        (video.py)
+  EXIF orientation      ignored by default, as in the released code; Pillow always turns TIFF files
+  formats               those that hold pixels; EPS, PostScript, WMF and the like are refused,
+                        whatever their name: Pillow passes them to other programs
+  PNG texts, profiles   of any size are skipped; Pillow refuses files with more than 1 MB
+  truncated files       refused, unless `allow_truncated` (InternVL's trainer accepts them)
+  very large files      refused above `max_pixels`, by default PIL.Image.MAX_IMAGE_PIXELS, 89
+                        million (InternVL's trainer has no limit)
 """
 
 import contextlib
@@ -36,28 +37,29 @@ from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.safe_files import FileError, open_regular, read_bytes, reason
 from internvl3_jax.io.terminal import one_line, short_name
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit, for programs that want a number
-# Formats that deliver 16-bit greyscale as 32-bit integers.
+MAX_PIXELS = 89_478_485  # Pillow's default limit
 MAX_REMOTE_BYTES = 512 << 20  # of an image in object storage, which is read at once
-WIDE_GREY_FORMATS = ("PNG", "PPM")
+# Formats whose 16-bit grayscale Pillow returns as 32-bit integers.
+WIDE_GRAY_FORMATS = ("PNG", "PPM")
 
-# Pillow refuses twice MAX_IMAGE_PIXELS and warns below that; the warning is an exception where
-# warnings are errors.
+# Pillow refuses twice MAX_IMAGE_PIXELS and warns below that. The warning is raised where warnings
+# are errors.
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 TOO_LARGE_REMEDY = (
-    "scale it down, or, if you trust it, raise the limit: --max_image_pixels of the programs, data.max_image_pixels in training, "
-    "max_image_pixels of Chat, max_pixels of open_image; 0 is no limit"
+    "scale it down, or, if you trust it, raise the limit: --max_image_pixels of the programs, "
+    "data.max_image_pixels in training, max_image_pixels of Chat, max_pixels of open_image; 0 is "
+    "no limit"
 )
 TRUNCATED_REMEDY = (
-    "fetch it again, or accept such files: data.allow_truncated in training, --allow_truncated of the programs, "
-    "allow_truncated of open_image"
+    "fetch it again, or accept such files: data.allow_truncated in training, --allow_truncated of "
+    "the programs, allow_truncated of open_image"
 )
 
 Source = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. The message names it, says why, and says what to do."""
+    """An image that cannot be used. The message names it, the reason and the remedy."""
 
 
 def open_image(
@@ -69,20 +71,20 @@ def open_image(
     max_pixels: int | None = None,
     allow_truncated: bool = False,
 ) -> Image.Image:
-    """An RGB image of its own memory, decoded completely.
+    """Opens and decodes an image; returns it in RGB, with memory of its own.
 
     Args:
-      source: a path, the bytes of a file, an open binary file (read from its beginning), a PIL
-          image (its current frame), or an
-        array: u8[H, W], u8[H, W, 1], u8[H, W, 3], u8[H, W, 4] or u16[H, W].
-      apply_exif: turn the picture as its EXIF orientation says.
-      frame: which frame of an animation or page of a document, from 0; the first one when None.
-      name: what errors call the picture; by default its path, or a description.
-      max_pixels: files with more are refused; None: PIL.Image.MAX_IMAGE_PIXELS, 0: no limit.
-      allow_truncated: a file whose end is missing gives what is there, the rest is gray.
+      source: A path, the bytes of a file, an open binary file (read from its beginning), a PIL
+        image (its current frame), or an array u8[H, W], u8[H, W, 1], u8[H, W, 3], u8[H, W, 4] or
+        u16[H, W].
+      apply_exif: Whether the image is turned as its EXIF orientation says.
+      frame: Number of a frame of an animation or page of a document, from 0; None takes the first.
+      name: What errors call the image; by default its path, or a description.
+      max_pixels: Files with more are refused. None takes PIL.Image.MAX_IMAGE_PIXELS, 0 is no limit.
+      allow_truncated: Whether the missing end of a file becomes gray instead of an error.
 
     Raises:
-      ImageError: if there is no readable picture.
+      ImageError: The image cannot be read.
     """
     name = short_name(name or _describe(source))
     if isinstance(source, np.ndarray):
@@ -92,7 +94,8 @@ def open_image(
         if isinstance(source, Image.Image):
             if source.format is not None and source.format not in FORMATS:
                 raise ImageError(
-                    f"{name}: is {one_line(source.format)}, not an image of pixels; convert it to PNG or JPEG"
+                    f"{name}: is {one_line(source.format)}, not an image of pixels; convert it to "
+                    f"PNG or JPEG"
                 )
             return _decode(source, apply_exif, frame, name)
         image = opened.enter_context(_identify(_open_file(source, name, opened), name))
@@ -101,7 +104,7 @@ def open_image(
 
 
 def check_pixels(width: int, height: int, limit: int | None, name: str) -> None:
-    """ImageError if there are more than `limit` pixels; None and 0: no limit."""
+    """Raises ImageError if there are more than `limit` pixels; None and 0 are no limit."""
     if limit and width * height > limit:
         raise ImageError(
             f"{name}: {width} x {height} pixels are more than {limit:,}; {TOO_LARGE_REMEDY}"
@@ -112,11 +115,11 @@ def _describe(source) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source) if source else "''"
     if isinstance(source, bytes):
-        return f"picture of {len(source)} bytes"
+        return f"image of {len(source)} bytes"
     if isinstance(source, Image.Image):
         return (
             getattr(source, "filename", "")
-            or f"{source.mode} picture of {source.width} x {source.height} pixels"
+            or f"{source.mode} image of {source.width} x {source.height} pixels"
         )
     if isinstance(source, np.ndarray):
         return f"array {source.dtype}{list(source.shape)}"
@@ -126,11 +129,12 @@ def _describe(source) -> str:
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    colour = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4)
-    grey = array.dtype in (np.uint8, np.uint16) and array.ndim == 2
-    if not colour and not grey:
+    color = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4)
+    gray = array.dtype in (np.uint8, np.uint16) and array.ndim == 2
+    if not color and not gray:
         raise ImageError(
-            f"{name}: is no picture array; give uint8 [height, width, 3] with values from 0 to 255, channels last"
+            f"{name}: is no image array; give uint8 [height, width, 3] with values from 0 to 255, "
+            f"channels last"
         )
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels; give at least one row and one column")
@@ -138,7 +142,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
-    """A binary file of a path, bytes or binary file; `opened` closes what is opened here."""
+    """Opens a path, bytes or binary file as a binary file; `opened` closes it."""
     if isinstance(source, (str, os.PathLike)) and is_remote(source):
         try:
             return io.BytesIO(read_bytes(source, max_bytes=MAX_REMOTE_BYTES))
@@ -156,7 +160,8 @@ def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
         return io.BytesIO(source)
     if not hasattr(source, "read"):
         raise ImageError(
-            f"{name}: not something to open; give a path, bytes, a binary file, a PIL image or a numpy array"
+            f"{name}: not something to open; give a path, bytes, a binary file, a PIL image or a "
+            f"numpy array"
         )
     if isinstance(source, io.TextIOBase):
         raise ImageError(f"{name}: is open as text; open it in binary mode, 'rb'")
@@ -168,7 +173,7 @@ def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
 
 
 def _identify(file: BinaryIO, name: str) -> Image.Image:
-    """Pillow's lazy image of a file: the header is read, the pixels are not."""
+    """Returns Pillow's lazy image of a file: it reads the header, not the pixels."""
     try:
         return Image.open(pillow.without_long_texts(file), formats=pillow.readable())
     except TOO_LARGE as error:
@@ -177,7 +182,7 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
         raise ImageError(
             f"{name}: is not an image of pixels that Pillow can read; {_advice(file)}"
         ) from error
-    except Exception as error:  # damaged headers make decoders raise nearly anything
+    except Exception as error:  # damaged headers make decoders raise errors of many types
         raise ImageError(
             f"{name}: cannot be opened ({_reason(error)}); is it complete and readable?"
         ) from error
@@ -205,7 +210,7 @@ def _check_path(path: pathlib.Path, name: str) -> None:
     except FileNotFoundError as error:
         if "://" in name:
             raise ImageError(
-                f"{name}: addresses are not fetched; download the picture first"
+                f"{name}: addresses are not fetched; download the image first"
             ) from error
         raise ImageError(
             f"{name}: no such file in {short_name(str(path.absolute().parent))}; check the path"
@@ -215,7 +220,7 @@ def _check_path(path: pathlib.Path, name: str) -> None:
             f"{name}: is not a usable path ({_reason(error)}); check its spelling and permissions"
         ) from error
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name}: is a directory; name the picture inside it")
+        raise ImageError(f"{name}: is a directory; name the image inside it")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name}: is not a regular file; pass its bytes instead")
     if status.st_size == 0:
@@ -225,7 +230,8 @@ def _check_path(path: pathlib.Path, name: str) -> None:
 def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str) -> Image.Image:
     if image.width < 1 or image.height < 1:
         raise ImageError(
-            f"{name}: has no pixels ({image.width} x {image.height}); give at least one row and one column"
+            f"{name}: has no pixels ({image.width} x {image.height}); give at least one row and "
+            f"one column"
         )
     file_format = image.format
     try:
@@ -239,10 +245,11 @@ def _decode(image: Image.Image, apply_exif: bool, frame: int | None, name: str) 
         raise
     except TOO_LARGE as error:
         raise ImageError(f"{name}: {_reason(error)}; {TOO_LARGE_REMEDY}") from error
-    except Exception as error:  # damaged pixels make decoders raise nearly anything
+    except Exception as error:  # damaged pixels make decoders raise errors of many types
         advice = f"; {TRUNCATED_REMEDY}" if "truncated" in str(error) else ""
         raise ImageError(
-            f"{name}: cannot be decoded ({_reason(error)}); the file is damaged or incomplete{advice}"
+            f"{name}: cannot be decoded ({_reason(error)}); the file is damaged or incomplete"
+            f"{advice}"
         ) from error
 
 
@@ -259,17 +266,17 @@ def _count_frames(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
-    """A decoded image by the rules at the top of this file."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in WIDE_GREY_FORMATS):
+    """Converts a decoded image by the rules at the top of this file."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in WIDE_GRAY_FORMATS):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
         raise ImageError(
-            f"{name}: holds {kind} of unknown range; scale them to 0..255 and save or pass 8-bit values"
+            f"{name}: holds {kind} of unknown range; scale them to 0..255 and save or pass 8-bit "
+            f"values"
         )
     if isinstance(image.info.get("transparency"), bytes):
-        # Pillow would warn that the transparency is lost, which is what the rule asks for. The
-        # pixels are the same without it.
+        # Without it the pixels are the same, and Pillow does not warn that transparency is lost.
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")

@@ -1,6 +1,4 @@
-"""What of Pillow's behavior is a matter of the whole process, or of chance, made a matter of one
-call.
-"""
+"""Pillow's settings that hold for the whole process, applied to single calls instead."""
 
 import contextlib
 import functools
@@ -13,8 +11,8 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile
 
-# What Pillow decodes by itself. Missing on purpose: EPS (runs Ghostscript), WMF, stubs for other
-# programs, containers of containers.
+# Formats that Pillow decodes by itself. EPS (which runs Ghostscript), WMF, stubs for other programs
+# and nested containers are left out.
 FORMATS = (
     *(
         "PNG",
@@ -43,9 +41,7 @@ LONGEST_TEXTS = 2**24  # of a file; well below Pillow's MAX_TEXT_MEMORY
 
 
 class _Raised:
-    """Settings of Pillow, which hold for the whole process, while at least one thread needs them
-    otherwise.
-    """
+    """Changes settings of Pillow while at least one thread needs it; they hold for all threads."""
 
     lock = threading.Lock()
     users: dict = {}  # (module, name) -> [number of users, the value before]
@@ -69,7 +65,10 @@ class _Raised:
 
 @contextlib.contextmanager
 def allows(any_size: bool, truncated: bool) -> Iterator[None]:
-    """Pillow's own limits out of the way; `images.check_pixels` stands in their place."""
+    """Lifts Pillow's limits, in whose place `images.check_pixels` is used.
+
+    any_size: Lifts the limit of pixels. truncated: Accepts files whose end is missing.
+    """
     with contextlib.ExitStack() as stack:
         if any_size:
             stack.enter_context(_Raised.set(Image, "MAX_IMAGE_PIXELS", None))
@@ -80,15 +79,13 @@ def allows(any_size: bool, truncated: bool) -> Iterator[None]:
 
 @functools.cache
 def readable() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow can open."""
+    """Returns the FORMATS that this build of Pillow can open."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def without_long_texts(file: BinaryIO) -> BinaryIO:
-    """The file; of a PNG with texts or a color profile that Pillow refuses as too long, a copy in
-    memory without these.
-    """
+    """Returns the file, or a copy in memory of a PNG without texts that are too long for Pillow."""
     file.seek(0)
     if file.read(8) != PNG:
         return file
@@ -118,7 +115,7 @@ def without_long_texts(file: BinaryIO) -> BinaryIO:
 
 
 def _unpacked_size(kind: bytes, content: bytes) -> int:
-    """Bytes of a text chunk when unpacked; more than LONGEST_TEXT are not counted."""
+    """Returns the size of an unpacked text chunk, at most LONGEST_TEXT + 1."""
     packed = content.partition(b"\0")[2]
     if kind == b"iTXt" and packed[:1] == b"\1":
         packed = packed[2:].partition(b"\0")[2].partition(b"\0")[2]
@@ -126,6 +123,6 @@ def _unpacked_size(kind: bytes, content: bytes) -> int:
         packed = packed[1:]
     else:
         return len(content)
-    with contextlib.suppress(zlib.error):  # Pillow says what is wrong with it
+    with contextlib.suppress(zlib.error):  # Pillow raises the error
         return len(zlib.decompressobj().decompress(packed, LONGEST_TEXT + 1))
     return len(content)

@@ -1,10 +1,10 @@
-"""Dynamic tiling: a picture becomes a grid of square tiles and a thumbnail, equal bit for bit to
-the released model's.
+"""Dynamic tiling: cuts an image into a grid of square tiles and a thumbnail, bit for bit as the
+released model's code.
 
 The rule is that of `dynamic_preprocess` in the InternVL code
 (internvl_chat/internvl/train/dataset.py): the grid of at most `max_tiles` tiles whose aspect is
-nearest to the picture's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
-reading order, and the whole picture squeezed into one more tile at the end. Other bicubic filters
+nearest to the image's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
+reading order, and the whole image squeezed into one more tile at the end. Other bicubic filters
 (torchvision, jax.image) give different pixels.
 """
 
@@ -18,10 +18,10 @@ from internvl3_jax.config import ProcessorConfig
 
 @functools.lru_cache(maxsize=64)
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All (columns, rows) with min_tiles <= columns * rows <= max_tiles, fewest tiles first.
+    """Lists all (columns, rows) with min_tiles <= columns * rows <= max_tiles, fewest tiles first.
 
-    The order of grids with equally many tiles is free: for limits up to 40 no picture is equally
-    near to two of them.
+    The order among grids with the same number of tiles does not matter: for limits up to 40 no
+    image is equally near to two of them.
     """
     grids = [
         (columns, rows)
@@ -35,23 +35,23 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 def choose_grid(
     width: int, height: int, min_tiles: int, max_tiles: int, image_size: int
 ) -> tuple[int, int]:
-    """(columns, rows) of the grid whose columns / rows is nearest to width / height.
+    """Returns (columns, rows) of the grid whose columns / rows is nearest to width / height.
 
     Distances are differences of quotients in float64, as the released code computes them; in
     float32 765 x 540 and 289 x 408, among others, get another grid. Between exactly equal distances
-    the grid with more tiles wins if the picture has more than half of that grid's pixels. Where no
-    grid has min_tiles to max_tiles tiles, as when `image_limit` leaves a picture fewer than
+    the grid with more tiles wins if the image has more than half of that grid's pixels. Where no
+    grid has min_tiles to max_tiles tiles, as when `image_limit` leaves an image fewer than
     min_tiles, the grid is (1, 1), as in the released code.
 
     Raises:
-      ValueError: for a picture without pixels or a limit below one tile.
+      ValueError: The image has no pixels, or the limit is below one tile.
     """
     if width < 1 or height < 1:
         raise ValueError(
-            f"a picture of {width} x {height} pixels cannot be tiled; both sides must be at least 1"
+            f"an image of {width} x {height} pixels cannot be tiled; both sides must be at least 1"
         )
     if max_tiles < 1:
-        raise ValueError(f"max_tiles is {max_tiles}; a picture needs at least 1 tile")
+        raise ValueError(f"max_tiles is {max_tiles}; an image needs at least 1 tile")
     aspect = width / height
     best, smallest = (1, 1), float("inf")
     for columns, rows in candidate_grids(min_tiles, max_tiles):
@@ -63,13 +63,13 @@ def choose_grid(
 
 
 def image_limit(processor: ProcessorConfig, n_images: int, max_tiles: int | None = None) -> int:
-    """Most tiles of each image of a prompt with n_images, thumbnails not counted, at least 1.
+    """Returns the limit of tiles for each of n_images, thumbnails not counted; at least 1.
 
-    It is max_tiles by the rule "per image" and an equal part of it, rounded down, by "shared". An
-    equal part of processor.max_total_tiles limits it by either rule (VLMEvalKit has 64 in all;
-    InternVL's README, transformers and vLLM none).
+    By the rule "per image" it is max_tiles, by "shared" max_tiles / n_images, rounded down. By both
+    it is at most processor.max_total_tiles / n_images (64 in VLMEvalKit; InternVL's README,
+    transformers and vLLM have no such limit).
 
-    max_tiles: processor.max_tiles when None.
+    max_tiles: None takes processor.max_tiles.
     """
     limit = processor.max_tiles if max_tiles is None else max_tiles
     n_images = max(1, n_images)
@@ -83,33 +83,32 @@ def image_limit(processor: ProcessorConfig, n_images: int, max_tiles: int | None
 def count_tiles(
     width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None
 ) -> int:
-    """Number of tiles `cut_tiles` makes of a picture, thumbnail included. max_tiles as in
-    `cut_tiles`.
-    """
-    return grid_tiles(*picture_grid(width, height, processor, max_tiles), processor)
+    """Counts the tiles that `cut_tiles` makes of an image, with the thumbnail."""
+    return grid_tiles(*image_grid(width, height, processor, max_tiles), processor)
 
 
 def cut_tiles(
     image: Image.Image, processor: ProcessorConfig, max_tiles: int | None = None
 ) -> np.ndarray:
-    """Tiles u8[n, S, S, 3] of an RGB picture with S = processor.image_size: the grid in reading
-    order, then the thumbnail.
+    """Cuts an RGB image into tiles u8[n, S, S, 3], S = processor.image_size.
 
-    A grid of one tile has no thumbnail, nor has any grid when processor.use_thumbnail is off.
+    The grid comes in reading order, then the thumbnail. A grid of one tile has no thumbnail, nor
+    has any grid if processor.use_thumbnail is off.
 
     Args:
-      image: what `open_image` returns.
-      max_tiles: limit of this picture without its thumbnail; processor.max_tiles when None.
+      image: As `open_image` returns it.
+      max_tiles: Limit without the thumbnail; None takes processor.max_tiles.
 
     Raises:
-      ValueError: if the picture is not RGB or cannot be tiled (see `choose_grid`).
+      ValueError: The image is not RGB or cannot be tiled (see `choose_grid`).
     """
     if image.mode != "RGB":
         raise ValueError(
-            f"cut_tiles needs an RGB picture, not mode {image.mode}; open it with internvl3_jax.data.media.images.open_image"
+            f"cut_tiles needs an RGB image, not mode {image.mode}; open it with "
+            f"internvl3_jax.data.media.images.open_image"
         )
     size = processor.image_size
-    columns, rows = picture_grid(image.width, image.height, processor, max_tiles)
+    columns, rows = image_grid(image.width, image.height, processor, max_tiles)
     canvas = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
     tiles = np.empty((grid_tiles(columns, rows, processor), size, size, 3), np.uint8)
     grid = tiles[: columns * rows].reshape(rows, columns, size, size, 3)
@@ -119,14 +118,14 @@ def cut_tiles(
     return tiles
 
 
-def picture_grid(
+def image_grid(
     width: int, height: int, processor: ProcessorConfig, max_tiles: int | None = None
 ) -> tuple[int, int]:
-    """`choose_grid` with the settings of a processor."""
+    """Returns (columns, rows) of `choose_grid` with the settings of a processor."""
     limit = processor.max_tiles if max_tiles is None else max_tiles
     return choose_grid(width, height, processor.min_tiles, limit, processor.image_size)
 
 
 def grid_tiles(columns: int, rows: int, processor: ProcessorConfig) -> int:
-    """Tiles of a grid together with its thumbnail, if it has one."""
+    """Counts the tiles of a grid and its thumbnail, if it has one."""
     return columns * rows + (processor.use_thumbnail and columns * rows > 1)

@@ -1,16 +1,17 @@
-"""Frames of a video: a file that FFmpeg reads (video_file.py), a GIF, or a folder with one picture
-a frame.
+"""Reads frames of a video: of a file that FFmpeg reads (video_file.py), a GIF, or a folder with one
+image per frame.
 
-Training draws them as InternVL does (internvl/train/dataset.py): a number of frames n, drawn
-uniformly; the video in n equal intervals; one frame of each, drawn from all but the interval's
-last. Evaluation takes the middle of n segments, as its MVBench program does. A clip [start, end] is
-in seconds. Deviations, each where the original fails or ignores the request:
+Training samples frames as InternVL does (internvl/train/dataset.py): a number of frames n is
+sampled uniformly, the video is divided into n equal intervals, and one frame of each is sampled,
+but not the interval's last. Evaluation takes the middle of n segments, as InternVL's MVBench
+program does. A clip [start, end] is in seconds. Deviations, each where InternVL's code fails or
+ignores the request:
 
-  clip of a GIF       honoured, by its frame durations (the original reads the whole GIF)
-  clip of a folder    refused: its pictures carry no times (the original reads the whole folder)
-  clip past the end   ends with the video (the original fails if it happens to draw a frame there)
-  order in a folder   by name, numbers by value (the original needs names ending in _NUMBER.jpg and
-  leaves others unsorted)
+  clip of a GIF      honored, by its frame durations (InternVL reads the whole GIF)
+  clip of a folder   refused: its images have no times (InternVL reads the whole folder)
+  clip past the end  ends with the video (InternVL fails if it samples a frame there)
+  order in a folder  by name, numbers by value (InternVL needs names ending in _NUMBER.jpg and does
+                     not sort others)
 """
 
 import dataclasses
@@ -30,28 +31,33 @@ from internvl3_jax.data.sources.files import is_folder, is_remote, join, list_fo
 from internvl3_jax.io.safe_files import reason
 from internvl3_jax.io.terminal import excerpt, short_name
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-    """What a choice of frames depends on."""
+    """The properties of a video by which frames are chosen.
 
-    total: int  # frames
-    fps: float | None  # frames a second, on average; None: unknown
-    # whether a video too short for the number drawn repeats its last frame: the original does so
-    # for files only
+    Attributes:
+      total: Number of frames.
+      fps: Frames per second on average; None if unknown.
+      repeats: Whether a video that is too short repeats its last frame; InternVL does so for files
+        only.
+    """
+
+    total: int
+    fps: float | None
     repeats: bool
 
 
-# indices of the frames wanted, in any order, some maybe twice
+# Returns the indices of the wanted frames, in any order and with repetitions.
 Choose = Callable[[Footage], Sequence[int]]
 
 
 def training_frames(
     footage: Footage, rng: np.random.Generator, fewest: int, most: int, clip=None
 ) -> list[int]:
-    """Indices of a number of frames drawn from fewest..most, by the rule of training."""
+    """Samples a number of frames from fewest..most, and their indices, by the rule of training."""
     start, total = _clip_frames(footage, clip)
     count = int(rng.integers(fewest, most + 1))
     if not footage.repeats:
@@ -60,30 +66,30 @@ def training_frames(
 
 
 def draw_frames(total: int, count: int, rng: np.random.Generator) -> list[int]:
-    """`count` ascending indices below `total`, one of each interval; a short video's last one is
-    repeated.
+    """Samples `count` ascending indices below `total`, one of each interval.
+
+    A video with fewer frames repeats its last one.
     """
-    parts = min(count, total)
-    edges = np.linspace(0, total, parts + 1).astype(int)
+    intervals = min(count, total)
+    edges = np.linspace(0, total, intervals + 1).astype(int)
     first, last = edges[:-1], edges[1:] - 1
     if (first < last).all():
-        drawn = rng.integers(first, last).tolist()
-    else:  # some interval has a single frame, of which the rule would draw nothing
-        drawn = np.sort(rng.permutation(total)[:parts]).tolist()
-    return drawn + drawn[-1:] * (count - parts)
+        sampled = rng.integers(first, last).tolist()
+    else:  # an interval has a single frame, so that the rule leaves nothing to sample
+        sampled = np.sort(rng.permutation(total)[:intervals]).tolist()
+    return sampled + sampled[-1:] * (count - intervals)
 
 
 def middle_frames(footage: Footage, count: int, clip=None) -> list[int]:
-    """Indices of the middle of each of `count` equal segments of the video or clip: the rule of
-    evaluation.
-    """
+    """Returns the middle of each of `count` equal segments of the video or clip, for evaluation."""
     first, last = 0, footage.total - 1
     if clip is not None:
         start, end, fps = _clip_seconds(footage, clip)
         first, last = round(start * fps), min(round(end * fps), last)
         if first > last:
             raise VideoError(
-                f"clip {list(clip)} begins after the end of the video, at {footage.total / fps:.1f} s"
+                f"clip {list(clip)} begins after the end of the video, at "
+                f"{footage.total / fps:.1f} s"
             )
     segment = (last - first) / count
     return [int(first + segment / 2 + np.round(segment * k)) for k in range(count)]
@@ -99,13 +105,14 @@ def _clip_seconds(footage: Footage, clip) -> tuple[float, float, float]:
         )
     if not footage.fps:
         raise VideoError(
-            "clip: the frame rate is unknown, as always of a folder of pictures; leave the clip out"
+            "clip: the frame rate is unknown, as it always is for a folder of images; leave the "
+            "clip out"
         )
     return clip[0], clip[1], footage.fps
 
 
 def _clip_frames(footage: Footage, clip) -> tuple[int, int]:
-    """(index of the first frame, number of frames) of a clip in seconds, or of all."""
+    """Returns (index of the first frame, number of frames) of a clip, or of the whole video."""
     if clip is None:
         return 0, footage.total
     start, end, fps = _clip_seconds(footage, clip)
@@ -113,7 +120,8 @@ def _clip_frames(footage: Footage, clip) -> tuple[int, int]:
     count = min(int((end - start) * fps), footage.total - first)
     if count < 1:
         raise VideoError(
-            f"clip {list(clip)} holds no frame of a video of {footage.total / fps:.1f} s at {fps:.4g} frames a second"
+            f"clip {list(clip)} holds no frame of a video of {footage.total / fps:.1f} s at "
+            f"{fps:.4g} frames per second"
         )
     return first, count
 
@@ -125,16 +133,17 @@ def read_frames(
     max_pixels: int | None = MAX_PIXELS,
     allow_truncated: bool = False,
 ) -> list[Image.Image]:
-    """RGB pictures of the frames that `choose` picks, in its order.
+    """Reads the frames that `choose` picks as RGB images, in its order.
 
     Args:
-      video: path or address of a file or folder, or the bytes of a file.
-      name: what errors call it; its ending tells a GIF from other files. By default the path.
-      max_pixels: frames with more are refused; 0 or None: no limit.
-      allow_truncated: a file whose end is missing gives the frames that are there.
+      video: Path or address of a file or folder, or the bytes of a file.
+      choose: Returns the indices of the wanted frames.
+      name: What errors call it, by default the path; its suffix tells a GIF from other files.
+      max_pixels: Frames with more are refused; 0 and None are no limit.
+      allow_truncated: Whether a file whose end is missing is used up to there.
 
     Raises:
-      VideoError, ImageError, FileError
+      VideoError, ImageError, FileError: The video cannot be used.
     """
     name = name or (video if isinstance(video, str) else f"video of {len(video)} bytes")
     is_gif, name = name.lower().endswith(".gif"), short_name(name)
@@ -178,9 +187,9 @@ def _check_path(path: str) -> None:
 def _read_folder(
     folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool
 ) -> list[Image.Image]:
-    names = [name for name in list_folder(folder) if name.lower().endswith(PICTURES)]
+    names = [name for name in list_folder(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not names:
-        raise VideoError(f"the folder holds no pictures ({', '.join(PICTURES)})")
+        raise VideoError(f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     paths = [
         join(folder, names[index]) for index in _checked(choose, Footage(len(names), None, False))
     ]
@@ -206,15 +215,15 @@ def _read_gif(
             wanted = _checked(
                 choose, Footage(total, total / sum(seconds) if sum(seconds) > 0 else None, False)
             )
-            found = {}
+            decoded = {}
             for index in sorted(set(wanted)):
                 gif.seek(index)
-                found[index] = gif.convert("RGB")
+                decoded[index] = gif.convert("RGB")
     except (VideoError, ImageError):
         raise
-    except Exception as error:  # damaged files make decoders raise nearly anything
+    except Exception as error:  # damaged files make decoders raise errors of many types
         raise VideoError(f"is not a GIF that can be read ({short_name(reason(error))})") from error
-    return [found[index] for index in wanted]
+    return [decoded[index] for index in wanted]
 
 
 def _checked(choose: Choose, footage: Footage) -> list[int]:

@@ -1,4 +1,4 @@
-"""Opens the sources that a configuration names."""
+"""Opens the sources of data that a configuration names."""
 
 import importlib
 import re
@@ -6,8 +6,8 @@ import warnings
 from typing import Protocol
 
 from internvl3_jax.config import DataConfig, ProcessorConfig
-from internvl3_jax.data.sources.internvl_jsonl import Conversation, OfficialSource
-from internvl3_jax.data.sources.meta import MetaError, read_meta
+from internvl3_jax.data.sources.meta import MetaError, read_sources
+from internvl3_jax.data.sources.row_source import Conversation, RowSource
 
 _PYTHON = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -17,7 +17,7 @@ class Source(Protocol):
 
     Attributes:
       name: Unique among the sources of a run.
-      has_pictures: Whether any of its rows has an image.
+      has_images: Whether any of its rows has an image.
       repeat: How often it is read in one pass over the mixture; a fraction reads a part.
       weight: Its share under data.source_weights "given", or None.
       identity: A text that changes whenever the content does.
@@ -25,7 +25,7 @@ class Source(Protocol):
     """
 
     name: str
-    has_pictures: bool
+    has_images: bool
     repeat: float
     weight: float | None
     identity: str
@@ -51,7 +51,7 @@ def source_names(config: DataConfig) -> list[str]:
     """Returns the names of the sources in their order."""
     if is_python(config.source):
         return [source.name for source in open_sources(config)]
-    return [spec.name for spec in read_meta(config.source)]
+    return [spec.name for spec in read_sources(config.source)]
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -62,12 +62,13 @@ def open_sources(config: DataConfig) -> list[Source]:
     """
     if is_python(config.source):
         return _python_sources(config)
-    sources = [OfficialSource(spec) for spec in read_meta(config.source)]
+    sources = [RowSource(spec) for spec in read_sources(config.source)]
     for source in sources:
         expected = source.spec.length
         if expected is not None and expected != len(source):
             warnings.warn(
-                f"{config.source}, entry {source.name!r}: length is {expected:,}, but the annotation has {len(source):,} rows",
+                f"{config.source}, entry {source.name!r}: length is {expected:,}, but the "
+                f"annotation has {len(source):,} rows",
                 stacklevel=2,
             )
     return sources
@@ -79,6 +80,7 @@ def _python_sources(config: DataConfig) -> list[Source]:
         create = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise MetaError(
-            f"data.source is {config.source}: {error}; name an importable MODULE:FUNCTION or a meta JSON"
+            f"data.source is {config.source}: {error}; name an importable "
+            f"MODULE:FUNCTION, a meta JSON or a file of rows"
         ) from error
     return create(config)

@@ -1,6 +1,6 @@
-"""Files of the data: paths of this machine, and addresses (gs://, s3://, hf://) that fsspec opens.
+"""Reads data files: local paths, and addresses (gs://, s3://, hf://) that fsspec opens.
 
-fsspec and its drivers are imported only when an address is met.
+fsspec and its drivers are imported only for an address.
 """
 
 import functools
@@ -16,10 +16,10 @@ from internvl3_jax.io import safe_files
 from internvl3_jax.io.safe_files import FileError, open_regular, reason
 from internvl3_jax.io.terminal import excerpt, one_line
 
-MAX_BYTES = 4 << 30  # that are read of a file at once
-INDEX = ".index.npy"  # ending of what row_index.py puts beside a file
-MAX_FILES = 100_000  # that the braces of one path may stand for
-# Of what a file system tells of a file, what changes when it is written again.
+MAX_BYTES = 4 << 30  # of a file that is read at once
+INDEX = ".index.npy"  # suffix of the indexes of row_index.py
+MAX_FILES = 100_000  # named by the braces of one path
+# Fields of fsspec's file information that change when a file is written again.
 _CHANGING = (
     "etag",
     "ETag",
@@ -35,7 +35,7 @@ _CHANGING = (
 
 
 class ChangedError(FileError):
-    """A file is not the one that it was when it was opened."""
+    """A file has changed since it was opened."""
 
 
 def is_remote(path: str) -> bool:
@@ -50,14 +50,15 @@ def _filesystem(root: str):
         return fsspec.core.url_to_fs(root)[0]
     except ImportError as error:
         raise FileError(
-            f"{root}: needs the driver of its scheme ({error}); gs:// and s3://: pip install -e '.[storage]'"
+            f"{root}: needs the driver of its scheme ({error}); for gs:// and s3://: "
+            f"pip install -e '.[storage]'"
         ) from error
     except ValueError as error:  # an unknown scheme
         raise FileError(f"{one_line(root)}: cannot be opened ({one_line(str(error))})") from error
 
 
 def filesystem(path: str):
-    """fsspec's file system of an address; its methods take the whole address."""
+    """Returns fsspec's file system of an address; its methods take the full address."""
     scheme, _, rest = path.partition("://")
     return _filesystem(f"{scheme}://{rest.partition('/')[0]}")
 
@@ -76,9 +77,7 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(path: str) -> list[str]:
-    """Names in a folder, those that begin with a dot left out; numbers in them sort by value:
-    frame_9 before frame_10.
-    """
+    """Returns the names in a folder that do not begin with a dot, frame_9 before frame_10."""
     names = (
         os.listdir(path)
         if not is_remote(path)
@@ -95,21 +94,19 @@ def natural(name: str) -> list[str | int]:
 
 
 def join(folder: str, name: str) -> str:
-    """`name` inside `folder`, unless it is an absolute path or an address itself."""
+    """Returns `name` inside `folder`; an absolute path or address stays as it is."""
     if is_remote(name) or not folder or os.path.isabs(name):
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
 def folder_of(path: str) -> str:
-    """The folder of a file, absolute if it is of this machine."""
+    """Returns the folder of a file, absolute for a local one."""
     return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
 
 
 def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """All bytes of a file. FileError if it is missing, no regular file, or has more than
-    `max_bytes`.
-    """
+    """Reads a file. FileError if it is missing, not regular, or larger than `max_bytes`."""
     if not is_remote(path):
         return safe_files.read_bytes(path, max_bytes=max_bytes)
     size = _remote(path, lambda: filesystem(path).size(path))
@@ -119,9 +116,7 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def open_binary(path: str):
-    """A binary file open for reading. FileError if there is none, or it is a pipe, device or
-    folder.
-    """
+    """Opens a binary file for reading. FileError if it is missing, a pipe, device or folder."""
     return (
         _remote(path, lambda: filesystem(path).open(path, "rb"))
         if is_remote(path)
@@ -136,23 +131,25 @@ def _remote(path: str, call):
         raise
     except FileNotFoundError as error:
         raise FileError(f"{one_line(path)}: no such file") from error
-    except Exception as error:  # every driver has exceptions of its own
+    except Exception as error:  # each driver has its own exceptions
         raise FileError(
             f"{one_line(path)}: cannot be read ({type(error).__name__}: {one_line(str(error))})"
         ) from error
 
 
 def fingerprint(path: str) -> tuple[int, int, int]:
-    """(bytes, a number that changes when the file is written, another that no program can set
-    back), without reading the file.
+    """Returns (bytes, time of writing, time of change) without reading the file.
+
+    No program can set the time of change back. For an address, the second number is a hash of what
+    its file system says of it and the third is 0.
     """
     if is_remote(path):
         info = _remote(path, lambda: filesystem(path).info(path))
         key = _remote(path, lambda: filesystem(path).ukey(path))
-        told = [str(key), *(f"{name}={info[name]}" for name in _CHANGING if name in info)]
+        fields = [str(key), *(f"{name}={info[name]}" for name in _CHANGING if name in info)]
         return (
             int(info["size"] or 0),
-            int(hashlib.sha256("\n".join(told).encode()).hexdigest()[:15], 16),
+            int(hashlib.sha256("\n".join(fields).encode()).hexdigest()[:15], 16),
             0,
         )
     try:
@@ -163,14 +160,15 @@ def fingerprint(path: str) -> tuple[int, int, int]:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes start..stop of a file. It is opened each time: sources may have more shards than a
-    process may have open files.
+    """Reads the bytes start..stop of a file.
+
+    The file is opened each time: sources may have more shards than a process may have open files.
     """
     if is_remote(path):
         data = _remote(path, lambda: filesystem(path).cat_file(path, start=start, end=stop))
     else:
         with open_binary(path) as file:
-            # before memory is taken for what is not there
+            # Checked first, so that no memory is taken for bytes that are missing.
             if os.fstat(file.fileno()).st_size < stop:
                 raise ChangedError(
                     f"{one_line(path)}: ends before byte {stop:,}; it was changed while in use"
@@ -185,13 +183,14 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 
 
 def resolve(name: str, base: str, find: Callable[[str], list[str]] | None = None) -> str:
-    """The path or address that a file in folder `base` means by `name`: relative to `base`.
+    """Returns the path or address that a file in folder `base` means by `name`.
+
     Patterns of `expand` stay in it.
 
-    find: what is there of a path; by default `expand`.
+    find: Returns the existing files of a path; by default `expand`.
 
     Raises:
-      FileError: if nothing is there; it says so if there is something in the working directory.
+      FileError: There is no such file; the error says if the working directory has one.
     """
     find = find or expand
     if name.startswith("~"):
@@ -201,22 +200,23 @@ def resolve(name: str, base: str, find: Callable[[str], list[str]] | None = None
         path = join(base, name)
     if find(path):
         return path
-    here = os.path.abspath(name)
-    if path != name and here != path and find(here):
+    in_working_directory = os.path.abspath(name)
+    if in_working_directory != path != name and find(in_working_directory):
         raise FileError(
-            f"no such file: {one_line(path)}; found {one_line(here)} in the working directory, but paths are relative to "
-            f"the meta file: write the whole path, or the path from there"
+            f"no such file: {one_line(path)}; found {one_line(in_working_directory)} in the "
+            f"working directory, but paths are relative to the meta file: write the absolute path, "
+            f"or the path from there"
         )
     raise FileError(f"no such file: {one_line(path)}")
 
 
 def expand(pattern: str) -> list[str]:
-    """Existing files or folders of a path with {000..127} or {a,b} (all must exist) and * (as many
-    as there are).
+    """Returns the existing files or folders of a path.
+
+    {000..127} and {a,b} name files that must all exist; * matches those that exist.
 
     Raises:
-      FileError: if some of the files of the braces are missing, or they stand for more than
-      `MAX_FILES`.
+      FileError: Some files of the braces are missing, or they name more than `MAX_FILES`.
     """
     if exists(pattern):  # braces and stars may be part of a name
         return [pattern]
@@ -235,9 +235,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _split(pattern: str) -> tuple[str, str]:
-    """(folders that exist as they are written, the rest), so that braces and stars in the names of
-    folders stay what they are.
-    """
+    """Splits a pattern into existing folders, whose braces and stars are literal, and the rest."""
     if is_remote(pattern):
         scheme, _, rest = pattern.partition("://")
         return f"{scheme}://", rest
@@ -250,26 +248,27 @@ def _split(pattern: str) -> tuple[str, str]:
 
 
 def _glob(folder: str, name: str) -> list[str]:
-    # Of the signs that a glob knows, * alone is one here, and in the name alone.
+    # Only * is a wildcard, and only in the name.
     escaped = glob.escape(folder) + re.sub(r"([\[?])", r"[\1]", name)
     if not is_remote(folder):
         return sorted(
             (path for path in glob.glob(escaped) if not path.endswith(INDEX)), key=natural
         )
     address = folder + re.sub(r"([\[?])", r"[\1]", name)
-    found = _remote(address, lambda: filesystem(folder + name).glob(address))
+    matches = _remote(address, lambda: filesystem(folder + name).glob(address))
     return sorted(
-        (path if path.startswith(folder) else folder + path for path in found), key=natural
+        (path if path.startswith(folder) else folder + path for path in matches), key=natural
     )
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """The paths of a pattern, one by one. FileError, before the first, if there are too many."""
+    """Yields the paths of a pattern's braces. FileError first if there are too many."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(part, pattern) for part in parts[1::2]]
     if math.prod(map(len, choices)) > MAX_FILES:
         raise FileError(
-            f"{excerpt(pattern)}: its braces stand for more than {MAX_FILES:,} files; use * or list fewer"
+            f"{excerpt(pattern)}: its braces stand for more than {MAX_FILES:,} files; use * or "
+            f"list fewer"
         )
     texts = parts[0::2]
     for chosen in itertools.product(*choices):
@@ -285,7 +284,8 @@ def _choices(braces: str, pattern: str):
     first, last = int(numbers[1]), int(numbers[2])
     if last - first >= MAX_FILES:
         raise FileError(
-            f"{excerpt(pattern)}: {{{braces}}} stands for more than {MAX_FILES:,} files; use * or list fewer"
+            f"{excerpt(pattern)}: {{{braces}}} stands for more than {MAX_FILES:,} files; use * or "
+            f"list fewer"
         )
     if last < first:
         raise FileError(

@@ -1,7 +1,6 @@
-"""Which rows of which source a mixture takes, and how many: repeats and head slices, samples left
-out, weights.
+"""Selects the rows of a mixture: repeats and head slices, excluded samples, weights.
 
-Everything is arithmetic on numbers; no list of rows is ever made.
+Everything is arithmetic on row numbers; no list of rows is made.
 """
 
 import math
@@ -20,19 +19,22 @@ MAX_DROP_LIST = 1 << 30  # bytes
 
 
 class Selection:
-    """Rows that one pass over a source takes, as a source of (source number, row) for grain."""
+    """The rows that one pass over a source takes, as (source number, row) for grain."""
 
-    def __init__(self, source: int, rows: int, repeat: float, skipped: Sequence[int] = ()):
-        """rows: of the file; repeat: share from the head, or number of repeats with a head slice
-        for the rest; skipped: rows.
+    def __init__(self, source: int, rows: int, repeat: float, excluded: Sequence[int] = ()):
+        """Selects rows.
+
+        Args:
+          rows: Number of rows of the source.
+          repeat: Share from the head, or number of repeats with a head slice for the fraction.
+          excluded: Rows to leave out.
         """
         self.source, self.rows = source, rows
         total = math.floor(rows * repeat + 1e-9)  # 0.7 * 10 is not 7 in binary
-        gone = sorted(place for row in set(skipped) for place in range(row, total, rows))
-        # Of each place that is gone, how many that remain come before it: adding it back to a
-        # number is then a search.
-        self.before = np.asarray(gone, np.int64) - np.arange(len(gone))
-        self.length = total - len(gone)
+        removed = sorted(place for row in set(excluded) for place in range(row, total, rows))
+        # The number of remaining places before each removed one, which are then found by a search.
+        self.before = np.asarray(removed, np.int64) - np.arange(len(removed))
+        self.length = total - len(removed)
 
     def __len__(self) -> int:
         return self.length
@@ -43,32 +45,32 @@ class Selection:
 
 
 def read_drop_list(path: str, names: Sequence[str], lengths: Sequence[int]) -> dict[int, set[int]]:
-    """Source number -> rows to leave out, from lines of source, row and reason with tabs between.
-    "" is no list.
+    """Reads the rows to exclude, by source number; none for the path "".
+
+    A line is source, row and reason with tabs between.
 
     Raises:
-      ValueError: naming a line that is none, or whose source or row does not exist.
+      ValueError: A line has another form, or its source or row does not exist.
     """
     dropped: dict[int, set[int]] = {}
     for number, name, row, _ in drop_lines(path) if path else ():
         if name not in names:
             raise ValueError(
-                f"{one_line(path)} line {number}: there is no source {excerpt(name)}; a line is source, row and reason with tabs "
-                f"between{suggestion(name, names)}"
+                f"{one_line(path)} line {number}: there is no source {excerpt(name)}; a line is "
+                f"source, row and reason with tabs between{suggestion(name, names)}"
             )
         source = names.index(name)
         if row >= lengths[source]:
             raise ValueError(
-                f"{one_line(path)} line {number}: {name} has no row {str(row)!r}; it has {lengths[source]:,}, counted from 0"
+                f"{one_line(path)} line {number}: {name} has no row {str(row)!r}; it has "
+                f"{lengths[source]:,}, counted from 0"
             )
         dropped.setdefault(source, set()).add(row)
     return dropped
 
 
 def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
-    """(line number, source, row, reason) of each line of a drop list. ValueError names a line that
-    is none.
-    """
+    """Yields (line number, source, row, reason) of a drop list; ValueError for another line."""
     text = decode(read_bytes(os.path.expanduser(path), max_bytes=MAX_DROP_LIST), one_line(path))
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(" \r") or line.startswith("#"):
@@ -76,18 +78,20 @@ def drop_lines(path: str) -> Iterator[tuple[int, str, int, str]]:
         name, row, reason = [*line.rstrip("\r").split("\t", 2), "", ""][:3]
         if not re.fullmatch("[0-9]{1,18}", row.strip()):
             raise ValueError(
-                f"{one_line(path)} line {number}: {one_line(name[:100])} has no row {excerpt(row)}; a line is source, row and reason with "
-                f"tabs between, rows counted from 0"
+                f"{one_line(path)} line {number}: {one_line(name[:100])} has no row "
+                f"{excerpt(row)}; a line is source, row and reason with tabs between, rows counted "
+                f"from 0"
             )
         yield number, name, int(row), reason
 
 
 def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int]) -> list[float]:
-    """Share of each source in the mixture; they sum to 1.
+    """Returns the share of each source in the mixture; they sum to 1.
 
-    lengths: samples in one pass over each. Sources without any picture or video share
-        `config.text_fraction` of the samples if that is not negative; one with some of each counts
-        among the others.
+    Sources without any image or video together get `config.text_fraction` of the samples if that
+    is not negative.
+
+    lengths: Samples in one pass over each source.
     """
     if config.source_weights == "given":
         missing = [source.name for source in sources if source.weight is None]
@@ -106,7 +110,7 @@ def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int
         )
     if config.text_fraction >= 0:
         weights = _share_language(
-            config.text_fraction, weights, [not source.has_pictures for source in sources]
+            config.text_fraction, weights, [not source.has_images for source in sources]
         )
     if sum(weights) <= 0:
         raise ValueError(f"{config.source}: every source has weight 0")
@@ -116,15 +120,15 @@ def mixture_weights(config: DataConfig, sources: Sequence, lengths: Sequence[int
 def _share_language(share: float, weights: list[float], is_text: list[bool]) -> list[float]:
     if share > 1:
         raise ValueError(f"data.text_fraction is {share}; it is a share of the samples, at most 1")
-    parts = {
+    totals = {
         kind: sum(weight for weight, text in zip(weights, is_text, strict=True) if text == kind)
         for kind in (True, False)
     }
-    for kind, wanted, name in ((True, share, "of text only"), (False, 1 - share, "with pictures")):
-        if wanted > 0 and parts[kind] <= 0:
+    shares = {True: share, False: 1 - share}
+    for kind, name in ((True, "of text only"), (False, "with images")):
+        if shares[kind] > 0 and totals[kind] <= 0:
             raise ValueError(f"data.text_fraction is {share}, but no source {name} has a weight")
-    wanted = {True: share, False: 1 - share}
     return [
-        weight * wanted[text] / (parts[text] or 1)
+        weight * shares[text] / (totals[text] or 1)
         for weight, text in zip(weights, is_text, strict=True)
     ]

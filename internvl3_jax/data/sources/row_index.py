@@ -1,20 +1,20 @@
-"""Where each row of an annotation file begins: an .npy file of int64 that every process maps and
-none holds in memory.
+"""The index of an annotation file: an .npy file of int64 with the position of each row, which
+processes map into memory instead of reading it.
 
     HEADER numbers (`_HEADER_NAMES`), start of row 0, start of row 1, ... end of the last row
 
-It is written once, beside the file or, where that folder cannot be written or is remote, in
-$INTERNVL3_JAX_CACHE (by default ~/.cache/internvl3_jax), and again when the file was written since.
-Writing is atomic: several processes may build it at once, each for itself, and the last one wins.
+It is written beside the file or, where that folder cannot be written or is remote, in
+$INTERNVL3_JAX_CACHE (by default ~/.cache/internvl3_jax), and again after the file was written.
+Writing is atomic: several processes may build an index at once, and the last one wins.
 
-That a file was written is seen from its size, its time stamp, and the time of its last change,
-which no program can set back. An index that was built within a moment of that change is built
-again: the clock of a file system is coarse.
+A written file is recognized by its size, its time stamp, and the time of its last change, which no
+program can set back. An index that was built within SETTLED of that change is built again, since
+the clock of a file system is coarse.
 
-A JSONL row is a line. Lines without content count as rows (and are errors when read), except at the
-end of the file. A row of a tar shard is a run of files with the same name up to the first dot, as
-WebDataset writes them. Of an ArrayRecord file, which finds its records itself, the index holds the
-numbers in front alone.
+A row of a JSON list is one of its objects. A JSONL row is a line. Lines without content count as
+rows (and are errors when read), except at the end of the file. A row of a tar shard is a run of
+files with the same name up to the first dot, as WebDataset writes them. An ArrayRecord file finds
+its records itself, so its index holds only the numbers in front.
 """
 
 import dataclasses
@@ -35,12 +35,11 @@ from internvl3_jax.data.sources.files import (
     is_remote,
     open_binary,
 )
-from internvl3_jax.data.sources.tars import members
-from internvl3_jax.io import jsonl, strict_json
+from internvl3_jax.data.sources.row_scan import scanner_of
 from internvl3_jax.io.safe_files import open_regular
 from internvl3_jax.io.terminal import one_line
 
-VERSION = 2
+VERSION = 3
 _HEADER_NAMES = (
     "version",
     "size",
@@ -48,7 +47,7 @@ _HEADER_NAMES = (
     "changed",
     "built",
     "rows",
-    "pictures",
+    "images",
     "hash0",
     "hash1",
     "hash2",
@@ -58,44 +57,37 @@ HEADER = len(_HEADER_NAMES)  # int64 before the offsets
 # nanoseconds between a file's change and its index, from which on the change shows in the time
 # stamps
 SETTLED = 2 * 10**9
-CHUNK = 1 << 24  # bytes read at a time
-MAX_ROW = 256 << 20  # bytes of a JSON row
-MENTIONS = (b'"image"', b'"video"', b'"images"', b'"videos"')
 
 
 @dataclasses.dataclass
 class RowIndex:
-    """What is known of an annotation file."""
+    """The rows of an annotation file.
 
-    offsets: np.ndarray  # i64[rows + 1], mapped; empty for ArrayRecord
+    Attributes:
+      offsets: i64[rows + 1], mapped into memory; empty for ArrayRecord.
+      has_images: Whether any row has an image or a video.
+      digest: Hash in hex of the rows' bytes in their order; for a tar shard, of its rows' JSON and
+        the names, sizes and positions of its members.
+      stamp: `fingerprint` of the file.
+    """
+
+    offsets: np.ndarray
     rows: int
-    has_pictures: bool  # whether any row has a picture or video
-    digest: (
-        # hex; of the rows' bytes in their order, of a tar shard of its rows' JSON and its members'
-        # names, sizes and places
-        str
-    )
-    stamp: tuple[int, int, int]  # `fingerprint` of the file
-
-
-def has_pictures(row) -> bool:
-    """Whether a row of the annotations has a picture or a video."""
-    return isinstance(row, dict) and any(
-        row.get(name) for name in ("image", "video", "images", "videos")
-    )
+    has_images: bool
+    digest: str
+    stamp: tuple[int, int, int]
 
 
 def open_index(path: str, digest: str | None = None, scan: Callable | None = None) -> RowIndex:
-    """The index of an annotation file, built if there is none or the file was written since.
+    """Opens the index of an annotation file; builds it if it is missing or out of date.
 
     Args:
-      digest: of an index that this path had before; then the file must be the same as it was.
-      scan: of (file, writer, path), appends the rows to the writer; by default that of the path's
-          ending.
+      digest: That of an earlier index of this path; the file must then be the same.
+      scan: Takes (file, writer, path) and adds the rows to the writer; by default by the suffix.
 
     Raises:
-      ChangedError: the file is not the one of `digest`, or was written during the scan.
-      FileError: it cannot be read, or there is no place for an index.
+      ChangedError: The file is not that of `digest`, or was written during the scan.
+      FileError: The file cannot be read, or no index can be written.
     """
     stamp = fingerprint(path)
     places = index_places(path)
@@ -106,9 +98,7 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            index = _write(
-                path, place, stamp, scan or (_scan_tar if path.endswith(".tar") else _scan_lines)
-            )
+            index = _write(path, place, stamp, scan or scanner_of(path))
         except PermissionError:
             continue
         except OSError as error:
@@ -117,63 +107,65 @@ def open_index(path: str, digest: str | None = None, scan: Callable | None = Non
             continue
         if digest is not None and index.digest != digest:
             raise ChangedError(
-                f"{one_line(path)}: was changed while in use; start again, so that its rows are counted anew"
+                f"{one_line(path)}: was changed while in use; start again, so that its rows are "
+                f"counted again"
             )
         return index
     raise FileError(
-        f"{path}: no place for its index can be written: {', '.join(map(str, places))}; set INTERNVL3_JAX_CACHE"
+        f"{path}: its index cannot be written to {' or '.join(map(str, places))}; set "
+        f"INTERNVL3_JAX_CACHE to a folder that can be written"
     )
 
 
 def index_places(path: str) -> list[pathlib.Path]:
-    """Where the index of a file may be, the preferred place first."""
+    """Returns the paths where the index of a file may be, the preferred one first."""
     name = f"{os.path.basename(path)}{INDEX}"
-    where = path if is_remote(path) else os.path.abspath(path)
+    full_path = path if is_remote(path) else os.path.abspath(path)
     cache = pathlib.Path(
         os.path.expanduser(os.environ.get("INTERNVL3_JAX_CACHE") or "~/.cache/internvl3_jax")
     )
-    cached = cache / f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:16]}-{name}"
-    return [cached] if is_remote(path) else [pathlib.Path(where).parent / name, cached]
+    cached = cache / f"{hashlib.sha256(os.fsencode(full_path)).hexdigest()[:16]}-{name}"
+    return [cached] if is_remote(path) else [pathlib.Path(full_path).parent / name, cached]
 
 
 def _load(place: pathlib.Path, stamp: tuple[int, int, int], digest: str | None) -> RowIndex | None:
-    """An index that is there, whole and of this state of the file; else None."""
+    """Reads an index; None if it is missing, damaged, or of another state of the file."""
     values = _map(place)
     if values is None:
         return None
     header = dict(zip(_HEADER_NAMES, values[:HEADER].tolist(), strict=True))
-    found = header["size"], header["written"], header["changed"]
+    saved = header["size"], header["written"], header["changed"]
     index = RowIndex(
         values[HEADER:],
         header["rows"],
-        bool(header["pictures"]),
+        bool(header["images"]),
         values[HEADER - 4 : HEADER].tobytes().hex(),
-        found,
+        saved,
     )
     if header["version"] != VERSION or len(index.offsets) not in (0, index.rows + 1):
         return None
     if len(index.offsets) and (index.offsets[0] < 0 or index.offsets[-1] > stamp[0]):
         return None
-    if digest is not None:  # the change alone would also tell of a new name or new permissions
-        return index if found[:2] == stamp[:2] and index.digest == digest else None
-    return index if found == stamp and header["built"] - header["changed"] > SETTLED else None
+    if digest is not None:  # the time of change also changes with the name and the permissions
+        return index if saved[:2] == stamp[:2] and index.digest == digest else None
+    return index if saved == stamp and header["built"] - header["changed"] > SETTLED else None
 
 
 def _map(place: pathlib.Path) -> np.ndarray | None:
-    """The int64 of an .npy file, mapped; None unless it is a whole one."""
+    """Maps the int64 of an .npy file; None if the file is not complete."""
     try:
         with open_regular(place) as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 return None
             shape, _, kind = np.lib.format.read_array_header_1_0(file)
-            whole = (
+            is_complete = (
                 len(shape) == 1
                 and kind == np.int64
                 and file.tell() + 8 * shape[0] == os.fstat(file.fileno()).st_size
             )
             return (
                 np.memmap(file, np.int64, "r", file.tell(), shape)
-                if whole and shape[0] >= HEADER
+                if is_complete and shape[0] >= HEADER
                 else None
             )
     except (OSError, ValueError, TypeError, OverflowError):  # FileError is a ValueError
@@ -181,12 +173,12 @@ def _map(place: pathlib.Path) -> np.ndarray | None:
 
 
 def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Callable) -> RowIndex:
-    """Builds the index in a file beside `place` and moves it there."""
+    """Builds the index in a temporary file beside `place` and moves it there."""
     handle, temporary = tempfile.mkstemp(prefix=f".{place.name[:100]}.", dir=place.parent)
     try:
         with os.fdopen(handle, "wb") as out, open_binary(path) as file:
             os.fchmod(out.fileno(), 0o644)
-            writer = _Writer(out)
+            writer = RowWriter(out)
             built = time.time_ns()
             scan(file, writer, path)
             writer.finish(stamp, built)
@@ -199,26 +191,26 @@ def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Ca
         os.unlink(temporary)
         raise
     return RowIndex(
-        _map(place)[HEADER:], writer.rows, writer.pictures, writer.digest.hexdigest(), stamp
+        _map(place)[HEADER:], writer.rows, writer.images, writer.digest.hexdigest(), stamp
     )
 
 
-class _Writer:
-    """An .npy file of int64 that grows: numpy leaves room in its header for the final length."""
+class RowWriter:
+    """A growing .npy file of int64: numpy's header has room for the final length."""
 
     def __init__(self, out):
         self.out, self.count, self.rows = out, 0, 0
-        self.digest, self.pictures = hashlib.sha256(), False
+        self.digest, self.images = hashlib.sha256(), False
         self._header()
         self._append([0] * HEADER)
 
     def starts(self, values) -> None:
-        """Where rows begin."""
+        """Appends the positions at which rows begin."""
         self._append(values)
         self.rows += len(values)
 
     def end(self, value: int) -> None:
-        """Where the last row ends."""
+        """Appends the position at which the last row ends."""
         self._append([value])
 
     def _append(self, values) -> None:
@@ -231,7 +223,7 @@ class _Writer:
         hashes = np.frombuffer(self.digest.digest(), np.int64).tolist()
         self.out.write(
             np.asarray(
-                [VERSION, *stamp, built, self.rows, self.pictures, *hashes], np.int64
+                [VERSION, *stamp, built, self.rows, self.images, *hashes], np.int64
             ).tobytes()
         )
 
@@ -242,86 +234,3 @@ class _Writer:
             "shape": (self.count,),
         }
         np.lib.format.write_array_header_1_0(self.out, described)
-
-
-def _scan_lines(file, writer: _Writer, path: str) -> None:
-    end = _content_end(file)
-    file.seek(max(0, end - 1))
-    last = file.read(1)
-    file.seek(0)
-    jsonl.check_kind(file.read(4096), last, one_line(path))
-    file.seek(0)
-    writer.starts([0] if end else [])
-    position, rest = 0, b""
-    while chunk := file.read(CHUNK):
-        writer.digest.update(chunk)
-        starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (position + 1)
-        writer.starts(starts[starts < end])
-        position += len(chunk)
-        if not writer.pictures:
-            lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            writer.pictures = _lines_have_pictures(lines + newline)
-            if len(rest) > MAX_ROW:  # an error when it is read
-                rest = b""
-    writer.pictures = writer.pictures or _lines_have_pictures(rest)
-    writer.end(end)
-
-
-def _content_end(file) -> int:
-    """Bytes of a file without the white space at its end."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 4096)
-        file.seek(start)
-        tail = file.read(end - start).rstrip()
-        if tail:
-            return start + len(tail)
-        end = start
-    return 0
-
-
-def _lines_have_pictures(lines: bytes) -> bool:
-    """Whether any of these whole lines has a picture. Only those that mention one are parsed."""
-    for mention in MENTIONS:
-        place = lines.find(mention)
-        while place >= 0:
-            start, stop = lines.rfind(b"\n", 0, place) + 1, lines.find(b"\n", place)
-            stop = len(lines) if stop < 0 else stop
-            if parsed_has_pictures(lines[start:stop]):
-                return True
-            place = lines.find(mention, stop)
-    return False
-
-
-def parsed_has_pictures(line: bytes) -> bool:
-    """`has_pictures` of a row's bytes; False if they are no JSON."""
-    try:
-        return has_pictures(strict_json.loads(line, ""))
-    except ValueError:  # whoever reads this row gets the error with its place
-        return False
-
-
-def _scan_tar(file, writer: _Writer, path: str) -> None:
-    key, end = None, 0
-    for member in members(file, os.fspath(path), MAX_ROW):
-        if key != (key := tar_key(member.name)):
-            writer.starts([member.start])
-        end = member.end
-        writer.digest.update(
-            f"{len(member.name)} {member.size} {member.start} ".encode() + os.fsencode(member.name)
-        )
-        if member.name.endswith(".json"):
-            content = member.read()
-            writer.digest.update(content)
-            writer.pictures = writer.pictures or parsed_has_pictures(content)
-        else:
-            writer.pictures = True
-    writer.end(end)
-
-
-def tar_key(name: str) -> str:
-    """Name of a member up to the first dot after its last slash: what the files of one sample
-    share.
-    """
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]

@@ -1,11 +1,10 @@
-"""Where the images and videos of a row are, and which of them a row may name.
+"""Resolves the paths in a row, and refuses those that a row may not name.
 
-A row comes from whoever made the data. It names files under its source's root, and no others: not
-with .., not with an absolute path or an address elsewhere. With the root "" absolute paths and
-addresses are what rows are expected to have, unless the annotation itself comes from an address;
-then they are addresses alone. "allow_outside_root": true in the meta JSON lifts all of this. A row
-of a tar archive names files of its archive, whatever the meta JSON says. Symbolic links under a
-root are followed: they are the owner's.
+Rows may come from someone else, so they name files under the root of their source and no others:
+not with "..", and not with an absolute path or an address elsewhere. With the root "", rows may
+have absolute paths and addresses, or addresses only if the annotation itself is at an address.
+"allow_outside_root": true in the meta JSON lifts all of this. A row of a tar archive names files of
+its archive only. Symbolic links under a root are followed: its owner made them.
 """
 
 import os
@@ -21,20 +20,20 @@ _LOCAL = ("file", "local")  # schemes of this machine
 
 
 def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str:
-    """The path or address that a row means by `name`, or `name` itself for a file of its archive.
+    """Returns the path or address that a row means by `name`.
 
-    archive: files that came with the row; None for a row of no archive.
+    archive: Files of the row's sample, by name; None if the row is not in an archive.
 
     Raises:
-      RowError: the row may not name it, or it is no path.
+      RowError: The row may not name this file, or it is no path.
     """
     if archive is not None:
         if name in archive:
             return name
         held = one_line(", ".join(list(archive)[:10])) or "nothing else"
         raise RowError(
-            f"{excerpt(name)}: is not in the row's sample of the archive, which holds {held}; rows of an archive name no other "
-            f"files: put it there, or use a .jsonl annotation"
+            f"{excerpt(name)}: is not in the row's sample of the archive, which holds {held}; "
+            f"rows of an archive name no other files: put it there, or use a .jsonl annotation"
         )
     if name.startswith("data:"):
         raise RowError(
@@ -42,13 +41,13 @@ def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str
         )
     if len(name) > MAX_PATH or "\0" in name:
         raise RowError(f"{excerpt(name)}: is no path (it has {len(name):,} characters)")
-    whole = is_remote(name) or os.path.isabs(name)
+    is_absolute = is_remote(name) or os.path.isabs(name)
     if (
         spec.outside == "yes"
-        or (whole and spec.outside == "whole")
+        or (is_absolute and spec.outside == "absolute")
         or (spec.outside == "addresses" and _is_elsewhere(name))
     ):
-        return name if whole else join(spec.root, name)
+        return name if is_absolute else join(spec.root, name)
     path = join(spec.root, name)
     if is_remote(path):
         scheme, _, rest = path.partition("://")
@@ -58,18 +57,18 @@ def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str
             and "::" not in name
         )
     else:
-        path = os.path.normpath(path)  # what is checked is what is opened
+        path = os.path.normpath(path)  # the path that is checked is the one that is opened
         inside = not is_remote(spec.root) and _is_inside("", path, os.path.abspath(spec.root))
-    if not inside or (not whole and posixpath.normpath(name).split("/")[0] == ".."):
+    if not inside or (not is_absolute and posixpath.normpath(name).split("/")[0] == ".."):
         raise RowError(
-            f"{excerpt(name)}: is outside of the source's root, {one_line(spec.root)}; move it there, or set "
-            f'"allow_outside_root": true for the source in the meta JSON'
+            f"{excerpt(name)}: is outside of the source's root, {one_line(spec.root)}; move it "
+            f'there, or set "allow_outside_root": true for the source in the meta JSON'
         )
     return path
 
 
 def _is_elsewhere(name: str) -> bool:
-    """Whether it is an address, and of another machine."""
+    """Whether it is an address of another machine."""
     return is_remote(name) and "::" not in name and name.partition("://")[0].lower() not in _LOCAL
 
 

@@ -1,10 +1,12 @@
-"""Random access to the rows of annotation files: JSONL, tar shards, ArrayRecord.
+"""Random access to the rows of annotation files: JSONL, JSON lists, tar shards, ArrayRecord.
 
-    JSONL         one JSON object a line, in UTF-8
-    tar           of each sample KEY.json and, if they travel with it, its pictures KEY.jpg, KEY.1.png, ... or video KEY.mp4
+    JSONL         one JSON object per line, in UTF-8; a .json file may be one too
+    JSON          a list of objects
+    tar           for each sample KEY.json and, if they are in it, its images KEY.jpg, KEY.1.png,
+                  ... or its video KEY.mp4
     ArrayRecord   a record is a JSON object, or a small tar archive of one sample as above
 
-The files hold any number of rows and no process holds more than the one it reads.
+The files may have any number of rows; a process holds only the row that it reads.
 """
 
 import bisect
@@ -22,31 +24,26 @@ from internvl3_jax.data.sources.files import (
     open_binary,
     read_range,
 )
-from internvl3_jax.data.sources.row_index import (
-    MAX_ROW,
-    RowIndex,
-    index_places,
-    open_index,
-    parsed_has_pictures,
-)
+from internvl3_jax.data.sources.json_list import is_list
+from internvl3_jax.data.sources.row_index import RowIndex, index_places, open_index
+from internvl3_jax.data.sources.row_scan import MAX_ROW, START, parsed_has_images
 from internvl3_jax.data.sources.tars import TarError, members
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.terminal import excerpt, one_line
 
-KINDS = (".jsonl", ".tar", ".array_record", ".arrayrecord")
-MAX_SAMPLE = 2 << 30  # bytes of a sample with its pictures in a tar shard
+KINDS = (".jsonl", ".json", ".tar", ".array_record", ".arrayrecord")
+MAX_SAMPLE = 2 << 30  # bytes of a sample with its images in a tar shard
 MAX_MEMBERS = 10_000  # files of a sample
 
 
 class RowError(ValueError):
-    """A row that is not what the format asks for. The message says what is wrong, not where: the
-    caller knows.
-    """
+    """A row that does not follow the format. The caller adds which row it is."""
 
 
 class Rows:
-    """The rows of one or several files, one after the other. Threads may share it; a pickled copy
-    opens its index anew.
+    """The rows of one or several files, one after the other.
+
+    Threads may share it; a pickled copy opens its index again.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -56,14 +53,12 @@ class Rows:
             self.ends.append(len(file) + (self.ends[-1] if self.ends else 0))
 
     @property
-    def has_pictures(self) -> bool:
-        return any(file.has_pictures for file in self.files)
+    def has_images(self) -> bool:
+        return any(file.has_images for file in self.files)
 
     @property
     def identity(self) -> str:
-        """A short text that differs if the rows or their order do; names, places and time stamps of
-        the files do not matter.
-        """
+        """A short text that changes with the rows or their order, not with the files' names."""
         digest = hashlib.sha256(
             " ".join(f"{len(file)} {file.digest}" for file in self.files).encode()
         )
@@ -73,18 +68,19 @@ class Rows:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, row: int) -> tuple[dict, dict[str, bytes] | None]:
-        """The JSON object of a row, and the files that came with it by name; None if it came in no
-        archive.
-        """
+        """Returns a row's JSON object and its files by name; None if it is not in an archive."""
         file, number = self._find(row)
         data = file[number]
         return decode_tar(data) if file.is_tar(data) else (decode_json(data), None)
 
     def locate(self, row: int) -> str:
-        """Where a person finds a row: "train.jsonl line 7"."""
+        """Names a row as a person finds it: "train.jsonl line 7"."""
         file, number = self._find(row)
         name = one_line(os.path.basename(file.path))
-        return f"{name} {'line' if file.path.endswith('.jsonl') else 'sample'} {number + 1}"
+        unit = "sample"
+        if file.path.endswith((".jsonl", ".json")):
+            unit = "item" if file.is_list else "line"
+        return f"{name} {unit} {number + 1}"
 
     def _find(self, row: int):
         if not 0 <= row < len(self):
@@ -95,39 +91,32 @@ class Rows:
 
 def _open(path: str):
     if not path.endswith(KINDS):
+        packed = path.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip"))
+        remedy = "; unpack it" if packed else ""
         raise FileError(
-            f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{_remedy(path)}"
+            f"{one_line(path)}: annotations are {', '.join(KINDS)} files, not compressed{remedy}"
         )
-    return _IndexedFile(path) if path.endswith((".jsonl", ".tar")) else _ArrayRecordFile(path)
-
-
-def _remedy(path: str) -> str:
-    """What to do with a file of another kind."""
-    if path.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")):
-        return "; unpack it"
-    if not path.endswith(".json") or is_remote(path) or not os.path.isfile(path):
-        return ""
-    with open_binary(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    name = one_line(os.path.basename(path))
-    if start.startswith(b"["):
-        return f"; it is a list, as LLaVA writes it: make a row a line of it with jq -c '.[]' {name} > {name}l"
-    return f"; if it has a row on each line, name it {name}l"
+    is_indexed = path.endswith((".jsonl", ".json", ".tar"))
+    return _IndexedFile(path) if is_indexed else _ArrayRecordFile(path)
 
 
 class _IndexedFile:
-    """Bytes of each row of a .jsonl or .tar file, by its index."""
+    """Reads the bytes of each row of a .jsonl, .json or .tar file, by its index."""
 
     def __init__(self, path: str):
         self.path = path
         index = open_index(path)
-        self.has_pictures, self.length, self.digest, self.stamp = (
-            index.has_pictures,
+        self.has_images, self.length, self.digest, self.stamp = (
+            index.has_images,
             index.rows,
             index.digest,
             index.stamp,
         )
         self._index: RowIndex | None = index
+        self.is_list = False
+        if path.endswith(".json"):
+            with open_binary(path) as file:
+                self.is_list = is_list(file.read(START))
 
     def __len__(self) -> int:
         return self.length
@@ -148,6 +137,11 @@ class _IndexedFile:
         self._check_unchanged()
         if is_tar:
             return read_range(self.path, start, stop)
+        if self.is_list:
+            item = read_range(self.path, start, stop).rstrip().removesuffix(b",").rstrip()
+            if item[:1] != b"{" or item[-1:] != b"}":
+                raise self._misplaced(row)
+            return item
         # The line break before a row says that the index is of this file.
         data = read_range(self.path, max(0, start - 1), stop)
         line = data if start == 0 else data[1:]
@@ -157,14 +151,16 @@ class _IndexedFile:
 
     def _misplaced(self, row: int) -> ChangedError:
         return ChangedError(
-            f"{one_line(self.path)}: row {row} is not where its index says: the file was changed while in use, or the index is "
-            f"damaged; delete {one_line(str(index_places(self.path)[0]))} and start again"
+            f"{one_line(self.path)}: row {row} is not where its index says: the file was changed "
+            f"while in use, or the index is damaged; delete "
+            f"{one_line(str(index_places(self.path)[0]))} and start again"
         )
 
     def _check_unchanged(self) -> None:
         if not is_remote(self.path) and fingerprint(self.path)[:2] != self.stamp[:2]:
             raise ChangedError(
-                f"{one_line(self.path)}: was changed while in use; start again, so that its rows are counted anew"
+                f"{one_line(self.path)}: was changed while in use; start again, so that its rows "
+                f"are counted again"
             )
 
     def __getstate__(self):
@@ -172,12 +168,13 @@ class _IndexedFile:
 
 
 class _ArrayRecordFile:
-    """Records of an ArrayRecord file."""
+    """Reads the records of an ArrayRecord file."""
 
     def __init__(self, path: str):
         if is_remote(path):
             raise FileError(
-                f"{path}: ArrayRecord files are read from local disks; copy it, or use .jsonl or .tar"
+                f"{path}: ArrayRecord files are read from local disks only; copy it, or use .jsonl "
+                f"or .tar"
             )
         try:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -188,17 +185,17 @@ class _ArrayRecordFile:
         if not exists(path):
             raise FileError(f"{one_line(path)}: no such file")
         with open_binary(path):
-            pass  # else a pipe would be waited for
+            pass  # refuses a pipe, for which ArrayRecord would wait
         try:
             self.path, self.records = path, ArrayRecordDataSource([path])
             index = open_index(path, scan=self._scan)
         except FileError:
             raise
-        except Exception as error:  # the library's own, of any kind
+        except Exception as error:  # the library raises exceptions of many types
             raise FileError(
                 f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})"
             ) from error
-        self.has_pictures, self.digest = index.has_pictures, index.digest
+        self.has_images, self.digest = index.has_images, index.digest
 
     def __len__(self) -> int:
         return len(self.records)
@@ -211,14 +208,14 @@ class _ArrayRecordFile:
             data = self[row]
             writer.rows += 1
             writer.digest.update(f"{len(data)} ".encode() + data)
-            writer.pictures = writer.pictures or self.is_tar(data) or parsed_has_pictures(data)
+            writer.images = writer.images or self.is_tar(data) or parsed_has_images(data)
 
     def __getitem__(self, row: int) -> bytes:
         return self.records[row]
 
 
 def decode_json(data: bytes) -> dict:
-    """The JSON object of a row's bytes. RowError if there is none."""
+    """Parses a row's bytes as a JSON object. RowError if they are none."""
     if not data.strip():
         raise RowError("the line is empty")
     try:
@@ -240,13 +237,11 @@ def _text(data: bytes) -> str:
 
 
 def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
-    """The JSON object of a sample's part of a tar archive, and its other files by name. RowError if
-    they cannot be read.
-    """
+    """Reads a sample's part of a tar archive: its JSON object, and its other files by name."""
     files: dict[str, bytes] = {}
     try:
         for member in members(
-            io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, whole=False
+            io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, has_end=False
         ):
             if member.name in files:
                 raise RowError(
@@ -261,6 +256,6 @@ def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
     if len(rows) != 1:
         names = one_line(", ".join(list(files)[:10]))
         raise RowError(
-            f"the files {names} hold {len(rows)} .json files; expected one, next to its pictures"
+            f"the files {names} hold {len(rows)} .json files; expected one, next to its images"
         )
     return decode_json(files.pop(rows[0])), files

@@ -1,8 +1,7 @@
-"""Members of an uncompressed tar archive, read within limits.
+"""Reads the members of an uncompressed tar archive within limits.
 
-Sizes in an archive are claims: a sparse member of 3 kB may say that it holds 40 GB, a header that
-it is 32 TB long. Nothing is read that does not fit into the file, and no name or link of a member
-is followed.
+Sizes in an archive are not trusted: a sparse member of 3 kB may claim 40 GB, and a header 32 TB.
+Nothing is read that does not fit into the file, and no name or link of a member is followed.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ MAX_HEADER = 1 << 20  # bytes of a long name or of further fields
 
 
 class TarError(FileError):
-    """An archive that cannot be read, or claims sizes that it does not have."""
+    """An archive that cannot be read, or that claims sizes which it does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,38 +25,38 @@ class Member:
 
     name: str
     size: int  # bytes of its content
-    start: int  # of its headers in the archive
-    end: int  # of its content and padding
-    read: Callable[[], bytes]  # its content; only until the next member
+    start: int  # where its headers begin in the archive
+    end: int  # where its content and padding end
+    read: Callable[[], bytes]  # returns its content; valid until the next member
 
 
-def members(file, where: str, max_bytes: int, *, whole: bool = True) -> Iterator[Member]:
-    """The regular files of an archive, in order; folders are passed over.
+def members(file, where: str, max_bytes: int, *, has_end: bool = True) -> Iterator[Member]:
+    """Yields the regular files of an archive, in order; folders are skipped.
 
     Args:
-      file: open for reading in binary, and seekable.
-      where: what errors call it.
-      max_bytes: of a member that is read.
-      whole: an archive with its end mark; else a part of one.
+      file: Open for reading in binary, and seekable.
+      where: What errors call it.
+      max_bytes: Largest size of a member that is read.
+      has_end: Whether the archive has its end mark, or is a part of one.
 
     Raises:
-      TarError: as its docstring says.
+      TarError: The archive is damaged.
     """
     bounded = _Bounded(file, max(max_bytes, MAX_HEADER))
     where = one_line(where)
     try:
         with tarfile.open(fileobj=bounded, mode="r:") as archive:
             for member in archive:
-                archive.members = []  # else it keeps every header it has seen
+                archive.members = []  # tarfile would keep every header that it has read
                 _check(member, bounded.size, where)
                 if member.isreg():
                     read = functools.partial(_read, archive, member, bounded.longest, where)
                     end = min(member.offset_data + _padded(member.size), bounded.size)
                     yield Member(member.name, member.size, member.offset, end, read)
-            _check_end(bounded, archive.offset, where, whole)
+            _check_end(bounded, archive.offset, where, has_end)
     except TarError:
         raise
-    # Damaged fields make tarfile raise nearly anything.
+    # Damaged fields make tarfile raise exceptions of many types.
     except (
         tarfile.TarError,
         ValueError,
@@ -79,7 +78,8 @@ def _check(member: tarfile.TarInfo, size: int, where: str) -> None:
         raise TarError(f"{where}: {name} has the size {member.size:,}; the archive is damaged")
     if not member.isreg() and not member.isdir():
         raise TarError(
-            f"{where}: {name} is a link, pipe or device; write the archive with the files themselves (tar --dereference)"
+            f"{where}: {name} is a link, pipe or device; write the archive with the files "
+            f"themselves (tar --dereference)"
         )
     if member.isreg() and member.offset_data + member.size > size:
         raise TarError(
@@ -91,20 +91,22 @@ def _check(member: tarfile.TarInfo, size: int, where: str) -> None:
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, longest: int, where: str) -> bytes:
     if member.size > longest:
         raise TarError(
-            f"{where}: {excerpt(member.name)} has {member.size:,} bytes; at most {longest:,} are read"
+            f"{where}: {excerpt(member.name)} has {member.size:,} bytes; at most {longest:,} are "
+            f"read"
         )
     return archive.extractfile(member).read()
 
 
-def _check_end(file: "_Bounded", place: int, where: str, whole: bool) -> None:
-    """tarfile takes whatever is no header for the end."""
+def _check_end(file: "_Bounded", place: int, where: str, has_end: bool) -> None:
+    """Checks the end mark: tarfile takes anything that is no header for the end."""
     file.seek(place)
     mark = file.read(tarfile.BLOCKSIZE)
     if mark.strip(b"\0"):
         raise TarError(
-            f"{where}: is damaged at byte {place:,}: no header and no end; rows behind it would be lost"
+            f"{where}: is damaged at byte {place:,}: no header and no end; rows behind it would "
+            f"be lost"
         )
-    if whole and len(mark) < tarfile.BLOCKSIZE:
+    if has_end and len(mark) < tarfile.BLOCKSIZE:
         raise TarError(
             f"{where}: ends without an end mark; was it written or downloaded completely?"
         )
@@ -120,7 +122,7 @@ def _padded(size: int) -> int:
 
 
 class _Bounded:
-    """A file that gives no more at once than is there, and than `longest` bytes."""
+    """A file that returns at most `longest` bytes per read, and never claims more."""
 
     def __init__(self, file, longest: int):
         self.file, self.longest = file, longest

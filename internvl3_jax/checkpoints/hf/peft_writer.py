@@ -1,0 +1,123 @@
+"""Writes LoRA adapters as PEFT does, for both released layouts; see peft.py."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from internvl3_jax.checkpoints.hf.assemble import ConversionError, layer_numbers, leaf_tensors
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
+from internvl3_jax.checkpoints.hf.peft import PREFIX, check_names, module_of
+from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS
+from internvl3_jax.checkpoints.storage import by_path
+from internvl3_jax.config import LoraConfig, ModelConfig
+from internvl3_jax.io.checkpoint_paths import PEFT
+from internvl3_jax.model import lora
+
+
+def write_peft(
+    directory: pathlib.Path,
+    own: Mapping,
+    config: LoraConfig,
+    model: ModelConfig,
+    layout: str,
+    base: str,
+) -> dict[str, np.ndarray]:
+    """Writes what a LoRA run trained, or an adapter of scale 1, as PEFT does; returns the tensors.
+
+    own: "lora" with a and b as they are trained, and parameters trained whole. base: what
+        adapter_config.json calls the model.
+    """
+    check_names(model, layout)
+    rows = {row.target: row for row in active_rows(model)}
+    tensors, ranks = {}, {}
+    for path, (a, b) in _pairs(own[lora.SUBTREE]).items():
+        row = rows[f"{path}/kernel"]
+        ranks[row] = a.shape[-1]
+        for layer in layer_numbers(row, model):
+            modules = [name.removesuffix(".weight") for name in row.keys(layout, layer)]
+            down, up = (part if layer is None else part[layer] for part in (a, b))
+            for module, columns in zip(modules, np.split(up, len(modules), axis=1), strict=True):
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(down.T)
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(columns.T)
+    whole = _whole_tensors(lora.base_params(own), rows, model, layout)
+    tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / PEFT).write_text(
+        json.dumps(_config(config, ranks, whole, layout, base), indent=2) + "\n"
+    )
+    return tensors
+
+
+def _pairs(adapters: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Layer's path -> (a, b) as float32."""
+    leaves = by_path(adapters)
+    names = sorted({path.rpartition("/")[0] for path in leaves})
+    return {
+        name: tuple(np.asarray(leaves[f"{name}/{part}"], np.float32) for part in "ab")
+        for name in names
+    }
+
+
+def _whole_tensors(
+    whole: Mapping, rows: Mapping[str, Row], model: ModelConfig, layout: str
+) -> dict[str, np.ndarray]:
+    """Tensors of what was trained whole. ConversionError where they are not all of some torch
+    modules, which is all PEFT can take.
+    """
+    if model.language.tie_embeddings and "language/embedding" in by_path(whole):
+        raise ConversionError(
+            "a tied embedding that was trained whole has no place in a PEFT adapter; merge the "
+            "run instead"
+        )
+    tensors = {}
+    for path, leaf in by_path(whole).items():
+        tensors |= dict(leaf_tensors(model, rows[path], np.asarray(leaf, np.float32), layout))
+    modules = {module_of(name) for name in tensors}
+    for row in active_rows(model):
+        for layer in layer_numbers(row, model):
+            for name in row.keys(layout, layer):
+                if module_of(name) in modules and name not in tensors:
+                    raise ConversionError(
+                        f"PEFT keeps whole modules: {module_of(name)} was trained but for {name}; "
+                        "merge the run instead"
+                    )
+    return tensors
+
+
+def _config(
+    config: LoraConfig, ranks: Mapping[Row, int], whole: Mapping, layout: str, base: str
+) -> dict:
+    other = {
+        _suffix(name): rank
+        for row, rank in ranks.items()
+        if rank != config.rank
+        for name in row.keys(layout, "")
+    }
+    root = math.sqrt if config.rslora else float
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "target_modules": sorted({_suffix(name) for row in ranks for name in row.keys(layout, "")}),
+        "modules_to_save": sorted({module_of(name) for name in whole}) or None,
+        "rank_pattern": other,
+        "alpha_pattern": {name: lora.scale(config) * root(rank) for name, rank in other.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _suffix(name: str) -> str:
+    """What the layer is called in every block: "self_attn.q_proj" of
+    "language_model.model.layers..self_attn.q_proj.weight".
+    """
+    return module_of(name).rpartition("..")[2]

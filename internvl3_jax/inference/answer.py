@@ -1,0 +1,58 @@
+"""An answer and the times that it took."""
+
+import dataclasses
+import time
+
+from internvl3_jax.inference.compile_clock import CompileClock
+
+
+@dataclasses.dataclass
+class Answer:
+    """An answer, and what it took.
+
+    Attributes:
+      text: without stop tokens and stop texts.
+      token_ids: as generated; the stop id is the last one if it was generated.
+      prompt_tokens: number of tokens of the prompt, the earlier turns included.
+      tiles: number of tiles of each image of the conversation, thumbnails included.
+      seconds: from the question to the last token, compilation included.
+      first_token_seconds: from the question to the first token, without compilation.
+      reused_tokens: tokens of the prompt that were in the cache from earlier turns.
+      finish: "stop" for a stop token or text, "length" if `max_new_tokens` cut the answer off.
+      compile_seconds: spent on compiling programs, 0.0 if all had been compiled before.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    tiles: list[int]
+    seconds: float
+    first_token_seconds: float
+    reused_tokens: int = 0
+    finish: str = "stop"
+    compile_seconds: float = 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of the tokens after the first, without compilation; 0.0 if there is only one."""
+        following = len(self.token_ids) - 1
+        seconds = self.seconds - self.compile_seconds - self.first_token_seconds
+        return max(0.0, seconds) / following if following > 0 else 0.0
+
+
+class Stopwatch:
+    """Times an answer. Attributes are set by `first_token` and `stop`."""
+
+    def __init__(self, compile_clock: CompileClock):
+        self._clock, self._compiled = compile_clock, compile_clock.seconds
+        self._began = time.perf_counter()
+        self.seconds = self.first_token_seconds = self.compile_seconds = 0.0
+
+    def first_token(self) -> None:
+        if not self.first_token_seconds:
+            compiling = self._clock.seconds - self._compiled
+            self.first_token_seconds = time.perf_counter() - self._began - compiling
+
+    def stop(self) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self.compile_seconds = self._clock.seconds - self._compiled

@@ -1,0 +1,67 @@
+"""Checks of infer.py's inputs before a model is loaded."""
+
+import os
+import sys
+
+from internvl3_jax.data.media.images import open_image
+from internvl3_jax.data.text.chat_template import IMAGE_TAG
+from internvl3_jax.inference import answer_flags, loading, prompts
+from internvl3_jax.inference.options import Options
+from internvl3_jax.inference.requests import check_requests, read_requests, tag_remarks
+from internvl3_jax.io.checkpoint_paths import check_exists
+from internvl3_jax.io.terminal import printable
+
+
+def check_inputs(flags) -> tuple[list[dict] | None, str | None]:
+    """Checks whatever can be checked without a model; expands ~ in flags.image.
+
+    Returns:
+      (the requests of --requests, the text of --prompt), None where the flag is not given
+
+    Raises:
+      ValueError: naming the flag, file or line that is wrong.
+    """
+    Options(**answer_flags.chat_options())
+    _check_directories(flags)
+    flags.image = [os.path.expanduser(image) for image in flags.image]
+    for image in flags.image:
+        open_image(image, max_pixels=flags.max_image_pixels, allow_truncated=flags.allow_truncated)
+    prompt = None if flags.prompt is None else prompts.read_prompt(flags.prompt)
+    if prompt is not None:
+        _check_prompt(prompt, len(flags.image), len(flags.delta))
+    if not flags.requests:
+        return None, prompt
+    requests = read_requests(flags.requests)
+    check_requests(requests, flags.on_error)
+    if remark := tag_remarks(requests):
+        _note(remark)
+    return requests, prompt
+
+
+def _check_directories(flags) -> None:
+    adapters = loading.named_adapters(flags.adapter)
+    if flags.use and flags.use not in adapters:
+        known = ", ".join(adapters) or "none is given"
+        raise ValueError(f"--use is {flags.use!r}; there is no such --adapter: {known}")
+    for path in [*adapters.values(), *([flags.critic] if flags.critic else [])]:
+        check_exists(path)
+    loading.check_cache(flags.compilation_cache)
+
+
+def _check_prompt(prompt: str, num_images: int, num_deltas: int) -> None:
+    """Compares the prompt's tags and the deltas with the images."""
+    if 0 < (tags := prompt.count(IMAGE_TAG)) < num_images:
+        raise ValueError(
+            f"{num_images} images, but {tags} {IMAGE_TAG} tags in --prompt; write one for each, "
+            "or none"
+        )
+    if num_deltas > 1 and num_deltas != num_images:
+        raise ValueError(f"{num_deltas} deltas for {num_images} images; give one, or one per image")
+    if remark := prompts.tag_remark(prompt, num_images):
+        _note(f"--prompt: {remark}")
+
+
+def _note(remark: str) -> None:
+    # Not `answering.note`, which asks jax for the number of this host: jax must not be initialized
+    # before the hosts have joined.
+    print(printable(f"note: {remark}"), file=sys.stderr)

@@ -1,0 +1,74 @@
+"""Prints the answers of infer.py: text as it is generated, or JSON; statistics and remarks go to
+stderr.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from internvl3_jax.inference.answering import as_json, note
+from internvl3_jax.inference.chat import Answer, Chat
+from internvl3_jax.inference.progress import progress_line
+from internvl3_jax.io import jsonl
+from internvl3_jax.io.terminal import printable
+
+
+@dataclasses.dataclass
+class TerminalAnswers:
+    """Asks and prints.
+
+    Attributes:
+      json: print one JSON object per answer instead of the text.
+      stats: print times and token counts to stderr.
+    """
+
+    json: bool = False
+    stats: bool = False
+
+    def ask(self, chat: Chat, question: str, images: Sequence[str]) -> None:
+        """Prints the answer to the next question of a conversation."""
+        for piece in self._pieces(chat, question, images):
+            if not self.json:
+                print(printable(piece), end="", flush=True)
+        answer = chat.last
+        print(jsonl.dumps(as_json(answer)) if self.json else "", flush=True)
+        if self.stats:
+            note(stats_line(answer))
+        if answer.finish == "length" and not self.json:
+            note(
+                f"the answer was cut off after {len(answer.token_ids)} tokens; --max_new_tokens "
+                "allows more"
+            )
+
+    def ask_best(
+        self, choose: Callable[[list], list], question: str, images: Sequence[str]
+    ) -> None:
+        """Prints the best of several answers. choose: takes a list of (question, images)."""
+        (choice,) = choose([(question, images)])
+        print(jsonl.dumps(choice.as_json()) if self.json else printable(choice.text))
+        if self.stats:
+            note(choice.table())
+
+    def _pieces(self, chat: Chat, question: str, images: Sequence[str]) -> Iterator[str]:
+        """Yields the text, with a line on stderr whenever a program is compiled."""
+        clock = chat.generator.compile_clock
+        clock.progress = lambda program: progress_line(f"compiling {program}")
+        compiled = clock.seconds
+        pieces = chat.stream(question, images)
+        first = next(pieces, "")
+        # The decode loop is probably compiled next: its line must not come behind the first token.
+        yield first + next(pieces, "") if clock.seconds > compiled else first
+        yield from pieces
+
+
+def stats_line(answer: Answer) -> str:
+    """Returns times and token counts; the times do not include compilation."""
+    per_token = "one token"
+    if answer.seconds_per_token:
+        per_token = f"{1000 * answer.seconds_per_token:.1f} ms per token"
+    compiled = f"compiled in {answer.compile_seconds:.3f} s; " if answer.compile_seconds else ""
+    return (
+        f"{compiled}first token {answer.first_token_seconds:.3f} s, then {per_token}; "
+        f"{answer.prompt_tokens} prompt tokens ({answer.reused_tokens} reused), tiles "
+        f"{answer.tiles}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s, finish: "
+        f"{answer.finish}"
+    )
