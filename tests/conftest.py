@@ -30,11 +30,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Files that train, start programs or compile large ones, longest first: they begin first, so that
 # none is left for one worker at the end, and `make test-fast` does without them.
 SLOW = """
-train train_hosts pairs_run object_storage lora_run lora_base pairs generate elastic sharding
-attention step benchmarks infer_hosts distributed optimizer infer lora chat_session peft critic
-best_of_n preference preference_example process_reward process_labels make_pairs miniature digits
-notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz convert compose
-convert_damage shapes launch install kill
+train train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs generate elastic
+sharding attention step benchmarks infer_hosts distributed optimizer infer lora chat_session
+peft critic best_of_n preference preference_example process_reward process_labels make_pairs
+miniature digits notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz
+convert compose convert_damage shapes launch install kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install"}
