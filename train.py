@@ -38,7 +38,6 @@ from internvl3_jax.training.console import Console
 from internvl3_jax.training.evaluation import Evaluator
 from internvl3_jax.training.guards import FiniteCheck, SkipLog, compare_hosts
 from internvl3_jax.training.history import RunHistory, farewell, is_finished
-from internvl3_jax.training.log_sinks import check_extras
 from internvl3_jax.training.metrics import MetricsAggregator
 from internvl3_jax.training.optimizer import Optimizer, make_optimizer
 from internvl3_jax.training.param_table import component_table, format_table
@@ -76,7 +75,7 @@ def run(argv) -> None:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
-    check(chosen.config)
+    checks.check_run(chosen.config)
     multihost.initialize(
         host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value
     )
@@ -92,19 +91,6 @@ def run(argv) -> None:
             fit(config, workdir, mesh, newest)
         if is_first:
             print(cli.as_typed(farewell(config, workdir)), flush=True)
-
-
-def check(config: TrainConfig) -> None:
-    """Raises ValueError or ImportError for a configuration that cannot be trained.
-
-    Reads nothing and touches no device.
-    """
-    checks.validate(config)
-    check_extras(config)
-    if not config.data.source:
-        raise ValueError(
-            "data.source is empty; name the meta JSON of your data: --config.data.source=meta.json"
-        )
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
@@ -136,8 +122,8 @@ def fit(
 
     Args:
       mesh: None takes all devices.
-      newest: The newest complete step of the run, None if there is none. By default it is looked
-        up, and the configuration is compared with the run's.
+      newest: The newest complete step of the run, or None. By default it is looked up, and the
+        configuration is compared with the run's.
 
     Returns:
       The parameters.
@@ -243,13 +229,13 @@ def setup(
 
 def train(run: TrainingRun) -> TrainState:
     """Runs the remaining steps; logs, evaluates and saves when they are due."""
-    config, first, step_fn = run.config, int(run.state.step) + 1, None
+    config, first, step_fn, prepared = run.config, int(run.state.step) + 1, None, None
     before, started_at = run.history.seconds, time.perf_counter()
     log = run_log.Log(run.workdir, config, first - 1, jax.process_index() == 0)
     with log, multihost.preemption_signal() as preemption_signal, run.saver:
         for step in range(first, config.steps + 1):
             log.profile(step)
-            prepared = next(run.loader)
+            prepared = next_batch(run, log.console, step, prepared, preemption_signal)
             batch = run.placement.arrays(prepared.batch)
             if step == first:
                 step_fn = compile_step(run, batch, log.console)
@@ -281,12 +267,28 @@ def train(run: TrainingRun) -> TrainState:
     return run.state
 
 
-class Due(NamedTuple):
-    """What is done at a step.
+def next_batch(
+    run: TrainingRun, console: Console, step: int, previous: HostBatch | None, preemption_signal
+) -> HostBatch:
+    """Returns the batch of a step.
 
-    Attributes:
-      compare: Whether the hosts compare what they train.
+    A signal to all processes of a job ends the workers too, so that no batch comes. The step before
+    is then saved and the process left, as after a signal to this process alone.
     """
+    try:
+        return next(run.loader)
+    except Exception:
+        stop = 0 if jax.process_count() > 1 else preemption_signal(step)
+        if not stop or previous is None:
+            raise
+        run.guard.check()
+        if run.saver.step != step - 1:
+            run.saver.save(step - 1, run.state, previous, run.history)
+        leave(run, console, step - 1, stop)
+
+
+class Due(NamedTuple):
+    """What is done at a step; `compare` is the comparison of the hosts."""
 
     compare: bool
     log: bool
@@ -307,7 +309,7 @@ def cadence(config: TrainConfig, step: int, first: int) -> Due:
 
 
 def compile_step(run: TrainingRun, batch: dict, console: Console):
-    """Compiles the train step. Processes compile side by side and wait for each other afterwards."""
+    """Compiles the train step. Processes compile side by side and meet afterwards."""
     console.say("compiling the train step ...")
     started_at = time.perf_counter()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)

@@ -24,7 +24,7 @@ from fit_table_markdown import GIB
 
 from internvl3_jax.fit.advice import with_flags
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.share import share_of
+from internvl3_jax.fit.per_device import per_device
 from internvl3_jax.fit.topology import parse
 from internvl3_jax.model import lora
 
@@ -105,7 +105,7 @@ def thinks_it_fits(kind: str, size: str, base: str) -> bool:
 
     topology = parse(CHIPS[kind])
     config = lora.freeze_base(with_flags(get_config(size), SETTINGS | {"lora.quantize": base}))
-    return estimate(share_of(config, topology)).peak <= topology.chip.usable
+    return estimate(per_device(config, topology)).peak <= topology.chip.usable
 
 
 def table(columns: list[str], lines: list[list[str]]) -> str:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from internvl3_jax.data.batch import Batch, Prompt, make_prompt
-    from internvl3_jax.inference.chat import Answer, Chat
+    from internvl3_jax.inference.answer import Answer
+    from internvl3_jax.inference.chat import Chat
     from internvl3_jax.inference.options import Options
     from internvl3_jax.model.internvl import InternVL
     from internvl3_jax.model_config import ModelConfig, ProcessorConfig
@@ -76,7 +77,8 @@ _MODULES = {
         "TrainConfig",
     ),
     "data.batch": ("Batch", "Prompt", "make_prompt"),
-    "inference.chat": ("Answer", "Chat"),
+    "inference.answer": ("Answer",),
+    "inference.chat": ("Chat",),
     "inference.options": ("Options",),
     "model.internvl": ("InternVL",),
     "model_config": ("ModelConfig", "ProcessorConfig"),

@@ -27,29 +27,26 @@ jax.config.update("jax_num_cpu_devices", 8)  # in this process only
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# The files that take longest. Begun first, so that none is left for one process at the end.
-LONGEST = (
-    "test_train_hosts",
-    "test_train",
-    "test_pairs_run",
-    "test_lora_run",
-    "test_pairs",
-    "test_lora_base",
-    "test_benchmarks",
-)
-LONGEST += (
-    "test_generate",
-    "test_infer_hosts",
-    "test_elastic",
-    "test_distributed",
-    "test_sharding",
-    "test_parity",
-)
+# Files that train, start programs or compile large ones, longest first: they begin first, so that
+# none is left for one worker at the end, and `make test-fast` does without them.
+SLOW = """
+train train_hosts pairs_run object_storage lora_run lora_base pairs generate elastic sharding
+attention step benchmarks infer_hosts distributed optimizer infer lora chat_session peft critic
+best_of_n preference preference_example process_reward process_labels make_pairs miniature digits
+notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz convert compose
+convert_damage shapes launch install kill
+""".split()
+# Their commands need more than the tests' environment.
+OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install"}
 
 
 def pytest_collection_modifyitems(items):
-    order = {name: place for place, name in enumerate(LONGEST)}
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if item.path.stem not in order and not marks & OTHER_COMMANDS:
+            item.add_marker("fast")
 
 
 def pytest_ignore_collect(collection_path, config):

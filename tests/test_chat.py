@@ -13,7 +13,6 @@ from internvl3_jax.data.text.chat_template import (
     TEMPLATES,
     ChatError,
     encode_chat,
-    from_official,
     insert_missing_tags,
 )
 from internvl3_jax.data.text.tokenizer import Tokenizer
@@ -289,9 +288,9 @@ def test_an_image_of_a_later_turn_does_not_stand_in_an_earlier_text(tokenizer):
     assert insert_missing_tags(surplus, 3) == surplus
 
 
-def test_errors_quote_rows_in_short():
+def test_errors_quote_messages_in_short():
     with pytest.raises(ChatError) as error:
-        from_official([{"from": "human", "text": "A" * 100_000}])
+        insert_missing_tags([{"role": "user", "text": "A" * 100_000}], 0)
     assert len(str(error.value)) < 300
 
 
@@ -409,22 +408,3 @@ def test_insert_missing_tags():
     assert insert_missing_tags(tagged, 2) == tagged
     with pytest.raises(ChatError, match="x: message 1 has role 'human'"):
         insert_missing_tags([{"role": "human", "content": "a"}], 1, where="x")
-
-
-def test_from_official():
-    turns = [
-        {"from": "system", "value": "s"},
-        {"from": "human", "value": "<image>\nq"},
-        {"from": "gpt", "value": "a"},
-    ]
-    assert from_official(turns) == [
-        {"role": "system", "content": "s"},
-        user("<image>\nq"),
-        assistant("a"),
-    ]
-    with pytest.raises(
-        ChatError, match="row 3: turn 1 is from 'user'; expected system, human, gpt"
-    ):
-        from_official([{"from": "user", "value": "a"}], "row 3")
-    with pytest.raises(ChatError, match="turn 1 is 'a'; expected"):
-        from_official(["a"])

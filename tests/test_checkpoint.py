@@ -267,7 +267,7 @@ def test_newest_complete_step_counts_and_old_ones_go(tmp_path, caplog):
     assert "200.partial" in caplog.text
     assert "300: not a complete checkpoint" in caplog.text
     with pytest.raises(
-        FileNotFoundError, match="300 is no complete checkpoint; the newest of this run is 100"
+        FileNotFoundError, match="300 is not a complete checkpoint; the newest of this run is 100"
     ):
         steps.restore_training(tmp_path, 300, None, None)
     assert checkpoint_paths.latest_step(tmp_path / "elsewhere") is None
@@ -383,7 +383,7 @@ def test_verification_has_levels(saved):
     (saved / "files.json").unlink()
     load(saved)
     os.mkfifo(saved / "params" / "pipe")
-    with pytest.raises(Damaged, match="params/pipe is no regular file"):
+    with pytest.raises(Damaged, match="params/pipe is not a regular file"):
         load(saved)
 
 

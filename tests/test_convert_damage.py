@@ -202,7 +202,7 @@ HEADERS = {
     "null": (lambda header, body: (header | {KEY: None}, body), f"{KEY}: is null; expected an object"),
     "three offsets": (entry(data_offsets=[0, 1, 2]), "data_offsets has 3 elements; expected 2"),
     "fractions": (entry(shape=[38.0, 56.0]), r"shape\[0\] is the number 38.0; expected a whole number"),
-    "dtype": (entry(dtype="F4"), "dtype is 'F4', which is not known here"),
+    "dtype": (entry(dtype="F4"), "dtype is 'F4', which is not supported"),
     "size": (entry(shape=[1]), "does not fit its shape"),
     "metadata": (lambda header, body: (header | {"__metadata__": {"a": 1}}, body), "__metadata__: 'a' is the number 1; expected a text"),
     "escape": (named_for_a_terminal, r"\\x1b\[2J"),
@@ -237,7 +237,7 @@ def test_a_header_beyond_the_librarys_limit_is_not_read(tmp_path):
         (b'{"weight_map": {"a": "../b.safetensors"}}', "expected a file of this directory"),
         (
             b'{"weight_map": {"a": "b.safetensors"}}',
-            "names files that are not there: b.safetensors",
+            "names files that do not exist: b.safetensors",
         ),
     ],
 )

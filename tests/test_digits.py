@@ -14,9 +14,9 @@ from examples.tiny_digits.recipe import data as digits
 from examples.tiny_digits.recipe.data import DigitsSource, Question, is_right
 from examples.tiny_digits.recipe.evaluate import score
 from internvl3_jax.config import UNITS
-from internvl3_jax.data.batch import make_sample
 from internvl3_jax.data.media.tiles import count_tiles, image_limit
 from internvl3_jax.data.pipeline import make_tokenizer
+from tests.support.official_data import make_sample
 
 CONFIG = get_config()
 LATE = 20_000  # items from here on are as hard as they get

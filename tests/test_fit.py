@@ -19,12 +19,12 @@ from configs.finetune import get_config as finetune
 from configs.sft import get_config as sft
 from configs.tiny_digits import get_config as digits
 from internvl3_jax.fit import advice, generation
+from internvl3_jax.fit.lowering import Requests, batch_shapes, train_state_shapes
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import Requests, batch_shapes, train_state_shapes
+from internvl3_jax.fit.per_device import per_device, tiled
 from internvl3_jax.fit.search import MARGIN, search
-from internvl3_jax.fit.share import share_of, tiled
+from internvl3_jax.fit.step_cost import full_batch, times, train_cost
 from internvl3_jax.fit.topology import Topology, parse
-from internvl3_jax.fit.work import full_batch, times, train_work
 from internvl3_jax.model.ops.remat import POLICIES
 from internvl3_jax.training.hardware import CHIPS, chip_of
 from internvl3_jax.training.objective import make_loss
@@ -126,7 +126,7 @@ def test_a_tpu_fills_its_tiles_up():
     ],
 )
 def test_a_programs_arguments_are_known_exactly(size, topology, flags, arguments):
-    memory = estimate(share_of(advice.with_flags(sft(size), flags), parse(topology)))
+    memory = estimate(per_device(advice.with_flags(sft(size), flags), parse(topology)))
     # What is missing are scalars: the step, the optimizer's counters, the random key.
     assert 0 <= arguments - memory.arguments < 64 * 1024
 
@@ -142,7 +142,7 @@ def test_the_analysis_agrees_with_every_row_of_the_table():
         config = advice.with_flags(
             config, {name: _value(value) for name, value in _flags(row["command"]).items()}
         )
-        if estimate(share_of(config, parse(topology))).peak != row["analysis"]["peak"]:
+        if estimate(per_device(config, parse(topology))).peak != row["analysis"]["peak"]:
             changed.append(row["name"])
         if "compiler" in row and not row["compiler"]["refused"]:
             apart[row["name"]] = row["analysis"]["peak"] / row["compiler"]["peak"] - 1
@@ -201,7 +201,7 @@ def test_remat_and_smaller_parts_take_less():
     config, topology = sft("8b"), parse("v5p:4x4x8")
 
     def peak(**flags):
-        return estimate(share_of(advice.with_flags(config, flags), topology)).peak
+        return estimate(per_device(advice.with_flags(config, flags), topology)).peak
 
     by_policy = [
         peak(remat_vision=name, remat_language=name)
@@ -213,7 +213,7 @@ def test_remat_and_smaller_parts_take_less():
 
 
 def test_a_frozen_tower_keeps_nothing():
-    memory = estimate(share_of(finetune("8b"), parse("v5p:2x2x4")))
+    memory = estimate(per_device(finetune("8b"), parse("v5p:2x2x4")))
     assert memory.saved["tower"] == 0
     assert memory.opt_state < 2 * memory.params
 
@@ -223,7 +223,7 @@ def test_what_to_change_is_measured_by_the_same_analysis():
     config = advice.with_flags(
         config, {"mesh.fsdp": 128, "mesh.data": 2, "micro_batches": 2, "remat_vision": "dots"}
     )
-    memory = estimate(share_of(config, topology))
+    memory = estimate(per_device(config, topology))
     found = advice.changes(config, topology, memory)
     named = {name for change in found for name in change.flags}
     assert {
@@ -237,7 +237,7 @@ def test_what_to_change_is_measured_by_the_same_analysis():
     for change in found:
         assert (
             change.peak
-            == estimate(share_of(advice.with_flags(config, change.flags), topology)).peak
+            == estimate(per_device(advice.with_flags(config, change.flags), topology)).peak
             < memory.peak
         )
 
@@ -248,7 +248,7 @@ def test_search_ranks_what_fits():
     assert tried > 100
     assert [setting.seconds for setting in found] == sorted(setting.seconds for setting in found)
     assert all(setting.memory.peak <= MARGIN * CHIPS["v5e"].usable for setting in found)
-    again = share_of(advice.with_flags(config, found[0].flags), topology)
+    again = per_device(advice.with_flags(config, found[0].flags), topology)
     assert estimate(again) == found[0].memory
 
 
@@ -269,8 +269,8 @@ def test_operations_are_those_of_the_traced_step(policy, frozen):
     )
     counted = collections.Counter()
     _count(traced.jaxpr, 1, counted)
-    share = share_of(config, parse("v5e:2x2"))
-    computed = train_work(share, estimate(share)).computed
+    share = per_device(config, parse("v5e:2x2"))
+    computed = train_cost(share, estimate(share)).computed
     scores = {name for name in computed if "attention" in name}
     # What attention computes again is a kernel's, not a product with a matrix.
     again = (
@@ -330,11 +330,11 @@ def test_the_highest_mfu_is_what_recomputing_leaves():
     config, topology = sft("8b"), parse("v5p:4x4x8")
     reached = {}
     for policy in POLICIES:
-        share = share_of(
+        share = per_device(
             advice.with_flags(config, {"remat_vision": policy, "remat_language": policy}), topology
         )
-        taken = times(train_work(share, estimate(share)), topology)
-        assert taken.floor == max(taken.compute, taken.memory, taken.network)
+        taken = times(train_cost(share, estimate(share)), topology)
+        assert taken.lower_bound == max(taken.compute, taken.memory, taken.network)
         reached[policy] = taken.mfu
     assert 0.6 < reached["full"] < reached["attention"] < reached["none"] < 1
 

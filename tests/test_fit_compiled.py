@@ -7,19 +7,19 @@ import pytest
 
 from configs.sft import get_config as sft
 from configs.tiny_digits import get_config as digits
-from internvl3_jax.fit import advice, generation, live, report
-from internvl3_jax.fit.build import build, refusal
-from internvl3_jax.fit.compiled import collectives
-from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import (
+from internvl3_jax.fit import advice, generation, live_arrays, report
+from internvl3_jax.fit.compilation import compile_for, parse_out_of_memory
+from internvl3_jax.fit.hlo import collectives
+from internvl3_jax.fit.lowering import (
     Requests,
     generation_params,
     lower_generation,
     lower_train_step,
 )
-from internvl3_jax.fit.share import share_of
+from internvl3_jax.fit.memory import estimate
+from internvl3_jax.fit.per_device import per_device
+from internvl3_jax.fit.step_cost import train_cost
 from internvl3_jax.fit.topology import parse
-from internvl3_jax.fit.work import train_work
 from internvl3_jax.parallel.sharding import make_mesh
 from internvl3_jax.training.hardware import CHIPS
 
@@ -146,7 +146,7 @@ def test_a_text_without_a_program_is_refused():
 
 
 def test_what_is_alive_at_the_peak():
-    arrays = live.alive_at_peak(TEXT)
+    arrays = live_arrays.arrays_at_peak(TEXT)
     sizes = {array.source: array.bytes for array in arrays}
     # Alive until it is copied, as the arguments are all along; its copy lies in another memory.
     assert sizes["while/body/large"] == 1024 * 1024 * 4
@@ -172,15 +172,17 @@ def test_what_is_alive_at_the_peak():
     ],
 )
 def test_a_refusal_names_two_sizes(message, sizes):
-    assert refusal(message) == (None if sizes is None else tuple(map(round, sizes)))
+    assert parse_out_of_memory(message) == (None if sizes is None else tuple(map(round, sizes)))
 
 
 def test_the_train_step_compiles_for_devices_that_are_not_used():
     """The way of the command, for eight CPU devices."""
     config, topology = tiny(), parse("cpu:8")
-    built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
-    memory = estimate(share_of(config, topology))
-    assert built.fits and not built.refused
+    built = compile_for(
+        lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology
+    )
+    memory = estimate(per_device(config, topology))
+    assert built.fits and not built.out_of_memory
     assert 0 <= built.arguments - memory.arguments < 256
     kinds = {row.kind for row in built.collectives}
     assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
@@ -191,14 +193,16 @@ def test_a_step_of_mpo_takes_its_reference():
     flags = {"loss.kind": "mpo", "data.pairs": True, "data.pairs_per_row": 2}
     config, topology = tiny(**flags), parse("cpu:8")
     beforehand = tiny(**flags, **{"data.ref_logps_file": "beforehand.jsonl"})
-    built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
-    share = share_of(config, topology)
+    built = compile_for(
+        lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology
+    )
+    share = per_device(config, topology)
     assert (
         0 <= built.arguments - estimate(share).arguments - share.reference < 256
         and share.reference == share.params
     )
-    assert share_of(beforehand, topology).reference == 0
-    assert train_work(share, estimate(share)).computed["reference"] > 0
+    assert per_device(beforehand, topology).reference == 0
+    assert train_cost(share, estimate(share)).computed["reference"] > 0
 
 
 def test_generation_compiles_for_devices_that_are_not_used():
@@ -208,7 +212,7 @@ def test_generation_compiles_for_devices_that_are_not_used():
     need = generation.needed(config, topology, requests)
     assert set(lowered) == set(generation.PROGRAMS)
     for program in generation.PROGRAMS:
-        built = build(lowered[program], topology)
+        built = compile_for(lowered[program], topology)
         given = need.params + need.cache - need.beside[program]
         assert 0 <= built.arguments - given < 64 * 1024
 
@@ -219,7 +223,7 @@ def test_decoding_moves_no_matrix():
     """
     config, topology = tiny(**{"mesh.tensor": 2, "mesh.fsdp": 4}), parse("cpu:8")
     mesh = make_mesh(config.mesh, topology.devices())
-    built = build(
+    built = compile_for(
         lower_generation(config, mesh, Requests(rows=4, prompt=40, new=8, tiles=8))["decode"],
         topology,
     )
@@ -238,11 +242,13 @@ def test_decoding_moves_no_matrix():
 @pytest.mark.tpu_compiler
 def test_a_small_step_compiles_for_a_tpu_as_the_analysis_says():
     config, topology = tiny(compute_dtype="bfloat16", scan_unroll=1), parse("v5e:2x4")
-    built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
-    memory = estimate(share_of(config, topology))
+    built = compile_for(
+        lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology
+    )
+    memory = estimate(per_device(config, topology))
     assert built.fits and built.collectives and not any(row.unknown for row in built.collectives)
     assert 0 <= built.arguments - memory.arguments < 1024**2
-    alive = sum(array.bytes for array in live.alive_at_peak(built.text))
+    alive = sum(array.bytes for array in live_arrays.arrays_at_peak(built.text))
     assert abs(alive + built.code - built.peak) < 0.5 * built.peak
 
 
@@ -250,6 +256,8 @@ def test_a_small_step_compiles_for_a_tpu_as_the_analysis_says():
 def test_what_is_too_large_for_a_tpu_is_refused_with_its_sizes():
     config = advice.with_flags(sft("8b"), {"data.rows": 16})
     topology = parse("v5e:4x4")
-    built = build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
-    assert built.refused and not built.fits
+    built = compile_for(
+        lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology
+    )
+    assert built.out_of_memory and not built.fits
     assert built.peak > built.available == pytest.approx(CHIPS["v5e"].usable, rel=1e-3)

@@ -13,11 +13,11 @@ from configs.finetune import get_config as finetune
 from configs.lora import get_config as adapters
 from internvl3_jax.config import LoraConfig, MeshConfig
 from internvl3_jax.fit import advice
+from internvl3_jax.fit.lowering import lower_train_step
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import lower_train_step
-from internvl3_jax.fit.share import share_of
+from internvl3_jax.fit.per_device import per_device
+from internvl3_jax.fit.step_cost import train_cost
 from internvl3_jax.fit.topology import parse
-from internvl3_jax.fit.work import train_work
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.parallel.sharding import make_mesh
@@ -31,7 +31,7 @@ SHORT = {"data.rows": 1, "data.tokens_per_row": 4096, "data.tiles_per_row": 12}
 
 def shared(size="8b", **flags):
     config = advice.with_flags(adapters(size), SHORT | flags)
-    return share_of(lora.freeze_base(config), ONE)
+    return per_device(lora.freeze_base(config), ONE)
 
 
 def test_what_is_held_is_the_base_and_the_adapters():
@@ -60,7 +60,7 @@ def test_fewer_bits_take_less():
         kind: estimate(shared(**{"lora.quantize": kind})).peak / GB
         for kind in ("none", "int8", "nf4")
     }
-    whole = estimate(share_of(advice.with_flags(finetune("8b"), SHORT), ONE)).peak / GB
+    whole = estimate(per_device(advice.with_flags(finetune("8b"), SHORT), ONE)).peak / GB
     assert whole > 100 and peaks["none"] > peaks["int8"] + 5 and peaks["int8"] > peaks["nf4"] + 2.5
     changes = advice.changes(
         lora.freeze_base(advice.with_flags(adapters("8b"), SHORT)), ONE, estimate(shared())
@@ -77,7 +77,7 @@ def test_adapters_of_the_tower_are_gone_through_backward():
         and memory.saved["tower"] > 0
     )
     assert everywhere.gradients("vision/") == 4 * everywhere.adapters("vision/") > 0
-    few, more = (train_work(share, estimate(share)).computed for share in (shared(), everywhere))
+    few, more = (train_cost(share, estimate(share)).computed for share in (shared(), everywhere))
     # forward, and the gradient of the activations
     assert more["tower"] == pytest.approx(2 * few["tower"], rel=0.01)
 
@@ -86,10 +86,10 @@ def test_frozen_matrices_have_no_gradient():
     """Two passes in place of three in decoder and head, and what the adapters cost. Dropout keeps
     their inputs if nothing is recomputed.
     """
-    plain = train_work(
-        share := share_of(advice.with_flags(finetune("8b"), SHORT), ONE), estimate(share)
+    plain = train_cost(
+        share := per_device(advice.with_flags(finetune("8b"), SHORT), ONE), estimate(share)
     ).computed
-    found = train_work(shared(), estimate(shared())).computed
+    found = train_cost(shared(), estimate(shared())).computed
     assert found["decoder"] == pytest.approx(plain["decoder"] * 2 / 3) and found[
         "head"
     ] == pytest.approx(plain["head"] * 2 / 3)
@@ -121,7 +121,7 @@ def test_a_programs_arguments_are_known_exactly(quantize):
     assert config.model == CONFIG
     lowered = lower_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
     compiled = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
-    analysis = estimate(share_of(config, parse("cpu:1"))).arguments
+    analysis = estimate(per_device(config, parse("cpu:1"))).arguments
     assert 0 <= compiled.argument_size_in_bytes - analysis < 1024
 
 
@@ -142,7 +142,7 @@ def test_the_analysis_agrees_with_every_row_of_the_table():
             advice.with_flags(adapters(size), table.SETTINGS | {"lora.quantize": base})
         )
         if (
-            estimate(share_of(config, parse(table.CHIPS.get(kind, table.GPU)))).peak
+            estimate(per_device(config, parse(table.CHIPS.get(kind, table.GPU)))).peak
             != row["analysis"]["peak"]
         ):
             changed.append(name)

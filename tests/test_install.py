@@ -264,10 +264,40 @@ def test_the_installed_programs_work_outside_of_a_clone(installed_wheel):
     assert "MFU" in planned
 
 
+# What a type checker must report of a user's code, by line; None: nothing.
+USER_CODE = {
+    "from internvl3_jax import SIZES, Chat, Critic, Options, TrainConfig, best_of_n, load": None,
+    "import internvl3_jax": None,
+    "checkpoint = load('DIR', dtype='float32')": None,
+    "chat = Chat(checkpoint, temperature=0.2)": None,
+    "text: str = chat('What?', images=['cat.jpg'], max_new_tokens=3)": None,
+    "score: float | None = best_of_n(chat, Critic(checkpoint), 'What?').candidates[0].score": None,
+    "size: int = SIZES['1b'].vision.image_size": None,
+    "version: str = internvl3_jax.__version__": None,
+    "load('DIR', dtyp='float32')": 'Unexpected keyword argument "dtyp"',
+    "Chat(checkpoint, temprature=1)": 'Unexpected keyword argument "temprature"',
+    "chat('What?', temprature=1)": 'Unexpected keyword argument "temprature"',
+    "Options(temperature='hot')": 'has incompatible type "str"',
+    "internvl3_jax.Chatt": 'Module has no attribute "Chatt"',
+}
+
+
 @pytest.mark.install
 def test_the_installed_package_is_typed(installed_wheel):
-    """Names that a user imports, and __version__, without jax being imported for them."""
+    """A type checker sees the public names, and reports wrong names, keywords and types."""
+    run = installed_wheel.run
+    run("python", *PIP, "install", *QUIET, "mypy")
+    (installed_wheel.work / "user.py").write_text("\n".join(USER_CODE) + "\n")
+    check = "from mypy import api; print(api.run(['--follow-imports=silent', 'user.py'])[0])"
+    printed = run("python", "-c", check)
+    errors = dict(re.findall(r"^user.py:(\d+): error: (.*)$", printed, re.M))
+    expected = {str(n): text for n, text in enumerate(USER_CODE.values(), 1) if text}
+    assert errors.keys() == expected.keys(), printed
+    assert all(text in errors[line] for line, text in expected.items()), printed
+
+
+@pytest.mark.install
+def test_the_installed_package_knows_its_version(installed_wheel):
+    """__version__ is that of pyproject.toml, and reading it does not import jax."""
     script = "import internvl3_jax, sys; print(internvl3_jax.__version__, 'jax' in sys.modules)"
     assert installed_wheel.run("python", "-c", script).split() == [VERSION, "False"]
-    run = installed_wheel.run("python", "-c", "from internvl3_jax import *; print(load, Chat)")
-    assert "function load" in run

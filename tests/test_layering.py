@@ -49,10 +49,13 @@ WITHOUT_JAX |= {
 }
 WITHOUT_JAX |= {
     "inference.answer_file",
+    "inference.output_path",
+    "inference.resumable",
     "inference.prompts",
     "inference.requests",
     "reward.answer_matching",
     "reward.expressions",
+    "reward.matchers",
     "training.settings",
 }
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}

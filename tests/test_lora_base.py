@@ -111,11 +111,11 @@ def test_an_adapter_wants_the_processor_that_it_was_trained_with(
     )
     start(config, tmp_path / "run")
     with pytest.raises(
-        ValueError, match="was trained with system_message 'Be brief.', not None as of the base"
+        ValueError, match="system_message is 'Be brief.' in the adapter and None in the base"
     ):
         load(lora_base, adapters={"it": tmp_path / "run"})
     load(lora_base, adapters={"it": tmp_path / "run"}, accept_fingerprint=True)
-    with pytest.raises(ValueError, match="is no LoRA run: it has no base"):
+    with pytest.raises(ValueError, match="is not a LoRA run, so it has no base"):
         load(lora_base, base=lora_base)
 
 

@@ -183,7 +183,7 @@ def test_a_reference_file_of_something_else_is_refused(tmp_path):
         train.fit(other, make(tmp_path / "named", other), ONE_DEVICE)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
     with pytest.raises(
-        ValueError, match="is of other parameters .*make it again with this configuration"
+        ValueError, match="was made with other parameters .*make it again with this configuration"
     ):
         train.fit(cached, make(tmp_path / "other", cached), ONE_DEVICE)
     data = dataclasses.replace(cached.data, deltas=("1/8",))
@@ -217,7 +217,7 @@ def make(workdir, config):
 
 def test_what_does_not_go_together_is_named(tmp_path):
     config = run_config(tmp_path)
-    with pytest.raises(ValueError, match="loss.kind is sft and data.pairs True"):
+    with pytest.raises(ValueError, match="loss.kind is sft and data.pairs is True"):
         train.make_mesh(dataclasses.replace(config, loss=LossConfig()))
     with pytest.raises(ValueError, match="init_from is empty"):
         train.make_mesh(dataclasses.replace(config, init_from=""))
@@ -234,7 +234,7 @@ def test_a_policy_that_is_not_its_reference_is_noticed(tmp_path, monkeypatch):
         "load_reference",
         lambda *a: jax.tree.map(lambda leaf: leaf * 1.01, load(*a)),
     )
-    with pytest.raises(ValueError, match=r"the preference part is 0\.831777; it was"):
+    with pytest.raises(ValueError, match=r"quality losses are 0\.831777; they are"):
         train.fit(
             config,
             make(tmp_path / "run", config),

@@ -293,11 +293,11 @@ def grown(tensors, values):
         (reshaped, f"{UP}B.weight (5, 3) do not fit: the layer has 32 inputs and 48 outputs"),
         (
             lambda tensors, values: values.update(use_dora=True),
-            "use_dora is True; only False can be read",
+            "use_dora is True; supported: False",
         ),
         (
             lambda tensors, values: values.update(peft_type="IA3"),
-            "peft_type is 'IA3'; only 'LORA' can be read",
+            "peft_type is 'IA3'; supported: 'LORA'",
         ),
         (
             lambda tensors, values: values.update(init_lora_weights="pissa_niter_4"),
@@ -340,7 +340,7 @@ def grown(tensors, values):
         ),
         (
             lambda tensors, values: values.update(rank_pattern={"up_proj(": 3}),
-            "'up_proj(' is no regular expression",
+            "'up_proj(' is not a regular expression",
         ),
         (
             lambda tensors, values: values.update(rank_pattern={"up_proj": 0}),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from internvl3_jax.config import UNITS, DataConfig
-from internvl3_jax.data.batch import SampleError, average_weights, make_sample
+from internvl3_jax.data.batch import SampleError, average_weights
 from internvl3_jax.data.media.augment import recompress
 from internvl3_jax.data.pipeline import mix, sample_dataset, sample_stream, source_names
 from internvl3_jax.data.sources.catalog import open_sources
@@ -22,6 +22,7 @@ from internvl3_jax.data.truncation import NothingTrained, TooLong, encode_within
 from tests.support.official_data import (
     PROCESSOR,
     data_config,
+    make_sample,
     picture,
     tokenizer,
     turns,

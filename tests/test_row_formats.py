@@ -137,6 +137,9 @@ FORMATS = {
         "InternVL": {"conversations": turns("Write <image>.", "It is <image>.")},
         "OpenAI": {"messages": said("Write <image>.", "It is <image>.")},
         "parts": {"messages": said([text("Write <image>.")], [text("It is <image>.")])},
+        "parts with nulls": {
+            "messages": said([text("Write <image>.") | {"image": None}], "It is <image>.")
+        },
     },
 }
 
@@ -158,8 +161,8 @@ def sample(source, row=0):
     return builder.sample(source, row, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("conversation", FORMATS)
 @pytest.mark.parametrize("container", ["json", "jsonl", "json lines", "tar", "meta"])
+@pytest.mark.parametrize("conversation", FORMATS)
 def test_a_conversation_is_the_same_sample_in_every_format(files, conversation, container):
     rows = list(FORMATS[conversation].values())
     path = files / "rows.json"
@@ -169,7 +172,7 @@ def test_a_conversation_is_the_same_sample_in_every_format(files, conversation, 
         path = files / "rows.tar"
         media = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*.png")}
         if conversation == "a video":
-            pytest.skip("a video in an archive is one file")
+            return  # in an archive it is one file
         write_tar(
             path,
             {
@@ -207,6 +210,8 @@ def _renamed(row, prefix):
     [
         ([{"type": "audio", "audio": "a.wav"}], "part 1: type is 'audio'; expected text, image"),
         ([{"type": "input_text", "text": "a"}], "part 1: type is 'input_text'"),
+        ([{"type": "image_ulr", "image_url": "a.png"}], "did you mean 'image_url'?"),
+        ([{"type": ["text"], "text": "a"}], "part 1: type is ['text']"),
         ([text("a"), 5], "part 2: is 5; expected an object"),
         ([{"type": "image", "imgae": "a.png"}], "did you mean 'image'?"),
         ([{"type": "image", "image": "a.png", "path": "b.png"}], "expected one of the keys image"),
@@ -351,9 +356,8 @@ def test_what_is_no_list_of_rows_is_refused(tmp_path, content):
 
 
 def test_damage_inside_of_a_row_is_an_error_of_that_row(tmp_path):
-    (tmp_path / "rows.json").write_text(
-        '[{"a": 1}, {"a" 1}, {"a": [1}, {"a": 1, "a": 2}, {"b": 2}]'
-    )
+    content = '[{"a": 1}, {"a" 1}, {"a": NaN}, {"a": 1, "a": 2}, {"b": 2}]'
+    (tmp_path / "rows.json").write_text(content)
     rows = Rows([str(tmp_path / "rows.json")])
     assert len(rows) == 5 and rows[0][0] == {"a": 1} and rows[4][0] == {"b": 2}
     for number in (1, 2, 3):
@@ -368,4 +372,4 @@ def test_a_row_of_a_list_has_a_limit():
     for start in range(0, len(data), 64):
         scanner.feed(data[start : start + 64])
     assert scanner.finish() == len(data) - 1
-    assert seen == [(1, 8), (11, 0), (1023, 8)]
+    assert seen == [(1, 8), (11, 0), (data.index(b'{"b"'), 8)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from internvl3_jax.config import MeshConfig, OptimizerConfig
-from internvl3_jax.fit.compiled import collectives
+from internvl3_jax.fit.hlo import collectives
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel import sharding
 from internvl3_jax.parallel.collectives import all_gather_weight, require_mesh

@@ -220,7 +220,7 @@ def test_small_tokenizer():
         ),
         (
             {"tokenizer_config__json": {"added_tokens_decoder": {"x": {"content": "<img>"}}}},
-            "'x' is no id of a token",
+            "'x' is not an id of a token",
         ),
         (
             {"tokenizer_config__json": {"added_tokens_decoder": {"4": {}}}},

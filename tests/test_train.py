@@ -22,6 +22,7 @@ from convert.run import convert
 from internvl3_jax import load
 from internvl3_jax.checkpoints import steps, storage
 from internvl3_jax.config import EvalConfig, MeshConfig, to_dict
+from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.io.checkpoint_paths import latest_step
 from internvl3_jax.parallel import sharding
 from internvl3_jax.parallel.multihost import TERMINATED
@@ -285,6 +286,26 @@ def test_a_signal_with_worker_processes_saves_and_leaves_none(command, tmp_path,
     while processes_of(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_of(process.pid) == []
+
+
+@pytest.mark.parametrize("step", [SAVE_EVERY + 2, SAVE_EVERY + 1], ids=["unsaved", "saved"])
+def test_a_signal_that_ends_the_workers_first_saves_the_step_before(tmp_path, capsys, step):
+    """As where a scheduler signals all processes, and the next batch is not there yet."""
+    following, count = BatchLoader.__next__, iter(range(1, STEPS))
+
+    def die(loader):
+        if next(count) < step:
+            return following(loader)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a worker process was terminated")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchLoader, "__next__", die)
+        with pytest.raises(SystemExit) as ended:
+            start_here(train_config(), tmp_path / "run")
+    assert ended.value.code == TERMINATED
+    assert f"stopped by SIGTERM; step {step - 1} is saved" in capsys.readouterr().out
+    assert latest_step(tmp_path / "run") == step - 1
 
 
 def processes_of(session: int) -> list[int]:

@@ -1,8 +1,11 @@
-"""verify.py: the answer that a solution states, and when two answers are the same."""
+"""answer_matching.py, matchers.py: the answer that a solution states, and when two answers are the same."""
+
+import sys
 
 import pytest
 
 from internvl3_jax.reward.answer_matching import extract_answer, final_answer, same_answer
+from internvl3_jax.reward.matchers import get_matcher
 
 
 @pytest.mark.parametrize(
@@ -204,3 +207,38 @@ def test_what_only_looks_alike(a, b):
 ])  # fmt: skip
 def test_other_trainers_ways_to_state_an_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+# --- other matchers ------------------------------------------------------------------------------
+
+
+def test_a_matcher_that_is_not_installed_says_how(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert get_matcher("rules") is same_answer
+    with pytest.raises(ImportError, match=r"needs the package math-verify; .*'\.\[verify\]'"):
+        get_matcher("math_verify")
+    with pytest.raises(
+        ValueError, match="matcher is 'sympy'; it must be one of rules, math_verify"
+    ):
+        get_matcher("sympy")
+
+
+@pytest.mark.parametrize(
+    ("stated", "answer", "same"),
+    [
+        ("x^2+2x+1", "(x+1)^2", True),
+        (r"\{1,2\}", r"\{2,1\}", True),
+        ("(0,1]", "(0,1)", False),
+        ("y=5", "x=5", False),
+        ("50%", "0.5", True),
+        # What math-verify alone takes for formulas, and calls the same.
+        ("cat", "act", False),
+        ("2020-01-05", "2014", False),
+        ("1, 2, 3", "3, 2, 1", False),
+        ("7-3", "4", False),
+        ("12 cm", "12", False),
+    ],
+)
+def test_math_verify(stated, answer, same):
+    pytest.importorskip("math_verify")
+    assert get_matcher("math_verify")(stated, answer) is same

@@ -42,7 +42,7 @@ from examples.experiment import (
 )
 
 # Number of questions in each file
-TAUGHT, TAUGHT_TEXT, LABELLED, TEST = 1500, 3000, 300, 400
+TAUGHT, TAUGHT_TEXT, LABELED, TEST = 1500, 3000, 300, 400
 N = 8  # answers to each test question
 COUNTS = (1, 2, 4, 8)
 LIMIT = 128  # tokens of an answer
@@ -67,9 +67,9 @@ def main() -> None:
         "--questions", type=int, default=TEST, help="questions of the evaluation (%(default)s)"
     )
     parser.add_argument(
-        "--labelled",
+        "--labeled",
         type=int,
-        default=LABELLED,
+        default=LABELED,
         help="questions that the critic learns from (%(default)s)",
     )
     options = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
     settings = {"data.tokenizer": DIGITS_MODEL}
     if options.steps is not None:
         settings |= {"steps": options.steps, "optimizer.warmup_steps": 1}
-    make_data(folder, options.labelled, options.questions)
+    make_data(folder, options.labeled, options.questions)
     start = {"data.source": folder / "policy.json", "init_from": DIGITS_MODEL}
     train("process_reward.py:policy", folder / "policy", settings | start)
     label(folder)

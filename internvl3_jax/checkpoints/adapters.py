@@ -1,6 +1,4 @@
-"""Adapters apart from a base: as a LoRA run's checkpoints hold them, which name the base, and as
-generation puts them on one.
-"""
+"""LoRA adapters stored without their base: read from checkpoints, attached for inference."""
 
 import dataclasses
 import logging
@@ -17,7 +15,7 @@ from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig, to_di
 from internvl3_jax.model import lora
 from internvl3_jax.parallel.sharding import abstract, param_shardings
 
-# The generation layout's merged products, and what they consist of.
+# Fused layers of the generation layout, and the layers that each consists of.
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 log = logging.getLogger(__name__)
@@ -25,68 +23,69 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Adapter:
-    """What is put on a base: adapters, scaled (`lora.scaled`), and parameters that stand in the
-    place of the base's.
+    """An adapter for a base: scaled factors (`lora.scaled`) and parameters that replace the base's.
+
+    Attributes:
+      lora: tree of layers with a [in, r] and b [r, out], stacked over layers.
+      whole: tree of parameters that were fully trained.
     """
 
     lora: dict
     whole: dict = dataclasses.field(default_factory=dict)
 
     def parts(self, base: Mapping) -> dict:
-        """The parts of the base's tree that are others with it, "lora" among them."""
+        """Returns the subtrees of the base that differ with it, "lora" among them."""
         replaced = {name: base[name] for name in self.whole}
         return storage.nest(storage.by_path(replaced) | storage.by_path(self.whole)) | {
             lora.SUBTREE: self.lora
         }
 
 
-# --- of a run ------------------------------------------------------------------------------------
+# --- in a run ------------------------------------------------------------------------------------
 
 
 def read_adapter(directory: pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> dict:
-    """What a step of a LoRA run holds: the subtree "lora", and parameters that were trained whole."""
+    """Reads the parameters of a LoRA step: the subtree "lora" and fully trained parameters."""
     shapes = storage.nest(dict(storage.leaf_infos(directory / "params")))
     if mesh is not None:
         shapes = abstract(shapes, param_shardings(shapes, mesh))
     return storage.load_tree(directory / "params", shapes)
 
 
-def attach(params: dict, own: dict, base: Base) -> dict:
-    """The run's whole tree, as it trains, of the base's parameters and what it holds itself."""
+def attach(params: dict, adapter_params: dict, base: Base) -> dict:
+    """Returns the tree that the run trains: the base's parameters with those of the LoRA step."""
     return storage.nest(
-        storage.by_path(lora.prepare_base(params, base.lora)) | storage.by_path(own)
+        storage.by_path(lora.prepare_base(params, base.lora)) | storage.by_path(adapter_params)
     )
 
 
-def adapter(own: dict, config: LoraConfig) -> Adapter:
-    """The same for use beside a base that stays as it is."""
-    return Adapter(lora.scaled(own[lora.SUBTREE], config), lora.base_params(own))
+def adapter(adapter_params: dict, config: LoraConfig) -> Adapter:
+    """Returns the parameters of a LoRA step as an adapter for an unchanged base."""
+    return Adapter(
+        lora.scaled(adapter_params[lora.SUBTREE], config), lora.base_params(adapter_params)
+    )
 
 
-def check_processor(theirs: ProcessorConfig, ours: ProcessorConfig, where: str) -> None:
-    """ValueError naming what of prompts and pictures the adapter was trained with differs from what
-    it would be used with.
-    """
-    theirs, ours = to_dict(theirs), to_dict(ours)
+def check_processor(processor: ProcessorConfig, base: ProcessorConfig, where: str) -> None:
+    """Raises ValueError naming the image and prompt settings in which adapter and base differ."""
+    adapters, bases = to_dict(processor), to_dict(base)
     differing = [
-        f"{name} {theirs[name]!r}, not {ours[name]!r}"
-        for name in theirs
-        if theirs[name] != ours[name]
+        f"{name} is {adapters[name]!r} in the adapter and {bases[name]!r} in the base"
+        for name in adapters
+        if adapters[name] != bases[name]
     ]
     if differing:
         raise ValueError(
-            f"{where} was trained with {'; '.join(differing)} as of the base. Open it by itself, "
-            "merged, or go on with accept_fingerprint"
+            f"{where}: {'; '.join(differing)}. Open it by itself, merged, or accept the base's "
+            "settings with accept_fingerprint"
         )
 
 
 def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
-    """ValueError unless they are the same but for drop path, which is of a training, not of
-    weights.
-    """
-    theirs, ours = to_dict(model), to_dict(base)
-    theirs["vision"]["drop_path"] = ours["vision"]["drop_path"]
-    if differing := [name for name in theirs if theirs[name] != ours[name]]:
+    """Raises ValueError if an adapter's model differs from the base in more than drop path."""
+    adapters, bases = to_dict(model), to_dict(base)
+    adapters["vision"]["drop_path"] = bases["vision"]["drop_path"]
+    if differing := [name for name in adapters if adapters[name] != bases[name]]:
         raise ValueError(
             f"{where} is an adapter of another model than the base: they differ in "
             f"{', '.join(differing)}"
@@ -94,40 +93,49 @@ def check_model(model: ModelConfig, base: ModelConfig, where: str) -> None:
 
 
 def describe(leaves: Iterable[tuple[str, jax.Array]], dtype: str) -> dict[str, str] | None:
-    """`checksum.described` of parameters in `dtype`. None where they are in one that cannot hold
-    all of its values.
+    """Returns `param_hash.described` of parameters in `dtype`.
+
+    None if their dtype cannot hold all values of `dtype`.
     """
-    found = {}
+    descriptions = {}
     for path, leaf in leaves:
         if jnp.promote_types(leaf.dtype, dtype) != leaf.dtype:
             return None
-        found |= described({path: jnp.asarray(leaf, dtype)})
-    return found
+        descriptions |= described({path: jnp.asarray(leaf, dtype)})
+    return descriptions
 
 
 def base_hash(descriptions: Mapping[str, str], trained: Iterable[str]) -> str:
-    """Of a base but for what is trained whole, before any of it is quantized: another machine may
-    quantize to other bits.
+    """Returns the hash of a base's frozen parameters.
+
+    It is computed before quantization, because machines may quantize to different bits.
     """
     return combined({path: text for path, text in descriptions.items() if path not in set(trained)})
 
 
-def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, where: str) -> None:
-    """ValueError unless the base's parameters are those that the run was trained beside.
-    descriptions: of `describe` in `base.dtype`.
+def check_base(
+    descriptions: Mapping[str, str] | None, adapter_params: dict, base: Base, where: str
+) -> None:
+    """Raises ValueError if the base has other parameters than when the adapter was trained.
+
+    Args:
+      descriptions: from `describe` in `base.dtype`; None warns that nothing is compared.
+      adapter_params: parameters of the LoRA step.
+      base: what the step records about its base.
+      where: what errors call the adapter.
     """
     if descriptions is None:
         log.warning(
-            "%s: not compared with its base, which is here in a narrower dtype than %s",
+            "%s: not compared with its base, which is loaded in a narrower dtype than %s",
             where,
             base.dtype,
         )
         return
-    trained = storage.by_path(lora.base_params(own)).keys()
+    trained = storage.by_path(lora.base_params(adapter_params)).keys()
     if trained - descriptions.keys() or base_hash(descriptions, trained) != base.frozen:
         raise ValueError(
-            f"{where} was trained beside {base.path} as it was then; this base has other "
-            "parameters. Bring that one back, or name it"
+            f"{where}: it was trained on {base.path} as it was then, and this base has other "
+            "parameters; restore that base, or name it"
         )
 
 
@@ -135,8 +143,13 @@ def check_base(descriptions: Mapping[str, str] | None, own: dict, base: Base, wh
 
 
 def unroll(adapters: Mapping, config: ModelConfig, fused: bool, vision: bool) -> dict:
-    """Stacked adapters in the generation layout: `language.unroll`'s, and `vision.unroll`'s too if
-    `vision`.
+    """Returns stacked adapters in the generation layout of `language.unroll`.
+
+    Args:
+      adapters: the tree of stacked adapters.
+      config: the model.
+      fused: whether q, k, v and gate, up are fused.
+      vision: whether the tower is unrolled as well (`vision.unroll`).
     """
     parts = dict(adapters)
     if vision and "vision" in parts:
@@ -157,7 +170,7 @@ def _unstacked(layers: Mapping, count: int) -> dict:
 
 
 def _fuse(layers: Mapping, config: ModelConfig) -> dict:
-    """Adapters of merged products: the a side by side, each b at its own columns."""
+    """Fuses adapters: the a are concatenated, and each b is placed at its own columns."""
     language = config.language
     q, k = (heads * language.head_dim for heads in (language.num_heads, language.num_kv_heads))
     widths = {

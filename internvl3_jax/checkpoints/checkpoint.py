@@ -1,14 +1,14 @@
-"""Checkpoints: what a directory holds, and how any of them is opened.
+"""Opens and saves checkpoints.
 
     DIR/params/              the parameter tree (Orbax), layers stacked, vocabulary padded
     DIR/internvl3_jax.json   model and processor configuration, fingerprint, hashes
-    DIR/tokenizer.json ...   the tokenizer and whatever else travelled along
+    DIR/tokenizer.json ...   the tokenizer and other files of the released model
     DIR/opt_state/, DIR/training.json, DIR/data/SHARD.json
                              in the steps of a training run (RUN/checkpoints/STEP is such a DIR)
-    DIR/files.json           size and sha256 of all of it, written last: without it, or with other files, the directory is damaged
+    DIR/files.json           size and sha256 of every file, written last
 
-A step of a LoRA run holds adapters alone and names their base (adapters.py). `load` puts them on
-it; it also opens released safetensors directories of either layout and hub ids.
+A step of a LoRA run holds only adapters and names their base (adapters.py); `load` merges the two.
+It also opens released safetensors directories of either layout, and hub ids.
 """
 
 import dataclasses
@@ -67,9 +67,9 @@ class Checkpoint:
     processor: ProcessorConfig
     tokenizer: Tokenizer
     directory: pathlib.Path
-    # that can be put on, by name
+    # Adapters that `Chat` can choose from, by name.
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
-    # of a training's base: `adapters.describe`, before it was quantized
+    # Of a LoRA run's base: `adapters.describe` before quantization.
     described: dict[str, str] | None = None
 
     def __repr__(self) -> str:
@@ -94,8 +94,15 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint from a tree of jax or numpy arrays. `files` must hold the tokenizer's
-    (`tokenizer.files()`).
+    """Writes a checkpoint.
+
+    Args:
+      directory: the new directory.
+      params: tree of jax or numpy arrays.
+      model: configuration of the parameters.
+      processor: how images and messages become tiles and ids.
+      files: name -> content of the other files; the tokenizer's (`tokenizer.files()`) are required.
+      overwrite: replace a directory that this program wrote.
     """
     with storage.new_directory(directory, overwrite) as partial:
         write_files(partial, model, processor, files, dtype_name(params))
@@ -117,34 +124,28 @@ def load(
     verify: str = "full",
     allow_nonfinite: bool = False,
 ) -> Checkpoint:
-    """Opens a checkpoint directory, a training run, a released safetensors directory (either
-    layout) or a hub id.
+    """Opens a checkpoint directory, a training run, a released safetensors directory or a hub id.
 
     A LoRA run is opened with its adapters merged: `params` is an ordinary tree.
 
     Args:
-      dtype: of the parameters and of the computation; None keeps what is stored.
-      mesh: of `sharding.make_mesh`: each device gets its part of each parameter, straight from the
-          files. None puts all on the default
-        device.
-      accept_fingerprint: go on although the files beside the arrays no longer agree with how the
-          checkpoint was made.
-      adapters: name -> LoRA run or PEFT directory, or one of these alone, whose name is the last
-          part of its path;
-        `Checkpoint.adapters` holds them, for `Chat` to choose from.
-      base: of a LoRA run, where its base is now.
-      prepare: called with each parameter's path and value as soon as it is read; what it returns
-          takes its place.
-      verify: how files are compared with what was written, before they are used: "full" reads all
-          bytes once more for their sha256 (of a
-        mesh over several processes each a share), "sizes" looks at names and sizes, "none" at
-        nothing. Of a training run the newest step that is undamaged by this is opened.
-      allow_nonfinite: open parameters that are NaN or infinite.
+      path: what to open. Of a training run, the newest step that passes `verify` is opened.
+      dtype: of the parameters and of the computation; None keeps the stored one.
+      mesh: from `sharding.make_mesh`; each device reads its shard of each parameter from the files.
+        None puts all parameters on the default device.
+      accept_fingerprint: accept files beside the arrays that differ from when it was saved.
+      adapters: name -> LoRA run or PEFT directory, or one path, whose last part is the name. `Chat`
+        chooses among them.
+      base: where the base of a LoRA run is now.
+      prepare: maps each parameter's path and value, as soon as it is read, to the value to keep.
+      verify: how closely files are compared before they are used: "full" hashes all bytes (a share
+        in each process of a mesh), "sizes" compares names and sizes, "none" nothing.
+      allow_nonfinite: accept parameters that are NaN or infinite.
 
     Raises:
       FileNotFoundError: nothing that can be opened is there.
-      ValueError: it is damaged (Damaged), has parameters that are not finite, or contradicts itself
-      (FingerprintError), naming what.
+      ValueError: the checkpoint is damaged (Damaged), has parameters that are not finite, or
+        contradicts itself (FingerprintError); the message says where.
     """
     integrity.check_level(verify)
     directory = resolve_checkpoint(path, verify)
@@ -153,12 +154,12 @@ def load(
     if manifest is None:
         opened = _load_released(directory, reading)
     elif manifest.base is None:
-        opened = _load_whole(directory, manifest, reading)
+        opened = _load_converted(directory, manifest, reading)
     else:
         opened = _load_lora(directory, manifest, reading, base)
     if base is not None and (manifest is None or manifest.base is None):
         raise ValueError(
-            f"{directory} is no LoRA run: it has no base, and {base} would not be looked at"
+            f"base is {base}: {directory} is not a LoRA run, so it has no base; leave base out"
         )
     opened.adapters = {
         name: load_adapter(where, opened, accept_fingerprint, verify, allow_nonfinite)
@@ -183,7 +184,7 @@ class _Reading:
         return undamaged(directory, self.verify, self.accept_fingerprint, together=together)
 
     def checked(self, directory: pathlib.Path) -> Callable:
-        """`prepare` that sees finite parameters only."""
+        """Returns `prepare` with a check that parameters are finite."""
         prepare = self.prepare or (lambda path, leaf: leaf)
         if self.allow_nonfinite:
             return prepare
@@ -211,18 +212,22 @@ def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
         source = open_released(
             directory, dtype, reading.accept_fingerprint, reading.allow_nonfinite
         )
-    params = source.params(_places(source.config, reading.mesh), reading.prepare)
+    params = source.params(_param_shardings(source.config, reading.mesh), reading.prepare)
     return _opened(directory, source.config, source.processor, source.tokenizer, params)
 
 
-def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) -> Checkpoint:
+def _load_converted(directory: pathlib.Path, manifest: Manifest, reading: _Reading) -> Checkpoint:
     with reading.undamaged(directory):
         stored = storage.leaf_infos(directory / "params")
         tokenizer = _tokenizer(directory, manifest, dtype_name(stored), reading.accept_fingerprint)
         target = _targets(
-            directory, manifest.model, stored, reading.dtype, _places(manifest.model, reading.mesh)
+            directory,
+            manifest.model,
+            stored,
+            reading.dtype,
+            _param_shardings(manifest.model, reading.mesh),
         )
-    # Leaf by leaf only where each becomes something smaller: together they are read faster.
+    # Leaf by leaf only if each becomes smaller; reading all together is faster.
     params = storage.load_tree(
         directory / "params", target, reading.prepare and reading.checked(directory)
     )
@@ -232,11 +237,13 @@ def _load_whole(directory: pathlib.Path, manifest: Manifest, reading: _Reading) 
 
 
 def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, base) -> Checkpoint:
-    """The run's base with its adapters merged into it."""
+    """Opens the run's base and merges the adapters into it."""
     with reading.undamaged(directory):
-        own = read_adapter(directory, reading.mesh)
-        tokenizer = _tokenizer(directory, manifest, dtype_name(own), reading.accept_fingerprint)
-    under = load(
+        adapter_params = read_adapter(directory, reading.mesh)
+        tokenizer = _tokenizer(
+            directory, manifest, dtype_name(adapter_params), reading.accept_fingerprint
+        )
+    base_checkpoint = load(
         base or manifest.base.path,
         dtype=manifest.base.dtype,
         mesh=reading.mesh,
@@ -244,15 +251,15 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, b
         verify=reading.verify,
         allow_nonfinite=reading.allow_nonfinite,
     )
-    check_model(manifest.model, under.config, str(directory))
+    check_model(manifest.model, base_checkpoint.config, str(directory))
     check_base(
-        describe(storage.by_path(under.params).items(), manifest.base.dtype),
-        own,
+        describe(storage.by_path(base_checkpoint.params).items(), manifest.base.dtype),
+        adapter_params,
         manifest.base,
         str(directory),
     )
-    tree = attach(under.params, own, manifest.base)
-    del under
+    tree = attach(base_checkpoint.params, adapter_params, manifest.base)
+    del base_checkpoint
     params = lora.merged(tree, manifest.base.lora, reading.dtype or manifest.base.dtype)
     prepare = reading.checked(directory)
     params = storage.nest(
@@ -268,14 +275,18 @@ def load_adapter(
     verify: str = "full",
     allow_nonfinite: bool = False,
 ) -> Adapter:
-    """The adapter of a LoRA run, or of a PEFT directory or hub id (either layout), to be put on an
-    opened checkpoint.
+    """Reads the adapter of a LoRA run, a PEFT directory (either layout) or a hub id.
+
+    Args:
+      path: the adapter.
+      opened: the checkpoint that it is used with.
+      accept_fingerprint: accept an adapter that was trained with another processor.
+      verify: see `load`.
+      allow_nonfinite: see `load`.
 
     Raises:
-      FileNotFoundError: neither is there.
-      ValueError: it is an adapter of another model, or of this one with other weights; or, unless
-      accept_fingerprint, one that was trained
-        with another processor. Also as of `load`.
+      FileNotFoundError: there is neither a LoRA run nor a PEFT directory.
+      ValueError: the adapter was trained on another model or other weights. See also `load`.
     """
     local = as_path(path) if "://" in os.fspath(path) else pathlib.Path(os.path.expanduser(path))
     directory = local if is_peft(local) else resolve_checkpoint(path, verify)
@@ -293,15 +304,17 @@ def load_adapter(
     mesh = _mesh_of(opened.params)
     together = spans_all_processes(mesh)
     with undamaged(directory, verify, accept_fingerprint, together=together):
-        own = read_adapter(directory, mesh)
+        adapter_params = read_adapter(directory, mesh)
     if not allow_nonfinite:
-        check_finite(storage.by_path(own), str(directory))
+        check_finite(storage.by_path(adapter_params), str(directory))
     if opened.described is None:
-        found = describe(storage.by_path(opened.params).items(), manifest.base.dtype)
+        description = describe(storage.by_path(opened.params).items(), manifest.base.dtype)
     else:
-        found = opened.described if opened.model.dtype == jnp.dtype(manifest.base.dtype) else None
-    check_base(found, own, manifest.base, str(directory))
-    return adapter(own, manifest.base.lora)
+        description = (
+            opened.described if opened.model.dtype == jnp.dtype(manifest.base.dtype) else None
+        )
+    check_base(description, adapter_params, manifest.base, str(directory))
+    return adapter(adapter_params, manifest.base.lora)
 
 
 def _opened(
@@ -314,7 +327,7 @@ def _opened(
 def _tokenizer(
     directory: pathlib.Path, manifest: Manifest, dtype: str, accept_fingerprint: bool
 ) -> Tokenizer:
-    """The directory's, after checking that with it the fingerprint is what it was."""
+    """Reads the tokenizer and checks that the fingerprint is still the saved one."""
     tokenizer = Tokenizer.from_directory(directory)
     made = fingerprint(manifest.model, manifest.processor, tokenizer, dtype)
     compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
@@ -326,10 +339,10 @@ def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
     return sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
 
 
-def _places(
+def _param_shardings(
     config: ModelConfig, mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.sharding.Sharding]:
-    """Path -> where the parameter goes."""
+    """Returns path -> sharding of each parameter."""
     wanted = _abstract_params(config)
     if mesh is None:
         return dict.fromkeys(
@@ -340,14 +353,14 @@ def _places(
 
 @functools.cache
 def _abstract_params(config: ModelConfig) -> dict:
-    return abstract_params(config)  # tracing takes longer than reading a small checkpoint
+    return abstract_params(config)  # tracing is slower than reading a small checkpoint
 
 
-def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, places: dict):
-    """The abstract tree to load: shapes of the configuration, checked against what is stored."""
+def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, shardings: dict):
+    """Returns the abstract tree to load; ValueError if the stored shapes are not the model's."""
     wanted = storage.by_path(_abstract_params(config))
     wrong = [
-        f"\n  {path}: stored {_shape(stored.get(path))}, wanted {_shape(wanted.get(path))}"
+        f"\n  {path}: stored {_shape(stored.get(path))}, the model has {_shape(wanted.get(path))}"
         for path in sorted(stored.keys() | wanted.keys())
         if _shape(stored.get(path)) != _shape(wanted.get(path))
     ]
@@ -358,7 +371,7 @@ def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, 
     return storage.nest(
         {
             path: jax.ShapeDtypeStruct(
-                leaf.shape, dtype or stored[path].dtype, sharding=places[path]
+                leaf.shape, dtype or stored[path].dtype, sharding=shardings[path]
             )
             for path, leaf in wanted.items()
         }

@@ -1,8 +1,6 @@
-"""How a checkpoint was made, as a flat dict of plain values: saved with it, computed anew on
-loading, and compared.
+"""The fingerprint of a checkpoint: settings that change answers without an error if they differ.
 
-Every entry is something that changes answers without any error when training and serving disagree
-about it.
+It is a flat dict of plain values, saved with the checkpoint and compared with the files on loading.
 """
 
 import hashlib
@@ -12,32 +10,30 @@ from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.chat_template import TEMPLATES
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
-# Scripts, digits, whitespace, an emoji and markup: what differs first between two tokenizers of
-# equal size.
-_PROBE = "InternVL3 reads <ref>a cat</ref><box>[[1, 23, 456, 999]]</box>, schöne Grüße, 书生·万象 \U0001f600\n\n  def f(x):\n\treturn x"
+# Scripts, digits, whitespace, an emoji and markup, on which tokenizers of equal size differ.
+_PROBE = (
+    "InternVL3 reads <ref>a cat</ref><box>[[1, 23, 456, 999]]</box>, schöne Grüße, "
+    "书生·万象 \U0001f600\n\n  def f(x):\n\treturn x"
+)
 
 
-# Entries that older checkpoints lack. The configuration of such a checkpoint lacks the field, too,
-# and gets its default, which is the released models' rule: what it was when it was saved is not
-# known. `"tiles": "shared"` in its processor gives the older rule.
+# Entries that older checkpoints lack. Their configuration lacks the field as well and gets the
+# default, the released models' rule. `"tiles": "shared"` in its processor gives the older rule.
 ADDED_LATER = ("tiles", "max_total_tiles")
 
 
 class FingerprintError(ValueError):
-    """A checkpoint whose files no longer say how it was made; the message lists the entries that
-    differ.
-    """
+    """A checkpoint whose files differ from when it was saved; the message lists the entries."""
 
 
 def fingerprint(
     model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, dtype: str
 ) -> dict:
-    """The entries for a model, from configuration and tokenizer as they are now.
+    """Computes the fingerprint from the current configuration and tokenizer.
 
     Raises:
-      ValueError: naming the template or the token that is unknown, or an <IMG_CONTEXT> that is not
-      where the configuration
-        says.
+      ValueError: the template or a token is unknown, or <IMG_CONTEXT> has another id than the
+        configuration says.
     """
     if processor.template not in TEMPLATES:
         raise ValueError(
@@ -85,7 +81,7 @@ def compare(saved: dict, now: dict, where: str, accept: bool) -> None:
             f"\n  {name}: made with {saved.get(name)!r}, now {now.get(name)!r}" for name in names
         )
         raise FingerprintError(
-            f"{where} was made with other settings than its files give now:{lines}\n"
-            "Restore the files, or load with accept_fingerprint=True (--accept_fingerprint) to go "
-            "on with what they say now"
+            f"{where} was made with other settings than its files have now:{lines}\n"
+            "Restore the files, or load with accept_fingerprint=True (--accept_fingerprint) to use "
+            "the present ones"
         )

@@ -1,6 +1,4 @@
-"""What a checkpoint says of itself: model, processor, how it was made and, of a LoRA run, what it
-was trained beside.
-"""
+"""internvl3_jax.json: a checkpoint's model, processor, fingerprint and, of a LoRA run, its base."""
 
 import dataclasses
 import json
@@ -21,24 +19,31 @@ FORMAT = 1
 
 @dataclasses.dataclass
 class Base:
-    """What a LoRA run trains beside."""
+    """The frozen base of a LoRA run.
 
-    path: str  # directory or hub id
-    dtype: str  # of its parameters in the run
-    frozen: str  # `adapters.base_hash`
+    Attributes:
+      path: directory or hub id.
+      dtype: dtype of its parameters in the run.
+      frozen: `adapters.base_hash`.
+      lora: settings of the adapters.
+    """
+
+    path: str
+    dtype: str
+    frozen: str
     lora: LoraConfig
 
 
 @dataclasses.dataclass
 class Manifest:
-    """internvl3_jax.json"""
+    """The content of internvl3_jax.json."""
 
     model: ModelConfig
     processor: ProcessorConfig
     fingerprint: dict
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     base: Base | None = None  # of a LoRA run
-    # what it was converted from, where that was a download of the hub: owner/name@commit
+    # owner/name@commit of the hub that it was converted from
     source: str | None = None
 
     def write(self, directory: pathlib.Path) -> None:
@@ -56,7 +61,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: pathlib.Path) -> "Manifest":
-        """ValueError, naming the file and what in it is wrong."""
+        """Reads the file; ValueError names the file and the key that is wrong."""
         path = directory / MANIFEST
         try:
             values = strict_json.read_object(path)
@@ -67,7 +72,7 @@ class Manifest:
             raise strict_json.JsonError(
                 f"{values.where} has format {found}; this version reads {FORMAT}"
             )
-        values.get("listed", bool, False)  # whether files.json belongs to it; see find.damage
+        values.get("listed", bool, False)  # see checkpoint_paths.damage
         model, processor = (
             _part(values, name, part)
             for name, part in (("model", ModelConfig), ("processor", ProcessorConfig))
@@ -90,7 +95,7 @@ def _part(values: strict_json.Object, name: str, kind: type):
         TypeError,
         AttributeError,
         ArithmeticError,
-    ) as error:  # a field of a wrong type that what checks the fields stumbles over
+    ) as error:  # the field checks failed on a wrong type
         raise strict_json.JsonError(f"{where} is damaged ({error})") from error
 
 
@@ -104,8 +109,17 @@ def write_files(
     base: Base | None = None,
     source: str | None = None,
 ) -> None:
-    """Writes everything of a checkpoint directory but its arrays; the tokenizer among `files` must
-    fit the configuration.
+    """Writes all files of a checkpoint except its arrays and files.json.
+
+    Args:
+      directory: the directory being filled.
+      model: configuration of the model.
+      processor: how images and messages become tiles and ids.
+      files: name -> content; the tokenizer among them must fit the configuration.
+      dtype: names of the parameters' dtypes; see `dtype_name`.
+      hashes: name of each released tensor -> sha256.
+      base: the base of a LoRA run.
+      source: owner/name@commit of the hub.
     """
     tokenizer = Tokenizer.from_files(dict(files), str(directory))
     made = fingerprint(model, processor, tokenizer, dtype)
@@ -116,5 +130,5 @@ def write_files(
 
 
 def dtype_name(params) -> str:
-    """The dtype of a tree's leaves, or all of them: "bfloat16+float32"."""
+    """Returns the dtypes of a tree's leaves, such as "bfloat16" or "bfloat16+float32"."""
     return "+".join(sorted({np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}))

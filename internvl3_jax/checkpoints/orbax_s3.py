@@ -1,10 +1,8 @@
-"""Teaches Orbax s3:// addresses.
+"""Adds s3:// addresses to Orbax.
 
-Orbax reads and writes gs:// through TensorStore, whose gcs driver it names, and no other object
-storage. TensorStore has an s3 driver, too:
-here the four functions that tell gs:// from a local path learn the second scheme.
-The functions are private to Orbax. `install` says so in one line where a version no longer has
-them.
+Orbax reads and writes gs:// through TensorStore's gcs driver and supports no other object storage.
+TensorStore also has an s3 driver, so the four functions of Orbax that distinguish gs:// from local
+paths are replaced. They are private; `install` raises if a version does not have them.
 """
 
 import functools
@@ -17,9 +15,7 @@ _SCHEMES = ("gs://", "s3://")
 
 @functools.cache
 def install() -> None:
-    """Once per process, before the first s3:// tree is written or read. FileError where this Orbax
-    has other functions.
-    """
+    """Replaces the functions, once per process; FileError if this Orbax has different ones."""
     try:
         from orbax.checkpoint._src.path import gcs_utils
         from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -53,9 +49,7 @@ def _whole_scheme(path: str) -> str:
 
 
 def _s3(path: str) -> dict:
-    """TensorStore's description of an s3:// address, with the endpoint and region that the AWS
-    tools take from the environment.
-    """
+    """Returns TensorStore's spec of an s3:// address; AWS variables give endpoint and region."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
     spec = {"driver": "s3", "bucket": bucket, "path": key}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

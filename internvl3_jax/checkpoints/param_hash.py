@@ -1,4 +1,4 @@
-"""A hash of parameters where they are, to prove that they are the same."""
+"""Sharding-invariant hash of a parameter tree, computed on the devices."""
 
 import hashlib
 
@@ -9,19 +9,17 @@ from internvl3_jax.parallel.collectives import constrain
 
 
 def tree_hash(leaves: dict[str, jax.Array]) -> str:
-    """Hash of the leaves' bits, names and shapes: 16 hexadecimal digits, the same for every
-    sharding.
+    """Returns a hash of the leaves' bits, names and shapes: 16 hexadecimal digits.
 
-    Any change inside one element changes it for certain: what enters a sum modulo 2^32 is a
-    bijection of the element's bits, another one at each place. Changes of several elements go
-    unnoticed about once in 2^64 times. One pass over the leaves where they are; two words of each
-    come to the host.
+    A change of one element always changes it: each position adds another bijection of the element's
+    bits to a sum modulo 2^32. Changes of several elements collide about once in 2^64 cases. One
+    pass over the leaves on the devices; two words of each are copied to the host.
     """
     return combined(described(leaves))
 
 
 def described(leaves: dict[str, jax.Array]) -> dict[str, str]:
-    """What `combined` makes a hash of, for each leaf."""
+    """Returns path -> description of each leaf, which `combined` hashes."""
     sums = jax.device_get(_checksums(leaves))
     return {
         path: f"{path} {leaf.dtype} {leaf.shape} {sums[path].tolist()}"
@@ -40,7 +38,7 @@ def _checksums(leaves: dict) -> dict:
 
 
 def _checksum(leaf):
-    """u32[2]: two sums of the elements' bits, scattered in a way that depends on their place."""
+    """Returns u32[2]: two sums of the elements' bits, mixed with their positions."""
     word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
     place = jnp.zeros(leaf.shape, jnp.uint32)
@@ -50,13 +48,11 @@ def _checksum(leaf):
     sums = jnp.stack(
         [first.sum(dtype=jnp.uint32), _mix(first ^ jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32)]
     )
-    return constrain(sums, None)  # on every device, so that every process can read it
+    return constrain(sums, None)  # replicated, so that every process can read it
 
 
 def _mix(x):
-    """A bijection of u32 that scatters neighbours (multiply and shift, as MurmurHash3's last step
-    does).
-    """
+    """A bijection of u32 that mixes all bits: the finalizer of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

@@ -1,7 +1,6 @@
-"""Steps of a training run, RUN/checkpoints/STEP: saved in the background, complete or not there,
-verified, and deleted when they are old.
+"""Steps of a training run, RUN/checkpoints/STEP: saved in the background, restored, deleted.
 
-What a step holds is told in checkpoint.py, and what is promised of it in docs/checkpoints.md.
+checkpoint.py lists the files of a step; docs/checkpoints.md says what is guaranteed.
 """
 
 import concurrent.futures
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 class Saving:
     """A step that is being written in the background.
 
-    A call waits for this process's writes and makes the step complete; all processes make it
+    Calling it waits for this process's writes and completes the step; all processes call it
     together. Later calls do nothing.
     """
 
@@ -40,9 +39,7 @@ class Saving:
         executor.shutdown(wait=False)
 
     def done(self) -> bool:
-        """Whether this process's writes are finished; never waits. Raises what made them fail, as
-        often as it is asked.
-        """
+        """Returns whether this process's writes are finished; never waits. Raises their error."""
         if not self._written.done():
             return False
         self._written.result()
@@ -69,19 +66,26 @@ def start_saving_training(
     keep: int | None = None,
     keep_also: Callable[[int], bool] = lambda step: False,
 ) -> Saving:
-    """Starts saving a step; training may go on (also donate the arrays) when this returns.
+    """Starts saving a step. Training may continue, and donate the arrays, when this returns.
 
-    Call the result, in every process, as soon as its `done()` is true and before the next save:
-    that makes the step complete.
+    Every process calls the result as soon as its `done()` is true and before the next save; that
+    completes the step.
 
     Args:
+      run: the training run's directory.
+      step: its number.
+      params: parameters; of a LoRA run only those that it trains.
+      opt_state: state of the optimizer.
+      model: configuration of the model.
+      processor: how images and messages become tiles and ids.
+      files: name -> content of the other files, the tokenizer's among them.
       extra: JSON values needed to resume, the same in every process.
       data: states of this process's data streams, by shard.
-      base: of a LoRA run, of whose parameters `params` are those that it trains.
-      keep: delete all but this many of the newest steps once the new one is complete; None keeps
-          all.
-      keep_also: steps that are kept whatever their age.
+      base: the base of a LoRA run.
+      keep: how many of the newest steps to keep once this one is complete; None keeps all.
+      keep_also: returns whether to keep a step of any age.
     """
+    # Small files first, then the arrays in the background.
     unfinished = storage.start_step(steps_of(run) / str(step))
     partial = unfinished.path
     try:
@@ -91,8 +95,7 @@ def start_saving_training(
         for shard, state in (data or {}).items():
             (partial / DATA).mkdir(exist_ok=True)
             (partial / DATA / f"{shard}.json").write_text(_json(state))
-        # Last: Orbax is done in one process when every process has come here and all of their
-        # arrays are written.
+        # Last, because Orbax finishes when all processes have started and written their arrays.
         waits = [
             storage.start_saving(partial / "params", params),
             storage.start_saving(partial / "opt_state", opt_state),
@@ -128,26 +131,33 @@ def _first_line(error: Exception) -> str:
 
 
 def save_training(run, step, params, opt_state, **options) -> None:
-    """`start_saving_training`, and waits."""
+    """Saves a step and waits for it; see `start_saving_training`."""
     start_saving_training(run, step, params, opt_state, **options)()
 
 
 def restore_training(
     run: str | os.PathLike, step: int, abstract_params, abstract_opt_state, verify: str = "full"
 ) -> tuple:
-    """(params, opt_state, extra) of a step; extra["data"] holds the states of all data streams.
+    """Returns (params, opt_state, extra) of a step; extra["data"] holds all data streams' states.
 
-    The abstract trees give dtypes and shardings (`jax.eval_shape` of what made the arrays). verify:
-    as of `load`.
+    All processes call it together.
+
+    Args:
+      run: the training run's directory.
+      step: its number.
+      abstract_params: shapes, dtypes and shardings of the parameters.
+      abstract_opt_state: those of the optimizer's state.
+      verify: see `load`.
 
     Raises:
       FileNotFoundError: there is no such step.
-      ValueError: it is damaged (Damaged), or is no step of a training run.
+      ValueError: it is damaged (Damaged) or not a step of a training run.
     """
     directory = steps_of(run) / str(step)
     if not is_checkpoint(directory):
         raise FileNotFoundError(
-            f"{directory} is no complete checkpoint; the newest of this run is {latest_step(run)}"
+            f"{directory} is not a complete checkpoint; the newest of this run is "
+            f"{latest_step(run)}"
         )
     with undamaged(directory, verify, False, together=True):
         values = read_training(run, step)
@@ -158,7 +168,7 @@ def restore_training(
 
 
 def read_training(run: str | os.PathLike, step: int) -> dict:
-    """What a step's training.json holds."""
+    """Reads training.json of a step."""
     return _read(steps_of(run) / str(step) / TRAINING)
 
 
@@ -173,20 +183,19 @@ def _json(values: Mapping) -> str:
 def delete_old_steps(
     run: str | os.PathLike, keep: int, keep_also: Callable[[int], bool] = lambda step: False
 ) -> None:
-    """Removes all complete steps of a run but the `keep` newest (one at least) and those that
-    `keep_also` names.
+    """Deletes all complete steps but the `keep` newest (at least one) and those of `keep_also`.
 
-    A step that is damaged, or that holds files of others, is left alone and named in the log.
+    A step that is damaged or holds other files stays and is named in the log.
     """
     if jax.process_index():
         return
-    directory, whole = steps_of(run), []
+    directory, intact = steps_of(run), []
     for step in completed_steps(run):
         if wrong := damage(directory / str(step), "sizes"):
             log.warning("%s is damaged and no longer counts: %s", directory / str(step), wrong)
         else:
-            whole.append(step)
-    for step in whole[: -max(keep, 1)]:
+            intact.append(step)
+    for step in intact[: -max(keep, 1)]:
         if not keep_also(step) and (foreign := remove_finished(directory / str(step))):
             log.warning(
                 "%s is not deleted: it holds %s, which was not saved with it",
@@ -196,5 +205,5 @@ def delete_old_steps(
 
 
 def steps_of(run: str | os.PathLike) -> pathlib.Path:
-    """Where a run's steps are."""
+    """Returns RUN/checkpoints."""
     return absolute(run) / "checkpoints"

@@ -1,5 +1,4 @@
-"""Directories that appear whole or not at all, and parameter trees in them. The only file that
-imports Orbax.
+"""Atomic directories and the parameter trees in them. The only file that imports Orbax.
 
 Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a
 time keep one parameter in memory.
@@ -37,10 +36,10 @@ from internvl3_jax.io.unfinished import (
 
 try:
     import orbax.checkpoint.experimental.v1 as ocp
-except ImportError:  # where it has left experimental
+except ImportError:  # in versions where it is no longer experimental
     import orbax.checkpoint.v1 as ocp
 
-# bytes of one stored block, the least that a reader of a shard has to touch
+# Bytes of one stored chunk, the least that a reader of a shard has to read.
 LARGEST_CHUNK = 512 << 20
 SMALL = 64 << 20  # bytes of leaves that are written together
 
@@ -52,17 +51,17 @@ SMALL = 64 << 20  # bytes of leaves that are written together
 def new_directory(
     directory: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
 ):
-    """Yields an empty directory to fill; it becomes `directory` when the block ends well and is
-    removed when it does not.
+    """Yields an empty directory to fill, which becomes `directory` if the block succeeds.
 
-    With several processes every one enters the block; the first creates and moves.
+    It is removed if the block fails. All processes enter the block; the first creates and moves.
 
     Args:
-      overwrite: replace what is there, if it was made here, holds nothing else, and is none of
-          `sources`.
+      directory: local path or address of the new directory.
+      overwrite: replace an existing directory that this program wrote and that holds nothing else.
+      sources: directories that are read and must not be replaced.
 
     Raises:
-      FileExistsError: something is there, and it is not to be replaced or must not be.
+      FileExistsError: something is there, and may not be replaced.
       InUse: another process is filling the same directory.
     """
     final = absolute(directory)
@@ -82,11 +81,9 @@ def new_directory(
 
 @contextlib.contextmanager
 def _new_remote(final, overwrite: bool, sources: Iterable[str | os.PathLike]):
-    """The same in object storage, by one process: filled on a local disk, which needs room for it,
-    then copied.
-    """
+    """Fills a directory on the local disk and uploads it; for a single process."""
     if jax.process_count() > 1:
-        raise ValueError(f"{final}: one process alone writes a checkpoint to object storage")
+        raise ValueError(f"{final}: only a single process can write a checkpoint to object storage")
     clean(final.parent, final.name)
     before = remote_files.objects(final)
     if before and not overwrite:
@@ -113,7 +110,7 @@ def _new_remote(final, overwrite: bool, sources: Iterable[str | os.PathLike]):
 def start_directory(
     final: pathlib.Path, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
 ) -> Unfinished:
-    """Creates the empty directory to fill; what killed processes left of it is removed."""
+    """Creates an empty directory to fill, after removing remains of killed processes."""
     if jax.process_index() == 0:
         clean(final.parent, final.name)
     if os.path.lexists(final):
@@ -126,18 +123,19 @@ def start_directory(
 
 
 def start_step(final: pathlib.Path) -> Unfinished | InPlace:
-    """The same for a step of a training run. A damaged one that is there makes room;
-    FileExistsError if it is whole.
+    """Creates the directory of a training step.
+
+    A damaged directory of the same step is renamed; an intact one raises FileExistsError.
     """
     if jax.process_index() == 0:
         clean(final.parent)
-    # Every process asks before the first one moves it.
-    there = bool(remote_files.objects(final)) if is_remote(final) else os.path.lexists(final)
-    whole = there and damage(final) is None
+    # Every process looks before the first one renames it.
+    exists = bool(remote_files.objects(final)) if is_remote(final) else os.path.lexists(final)
+    intact = exists and damage(final) is None
     _barrier(f"look at {final}")
-    if whole:
-        raise FileExistsError(f"{final} exists, and is whole; nothing is saved in its place")
-    if there and jax.process_index() == 0:
+    if intact:
+        raise FileExistsError(f"{final} exists and is intact; it is not replaced")
+    if exists and jax.process_index() == 0:
         set_aside(final)
     return _create(final)
 
@@ -156,14 +154,14 @@ def _create(final: pathlib.Path) -> Unfinished | InPlace:
 
 
 def seal_directory(unfinished: Unfinished) -> None:
-    """Waits until all processes have filled it, and lists the files with their hashes."""
+    """Waits until all processes have filled it, and writes the list of files with hashes."""
     _barrier(f"filled {unfinished.final}")
     if unfinished.creates:
         seal(unfinished.path)
 
 
 def commit_directory(unfinished: Unfinished, overwrite: bool = False) -> None:
-    """Moves the filled directory to its place; all processes wait for it."""
+    """Moves the filled directory to its final place; all processes wait for it."""
     _barrier(f"sealed {unfinished.final}")
     unfinished.commit(overwrite)
     _barrier(f"committed {unfinished.final}")
@@ -178,9 +176,7 @@ def _barrier(name: str) -> None:
 
 
 class _LiteralPath(type(epath.Path("/"))):
-    """A path whose `glob` takes [ ] * ? in the directory's own name as they are; Orbax looks for
-    its parts with it.
-    """
+    """A path whose `glob`, which Orbax uses, takes [ ] * ? in the directory's name literally."""
 
     def glob(self, pattern: str):
         entries = self.iterdir() if self.is_dir() else ()
@@ -190,8 +186,7 @@ class _LiteralPath(type(epath.Path("/"))):
 def _storage_options(path, leaf):
     if math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize <= LARGEST_CHUNK:
         return None
-    # Of layers on the first axis each gets blocks of its own, so that a block is contiguous in the
-    # array.
+    # Layers on the first axis get separate chunks, so that a chunk is contiguous in the array.
     layers = (0,) if np.ndim(leaf) == 3 else ()
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=LARGEST_CHUNK, shard_axes=layers
@@ -204,7 +199,7 @@ def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
     context = ocp.Context()
     context.file.path_class = _LiteralPath
     saving = context.array.saving
-    saving.use_compression = False  # weights hardly shrink, and it takes most of the writing time
+    saving.use_compression = False  # weights hardly shrink, and it is most of the time
     saving.scoped_storage_options_creator = _storage_options
     context.memory.deepcopy_host_arrays = copy
     context.memory.read_concurrent_bytes = LARGEST_CHUNK  # of 2 GiB otherwise
@@ -223,9 +218,7 @@ def by_path(tree: Mapping) -> dict[str, object]:
 
 
 class TreeWriter:
-    """Writes a tree leaf by leaf; small leaves wait for one another, as each write has a cost of
-    its own.
-    """
+    """Writes a tree leaf by leaf; small leaves are written together, as each write costs time."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -250,10 +243,10 @@ class TreeWriter:
 
 
 def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
-    """Copies a tree of arrays to the host and writes it in the background; the returned function
-    waits for the end.
+    """Copies a tree of arrays to the host and writes it in the background.
 
-    The caller may donate jax arrays when this returns, and change numpy arrays.
+    The returned function waits for the end. The caller may donate jax arrays and change numpy
+    arrays when this returns.
     """
     with _context(path, copy=True):
         response = ocp.save_async(path, tree)
@@ -261,15 +254,16 @@ def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
 
 
 def leaf_infos(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape and dtype of every leaf of a stored tree of dicts, without reading arrays."""
+    """Returns path -> shape and dtype of a stored tree, without reading arrays."""
     with _context(path):
         stored = by_path(ocp.metadata(path).metadata)
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
 
 
 class TreeReader:
-    """Reads a stored tree leaf by leaf as numpy arrays, in the order of `names`; small neighbours
-    are read together.
+    """Reads a stored tree leaf by leaf as numpy arrays, in the order of `names`.
+
+    Small neighbors are read together.
     """
 
     def __init__(self, path: pathlib.Path, names: list[str]):
@@ -293,11 +287,13 @@ class TreeReader:
 
 
 def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
-    """A stored tree, each leaf in the dtype and with the sharding of `abstract`; without one it
-    goes to the default device.
+    """Reads a stored tree.
 
-    prepare: makes of each leaf's path and value what takes its place; the leaves are then read one
-        by one.
+    Args:
+      path: the tree's directory.
+      abstract: tree with the shape, dtype and sharding of each leaf; the default device is used
+        where the sharding is None.
+      prepare: maps each leaf's path and value to the value to keep; leaves are then read singly.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -1,6 +1,4 @@
-"""What is done before a checkpoint is used: its files are those that were written, its parameters
-are finite.
-"""
+"""Checks before a checkpoint is used: files are as they were written, parameters are finite."""
 
 import contextlib
 import hashlib
@@ -52,8 +50,7 @@ def undamaged(
         return
     if wrong := found(_is_weights):
         raise _damaged(directory, wrong)
-    # What the fingerprint says of a file that was changed on purpose is worth more than that it was
-    # changed.
+    # A FingerprintError says more about a deliberate change than that a file differs.
     wrong = None if accept_fingerprint else found(lambda name: not _is_weights(name))
     try:
         yield
@@ -76,7 +73,7 @@ def _is_weights(name: str) -> bool:
 
 def _damaged(directory: pathlib.Path, wrong: str) -> Damaged:
     return Damaged(
-        f"{one_line(str(directory))} is damaged: {wrong}; bring it back from a copy, or use "
+        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use "
         "another checkpoint"
     )
 
@@ -135,14 +132,14 @@ def spans_all_processes(mesh: jax.sharding.Mesh | None) -> bool:
 
 
 def check_finite(leaves: dict[str, object], where: str) -> None:
-    """ValueError naming the parameters, by path, that hold NaN or infinite values, and how many.
+    """Raises ValueError naming the parameters that hold NaN or infinite values, with their counts.
+
     All processes over which they are sharded call it together.
     """
     floating = {
         path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    # Each process counts in its own shards: compiled programs over several processes could meet in
-    # different orders.
+    # Each process counts in its local shards, so that no compiled program spans processes.
     mine = jax.device_get([_nonfinite(leaf) for leaf in floating.values()])
     counts = np.array([int(sum(parts)) for parts in mine], np.int64)
     if any(
@@ -168,11 +165,11 @@ def check_finite(leaves: dict[str, object], where: str) -> None:
 
 
 def _nonfinite(leaf) -> list:
-    """How many elements are not finite, of each shard that is here and is no copy of another one."""
+    """Returns the number of non-finite elements of each local shard, replicas left out."""
     if isinstance(leaf, np.ndarray):
         return [_counted(leaf)]
     shards = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
-    # On a CPU numpy is quicker than to compile a program for each shape.
+    # On a CPU, numpy is faster than compiling a program for each shape.
     return [
         _counted(np.asarray(part)) if part.device.platform == "cpu" else _count(part)
         for part in shards

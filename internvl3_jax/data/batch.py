@@ -93,36 +93,6 @@ def cut_images(
     return [cut_tiles(image, processor, limit) for image in images]
 
 
-def make_sample(
-    messages,
-    images,
-    tokenizer,
-    processor: ProcessorConfig,
-    deltas: Sequence[int],
-    where: str = "",
-    *,
-    max_tiles: int | None = None,
-    loss_reduction: str = "square",
-) -> Sample:
-    """Makes a training sample of messages and PIL images.
-
-    Args:
-      deltas: V2PE units, one per image.
-      max_tiles: None takes processor.max_tiles.
-      loss_reduction: See `average_weights`.
-    """
-    tiles = cut_images(images, processor, max_tiles)
-    encoded = encode_chat(
-        messages,
-        [len(image_tiles) for image_tiles in tiles],
-        tokenizer,
-        processor,
-        add_generation_prompt=False,
-        where=where,
-    )
-    return finish_sample(encoded, tiles, deltas, processor, loss_reduction)
-
-
 def finish_sample(
     encoded: Encoded,
     tiles: Sequence[np.ndarray],

@@ -1,5 +1,5 @@
-r"""Solutions as steps, and the conversation in which a process reward model (critic) judges them
-one after the other.
+r"""Splits solutions into steps, and makes the conversation in which a process reward model (critic)
+judges them.
 
     user       ### Question:\n{question}\n\n### Solution Process:\n{first step}
     assistant  + or -
@@ -34,18 +34,19 @@ Please note:
 
 Your task is to verify the accuracy and correctness of each step in the given solution process."""
 
-# The same as the public trainer made it of a row with one image: it looks for <image> in the first
-# turn, which is the system's, and puts one in front of it. There it is text, and so is it here.
+# As InternVL's trainer makes it of a row with one image: it looks for <image> in the first turn,
+# which is the system's, and puts one in front of it, where it is text.
 SYSTEM_AS_TRAINED = f"{IMAGE_TAG}\n{SYSTEM}"
-# by the names that programs take
+# By the names that programs take.
 SYSTEMS = {"visualprm": SYSTEM, "visualprm_trained": SYSTEM_AS_TRAINED}
 
 
 def split_steps(solution: str, max_steps: int | None = None) -> list[str]:
-    """The steps of a solution: what stands between blank lines; at least one.
+    """Splits a solution at blank lines into at least one step.
 
-    max_steps: neighbours are merged, as many into each as it takes to leave at most that many.
-        Steps without text are left out: the reference would give them a turn without content.
+    Steps without text are left out; InternVL's code gives them a turn without content.
+
+    max_steps: Upper bound, by merging the same number of neighbors into each step.
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; it must be at least 1, or None for all steps")
@@ -60,11 +61,10 @@ def critic_messages(
     labels: Sequence[str] | None = None,
     system: str | None = None,
 ) -> list[Message]:
-    """The conversation about a solution. The question holds the images' tags.
+    """Makes the conversation about a solution. The question has the tags of the images.
 
-    labels: GOOD or BAD for each step; without them GOOD stands everywhere, as a placeholder: what a
-        critic thinks of a step is read where its answer would begin, and whatever came before is
-        taken as right.
+    labels: GOOD or BAD for each step; None takes GOOD as a placeholder. A critic's judgment of a
+        step is read where its answer begins, with all earlier steps taken as right.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     for number, (step, label) in enumerate(zip(steps, labels or [GOOD] * len(steps), strict=True)):
@@ -72,7 +72,7 @@ def critic_messages(
             f"### Question:\n{question}\n\n### Solution Process:\n{step}" if number == 0 else step
         )
         turn = {"role": "user", "content": text}
-        if IMAGE_TAG in step:  # written by a model: it is no place of an image
+        if IMAGE_TAG in step:  # a model wrote it, so that it is not the place of an image
             turn["images"] = question.count(IMAGE_TAG) if number == 0 else 0
         messages += [turn, {"role": "assistant", "content": label}]
     return messages

@@ -87,7 +87,7 @@ class BatchLoader:
         self.thread: threading.Thread | None = None
 
     def restore(self, states: dict[str, dict]) -> None:
-        """Resumes after the batch with these `states`, which may include other processes' shards."""
+        """Resumes after the batch with these `states`; those of other shards are ignored."""
         if self.thread:
             raise RuntimeError("restore comes before the first batch")
         missing = [shard for shard in self.shards if str(shard) not in states]

@@ -51,7 +51,7 @@ _AHEAD = 4  # samples prepared ahead in each worker process
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """Loads the tokenizer of `config.tokenizer`, a directory. ValueError if the setting is empty."""
+    """Loads the tokenizer of `config.tokenizer`. ValueError if the setting is empty."""
     if not config.tokenizer:
         raise ValueError(
             "data.tokenizer is empty; name a directory with a tokenizer: "
@@ -75,10 +75,10 @@ def sample_dataset(
     """
     if config.on_bad_sample not in ("stop", "skip"):
         raise ValueError(f"data.on_bad_sample is {config.on_bad_sample!r}; it must be stop or skip")
-    preparer = ExampleBuilder(config, processor, tokenizer)
+    builder = ExampleBuilder(config, processor, tokenizer)
     sources = open_sources(config) if sources is None else sources
     check_report(config)
-    return _order(config, sources).map_with_index(_BuildExample(preparer, sources))
+    return _order(config, sources).map_with_index(_BuildExample(builder, sources))
 
 
 def _order(config: DataConfig, sources: list) -> grain.MapDataset:
@@ -124,8 +124,8 @@ def mix(selections: Sequence[Selection], weights: Sequence[float], seed: int) ->
 class _BuildExample:
     """Makes a sample or a marker of (index, (source number, row))."""
 
-    def __init__(self, preparer: ExampleBuilder, sources: list):
-        self.preparer, self.sources = preparer, sources
+    def __init__(self, builder: ExampleBuilder, sources: list):
+        self.builder, self.sources = builder, sources
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -133,13 +133,13 @@ class _BuildExample:
 
     def __call__(self, index: int, reference: tuple[int, int]) -> Sample | dict:
         number, row = reference
-        config, source = self.preparer.config, self.sources[number]
+        config, source = self.builder.config, self.sources[number]
         identity = {"source": number, "row": row, "index": int(index)}
         try:
             # The precomputed reference is that of one sample per row, for every epoch.
             sample_seed = row if config.ref_logps_file else int(index)
             return (
-                self.preparer.sample(source, row, np.random.default_rng((config.seed, sample_seed)))
+                self.builder.sample(source, row, np.random.default_rng((config.seed, sample_seed)))
                 | identity
             )
         except (ValueError, OSError) as error:

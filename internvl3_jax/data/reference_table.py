@@ -1,5 +1,5 @@
-"""Log-probabilities of pairs under MPO's reference model, computed beforehand (make_reference.py)
-and looked up by what the pair is.
+"""Looks up log-probabilities of pairs under MPO's reference model, which make_reference.py has
+precomputed, by a hash of the pair.
 
 A JSONL file: first {"reference": path, "hash": of its parameters, "dtype"}, then for each pair
 {"key", "chosen", "rejected"}.
@@ -15,16 +15,16 @@ from internvl3_jax.data.sources.files import read_bytes
 from internvl3_jax.io.strict_json import Object, loads
 from internvl3_jax.io.terminal import excerpt
 
-LARGEST = 1e30  # of a log-probability's size: it is kept as a float32
+LARGEST = 1e30  # absolute value of a log-probability, which is stored as float32
 _KEYED = ("tokens", "targets", "positions", "answers", "tiles")
 
 
 class ReferenceError(ValueError):
-    """A pair, or a file, without the log-probabilities that are needed."""
+    """A pair or a file without the log-probabilities that are needed."""
 
 
 def key_of(sample: Sample) -> str:
-    """What the model computes of the pair depends on these bytes alone."""
+    """Hashes the fields of a pair on which the model's output depends."""
     digest = hashlib.sha256()
     for name in _KEYED:
         digest.update(np.ascontiguousarray(sample[name]).tobytes())
@@ -32,9 +32,11 @@ def key_of(sample: Sample) -> str:
 
 
 class ReferenceTable:
-    """The file as two arrays, so that each worker process can hold it.
+    """The file as two arrays, small enough for each worker process.
 
-    identity: a short text that differs if the file's content does.
+    Attributes:
+      identity: A short text that changes with the file's content.
+      hash, made_of: The hash of the reference model's parameters, and its path.
     """
 
     def __init__(self, path: str):
@@ -52,7 +54,7 @@ class ReferenceTable:
             ]
         except ValueError as error:
             raise ReferenceError(
-                f"{error}; expected a file of internvl3_jax.training.make_reference, whole"
+                f"{error}; expected a complete file of internvl3_jax.training.make_reference"
             ) from error
         keys = np.array([row[0] for row in rows], np.uint64)
         values = np.array([row[1:] for row in rows], np.float32).reshape(-1, 2)
@@ -60,15 +62,13 @@ class ReferenceTable:
         self.keys, self.values = keys[order], values[order]
 
     def added_to(self, sample: Sample) -> Sample:
-        """The pair with "reference", as `Batch` has it. ReferenceError if the table does not know
-        it.
-        """
+        """Adds "reference" of `Batch` to a pair. ReferenceError if the table does not have it."""
         key = np.uint64(int(key_of(sample), 16))
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key:
             raise ReferenceError(
-                f"{self.path} has no log-probabilities of this pair as it is now: it was made of other rows, tokenizer or settings "
-                f"(tiles, deltas); make it again"
+                f"{self.path} has no log-probabilities of this pair as it is now: it was made of "
+                f"other rows, tokenizer or settings (tiles, deltas); make it again"
             )
         answers = sample["answers"]
         reference = np.zeros(len(answers), np.float32)
@@ -78,7 +78,7 @@ class ReferenceTable:
 
 
 def _read_row(line: bytes, where: str) -> tuple[int, float, float]:
-    """(key, log-probability of the chosen answer, that of the rejected one)."""
+    """Returns (key, log-probability of the chosen answer, that of the rejected one)."""
     row = Object(loads(line, where), where)
     key = row.get("key", str, low=1, high=16)
     if not re.fullmatch("[0-9a-f]+", key):

@@ -1,6 +1,7 @@
-"""What images cost before any model is loaded: tiles, tokens, positions and key/value cache.
+"""Computes the cost of images without a model: tiles, tokens, positions and key/value cache.
 
-    python -m internvl3_jax.data.tokens IMAGE_OR_SIZE... [--max_tiles 12] [--delta 1/4] [--size 1b,8b] [--text_tokens 64] [--json]
+    python -m internvl3_jax.data.tokens IMAGE_OR_SIZE... [--max_tiles 12] [--delta 1/4]
+        [--size 1b,8b] [--text_tokens 64] [--json]
 
 Each argument is an image file or a size such as 1920x1080. All of them together make one prompt.
 Each image may have --max_tiles tiles, as at inference; with --tiles shared all images together, as
@@ -36,16 +37,22 @@ RELEASED_SIZES = tuple(name for name in SIZES if name != "tiny")
 
 @dataclasses.dataclass(frozen=True)
 class ImageCost:
-    """One image in a prompt. `tokens` and `positions` include its <img> and </img>."""
+    """The cost of one image in a prompt.
+
+    Attributes:
+      tiles: With the thumbnail.
+      tokens: Visual tokens, <img> and </img>.
+      positions: By how much the image moves the text after it.
+    """
 
     width: int
     height: int
     columns: int
     rows: int
-    tiles: int  # with the thumbnail
+    tiles: int
     visual_tokens: int
     tokens: int
-    positions: int  # how far the image moves the text after it
+    positions: int
 
 
 def image_cost(
@@ -55,29 +62,29 @@ def image_cost(
     max_tiles: int | None = None,
     delta: int | None = None,
 ) -> ImageCost:
-    """Cost of an image of width x height pixels.
+    """Computes the cost of an image of width x height pixels.
 
     Args:
-      processor: tile rule and tokens per tile.
-      max_tiles: limit of this image without its thumbnail; processor.max_tiles when None.
-      delta: step of a visual token in units of 1/256 (see `positions.parse_delta`); processor.delta
-          when None.
+      processor: Tile rule and tokens per tile.
+      max_tiles: Limit without the thumbnail; None takes processor.max_tiles.
+      delta: Step of a visual token in units of 1/256 (see `positions.parse_delta`); None takes
+        processor.delta.
 
     Raises:
-      ValueError: for an image without pixels or a limit below one tile.
+      ValueError: The image has no pixels, or the limit is below one tile.
     """
     columns, rows = image_grid(width, height, processor, max_tiles)
     tiles = grid_tiles(columns, rows, processor)
     visual_tokens = tiles * processor.tokens_per_tile
-    travelled = visual_tokens * (processor.delta if delta is None else delta)
-    positions = -(-travelled // UNITS) + 2  # the end of the run is rounded up to a whole position
+    units = visual_tokens * (processor.delta if delta is None else delta)
+    positions = -(-units // UNITS) + 2  # the end of the run is rounded up to a whole position
     return ImageCost(
         width, height, columns, rows, tiles, visual_tokens, visual_tokens + 2, positions
     )
 
 
 def cache_bytes_per_token(language: LanguageConfig, bytes_per_value: int = 2) -> int:
-    """Keys and values of one token in all layers; bytes_per_value is 2 for bfloat16."""
+    """Returns the bytes of one token's keys and values in all layers, by default in bfloat16."""
     return 2 * language.num_layers * language.num_kv_heads * language.head_dim * bytes_per_value
 
 
@@ -90,13 +97,12 @@ def prompt_report(
     tiles: str = "per image",
     max_total_tiles: int = 0,
 ) -> dict:
-    """Costs of one prompt with all images (name, width, height): what --json prints.
+    """Computes the cost of one prompt with all images (name, width, height), as --json prints it.
 
-    tiles, max_total_tiles: as in `ProcessorConfig`.
+    tiles, max_total_tiles: As in `ProcessorConfig`.
 
     Raises:
-      ValueError: for an unknown model size, or sizes that cut images differently (tiny and the
-      released ones).
+      ValueError: A model size is unknown, or the sizes cut images differently (tiny and others).
     """
     models = [_model(size) for size in model_sizes]
     processor = _common_processor(models, model_sizes)
@@ -142,14 +148,15 @@ def _common_processor(models: Sequence[ModelConfig], model_sizes: Sequence[str])
     shapes = {(model.vision.image_size, model.tokens_per_tile) for model in models}
     if len(shapes) > 1:
         raise ValueError(
-            f"sizes {', '.join(model_sizes)} cut images into different tiles; ask for them one at a time"
+            f"sizes {', '.join(model_sizes)} cut images into different tiles; ask for them one at "
+            f"a time"
         )
     image_size, tokens_per_tile = shapes.pop()
     return ProcessorConfig(image_size=image_size, tokens_per_tile=tokens_per_tile)
 
 
 def print_report(report: dict) -> None:
-    """The report as two tables; without lines and colours where the output is not a terminal."""
+    """Prints the report as two tables, without lines and colors if not on a terminal."""
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, markup=False, emoji=False, width=None if terminal else 160)
     style = box.SIMPLE if terminal else None
@@ -169,11 +176,13 @@ def print_report(report: dict) -> None:
     images.add_row("prompt", "", "", *(f"{total:,}" for total in totals))
     console.print(images)
     console.print(
-        f"grid: columns x rows, at most {report['max_tiles_per_image']} tiles; tiles: with the thumbnail"
+        f"grid: columns x rows, at most {report['max_tiles_per_image']} tiles; tiles: with the "
+        f"thumbnail"
     )
     total = f", at most {report['max_total_tiles']} in all" if report["max_total_tiles"] else ""
     console.print(
-        f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, thumbnails apart"
+        f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, "
+        f"thumbnails apart"
     )
     console.print(f"positions: at delta {report['delta']}\n")
 
@@ -192,8 +201,9 @@ def print_report(report: dict) -> None:
 
 
 def _image_size(argument: str, limits: dict) -> tuple[str, int, int]:
-    """(name, width, height) of an image file, or of an argument like 1920x1080 that names no file.
-    limits: of `open_image`.
+    """Returns (name, width, height) of an image file, or of a size such as 1920x1080.
+
+    limits: Arguments of `open_image`.
     """
     size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", argument)
     if size and not Path(argument).exists():
@@ -203,7 +213,7 @@ def _image_size(argument: str, limits: dict) -> tuple[str, int, int]:
 
 
 def _define_flags() -> flags.FlagValues:
-    # Flags of this module's own: importing it must not claim names that other programs define.
+    # Own flag values, so that importing the module does not define flags of other programs.
     values = flags.FlagValues()
     flags.DEFINE_integer(
         "max_tiles",

@@ -1,15 +1,16 @@
-"""Whether a run fits its devices and how fast it can be at most, without having any of them.
+"""Predicts memory use and a lower bound of the step time by AOT compilation, without the hardware.
 
-    python -m internvl3_jax.fit --config configs/sft.py:8b --topology v5e:16x16 --config.micro_batches=2
-    python -m internvl3_jax.fit --config configs/sft.py:78b --topology v5p:4x4x8 --analytic    seconds, and no compiler
+    python -m internvl3_jax.fit --config configs/sft.py:8b --topology v5e:16x16
     python -m internvl3_jax.fit --config configs/sft.py:8b --topology h100:1x16x8
-    python -m internvl3_jax.fit --config configs/sft.py:78b --topology v5p:2x2x2 --config.mesh.tensor=8 --infer
-    python -m internvl3_jax.fit --config configs/sft.py:8b --topology v5e:16x16 --search
-    python -m internvl3_jax.fit --config configs/lora.py:8b --topology h100:1x1x1 --config.lora.quantize=nf4 --analytic
+    ... --config.micro_batches=2    any field of the config, as in train.py
+    ... --analytic                  in seconds, without a compiler
+    ... --search                    the fastest settings that fit
+    ... --config.mesh.tensor=8 --infer
+                                    generation instead of the train step
+    ... --config configs/lora.py:8b --topology h100:1x1x1 --config.lora.quantize=nf4
 
-Configuration and overrides are those of train.py. What is compiled is train.py's step, from shapes;
-docs/fit.md says how to read the answer. Status 0: it fits. 1: it does not. 2: the question was
-wrong.
+It compiles train.py's own step, from shapes. docs/fit.md explains the output. Exit status 0: the
+run fits; 1: it does not; 2: the arguments are wrong.
 """
 
 import json
@@ -17,19 +18,19 @@ import os
 import pathlib
 import sys
 
-# Before jax is imported: there may be libtpu or a CUDA plugin here, but no device.
+# Before jax is imported: libtpu or a CUDA plugin may be installed, but there is no device.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 from absl import flags
 
 from internvl3_jax.fit import advice, generation, report, search
-from internvl3_jax.fit.build import build
+from internvl3_jax.fit.compilation import compile_for
+from internvl3_jax.fit.lowering import Requests, lower_train_step
 from internvl3_jax.fit.memory import estimate
-from internvl3_jax.fit.program import Requests, lower_train_step
-from internvl3_jax.fit.share import share_of
+from internvl3_jax.fit.per_device import per_device
+from internvl3_jax.fit.step_cost import times, train_cost
 from internvl3_jax.fit.topology import parse
-from internvl3_jax.fit.work import times, train_work
 from internvl3_jax.io import command_line, safe_files
 from internvl3_jax.model import lora
 from internvl3_jax.parallel.sharding import make_mesh
@@ -42,49 +43,54 @@ TOPOLOGY = flags.DEFINE_string(
     "Devices, such as v5e:16x16, v5p:4x4x8, tpu7x:4x4x4 or h100:1x16x8.",
     required=True,
 )
-ANALYTIC = flags.DEFINE_bool("analytic", False, "By the analysis alone: no compiler is needed.")
+ANALYTIC = flags.DEFINE_bool("analytic", False, "Use only the analysis; no compiler is needed.")
 SEARCH = flags.DEFINE_bool(
     "search", False, "Find the fastest mesh, remat and number of micro-batches that fit."
 )
 CONFIRM = flags.DEFINE_integer(
-    "confirm", 3, "With --search: compile so many of the best, until one fits."
+    "confirm", 3, "With --search: compile the fastest settings, up to this number, until one fits."
 )
-INFER = flags.DEFINE_bool("infer", False, "Generation in place of the train step.")
-ROWS = flags.DEFINE_integer("infer_rows", 8, "With --infer: answers side by side.")
+INFER = flags.DEFINE_bool("infer", False, "Predict generation instead of the train step.")
+ROWS = flags.DEFINE_integer("infer_rows", 8, "With --infer: answers generated together.")
 PROMPT = flags.DEFINE_integer(
-    "infer_prompt", 4096, "With --infer: tokens of each prompt, pictures included."
+    "infer_prompt", 4096, "With --infer: tokens of each prompt, images included."
 )
 NEW = flags.DEFINE_integer("infer_new", 1024, "With --infer: tokens of each answer.")
-TILES = flags.DEFINE_integer("infer_tiles", 8, "With --infer: tiles encoded at a time.")
-JSON = flags.DEFINE_string("json", "", "Also write the answer to this file.")
+TILES = flags.DEFINE_integer("infer_tiles", 8, "With --infer: tiles encoded per call.")
+JSON = flags.DEFINE_string("json", "", "Also write the prediction to this JSON file.")
 TEXT = flags.DEFINE_string("text", "", "Also write the compiled program to this file.")
 
 
 def main(argv) -> int:
     if len(argv) > 1:
-        raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
-    json_path, _ = (_output(flag) for flag in (JSON, TEXT))
+        raise command_line.UsageError(
+            f"unexpected argument {argv[1]!r}; fields of the config are --config.FIELD=VALUE"
+        )
+    # Check all arguments before any work.
+    json_path, text_path = (_output_path(flag) for flag in (JSON, TEXT))
     topology, config = parse(TOPOLOGY.value), settings.load().config
     checks.validate(config)
     config = lora.freeze_base(config)
     if topology.chip is None and (SEARCH.value or ANALYTIC.value):
         raise ValueError(
-            f"--topology is {topology.name}; floors and memory are known of accelerators only"
+            f"--topology is {topology.name}; --search and --analytic need an accelerator, such as "
+            "v5e:4x4"
         )
+
     if INFER.value:
         requests = Requests(ROWS.value, PROMPT.value, NEW.value, TILES.value)
         fits, row = generation.answer(config, topology, requests, ANALYTIC.value, print)
     elif SEARCH.value:
-        fits, row = find(config, topology)
+        fits, row = find_fastest(config, topology, text_path)
     else:
-        fits, row = train(config, topology)
+        fits, row = predict_step(config, topology, text_path)
     if json_path:
         safe_files.replace(json_path, json.dumps(row, indent=1) + "\n")
     return 0 if fits else 1
 
 
-def _output(flag) -> pathlib.Path | None:
-    """The file of --json or --text. ValueError if it is there or cannot be made, before any work."""
+def _output_path(flag) -> pathlib.Path | None:
+    """Returns the file of --json or --text, or None; raises ValueError if it cannot be written."""
     if not flag.value:
         return None
     path = pathlib.Path(os.path.expanduser(flag.value))
@@ -95,53 +101,61 @@ def _output(flag) -> pathlib.Path | None:
     return path
 
 
-def train(config, topology) -> tuple[bool, dict]:
-    """Prints the answer for one setting: (whether it fits, a row of a table)."""
-    share = share_of(config, topology)
-    memory = estimate(share)
-    work = train_work(share, memory)
-    print(report.heading(config, topology, share.mesh, "train step"))
+def predict_step(config, topology, text_path: pathlib.Path | None = None) -> tuple[bool, dict]:
+    """Prints the prediction for the train step; returns (whether it fits, a dict for JSON)."""
+    # 1) The analysis.
+    device = per_device(config, topology)
+    memory = estimate(device)
+    cost = train_cost(device, memory)
+    print(report.heading(config, topology, device.mesh, "train step"))
     print(report.settings(config), flush=True)
-    built = (
-        None
-        if ANALYTIC.value
-        else build(lower_train_step(config, make_mesh(config.mesh, topology.devices())), topology)
-    )
-    if built is not None and TEXT.value:
-        safe_files.replace(pathlib.Path(os.path.expanduser(TEXT.value)), built.text)
+
+    # 2) The compiler.
+    compiled = None
+    if not ANALYTIC.value:
+        mesh = make_mesh(config.mesh, topology.devices())
+        compiled = compile_for(lower_train_step(config, mesh), topology)
+        if text_path:
+            safe_files.replace(text_path, compiled.text)
     if topology.chip is None:
-        print(
-            "\n".join([*report.memory_lines(memory, None, built), *report.collective_lines(built)])
-        )
-        return True, {"compiler": report.compiler_row(built)}
-    usable = built.available if built else topology.chip.usable
-    compiled = built is not None and not built.refused
-    taken = times(work, topology, built.collectives if compiled else None)
-    fits = built.fits if built else memory.peak <= usable
-    lines = report.memory_lines(memory, usable, built)
-    lines += report.time_lines(work, taken, built)
-    lines += report.collective_lines(built) if compiled else []
-    lines += report.alive_lines(built) if compiled and share.tpu else []
-    lines += (
-        []
-        if fits
-        else report.advice_lines(advice.changes(config, topology, memory), memory.peak, usable)
-    )
+        lines = [*report.memory_lines(memory, None, compiled), *report.collective_lines(compiled)]
+        print("\n".join(lines))
+        return True, {"compiler": report.compiler_row(compiled)}
+
+    # 3) Both together: the compiler decides where it was asked.
+    is_compiled = compiled is not None and not compiled.out_of_memory
+    available = compiled.available if compiled else topology.chip.usable
+    fits = compiled.fits if compiled else memory.peak <= available
+    step_times = times(cost, topology, compiled.collectives if is_compiled else None)
+    lines = report.memory_lines(memory, available, compiled)
+    lines += report.time_lines(cost, step_times, compiled)
+    if is_compiled:
+        lines += report.collective_lines(compiled)
+        lines += report.alive_lines(compiled) if device.tpu else []
+    if not fits:
+        changes = advice.changes(config, topology, memory)
+        lines += report.advice_lines(changes, memory.peak, available)
     print("\n".join(lines))
-    return fits, report.row(share, memory, work, taken, built)
+    return fits, report.row(device, memory, cost, step_times, compiled)
 
 
-def find(config, topology) -> tuple[bool, dict]:
-    """Prints the fastest settings and, of the best, what the compiler says of them."""
-    found, tried, smallest = search.search(config, topology)
+def find_fastest(config, topology, text_path: pathlib.Path | None) -> tuple[bool, dict]:
+    """Prints the fastest settings and what the compiler says of the first ones.
+
+    Returns:
+      Whether a setting fits, and a dict for JSON.
+    """
+    fitting, tried, smallest = search.search(config, topology)
     print(f"train step on {topology.name}: {topology.count} devices")
-    print("\n".join(report.search_lines(found, tried, smallest, shown=10)), flush=True)
-    row = {"tried": tried, "fit": len(found), "best": [setting.flags for setting in found[:10]]}
-    if ANALYTIC.value or not found:
-        return bool(found), row
-    for setting in found[: CONFIRM.value]:
+    print("\n".join(report.search_lines(fitting, tried, smallest, shown=10)), flush=True)
+    row = {"tried": tried, "fit": len(fitting), "best": [setting.flags for setting in fitting[:10]]}
+    if ANALYTIC.value or not fitting:
+        return bool(fitting), row
+    for setting in fitting[: CONFIRM.value]:
         print(f"\n{setting.text}")
-        fits, confirmed = train(advice.with_flags(config, setting.flags), topology)
+        fits, confirmed = predict_step(
+            advice.with_flags(config, setting.flags), topology, text_path
+        )
         if fits:
             return True, row | {"confirmed": confirmed | {"flags": setting.flags}}
     return False, row

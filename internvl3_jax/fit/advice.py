@@ -1,23 +1,28 @@
-"""What to change where a run does not fit: each change by itself, and what the analysis says that
-it saves.
-"""
+"""Suggests single changes for a run that does not fit, with the memory that each saves."""
 
 import dataclasses
 import math
 
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.memory import Memory, estimate
-from internvl3_jax.fit.share import share_of
+from internvl3_jax.fit.per_device import per_device
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.parallel.sharding import BATCH_AXES, mesh_shape
 
-_LEAST = 0.01  # of the peak; less is not worth a line
+_MIN_SAVING = 0.01  # of the peak; smaller savings are not listed
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    flags: dict[str, object]  # field -> value
-    peak: int  # bytes of a device after it
+    """A change of the config.
+
+    Attributes:
+      flags: Dotted name of a field -> its value.
+      peak: Bytes of a device with the change.
+    """
+
+    flags: dict[str, object]
+    peak: int
 
     @property
     def text(self) -> str:
@@ -25,24 +30,26 @@ class Change:
 
 
 def flags_text(flags: dict[str, object]) -> str:
-    """As on the command line."""
+    """Returns the flags as text for the command line."""
     return " ".join(f"--config.{name}={value}" for name, value in flags.items())
 
 
 def changes(config: TrainConfig, topology: Topology, before: Memory) -> list[Change]:
-    """Those that make it smaller, the most first."""
-    found = []
+    """Returns the changes that reduce the peak, the largest reduction first."""
+    useful = []
     for flags in _candidates(config, topology):
         try:
-            peak = estimate(share_of(with_flags(config, flags), topology)).peak
+            peak = estimate(per_device(with_flags(config, flags), topology)).peak
         except ValueError:
-            continue  # does not split over the mesh
-        if peak < before.peak * (1 - _LEAST):
-            found.append(Change(flags, peak))
-    return sorted(found, key=lambda change: change.peak)
+            continue  # does not divide over the mesh
+        if peak < before.peak * (1 - _MIN_SAVING):
+            useful.append(Change(flags, peak))
+    return sorted(useful, key=lambda change: change.peak)
 
 
 def _candidates(config: TrainConfig, topology: Topology):
+    """Yields flags of changes that can reduce the peak."""
+    # Recompute or offload more, quantize the base.
     for name in ("remat_vision", "remat_language"):
         if getattr(config, name) not in ("full", "offload"):
             yield {name: "full"}
@@ -52,6 +59,8 @@ def _candidates(config: TrainConfig, topology: Topology):
         yield {"offload_optimizer": True}
     if config.lora.rank and config.lora.quantize == "none":
         yield {"lora.quantize": "nf4"}
+
+    # More micro-batches, and other meshes.
     mesh = mesh_shape(config.mesh, topology.count)
     rows = config.data.rows // math.prod(mesh[axis] for axis in BATCH_AXES) // config.micro_batches
     if rows > 1:
@@ -61,30 +70,29 @@ def _candidates(config: TrainConfig, topology: Topology):
     for axis in ("tensor", "context"):
         for factor in (2, 4):
             if mesh["fsdp"] % factor == 0:
-                grown = mesh["fsdp"] // factor
-                micro = config.micro_batches
-                # The rows of a device grow as the axes of rows shrink; as many parts keep it at the
-                # rows that it has now.
+                # As fsdp shrinks, each device has more rows: keep those of a micro-batch the same.
                 yield {
                     f"mesh.{axis}": mesh[axis] * factor,
-                    "mesh.fsdp": grown,
-                    "micro_batches": micro * factor,
+                    "mesh.fsdp": mesh["fsdp"] // factor,
+                    "micro_batches": config.micro_batches * factor,
                 }
+
+    # A smaller optimizer state, loss chunk or row.
     if config.optimizer.name == "adamw" and config.optimizer.moment_dtype == "float32":
         yield {"optimizer.moment_dtype": "bfloat16"}
     if config.optimizer.name != "adafactor":
         yield {"optimizer.name": "adafactor", "optimizer.moment_dtype": "bfloat16"}
     if config.loss_chunk > 256:
         yield {"loss_chunk": 256}
-    for part in (2, 4):
+    for divisor in (2, 4):
         yield {
-            "data.tokens_per_row": config.data.tokens_per_row // part,
-            "data.tiles_per_row": config.data.tiles_per_row // part,
+            "data.tokens_per_row": config.data.tokens_per_row // divisor,
+            "data.tiles_per_row": config.data.tiles_per_row // divisor,
         }
 
 
 def with_flags(config: TrainConfig, flags: dict[str, object]) -> TrainConfig:
-    """A copy of the configuration with fields set, by their dotted names."""
+    """Returns a copy of the config with fields set by their dotted names."""
     for name, value in flags.items():
         config = _with(config, name.split("."), value)
     return config

@@ -1,4 +1,4 @@
-"""The answer for generation: the three programs of generate.py, each with its memory and floors."""
+"""Predicts memory and time of generation: its three programs, encode, prefill and decode."""
 
 import dataclasses
 import math
@@ -8,9 +8,14 @@ import jax
 
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit import report
-from internvl3_jax.fit.build import Built, build
-from internvl3_jax.fit.program import Requests, cache_shapes, generation_params, lower_generation
-from internvl3_jax.fit.share import stored
+from internvl3_jax.fit.compilation import Compiled, compile_for
+from internvl3_jax.fit.lowering import (
+    Requests,
+    cache_shapes,
+    generation_params,
+    lower_generation,
+)
+from internvl3_jax.fit.per_device import stored
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.inference import programs
 from internvl3_jax.parallel.sharding import AXES, BATCH_AXES, make_mesh, mesh_shape
@@ -22,20 +27,33 @@ PROGRAMS = ("encode", "prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Of one device. Bytes; FLOPs of one call."""
+    """What generation needs on one device, by the analysis.
+
+    Attributes:
+      params: Bytes of the parameters.
+      cache: Bytes of the key/value cache.
+      beside: For each program the bytes of parameters and cache that it does not use.
+      work: For each program the bytes of its temporaries.
+      flops: FLOPs of one call of each program.
+      read: Bytes that one call of each program reads.
+    """
 
     params: int
     cache: int
-    beside: dict[str, int]  # of these what lies there while a program runs that does not use it
-    work: dict[str, int]  # of each program, besides
+    beside: dict[str, int]
+    work: dict[str, int]
     flops: dict[str, float]
-    read: dict[str, float]  # bytes that a call must read
+    read: dict[str, float]
 
     def peak(self, program: str) -> int:
-        # The cache is there while the tiles of the next prompts are encoded.
+        """Returns the bytes in use while a program runs.
+
+        The cache counts for all: tiles of the next prompts may be encoded while it is in use.
+        """
         return self.params + self.cache + self.work[program]
 
     def seconds(self, program: str, chip) -> float:
+        """Returns the lower bound of the time of one call, without the network."""
         return max(self.flops[program] / chip.flops, self.read[program] / chip.memory_bytes)
 
 
@@ -46,100 +64,119 @@ def answer(
     analytic: bool,
     show: Callable[[str], None],
 ) -> tuple[bool, dict]:
-    """Shows the answer: (whether all three programs fit, a row of a table)."""
-    sizes = mesh_shape(config.mesh, topology.count)
+    """Predicts the three programs and shows the result.
+
+    Args:
+      analytic: Do not compile.
+      show: Called with each line.
+
+    Returns:
+      Whether all programs fit, and a dict for JSON.
+    """
+    mesh = mesh_shape(config.mesh, topology.count)
     need = needed(config, topology, requests)
-    show(report.heading(config, topology, sizes, "generation"))
+    show(report.heading(config, topology, mesh, "generation"))
     show(
-        f"  {requests.rows} answers at a time: prompts of {requests.prompt:,} tokens (padded to {requests.length:,}), {requests.new:,} new "
-        f"ones, {requests.slots:,} slots of cache; {requests.tiles} tiles at a time; {config.compute_dtype}"
+        f"  {requests.rows} answers at a time: prompts of {requests.prompt:,} tokens "
+        f"(padded to {requests.length:,}), {requests.new:,} new ones, {requests.slots:,} slots of "
+        f"cache; {requests.tiles} tiles per call; {config.compute_dtype}"
     )
     show(
-        f"\nmemory of one device, GiB\n  parameters {need.params / GIB:.2f}, cache {need.cache / GIB:.2f}"
+        f"\nmemory of one device, GiB\n  parameters {need.params / GIB:.2f}, "
+        f"cache {need.cache / GIB:.2f}"
     )
-    built, fits = {}, True
+
+    # One program after the other, since a compilation can take minutes.
+    compiled, fits = {}, True
     if not analytic:
         lowered = lower_generation(config, make_mesh(config.mesh, topology.devices()), requests)
     for program in PROGRAMS:
         if not analytic:
-            built[program] = build(lowered[program], topology)
-        show(_line(program, need, topology, requests, built.get(program)))
-        fits &= _fits(program, need, topology, built.get(program))
-    row = {
+            compiled[program] = compile_for(lowered[program], topology)
+        show(_line(program, need, topology, requests, compiled.get(program)))
+        fits &= _fits(program, need, topology, compiled.get(program))
+
+    analysis = {program: need.peak(program) for program in PROGRAMS}
+    seconds = {}
+    if topology.chip:
+        seconds = {program: need.seconds(program, topology.chip) for program in PROGRAMS}
+    return fits, {
         "topology": topology.name,
         "devices": topology.count,
-        "mesh": sizes,
+        "mesh": mesh,
         "requests": dataclasses.asdict(requests),
-        "analysis": {program: need.peak(program) for program in PROGRAMS}
+        "analysis": analysis
         | {"parameters": need.params, "cache": need.cache, "beside": need.beside},
-        "floor_seconds": {program: need.seconds(program, topology.chip) for program in PROGRAMS}
-        if topology.chip
-        else {},
-        "compiler": {program: report.compiler_row(found) for program, found in built.items()},
+        "floor_seconds": seconds,
+        "compiler": {program: report.compiler_row(row) for program, row in compiled.items()},
     }
-    return fits, row
 
 
 def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
-    """By the analysis."""
+    """Returns what generation needs on one device, by the analysis."""
     sizes = mesh_shape(config.mesh, topology.count)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), AXES)
     tpu = topology.chip is not None and topology.chip.torus > 0
-    params, cache = generation_params(config, mesh), cache_shapes(config, mesh, requests)
 
-    def size_of(tree) -> int:
-        leaves = jax.tree.leaves(tree)
+    def shard_bytes(tree) -> int:
         return sum(
             stored(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize, tpu)
-            for leaf in leaves
+            for leaf in jax.tree.leaves(tree)
         )
 
+    # Bytes that live through all programs.
+    params = generation_params(config, mesh)
+    cache = shard_bytes(cache_shapes(config, mesh, requests))
+    decoder = shard_bytes(params["language"])
+    tower = shard_bytes(params["vision"]) + shard_bytes(params["projector"])
+
+    # Rows and tiles of a device; what does not divide is replicated.
     language, tensor = config.model.language, sizes["tensor"]
-    parts = math.prod(sizes[axis] for axis in BATCH_AXES)
-    rows = requests.rows // parts if requests.rows % parts == 0 else requests.rows
-    tiles = (
-        math.ceil(requests.tiles / topology.count)
-        if requests.tiles % topology.count == 0
-        else requests.tiles
-    )
-    decoder = size_of(params["language"])
-    tower = size_of(params["vision"]) + size_of(params["projector"])
+    row_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    rows = requests.rows // row_shards if requests.rows % row_shards == 0 else requests.rows
+    tiles = requests.tiles
+    if tiles % topology.count == 0:
+        tiles = math.ceil(tiles / topology.count)
+
+    # Temporaries: a layer's arrays, and the logits of one token per row.
+    relaid = 0
+    if tpu and sizes["fsdp"] * sizes["context"] > 1:
+        relaid = shard_bytes(_relaid_kernels(params["language"])) // 2
+    prefill_logits = rows * language.padded_vocab_size // tensor * 4
+    decode_logits = rows * language.padded_vocab_size * 4
+    # Decoding reads the cache up to the middle of an answer, on average.
+    mean_cache = cache * (requests.prompt + requests.new / 2) / requests.slots
     return Need(
-        params=size_of(params),
-        cache=size_of(cache),
-        beside={"encode": decoder + size_of(cache), "prefill": tower, "decode": tower},
+        params=shard_bytes(params),
+        cache=cache,
+        beside={"encode": decoder + cache, "prefill": tower, "decode": tower},
         work={
             "encode": _encode_work(config, tiles),
             "prefill": _layer_work(config, rows * requests.length, tensor)
-            + rows * language.padded_vocab_size // tensor * 4
-            + (
-                size_of(_turned(params["language"]))
-                if tpu and sizes["fsdp"] * sizes["context"] > 1
-                else 0
-            )
-            // 2,
-            "decode": _layer_work(config, rows, tensor) + rows * language.padded_vocab_size * 4,
+            + prefill_logits
+            + relaid,
+            "decode": _layer_work(config, rows, tensor) + decode_logits,
         },
         flops=_flops(config, topology, requests),
         read={
             "encode": tower,
             "prefill": decoder,
-            # The context of an answer half way.
-            "decode": programs.TOKENS_PER_CALL
-            * (decoder + size_of(cache) * (requests.prompt + requests.new / 2) / requests.slots),
+            "decode": programs.TOKENS_PER_CALL * (decoder + mean_cache),
         },
     )
 
 
-def _turned(decoder: dict) -> list:
-    """Matrices that a TPU's compiler brings into another layout where they come from other devices,
-    about half of them before they are needed: seen in the compiled texts.
+def _relaid_kernels(decoder: dict) -> list:
+    """Returns the kernels that a TPU compiler copies to another layout after an all-gather.
+
+    In compiled programs about half of them are copied before they are needed.
     """
     layers = [layer for name, layer in decoder.items() if name.startswith("layer_")]
     return [layer[name]["kernel"] for layer in layers for name in ("up", "down") if name in layer]
 
 
 def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[str, float]:
+    """Returns the FLOPs of one call of each program on one device."""
     forward, devices = flops.forward_flops(config.model), topology.count
     prompt, context = requests.prompt, requests.prompt + requests.new / 2
     pairs = prompt * (prompt + 1) / 2
@@ -153,68 +190,79 @@ def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[
 
 
 def _layer_work(config: TrainConfig, tokens: int, tensor: int) -> int:
-    """Arrays of one layer: the stream, what pictures put into it, queries, keys, values, the MLP's
-    halves.
+    """Returns the bytes of a decoder layer's arrays.
+
+    They are the stream, the visual features, attention's arrays and the halves of the MLP.
     """
     language = config.model.language
     width = language.hidden_size
     attention = (2 * language.num_heads + 2 * language.num_kv_heads) * language.head_dim // tensor
-    return (
-        tokens * (3 * width + attention + 2 * language.intermediate_size // tensor) * _size(config)
-    )
+    values = tokens * (3 * width + attention + 2 * language.intermediate_size // tensor)
+    return values * _itemsize(config)
 
 
 def _encode_work(config: TrainConfig, tiles: int) -> int:
+    """Returns the bytes of a tower layer's arrays."""
     vision = config.model.vision
     tokens = tiles * (1 + vision.grid**2)
-    return tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size) * _size(config)
+    return tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size) * _itemsize(config)
 
 
-def _size(config: TrainConfig) -> int:
+def _itemsize(config: TrainConfig) -> int:
     return 2 if config.compute_dtype == "bfloat16" else 4
 
 
-def _fits(program: str, need: Need, topology: Topology, built: Built | None) -> bool:
+def _fits(program: str, need: Need, topology: Topology, compiled: Compiled | None) -> bool:
     if topology.chip is None:
         return True
-    if built is None:
+    if compiled is None:
         return need.peak(program) <= topology.chip.usable
-    return not built.refused and built.peak + need.beside[program] <= built.available
+    peak = compiled.peak + need.beside[program]
+    return not compiled.out_of_memory and peak <= compiled.available
 
 
 def _line(
-    program: str, need: Need, topology: Topology, requests: Requests, built: Built | None
+    program: str, need: Need, topology: Topology, requests: Requests, compiled: Compiled | None
 ) -> str:
+    """Returns the lines of one program: its peak and, on an accelerator, its lower bounds."""
+    # The peak.
     line = f"  {program:<8} peak by the analysis {need.peak(program) / GIB:.2f}"
-    if built is not None:
-        refused = ", refused" if built.refused else ""
-        line += f", by the compiler {built.peak / GIB:.2f} + {need.beside[program] / GIB:.2f} beside it{refused}"
+    if compiled is not None:
+        failed = ", failed to compile" if compiled.out_of_memory else ""
+        line += (
+            f", by the compiler {compiled.peak / GIB:.2f} + {need.beside[program] / GIB:.2f} that "
+            f"it does not use{failed}"
+        )
     if topology.chip is None:
         return line
-    available = topology.chip.usable if built is None else built.available
-    verdict = "fits" if _fits(program, need, topology, built) else "DOES NOT FIT"
-    compiled = built is not None and not built.refused
-    seconds = max(
-        need.seconds(program, topology.chip), _network(built, topology) if compiled else 0.0
-    )
-    token = seconds / programs.TOKENS_PER_CALL
-    what = {
-        "encode": f"{requests.tiles / seconds:,.0f} tiles/s",
-        "prefill": f"{requests.rows * requests.prompt / seconds:,.0f} tokens/s",
+    available = topology.chip.usable if compiled is None else compiled.available
+    verdict = "fits" if _fits(program, need, topology, compiled) else "DOES NOT FIT"
+
+    # The lower bounds.
+    seconds, network = need.seconds(program, topology.chip), ""
+    bound = seconds
+    if compiled is not None and not compiled.out_of_memory:
+        network_seconds = _network_seconds(compiled, topology)
+        network = f", network {network_seconds * 1e3:.1f} ms"
+        bound = max(seconds, network_seconds)
+    token = bound / programs.TOKENS_PER_CALL
+    rate = {
+        "encode": f"{requests.tiles / bound:,.0f} tiles/s",
+        "prefill": f"{requests.rows * requests.prompt / bound:,.0f} tokens/s",
         "decode": f"{requests.rows / token:,.0f} tokens/s in all, {token * 1e3:.2f} ms a token",
     }[program]
-    moved = f", network {_network(built, topology) * 1e3:.1f} ms" if compiled else ""
     return (
-        f"{line} of {available / GIB:.2f}, {verdict}\n           floors of a call: compute and memory "
-        f"{need.seconds(program, topology.chip) * 1e3:.1f} ms{moved}; at most {what}"
+        f"{line} of {available / GIB:.2f}, {verdict}\n           lower bounds of a call: compute "
+        f"and memory {seconds * 1e3:.1f} ms{network}; at most {rate}"
     )
 
 
-def _network(built: Built, topology: Topology) -> float:
-    """Seconds of a call's collectives. The one loop whose rounds the text may not tell is that over
-    tokens.
+def _network_seconds(compiled: Compiled, topology: Topology) -> float:
+    """Returns the least time of a call's collectives.
+
+    The only loop whose length the text may not tell is that over tokens.
     """
     return sum(
         topology.seconds(row.bytes * (programs.TOKENS_PER_CALL if row.unknown else 1), row.group)
-        for row in built.collectives
+        for row in compiled.collectives
     )

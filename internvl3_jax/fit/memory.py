@@ -1,36 +1,45 @@
-"""Where a device's memory goes during a train step, from shapes alone.
+"""Predicts a device's memory use during a train step, from shapes alone.
 
-What a step holds to its end: parameters, the optimizer's state and the batch (exact, with a TPU's
-tiles); gradients; the layers' matrices in the compute dtype, cast once and not in every layer; the
-head's matrix, gathered; what each layer keeps for the backward pass. On top of that comes the work
-of one moment, of which there are five kinds: a chunk of the loss; the head's gradient, when it is
-added over the devices; a layer of the decoder going back; a layer of the tower going back; the
-update. The peak is the largest with what is alive then.
+Some arrays live through the whole step: parameters, optimizer state and batch (exact, with the
+padding of a TPU's tiles); gradients; the layers' kernels in the compute dtype, cast once; the
+head's kernel, all-gathered; and what each layer saves for the backward pass.
 
-The sizes of the work are those that the compilers' own schedules of this train step have
-(docs/fit.md compares), in arrays by name.
+On top of that comes the work of one phase: a chunk of the loss; the head's gradient while it is
+summed over devices; the backward pass of a decoder layer, or of a tower layer; the update. The peak
+is the largest phase, with what is alive in it.
+
+The sizes of the work were read from the compilers' own schedules of this train step, in arrays by
+name; docs/fit.md compares them.
 """
 
 import dataclasses
 import math
 
-from internvl3_jax.fit.share import PerDevice, stored, tiled
+from internvl3_jax.fit.per_device import PerDevice, stored, tiled
 
-_LANES = 128  # a TPU's arrays have rows of multiples of it
+_LANES = 128  # the rows of a TPU's arrays are padded to multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. Beside them `host` bytes of it lie with its host: the optimizer's state,
-    if it is offloaded, and the residual stream under remat "offload".
+    """Bytes of one device.
+
+    Attributes:
+      params: Parameters.
+      opt_state: Optimizer state on the device.
+      batch: The batch.
+      held: What else lives through the whole step.
+      saved: What layers save between the passes of a micro-batch.
+      work: For each phase what is alive in it, `saved` included as far as it is still needed.
+      host: Bytes in the host's memory: an offloaded optimizer state, and the residual stream under
+          remat "offload".
     """
 
     params: int
     opt_state: int
     batch: int
-    held: dict[str, int]  # through the whole step, besides these
-    saved: dict[str, int]  # between the passes of a micro-batch
-    # of each phase, with what is alive in it alone; without `saved` of what is finished
+    held: dict[str, int]
+    saved: dict[str, int]
     work: dict[str, int]
     host: int
 
@@ -40,7 +49,7 @@ class Memory:
 
     @property
     def phase(self) -> str:
-        """Of the peak."""
+        """The phase of the peak."""
         return max(self.work, key=self.work.get)
 
     @property
@@ -48,243 +57,265 @@ class Memory:
         return self.arguments + sum(self.held.values()) + self.work[self.phase]
 
 
-def estimate(share: PerDevice) -> Memory:
-    """The peak of a train step and what it consists of."""
+def estimate(device: PerDevice) -> Memory:
+    """Predicts the peak of a train step and its parts."""
+    # Alive from the forward pass on.
     saved = {
-        "decoder": _decoder_saved(share),
-        "tower": _tower_saved(share),
-        "projector": _projector_saved(share),
+        "decoder": _decoder_saved(device),
+        "tower": _tower_saved(device),
+        "projector": _projector_saved(device),
     }
-    head = _head_gradient(share)
-    stacks = {name: share.gradients(f"{name}/") for name in ("vision", "language")}
+    head = _head_gradient(device)
+    gradients = {name: device.gradients(f"{name}/") for name in ("vision", "language")}
     hidden = 3 * _array(
-        share, share.tokens // share.tensor, share.config.model.language.hidden_size
+        device, device.tokens // device.tensor, device.config.model.language.hidden_size
     )
     alive = sum(saved.values()) + head + hidden
-    gathered = _head_gathered(share)
-    # With micro-batches it is gathered once, before them.
+    gathered = _head_gathered(device)
+
+    # The phases. With micro-batches the head is all-gathered once, before them.
     work = {
-        "loss": alive + _loss_work(share) + (gathered if share.config.micro_batches == 1 else 0),
-        # In pieces where context is large, as the compiled programs show.
+        "loss": alive + _loss_work(device) + (gathered if device.config.micro_batches == 1 else 0),
+        # Where context is large it is summed in pieces, as in the compiled programs.
         "sum of the head's gradient": alive
-        + head * min(4, share.mesh["context"]) // share.mesh["context"],
-        "decoder": alive + stacks["language"] + _decoder_work(share),
-        "tower": alive - saved["decoder"] + sum(stacks.values()) + _tower_work(share),
-        "update": sum(stacks.values()) + share.gradients("projector/"),
+        + head * min(4, device.mesh["context"]) // device.mesh["context"],
+        "decoder": alive + gradients["language"] + _decoder_work(device),
+        "tower": alive - saved["decoder"] + sum(gradients.values()) + _tower_work(device),
+        "update": sum(gradients.values()) + device.gradients("projector/"),
     }
-    if not share.learns("vision/"):
-        work["tower"] = _tower_work(share)
-    offloaded = share.opt_state if share.config.offload_optimizer else 0
+    if not device.learns("vision/"):
+        work["tower"] = _tower_work(device)
+
+    # What is offloaded returns to the device for the update.
+    offloaded = device.opt_state if device.config.offload_optimizer else 0
     work["update"] += offloaded
-    host = offloaded + _streams(share, "decoder", host=True) + _streams(share, "tower", host=True)
+    host = offloaded + _streams(device, "decoder", host=True) + _streams(device, "tower", host=True)
     return Memory(
-        share.params, share.opt_state - offloaded, share.batch, _held(share), saved, work, host
+        device.params, device.opt_state - offloaded, device.batch, _held(device), saved, work, host
     )
 
 
 # --- held ----------------------------------------------------------------------------------------
 
 
-def _held(share: PerDevice) -> dict[str, int]:
-    config = share.config
+def _held(device: PerDevice) -> dict[str, int]:
+    """Returns what lives through the whole step, besides the arguments."""
+    config = device.config
     held = {"matrices in the compute dtype": 0}
-    size = _size(share)
+    size = _size(device)
     if config.compute_dtype != config.param_dtype:
         held["matrices in the compute dtype"] = sum(
-            stored(leaf.shape, size, share.tpu)
-            for path, leaf in share.leaves.items()
+            stored(leaf.shape, size, device.tpu)
+            for path, leaf in device.leaves.items()
             if "/layers/" in path and path.endswith("/kernel")
         )
     if config.micro_batches > 1:
-        held["head, gathered"] = _head_gathered(share)
-        held["gradients"] = share.gradients("")
-        held["micro-batches, cut"] = _cut_tiles(share)
-    held["reference model"] = share.reference
-    held["embedding, in other tiles"] = _embedding_copies(share)
+        held["head, gathered"] = _head_gathered(device)
+        held["gradients"] = device.gradients("")
+        held["micro-batches, cut"] = _micro_batch_tiles(device)
+    held["reference model"] = device.reference
+    held["embedding, in other tiles"] = _embedding_copies(device)
     return held
 
 
-def _cut_tiles(share: PerDevice) -> int:
-    config = share.config
+def _micro_batch_tiles(device: PerDevice) -> int:
+    """Returns the bytes of all tiles, reshaped to micro-batches."""
+    config = device.config
     pixels = config.model.vision.image_size**2
-    channels = 8 if share.tpu else 3
-    return round(share.tiles * config.micro_batches) * pixels * channels
+    channels = 8 if device.tpu else 3
+    return round(device.tiles * config.micro_batches) * pixels * channels
 
 
-def _embedding_copies(share: PerDevice) -> int:
-    """Its gradient is made in rows; where these are no multiple of a TPU's lanes, what is stored
-    lies the other way.
+def _embedding_copies(device: PerDevice) -> int:
+    """Returns the bytes of copies of the embedding in another layout.
+
+    Its gradient is made row by row. Where the width is not a multiple of a TPU's lanes, the stored
+    embedding has the transposed layout.
     """
-    leaf = share.leaves["language/embedding"]
-    if not share.tpu or leaf.shape[1] % _LANES == 0 or not leaf.trained:
+    leaf = device.leaves["language/embedding"]
+    if not device.tpu or leaf.shape[1] % _LANES == 0 or not leaf.trained:
         return 0
     rows = tiled(leaf.shape, 1)
-    # With micro-batches the sum and the part's gradient; without, parameter and moments are brought
-    # into the same form early.
-    return rows * (4 + 2) if share.config.micro_batches > 1 else rows * 4 * 3
+    # With micro-batches: their sum and the gradient of one. Without: the parameter and its moments,
+    # converted early.
+    return rows * (4 + 2) if device.config.micro_batches > 1 else rows * 4 * 3
 
 
 # --- saved ---------------------------------------------------------------------------------------
 
 
-def _decoder_saved(share: PerDevice) -> int:
-    language, policy = share.config.model.language, share.config.remat_language
-    tokens, tensor = share.tokens, share.tensor
-    heads, key_heads = _heads(share)
-    # Between the products the tokens are split over tensor, too.
-    stream = _array(share, tokens // tensor, language.hidden_size)
+def _decoder_saved(device: PerDevice) -> int:
+    """Returns what the decoder's layers save, by remat policy."""
+    language, policy = device.config.model.language, device.config.remat_language
+    tokens, tensor = device.tokens, device.tensor
+    heads, key_heads = _heads(device)
+    # The arrays of a layer. Between the products tokens are sharded over tensor, too.
+    stream = _array(device, tokens // tensor, language.hidden_size)
     queries, keys = (
-        _array(share, tokens * count, language.head_dim) for count in (heads, key_heads)
+        _array(device, tokens * count, language.head_dim) for count in (heads, key_heads)
     )
-    hidden = _array(share, tokens, language.intermediate_size // tensor)
+    hidden = _array(device, tokens, language.intermediate_size // tensor)
     sums = 4 * tokens * heads
     kept = {
         "full": 0,
         "offload": 0,
         "attention": 2 * queries + 2 * keys + sums,
         "dots": queries + 2 * keys + stream + 2 * hidden,
-        # Three float32 arrays of each norm, its result and attention's; six steps of the MLP's
-        # middle; every matrix as it is used.
+        # Three float32 arrays of each norm, its result and attention's; six arrays of the MLP's
+        # width; every kernel as it is used.
         "none": 14 * stream
         + 2 * queries
         + 2 * keys
         + sums
         + 6 * hidden
-        + _used(share, "language/layers/"),
+        + _used(device, "language/layers/"),
     }
-    kept["none"] += _dropped(share, "language/layers/", tokens)
-    return _streams(share, "decoder") + language.num_layers * kept[policy]
+    kept["none"] += _dropped(device, "language/layers/", tokens)
+    return _streams(device, "decoder") + language.num_layers * kept[policy]
 
 
-def _streams(share: PerDevice, part: str, host: bool = False) -> int:
-    """The residual streams that are kept, on the device or with its host: of every layer, or of the
-    one that is computed and the next.
+def _streams(device: PerDevice, part: str, host: bool = False) -> int:
+    """Returns the bytes of residual streams that are saved, on the device or on its host.
+
+    Under remat "offload" the device holds two: that of the current layer and of the next.
     """
-    model, config = share.config.model, share.config
+    model, config = device.config.model, device.config
     if part == "tower":
-        stream = _tower_array(share, model.vision.hidden_size) if share.learns("vision/") else 0
+        stream = _tower_array(device, model.vision.hidden_size) if device.learns("vision/") else 0
         layers, policy = model.vision.num_layers, config.remat_vision
     else:
-        stream = _array(share, share.tokens // share.tensor, model.language.hidden_size)
+        stream = _array(device, device.tokens // device.tensor, model.language.hidden_size)
         layers, policy = model.language.num_layers, config.remat_language
     if policy == "offload":
         return stream * (layers if host else 2)
     return 0 if host else stream * layers
 
 
-def _tower_saved(share: PerDevice) -> int:
-    if not share.learns("vision/"):
+def _tower_saved(device: PerDevice) -> int:
+    """Returns what the tower's layers save, by remat policy."""
+    if not device.learns("vision/"):
         return 0
-    vision, policy = share.config.model.vision, share.config.remat_vision
+    vision, policy = device.config.model.vision, device.config.remat_vision
     stream, hidden = (
-        _tower_array(share, width) for width in (vision.hidden_size, vision.intermediate_size)
+        _tower_array(device, width) for width in (vision.hidden_size, vision.intermediate_size)
     )
-    heads, sums = _tower_heads(share)
-    sums //= _LANES if share.tpu else 1  # what is kept of them
+    heads, sums = _tower_heads(device)
+    sums //= _LANES if device.tpu else 1  # one lane of them is saved
     kept = {
         "full": 0,
         "offload": 0,
         "attention": 3 * stream + heads + sums,
         "dots": 5 * stream + hidden,
-        # As in the decoder; and which tiles drop path keeps, a byte for each value.
-        "none": 17 * stream + 4 * hidden + 4 * heads + sums + _used(share, "vision/layers/"),
+        # As in the decoder, and the mask of drop path, a byte per value.
+        "none": 17 * stream + 4 * hidden + 4 * heads + sums + _used(device, "vision/layers/"),
     }
-    return _streams(share, "tower") + vision.num_layers * kept[policy]
+    return _streams(device, "tower") + vision.num_layers * kept[policy]
 
 
-def _projector_saved(share: PerDevice) -> int:
-    if not share.learns("projector/") and not share.learns("vision/"):
+def _projector_saved(device: PerDevice) -> int:
+    """Returns what the projector saves."""
+    if not device.learns("projector/") and not device.learns("vision/"):
         return 0
-    config = share.config.model
-    tokens = math.ceil(share.tiles) * config.tokens_per_tile
+    config = device.config.model
+    tokens = math.ceil(device.tiles) * config.tokens_per_tile
     folded = config.downsample**2 * config.vision.hidden_size
-    return 2 * _array(share, tokens, folded, 4) + 2 * _array(
-        share, tokens, config.language.hidden_size
+    return 2 * _array(device, tokens, folded, 4) + 2 * _array(
+        device, tokens, config.language.hidden_size
     )
 
 
-def _used(share: PerDevice, start: str) -> int:
-    """One layer's matrices, gathered."""
-    split = share.tensor if start.startswith("language") else 1
-    return round(share.elements(start) // _layers(share, start) // split * share.kernel_bytes)
+def _used(device: PerDevice, prefix: str) -> int:
+    """Returns the bytes of one layer's kernels, all-gathered."""
+    split = device.tensor if prefix.startswith("language") else 1
+    return round(device.elements(prefix) // _layers(device, prefix) // split * device.kernel_bytes)
 
 
-def _dropped(share: PerDevice, start: str, tokens: float) -> int:
-    """One layer's adapters' inputs after dropout, and which of them were kept, a byte for each."""
-    inputs = {
+def _dropped(device: PerDevice, prefix: str, tokens: float) -> int:
+    """Returns the bytes of the inputs of a layer's adapters after dropout, and of the masks."""
+    factors = {
         path: leaf
-        for path, leaf in share.leaves.items()
-        if path.startswith(f"lora/{start}") and path.endswith("/a")
+        for path, leaf in device.leaves.items()
+        if path.startswith(f"lora/{prefix}") and path.endswith("/a")
     }
-    widths = sum(leaf.shape[-2] for leaf in inputs.values())
-    return round(tokens * widths * (_size(share) + 1)) if share.config.lora.dropout else 0
+    widths = sum(leaf.shape[-2] for leaf in factors.values())
+    return round(tokens * widths * (_size(device) + 1)) if device.config.lora.dropout else 0
 
 
-def _layers(share: PerDevice, start: str) -> int:
-    model = share.config.model
-    return (model.language if start.startswith("language") else model.vision).num_layers
+def _layers(device: PerDevice, prefix: str) -> int:
+    model = device.config.model
+    return (model.language if prefix.startswith("language") else model.vision).num_layers
 
 
 # --- work ----------------------------------------------------------------------------------------
 
 
-def _head_gradient(share: PerDevice) -> int:
-    """Float32, of the whole matrix: each device sums its own tokens', and they are added at the end
-    of the micro-batch.
+def _head_gradient(device: PerDevice) -> int:
+    """Returns the bytes of the gradient of the full head kernel, float32.
+
+    Each device sums over its own tokens; the sums are added at the end of the micro-batch.
     """
-    language = share.config.model.language
-    head = share.leaves.get("language/head/kernel", share.leaves["language/embedding"])
+    language = device.config.model.language
+    head = device.leaves.get("language/head/kernel", device.leaves["language/embedding"])
     return (
-        language.hidden_size * language.padded_vocab_size // share.tensor * 4 if head.trained else 0
-    )
-
-
-def _head_gathered(share: PerDevice) -> int:
-    language = share.config.model.language
-    return language.hidden_size * language.padded_vocab_size // share.tensor * _size(share)
-
-
-def _loss_work(share: PerDevice) -> int:
-    language = share.config.model.language
-    return (
-        min(share.config.loss_chunk, share.tokens) * language.padded_vocab_size // share.tensor * 4
-    )
-
-
-def _decoder_work(share: PerDevice) -> int:
-    """Both halves of the MLP, their product and a gradient; attention's arrays, the stream and its
-    gradients; the matrices of a layer, which are gathered while the one before is computed, and
-    gradients of them before they are summed.
-    """
-    language = share.config.model.language
-    heads, key_heads = _heads(share)
-    mlp = 4 * _array(share, share.tokens, language.intermediate_size // share.tensor)
-    attention = _array(
-        share, share.tokens * (2 * heads + 2 * key_heads), language.head_dim
-    ) + _row_sums(share, share.tokens * heads)
-    width = language.hidden_size
-    stream = _array(share, share.tokens, width) + 2 * _array(
-        share, share.tokens // share.tensor, width
-    )
-    matrix = language.hidden_size * language.intermediate_size // share.tensor
-    matrices = (
-        (4 if share.trains("language/layers/") else 2) * matrix * _size(share)
-        if share.shards > 1
+        language.hidden_size * language.padded_vocab_size // device.tensor * 4
+        if head.trained
         else 0
     )
-    if share.config.lora.quantize != "none":
-        # gate and up as they are used, and one of them while it is unpacked
-        matrices += 2 * matrix * _size(share) + 4 * matrix
+
+
+def _head_gathered(device: PerDevice) -> int:
+    """Returns the bytes of the all-gathered head kernel in the compute dtype."""
+    language = device.config.model.language
+    return language.hidden_size * language.padded_vocab_size // device.tensor * _size(device)
+
+
+def _loss_work(device: PerDevice) -> int:
+    """Returns the bytes of a chunk of float32 logits."""
+    language = device.config.model.language
+    return (
+        min(device.config.loss_chunk, device.tokens)
+        * language.padded_vocab_size
+        // device.tensor
+        * 4
+    )
+
+
+def _decoder_work(device: PerDevice) -> int:
+    """Returns the work of a decoder layer's backward pass.
+
+    It has both halves of the MLP, their product and a gradient; attention's arrays; the stream and
+    its gradients; kernels all-gathered ahead, and their gradients before they are scattered.
+    """
+    language = device.config.model.language
+    heads, key_heads = _heads(device)
+    mlp = 4 * _array(device, device.tokens, language.intermediate_size // device.tensor)
+    attention = _array(
+        device, device.tokens * (2 * heads + 2 * key_heads), language.head_dim
+    ) + _row_sums(device, device.tokens * heads)
+    width = language.hidden_size
+    stream = _array(device, device.tokens, width) + 2 * _array(
+        device, device.tokens // device.tensor, width
+    )
+    matrix = language.hidden_size * language.intermediate_size // device.tensor
+    matrices = (
+        (4 if device.trains("language/layers/") else 2) * matrix * _size(device)
+        if device.shards > 1
+        else 0
+    )
+    if device.config.lora.quantize != "none":
+        # gate and up as they are used, and one of them while it is dequantized
+        matrices += 2 * matrix * _size(device) + 4 * matrix
     return mlp + attention + stream + matrices
 
 
-def _tower_work(share: PerDevice) -> int:
-    vision = share.config.model.vision
+def _tower_work(device: PerDevice) -> int:
+    """Returns the work of a tower layer: backward, or forward where the tower is frozen."""
+    vision = device.config.model.vision
     stream, hidden = (
-        _tower_array(share, width) for width in (vision.hidden_size, vision.intermediate_size)
+        _tower_array(device, width) for width in (vision.hidden_size, vision.intermediate_size)
     )
-    heads, sums = _tower_heads(share)
-    if not share.learns("vision/"):
+    heads, sums = _tower_heads(device)
+    if not device.learns("vision/"):
         return 4 * heads + sums + 2 * stream
     norms = 2 * stream if vision.qk_norm else 0  # float32
     return 3 * hidden + 6 * stream + norms + 4 * heads + 2 * sums
@@ -293,46 +324,49 @@ def _tower_work(share: PerDevice) -> int:
 # --- arrays --------------------------------------------------------------------------------------
 
 
-def _size(share: PerDevice) -> int:
-    return 2 if share.config.compute_dtype == "bfloat16" else 4
+def _size(device: PerDevice) -> int:
+    return 2 if device.config.compute_dtype == "bfloat16" else 4
 
 
-def _array(share: PerDevice, rows: int, width: int, size: int | None = None) -> int:
-    """[rows, width] in the compute dtype."""
-    size = _size(share) if size is None else size
-    return tiled((rows, width), size) if share.tpu else rows * width * size
+def _array(device: PerDevice, rows: int, width: int, size: int | None = None) -> int:
+    """Returns the bytes of an array [rows, width], in the compute dtype by default."""
+    size = _size(device) if size is None else size
+    return tiled((rows, width), size) if device.tpu else rows * width * size
 
 
-def _heads(share: PerDevice) -> tuple[int, int]:
-    """Of the decoder on one device: query heads and key heads, those that are filled up or repeated
-    included.
+def _heads(device: PerDevice) -> tuple[int, int]:
+    """Returns the decoder's query heads and key heads per device, padding and repeats included.
+
+    See `ops.context_parallel.pad_heads`.
     """
-    language, tensor = share.config.model.language, share.tensor
+    language, tensor = device.config.model.language, device.tensor
     repeats = tensor // math.gcd(language.num_kv_heads, tensor)
     group = language.num_heads // language.num_kv_heads
     group += -group % repeats
     return language.num_kv_heads * group // tensor, language.num_kv_heads * repeats // tensor
 
 
-def _row_sums(share: PerDevice, rows: int) -> int:
-    """Attention's float32 sum of each row, which the TPU kernel writes once for every lane."""
-    return rows * 4 * (_LANES if share.tpu else 1)
+def _row_sums(device: PerDevice, rows: int) -> int:
+    """Returns the bytes of attention's float32 row sums; the TPU kernel writes one per lane."""
+    return rows * 4 * (_LANES if device.tpu else 1)
 
 
-def _tower_array(share: PerDevice, width: int) -> int:
-    vision = share.config.model.vision
+def _tower_array(device: PerDevice, width: int) -> int:
+    """Returns the bytes of an array [tiles, P, width] in the compute dtype."""
+    vision = device.config.model.vision
     length = 1 + vision.grid**2
-    shape = (math.ceil(share.tiles), length, width)
-    return tiled(shape, _size(share)) if share.tpu else math.prod(shape) * _size(share)
+    shape = (math.ceil(device.tiles), length, width)
+    return tiled(shape, _size(device)) if device.tpu else math.prod(shape) * _size(device)
 
 
-def _tower_heads(share: PerDevice) -> tuple[int, int]:
-    """Bytes of one array of all heads as attention takes it, and of the rows' sums. The TPU kernel
-    takes whole blocks.
+def _tower_heads(device: PerDevice) -> tuple[int, int]:
+    """Returns the bytes of an attention input with all heads, and of the row sums.
+
+    The TPU kernel pads to whole blocks.
     """
-    vision = share.config.model.vision
+    vision = device.config.model.vision
     length, width = 1 + vision.grid**2, vision.head_dim
-    if share.tpu and length >= 256:
+    if device.tpu and length >= 256:
         length, width = -(-length // 384) * 384, -(-width // _LANES) * _LANES
-    rows = math.ceil(share.tiles) * vision.num_heads * length
-    return rows * width * _size(share), _row_sums(share, rows)
+    rows = math.ceil(device.tiles) * vision.num_heads * length
+    return rows * width * _size(device), _row_sums(device, rows)

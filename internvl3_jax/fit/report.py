@@ -1,38 +1,46 @@
-"""The answer in words, and as a row for a table."""
+"""Formats the prediction as text, and as a row of a table."""
 
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.advice import Change
-from internvl3_jax.fit.build import Built
-from internvl3_jax.fit.live import alive_at_peak, grouped
+from internvl3_jax.fit.compilation import Compiled
+from internvl3_jax.fit.live_arrays import arrays_at_peak, count_equal
 from internvl3_jax.fit.memory import Memory
+from internvl3_jax.fit.per_device import PerDevice
 from internvl3_jax.fit.search import Setting
-from internvl3_jax.fit.share import PerDevice
+from internvl3_jax.fit.step_cost import StepCost, Times
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.fit.work import StepCost, Times
 
 GIB = 2**30
 
 
-def heading(config: TrainConfig, topology: Topology, mesh: dict[str, int], what: str) -> str:
+def heading(config: TrainConfig, topology: Topology, mesh: dict[str, int], program: str) -> str:
+    """Returns the first line: the program, the devices and the mesh."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
-    return f"{what} on {topology.name}: {topology.count} devices, mesh {axes}"
+    return f"{program} on {topology.name}: {topology.count} devices, mesh {axes}"
 
 
 def settings(config: TrainConfig) -> str:
+    """Returns the line with the settings that determine memory and time."""
     data, optimizer = config.data, config.optimizer
     frozen = f", frozen {', '.join(optimizer.freeze)}" if optimizer.freeze else ""
     if adapters := config.lora.rank:
-        few = "" if config.lora.quantize == "none" else f" beside {config.lora.quantize}"
-        frozen = f", adapters of rank {adapters}{few}"
+        base = "" if config.lora.quantize == "none" else f" on a base in {config.lora.quantize}"
+        frozen = f", adapters of rank {adapters}{base}"
     return (
-        f"  {data.rows} rows of {data.tokens_per_row:,} tokens and {data.tiles_per_row} tiles in {config.micro_batches} micro-batches; "
+        f"  {data.rows} rows of {data.tokens_per_row:,} tokens and {data.tiles_per_row} tiles in "
+        f"{config.micro_batches} micro-batches; "
         f"remat {config.remat_vision} (vision), {config.remat_language} (language); "
-        f"{optimizer.name}, first moment {optimizer.moment_dtype}; {config.compute_dtype} on {config.param_dtype}{frozen}"
+        f"{optimizer.name}, first moment {optimizer.moment_dtype}; "
+        f"{config.compute_dtype} on {config.param_dtype}{frozen}"
     )
 
 
-def memory_lines(memory: Memory, available: float | None, built: Built | None) -> list[str]:
-    """The analysis' parts and, where it was compiled, the compiler's peak beside its own."""
+def memory_lines(memory: Memory, available: float | None, compiled: Compiled | None) -> list[str]:
+    """Returns the parts of the predicted peak and, if compiled, the compiler's peak.
+
+    Args:
+      available: Bytes that a program may use; None on a CPU.
+    """
     saved = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.saved.items() if size)
     work = memory.work[memory.phase]
     rows = [
@@ -44,62 +52,72 @@ def memory_lines(memory: Memory, available: float | None, built: Built | None) -
     lines = ["", "memory of one device, GiB"]
     lines += [f"  {name:<34}{size / GIB:9.2f}" for name, size in rows]
     lines.append(
-        f"  {'activations and temporaries':<34}{work / GIB:9.2f}   at the peak, in the phase: {memory.phase}; kept: {saved or 'nothing'}"
+        f"  {'activations and temporaries':<34}{work / GIB:9.2f}   "
+        f"at the peak, in the phase: {memory.phase}; kept: {saved or 'nothing'}"
     )
     lines.append(f"  {'peak by the analysis':<34}{memory.peak / GIB:9.2f}")
-    if built is not None:
-        name = "needed, as the compiler refuses it" if built.refused else "peak by the compiler"
+    if compiled is not None:
+        failed = compiled.out_of_memory
+        name = "needed by the compiler, which failed" if failed else "peak by the compiler"
         lines.append(
-            f"  {name:<34}{built.peak / GIB:9.2f}   {memory.peak / built.peak - 1:+.1%} in the analysis"
+            f"  {name:<34}{compiled.peak / GIB:9.2f}   "
+            f"{memory.peak / compiled.peak - 1:+.1%} in the analysis"
         )
-    if host := built.host if built is not None and not built.refused else memory.host:
+    was_compiled = compiled is not None and not compiled.out_of_memory
+    if host := compiled.host if was_compiled else memory.host:
         lines.append(
-            f"  {'beside it in the memory of the host':<34}{host / GIB:9.2f}   and on the way between them: not in the floors"
+            f"  {'in the memory of the host':<34}{host / GIB:9.2f}   "
+            "the transfers are not in the lower bounds"
         )
     if available is not None:
-        peak = memory.peak if built is None else built.peak
-        verdict = "fits" if (peak <= available if built is None else built.fits) else "DOES NOT FIT"
+        peak = memory.peak if compiled is None else compiled.peak
+        verdict = (
+            "fits" if (peak <= available if compiled is None else compiled.fits) else "DOES NOT FIT"
+        )
         lines.append(f"  {'available':<34}{available / GIB:9.2f}   {verdict}")
     return lines
 
 
-def time_lines(work: StepCost, times: Times, built: Built | None) -> list[str]:
-    computed = sum(work.computed.values())
-    again = sum(size for name, size in work.computed.items() if "recomputed" in name)
+def time_lines(cost: StepCost, times: Times, compiled: Compiled | None) -> list[str]:
+    """Returns the lower bounds of the step time."""
+    computed = sum(cost.computed.values())
+    recomputed = sum(size for name, size in cost.computed.items() if "recomputed" in name)
     source = (
-        "of the compiled program" if built is not None and not built.refused else "by the analysis"
+        "of the compiled program"
+        if compiled is not None and not compiled.out_of_memory
+        else "by the analysis"
     )
-    used = f"{again / computed:.0%} of them recomputed; the model needs {work.needed:.3g}"
+    used = f"{recomputed / computed:.0%} of them recomputed; the model needs {cost.needed:.3g}"
     return [
         "",
-        "one step of one device, floors at the data sheet's rates",
+        "one step of one device, lower bounds at the data sheet's rates",
         f"  compute   {times.compute:10.3f} s   {computed:.3g} FLOPs, {used}",
-        f"  memory    {times.memory:10.3f} s   {sum(work.memory_bytes.values()) / 1e9:,.1f} GB",
+        f"  memory    {times.memory:10.3f} s   {sum(cost.memory_bytes.values()) / 1e9:,.1f} GB",
         f"  network   {times.network:10.3f} s   collectives {source}",
-        f"  prediction: at least {times.floor:.3f} s a step ({times.limit}), {times.one_after_the_other:.3f} s if nothing overlaps; "
+        f"  prediction: at least {times.lower_bound:.3f} s a step ({times.limit}), "
+        f"{times.serial:.3f} s if nothing overlaps; "
         f"MFU at most {times.mfu:.0%}",
     ]
 
 
-def collective_lines(built: Built) -> list[str]:
+def collective_lines(compiled: Compiled) -> list[str]:
+    """Returns the collectives of the compiled program."""
     lines = ["", "collectives of one device in one step, by the compiled text"]
-    for row in built.collectives:
-        where = (
-            " x ".join(row.axes) if row.axes and not row.axes[0].startswith("axis_") else "a group"
-        )
-        note = (
-            "   in a loop whose rounds the text does not tell: one counted" if row.unknown else ""
-        )
+    for row in compiled.collectives:
+        named = row.axes and not row.axes[0].startswith("axis_")
+        axes = " x ".join(row.axes) if named else "a group"
+        note = "   in a loop of unknown length, counted once" if row.unknown else ""
         lines.append(
-            f"  {row.kind:<19}{row.count:7,} times{row.bytes / 1e9:12.3f} GB received   {where} of {row.group}{note}"
+            f"  {row.kind:<19}{row.count:7,} times{row.bytes / 1e9:12.3f} GB received   "
+            f"{axes} of {row.group}{note}"
         )
-    return lines if built.collectives else [*lines, "  none"]
+    return lines if compiled.collectives else [*lines, "  none"]
 
 
-def alive_lines(built: Built, shown: int = 12) -> list[str]:
-    """The largest arrays at the peak of a TPU's program."""
+def alive_lines(compiled: Compiled, shown: int = 12) -> list[str]:
+    """Returns the largest arrays at the peak of a TPU program."""
     lines = ["", "largest arrays alive at the peak, GiB"]
-    for count, array in grouped(alive_at_peak(built.text))[:shown]:
+    for count, array in count_equal(arrays_at_peak(compiled.text))[:shown]:
         times = f"{count} x " if count > 1 else ""
         lines.append(
             f"  {count * array.bytes / GIB:8.2f}   {times}{array.shape}   {array.source[-80:]}"
@@ -107,29 +125,33 @@ def alive_lines(built: Built, shown: int = 12) -> list[str]:
     return lines
 
 
-def advice_lines(found: list[Change], before: int, available: float) -> list[str]:
+def advice_lines(changes: list[Change], before: int, available: float) -> list[str]:
+    """Returns what would reduce a peak of `before` bytes."""
     lines = [
         "",
-        f"what would make it smaller than {before / GIB:.2f} GiB, each by itself, by the analysis",
+        f"changes that reduce the peak of {before / GIB:.2f} GiB, each by itself, by the analysis",
     ]
-    for change in found:
+    for change in changes:
         fits = "fits" if change.peak <= available else ""
         lines.append(
-            f"  {(change.peak - before) / GIB:+8.2f} GiB to {change.peak / GIB:7.2f}   {fits:<5}{change.text}"
+            f"  {(change.peak - before) / GIB:+8.2f} GiB to {change.peak / GIB:7.2f}   "
+            f"{fits:<5}{change.text}"
         )
-    return lines if found else [*lines, "  nothing: take more devices, or a larger kind"]
+    return lines if changes else [*lines, "  none: take more devices, or larger ones"]
 
 
 def search_lines(
-    found: list[Setting], tried: int, smallest: Setting | None, shown: int
+    fitting: list[Setting], tried: int, smallest: Setting | None, shown: int
 ) -> list[str]:
-    lines = ["", f"{len(found)} of {tried} settings fit by the analysis; the fastest:"]
-    for setting in found[:shown]:
+    """Returns the fastest settings of a search."""
+    lines = ["", f"{len(fitting)} of {tried} settings fit by the analysis; the fastest:"]
+    for setting in fitting[:shown]:
         times = setting.times
         lines.append(
-            f"  {times.floor:8.3f} s floor, MFU at most {times.mfu:4.0%}, {setting.memory.peak / GIB:6.2f} GiB   {setting.text}"
+            f"  at least {times.lower_bound:8.3f} s, MFU at most {times.mfu:4.0%}, "
+            f"{setting.memory.peak / GIB:6.2f} GiB   {setting.text}"
         )
-    if not found and smallest is not None:
+    if not fitting and smallest is not None:
         lines.append(
             f"  none; the smallest needs {smallest.memory.peak / GIB:.2f} GiB   {smallest.text}"
         )
@@ -137,13 +159,13 @@ def search_lines(
 
 
 def row(
-    share: PerDevice, memory: Memory, work: StepCost, times: Times, built: Built | None
+    device: PerDevice, memory: Memory, cost: StepCost, times: Times, compiled: Compiled | None
 ) -> dict:
-    """One row of a table: bytes, seconds and FLOPs of one device."""
-    found = {
-        "topology": share.topology.name,
-        "devices": share.topology.count,
-        "mesh": share.mesh,
+    """Returns the prediction as a dict for JSON: bytes, seconds and FLOPs of one device."""
+    result = {
+        "topology": device.topology.name,
+        "devices": device.topology.count,
+        "mesh": device.mesh,
         "analysis": {
             "peak": memory.peak,
             "phase": memory.phase,
@@ -153,22 +175,23 @@ def row(
             "held": memory.held,
             "saved": memory.saved,
         },
-        "needed_flops": work.needed,
-        "computed_flops": sum(work.computed.values()),
+        "needed_flops": cost.needed,
+        "computed_flops": sum(cost.computed.values()),
         "floor_seconds": {name: getattr(times, name) for name in ("compute", "memory", "network")},
         "mfu_at_most": times.mfu,
     }
-    return found | ({} if built is None else {"compiler": compiler_row(built)})
+    return result | ({} if compiled is None else {"compiler": compiler_row(compiled)})
 
 
-def compiler_row(built: Built) -> dict:
+def compiler_row(compiled: Compiled) -> dict:
+    """Returns what the compiler says as a dict for JSON."""
     return {
-        "peak": built.peak,
-        "available": built.available,
-        "fits": built.fits,
-        "refused": built.refused,
-        "arguments": built.arguments,
-        "seconds": built.seconds,
+        "peak": compiled.peak,
+        "available": compiled.available,
+        "fits": compiled.fits,
+        "refused": compiled.out_of_memory,
+        "arguments": compiled.arguments,
+        "seconds": compiled.seconds,
         "collectives": [
             {
                 "kind": row.kind,
@@ -178,6 +201,6 @@ def compiler_row(built: Built) -> dict:
                 "bytes": row.bytes,
                 "unknown": row.unknown,
             }
-            for row in built.collectives
+            for row in compiled.collectives
         ],
     }

@@ -1,5 +1,6 @@
-"""The fastest setting that fits: every mesh, remat and number of micro-batches, ranked by the
-analysis.
+"""Finds the fastest settings that fit: every mesh, remat policy and number of micro-batches.
+
+Settings are ranked by the analysis.
 """
 
 import dataclasses
@@ -9,29 +10,33 @@ from collections.abc import Iterator
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.advice import flags_text, with_flags
 from internvl3_jax.fit.memory import Memory, estimate
-from internvl3_jax.fit.share import PerDevice, share_of
+from internvl3_jax.fit.per_device import PerDevice, per_device
+from internvl3_jax.fit.step_cost import Times, times, train_cost
 from internvl3_jax.fit.topology import Topology
-from internvl3_jax.fit.work import Times, times, train_work
 from internvl3_jax.model.ops.remat import ON_DEVICE
 
-MARGIN = 0.95  # of the memory; the analysis is that good
+MARGIN = 0.95  # of the memory; the error of the analysis is below the rest
 _TENSOR, _CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
+    """A setting: config fields by dotted name, and what the analysis predicts for them."""
+
     flags: dict[str, object]
     memory: Memory
     times: Times
 
     @property
     def seconds(self) -> float:
-        """What settings are ranked by: the largest floor, and what overlapping leaves of the
-        others. What a product waits for counts whole, the rest by a tenth.
+        """Estimated step time, by which settings are ranked.
+
+        The largest lower bound, a tenth of the others (which mostly overlap with it), and all of
+        the blocking communication.
         """
         times = self.times
-        parts = (times.compute, times.memory, times.network - times.awaited)
-        return max(parts) + 0.1 * (sum(parts) - max(parts)) + times.awaited
+        parts = (times.compute, times.memory, times.network - times.blocking)
+        return max(parts) + 0.1 * (sum(parts) - max(parts)) + times.blocking
 
     @property
     def text(self) -> str:
@@ -41,46 +46,48 @@ class Setting:
 def search(
     config: TrainConfig, topology: Topology, policies: tuple[str, ...] = ON_DEVICE
 ) -> tuple[list[Setting], int, Setting | None]:
-    """(settings that fit by the analysis, the fastest first; how many were tried; the smallest of
-    those that do not fit).
+    """Searches all settings.
+
+    Returns:
+      The settings that fit by the analysis, the fastest first; the number of settings tried; of
+      those that do not fit, the one that needs the least memory.
     """
     fitting, tried, smallest = [], 0, None
-    for flags, share in _settings(config, topology, policies):
+    for flags, device in _settings(config, topology, policies):
         tried += 1
-        memory = estimate(share)
-        setting = Setting(flags, memory, times(train_work(share, memory), topology))
+        memory = estimate(device)
+        setting = Setting(flags, memory, times(train_cost(device, memory), topology))
         if memory.peak <= MARGIN * topology.chip.usable:
             fitting.append(setting)
         elif smallest is None or memory.peak < smallest.memory.peak:
             smallest = setting
-    return (
-        sorted(fitting, key=lambda setting: (setting.seconds, setting.memory.peak)),
-        tried,
-        smallest,
-    )
+    fitting.sort(key=lambda setting: (setting.seconds, setting.memory.peak))
+    return fitting, tried, smallest
 
 
 def _settings(
     config: TrainConfig, topology: Topology, policies: tuple[str, ...]
 ) -> Iterator[tuple[dict[str, object], PerDevice]]:
+    """Yields the flags of each setting that divides, and what a device has under it."""
     for mesh in _meshes(topology.count):
         rows = config.data.rows // (mesh["mesh.data"] * mesh["mesh.fsdp"])
         try:
-            share = share_of(with_flags(config, mesh | {"micro_batches": 1}), topology)
+            device = per_device(with_flags(config, mesh | {"micro_batches": 1}), topology)
         except ValueError:
             continue
-        # Of a tower that is not trained nothing is kept.
-        of_tower = policies if share.trains("vision/") else (config.remat_vision,)
-        parts = [count for count in range(1, rows + 1) if rows % count == 0]
-        for vision, language, micro in itertools.product(of_tower, policies, parts):
+        # A frozen tower saves nothing, whatever its policy.
+        vision_policies = policies if device.trains("vision/") else (config.remat_vision,)
+        counts = [count for count in range(1, rows + 1) if rows % count == 0]
+        for vision, language, micro in itertools.product(vision_policies, policies, counts):
             flags = {"remat_vision": vision, "remat_language": language, "micro_batches": micro}
             yield (
                 mesh | flags,
-                dataclasses.replace(share, config=dataclasses.replace(share.config, **flags)),
+                dataclasses.replace(device, config=dataclasses.replace(device.config, **flags)),
             )
 
 
 def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Yields meshes of all devices: powers of two on data, tensor and context, the rest on fsdp."""
     for tensor, context in itertools.product(_TENSOR, _CONTEXT):
         left = devices // (tensor * context)
         for data in (2**power for power in range(left.bit_length())):

@@ -1,12 +1,12 @@
-"""Devices that are not there: a TPU slice or GPU hosts by name, for the compilers that come with
-jax[tpu] and with jax's CUDA plugin.
+"""Devices by name, for ahead-of-time compilation without having them.
 
-    v5e:16x16  v5p:4x4x8  v6e:8x8  tpu7x:4x4x4     chips along each side of the torus; a tpu7x chip is two devices
-    h100:1x16x8                                    1 slice of 16 hosts with 8 GPUs each
-    cpu:8                                          this machine's CPU as so many devices, to try something out
+    v5e:16x16  v5p:4x4x8  v6e:8x8  tpu7x:4x4x4   chips along each side of the torus; a tpu7x chip is
+                                                 two devices
+    h100:1x16x8                                  1 slice of 16 hosts with 8 GPUs each
+    cpu:8                                        8 devices on this machine's CPU, for trials
 
-Neither compiler needs a device or a driver: the TPU's is libtpu, CUDA's takes the description of
-the GPU from `h100.txtpb`.
+The compilers come with jax[tpu] and with jax's CUDA plugin. Neither needs a device or a driver. The
+TPU's is in libtpu; CUDA's takes the description of the GPU from `h100.txtpb`.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import jax
 
 from internvl3_jax.training.hardware import CHIPS, Chip
 
-TPUS = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}  # devices of a chip
-GPUS = {"h100": "h100.txtpb"}
+TPUS = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}  # devices per chip
+GPUS = {"h100": "h100.txtpb"}  # file with the compilation target
 EXAMPLES = "v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 or h100:1x16x8"
-# libtpu asks Google's metadata server for the machine it runs on, and locks the TPU that it thinks
-# it has.
+# Without these, libtpu asks Google's metadata server about the machine, and locks the TPU that it
+# expects to find.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -33,8 +33,16 @@ _LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
+    """The devices of a run.
+
+    Attributes:
+      name: As on the command line, such as "v5e:16x16".
+      chip: Rates and memory; None on a CPU.
+      sides: The numbers of the name.
+    """
+
     name: str
-    chip: Chip | None  # None on a CPU
+    chip: Chip | None
     sides: tuple[int, ...]
 
     @property
@@ -43,21 +51,25 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """Devices."""
+        """Number of devices."""
         return math.prod(self.sides) * TPUS.get(self.kind, 1)
 
     @property
     def near(self) -> int:
-        """Devices that the fast network joins: a TPU's slice, a GPU's host."""
+        """Devices that the fast network connects: those of a TPU slice, or of a GPU host."""
         return self.sides[-1] if self.kind in GPUS else self.count
 
     def seconds(self, size: float, group: int, stride: int = 1) -> float:
-        """To receive so many bytes from the other devices of a group, at the most that its links
-        can carry.
+        """Returns the least time in which a device receives `size` bytes from its group.
 
-        On a torus a group has the links of the fewest sides that hold it. Among GPUs what comes
-        from other hosts comes over each member's own adapter to one of its host's members, and from
-        there over the fast links.
+        On a torus, a group uses the links of the fewest sides that hold it. Among GPUs, data of
+        other hosts arrives once per host, over the adapters of all local members, and is passed on
+        over the fast links.
+
+        Args:
+          size: Bytes.
+          group: Devices of the group.
+          stride: Distance between members of the group, in devices.
         """
         if group <= 1 or not size:
             return 0.0
@@ -66,17 +78,18 @@ class Topology:
             outside = size * (1 - local / group) / local / self.chip.outside_bytes
             return max(size / self.chip.network_bytes, outside)
         longest = sorted(self.sides, reverse=True)
-        held = next(
+        used = next(
             count
             for count in range(1, len(longest) + 1)
             if math.prod(longest[:count]) * TPUS[self.kind] >= group
         )
-        return size / (self.chip.network_bytes * held / len(longest))
+        return size / (self.chip.network_bytes * used / len(longest))
 
     def gathers_by_sums(self, group: int) -> bool:
-        """Whether the compiler gathers over the group by summing arrays that are zero but for one
-        part, which moves twice the bytes. Seen in compiled programs for v5p and tpu7x: over all of
-        a slice whose three sides close to rings.
+        """Returns whether the compiler all-gathers over a group by summing zero-padded arrays.
+
+        That moves twice the bytes. Compiled programs for v5p and tpu7x do it over a complete slice
+        whose three sides close to rings.
         """
         return (
             len(self.sides) == 3
@@ -86,8 +99,10 @@ class Topology:
         )
 
     def devices(self) -> list:
-        """For `sharding.make_mesh`. ImportError that says what to install where the compiler is
-        missing.
+        """Returns the devices for `sharding.make_mesh`.
+
+        Raises:
+          ImportError: The compiler is missing; the message says what to install.
         """
         if self.kind == "cpu":
             return jax.devices("cpu")[: self.count]
@@ -106,11 +121,12 @@ class Topology:
             ).devices
         except (RuntimeError, NotImplementedError) as error:
             raise ImportError(
-                f"{self.name} cannot be compiled for here: {_first_line(error)}; {self._missing()}"
+                f"{self.name}: programs for it cannot be compiled here: {_first_line(error)}; "
+                f"{self._missing()}"
             ) from error
 
     def options(self) -> dict:
-        """Of `lowered.compile`: without a GPU there is nothing to tune kernels on."""
+        """Returns options for `lowered.compile`: without a GPU kernels cannot be autotuned."""
         return (
             {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
             if self.kind in GPUS
@@ -118,22 +134,28 @@ class Topology:
         )
 
     def _missing(self) -> str:
-        what = "libtpu (pip install 'jax[tpu]')"
+        compiler = "libtpu (pip install 'jax[tpu]')"
         if self.kind in GPUS:
-            version = jax.__version__
-            what = f"the CUDA plugin (pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version})"
-        return f"it needs {what}, or --analytic, which needs neither"
+            packages = " ".join(
+                f"jax-cuda13-{name}=={jax.__version__}" for name in ("plugin", "pjrt")
+            )
+            compiler = f"the CUDA plugin (pip install --no-deps {packages})"
+        return f"install {compiler}, or use --analytic, which needs no compiler"
 
 
 def parse(text: str) -> Topology:
-    """ValueError that says what a topology looks like."""
+    """Parses a name such as "v5e:16x16".
+
+    Raises:
+      ValueError: The name is invalid; the message shows valid ones.
+    """
     kind, _, shape = text.partition(":")
     sides = shape.split("x")
     if not shape or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ValueError(f"--topology is {text!r}; it must be like {EXAMPLES}")
     if kind not in (*TPUS, *GPUS, "cpu"):
         raise ValueError(
-            f"--topology is {text!r}; known are {', '.join((*TPUS, *GPUS))}, as in {EXAMPLES}"
+            f"--topology is {text!r}; use one of {', '.join((*TPUS, *GPUS))}, as in {EXAMPLES}"
         )
     wanted = 1 if kind == "cpu" else 3 if kind in GPUS else CHIPS[kind].torus
     if len(sides) != wanted:

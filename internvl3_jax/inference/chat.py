@@ -12,7 +12,7 @@ answers to each.
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -221,7 +221,7 @@ class Chat:
         return prompt
 
     def answer_many(
-        self, requests: Sequence[tuple[str, Sequence] | Prompt], **options: Unpack[OptionChanges]
+        self, requests: Sequence[tuple[str, Any] | Prompt], **options: Unpack[OptionChanges]
     ) -> list[Answer]:
         """Answers (question, images) pairs, or prompts of `prepare`, in one batch.
 
@@ -232,7 +232,7 @@ class Chat:
 
     def candidates(
         self,
-        requests: Sequence[tuple[str, Sequence] | Prompt],
+        requests: Sequence[tuple[str, Any] | Prompt],
         n: int,
         *,
         greedy_first: bool = False,

@@ -106,6 +106,7 @@ class Conversation:
             self.images = []
         elif command == "/undo":
             self.chat.undo()
+            print("the last question is taken back", file=sys.stderr)
         elif command == "/forget":
             self.images = []
         elif command == "/images":

@@ -120,7 +120,7 @@ class OptionChanges(TypedDict, total=False):
     system: str | None
 
 
-def check_int(name: str, value, low: int, below: float = math.inf) -> int:
+def check_int(name: str, value, low: int, below: float | int = math.inf) -> int:
     """Returns `value` as an int. ValueError unless it is an integer with low <= value < below."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number")

@@ -1,28 +1,37 @@
-"""Choosing the next token from logits. B rows, V vocabulary."""
+"""Samples the next token from logits. B rows, V vocabulary."""
 
 import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
 
 from internvl3_jax.model.ops.attention import MASKED
 
-# below it the likeliest token is taken: float32 logits divided by less overflow
-SMALLEST_TEMPERATURE = 1e-6
-NOT_FINITE = -1  # what `sample` gives for a row whose logits are NaN or infinite
+# Below this, decoding is greedy: float32 logits divided by less overflow.
+MIN_TEMPERATURE = 1e-6
+NOT_FINITE = -1  # returned by `sample` for a row whose logits are NaN or infinite
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0, or below `SMALLEST_TEMPERATURE`, is greedy, the default
-    of the reference.
+    """How tokens are sampled.
+
+    Attributes:
+      temperature: 0, or below `MIN_TEMPERATURE`, is greedy decoding, as by default in InternVL's
+        code.
+      top_k: sample from the k likeliest tokens; 0 is all.
+      top_p: sample from the likeliest tokens that together reach this probability.
+      greedy_every: every n-th row (0, n, 2n, ...) is decoded greedily; 0 disables.
+
+    Raises:
+      ValueError: a value is out of range.
     """
 
     temperature: float = 0.0
-    top_k: int = 0  # only the k likeliest tokens; 0 is all
-    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
-    # row 0 and every so many rows one is greedy: the first candidate of each question; 0: none
+    top_k: int = 0
+    top_p: float = 1.0
     greedy_every: int = 0
 
     def __post_init__(self):
@@ -37,21 +46,23 @@ class Sampling:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be {rule}")
 
 
-def sample(logits, keys, sampling: Sampling):
-    """i32[B] from logits f32[B,V] and one key per row, so that a row's draw does not depend on its
-    neighbours.
+def sample(
+    logits: Float[Array, "B V"], keys: Shaped[Array, " B"], sampling: Sampling
+) -> Int32[Array, " B"]:
+    """Samples a token per row. Each row has its own key, so that it does not depend on the others.
 
-    Temperature, then top_k, then top_p, in the order of transformers' generate. NOT_FINITE for a
-    row with a NaN or an infinity above:
-    nothing can be drawn from it.
+    Temperature, then top_k, then top_p apply, in the order of transformers' generate.
+
+    Returns:
+      token ids; NOT_FINITE for a row with NaN or positive infinity among its logits
     """
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    return jnp.where(finite, _drawn(logits, keys, sampling), NOT_FINITE)
+    return jnp.where(finite, _sampled(logits, keys, sampling), NOT_FINITE)
 
 
-def _drawn(logits, keys, sampling: Sampling):
+def _sampled(logits, keys, sampling: Sampling):
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if sampling.temperature < SMALLEST_TEMPERATURE:
+    if sampling.temperature < MIN_TEMPERATURE:
         return greedy
     logits = logits / sampling.temperature
     if sampling.top_k:
@@ -59,18 +70,17 @@ def _drawn(logits, keys, sampling: Sampling):
         logits = jnp.where(logits < kept, MASKED, logits)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     if not sampling.greedy_every:
-        return drawn
-    return jnp.where(jnp.arange(len(drawn)) % sampling.greedy_every == 0, greedy, drawn)
+        return sampled
+    return jnp.where(jnp.arange(len(sampled)) % sampling.greedy_every == 0, greedy, sampled)
 
 
 def _nucleus(logits, top_p: float):
     """Masks all but the likeliest tokens up to and including the one that reaches top_p (Holtzman
     et al. 2020).
 
-    Tokens as likely as the last one that is kept are kept too. The likeliest is kept whatever top_p
-    is.
+    Tokens that tie with the last one that is kept are kept too. The likeliest is always kept.
     """
     descending = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)

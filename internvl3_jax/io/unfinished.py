@@ -52,7 +52,7 @@ def check_name(path: pathlib.Path) -> None:
         ) from error
     if "\\" in str(path) or "\0" in str(path):
         raise ValueError(
-            f"{one_line(str(path))}: a backslash or null character in a path cannot be stored; "
+            f"{one_line(str(path))}: a backslash or null character in a path is not supported; "
             "choose another name"
         )
 
@@ -294,7 +294,6 @@ def set_aside(directory: pathlib.Path) -> None:
     """Renames a damaged directory to .NAME.RANDOM.damaged; it may be all that is left."""
     if is_remote(directory):
         raise FileExistsError(
-            f"{directory} is damaged, and in object storage it cannot be given another name; move "
-            "it away"
+            f"{directory} is damaged and cannot be renamed in object storage; move it away"
         )
     os.rename(directory, directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.damaged"))

@@ -1,13 +1,13 @@
-r"""Final answers: what a solution answers, and whether two answers are the same.
+r"""Reads the final answer of a solution, and compares two final answers.
 
     extract_answer(r"... so \boxed{\frac{1}{2}}.")     # '\frac{1}{2}'
     same_answer(r"\frac{1}{2}", "50%")                 # True
     same_answer("(B)", "B. twelve")                    # True
 
-Rules alone, no model: what they cannot read counts as different unless it is spelt the same. Two
-numbers are the same within one part in a million, also as products, quotients, powers and roots
-(expressions.py). A percent sign on one side alone may be a unit or a hundredth, so 50% is the same
-as 50 and as 0.5.
+The comparison has rules only, no model: texts that no rule reads are the same if they are spelled
+the same. Two numbers are the same within one part in a million, also as products, quotients, powers
+and roots (expressions.py). A percent sign on one side only may be a unit or a hundredth, so 50% is
+the same as 50 and as 0.5.
 """
 
 import re
@@ -18,7 +18,7 @@ from internvl3_jax.reward import expressions
 TOLERANCE = Fraction(1, 10**6)  # relative
 _LONGEST_NUMBER = 60  # characters; longer strings of digits are compared as text
 
-# With braces, or without: then the box goes to the end of the formula or word.
+# Without braces the box extends to the end of the formula or word.
 _BOXED = re.compile(
     r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>(?![\s{])(?:\{[^{}]*\}|(?!\\\)|\\\]|[\s$}]).)+))"
 )
@@ -36,17 +36,20 @@ _STATED = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bProf)\.(?:\s|$)")
 _OPTION = re.compile(
-    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\(?(?P<small>[a-j])\)|(?P<alone>[a-j])\Z)(?P<text>.*)",
+    r"(?:\(?(?P<letter>[A-J])(?:\)|[.:](?!\w)|\Z)|\(?(?P<small>[a-j])\)|(?P<alone>[a-j])\Z)"
+    r"(?P<text>.*)",
     re.DOTALL,
 )
 _SEVERAL_OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:\s*(?:,|and|&|or|/)\s*|\s+|(?<=\)))\(?[A-J]\)?)+")
 _CALLED_OPTION = re.compile(r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice)\s+)(?=\(?[A-J]\b)")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3})?|\.\d+"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)(?:(?:(?P<whole>\d+)\s+)?(?:(?P<top>\d+)/(?P<bottom>\d+))|(?P<decimal>{_DECIMAL}))\s?(?P<percent>%?)"
+    r"(?P<sign>[-+]?)"
+    r"(?:(?:(?P<whole>\d+)\s+)?(?:(?P<top>\d+)/(?P<bottom>\d+))"
+    rf"|(?P<decimal>{_DECIMAL}))\s?(?P<percent>%?)"
 )
 _LAST_NUMBER = re.compile(rf"(?<![\w.])[-+]?(?:\d+/\d+|{_DECIMAL})(?:\s?\\?%)?", re.IGNORECASE)
-# Ways to write the same, in the order in which they are replaced.
+# Spellings and what replaces them, in this order.
 _SYMBOLS = [
     (re.compile(written), meant)
     for written, meant in (
@@ -82,16 +85,16 @@ _NOISE = re.compile(
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer that a solution states: the last \boxed{...} (or \boxed 5), or else
-    <answer>...</answer>, or what follows the last "answer:" or "answer is", or a line of its own
-    after #### or a heading "Answer".
+    r"""Returns the answer that a solution states.
 
-    None if it states none, also if its only box was cut off before it closed.
+    That is the last \boxed{...} (or \boxed 5), or else <answer>...</answer>, or what follows the
+    last "answer:" or "answer is", or a line of its own after #### or a heading "Answer".
+
+    Returns:
+      None if it states none, also if its only box was cut off before it closed.
     """
-    for found in reversed(list(_BOXED.finditer(text))):
-        content = (
-            found["bare"].rstrip(".,;:") if found["bare"] else _until_closed(text, found.end())
-        )
+    for box in reversed(list(_BOXED.finditer(text))):
+        content = box["bare"].rstrip(".,;:") if box["bare"] else _until_closed(text, box.end())
         if content is not None:
             return content.strip()
     if tagged := _TAGGED.findall(text):
@@ -100,18 +103,18 @@ def extract_answer(text: str) -> str | None:
     if not stated:
         marked = _MARKED.findall(text)
         return "".join(marked[-1]).strip().removesuffix(".") or None if marked else None
-    # Of a formula that is set apart, the first line that says something.
+    # A displayed formula begins on a line of its own: take the first line with content.
     lines = text[stated[-1].end() :].split("\n")
     answer = next((line for line in lines if _normal(line.replace("*", ""))), "")
-    # a sentence; what follows it is no part of the answer
+    # "answer is" begins a sentence; the next sentence is no part of the answer.
     if stated[-1]["how"].lower().startswith("is"):
         answer = _SENTENCE_END.split(answer)[0]
     return answer.strip().strip("*").strip().removesuffix(".") or None
 
 
 def final_answer(text: str) -> str | None:
-    """`extract_answer`, or else the option that the text is, its last number, or its last line.
-    None for an empty text.
+    """Returns `extract_answer`, or else the option that the text is, its last number, or its last
+    line; None for an empty text.
     """
     stated = extract_answer(text)
     if stated is not None:
@@ -125,7 +128,7 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(a: str, b: str) -> bool:
-    """Whether two final answers (not whole solutions) say the same; symmetric."""
+    """Returns whether two final answers (not solutions) are the same; symmetric."""
     a, b = _normal(a), _normal(b)
     if _same(a, b):
         return True
@@ -133,8 +136,8 @@ def same_answer(a: str, b: str) -> bool:
     # x = 5 answers what 5 answers; y = 5 does not answer x = 5
     if any(assigned) and not all(assigned):
         a, b = (
-            side[found.end() :] if found else side
-            for found, side in zip(assigned, (a, b), strict=True)
+            side[match.end() :] if match else side
+            for match, side in zip(assigned, (a, b), strict=True)
         )
         if _same(a, b):
             return True
@@ -151,7 +154,7 @@ def same_answer(a: str, b: str) -> bool:
         for option, side in zip(options, (a, b), strict=True)
     ]
     if all(options):
-        # One may say of an option more than the other, but nothing else.
+        # One may describe the option further, but not differently.
         small, large = sorted((text.lower() for text in texts), key=len)
         return _letter(options[0]) == _letter(options[1]) and (small in large or _same(*texts))
     # "(B) 12" also answers a question whose answer is written out as 12.
@@ -163,24 +166,24 @@ def _letter(option: re.Match) -> str:
 
 
 def _same(a: str, b: str) -> bool:
-    """As text, or as numbers."""
+    """Returns whether normalized answers are the same text or the same number."""
     return a.lower().replace(", ", ",") == b.lower().replace(", ", ",") or _same_number(
         _number(a), _number(b)
     )
 
 
 def _until_closed(text: str, start: int) -> str | None:
-    """The text from `start`, inside a brace, to the brace that closes it; None if none does."""
+    """Returns the text from `start`, inside a brace, to its closing brace; None if there is none."""
     depth = 1
-    for found in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start : start + found.start()]
+            return text[start : start + brace.start()]
     return None
 
 
 def _normal(answer: str) -> str:
-    """Without the marks that change how an answer looks and not what it says."""
+    """Returns an answer without marks that change its look and not its meaning."""
     for written, meant in _SYMBOLS:
         answer = written.sub(meant, answer)
     answer = _NOISE.sub("", answer)
@@ -188,37 +191,38 @@ def _normal(answer: str) -> str:
         answer = _WRAPPERS.sub(r"\1", answer)
     answer = expressions.plain(_FRACTION.sub(_fraction, expressions.plain(answer)))
     answer = _DEGREES.sub("", answer)
-    answer = _SCALE.sub(lambda found: f" {found[0].strip()[0].upper()}", answer)
+    answer = _SCALE.sub(lambda match: f" {match[0].strip()[0].upper()}", answer)
     answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").strip()
-    # A space behind a comma stays: 3, 100 is no number.
+    # A space after a comma stays: "3, 100" is not the number 3,100.
     return _CALLED_OPTION.sub(
         "", re.sub(r"\s*([-+*/=<>^\u2264\u2265\u2260])\s*|\s+(?=,)", r"\1", answer)
     )
 
 
-def _fraction(found: re.Match) -> str:
-    parts = (found[1] or found[2], found[3] or found[4])
+def _fraction(match: re.Match) -> str:
+    r"""Returns \frac{top}{bottom} as top/bottom, with a space before it in a mixed number."""
+    terms = (match[1] or match[2], match[3] or match[4])
     top, bottom = (
-        part if re.fullmatch(r"\s*[-+]?[\w.]+\s*", part) else f"({part})" for part in parts
+        term if re.fullmatch(r"\s*[-+]?[\w.]+\s*", term) else f"({term})" for term in terms
     )
-    mixed = found.start() and found.string[found.start() - 1].isdigit()
-    return f"{' ' if mixed else ''}{top}/{bottom}"
+    is_mixed = match.start() and match.string[match.start() - 1].isdigit()
+    return f"{' ' if is_mixed else ''}{top}/{bottom}"
 
 
 def _number(text: str) -> tuple[Fraction, bool] | None:
-    """(value without its percent sign, whether it has one)"""
+    """Returns (value without its percent sign, whether it has one); None if it is no number."""
     text = _GROUPS.sub(lambda group: group[0].replace(" ", ""), text)
-    found = _NUMBER.fullmatch(text.lower()) if len(text) <= _LONGEST_NUMBER else None
-    if not found:
+    match = _NUMBER.fullmatch(text.lower()) if len(text) <= _LONGEST_NUMBER else None
+    if not match:
         value = expressions.value(text.removesuffix("%"))
         return None if value is None else (value, text.endswith("%"))
-    if found["decimal"] is not None:
-        value = Fraction(found["decimal"].replace(",", ""))
-    elif int(found["bottom"]) == 0:
+    if match["decimal"] is not None:
+        value = Fraction(match["decimal"].replace(",", ""))
+    elif int(match["bottom"]) == 0:
         return None
     else:
-        value = int(found["whole"] or 0) + Fraction(int(found["top"]), int(found["bottom"]))
-    return (-value if found["sign"] == "-" else value), bool(found["percent"])
+        value = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
+    return (-value if match["sign"] == "-" else value), bool(match["percent"])
 
 
 def _same_number(a: tuple[Fraction, bool] | None, b: tuple[Fraction, bool] | None) -> bool:

@@ -11,7 +11,7 @@ sampled at temperature 0.7 and top_p 0.95, as the authors of InternVL did in VLM
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 from internvl3_jax.inference.chat import Answer, Chat
 from internvl3_jax.inference.options import CANDIDATE_SAMPLING, OptionChanges
@@ -84,7 +84,7 @@ def best_of_n(
     chat: Chat,
     critic: Critic | None,
     question: str,
-    images: Sequence = (),
+    images: Any = (),
     n: int = 8,
     **options: Unpack[OptionChanges],
 ) -> Choice:
@@ -95,7 +95,7 @@ def best_of_n(
 def best_of_many(
     chat: Chat,
     critic: Critic | None,
-    requests: Sequence[tuple[str, Sequence]],
+    requests: Sequence[tuple[str, Any]],
     n: int = 8,
     names: Sequence[str] = (),
     **options: Unpack[OptionChanges],
@@ -119,7 +119,7 @@ def best_of_many(
 
 
 def _choose(
-    critic: Critic | None, question: str, images: Sequence, answers: list[Answer], where: str
+    critic: Critic | None, question: str, images: Any, answers: list[Answer], where: str
 ) -> Choice:
     texts = [answer.text for answer in answers]
     finals = [final_answer(text) for text in texts]

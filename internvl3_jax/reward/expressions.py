@@ -1,8 +1,7 @@
-r"""Values of written products, quotients, powers and roots: 1.5 \times 10^3, 2^{10}, \frac{1}{-2},
+r"""Evaluates written products, quotients, powers and roots: 1.5 \times 10^3, 2^{10}, \frac{1}{-2},
 2\pi, \sqrt{2}/2.
 
-No sums: a dash between two numbers is more often a range, a score or a date. What is not wholly of
-this form has no value.
+Sums are not evaluated: a dash between two numbers is more often a range, a score or a date.
 """
 
 import math
@@ -18,7 +17,7 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 
 def plain(text: str) -> str:
-    r"""LaTeX's and Unicode's ways to write these operations as * ^ π sqrt()."""
+    r"""Replaces the LaTeX and Unicode forms of these operations by * ^ π sqrt()."""
     text = re.sub(
         r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)}])\s*[×·⋅∙]\s*(?=[\d(\\π])", "*", text
     )
@@ -26,14 +25,14 @@ def plain(text: str) -> str:
     text = re.sub(r"\\sqrt\s*\[(\d+)\]\s*\{([^{}]*)\}", r"(\2)^(1/\1)", text)
     text = re.sub(
         r"\\sqrt\s*\{([^{}]*)\}|√\s*\(([^()]*)\)",
-        lambda found: f"sqrt({found[1] or found[2]})",
+        lambda match: f"sqrt({match[1] or match[2]})",
         text,
     )
     text = re.sub(r"(?:\\sqrt|√)\s*(\d+)", r"sqrt(\1)", text)
     text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
     text = re.sub(
         "(?<=[0-9a-z)π])([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)",
-        lambda found: f"^({found[1].translate(_SUPERSCRIPTS)})",
+        lambda match: f"^({match[1].translate(_SUPERSCRIPTS)})",
         text,
     )
     text = re.sub(r"(?<=[a-z)\dπ])\s*\*?\s*(?=π)|(?<=π)\s+(?=[a-z])", "", text)
@@ -42,19 +41,21 @@ def plain(text: str) -> str:
 
 
 def value(text: str) -> Fraction | None:
-    """The value of a text that `plain` has been applied to; irrational ones to the precision of a
-    float. None if it has none.
+    """Returns the value of a text after `plain`, an irrational one in the precision of a float.
+
+    Returns:
+      None if the text is not entirely such an expression.
     """
     if len(text) > MAX_LENGTH:
         return None
-    tokens, place = [], 0
+    tokens, start = [], 0
     text = text.strip()
-    while place < len(text):
-        found = _TOKEN.match(text, place)
-        if not found:
+    while start < len(text):
+        match = _TOKEN.match(text, start)
+        if not match:
             return None
-        tokens.append(found[1] or found[2])
-        place = found.end()
+        tokens.append(match[1] or match[2])
+        start = match.end()
     parser = _Parser(tokens)
     try:
         result = parser.product()
@@ -64,8 +65,11 @@ def value(text: str) -> Fraction | None:
 
 
 class _Parser:
-    """By recursive descent; every method takes its tokens from the front. IndexError: they end too
-    soon.
+    """A recursive descent parser; every method takes its tokens from the front.
+
+    Raises:
+      IndexError: the tokens end too soon.
+      ValueError: they are not such an expression, or a number is too large.
     """
 
     def __init__(self, tokens: list[str]):

@@ -46,6 +46,7 @@ HELP = {
     "max_pairs": "largest number of pairs of a question",
     "format_negatives": "answers that state nothing are rejected ones, too",
     "batch_size": "answers generated together",
+    "matcher": "rules, or math_verify, which also simplifies formulas (extra: verify)",
     "seed": "of the sampling",
 }
 

@@ -48,6 +48,7 @@ HELP = {
     "max_steps": "steps are merged to at most this number",
     "threshold": "a step with a higher score is a +",
     "batch_size": "answers generated together",
+    "matcher": "rules, or math_verify, which also simplifies formulas (extra: verify)",
     "seed": "of the sampling",
 }
 

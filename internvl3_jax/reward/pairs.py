@@ -14,6 +14,7 @@ import numpy as np
 from internvl3_jax.data.text.chat_template import IMAGE_TAG
 from internvl3_jax.inference.chat import Chat
 from internvl3_jax.reward.answer_matching import extract_answer
+from internvl3_jax.reward.matchers import get_matcher
 from internvl3_jax.reward.question_output import Result
 from internvl3_jax.reward.questions import Question, is_correct
 
@@ -28,10 +29,12 @@ class PairSettings:
       max_pairs: largest number of pairs of a question.
       format_negatives: whether answers that state no final answer are rejected ones, too.
       batch_size: answers that are generated together.
+      matcher: how stated answers are compared with the right one, a name of `MATCHERS`.
       seed: of the sampling and of the choice of pairs.
 
     Raises:
-      ValueError: a number is below 1.
+      ValueError: a number is below 1, or the matcher is unknown.
+      ImportError: the matcher's package is not installed.
     """
 
     samples: int = 32
@@ -41,12 +44,14 @@ class PairSettings:
     max_pairs: int = 15
     format_negatives: bool = False
     batch_size: int = 64
+    matcher: str = "rules"
     seed: int = 0
 
     def __post_init__(self):
         for name in ("samples", "max_pairs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        get_matcher(self.matcher)
 
     def sampling(self) -> dict:
         """Returns the options of `Chat.candidates`."""
@@ -88,12 +93,12 @@ def _correctness_pairs(
         names=[question.where for question in questions],
         **settings.sampling(),
     )
-    results = []
+    matches, results = get_matcher(settings.matcher), []
     for question, candidates in zip(questions, answers, strict=True):
         # Sort the different answers by what they state.
         texts = list(dict.fromkeys(answer.text for answer in candidates if answer.text.strip()))
         unstated = [text for text in texts if extract_answer(text) is None]
-        right = [text for text in texts if is_correct(text, question.answer)]
+        right = [text for text in texts if is_correct(text, question.answer, matches)]
         wrong = [text for text in texts if text not in {*unstated, *right}]
         # Pair them.
         seed = (settings.seed, *json.dumps(question.id).encode())

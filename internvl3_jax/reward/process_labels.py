@@ -21,6 +21,7 @@ from internvl3_jax.data.critic_format import (
 from internvl3_jax.data.text.chat_template import OFFICIAL_ROLES
 from internvl3_jax.inference.chat import Chat
 from internvl3_jax.reward.answer_matching import extract_answer
+from internvl3_jax.reward.matchers import get_matcher
 from internvl3_jax.reward.question_output import Result
 from internvl3_jax.reward.questions import Question, is_correct
 
@@ -39,10 +40,12 @@ class LabelSettings:
       threshold: a step with a higher score is a +.
       system: system message of the rows; None writes none.
       batch_size: answers that are generated together.
+      matcher: how stated answers are compared with the right one, a name of `MATCHERS`.
       seed: of the sampling.
 
     Raises:
       ValueError: a value is out of range.
+      ImportError: the matcher's package is not installed.
     """
 
     solutions: int = 4
@@ -54,6 +57,7 @@ class LabelSettings:
     threshold: float = 0.0
     system: str | None = SYSTEM
     batch_size: int = 64
+    matcher: str = "rules"
     seed: int = 0
 
     def __post_init__(self):
@@ -66,6 +70,7 @@ class LabelSettings:
                 "are shares"
             )
         split_steps("", self.max_steps)
+        get_matcher(self.matcher)
 
     def sampling(self) -> dict:
         """Returns the options of `Chat.candidates`."""
@@ -137,6 +142,7 @@ def _estimate_scores(
 ) -> None:
     """Sets the scores of the steps, and adds to `unstated`."""
     # A beginning that solutions of one question share is continued once.
+    matches = get_matcher(settings.matcher)
     steps_of = collections.defaultdict(list)  # (question, beginning) -> [(solution, step), ...]
     for solution in solutions:
         for step in range(len(solution.steps)):
@@ -157,7 +163,8 @@ def _estimate_scores(
         )
         for (index, text), candidates in zip(batch, continued, strict=True):
             complete = [text + answer.text for answer in candidates]
-            hits = sum(is_correct(candidate, questions[index].answer) for candidate in complete)
+            answer = questions[index].answer
+            hits = sum(is_correct(candidate, answer, matches) for candidate in complete)
             unstated = sum(extract_answer(candidate) is None for candidate in complete)
             for solution, step in steps_of[index, text]:
                 solution.scores[step] = hits / settings.continuations

@@ -13,6 +13,7 @@ from internvl3_jax.inference.requests import KEPT, image_hashes, refuse_unknown
 from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.terminal import excerpt, one_line, short_name
 from internvl3_jax.reward.answer_matching import extract_answer, same_answer
+from internvl3_jax.reward.matchers import Matcher
 
 # What messages ask for when no answer could be read.
 STATED_ANSWER = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the questions'
@@ -118,7 +119,10 @@ def _read_question(row: strict_json.Object, folder: pathlib.Path, need_answer: b
     )
 
 
-def is_correct(solution: str, answer: str) -> bool:
-    """Returns whether a solution states the answer; one that states none is not correct."""
+def is_correct(solution: str, answer: str, matches: Matcher = same_answer) -> bool:
+    """Returns whether a solution states the answer; one that states none is not correct.
+
+    matches: compares the stated answer with the right one (see matchers.py).
+    """
     stated = extract_answer(solution)
-    return stated is not None and same_answer(stated, answer)
+    return stated is not None and matches(stated, answer)

@@ -1,4 +1,4 @@
-"""What is never trained on: its loss, and answers to look at."""
+"""Evaluation during training: eval losses and sample answers."""
 
 import dataclasses
 import functools
@@ -20,11 +20,12 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
 
-_LONGEST = 256  # tokens of an answer
+# Longest answer, in tokens.
+_LONGEST = 256
 
 
 class Evaluator:
-    """Reads `config.eval.source` once; the same batches and questions serve every time."""
+    """Reads the evaluation data once; every evaluation takes the same batches and questions."""
 
     def __init__(self, config: TrainConfig, model: InternVL, tokenizer):
         self.config, self.model, self.tokenizer = config, model, tokenizer
@@ -45,11 +46,11 @@ class Evaluator:
         cross-entropy. The train step's means over pairs are there too, such as
         "eval_reward_accuracy". `loss_state` and `ref_params` are the train step's.
         """
-        found = [
+        per_batch = [
             jax.device_get(self.step(params, loss_state, ref_params, batch))
             for batch in self.batches
         ]
-        sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *found)
+        sums, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *per_batch)
         values = {"eval_loss": float(sums[0].sum() / sums[1].sum())}
         values |= {
             name: float(total / metrics["pairs"])
@@ -64,51 +65,44 @@ class Evaluator:
         return values
 
     def answers(self, params, count: int) -> list[dict]:
-        """Greedy answers to the last turn of the first `count` conversations, taken from the
-        sources in turn.
+        """Answers the last turn of the first `count` conversations greedily.
+
+        The conversations are taken from the sources in turn. Images are at ordinary positions.
+
+        Returns:
+          A row for each: its source and row, question, expected answer and answer.
         """
+        config, tokenizer = self.config, self.tokenizer
         sources = open_sources(self.data)
-        places = [(source, row) for row in range(count) for source in sources if row < len(source)][
-            :count
-        ]
-        preparer = ExampleBuilder(self.data, self.config.processor, self.tokenizer)
-        stop_ids = [self.tokenizer.token_id(token) for token in self.config.processor.stop_tokens]
+        samples = [(source, row) for row in range(count) for source in sources if row < len(source)]
+        builder = ExampleBuilder(self.data, config.processor, tokenizer)
         generator = Generator(
-            self.config.model,
-            jax.device_get(lora.merged(params, self.config.lora)),
-            stop_ids=stop_ids,
+            config.model,
+            jax.device_get(lora.merged(params, config.lora)),
+            stop_ids=[tokenizer.token_id(token) for token in config.processor.stop_tokens],
         )
+        options = GenerationConfig(_LONGEST, Sampling(), (0,), config.model.language.rope_scaling)
         rows = []
-        for source, row in places:
-            read = preparer.read(source, row, np.random.default_rng(0))
-            tiles = [preparer.cut(picture, read) for picture in read.images]
-            prompt = make_prompt(
-                read.messages[:-1],
-                tiles,
-                self.tokenizer,
-                self.config.processor,
-                [UNITS] * len(tiles),
-            )
-            run = GenerationConfig(
-                _LONGEST, Sampling(), (0,), self.config.model.language.rope_scaling
-            )
-            (ids,) = generator.generate([prompt], run)
-            question, expected = read.messages[-2]["content"], read.messages[-1]["content"]
-            answer = self.tokenizer.decode(ids).strip()
+        for source, row in samples[:count]:
+            read = builder.read(source, row, np.random.default_rng(0))
+            tiles = [builder.cut(image, read) for image in read.images]
+            messages, deltas = read.messages[:-1], [UNITS] * len(tiles)
+            prompt = make_prompt(messages, tiles, tokenizer, config.processor, deltas)
+            (ids,) = generator.generate([prompt], options)
             rows.append(
                 {
                     "source": source.name,
                     "row": row,
-                    "question": question,
-                    "expected": expected,
-                    "answer": answer,
+                    "question": read.messages[-2]["content"],
+                    "expected": read.messages[-1]["content"],
+                    "answer": tokenizer.decode(ids).strip(),
                 }
             )
         return rows
 
 
 def eval_data_config(config: TrainConfig) -> DataConfig:
-    """How the held-out sources are read."""
+    """Returns how the evaluation data are read: all of it, at ordinary positions."""
     settings = {
         "exclude_file": "",
         "shards": 1,
@@ -120,8 +114,10 @@ def eval_data_config(config: TrainConfig) -> DataConfig:
 
 
 def _losses(loss_fn: SftLoss, params, loss_state, ref_params, batch):
-    """Returns f32[2,sources], sums of weighted losses and of weights; of pairs also f32[] sums over
-    them, and their number.
+    """Returns sums of weighted losses and of weights, f32[2,num_sources], and a dict of f32[].
+
+    The dict is empty without pairs. With them it holds sums of the metrics over the pairs, and the
+    number of pairs.
     """
     totals = batch_totals(batch)
     loss, (metrics, _) = loss_fn(params, batch, None, loss_state, totals, ref_params)

@@ -1,9 +1,8 @@
-"""Floating-point operations of a model's parts, for MFU and floors: a multiply-add counts two;
-products, attention and the patch embedding are counted, norms and activations are not; nothing that
-is recomputed counts.
+"""FLOPs of the model, for MFU and lower bounds of the step time.
 
-Attention in the decoder counts the pairs that a causal query sees, segment by segment; in the tower
-all pairs of a tile.
+A multiply-add counts as two. Matrix products, attention and the patch embedding count; norms,
+activations and recomputation do not. Attention in the decoder counts the pairs of query and key
+that the causal mask of each segment leaves, in the tower all pairs of a tile.
 """
 
 import dataclasses
@@ -15,9 +14,7 @@ from internvl3_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """FLOPs of one forward pass: of a tile, of a token, of a query-key pair, and of the head at one
-    position.
-    """
+    """FLOPs of a forward pass: per tile, token, query-key pair, and position of the head."""
 
     vision_tile: float
     projector_tile: float
@@ -27,6 +24,7 @@ class Forward:
 
 
 def forward_flops(config: ModelConfig) -> Forward:
+    """Returns the FLOPs of the model's parts."""
     vision, language = config.vision, config.language
     width, patches = vision.hidden_size, vision.grid**2
     layer = (
@@ -52,14 +50,14 @@ def forward_flops(config: ModelConfig) -> Forward:
 
 
 def batch_counts(batch, config: ModelConfig) -> dict[str, int]:
-    """What a Batch (data/batch.py) really holds: tokens, trained tokens, tiles, query-key pairs;
+    """Counts tokens, supervised tokens, tiles and query-key pairs of a `Batch`, without padding,
     and its room for tokens and tiles.
     """
     segments = np.asarray(batch["segments"])
     rows = np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1)
     lengths = np.unique((segments + rows)[segments > 0], return_counts=True)[1].astype(np.int64)
     is_visual = np.asarray(batch["tokens"]) == config.image_token_id
-    # Of a pair both answers show the same features.
+    # Both answers of a pair share the features of its images.
     visual = (
         int(is_visual.sum())
         if "features" not in batch
@@ -78,11 +76,13 @@ def batch_counts(batch, config: ModelConfig) -> dict[str, int]:
 def train_flops(
     config: ModelConfig, counts: dict[str, int], vision_trained: bool = True, adapters: bool = False
 ) -> float:
-    """FLOPs that an update needs: three forward passes; one and no backward through a frozen tower.
-    `counts` is of `batch_counts`.
+    """Returns the FLOPs of an update: three forward passes, one through a frozen tower.
 
-    adapters: of LoRA, where matrices have no gradient: two passes, but for attention, which has
-        none that could be spared. The adapters' own few are not counted.
+    Args:
+      counts: As `batch_counts` returns them.
+      vision_trained: Whether the vision tower gets gradients.
+      adapters: Whether only LoRA adapters are trained. Kernels then have no gradient, which leaves
+        two passes; attention still takes three. The adapters' own FLOPs are not counted.
     """
     forward, passes = forward_flops(config), 2 if adapters else 3
     vision = counts["tiles"] * forward.vision_tile * (passes if vision_trained else 1)

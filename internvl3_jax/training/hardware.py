@@ -1,14 +1,13 @@
-"""What the data sheets say of the accelerators, for floors and for the share of the peak that a run
-reaches.
+"""Data sheets of accelerators, for MFU and lower bounds of the step time.
 
-TPU numbers are of Google Cloud's pages docs.cloud.google.com/tpu/docs/ v4, v5e, v5p, v6e and tpu7x;
-NVIDIA's of the data sheets of A100 SXM 80 GB, H100 SXM, H200 SXM and DGX B200, without sparsity.
-All are per device as JAX counts devices: a TPU7x chip is two.
+TPU numbers are from docs.cloud.google.com/tpu/docs/ (v4, v5e, v5p, v6e, tpu7x), NVIDIA's from the
+data sheets of A100 SXM 80 GB, H100 SXM, H200 SXM and DGX B200, without sparsity. All are per device
+as JAX counts devices; a TPU7x chip has two.
 
-network_bytes is what all links to the neighbours of a device receive together: half of the
-"bidirectional" number of a data sheet. On a TPU that is the torus of a slice (ICI); a group of
-devices that lies along one axis of the torus has two links of it. On a GPU it is NVLink, inside one
-host. outside_bytes is a device's share of the network between slices or hosts.
+network_bytes is what all links to the neighbors of a device receive together: half of the
+"bidirectional" number of a data sheet. On TPUs the links are the torus of a slice (ICI), and a
+group of devices along one axis of the torus has two of them. On GPUs they are NVLink, inside one host.
+outside_bytes is a device's share of the network between slices or hosts.
 """
 
 import dataclasses
@@ -18,15 +17,21 @@ import dataclasses
 class Chip:
     """One device. Rates are per second; sizes in bytes."""
 
-    name: str  # as in a topology: "v5p"
-    kinds: tuple[str, ...]  # what jax.Device.device_kind begins with
-    flops: float  # bfloat16 peak, FLOP/s
-    memory: float  # HBM as sold
-    usable: float  # HBM that programs get
-    memory_bytes: float  # HBM, bytes/s
-    network_bytes: float  # bytes/s
-    outside_bytes: float  # bytes/s
-    torus: int = 0  # dimensions of the torus; 0: all devices of a host see each other
+    # Name in a topology, such as "v5p".
+    name: str
+    # Beginnings of jax.Device.device_kind.
+    kinds: tuple[str, ...]
+    # Peak in bfloat16, FLOP/s.
+    flops: float
+    # HBM as sold, and the part that programs get.
+    memory: float
+    usable: float
+    # Bandwidth of the HBM, of the links to neighbors, and to other slices or hosts.
+    memory_bytes: float
+    network_bytes: float
+    outside_bytes: float
+    # Dimensions of the torus. 0: all devices of a host are connected to each other.
+    torus: int = 0
 
 
 _GIB = 2**30
@@ -72,7 +77,7 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a jax.Device.device_kind; None where it is not known, as on CPUs."""
+    """Returns the chip of a jax.Device.device_kind; None where it is unknown, as on CPUs."""
     found = [
         (len(start), chip)
         for chip in CHIPS.values()

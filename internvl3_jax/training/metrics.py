@@ -64,7 +64,8 @@ class MetricsAggregator:
         self.counts.append(
             flops.batch_counts(self.placement.counted(prepared.batch), self.config.model)
         )
-        self.waited += prepared.waited
+        # The wait for the first batch is over when the clock starts, after the compilation.
+        self.waited += min(prepared.waited, time.perf_counter() - self.started_at)
 
     def row(self, step: int) -> dict[str, float]:
         """Returns the values at `step` and restarts; waits for the collected steps."""

@@ -1,9 +1,8 @@
-"""AdamW, Muon or Adafactor from an OptimizerConfig: schedule, decay, learning rate of each leaf,
-and what is not trained at all.
+"""AdamW, Muon or Adafactor with schedule, decay, learning rates by leaf, and frozen parameters.
 
-Parameters go by their path in the tree, such as "vision/layers/fc1/kernel".
-`OptimizerConfig.freeze` splits the tree in two, and the optimizer knows only the trained part: what
-is frozen has no state, no gradient and no update.
+A parameter is named by its path in the tree, such as "vision/layers/fc1/kernel".
+`OptimizerConfig.freeze` splits the tree in two. The optimizer sees only the trainable part: frozen
+parameters have no state, no gradient and no update.
 """
 
 from collections.abc import Callable
@@ -25,11 +24,12 @@ _NORMS_AND_BIASES = ("bias", "scale", "layer_scale1", "layer_scale2")
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation of the trained part of the parameters, and how to find that part.
+    """An optax transformation of the trainable parameters, and the split that finds them.
 
-    init: parameters (all of them) -> state, which is a tree of arrays. update: (gradients, state,
-        trained parameters) -> (updates, state).
-    split: parameters -> (trained, frozen), two trees that `join` puts together again.
+    Attributes:
+      init: From all parameters to the state, a tree of arrays.
+      update: From (gradients, state, trainable parameters) to (updates, state).
+      split: From all parameters to (trainable, frozen), two trees that `join` joins again.
     """
 
     init: Callable[[dict], Any]
@@ -38,8 +38,11 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """Raises ValueError naming the field that makes no sense; a freeze pattern is checked when the
-    parameters are there.
+    """Returns the optimizer of a run of `steps` updates.
+
+    Raises:
+      ValueError: A field is out of its range; the error names it. Freeze patterns are checked
+        later, by `split`.
     """
     if config.name not in NAMES:
         raise ValueError(
@@ -70,19 +73,19 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
         return split_params(params, config.freeze)
 
     def init(params):
-        # Statistics are float32 whatever the parameters are stored as, but for AdamW's first
-        # moment, if so asked.
+        # Statistics are float32 whatever the dtype of the parameters, except a first moment in
+        # moment_dtype.
         return chain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(params)[0]))
 
     return Optimizer(init, chain.update, split)
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """Learning rate at each update, counted from 0: linear warm-up from 0 to `peak`, then down to
-    `final_lr_fraction` of it at `steps`.
+    """Returns the learning rate by update, counted from 0.
 
-    "cosine" falls all the way; "wsd" (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at the
-    peak and falls on a line in the end.
+    It rises linearly from 0 to `peak` and ends at `final_lr_fraction` of it. "cosine" falls all the
+    way; "wsd" (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at the peak and falls
+    linearly at the end.
     """
     warmup = warmup_steps(config, steps)
     if not 0 <= warmup < steps:
@@ -113,18 +116,14 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """How many of a run's steps the learning rate rises: `warmup_fraction` of them if that is set,
-    else `warmup_steps`.
-    """
+    """Returns the number of warm-up steps, from `warmup_fraction` if that is set."""
     return round(config.warmup_fraction * steps) if config.warmup_fraction else config.warmup_steps
 
 
 def _finish(
     direction, config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Direction -> update: decay (Loshchilov and Hutter 2019, so times the learning rate), then
-    each leaf's own learning rate.
-    """
+    """Adds decoupled weight decay (Loshchilov and Hutter 2019) and each leaf's learning rate."""
     mask = None if config.decay_norms_and_biases else _is_decayed
     return optax.chain(
         direction,
@@ -137,8 +136,8 @@ def _finish(
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    # Beside Muon, whose momentum is Nesterov's, it takes Nesterov's too, as optax.contrib.muon
-    # does.
+    # With Muon, whose momentum is Nesterov's, AdamW takes Nesterov's too, as in
+    # optax.contrib.muon.
     nesterov = config.name == "muon"
     return optax.scale_by_adam(
         config.beta1, config.beta2, mu_dtype=config.moment_dtype, nesterov=nesterov
@@ -146,9 +145,10 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """As for ViT-G (Zhai et al. 2021): factored second moment, a first moment, and steps that do
-    not grow with the parameters, so that a learning rate means about what it means to AdamW. A
-    stacked leaf is factored over its matrices' axes; its steps are clipped together.
+    """Returns Adafactor as for ViT-G (Zhai et al. 2021): a factored second and a first moment.
+
+    Its steps do not grow with the parameters, so that a learning rate means about what it means to
+    AdamW. A stacked leaf is factored over its matrices' axes, and its steps are clipped together.
     """
     second = optax.scale_by_factored_rms(decay_rate=0.8)  # Shazeer and Stern 2018
     parts = [second, optax.clip_by_block_rms(1.0)]
@@ -158,23 +158,21 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Jordan et al. 2024, on every matrix of [L,in,out] by itself, with the step's size adapted to
-    in and out.
-    """
-    whole = scale_by_muon(
+    """Returns Muon (Jordan et al. 2024) on every matrix of [L,in,out], scaled by its shape."""
+    orthogonal = scale_by_muon(
         mu_dtype=config.moment_dtype,
         weight_dimension_numbers=lambda tree: jax.tree.map(
             lambda _: MuonDimensionNumbers(1, 2), tree
         ),
     )
     return optax.chain(
-        whole,
+        orthogonal,
         optax.stateless_with_tree_map(lambda x, _: x * max(1.0, x.shape[2] / x.shape[1]) ** 0.5),
     )
 
 
 def is_stacked_matrix(leaf) -> bool:
-    """Whether it is a layers' matrix [L,in,out], which Muon takes; all else is left to AdamW."""
+    """Returns whether Muon takes a leaf: the matrices of all layers, [L,in,out]."""
     return leaf.ndim == 3
 
 
@@ -186,15 +184,14 @@ def _is_decayed(tree):
 
 
 def relative_rates(params, config: OptimizerConfig):
-    """What each leaf's learning rate is multiplied with: a tree like `params` of f32[], or
-    f32[L,1...] for the tower's stacked layers.
+    """Returns factors of the learning rate: f32[] per leaf, f32[L,1...] for the tower's layers.
 
-    Each component has its rate. In the tower each layer learns `vision_layer_decay` times as fast
-    as the one above it; the top layer has the tower's rate, and the embeddings come below the first
-    layer (Bao et al. 2021, BEiT, counted from the tower's top).
+    Each component has its factor. In the vision tower each layer has `vision_layer_decay` times
+    that of the layer above it. The top layer has the tower's factor, and the embeddings come below
+    the first layer (Bao et al. 2021, BEiT, counted from the top).
     """
     leaves, tree = jax.tree.flatten_with_path(params)
-    # an adapter learns as its layer would
+    # An adapter has the factor of its layer.
     paths = [path_name(path).removeprefix("lora/") for path, _ in leaves]
     depth = next(
         (
@@ -221,7 +218,7 @@ def relative_rates(params, config: OptimizerConfig):
 
 
 def path_name(path) -> str:
-    """A path of jax.tree_util as "vision/layers/fc1/kernel"."""
+    """Returns a path of jax.tree_util as text, such as "vision/layers/fc1/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -229,10 +226,11 @@ def path_name(path) -> str:
 
 
 def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
-    """(trained, frozen): a leaf whose whole path one of the regular expressions matches is frozen.
+    """Returns (trainable, frozen): a leaf is frozen if a pattern matches its full path.
 
-    Raises ValueError naming a pattern that is no regular expression or matches nothing, and if
-    nothing is left to train.
+    Raises:
+      ValueError: A pattern is not a regular expression or matches nothing, or all leaves are
+        frozen.
     """
     leaves = flatten_dict(params, sep="/")
     frozen = {
@@ -249,5 +247,5 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
 
 
 def join(trained: dict, frozen: dict) -> dict:
-    """What `split_params` took apart."""
+    """Joins the two trees of `split_params`."""
     return unflatten_dict(flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/"), sep="/")

@@ -1,5 +1,6 @@
-"""One update: loss, gradients of the trainable parameters, optimizer. Pure functions; the caller
-jits them and donates the state.
+"""The train step: loss, gradients of the trainable parameters, update.
+
+These are pure functions; the caller compiles them and donates the state.
 """
 
 import functools
@@ -21,7 +22,9 @@ from internvl3_jax.training.optimizer import Optimizer, join, path_name
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # i32[], updates done
+    """What an update changes."""
+
+    step: jax.Array  # i32[], number of updates done
     params: dict
     opt_state: Any
     loss_state: RewardShift | tuple = ()
@@ -44,26 +47,30 @@ def train_step(
       batch: A `Batch`.
       key: Seeds drop path and the adapters' dropout, folded with the step.
       ref_params: Parameters of MPO's reference model, or None; see `objective.MpoLoss.ref_logps`.
-      micro_batches: Number of parts in which the rows are computed; loss and gradients are those of
-          the whole batch.
+      micro_batches: Number of equal parts of the batch that are computed one after the other; loss
+        and gradients are those of the full batch.
 
     Returns:
       The new state and the metrics. If the loss or a gradient is not finite, the state is the old
-      one, so that it can be saved.
-      Metrics, f32[] unless said: loss; under MPO loss_preference, _quality, _generation,
-      reward_chosen, _rejected, _margin, _accuracy (means over pairs) and reward_shift; weight (sum
-      of the loss weights); grad_norm before clipping and that of _vision, _projector, _language,
-      _lora if they are trained; finite bool[]; zero_gradient i32[], the index in `trained_paths` of
-      the first leaf whose gradient is zero though it need not be, or -1; source_loss and
-      source_weight f32[num_sources].
+      one, so that it can be saved. The metrics are f32[] unless another shape is given:
+
+      * loss. Under MPO also loss_preference, loss_quality, loss_generation, reward_shift, and the
+        means over pairs reward_chosen, reward_rejected, reward_margin and reward_accuracy.
+      * weight: sum of the loss weights.
+      * grad_norm before clipping, and that of each trained component, such as grad_norm_vision.
+      * finite: bool[], whether loss and gradients are.
+      * zero_gradient: i32[], index in `trained_paths` of the first leaf with an unexpected zero
+        gradient, or -1.
+      * source_loss and source_weight: f32[num_sources], if the loss reports sources.
     """
+    # Loss and gradients of the trainable parameters, summed over micro-batches
     trainable, frozen = optimizer.split(state.params)
     totals, key = batch_totals(batch), jax.random.fold_in(key, state.step)
 
     def micro_batch(trainable, batch, index, loss_state):
         def loss(trainable):
-            params, own_key = join(trainable, frozen), jax.random.fold_in(key, index)
-            return loss_fn(params, batch, own_key, loss_state, totals, ref_params)
+            params, micro_key = join(trainable, frozen), jax.random.fold_in(key, index)
+            return loss_fn(params, batch, micro_key, loss_state, totals, ref_params)
 
         (value, (metrics, loss_state)), gradients = jax.value_and_grad(loss, has_aux=True)(
             trainable
@@ -73,18 +80,19 @@ def train_step(
     (sums, gradients), loss_state = _over_micro_batches(
         micro_batch, trainable, batch, micro_batches, state.loss_state
     )
-    loss_state, used = loss_fn.finish(loss_state, sums)
+
+    # Metrics, replicated, since every process reads them
+    loss_state, loss_metrics = loss_fn.finish(loss_state, sums)
     metrics = (
         sums
-        | used
+        | loss_metrics
         | {"weight": totals.weight}
         | _gradient_metrics(gradients, lora.expected_zero_grads(trainable))
     )
     metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    # replicated: every process reads them
     metrics = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), metrics)
 
-    # if it is offloaded
+    # Update; the optimizer state comes to the device first, if it is offloaded
     state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
     updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
     params = join(optax.apply_updates(trainable, updates), frozen)
@@ -99,10 +107,10 @@ def make_step(
     num_sources: int,
     shardings: TrainState,
 ):
-    """Returns (state, batch, key, ref_params) -> (state, metrics), to be compiled within the mesh.
-    The state is donated.
+    """Returns the jitted (state, batch, key, ref_params) -> (state, metrics); state is donated.
 
-    shardings: Those of the state, as `shardings_of` returns them.
+    Args:
+      shardings: Those of the state, as `shardings_of` returns them.
 
     Raises:
       RuntimeError: No mesh is in context.
@@ -116,7 +124,7 @@ def make_step(
 
 
 def trains_tower(optimizer: Optimizer, params: dict) -> bool:
-    """Whether the layers of the vision tower themselves are trained. A frozen tower drops no paths."""
+    """Returns whether the layers of the vision tower are trained; frozen ones drop no paths."""
     return "layers" in optimizer.split(params)[0].get("vision", {})
 
 
@@ -145,8 +153,11 @@ def init_state(
     adapters: LoraConfig | None = None,
     loss_state: RewardShift | tuple = (),
 ) -> TrainState:
-    """Initializes a state; with `adapters` of a rank above 0 the parameters are a base and its
-    adapters.
+    """Initializes a state randomly.
+
+    Args:
+      batch: An example of the batch, which gives shapes.
+      adapters: With a rank above 0 the parameters are a base and its LoRA adapters.
     """
     params = model.init(jax.random.key(seed), batch)["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
@@ -157,14 +168,17 @@ def init_state(
 
 
 def init_loss_state(config: TrainConfig) -> RewardShift | tuple:
+    """Returns the loss state before the first update."""
     return init_reward_shift() if config.loss.kind == "mpo" else ()
 
 
 def shardings_of(
     state: TrainState, mesh: jax.sharding.Mesh, offload_optimizer: bool = False
 ) -> TrainState:
-    """Returns the NamedShardings of a state (arrays or ShapeDtypeStructs). offload_optimizer: keep
-    its state in the hosts' memory.
+    """Returns the NamedShardings of a state, whose leaves may be ShapeDtypeStructs.
+
+    Args:
+      offload_optimizer: Whether the optimizer state is kept in host memory.
     """
     replicated = jax.NamedSharding(mesh, jax.P())
     opt_state = state_shardings(state.opt_state, state.params, mesh)
@@ -181,13 +195,11 @@ def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:
     return [path_name(path) for path, _ in jax.tree.leaves_with_path(optimizer.split(params)[0])]
 
 
-# --- parts of the step ---------------------------------------------------------------------------
+# --- micro-batches and gradients ---------------------------------------------------------------------------
 
 
 def _over_micro_batches(function, trainable, batch, count: int, carry):
-    """Sums function(trainable, micro-batch, index, carry) over `count` micro-batches in float32;
-    returns it and the last carry.
-    """
+    """Returns the float32 sum of function(trainable, micro-batch, index, carry), and the carry."""
     rows = len(batch["tokens"])
     if rows % count:
         raise ValueError(f"micro_batches is {count}; it must divide the batch's {rows} rows")
@@ -195,9 +207,8 @@ def _over_micro_batches(function, trainable, batch, count: int, carry):
     if count == 1:
         sums, carry = function(trainable, batch, 0, carry)
         return jax.tree.map(lambda x: x.astype(jnp.float32), sums), carry
-    # Every count-th row, so that where rows are sharded each device takes its part of each
-    # micro-batch from its own rows.
-    parts = jax.tree.map(
+    # A micro-batch takes every count-th row, so that sharded rows stay on their devices.
+    micro_batches = jax.tree.map(
         lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch)
     )
     indices = jnp.arange(count)
@@ -208,20 +219,21 @@ def _over_micro_batches(function, trainable, batch, count: int, carry):
         return (jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, sums), carry), None
 
     shapes, _ = jax.eval_shape(
-        function, trainable, *jax.tree.map(lambda x: x[0], (parts, indices)), carry
+        function, trainable, *jax.tree.map(lambda x: x[0], (micro_batches, indices)), carry
     )
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, (total, carry), (parts, indices))[0]
+    return jax.lax.scan(add, (total, carry), (micro_batches, indices))[0]
 
 
-def _gradient_metrics(gradients, idle: list) -> dict:
-    """idle: Whether the gradient of each leaf must be zero."""
+def _gradient_metrics(gradients: dict, expected_zero: list) -> dict:
+    """Returns norms of the gradients. expected_zero: For each leaf whether its gradient is zero."""
     squares = jax.tree.map(lambda x: jnp.square(x).sum(), gradients)
     leaves = jnp.stack(jax.tree.leaves(squares))
     metrics = {
-        f"grad_norm_{name}": jnp.sqrt(sum(jax.tree.leaves(part))) for name, part in squares.items()
+        f"grad_norm_{name}": jnp.sqrt(sum(jax.tree.leaves(component)))
+        for name, component in squares.items()
     }
     metrics["grad_norm"] = jnp.sqrt(leaves.sum())
-    wrong = (leaves == 0) & ~jnp.stack(jax.tree.map(jnp.asarray, idle))
+    wrong = (leaves == 0) & ~jnp.stack(jax.tree.map(jnp.asarray, expected_zero))
     metrics["zero_gradient"] = jnp.where(wrong.any(), jnp.argmax(wrong), -1).astype(jnp.int32)
     return metrics

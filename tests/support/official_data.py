@@ -5,12 +5,15 @@ import io
 import json
 import pathlib
 import tarfile
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.config import DataConfig, ProcessorConfig
+from internvl3_jax.data.batch import Sample, cut_images, finish_sample
+from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
 PROCESSOR = ProcessorConfig(
@@ -105,3 +108,33 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
+
+
+def make_sample(
+    messages,
+    images,
+    tokenizer,
+    processor: ProcessorConfig,
+    deltas: Sequence[int],
+    where: str = "",
+    *,
+    max_tiles: int | None = None,
+    loss_reduction: str = "square",
+) -> Sample:
+    """Makes a training sample of messages and PIL images.
+
+    Args:
+      deltas: V2PE units, one per image.
+      max_tiles: None takes processor.max_tiles.
+      loss_reduction: See `average_weights`.
+    """
+    tiles = cut_images(images, processor, max_tiles)
+    encoded = encode_chat(
+        messages,
+        [len(image_tiles) for image_tiles in tiles],
+        tokenizer,
+        processor,
+        add_generation_prompt=False,
+        where=where,
+    )
+    return finish_sample(encoded, tiles, deltas, processor, loss_reduction)

@@ -1,9 +1,8 @@
-"""Tensors -> parameter tree and back through the table, with every check that makes a conversion
-total.
+"""Converts tensors to the parameter tree and back through the table of mapping.py, fully checked.
 
-A `Source` hands out tensors by name; a dict of arrays and a directory of safetensors files both are
-one. Everything that can be known from names, shapes and dtypes is checked before the first tensor
-is read, and all that is wrong is reported at once.
+A `Source` returns tensors by name, from a dict of arrays or a directory of safetensors files. Names,
+shapes and dtypes are checked before the first tensor is read, and all problems are reported at
+once.
 """
 
 import collections
@@ -74,7 +73,7 @@ class ArraySource:
 
 
 def detect_layout(names) -> str:
-    """ "internvl" or "hf" from the names of the tensors."""
+    """Returns "internvl" or "hf" by the names of the tensors."""
     prefixes = {"vision_model.": "internvl", "model.vision_tower.": "hf", "vision_tower.": "hf"}
     found = {
         layout for name in names for prefix, layout in prefixes.items() if name.startswith(prefix)
@@ -90,18 +89,18 @@ def detect_layout(names) -> str:
 
 
 def has_head(names) -> bool:
-    """Whether the weights bring an output head of their own."""
+    """Returns whether the weights have an output head."""
     return any(name in HEADS for name in names)
 
 
 class Plan(NamedTuple):
-    """A checked conversion: which tensors fill which leaf, and in what dtype."""
+    """A checked conversion: the tensors that fill each leaf, and the dtype."""
 
     config: ModelConfig
     layout: str
-    names: dict[str, str]  # the table's key -> the name in the source
+    names: dict[str, str]  # key of the table -> name in the source
     dtype: np.dtype
-    allow_nonfinite: bool = False  # or NaN and infinities are errors
+    allow_nonfinite: bool = False  # otherwise NaN and infinities are errors
 
 
 def plan(
@@ -112,20 +111,24 @@ def plan(
     part: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Plan:
-    """Checks a source against the table, completely, before anything is read.
+    """Checks all names, shapes and dtypes of a source against the table before reading.
 
     Args:
-      dtype: name of the dtype to convert to; None keeps the source's, which must then be one and
-          the same for all tensors.
-      part: "vision" or "language" for a source that holds that part of the model alone.
-      allow_nonfinite: reading takes NaN and infinities instead of refusing them.
+      config: the model.
+      source: the tensors.
+      layout: "internvl" or "hf"; None detects it.
+      dtype: name of the dtype to convert to; None keeps the source's, which must be the same for
+        all tensors.
+      part: "vision" or "language" if the source has only that part of the model.
+      allow_nonfinite: accept NaN and infinities when reading.
 
     Raises:
-      ConversionError: naming tensors that are unknown, missing, given twice, of another shape or of
-      another dtype.
+      ConversionError: it names tensors that are unknown, missing, duplicate, or of another shape or
+        dtype.
     """
     infos = source.infos()
     layout = layout or detect_layout(infos)
+    # 1) Match the source's names with the table's keys.
     rows = [row for row in active_rows(config) if part is None or row.target.startswith(part + "/")]
     wanted = {key: row for row in rows for key in _all_keys(row, config, layout)}
     problems = collections.defaultdict(list)
@@ -142,6 +145,7 @@ def plan(
             _check_tied(source, name, layout, names, infos)
         else:
             problems["unknown (nothing in the model takes them)"].append(name)
+    # 2) Check that nothing is missing, and all shapes.
     for key, row in wanted.items():
         if key not in names:
             problems["missing"].append(file_name(key, config, layout))
@@ -151,6 +155,7 @@ def plan(
             problems["of the wrong shape"].append(
                 f"{names[key]} {shape}, config.json asks for {expected}"
             )
+    # 3) Choose the dtype, and report all problems.
     target = _common_dtype({name: infos[name].dtype for name in names.values()}, dtype, problems)
     if problems:
         raise ConversionError(
@@ -165,13 +170,13 @@ def _all_keys(row: Row, config: ModelConfig, layout: str):
 
 
 def layer_numbers(row: Row, config: ModelConfig):
-    """The layers that a leaf stacks; [None] for a leaf that stacks none."""
+    """Returns the layers that a leaf stacks, [None] for a leaf without layers."""
     layers = layers_of(row, config)
     return [None] if layers is None else range(layers)
 
 
 def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapping) -> None:
-    """A head saved beside the embedding it is tied to must be that embedding."""
+    """Checks that a head that is tied to the embedding equals it."""
     embeddings = (
         name
         for name in infos
@@ -187,8 +192,9 @@ def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapp
 
 
 def _common_dtype(dtypes: dict[str, str], dtype: str | None, problems: dict) -> str:
-    """The dtype to convert to; files a problem for each tensor that is no float or, when keeping,
-    is not of the commonest.
+    """Returns the dtype to convert to; adds a problem for each tensor of an unsupported dtype.
+
+    If `dtype` is None, tensors of another than the most common dtype are problems, too.
     """
     for name, found in dtypes.items():
         if found not in DTYPES:
@@ -208,7 +214,7 @@ def _common_dtype(dtypes: dict[str, str], dtype: str | None, problems: dict) -> 
 
 
 def read_tensors(plan: Plan, source: Source, row: Row, layer: int | None) -> list[np.ndarray]:
-    """The tensors that hold one layer of a leaf, in the plan's dtype."""
+    """Reads the tensors of one layer of a leaf, in the plan's dtype."""
     tensors = []
     for key in row.keys(plan.layout, layer):
         name = plan.names[key]
@@ -220,7 +226,7 @@ def read_tensors(plan: Plan, source: Source, row: Row, layer: int | None) -> lis
 
 
 def padded_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of the whole leaf: layers first, vocabulary padded."""
+    """Returns the shape of a full leaf: layers first, vocabulary padded."""
     shape = leaf_shape(row, config)
     padded = config.language.padded_vocab_size
     shape = tuple(
@@ -231,7 +237,7 @@ def padded_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
 
 
 def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
-    """The part of one layer of a leaf that is no padding."""
+    """Returns the slices of one layer of a leaf without the vocabulary's padding."""
     return tuple(
         slice(0, config.language.vocab_size) if axis == "V" else slice(None)
         for axis in row.shape.split()
@@ -239,8 +245,13 @@ def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
 
 
 def fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
-    """Reads parts of a leaf layer by layer, each tensor once. `parts`: ((start, stop) of each
-    dimension of the leaf) -> array to fill.
+    """Fills blocks of a leaf layer by layer, reading each tensor once.
+
+    Args:
+      plan: the checked conversion.
+      source: the tensors.
+      row: the leaf's row.
+      parts: ((start, stop) of each dimension of the leaf) -> array to fill.
     """
     for out in parts.values():
         out[...] = 0  # the vocabulary's padding
@@ -270,7 +281,7 @@ def fill_leaf(
 ) -> None:
     """Reads a leaf layer by layer into `out`.
 
-    `visit(key, tensors)` sees the tensors of each layer; key names them in the original layout.
+    `visit(key, tensors)` is called for each layer; the key is the name in the original layout.
     """
     inside = vocabulary_slice(row, plan.config)
     if "V" in row.shape.split():
@@ -284,9 +295,7 @@ def fill_leaf(
 
 
 def copy(value: np.ndarray, out: np.ndarray) -> None:
-    """Copies an array, one that is transposed by blocks that fit the processor's caches: nine times
-    faster for a vocabulary.
-    """
+    """Copies an array, a transposed one in blocks that fit the caches: 9x faster for a vocabulary."""
     step = value.shape[-1] if value.flags.c_contiguous else 256
     for start in range(0, value.shape[-1], step):
         out[..., start : start + step] = value[..., start : start + step]
@@ -298,10 +307,9 @@ def params_from_tensors(
     layout: str | None = None,
     dtype: str | None = None,
 ) -> dict:
-    """A state dict (or any Source) of either layout -> the parameter tree, in host memory.
+    """Converts a state dict or Source of either layout to the parameter tree, in host memory.
 
-    Raises:
-      ConversionError: see `plan`.
+    ConversionError as in `plan`.
     """
     source = ArraySource(tensors) if isinstance(tensors, Mapping) else tensors
     checked = plan(config, source, layout, dtype)
@@ -313,9 +321,7 @@ def params_from_tensors(
 
 
 def check_params(config: ModelConfig, leaves: Mapping[str, object]) -> None:
-    """Raises ConversionError naming leaves that the configuration does not have, lacks, or has in
-    another shape.
-    """
+    """Raises ConversionError naming leaves that are unknown, missing or of another shape."""
     wanted = {row.target: padded_shape(row, config) for row in active_rows(config)}
     problems = collections.defaultdict(list)
     for path in sorted(leaves.keys() | wanted.keys()):
@@ -332,7 +338,7 @@ def check_params(config: ModelConfig, leaves: Mapping[str, object]) -> None:
 
 
 def leaf_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layout: str):
-    """Yields (name, tensor) of all that a layout makes of one leaf."""
+    """Yields (name, tensor) of one leaf in a layout."""
     for layer in layer_numbers(row, config):
         yield from zip(
             row.keys(layout, layer), layer_tensors(config, row, leaf, layer, layout), strict=True
@@ -342,13 +348,13 @@ def leaf_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layout: str):
 def layer_tensors(
     config: ModelConfig, row: Row, leaf: np.ndarray, layer: int | None, layout: str
 ) -> list[np.ndarray]:
-    """What a layout makes of one layer of a leaf."""
+    """Returns the tensors of one layer of a leaf in a layout."""
     value = np.asarray(leaf if layer is None else leaf[layer])[vocabulary_slice(row, config)]
     return from_leaf(row, value, config, layout)
 
 
 def tensors_from_params(config: ModelConfig, params: Mapping, layout: str) -> dict[str, np.ndarray]:
-    """The parameter tree -> a state dict of a layout, in host memory."""
+    """Converts the parameter tree to a state dict of a layout, in host memory."""
     leaves = by_path(params)
     check_params(config, leaves)
     return {

@@ -1,11 +1,10 @@
-"""config.json of the two released layouts, read into our dataclasses and written back.
+"""Reads config.json of the two released layouts; convert/config_json.py writes it.
 
 "internvl" is the original layout (`internvl_chat`, with `llm_config` and a `vision_config` of type
-`intern_vit_6b` for both towers);
-"hf" is the one built into transformers (`internvl`, with `text_config` and `internvl_vision`).
-Reading is strict: every field is either used, known to change nothing, or an error that names it,
-and a field the computation depends on is never filled from a class default where those defaults
-differ between releases (layers of the tower, rope base, tying).
+`intern_vit_6b` for both towers); "hf" is that of transformers (`internvl`, with `text_config` and
+`internvl_vision`). Reading is strict: every key is used, known to change nothing, or an error. A key
+that changes the computation gets no class default where those differ between releases (layers of
+the tower, rope base, tying).
 """
 
 import difflib
@@ -24,7 +23,7 @@ _MERGE = "; merge the adapter first (tools/merge_lora.py in the InternVL reposit
 
 LAYOUTS = ("internvl", "hf")
 
-# Of the original layout, about pictures, prompts and V2PE positions: read by `processor_from_hf`.
+# Keys of the original layout about images, prompts and V2PE positions; see `processor_from_hf`.
 PROCESSOR_FIELDS = frozenset(
     (
         "template",
@@ -40,8 +39,11 @@ PROCESSOR_FIELDS = frozenset(
 
 
 def layout_of(config: dict, place: str = "") -> str:
-    """ "internvl" or "hf", by `model_type`. place: the directory that errors name before the file,
-    with its slash.
+    """Returns "internvl" or "hf" by `model_type`.
+
+    Args:
+      config: the parsed file.
+      place: the directory that errors name before the file, with its slash.
     """
     kinds = {"internvl_chat": "internvl", "internvl": "hf"}
     model_type = Object(config, f"{place}config.json").get("model_type", str, None)
@@ -67,17 +69,16 @@ def from_hf(
     Args:
       config: the parsed file.
       image_token_id: id of <IMG_CONTEXT> in the checkpoint's tokenizer. The original layout does
-          not store it; where the file
-        has it too, the two must agree.
-      has_head: whether the weights hold an output head, None if unknown. Decides tying where the
-          file says nothing.
-      preprocessor_config: the parsed preprocessor_config.json, for the mean and deviation of
-          pixels; ImageNet's without it.
-      place: what errors put before a file's name: the directory with its slash.
+        not store it; if the file has it, the two must agree.
+      has_head: whether the weights have an output head, None if unknown. It decides tying if the
+        file does not.
+      preprocessor_config: the parsed preprocessor_config.json, for the mean and standard deviation
+        of pixels; ImageNet's by default.
+      place: the directory that errors name before the file, with its slash.
 
     Raises:
-      ValueError: naming the field that is unknown, missing, of a wrong type or size, contradictory
-      or not supported.
+      ValueError: a key is unknown, missing, of a wrong type or size, contradictory or not
+        supported; the message names it.
     """
     layout = layout_of(config, place)
     where = f"{place}config.json: config"
@@ -137,27 +138,25 @@ def _downsample(top: Fields) -> int:
 def _pixels(
     values: dict | None, vision: VisionConfig, place: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, deviation) of pixels, from preprocessor_config.json, after checking that it asks for
-    nothing that is not done here.
-    """
-    pictures = Fields({} if values is None else values, f"{place}preprocessor_config.json")
-    mean = pictures.list_of("image_mean", float, list(vision.mean), length=3, **bounds(limits.MEAN))
-    std = pictures.list_of("image_std", float, list(vision.std), length=3, **bounds(limits.STD))
-    pictures.expect("do_normalize", True)
-    pictures.expect("do_rescale", True)
-    pictures.expect("resample", 3, "bicubic")
-    scale = pictures.get("rescale_factor", float, 1 / 255)
+    """Returns (mean, standard deviation) of pixels; refuses unsupported preprocessing."""
+    image_config = Fields({} if values is None else values, f"{place}preprocessor_config.json")
+    mean = image_config.list_of(
+        "image_mean", float, list(vision.mean), length=3, **bounds(limits.MEAN)
+    )
+    std = image_config.list_of("image_std", float, list(vision.std), length=3, **bounds(limits.STD))
+    image_config.expect("do_normalize", True)
+    image_config.expect("do_rescale", True)
+    image_config.expect("resample", 3, "bicubic")
+    scale = image_config.get("rescale_factor", float, 1 / 255)
     if abs(255 * scale - 1) > 1e-3:
-        pictures.refuse("rescale_factor", "this implementation divides by 255")
-    _refuse_misspelt(pictures)
+        image_config.refuse("rescale_factor", "this implementation divides by 255")
+    _refuse_misspelt(image_config)
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def _refuse_misspelt(pictures: Fields) -> None:
-    """Unknown settings of an image processor are many, and ignored; one that is nearly the name of
-    one that decides is an error.
-    """
-    deciding = (
+def _refuse_misspelt(image_config: Fields) -> None:
+    """Refuses a misspelled setting of the image processor; other unknown ones are ignored."""
+    used = (
         "image_mean",
         "image_std",
         "do_normalize",
@@ -168,33 +167,30 @@ def _refuse_misspelt(pictures: Fields) -> None:
         "min_patches",
         "max_patches",
     )
-    for name in pictures.values:
-        near = difflib.get_close_matches(name, deciding, n=1, cutoff=0.85)
-        if near and name not in deciding and near[0] not in pictures.values:
-            pictures.refuse(name, f"there is no such setting; did you mean {near[0]!r}?")
+    for name in image_config.values:
+        near = difflib.get_close_matches(name, used, n=1, cutoff=0.85)
+        if near and name not in used and near[0] not in image_config.values:
+            image_config.refuse(name, f"there is no such setting; did you mean {near[0]!r}?")
 
 
 def _original_fields(top: Fields, vision: VisionConfig) -> None:
-    """The original layout's own fields: those that pick another computation are refused, the
-    processor's are read elsewhere.
-    """
+    """Checks the keys that only the original layout has; the processor's are read elsewhere."""
     top.expect("select_layer", -1)
     top.expect("pad2square", False)
     top.expect("use_backbone_lora", 0, remedy=_MERGE)
     top.expect("use_llm_lora", 0, remedy=_MERGE)
-    # Where the two sizes differ the original code resizes the position table; the released
-    # checkpoints are saved after that.
+    # If the two sizes differ, the original code resizes the position table; the released
+    # checkpoints were saved after that.
     top.expect("force_image_size", vision.image_size)
     top.asked |= PROCESSOR_FIELDS
 
 
 def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool:
-    """Whether the output head is the embedding.
+    """Returns whether the output head is the embedding.
 
-    The original code forces an untied head whatever its fields say, so there only a file without a
-    head can be tied.
-    transformers 5 ties when the key is absent, while released files without the key hold a head of
-    their own: then the weights decide.
+    The original code always has an untied head, so only weights without a head can be tied there.
+    transformers 5 ties if the key is absent, but released files without the key have a head: then
+    the weights decide.
     """
     stated, inner = (fields.get("tie_word_embeddings", bool, None) for fields in (top, text))
     if layout == "internvl":
@@ -214,9 +210,7 @@ def _tied(top: Fields, text: Fields, layout: str, has_head: bool | None) -> bool
 def read_vision(
     values: dict, layout: str, where: str = "config.json: config.vision_config"
 ) -> VisionConfig:
-    """InternViT's configuration in either layout; both towers call themselves intern_vit_6b in the
-    original one.
-    """
+    """Reads InternViT's configuration; the original layout calls both towers intern_vit_6b."""
     fields = Fields(values, where)
     fields.expect("model_type", "intern_vit_6b" if layout == "internvl" else "internvl_vision")
     fields.expect("hidden_act", "gelu")
@@ -253,12 +247,12 @@ def _square(fields: Fields, name: str) -> int:
 def processor_from_hf(
     config: dict, preprocessor_config: dict | None = None, place: str = ""
 ) -> ProcessorConfig:
-    """How the released system prepares pictures and prompts, from config.json (original layout) or
-    preprocessor_config.json (hf).
+    """Reads how the released model prepares images and prompts.
 
-    `system_message: null` means the template's text: that is what the models were trained with. The
-        transformers layout knows neither template nor system text; both are the defaults there, as
-        in the original files of the same weights.
+    The original layout has it in config.json, transformers in preprocessor_config.json.
+    `system_message: null` means the template's text, with which the models were trained. The
+    transformers layout has neither template nor system text; both are the defaults, as in the
+    original files of the same weights.
     """
     layout = layout_of(config, place)
     fields = Fields(config, f"{place}config.json: config")
@@ -267,12 +261,14 @@ def processor_from_hf(
         image_size=vision.image_size, tokens_per_tile=(vision.grid // _downsample(fields)) ** 2
     )
     if layout == "hf":
-        pictures = Fields(
+        image_config = Fields(
             {} if preprocessor_config is None else preprocessor_config,
             f"{place}preprocessor_config.json",
         )
-        processor.min_tiles, processor.max_tiles = _tiles(pictures, "min_patches", "max_patches")
-        _check_size(pictures, vision.image_size)
+        processor.min_tiles, processor.max_tiles = _tiles(
+            image_config, "min_patches", "max_patches"
+        )
+        _check_size(image_config, vision.image_size)
         return processor
     processor.template = fields.get("template", str, low=1, high=100)
     processor.system_message = fields.get("system_message", str, "default", high=1 << 20)
@@ -282,8 +278,7 @@ def processor_from_hf(
     )
     if not fields.get("dynamic_image_size", bool, True):
         processor.min_tiles = processor.max_tiles = 1
-    # Written by V2PE training code: a fixed step in units of 1/256, or "v2pe_rnd" for training with
-    # drawn ones.
+    # Written by V2PE training code: a fixed step in units of 1/256, or "v2pe_rnd" for random ones.
     fields.expect("rope_pos_id_version", "default", "v2pe_fix", "v2pe_rnd")
     if fields.get("rope_pos_id_version", str, "default") == "v2pe_fix":
         processor.delta = fields.get("rope_pos_id_stride", int, low=1, high=UNITS)
@@ -297,10 +292,10 @@ def _tiles(fields: Fields, least: str, most: str) -> tuple[int, int]:
     return low, high
 
 
-def _check_size(pictures: Fields, image_size: int) -> None:
-    """`size` is a number in the original layout's files, an object of sides in transformers'."""
-    size = pictures.get("size", (int, dict), {})
+def _check_size(image_config: Fields, image_size: int) -> None:
+    """Checks `size`: a number in the original layout, an object of sides in transformers."""
+    size = image_config.get("size", (int, dict), {})
     for side, value in (size if isinstance(size, dict) else {"": size}).items():
-        check(value, int, f"{pictures.where}: size: {excerpt(side)}")
+        check(value, int, f"{image_config.where}: size: {excerpt(side)}")
         if value != image_size:
-            pictures.refuse("size", f"vision_config.image_size is {image_size}")
+            image_config.refuse("size", f"vision_config.image_size is {image_size}")

@@ -1,12 +1,10 @@
-"""InternLM2's spelling of the original layout, in both directions.
+"""InternLM2's tensor names in the original layout, in both directions.
 
-The table calls a decoder's tensors as Qwen2 and InternLM3 do. InternLM2 (InternVL2.5-8B, and
-VisualPRM which is built like it) has other names, and one wqkv in place of q, k and v: for each key
-head its query heads, then the key head, then the value head. `table_source` makes a checkpoint of
-it look as the table wants it, `FileWriter` undoes that.
+The table has the names of Qwen2 and InternLM3. InternLM2 (InternVL2.5-8B, and VisualPRM) has other
+names, and one wqkv in place of q, k and v: for each key head its query heads, the key head and the
+value head. `table_source` reads it under the table's names; `FileWriter` writes it.
 
-Shapes: K key heads, G query heads for each of them, d head width, D width; wqkv is [K * (G + 2) *
-d, D].
+Shapes: K key heads, G query heads for each, d head width, D width; wqkv is [K * (G + 2) * d, D].
 """
 
 from collections.abc import Iterable
@@ -26,18 +24,18 @@ from internvl3_jax.io.terminal import one_line
 
 
 def table_source(source: Source, language: LanguageConfig, layout: str = "internvl") -> Source:
-    """The source under the table's names; itself where they are its own."""
+    """Returns a source with the table's names."""
     if language.family != "internlm2" or layout != "internvl":
         return source
     return _TableSource(source, language)
 
 
 class _TableSource:
-    """Gives out q, k and v from wqkv, and the rest under the table's names."""
+    """Splits wqkv into q, k and v, and renames the other tensors."""
 
     def __init__(self, source: Source, language: LanguageConfig):
         self.source, self.language = source, language
-        # by the table's name: the name in the file, and shape and dtype
+        # By the table's name: the name in the file; shape and dtype.
         self.stored, self.found = {}, {}
         height = (language.num_heads + 2 * language.num_kv_heads) * language.head_dim
         for name, info in source.infos().items():
@@ -68,9 +66,7 @@ class _TableSource:
 
 
 class FileWriter:
-    """Takes tensors under the table's names to a writer with the file's; q and k of a layer wait in
-    memory for its v.
-    """
+    """Writes tensors of the table's names under the file's; q and k of a layer wait for its v."""
 
     def __init__(self, writer, config: ModelConfig, layout: str):
         self.writer, self.config, self.layout = writer, config, layout
@@ -91,7 +87,7 @@ class FileWriter:
 
 
 def join(parts: dict[str, np.ndarray], language: LanguageConfig) -> np.ndarray:
-    """q, k and v by the table's names -> wqkv."""
+    """Joins q, k and v, by the table's names, to wqkv."""
     first = next(iter(parts.values()))
     height = sum(len(part) for part in parts.values())
     joined = np.empty((height, *first.shape[1:]), f"u{first.dtype.itemsize}")
@@ -105,7 +101,7 @@ def join(parts: dict[str, np.ndarray], language: LanguageConfig) -> np.ndarray:
 def file_tensors(
     tensors: Iterable[tuple[str, tuple[int, ...]]], config: ModelConfig, layout: str
 ) -> list:
-    """(name, shape) of the files' tensors from those of the table's."""
+    """Returns (name, shape) of the files' tensors from the table's."""
     shapes = {}
     for key, shape in tensors:
         name = file_name(key, config, layout)
@@ -119,7 +115,7 @@ def _by_heads(tensor: np.ndarray, language: LanguageConfig) -> np.ndarray:
 
 
 def _heads(name: str, language: LanguageConfig) -> slice:
-    """Where the heads of q_proj, k_proj or v_proj lie in a group."""
+    """Returns the heads of q_proj, k_proj or v_proj in a group."""
     group = language.num_heads // language.num_kv_heads
     return {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[
         _letter(name)

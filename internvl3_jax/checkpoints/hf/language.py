@@ -1,6 +1,4 @@
-"""The decoder's part of a released config.json, of Qwen2, InternLM2 or InternLM3, read into our
-dataclass.
-"""
+"""Reads the decoder's part of a released config.json: Qwen2, InternLM2 or InternLM3."""
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
 from internvl3_jax.checkpoints.hf.keys import EPSILON, LANGUAGE, bounds, read_keys
@@ -13,8 +11,9 @@ from internvl3_jax.io.terminal import excerpt
 def read_language(
     values: dict, where: str = "config.json: config", *, tied: bool
 ) -> LanguageConfig:
-    """A Qwen2, InternLM2 or InternLM3 configuration (transformers reads InternLM3 as Llama, and
-    converted 9B checkpoints say so).
+    """Reads the decoder's configuration.
+
+    A "llama" is InternLM3: transformers reads it so, and converted 9B checkpoints say so.
     """
     fields = Fields(values, where)
     fields.expect("model_type", "qwen2", "internlm2", "internlm3", "llama", default="absent")
@@ -62,11 +61,11 @@ def read_language(
 
 
 def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
-    """Whether q, k and v, o, and the MLP have biases."""
+    """Returns whether q, k and v, o, and the MLP have biases."""
     if family == "qwen2":
         return True, False, False
     if family == "internlm2":
-        # Its class takes true for a missing "bias", its released models say false.
+        # Its class takes a missing "bias" for true; its released models say false.
         bias = fields.get("bias", bool)
         return bias, bias, False
     qkv_bias = fields.same(("attention_bias", "qkv_bias"), bool, default=False)
@@ -76,8 +75,9 @@ def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
 
 
 def _rope(fields: Fields, max_position: int) -> tuple[float, str, float]:
-    """(theta, scaling, factor) from rope_theta and rope_scaling (transformers 4) or rope_parameters
-    (transformers 5).
+    """Returns (theta, scaling, factor) of rotary embedding.
+
+    transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters.
     """
     base, factors = bounds(limits.ROPE_THETA), bounds(limits.ROPE_FACTOR)
     blocks = [fields.fields(name, {}) for name in ("rope_parameters", "rope_scaling")]

@@ -1,14 +1,13 @@
-"""The one table between our parameter tree and the tensors of the two released layouts; it runs in
-both directions.
+"""The table between our parameter tree and the tensors of the two released layouts.
 
-Each row names a leaf of the tree, the shape of one layer of it, what it is called in either layout,
-and how the bytes are rearranged. A layout may keep one leaf in several tensors (q, k and v of the
-vision tower in transformers): they are joined along their first axis. `{}` is the layer's number.
-Rows whose `when` is false for a configuration do not exist for it.
+It is used in both directions. A row has a leaf of the tree, the shape of one layer, its name in
+either layout, and how the values are rearranged. A layout may store a leaf in several tensors (q, k
+and v of the vision tower in transformers), joined along their first axis. `{}` is the layer's
+number.
 
-Shapes are of one layer, without the padding of the vocabulary (see `assemble.py`): C, M, P, N
-width, inner width, pixels of a patch and positions of the vision tower; D, F, V width, inner width
-and vocabulary of the decoder; Q and K widths of its queries and keys; S width after pixel shuffle.
+Shapes are of one layer, without the vocabulary's padding (see assemble.py). Vision tower: C width,
+M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q and
+K widths of queries and keys. Projector: S width after pixel shuffle.
 """
 
 import dataclasses
@@ -21,9 +20,7 @@ from internvl3_jax.config import ModelConfig
 
 
 class Transform(enum.Enum):
-    """How a tensor in a file (joined, where it is several) becomes a leaf. The inverse is computed,
-    not written twice.
-    """
+    """How a tensor of a file, joined if several, becomes a leaf. The inverse is derived."""
 
     VECTOR = "as it is; leading axes of length 1 are dropped"
     LINEAR = "torch weight [out, in] -> kernel [in, out]"
@@ -41,7 +38,7 @@ class Row:
     when: str = ""
 
     def keys(self, layout: str, layer: int | None) -> tuple[str, ...]:
-        """The tensor names in a layout that hold this leaf (of this layer)."""
+        """Returns the names of this leaf's tensors in a layout (of one layer)."""
         patterns = (self.internvl,) if layout == "internvl" else self.hf
         return tuple(pattern.format(layer) for pattern in patterns)
 
@@ -139,9 +136,9 @@ def _parse_table(text: str) -> list[Row]:
 
 TABLE = _parse_table(_TEXT)
 
-# Constants that some versions saved with the weights; they are computed here.
+# Constants that some versions save with the weights; they are computed here.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|position_ids|relative_position_index)$")
-# Names on disk in the -hf repositories, and what current transformers calls them.
+# Names in the files of -hf repositories, and in current transformers.
 OLD_HF_NAMES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),
@@ -151,9 +148,7 @@ OLD_HF_NAMES = (
 
 
 def canonical_key(name: str, layout: str) -> str:
-    """The table's spelling of a tensor's name: older names of the transformers layout are brought
-    up to date.
-    """
+    """Returns the table's name of a tensor; older names of the transformers layout are mapped."""
     if layout == "hf":
         for old, new in OLD_HF_NAMES:
             if name.startswith(old):
@@ -161,8 +156,7 @@ def canonical_key(name: str, layout: str) -> str:
     return name
 
 
-# InternLM2's names in the original layout -> the table's. One of its tensors holds q, k and v; see
-# internlm2.py.
+# InternLM2's names in the original layout -> the table's. wqkv holds q, k and v; see internlm2.py.
 QKV = ("q_proj", "k_proj", "v_proj")
 INTERNLM2_QKV = re.compile(r"\.attention\.wqkv\.")
 INTERNLM2_NAMES = (
@@ -178,18 +172,18 @@ INTERNLM2_NAMES = (
 
 
 def internlm2_names(name: str) -> list[str]:
-    """The table's names of what a tensor of an InternLM2 model holds."""
+    """Returns the table's names of the content of an InternLM2 tensor."""
     if not name.startswith("language_model."):
         return [name]
     if INTERNLM2_QKV.search(name):
         return [INTERNLM2_QKV.sub(f".self_attn.{part}.", name) for part in QKV]
-    for theirs, tables in INTERNLM2_NAMES:
-        name = name.replace(theirs, tables)
+    for internlm2, table in INTERNLM2_NAMES:
+        name = name.replace(internlm2, table)
     return [name]
 
 
 def file_name(key: str, config: ModelConfig, layout: str) -> str:
-    """The name that a layout's files have for the table's."""
+    """Returns the name in a layout's files of a name of the table."""
     if (
         config.language.family != "internlm2"
         or layout != "internvl"
@@ -198,13 +192,13 @@ def file_name(key: str, config: ModelConfig, layout: str) -> str:
         return key
     for part in QKV:
         key = key.replace(f".self_attn.{part}.", ".attention.wqkv.")
-    for theirs, tables in INTERNLM2_NAMES:
-        key = key.replace(tables, theirs)
+    for internlm2, table in INTERNLM2_NAMES:
+        key = key.replace(table, internlm2)
     return key
 
 
 def active_rows(config: ModelConfig) -> list[Row]:
-    """The rows that exist for a configuration, in the table's order."""
+    """Returns the rows that exist for a configuration, in the table's order."""
     vision, language = config.vision, config.language
     flags = {
         "": True,
@@ -220,7 +214,7 @@ def active_rows(config: ModelConfig) -> list[Row]:
 
 
 def layers_of(row: Row, config: ModelConfig) -> int | None:
-    """How many layers a leaf stacks on its first axis, None for a leaf without one."""
+    """Returns the number of layers on a leaf's first axis, None for a leaf without layers."""
     if "/layers/" not in row.target:
         return None
     return (
@@ -229,7 +223,7 @@ def layers_of(row: Row, config: ModelConfig) -> int | None:
 
 
 def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of one layer of the leaf, vocabulary not padded."""
+    """Returns the shape of one layer of a leaf, without padding."""
     vision, language = config.vision, config.language
     axes = {
         "P": 3 * vision.patch_size**2,
@@ -248,7 +242,7 @@ def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
 
 
 def source_shape(row: Row, config: ModelConfig, layout: str) -> tuple[int, ...]:
-    """Shape of each tensor in a file that holds (a part of) one layer of the leaf."""
+    """Returns the shape of each tensor that holds (a part of) one layer of a leaf."""
     shape = leaf_shape(row, config)
     parts = 1 if layout == "internvl" else len(row.hf)
     if row.transform is Transform.CONV:
@@ -264,7 +258,7 @@ def source_shape(row: Row, config: ModelConfig, layout: str) -> tuple[int, ...]:
 
 
 def to_leaf(row: Row, tensors: list[np.ndarray], config: ModelConfig) -> np.ndarray:
-    """The tensors of one layer -> that layer of the leaf. May return a view."""
+    """Converts the tensors of one layer to that layer of the leaf. May return a view."""
     tensor = (
         tensors[0]
         if len(tensors) == 1
@@ -278,9 +272,7 @@ def to_leaf(row: Row, tensors: list[np.ndarray], config: ModelConfig) -> np.ndar
 
 
 def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> list[np.ndarray]:
-    """One layer of a leaf -> the tensors a layout keeps it in, contiguous; the exact inverse of
-    `to_leaf`.
-    """
+    """Converts one layer of a leaf to a layout's contiguous tensors; the inverse of `to_leaf`."""
     if row.transform is Transform.LINEAR:
         leaf = leaf.T
     elif row.transform is Transform.CONV:
@@ -295,7 +287,5 @@ def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> l
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The array as unsigned integers of its width: numpy moves those many times faster than
-    bfloat16.
-    """
+    """Returns the array as unsigned integers, which numpy moves much faster than bfloat16."""
     return array.view(f"u{array.dtype.itemsize}")

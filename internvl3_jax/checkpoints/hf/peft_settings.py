@@ -1,9 +1,7 @@
-"""adapter_config.json of PEFT: which settings are read, which change nothing, and all others
-refused.
+"""Reads adapter_config.json of PEFT strictly: a setting that is not plain LoRA is refused.
 
-The file says more than the tensors do: a setting may change the base's weights or what the tensors
-mean. So each field is on a list here with the values that are known to be plain LoRA, and a field
-that is on none is an error unless it is off.
+A setting may change the base's weights or the meaning of the tensors. So each key is listed here
+with the values that are plain LoRA, and an unknown key is an error unless it is off.
 """
 
 import functools
@@ -22,13 +20,13 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 _ALPHA = dict(zip(("low", "high"), limits.LORA_ALPHA, strict=True))
 WEIGHTS = "adapter_model.safetensors"
-# Read by nobody here: they say how it was trained, on what, or where the base comes from.
+# Not used: they say how and on what the adapter was trained.
 _INFORMATIVE = frozenset(
-    """task_type auto_mapping peft_version revision inference_mode lora_dropout runtime_config megatron_core qalora_group_size eva_config
-    layers_to_transform layers_pattern exclude_modules""".split()
+    """task_type auto_mapping peft_version revision inference_mode lora_dropout runtime_config
+    megatron_core qalora_group_size eva_config layers_to_transform layers_pattern
+    exclude_modules""".split()
 )
-# Fields that make another adapter of it than x @ a @ b * scale, or another base, and the values
-# with which they do not.
+# Keys that can change the adapter from x @ a @ b * scale, or the base, and their plain values.
 _PLAIN = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
@@ -51,13 +49,14 @@ _PLAIN = {
     "monteclora_config": ({},),
     "use_bdlora": (False, {}),
 }
-# How the factors began; with other beginnings PEFT takes something out of the base's matrices.
+# Initializations. With others PEFT subtracts something from the base's weights.
 _INITS = (True, False, "gaussian", "eva", "orthogonal", "kaiming", "xavier")
 _OFF = (None, False, [], {}, "")
-# What a pattern may consist of: no group with a quantifier, no reference, no counted repetition.
-# Its matching time then has a bound.
+# Allowed patterns: no quantified group, no backreference, no counted repetition, so that their
+# matching time is bounded.
 _HARMLESS = re.compile(
-    r"(?:[\w.\-/]|\\[.dwDWsS\-]|\[\^?[\w.\-]+\]|\((?:\?:)?|\)(?![*+?{])|[|^$]|(?<=[\w.\-\]])[*+?](?![*+?]))*"
+    r"(?:[\w.\-/]|\\[.dwDWsS\-]|\[\^?[\w.\-]+\]|\((?:\?:)?|\)(?![*+?{])|[|^$]"
+    r"|(?<=[\w.\-\]])[*+?](?![*+?]))*"
 )
 _MOST_PATHS, _NAME = 2e7, 80  # of a matcher through one name; letters of a name
 _LONGEST_PATTERN, _MOST_PATTERNS = 300, 1000
@@ -65,7 +64,7 @@ _SECONDS = 20  # for all patterns of an adapter together
 
 
 class Settings(NamedTuple):
-    """What of adapter_config.json counts."""
+    """The settings of adapter_config.json that are used."""
 
     path: pathlib.Path
     base: str | None
@@ -74,16 +73,13 @@ class Settings(NamedTuple):
     rslora: bool
     ranks: dict[str, int]  # by pattern, of modules with another rank
     alphas: dict[str, float]
-    targets: tuple[
-        str, ...
-    ]  # the ends of names of the modules with adapters; () where the file has a pattern or restricts them further
-    whole: tuple[str, ...]  # the ends of names of modules trained whole
-    spent: list[float]  # one number: seconds that matching patterns took so far
+    # Ends of names of modules with adapters; () if the file has a pattern or restricts them.
+    targets: tuple[str, ...]
+    whole: tuple[str, ...]  # ends of names of fully trained modules
+    spent: list[float]  # one element: seconds spent on matching patterns
 
     def scale(self, module: str, rank: int) -> float:
-        """What an adapter's product is multiplied with. ConversionError if the settings give the
-        module another rank than `rank`.
-        """
+        """Returns the factor of a module's a @ b; ConversionError if its rank is not `rank`."""
         expected = self._by_pattern(self.ranks, module, self.rank)
         if rank != expected:
             raise ConversionError(
@@ -95,9 +91,7 @@ class Settings(NamedTuple):
         )
 
     def _by_pattern(self, patterns: dict[str, float], module: str, default: float) -> float:
-        """The value of the first pattern that is the module's name or the end of it after a dot, as
-        PEFT matches them.
-        """
+        """Returns the value of the first pattern that matches as in PEFT: the name or its end."""
         for pattern, value in patterns.items():
             started = time.monotonic()
             found = _compiled(pattern).match(module)
@@ -113,11 +107,10 @@ class Settings(NamedTuple):
 
 
 def settings_of(directory: pathlib.Path) -> Settings:
-    """adapter_config.json, after checking that it is plain LoRA and that the weights are there.
+    """Reads adapter_config.json and checks that it is plain LoRA and that the weights exist.
 
     Raises:
-      ConversionError, FileError: naming the field that is wrong, unknown or not supported, with its
-      value.
+      ConversionError, FileError: a key is wrong, unknown or not supported; the message names it.
     """
     path = directory / PEFT
     where = one_line(str(path))
@@ -126,11 +119,9 @@ def settings_of(directory: pathlib.Path) -> Settings:
         fields.asked.add(name)
         value = fields.values.get(name)
         if value is not None and not any(
-            value == one and type(value) is type(one) for one in plain
+            value == supported and type(value) is type(supported) for supported in plain
         ):
-            raise ConversionError(
-                f"{where}: {name} is {excerpt(value)}; only {plain[0]!r} can be read"
-            )
+            raise ConversionError(f"{where}: {name} is {excerpt(value)}; supported: {plain[0]!r}")
     _check_start(fields, where)
     restricted = any(
         fields.values.get(name) not in _OFF
@@ -209,12 +200,10 @@ def _compiled(pattern: str) -> re.Pattern:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         raise ConversionError(
-            f"{PEFT}: {excerpt(pattern)} is no regular expression ({error})"
+            f"{PEFT}: {excerpt(pattern)} is not a regular expression ({error})"
         ) from error
 
 
 def ends_with(module: str, end: str) -> bool:
-    """Whether PEFT takes a module for one of target_modules: by its whole name, or the end of it
-    after a dot.
-    """
+    """Returns whether a module is a target: `end` is its name, or its end after a dot."""
     return module == end or module.endswith(f".{end}")

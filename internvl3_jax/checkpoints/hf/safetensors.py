@@ -1,10 +1,12 @@
-"""Safetensors files, one tensor at a time: a directory to read from and a set of shards to fill in
-any order.
+"""Reads and writes safetensors files one tensor at a time, in any order.
 
 The format is a little-endian u64 with the length of a JSON header, the header (name -> dtype,
-shape, byte range), then the bytes. Reading and writing by position keeps one tensor in memory and
-lets damage be reported by the names of the tensors it hits. Tensors are checked against the header
-and the header against the file's length before any is read.
+shape, byte range), then the bytes. Reading and writing by position keeps one tensor in memory, and
+damage is reported by the names of the tensors it affects. The header is checked against the file's
+length before any tensor is read.
+
+The safetensors library maps a file into memory: if the file shrinks, the process is killed. It also
+accepts a name that occurs twice. So tensors are read here, and the library is a second opinion.
 """
 
 import json
@@ -48,12 +50,11 @@ log = logging.getLogger(__name__)
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
-    """(name -> {dtype, shape, data_offsets}, where the bytes begin).
+    """Returns (name -> {dtype, shape, data_offsets}, offset of the first byte of tensors).
 
     Raises:
-      ConversionError, FileError: the file is no safetensors file by the library's own rules, or is
-      shorter than its header says; names
-        the tensors concerned.
+      ConversionError, FileError: the file is not valid safetensors by the library's own rules, or
+        shorter than its header says; the message names the tensors.
     """
     where = one_line(str(path))
     with open_file(path) as file:
@@ -61,12 +62,12 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ConversionError(
-                f"{where} is truncated or no safetensors file: its header is longer than the file "
-                f"({size} bytes); {_AGAIN}"
+                f"{where} is truncated or not a safetensors file: its header is longer than the "
+                f"file ({size} bytes); {_AGAIN}"
             )
         if length > LARGEST_HEADER:
             raise ConversionError(
-                f"{where} is no safetensors file: its header has {length:,} bytes; at most "
+                f"{where} is not a safetensors file: its header has {length:,} bytes; at most "
                 f"{LARGEST_HEADER:,} are read"
             )
         content = file.read(length)
@@ -74,8 +75,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
         header = Object(loads(content, f"{where}: header"), f"{where}: header").values
     except JsonError as error:
         raise ConversionError(
-            f"{where} is no safetensors file: its header is not JSON as it should be ({error}); "
-            f"{_AGAIN}"
+            f"{where} is not a safetensors file: its header is not valid JSON ({error}); {_AGAIN}"
         ) from error
     for name, text in Object(header, f"{where}: header").get("__metadata__", dict, {}).items():
         check(text, str, f"{where}: header: __metadata__: {excerpt(name)}")
@@ -96,12 +96,12 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
 
 
 def _entry(values, where: str) -> dict:
-    """One tensor of a header, checked by itself."""
+    """Checks the entry of one tensor."""
     fields = Object(values, where)
     code = fields.get("dtype", str)
     if code not in DTYPES:
         raise ConversionError(
-            f"{where}: dtype is {excerpt(code)}, which is not known here; known are "
+            f"{where}: dtype is {excerpt(code)}, which is not supported; supported are "
             f"{', '.join(DTYPES)}"
         )
     shape = fields.list_of("shape", int, low=0, high=_LARGEST)
@@ -116,7 +116,7 @@ def _entry(values, where: str) -> dict:
 
 
 def _check_ranges(where: str, entries: dict[str, dict], size: int) -> None:
-    """The tensors follow one another from the first byte to the last, without overlap or gap."""
+    """Checks that the tensors cover all bytes without overlap or gap."""
     cut = [one_line(name) for name, entry in entries.items() if entry["data_offsets"][1] > size]
     if cut:
         shown = ", ".join(cut[:12]) + (f" and {len(cut) - 12} more" if len(cut) > 12 else "")
@@ -144,7 +144,7 @@ def _check_ranges(where: str, entries: dict[str, dict], size: int) -> None:
 
 
 def read_index(directory: pathlib.Path) -> dict[str, str]:
-    """Tensor name -> file name, of the index of a directory."""
+    """Returns tensor name -> file name from the index of a directory."""
     path = directory / INDEX
     where = one_line(str(path))
     placed = Object(loads(read_file(path), where), where).get("weight_map", dict, low=1)
@@ -159,10 +159,9 @@ def read_index(directory: pathlib.Path) -> dict[str, str]:
 
 
 def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
-    """The weight files of a directory, and the index that says what is in which, if it counts.
+    """Returns the weight files of a directory, and the index of their tensors if it is used.
 
-    As in transformers model.safetensors counts where it is there, the index otherwise, and the only
-    *.safetensors without either.
+    As in transformers, model.safetensors comes first, then the index, then a single *.safetensors.
     """
     if exists(directory / SINGLE):
         others = sorted(
@@ -185,7 +184,7 @@ def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
                 f" and {len(missing) - 12} more" if len(missing) > 12 else ""
             )
             raise ConversionError(
-                f"{directory / INDEX} names files that are not there: {shown}; download the model "
+                f"{directory / INDEX} names files that do not exist: {shown}; download the model "
                 "again"
             )
         return [directory / name for name in names], index
@@ -193,19 +192,21 @@ def shard_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
     if len(files) > 1:
         found = one_line(", ".join(file.name for file in files[:12]))
         raise ConversionError(
-            f"{directory} holds several weight files ({found}) but no {INDEX} that says which "
+            f"{directory} has several weight files ({found}) but no {INDEX} that says which "
             "belong together"
         )
     return files, None
 
 
 class SafetensorsSource:
-    """The tensors of a directory as a `Source` (see assemble.py). Peak memory of `read` is the
-    tensor it returns.
+    """The tensors of a directory as a `Source` (see assemble.py).
+
+    The peak memory of `read` is the tensor that it returns.
 
     Args:
-      rename: may give a tensor another name, for parts of other models; None hides it.
-      file: the only file to read, where it is not for the directory to say.
+      directory: the directory.
+      rename: maps a tensor's name to another, for parts of other models; None hides it.
+      file: the only file to read; None reads `shard_files`.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class SafetensorsSource:
         file: str | None = None,
     ):
         self.directory = pathlib.Path(directory)
-        self.entries = {}  # name -> (file, where its bytes begin, header entry)
+        self.entries = {}  # name -> (file, offset of its bytes, header entry)
         paths, index = ([self.directory / file], None) if file else shard_files(self.directory)
         for path in paths:
             header, start = read_header(path)
@@ -271,13 +272,13 @@ class SafetensorsSource:
 
 
 class SafetensorsWriter:
-    """Shards of known tensors, filled in any order; nothing but the tensor at hand is in memory.
+    """Writes shards of known tensors in any order, with one tensor in memory.
 
     Args:
       directory: an existing directory.
-      tensors: (name, shape) in the order they shall have in the files.
-      dtype: of all of them.
-      shard_size: most bytes of tensors in one file; a larger tensor gets a file of its own.
+      tensors: (name, shape) in the order of the files.
+      dtype: dtype of all tensors.
+      shard_size: most bytes of tensors in one file; a larger tensor gets a separate file.
     """
 
     def __init__(
@@ -306,7 +307,7 @@ class SafetensorsWriter:
             if len(shards) == 1
             else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
         )
-        self.waiting = {}  # name -> (file, where its bytes go, header entry)
+        self.waiting = {}  # name -> (file, offset of its bytes, header entry)
         for file, shard in zip(names, shards, strict=True):
             self._start(directory / file, shard)
         if len(shards) > 1:
@@ -323,7 +324,7 @@ class SafetensorsWriter:
 
     def _start(self, path: pathlib.Path, shard: dict) -> None:
         header = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()
-        # tensors begin at a multiple of 8, as the reference implementation writes
+        # Tensors start at a multiple of 8, as in the reference implementation.
         header += b" " * (-len(header) % 8)
         with path.open("wb") as file:
             file.write(len(header).to_bytes(8, "little"))
@@ -332,7 +333,7 @@ class SafetensorsWriter:
             self.waiting[name] = (path, 8 + len(header) + entry["data_offsets"][0], entry)
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Puts one tensor in its place; each name once."""
+        """Writes one tensor; each name once."""
         if name not in self.waiting:
             raise ConversionError(
                 f"{name} is not among the tensors to write, or was written before"

@@ -1,6 +1,4 @@
-"""The values of tensors: which are no numbers, which a dtype cannot hold; and the error that names
-tensors.
-"""
+"""Checks the values of tensors: non-finite ones, and those that a dtype cannot hold."""
 
 from collections.abc import Iterable
 
@@ -10,10 +8,10 @@ from internvl3_jax.checkpoints.hf.mapping import bits
 from internvl3_jax.io.terminal import one_line
 
 _SHOWN = 12  # names listed in an error before "and n more"
-# bits that are all set in NaN and infinities alone
+# Bits that are all set only in NaN and infinities.
 _EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-_BLOCK = 1 << 22  # values that `nonfinite` looks at together
-# Parts of tensors' names that say what kind of file they come from.
+_BLOCK = 1 << 22  # values that `nonfinite` tests at once
+# Parts of tensor names of quantized weights and of adapters.
 _QUANTIZED = (
     "qweight",
     "qzeros",
@@ -29,9 +27,7 @@ _ADAPTERS = (".lora_A.", ".lora_B.", ".base_layer.")
 
 
 class ConversionError(ValueError):
-    """A checkpoint that does not fit its configuration; the message names every tensor concerned
-    (up to a dozen of a kind).
-    """
+    """A checkpoint does not fit its configuration; up to 12 tensors of each kind are named."""
 
 
 def listing(kind: str, found: list[str]) -> str:
@@ -41,18 +37,21 @@ def listing(kind: str, found: list[str]) -> str:
 
 
 def kind_of(names) -> str:
-    """What files with such names are, if they are known not to be plain weights."""
+    """Returns a hint if the names are those of quantized weights or adapters, else ""."""
     if any(name.endswith(_QUANTIZED) for name in names):
         return (
             "\nThese are quantized weights, which are not read; take the model's original weights"
         )
     if any(part in name for name in names for part in _ADAPTERS):
-        return "\nThese weights hold adapters that are not merged; merge them first (tools/merge_lora.py in the InternVL repository)"
+        return (
+            "\nThese weights hold adapters that are not merged; merge them first "
+            "(tools/merge_lora.py in the InternVL repository)"
+        )
     return ""
 
 
 def nonfinite(tensor: np.ndarray) -> int:
-    """How many values of a float tensor are NaN or infinite. Memory: of a block of it."""
+    """Returns how many values of a float tensor are NaN or infinite, with little memory."""
     mask, flat, count = _EXPONENTS[tensor.dtype.name], bits(np.asarray(tensor)), 0
     flat = (
         flat.reshape(-1, order="A")
@@ -68,9 +67,7 @@ def nonfinite(tensor: np.ndarray) -> int:
 
 
 def refuse_nonfinite(tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Raises ConversionError naming all tensors that hold NaN or infinities, and how many; nothing
-    happens where none does.
-    """
+    """Raises ConversionError naming the tensors that hold NaN or infinities, with their counts."""
     found = [
         f"{name}: {count:,} of {tensor.size:,} values"
         for name, tensor in tensors
@@ -85,7 +82,7 @@ def refuse_nonfinite(tensors: Iterable[tuple[str, np.ndarray]]) -> None:
 
 
 def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts with round to nearest even; a finite value that the new dtype cannot hold is an error."""
+    """Casts with round to nearest even; raises if a finite value exceeds the new dtype's range."""
     with np.errstate(over="ignore"):
         result = tensor.astype(dtype)
     if dtype.itemsize < 4 and nonfinite(result) > nonfinite(tensor):

@@ -1,6 +1,6 @@
 import sys
 
-# worker processes can import what is in a module with a name
+# Worker processes import it by name, which they cannot do with __main__.
 from internvl3_jax.data.doctor.command import main
 
 if __name__ == "__main__":

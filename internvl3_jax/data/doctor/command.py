@@ -84,53 +84,29 @@ def _parser() -> argparse.ArgumentParser:
         type=integer(1, 1024),
         help="tiles of an image, or of a sample's images together; see --tiles (the checkpoint's)",
     )
-    flag(
-        "--tiles",
-        default=DataConfig.tiles,
-        choices=TILE_RULES,
-        help="as data.tiles: whose the limit is (%(default)s)",
-    )
-    flag(
-        "--tokens_per_row",
-        type=integer(1),
-        default=DataConfig.tokens_per_row,
-        help="as data.tokens_per_row (%(default)s)",
-    )
-    flag(
-        "--tiles_per_row",
-        type=integer(0),
-        default=DataConfig.tiles_per_row,
-        help="as data.tiles_per_row (%(default)s)",
-    )
-    flag(
-        "--max_frames",
-        type=integer(1, 100_000),
-        default=DataConfig.max_frames,
-        help="of a video (%(default)s)",
-    )
-    flag(
-        "--max_image_pixels",
-        type=integer(0),
-        default=DataConfig.max_image_pixels,
-        help="as data.max_image_pixels (%(default)s)",
-    )
+
+    def setting(name: str, help: str = "as data.{name}", **options) -> None:
+        """Adds a flag with the name and the default of a data setting."""
+        text = f"{help.format(name=name)} (%(default)s)"
+        flag(f"--{name}", default=getattr(DataConfig, name), help=text, **options)
+
+    setting("tiles", "as data.tiles: what --max_tiles limits", choices=TILE_RULES)
+    setting("tokens_per_row", type=integer(1))
+    setting("tiles_per_row", type=integer(0))
+    setting("max_frames", "frames of a video", type=integer(1, 100_000))
+    setting("max_image_pixels", type=integer(0))
+    setting("overlong", choices=RULES)
     flag(
         "--allow_truncated",
         action="store_true",
-        help="as data.allow_truncated: images whose end is missing are used",
-    )
-    flag(
-        "--overlong",
-        default=DataConfig.overlong,
-        choices=RULES,
-        help="as data.overlong (%(default)s)",
+        help="as data.allow_truncated: use images whose end is missing",
     )
     flag(
         "--pairs",
         action="store_true",
         help="as data.pairs: rows are a question, a chosen and a rejected answer",
     )
-    flag("--workers", type=integer(0, 1024), default=0, help="processes; 0: this one")
+    flag("--workers", type=integer(0, 1024), default=0, help="processes; 0: this one (%(default)s)")
     flag("--report", help="folder to write to (SOURCE.doctor, where training looks)")
     return parser
 
@@ -139,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     """Examines what the options name, prints the report and returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # a terminal that cannot show a name shows its code
+            # A terminal that cannot show a name shows its code.
             stream.reconfigure(errors="backslashreplace")
     config = DataConfig(
         source=options.source,

@@ -25,12 +25,12 @@ from internvl3_jax.data.truncation import TooLong
 from internvl3_jax.io.terminal import one_line
 
 LONGEST = 1000  # characters of a reason
-CHUNK = 64  # rows that a worker takes at a time
+CHUNK = 64  # rows per task of a worker
 
 
 @dataclasses.dataclass
 class Finding:
-    """What is known of one sample. tokens and tiles are 0 if it cannot be read."""
+    """The result of examining one row. tokens and tiles are 0 if it cannot be read."""
 
     row: int
     tokens: int = 0
@@ -44,7 +44,7 @@ class Finding:
 
 
 class Examiner:
-    """Examines rows; every worker process has its own."""
+    """Examines rows; each worker process has its own."""
 
     def __init__(
         self,
@@ -53,38 +53,41 @@ class Examiner:
         tokenizer: Tokenizer,
         sources: list | None = None,
     ):
-        # Videos at their longest.
-        self.preparer = ExampleBuilder(
+        # Videos have their largest number of frames.
+        self.builder = ExampleBuilder(
             dataclasses.replace(config, min_frames=config.max_frames), processor, tokenizer
         )
         with warnings.catch_warnings():
-            # the main process reports what opening the sources warns of
+            # The main process reports these warnings.
             warnings.simplefilter("ignore")
             self.sources = open_sources(config) if sources is None else sources
 
     def examine(self, number: int, row: int) -> Finding:
-        finding, preparer = Finding(row), self.preparer
+        """Reads and encodes a row as training does."""
+        finding, builder = Finding(row), self.builder
         try:
-            conversation = preparer.read(self.sources[number], row, np.random.default_rng((0, row)))
-            tiles = preparer.count(conversation)
-            whole = preparer.encode_all(conversation.messages, tiles)
+            conversation = builder.read(self.sources[number], row, np.random.default_rng((0, row)))
+            tiles = builder.count(conversation)
+            full = builder.encode_all(conversation.messages, tiles)
             finding.id, finding.images = conversation.id, len(tiles)
             finding.has_empty_answer = is_empty_answer(conversation.messages)
             finding.literal_tags = literal_tags(conversation.messages, len(tiles))
-            finding.tokens, finding.tiles = len(whole.tokens), sum(tiles)
-            encoded, kept = preparer.encode(conversation, tiles)
-            if preparer.config.pairs:
-                finding.tokens += len(preparer.rejected(conversation, encoded).tokens)
-            if len(encoded.tokens) < len(whole.tokens):
-                finding.warning = f"cut from {len(whole.tokens):,} to {len(encoded.tokens):,} tokens, {len(tiles)} to {kept} images"
+            finding.tokens, finding.tiles = len(full.tokens), sum(tiles)
+            encoded, kept = builder.encode(conversation, tiles)
+            if builder.config.pairs:
+                finding.tokens += len(builder.rejected(conversation, encoded).tokens)
+            if len(encoded.tokens) < len(full.tokens):
+                finding.warning = (
+                    f"cut from {len(full.tokens):,} to {len(encoded.tokens):,} tokens, "
+                    f"{len(tiles)} to {kept} images"
+                )
         except Exception as error:
-            # a row that a decoder trips over is an error of that row, and not the end of the
-            # examination
-            if isinstance(error, TooLong) and preparer.config.overlong == "drop":
-                finding.warning = _told(error)
+            # Whatever a decoder raises is an error of that row and does not end the examination.
+            if isinstance(error, TooLong) and builder.config.overlong == "drop":
+                finding.warning = _describe(error)
             else:
-                finding.error = _told(error)
-            if isinstance(error, PairError) and not preparer.config.pairs:
+                finding.error = _describe(error)
+            if isinstance(error, PairError) and not builder.config.pairs:
                 finding.error += "; run the doctor with --pairs"
         return finding
 
@@ -98,8 +101,8 @@ def literal_tags(messages: Sequence[Message], images: int) -> int:
     return max(0, image_tags - images) + video_tags
 
 
-def _told(error: Exception) -> str:
-    """One line of an error, without what could drive a terminal."""
+def _describe(error: Exception) -> str:
+    """Describes an error in one line, without control characters of terminals."""
     known = isinstance(error, ValueError | OSError)
     text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
     return (
@@ -108,7 +111,7 @@ def _told(error: Exception) -> str:
 
 
 def examine_all(examiner: Examiner, workers: int) -> Iterator[tuple[int, list[Finding]]]:
-    """(source number, findings) of all rows that training reads, in order, a chunk at a time."""
+    """Yields (source number, findings) of all rows that training reads, in order, in chunks."""
     tasks = []
     for number, source in enumerate(examiner.sources):
         rows = len(Selection(number, len(source), min(1.0, source.repeat)))
@@ -138,7 +141,7 @@ def _examine_chunk(task: tuple[int, range]) -> tuple[int, list[Finding]]:
 
 
 class Summary:
-    """Gathers the findings of one source."""
+    """Collects the findings of one source."""
 
     def __init__(self, name: str, rows: int):
         self.name, self.rows = name, rows

@@ -1,5 +1,5 @@
-"""What the doctor found, on disk: report.json, errors.tsv, histogram.png; and training's refusal to
-start on unresolved errors.
+"""Writes the doctor's report (report.json, errors.tsv, histogram.png), and stops training that
+starts with unresolved errors.
 
 errors.tsv has the format of data.exclude_file: source, row and reason with tabs between.
 """
@@ -25,22 +25,18 @@ _HEADER = "# source\trow\treason"  # of errors.tsv
 
 
 class UnresolvedErrors(ValueError):
-    """The doctor found samples that cannot be used, and nothing says what shall become of them."""
+    """The doctor found samples that cannot be used and that no setting excludes."""
 
 
-def report_folder(meta: str) -> str:
-    """Where the doctor writes and training looks: beside the meta JSON, or in the working directory
-    for one that is remote.
-    """
-    return f"{os.path.basename(meta) if is_remote(meta) else expand_user(meta)}.doctor"
+def report_folder(source: str) -> str:
+    """Returns the folder of the report: beside data.source, or for an address where the run is."""
+    return f"{os.path.basename(source) if is_remote(source) else expand_user(source)}.doctor"
 
 
 def check_report(config: DataConfig) -> None:
-    """Raises UnresolvedErrors if a doctor's report beside the meta JSON has errors that
-    `config.exclude_file` does not name.
+    """Raises UnresolvedErrors if a report has errors that `config.exclude_file` does not name.
 
-    Does nothing where there is no report, or where data.on_bad_sample is skip: then training counts such
-    samples and goes on.
+    Does nothing without a report, or if data.on_bad_sample is skip: training then skips such samples.
     """
     folder = report_folder(config.source)
     if config.on_bad_sample == "skip" or not exists(f"{folder}/{REPORT}"):
@@ -57,17 +53,18 @@ def check_report(config: DataConfig) -> None:
     if first:
         source, row, reason = first
         raise UnresolvedErrors(
-            f"{folder}/{ERRORS} names {count:,} samples that cannot be used, the first: {source} row {row}: {reason}. "
-            f"Fix them and run the doctor again, or leave them out with data.exclude_file={folder}/{ERRORS}"
+            f"{folder}/{ERRORS} names {count:,} samples that cannot be used, the first: {source} "
+            f"row {row}: {reason}. Fix them and run the doctor again, or leave them out with "
+            f"data.exclude_file={folder}/{ERRORS}"
         )
 
 
 def claim_folder(folder: pathlib.Path) -> None:
-    """Makes the folder and looks whether a report can be written to it, before hours of work.
+    """Makes the folder and checks that a report can be written to it, before hours of work.
 
     Raises:
-      OSError: it cannot be written.
-      FileError: it holds files with a report's names that are none of a doctor's.
+      OSError: It cannot be written.
+      FileError: It has files with the names of a report that the doctor has not written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,21 +73,21 @@ def claim_folder(folder: pathlib.Path) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"the report cannot be written there ({safe_files.reason(error)}); name another folder with --report",
+            f"the report cannot be written there ({safe_files.reason(error)}); name another folder "
+            f"with --report",
             str(folder),
         ) from error
     for name in (REPORT, ERRORS, HISTOGRAM):
         path = folder / name
         if os.path.lexists(path) and not _is_ours(folder, name):
             raise FileError(
-                f"{one_line(str(path))}: is no file of the doctor's; name another folder with --report"
+                f"{one_line(str(path))}: is no file of the doctor's; name another folder with "
+                f"--report"
             )
 
 
 def _is_ours(folder: pathlib.Path, name: str) -> bool:
-    """Whether a file of the folder is part of a report. The image, which cannot say it, is if
-    another file is.
-    """
+    """Whether a file of the folder is part of a report; the image is if another file is."""
     if name == HISTOGRAM:
         return any(
             (folder / other).is_file() and _is_ours(folder, other) for other in (REPORT, ERRORS)
@@ -106,37 +103,38 @@ def _is_ours(folder: pathlib.Path, name: str) -> bool:
 def write_report(
     folder: pathlib.Path, report: dict, errors: list[tuple[str, int, str]], tokens, tiles
 ) -> None:
-    """Writes the three files; the report's warnings say so if one of them is left out.
+    """Writes the three files; adds a warning to the report if the histogram is left out.
 
-    errors: source, row, reason, each of one line; tokens, tiles: numbers of each readable sample.
+    Args:
+      errors: (source, row, reason), each in one line.
+      tokens, tiles: Numbers of each readable sample.
     """
     lines = [_HEADER, *(f"{source}\t{row}\t{reason}" for source, row, reason in errors)]
     replace(folder / ERRORS, "\n".join(lines) + "\n")
-    image = _draw(tokens, tiles)
+    image = _draw_or_reason(tokens, tiles)
     if isinstance(image, str):
         report["warnings"].append(f"{HISTOGRAM} is left out: {image}")
     else:
         replace(folder / HISTOGRAM, image)
-    # Last: training looks for it. Half surrogates, of file names that are not UTF-8, are escaped as
-    # JSON escapes them.
+    # Last, since training looks for it. Half surrogates, of file names that are not UTF-8, are
+    # escaped as in JSON.
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     replace(folder / REPORT, text.encode("utf-8", "backslashreplace"))
 
 
-def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes | str:
-    """The histograms as PNG, or the reason why there is none."""
+def _draw_or_reason(tokens: np.ndarray, tiles: np.ndarray) -> bytes | str:
+    """Draws the histograms as PNG, or returns the reason why it cannot."""
     try:
-        return _drawn(tokens, tiles)
+        return _draw(tokens, tiles)
     except ImportError:
         return "matplotlib is not installed (pip install matplotlib)"
     except Exception as error:
-        # whatever another library's version or settings raise, the report does not depend on a
-        # image
+        # The report does not depend on another library's version or settings.
         return f"matplotlib cannot draw it ({one_line(str(error))})"
 
 
-def _drawn(tokens: np.ndarray, tiles: np.ndarray) -> bytes:
-    from matplotlib.figure import Figure  # only here: nothing else of the data needs it
+def _draw(tokens: np.ndarray, tiles: np.ndarray) -> bytes:
+    from matplotlib.figure import Figure  # optional
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, values, name in zip(
@@ -151,14 +149,14 @@ def _drawn(tokens: np.ndarray, tiles: np.ndarray) -> bytes:
 
 
 def integer_bins(values: np.ndarray, most: int = 60) -> np.ndarray:
-    """Edges f64[n + 1] of n <= `most` bins, each of the same number of whole values."""
+    """Returns the edges f64[n + 1] of n <= `most` bins, each of the same number of integers."""
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     width = -(-(high - low + 1) // most)
     return np.arange(low, high + width + 1, width) - 0.5
 
 
 def summary(tokens: np.ndarray) -> dict[str, float]:
-    """Sum, mean, median, 99th percentile and largest of some numbers; all 0 if there are none."""
+    """Returns sum, mean, median, 99th percentile and maximum; all 0 if there are no numbers."""
     values = tokens if len(tokens) else np.zeros(1, np.int64)
     return {
         "sum": int(values.sum()),

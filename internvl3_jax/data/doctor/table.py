@@ -100,7 +100,7 @@ def _sizes(report: dict) -> Iterator[str]:
         rule = "of a sample share" if data["tiles"] == "shared" else "have each"
         yield f"tiles: {data['tiles']} (data.tiles): the images {rule} {most} tiles at most"
     yield (
-        f"one pass fills at least {rows_of(report):,} rows of {data['tokens_per_row']:,} tokens "
+        f"one pass fills at least {_rows(rows_of(report))} of {data['tokens_per_row']:,} tokens "
         f"and {data['tiles_per_row']} tiles"
     )
 

@@ -17,7 +17,7 @@ from internvl3_jax.io.terminal import one_line
 CHUNK = 1 << 24  # bytes read at a time
 LIST_CHUNK = 1 << 20  # of a JSON list, whose brackets are counted
 START = 4096  # bytes that tell a list from lines
-MEDIA_PARTS = {"image", "image_url", "video", "video_url"}  # types of content parts
+MEDIA_PARTS = ("image", "image_url", "video", "video_url")  # types of content parts
 MAX_ROW = 256 << 20  # bytes of a JSON row
 MENTIONS = tuple(
     f'"{name}{end}"'.encode() for name in ("image", "video") for end in ("", "s", "_url")
@@ -37,7 +37,8 @@ def has_images(row) -> bool:
         if isinstance(turn, dict)
     ]
     return any(
-        isinstance(part, dict) and not MEDIA_PARTS.isdisjoint([*part, str(part.get("type"))])
+        isinstance(part, dict)
+        and (part.get("type") in MEDIA_PARTS or any(part.get(name) for name in MEDIA_PARTS))
         for content in contents
         if isinstance(content, list)
         for part in content

@@ -139,7 +139,10 @@ def _read_part(part, where: str) -> tuple[str, str | None]:
     named = [name for name in _PART_TYPES if name in values]
     part_type = values.pop("type", named[0] if len(named) == 1 else None)
     if part_type not in _PART_TYPES:
-        raise RowError(f"{where}: type is {excerpt(part_type)}; expected {', '.join(_PART_TYPES)}")
+        near = suggestion(part_type, _PART_TYPES) if isinstance(part_type, str) else ""
+        raise RowError(
+            f"{where}: type is {excerpt(part_type)}; expected {', '.join(_PART_TYPES)}{near}"
+        )
     kind = part_type.removesuffix("_url")
     values.pop("detail", None)  # OpenAI's resolution of an image; tiles are set by the processor
     unknown = sorted(values.keys() - {*_PART_KEYS[kind]})

@@ -241,7 +241,7 @@ def decode_tar(data: bytes) -> tuple[dict, dict[str, bytes]]:
     files: dict[str, bytes] = {}
     try:
         for member in members(
-            io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, whole=False
+            io.BytesIO(data), "its part of the tar archive", MAX_SAMPLE, has_end=False
         ):
             if member.name in files:
                 raise RowError(

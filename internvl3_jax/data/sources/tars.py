@@ -30,14 +30,14 @@ class Member:
     read: Callable[[], bytes]  # returns its content; valid until the next member
 
 
-def members(file, where: str, max_bytes: int, *, whole: bool = True) -> Iterator[Member]:
+def members(file, where: str, max_bytes: int, *, has_end: bool = True) -> Iterator[Member]:
     """Yields the regular files of an archive, in order; folders are skipped.
 
     Args:
       file: Open for reading in binary, and seekable.
       where: What errors call it.
       max_bytes: Largest size of a member that is read.
-      whole: Whether the archive has its end mark, or is a part of one.
+      has_end: Whether the archive has its end mark, or is a part of one.
 
     Raises:
       TarError: The archive is damaged.
@@ -53,7 +53,7 @@ def members(file, where: str, max_bytes: int, *, whole: bool = True) -> Iterator
                     read = functools.partial(_read, archive, member, bounded.longest, where)
                     end = min(member.offset_data + _padded(member.size), bounded.size)
                     yield Member(member.name, member.size, member.offset, end, read)
-            _check_end(bounded, archive.offset, where, whole)
+            _check_end(bounded, archive.offset, where, has_end)
     except TarError:
         raise
     # Damaged fields make tarfile raise exceptions of many types.
@@ -97,7 +97,7 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, longest: int, where
     return archive.extractfile(member).read()
 
 
-def _check_end(file: "_Bounded", place: int, where: str, whole: bool) -> None:
+def _check_end(file: "_Bounded", place: int, where: str, has_end: bool) -> None:
     """Checks the end mark: tarfile takes anything that is no header for the end."""
     file.seek(place)
     mark = file.read(tarfile.BLOCKSIZE)
@@ -106,7 +106,7 @@ def _check_end(file: "_Bounded", place: int, where: str, whole: bool) -> None:
             f"{where}: is damaged at byte {place:,}: no header and no end; rows behind it would "
             f"be lost"
         )
-    if whole and len(mark) < tarfile.BLOCKSIZE:
+    if has_end and len(mark) < tarfile.BLOCKSIZE:
         raise TarError(
             f"{where}: ends without an end mark; was it written or downloaded completely?"
         )

@@ -1,29 +1,31 @@
-r"""Chat messages to token ids: template, image tokens, and which tokens are trained.
+r"""Encodes chat messages as token ids: template, image tokens, and which tokens are trained.
 
 Template internvl2_5, used by all InternVL3 sizes:
 
-    <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n
+    <|im_start|>system\n{system}<|im_end|>\n
+    <|im_start|>user\n{question}<|im_end|>\n
+    <|im_start|>assistant\n{answer}<|im_end|>\n
 
-Each message is one block and is tokenised by itself, so a newline that ends one block never merges
-with what starts the next.
-The content is not stripped. Of n images the first n <image> in user messages become
+without the line breaks between these lines. Each message is one block and is tokenized by itself,
+so that a newline at the end of a block never merges with the start of the next. The content is not
+stripped. With n images, the first n <image> in user messages become
 
     <img> <IMG_CONTEXT> x tokens_per_tile * tiles </img>
 
-as in the reference; further ones, and all of a conversation without images, are text, as of a
-question about SVG. Nothing else in any message becomes a control token, however it is spelled (see
+as in InternVL's code; further ones, and all of a conversation without images, are text, as in a
+question about SVG. Nothing else in a message becomes a control token, however it is spelled (see
 tokenizer.py).
 
-Trained tokens: of each assistant block all but its header `<|im_start|>assistant\n` and the newline after <|im_end|>. As in the
-reference the header is as many tokens as it has alone, also where an answer that starts with a
-newline merges with it.
+Trained tokens are those of each assistant block except its header `<|im_start|>assistant\n` and the
+newline after <|im_end|>. As in InternVL's code, the header has the number of tokens that it has
+alone, even if an answer that starts with a newline merges with it.
 
-Follows `preprocess_internvl2_5` of the InternVL repository (internvl/train/dataset.py) and its
-conversation.py.
+Follows `preprocess_internvl2_5` (internvl/train/dataset.py) and conversation.py of the InternVL
+repository.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,26 +43,29 @@ IMAGE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
 OFFICIAL_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
-# {"role": one of ROLES, "content": text}. A user message may say with "images" how many of its
-# <image> are places of images at most;
-# `insert_missing_tags` does so where it has more, so that an image of a later turn does not come to
-# stand there.
+# {"role": one of ROLES, "content": text}. The optional key "images" of a user message is an upper
+# bound of the number of its <image> that are places of images. `insert_missing_tags` adds it to
+# messages with more tags, so that images of later turns do not take their places.
 Message = dict[str, str | int]
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be encoded. The message says where it is, what is wrong and how to
-    fix it.
-    """
+    """A conversation that cannot be encoded. The message has its place, error and remedy."""
 
 
 @dataclasses.dataclass
 class Encoded:
-    """A conversation of T tokens."""
+    """A conversation of T tokens.
 
-    tokens: np.ndarray  # i32[T]
-    loss_mask: np.ndarray  # bool[T], True where the token is a trained target
-    runs: list[tuple[int, int]]  # of each image: index of its first <IMG_CONTEXT>, number of them
+    Attributes:
+      tokens: i32[T].
+      loss_mask: bool[T], True where the token is a trained target.
+      runs: For each image, the index of its first <IMG_CONTEXT> and the number of them.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    runs: list[tuple[int, int]]
 
 
 def encode_chat(
@@ -75,21 +80,22 @@ def encode_chat(
     r"""Encodes a conversation.
 
     Args:
-      messages: user and assistant in turn, user first; a system message may come before them and
-          replaces the processor's.
-      tiles_per_image: number of tiles, thumbnail included, of each image, in the order of their
-          <image> in the user messages.
-      add_generation_prompt: ends with `<|im_start|>assistant\n`, for the model to answer; the last
-          message must be the user's.
-      where: names the conversation in errors, e.g. "train.jsonl line 7".
+      messages: User and assistant in turn, user first; a system message may come before them and
+        replaces the processor's.
+      tiles_per_image: Number of tiles of each image, thumbnail included, in the order of the
+        <image> in the user messages.
+      add_generation_prompt: Whether to end with `<|im_start|>assistant\n`, for the model to answer;
+        the last message must then be the user's.
+      where: Names the conversation in errors, such as "train.jsonl line 7".
 
     Raises:
-      ChatError: if messages, roles or <image> tags do not fit.
-      TokenizerError: if the tokenizer lacks a token of the template.
+      ChatError: The messages, roles or <image> tags do not fit.
+      TokenizerError: The tokenizer lacks a token of the template.
     """
     if processor.template not in TEMPLATES:
         raise ChatError(
-            f"{_at(where)}template {processor.template!r} is unknown; supported: {', '.join(TEMPLATES)}"
+            f"{_at(where)}template {processor.template!r} is unknown; supported: "
+            f"{', '.join(TEMPLATES)}"
         )
     _check_form(messages, where)
     _check_turns(messages, add_generation_prompt, where)
@@ -115,7 +121,7 @@ def encode_chat(
 
 
 class _Writer:
-    """Appends blocks to the lists that become an Encoded."""
+    """Appends blocks to the lists of an Encoded."""
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int):
         names = ("<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>")
@@ -140,10 +146,10 @@ class _Writer:
         self.append([self.im_start, *self.text(f"{role}\n")])
 
     def block(self, role: str, parts: list[str | int]) -> None:
-        """One message. Its parts are text, an image's number of tiles, text, ... and again text.
+        """Appends a message of the parts text, an image's number of tiles, text, ..., text.
 
-        The header's newline and the text after it are encoded as one piece: they stand between the
-        same two special tokens.
+        The header's newline and the text after it are encoded as one piece, since they are between
+        the same two special tokens.
         """
         trained = role == "assistant"
         first, *rest = parts
@@ -170,9 +176,9 @@ def insert_missing_tags(
 ) -> list[Message]:
     r"""Puts <image> tags in front of the first user message if no user message has any.
 
-    One image: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. A
-    conversation that has tags, or has no images, keeps its texts; `encode_chat` checks their
-    number. Messages with more tags than images get the key "images".
+    One image: `<image>\n`. Several: `Image-1: <image>\nImage-2: <image>\n` and so on. The texts of
+    a conversation with tags, or without images, are kept; `encode_chat` checks the number of tags.
+    Messages with more tags than images get the key "images".
     """
     _check_form(messages, where)
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -196,28 +202,8 @@ def insert_missing_tags(
     ]
 
 
-def from_official(conversations: Iterable[dict], where: str = "") -> list[Message]:
-    """Messages of the official JSONL's `conversations`: [{"from": "human" | "gpt" | "system",
-    "value": text}, ...].
-    """
-    messages = []
-    for number, turn in enumerate(conversations, 1):
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ChatError(
-                f'{_at(where)}turn {number} is {excerpt(turn)}; expected {{"from": ..., "value": ...}}'
-            )
-        if turn["from"] not in OFFICIAL_ROLES:
-            raise ChatError(
-                f"{_at(where)}turn {number} is from {excerpt(turn['from'])}; expected {', '.join(OFFICIAL_ROLES)}"
-            )
-        messages.append({"role": OFFICIAL_ROLES[turn["from"]], "content": turn["value"]})
-    return messages
-
-
 def count_places(messages: Sequence[Message], n_images: int) -> list[int]:
-    """How many <image> of each message are places of images: those of user messages, the first
-    ones, n_images in all at most.
-    """
+    """Counts the <image> of each message that are places of images: the first n_images of users."""
     places = []
     for message in messages:
         tags = _count_tags([message])
@@ -237,21 +223,24 @@ def _count_tags(messages: Sequence[Message]) -> int:
 
 
 def _check_form(messages: Sequence[Message], where: str) -> None:
-    """Raises ChatError unless each message has a known role and text."""
+    """Raises ChatError unless each message has a known role and a text."""
     at = _at(where)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ChatError(
-                f'{at}message {number} is {excerpt(message)}; expected {{"role": ..., "content": ...}}'
+                f"{at}message {number} is {excerpt(message)}; expected "
+                f'{{"role": ..., "content": ...}}'
             )
         if message["role"] not in ROLES:
             raise ChatError(
-                f"{at}message {number} has role {excerpt(message['role'])}; expected {', '.join(ROLES)}"
+                f"{at}message {number} has role {excerpt(message['role'])}; expected "
+                f"{', '.join(ROLES)}"
             )
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise ChatError(
-                f"{at}message {number} has content of type {kind}; expected text, with {IMAGE_TAG} for an image"
+                f"{at}message {number} has content of type {kind}; expected text, with {IMAGE_TAG} "
+                f"for an image"
             )
 
 
@@ -267,12 +256,14 @@ def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, where
             raise ChatError(f"{at}message {number} is a system message; only the first may be one")
         if message["role"] != expected:
             raise ChatError(
-                f"{at}message {number} is the {message['role']}'s where the {expected}'s was expected; user and assistant must "
-                f"take turns, user first: join neighbours of one role, or add the missing message"
+                f"{at}message {number} is the {message['role']}'s where the {expected}'s was "
+                f"expected; user and assistant must take turns, user first: join neighbors of one "
+                f"role, or add the missing message"
             )
     if add_generation_prompt and messages[-1]["role"] != "user":
         raise ChatError(
-            f"{at}the last message is the assistant's, so there is nothing to answer; end with a user message"
+            f"{at}the last message is the assistant's, so there is nothing to answer; end with a "
+            f"user message"
         )
 
 
@@ -280,8 +271,8 @@ def _check_images(messages: Sequence[Message], tiles_per_image: Sequence[int], w
     tags = sum(count_places(messages, len(tiles_per_image)))
     if tags < len(tiles_per_image):
         raise ChatError(
-            f"{_at(where)}{len(tiles_per_image)} images, but {tags} {IMAGE_TAG} tags in the user messages; each image "
-            f"needs one tag where it belongs"
+            f"{_at(where)}{len(tiles_per_image)} images, but {tags} {IMAGE_TAG} tags in the user "
+            f"messages; each image needs one tag where it belongs"
         )
     for number, tiles in enumerate(tiles_per_image, 1):
         if tiles < 1:

@@ -1,39 +1,41 @@
-"""Text to ids and back, from a checkpoint's own tokenizer files.
+"""Encodes text to ids and decodes ids, by the tokenizer files of a checkpoint.
 
-Three layouts are read: `tokenizer.json`; `vocab.json` + `merges.txt`, which the released
-Qwen2.5-based checkpoints carry; and the sentencepiece `tokenizer.model` of InternLM2 and InternLM3.
-Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json, which must agree
-on every id.
+Three layouts are read: `tokenizer.json`; `vocab.json` + `merges.txt`, as in the released
+Qwen2.5-based checkpoints; and the sentencepiece `tokenizer.model` of InternLM2 and InternLM3. Added
+tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json, which must agree on
+every id.
 
 An added token is either
-  control  what steers the model: <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>, <|endoftext|>, what else Qwen2.5 and InternLM
-           reserve (<|vision_start|>, <s>, <unk> ...), and what the files name as bos, eos, pad and
-           so on. What a user types must never become one: `encode(text, special=False)` spells them
-           out in ordinary pieces.
-  markup   the rest: <ref>, <box>, <quad> and their ends, which belong in prompts (`<ref>a
-  dog</ref>`) and in answers although
-           the released files mark them as special, Qwen's <tool_call>, <|fim_prefix|> and so on,
-           and tokens that a checkpoint's owner added, special or not. One id each in any text.
-`decode(..., skip_special=True)` leaves out control tokens and keeps markup: a grounding answer
-stays readable and encodes to the same ids again. (The reference's decode drops <ref> and <box> as
-well.)
+
+  control  one that steers the model: <img>, </img>, <IMG_CONTEXT>, <|im_start|>, <|im_end|>,
+           <|endoftext|>, the others that Qwen2.5 and InternLM reserve (<|vision_start|>, <s>, <unk>
+           ...), and those that the files name as bos, eos, pad and so on. Text of a user never
+           becomes one: `encode(text, special=False)` encodes its spelling in ordinary pieces.
+  markup   any other: <ref>, <box>, <quad> and their ends, which belong in prompts
+           (`<ref>a dog</ref>`) and answers although the released files mark them as special; Qwen's
+           <tool_call>, <|fim_prefix|> and so on; and tokens that the owner of a checkpoint added.
+           Each is one id in any text.
+
+`decode(..., skip_special=True)` leaves out control tokens and keeps markup, so that a grounding
+answer is readable and encodes to the same ids again. (InternVL's decode drops <ref> and <box> too.)
 
 internvl3_jax_tokenizer.json, {"merges": "slow"}, reads merges.txt as the slow tokenizer of
-transformers before 4.40 did, with which the released models were trained: without the rules that
-begin with #, so that a Markdown heading is single #.
+transformers before 4.40, with which the released models were trained: without the rules that begin
+with #, so that a Markdown heading is encoded as single #.
 
-`encode` never adds bos, and takes its text as one that follows a special token, as every text in a
-chat block does. So text pieces and control ids put together are exactly the ids of the whole
+`encode` never adds bos, and encodes a text as one that follows a special token, as every text of a
+chat block does. So the ids of text pieces and control tokens, joined, are the ids of the whole
 string.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import tokenizers
-
+from internvl3_jax.data.text.tokenizer_backends import (
+    HuggingFaceBackend,
+    SentencePieceBackend,
+    any_of,
+)
 from internvl3_jax.data.text.tokenizer_files import (
     FILES,
     MERGES,
@@ -44,20 +46,19 @@ from internvl3_jax.data.text.tokenizer_files import (
     qwen2_layout,
     read_json,
     read_merges,
-    without_comments,
 )
 from internvl3_jax.io.model_files import exists, read_file
 from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.io.strict_json import JsonError, Object
-from internvl3_jax.io.terminal import one_line
 
-# what a decoder writes for the first bytes of a character whose last bytes are yet to come
+# A decoder writes this for a character of which the last bytes are missing.
 UNFINISHED = "\ufffd"
 
 
 class Tokenizer:
-    """Use `from_directory` or `from_files`. Safe to share between threads and to send to worker
-    processes.
+    """A tokenizer of a checkpoint; made by `from_directory` or `from_files`.
+
+    Threads may share it, and it can be sent to other processes.
     """
 
     def __init__(
@@ -70,20 +71,22 @@ class Tokenizer:
         merges: str = MERGES[0],
     ):
         self._backend = backend
-        self.merges = merges  # which of its rules for merging count; see tokenizer_files.MERGES
+        self.merges = merges  # which merge rules are used; see tokenizer_files.MERGES
         self._control = control
         self._control_ids = frozenset(self._control.values())
-        self._control_pattern = _any_of(self._control)
-        self._spellings = _any_of({*self._control, *backend.own_pieces(self._control_ids)})
+        self._control_pattern = any_of(self._control)
+        self._spellings = any_of({*self._control, *backend.own_pieces(self._control_ids)})
         self._files = files
         self._where = where
-        # InternLM2 and 3 put it once before the first chat block; None for Qwen2.5
+        # InternLM2 and 3 put it before the first chat block; None for Qwen2.5.
         self.bos_id = bos_id
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Reads the tokenizer files of a checkpoint directory. TokenizerError says which file is
-        missing or wrong.
+        """Reads the tokenizer files of a checkpoint directory.
+
+        Raises:
+          TokenizerError: A file is missing or wrong.
         """
         path = as_path(path) if is_remote(path) else Path(path)
         if not path.is_dir():
@@ -94,9 +97,7 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], where: str = "tokenizer files") -> "Tokenizer":
-        """As `from_directory`, from what `files()` returned. Files that are of no tokenizer are not
-        looked at.
-        """
+        """Reads the files that `files()` returned, as `from_directory`; ignores other files."""
         files = {name: files[name] for name in FILES if name in files}
         names = (
             "tokenizer.json",
@@ -124,36 +125,38 @@ class Tokenizer:
     ):
         if data.values:
             check_tokenizer_json(data)
-            return _HuggingFace(data.values, added, merges, where, "tokenizer.json")
+            return HuggingFaceBackend(data.values, added, merges, where, "tokenizer.json")
         if "vocab.json" in files or "merges.txt" in files:
             made = qwen2_layout(files, config, added, where)
-            return _HuggingFace(made, added, merges, where, "vocab.json and merges.txt")
+            return HuggingFaceBackend(made, added, merges, where, "vocab.json and merges.txt")
         if "tokenizer.model" in files:
             if merges != MERGES[0]:
                 raise TokenizerError(
-                    f"{where}/{OPTIONS}: merges is {merges!r}, but a tokenizer.model has no merges; remove that file"
+                    f"{where}/{OPTIONS}: merges is {merges!r}, but a tokenizer.model has no "
+                    f"merges; remove that file"
                 )
-            return _SentencePiece(files["tokenizer.model"], added, where)
+            return SentencePieceBackend(files["tokenizer.model"], added, where)
         raise TokenizerError(
-            f"{where} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, or tokenizer.model"
+            f"{where} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, "
+            f"or tokenizer.model"
         )
 
     def __reduce__(self):
-        # A pickled tokenizers.Tokenizer forgets encode_special_tokens, and with it that user text
-        # holds no control token.
+        # A pickled tokenizers.Tokenizer loses encode_special_tokens, so that user text could become
+        # control tokens.
         return Tokenizer.from_files, (self._files, self._where)
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included: 151,674 for the released Qwen2.5-based checkpoints."""
+        """Number of ids with added tokens: 151,674 for the released Qwen2.5-based checkpoints."""
         return self._backend.vocab_size
 
     def files(self) -> dict[str, bytes]:
-        """The files this tokenizer was made from, by name, to travel with a checkpoint."""
+        """Returns the files of this tokenizer by name, to be stored with a checkpoint."""
         return dict(self._files)
 
     def token_id(self, token: str) -> int:
-        """Id of one vocabulary entry or added token. TokenizerError names it if there is none."""
+        """Returns the id of a vocabulary entry or added token. TokenizerError if it is unknown."""
         self.require(token)
         return self._backend.token_id(token)
 
@@ -162,21 +165,22 @@ class Tokenizer:
         missing = [token for token in tokens if self._backend.token_id(token) is None]
         if missing:
             raise TokenizerError(
-                f"{self._where}: the tokenizer has no token {', '.join(missing)}; if it is the plain language model's, add "
-                f"them to its added_tokens.json with ids from {self.vocab_size} on"
+                f"{self._where}: the tokenizer has no token {', '.join(missing)}; if it is the "
+                f"plain language model's, add them to its added_tokens.json with ids from "
+                f"{self.vocab_size} on"
             )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text, without bos.
+        """Encodes a text without bos.
 
-        With special=False, for what people typed, a control token's spelling gives ordinary pieces
-        and never the token.
+        special: Whether the spelling of a control token becomes the token; False for text of users.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"the text is not valid Unicode: half a surrogate pair, U+{ord(text[error.start]):04X}, at index {error.start}"
+                f"the text is not valid Unicode: half a surrogate pair, "
+                f"U+{ord(text[error.start]):04X}, at index {error.start}"
             ) from error
         if not special:
             return self._encode_spelled(text)
@@ -189,7 +193,7 @@ class Tokenizer:
         ids = self._backend.encode(text)
         if self._control_ids.isdisjoint(ids):
             return ids
-        # The model file itself holds a control token among its ordinary pieces. A spelling cut in
+        # The model file has a control token among its ordinary pieces. A spelling that is cut in
         # two cannot match it.
         cuts = [0, *(match.start() + 1 for match in self._spellings.finditer(text)), len(text)]
         return [
@@ -199,19 +203,18 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
+        """Decodes ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return self._backend.decode([int(id) for id in ids], skip_special)
 
     def stream(self, skip_special: bool = True) -> "TextStream":
-        """Decodes ids one at a time; see TextStream."""
+        """Returns a decoder of ids that arrive one by one; see TextStream."""
         return TextStream(lambda ids: self.decode(ids, skip_special))
 
 
 class TextStream:
-    """Text of ids that arrive one by one. All pieces and the flush together equal `decode` of all
-    ids.
+    """Decodes ids that arrive one by one; all pieces and the flush equal `decode` of all ids.
 
-    Ids may hold part of a character; the stream keeps them back until its last byte is there.
+    Ids that end within a character give no text until its last byte has arrived.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):
@@ -219,12 +222,12 @@ class TextStream:
         self._start()
 
     def _start(self):
-        # the ids of the last piece: what comes next may read differently without them
+        # The ids of the last piece, without which the next ones may decode differently.
         self._before = []
-        self._pending = []  # ids that gave no text yet
+        self._pending = []  # ids without text so far
 
     def step(self, id: int) -> str | None:
-        """Takes the next id; returns the text it completes, or None."""
+        """Takes the next id; returns the text that it completes, or None."""
         self._pending.append(int(id))
         piece = self._new_text()
         if not piece or piece.endswith(UNFINISHED):
@@ -233,141 +236,10 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Text of what is pending, with U+FFFD where a character never got its last byte. Then the
-        stream starts anew.
-        """
+        """Returns the remaining text, with U+FFFD for incomplete characters, and starts again."""
         piece = self._new_text()
         self._start()
         return piece
 
     def _new_text(self) -> str:
         return self._decode(self._before + self._pending)[len(self._decode(self._before)) :]
-
-
-class _HuggingFace:
-    """A `tokenizers` tokenizer in which exactly the control tokens are special."""
-
-    def __init__(self, data: dict, added: dict[str, dict], merges: str, where: str, source: str):
-        if merges == "slow":
-            data["model"]["merges"] = without_comments(data["model"].get("merges", []))
-        data["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
-        data["truncation"] = data["padding"] = None
-        pre_tokenizer = data.get("pre_tokenizer") or {}
-        for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-            # Scheme "first" puts a space before the very start of a string, which in a chat block
-            # is a special token.
-            if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
-                part["prepend_scheme"] = "never"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
-        except BaseException as error:
-            # the library raises plain Exception, and where it panics not even that
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            raise TokenizerError(
-                f"{where}/{source}: the `tokenizers` library cannot build this tokenizer: {one_line(str(error))[:300]}"
-            ) from error
-        self.added = added
-        for token, entry in added.items():
-            found = self._tokenizer.token_to_id(token)
-            if found != entry["id"]:
-                raise TokenizerError(
-                    f"{where}: added token {one_line(token)} should have id {entry['id']} but gets {found}; added ids must follow the "
-                    f"vocabulary without a gap or be that of its entry of the same name"
-                )
-        self._tokenizer.encode_special_tokens = True
-        self.vocab_size = self._tokenizer.get_vocab_size()
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
-
-    def own_pieces(self, ids: Iterable[int]) -> list[str]:
-        return []
-
-    def automatic_bos(self) -> int | None:
-        ids = self._tokenizer.encode("a").ids
-        return ids[0] if ids[1:] == self.encode("a") else None
-
-
-class _SentencePiece:
-    """A sentencepiece model with added tokens around it, as the tokenizer classes of InternLM2 and
-    InternLM3 combine them.
-
-    Text is cut at added tokens and each piece goes through the model by itself, with the space in
-    front that the model may prescribe. Source: the tokenizer class published with InternLM3.
-    """
-
-    def __init__(self, model: bytes, added: dict[str, dict], where: str):
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise TokenizerError(
-                f"{where}: tokenizer.model needs the sentencepiece package; in a clone of this repository: pip install -e '.[internlm]'"
-            ) from error
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            reason = one_line(str(error))[:300]
-            raise TokenizerError(
-                f"{where}: tokenizer.model is not a sentencepiece model: {reason}"
-            ) from error
-        own = (
-            self._model.unk_id(),
-            self._model.bos_id(),
-            self._model.eos_id(),
-            self._model.pad_id(),
-        )
-        self.added = {
-            self._model.id_to_piece(id): {"id": id, "special": True} for id in own if id >= 0
-        } | added
-        self._tokens = {
-            entry["id"]: (token, entry["special"]) for token, entry in self.added.items()
-        }
-        self._markup = {
-            token: entry["id"] for token, entry in self.added.items() if not entry["special"]
-        }
-        self._markup_pattern = _any_of(self._markup)
-        self.vocab_size = max(self._model.get_piece_size(), *(id + 1 for id in self._tokens))
-
-    def token_id(self, token: str) -> int | None:
-        if token in self.added:
-            return self.added[token]["id"]
-        found = self._model.piece_to_id(token)
-        return None if found == self._model.unk_id() else found
-
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        for part in self._markup_pattern.split(text):
-            ids += [self._markup[part]] if part in self._markup else self._model.encode(part)
-        return ids
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        text, run = "", []
-        for id in ids:
-            token, special = self._tokens.get(id, (None, False))
-            if token is None and id < self._model.get_piece_size():
-                run.append(id)
-            elif token is not None and not (special and skip_special):
-                text += self._model.decode(run) + token
-                run = []
-        return text + self._model.decode(run)
-
-    def own_pieces(self, ids: Iterable[int]) -> list[str]:
-        """What the model file calls these ids: InternLM2's <|im_end|> is [UNUSED_TOKEN_145] there."""
-        return [self._model.id_to_piece(id) for id in ids if id < self._model.get_piece_size()]
-
-    def automatic_bos(self) -> int | None:
-        return self._model.bos_id() if self._model.bos_id() >= 0 else None
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Matches and captures any of the tokens, the longest first; with none of them, nothing."""
-    return re.compile(
-        "(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")"
-    )

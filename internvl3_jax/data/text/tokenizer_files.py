@@ -1,20 +1,21 @@
-"""Reads the files that describe a checkpoint's tokenizer; tokenizer.py makes a tokenizer of them."""
+"""Reads and checks the tokenizer files of a checkpoint; tokenizer.py makes a tokenizer of them."""
 
 import json
 
 from internvl3_jax.io.strict_json import JsonError, Object, check, loads
 from internvl3_jax.io.terminal import excerpt, one_line
 
-# What steers the model. No text that a user types becomes one of these.
+# Tokens that steer the model. Text of a user never becomes one of these.
 ALWAYS_CONTROL = frozenset(
-    """<img> </img> <IMG_CONTEXT> <|im_start|> <|im_end|> <|endoftext|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
-    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <s> </s> <unk> <pad>
+    """<img> </img> <IMG_CONTEXT> <|im_start|> <|im_end|> <|endoftext|>
+    <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|>
+    <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+    <s> </s> <unk> <pad>
     <|action_start|> <|action_end|> <|interpreter|> <|plugin|>""".split()
 )
-# Settings that name one token each, which is then control as well.
+# Settings that name one token each, which is then a control token as well.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# All files that describe a tokenizer, whether this module reads them or only lets them travel with
-# a checkpoint.
+# All files of a tokenizer, read here or only stored with a checkpoint.
 FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -28,13 +29,15 @@ FILES = (
     "tokenization_internlm2_fast.py",
     "tokenization_internlm3.py",
 )
-OPTIONS = "internvl3_jax_tokenizer.json"  # ours: how the others are read
+OPTIONS = "internvl3_jax_tokenizer.json"  # written here: how the other files are read
 FILES += (OPTIONS,)
-# Which rules of merges.txt count. The slow tokenizer of transformers before 4.40, with which
+# Which rules of merges.txt are used. The slow tokenizer of transformers before 4.40, with which
 # InternVL 2.5 and 3 were trained (4.37.2), took the lines that begin with # for comments.
 MERGES = ("all", "slow")
-QWEN2_SPLIT = (  # the one part of Qwen2's tokenizer that its vocab.json and merges.txt do not hold
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The part of Qwen2's tokenizer that its vocab.json and merges.txt do not contain.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LARGEST_ID = 1 << 24
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -42,13 +45,11 @@ _MISFIT = "one of the two files is cut short or from another tokenizer"
 
 
 class TokenizerError(ValueError):
-    """Tokenizer files that are missing, damaged, contradictory or of an unknown kind, or a token or
-    text they do not cover.
-    """
+    """Tokenizer files that cannot be used, or a token or text that they do not cover."""
 
 
 def read_json(files: dict[str, bytes], name: str, where: str) -> Object:
-    """Contents of a JSON file, an empty object if it is not there."""
+    """Returns the object of a JSON file, or an empty one if the file is missing."""
     place = one_line(f"{where}/{name}")
     try:
         return Object(loads(files.get(name, b"{}"), place), place)
@@ -57,7 +58,7 @@ def read_json(files: dict[str, bytes], name: str, where: str) -> Object:
 
 
 def read_merges(files: dict[str, bytes], where: str) -> str:
-    """Which rules of merges.txt count: one of MERGES."""
+    """Returns which rules of merges.txt are used: one of MERGES."""
     options = read_json(files, OPTIONS, where)
     choice = options.get("merges", str, MERGES[0], choices=MERGES)
     options.finish()
@@ -65,7 +66,7 @@ def read_merges(files: dict[str, bytes], where: str) -> str:
 
 
 def with_merges(files: dict[str, bytes], merges: str) -> dict[str, bytes]:
-    """Tokenizer files of which those rules count."""
+    """Returns the tokenizer files with those rules of merges.txt selected."""
     others = {name: content for name, content in files.items() if name != OPTIONS}
     if merges not in MERGES:
         raise TokenizerError(f"merges is {excerpt(merges)}; expected one of {', '.join(MERGES)}")
@@ -77,7 +78,7 @@ def with_merges(files: dict[str, bytes], merges: str) -> dict[str, bytes]:
 
 
 def named_token(settings: dict, name: str, where: str) -> str | None:
-    """A token that tokenizer_config.json names, as a text or an added token."""
+    """Returns a token that tokenizer_config.json names as a text or as an added token."""
     value = Object(settings, where).get(name, (str, dict), None)
     return (
         Object(value, f"{where}: {name}").get("content", str) if isinstance(value, dict) else value
@@ -87,13 +88,15 @@ def named_token(settings: dict, name: str, where: str) -> str | None:
 def added_tokens(
     data: Object, config: Object, added_ids: Object, special_map: Object, where: str
 ) -> dict[str, dict]:
-    """All added tokens as tokenizer.json writes them, by content; "special" is true of control
-    tokens and of no other.
+    """Returns all added tokens by content, in the form of tokenizer.json.
 
-    The arguments are the contents of tokenizer.json, tokenizer_config.json, added_tokens.json and
-    special_tokens_map.json. Control are the tokens of `ALWAYS_CONTROL` and those that the files
-    name as bos, eos, pad and so on. What else they mark as special was added by the checkpoint's
-    owner, and is one id in any text.
+    "special" is true for control tokens only: those of `ALWAYS_CONTROL` and those that the files
+    name as bos, eos, pad and so on. Others that the files mark as special were added by the owner
+    of the checkpoint, and are one id in any text.
+
+    Args:
+      data, config, added_ids, special_map: The contents of tokenizer.json, tokenizer_config.json,
+        added_tokens.json and special_tokens_map.json.
     """
     added, ids = {}, {}
     decoder = check(
@@ -106,7 +109,7 @@ def added_tokens(
     for id, entry in decoder.items():
         place = f"{config.where}: added_tokens_decoder: {excerpt(id)}"
         if not (id.isascii() and id.isdigit() and len(id) < 9):
-            raise JsonError(f"{place} is no id of a token; expected a whole number")
+            raise JsonError(f"{place} is not an id of a token; expected a whole number")
         entries.append(({**check(entry, dict, place), "id": int(id)}, place))
     for values, place in entries:
         _add(added, ids, _entry(values, place), where)
@@ -114,7 +117,9 @@ def added_tokens(
         check(id, int, f"{added_ids.where}: {excerpt(token)}", low=0, high=_LARGEST_ID)
         _add(added, ids, {"id": id, "content": token, **dict.fromkeys(_FLAGS, False)}, where)
     control = ALWAYS_CONTROL | {
-        named_token(one.values, name, one.where) for one in (config, special_map) for name in NAMED
+        named_token(file.values, name, file.where)
+        for file in (config, special_map)
+        for name in NAMED
     }
     for token, entry in added.items():
         entry["special"] = token in control
@@ -122,7 +127,7 @@ def added_tokens(
 
 
 def _entry(values, where: str) -> dict:
-    """One added token, checked."""
+    """Checks an added token."""
     fields = Object(values, where)
     fields.get("special", bool, None)
     flags = {name: fields.get(name, bool, False) for name in _FLAGS}
@@ -138,21 +143,24 @@ def _add(added: dict[str, dict], ids: dict[int, str], entry: dict, where: str) -
     known = added.setdefault(token, entry)
     if known["id"] != id:
         raise TokenizerError(
-            f"{where}: one file gives token {one_line(token)} the id {known['id']}, another {id}; tokenizer.json, "
-            f"tokenizer_config.json and added_tokens.json must come from the same checkpoint"
+            f"{where}: one file gives token {one_line(token)} the id {known['id']}, another {id}; "
+            f"tokenizer.json, tokenizer_config.json and added_tokens.json must come from the same "
+            f"checkpoint"
         )
     if ids.setdefault(id, token) != token:
         raise TokenizerError(
-            f"{where}: the added tokens {one_line(ids[id])} and {one_line(token)} both have the id {id} in tokenizer.json, "
-            f"tokenizer_config.json or added_tokens.json; give each an id of its own"
+            f"{where}: the added tokens {one_line(ids[id])} and {one_line(token)} both have the id "
+            f"{id} in tokenizer.json, tokenizer_config.json or added_tokens.json; give each its "
+            f"own id"
         )
 
 
 def qwen2_layout(
     files: dict[str, bytes], config: Object, added: dict[str, dict], where: str
 ) -> dict:
-    """tokenizer.json's contents for Qwen2's vocab.json and merges.txt: NFC, the split rule,
-    byte-level BPE.
+    """Returns the tokenizer.json of Qwen2's vocab.json and merges.txt.
+
+    It has NFC normalization, the split rule and byte-level BPE.
     """
     for name in ("vocab.json", "merges.txt"):
         if name not in files:
@@ -162,8 +170,8 @@ def qwen2_layout(
     family = config.get("tokenizer_class", str, "Qwen2Tokenizer")
     if family not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise TokenizerError(
-            f"{where}: vocab.json and merges.txt of a {one_line(family)}, whose rule for splitting text is not known here; add the "
-            f"tokenizer.json that transformers saves for it"
+            f"{where}: vocab.json and merges.txt of a {one_line(family)}, whose rule for splitting "
+            f"text is not known here; add the tokenizer.json that transformers saves for it"
         )
     vocab = check_vocabulary(read_json(files, "vocab.json", where))
     merges = _merges(files["merges.txt"], where)
@@ -197,7 +205,7 @@ def qwen2_layout(
 
 
 def check_tokenizer_json(data: Object) -> None:
-    """What is taken from tokenizer.json here, before the `tokenizers` library reads all of it."""
+    """Checks the parts of tokenizer.json that are used here and not only by `tokenizers`."""
     model = data.object("model")
     if isinstance(model.get("vocab", (dict, list), {}), dict):
         check_vocabulary(model.object("vocab", {}))
@@ -211,14 +219,14 @@ def check_tokenizer_json(data: Object) -> None:
 
 
 def without_comments(merges: list) -> list:
-    """Rules of tokenizer.json or merges.txt but for those that begin with #."""
+    """Returns the rules of tokenizer.json or merges.txt that do not begin with #."""
     return [
         rule for rule in merges if not (rule if isinstance(rule, str) else rule[0]).startswith("#")
     ]
 
 
 def check_vocabulary(vocab: Object) -> dict[str, int]:
-    """Entry -> id, where no two have the same."""
+    """Checks that all ids are valid and distinct; returns the ids by entry."""
     entries, ids = vocab.values, vocab.values.values()
     if not all(type(id) is int and 0 <= id <= _LARGEST_ID for id in ids):
         for entry, id in entries.items():
@@ -228,15 +236,14 @@ def check_vocabulary(vocab: Object) -> dict[str, int]:
         for entry, id in entries.items():
             if by_id.setdefault(id, entry) != entry:
                 raise TokenizerError(
-                    f"{vocab.where}: {excerpt(by_id[id])} and {excerpt(entry)} both have the id {id}; the file is damaged"
+                    f"{vocab.where}: {excerpt(by_id[id])} and {excerpt(entry)} both have the id "
+                    f"{id}; the file is damaged"
                 )
     return entries
 
 
 def _merges(content: bytes, where: str) -> list[str]:
-    """Lines of merges.txt, each two entries and a space, without the version line that may come
-    first.
-    """
+    """Returns the lines of merges.txt, each two entries and a space, without a version line."""
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -249,19 +256,19 @@ def _merges(content: bytes, where: str) -> list[str]:
 def _check_fit(
     vocab: dict[str, int], merges: list[str], added: dict[str, dict], where: str
 ) -> None:
-    """Raises TokenizerError unless the merges make, from entries, just the entries of more than one
-    symbol.
-    """
-    made = {line.replace(" ", "") for line in merges}
+    """Raises TokenizerError unless the merges join entries to all entries of several symbols."""
+    merged = {line.replace(" ", "") for line in merges}
     for line in merges:
         if line.count(" ") != 1 or not {*line.split(" "), line.replace(" ", "")} <= vocab.keys():
             raise TokenizerError(
-                f"{where}: line {excerpt(line)} of merges.txt names or makes no entry of vocab.json; {_MISFIT}"
+                f"{where}: line {excerpt(line)} of merges.txt names or makes no entry of "
+                f"vocab.json; {_MISFIT}"
             )
     orphans = [
-        entry for entry in vocab if len(entry) > 1 and entry not in made and entry not in added
+        entry for entry in vocab if len(entry) > 1 and entry not in merged and entry not in added
     ]
     if orphans:
         raise TokenizerError(
-            f"{where}: {len(orphans):,} entries of vocab.json, such as {excerpt(orphans[0])}, have no line in merges.txt; {_MISFIT}"
+            f"{where}: {len(orphans):,} entries of vocab.json, such as {excerpt(orphans[0])}, have "
+            f"no line in merges.txt; {_MISFIT}"
         )

@@ -1,7 +1,8 @@
-"""The programs that a run compiles, from shapes alone: the train step; and the three of generation."""
+"""Lowers the programs of a run from shapes alone: the train step, and the three of generation."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,21 +35,28 @@ from internvl3_jax.training.step import (
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """What generation is asked for at a time."""
+    """A batch of generation requests.
 
-    rows: int  # answers side by side
-    prompt: int  # tokens of each prompt, pictures included
-    new: int  # tokens of each answer
-    tiles: int  # encoded at a time
+    Attributes:
+      rows: Answers generated together.
+      prompt: Tokens of each prompt, images included.
+      new: Tokens of each answer.
+      tiles: Tiles encoded per call.
+    """
+
+    rows: int
+    prompt: int
+    new: int
+    tiles: int
 
     @property
     def length(self) -> int:
-        """Of the prompts as they are padded."""
+        """Tokens of the padded prompts."""
         return bucket(self.prompt)
 
     @property
     def slots(self) -> int:
-        """Of the cache, for each row."""
+        """Slots of each row's cache."""
         return bucket(self.length + self.new + programs.TOKENS_PER_CALL)
 
 
@@ -56,7 +64,7 @@ class Requests:
 
 
 def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """A `Batch` (data/batch.py) of the configuration's size."""
+    """Returns the shapes of the config's `Batch` (data/batch.py)."""
     rows, tokens, tiles = config.data.rows, config.data.tokens_per_row, config.data.tiles_per_row
     size = config.model.vision.image_size
     names = ["tokens", "targets", "segments", "positions"]
@@ -72,6 +80,7 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> TrainState:
+    """Returns the shapes of the train state that `init_state` would return."""
     settings = {
         "param_dtype": jnp.dtype(config.param_dtype),
         "adapters": config.lora,
@@ -82,7 +91,7 @@ def train_state_shapes(config: TrainConfig, model: InternVL, optimizer) -> Train
 
 
 def reference_shapes(config: TrainConfig, mesh):
-    """Parameters of MPO's reference model as the step takes them, or None."""
+    """Returns the parameters of MPO's reference model as ShapeDtypeStructs, or None without one."""
     if not mpo.needs_model(config):
         return None
     params = abstract_params(config.model, jnp.dtype(mpo.reference_dtype(config)))
@@ -90,40 +99,32 @@ def reference_shapes(config: TrainConfig, mesh):
 
 
 def lower_train_step(config: TrainConfig, mesh):
-    """The train step of train.py on a mesh, traced; `.compile()` compiles it. ValueError where
-    something does not split.
+    """Lowers the train step of train.py on a mesh; `.compile()` compiles it.
 
-    Without the losses by source, sums whose number only the data knows.
+    It lacks the losses per source, whose number only the data determines.
+
+    Raises:
+      ValueError: The model or the batch does not divide over the mesh.
     """
-    model, optimizer, data = (
-        make_model(config),
-        make_optimizer(config.optimizer, config.steps),
-        config.data,
-    )
+    model, data = make_model(config), config.data
+    optimizer = make_optimizer(config.optimizer, config.steps)
     check_batch(mesh, data.rows, config.micro_batches, data.tokens_per_row, data.tiles_per_row)
     batch = batch_shapes(config)
     batch = abstract(batch, {name: batch_sharding(mesh, name) for name in batch})
     shapes = train_state_shapes(config, model, optimizer)
-    places = shardings_of(shapes, mesh, config.offload_optimizer)
-    with jax.set_mesh(mesh):
-        step = make_step(config, model, optimizer, 0, places)
-        return step.lower(
-            abstract(shapes, places), batch, _key(places.step), reference_shapes(config, mesh)
-        )
-
-
-def _key(place):
+    shardings = shardings_of(shapes, mesh, config.offload_optimizer)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=shardings.step)
+    with jax.set_mesh(mesh):
+        step = make_step(config, model, optimizer, 0, shardings)
+        return step.lower(abstract(shapes, shardings), batch, key, reference_shapes(config, mesh))
 
 
 # --- generation ----------------------------------------------------------------------------------
 
 
 def generation_params(config: TrainConfig, mesh):
-    """The parameters as `generate.Generator` holds them: in the compute dtype, the decoder's layers
-    one by one.
-    """
+    """Returns the parameters as `Generator` holds them: in the compute dtype, decoder unrolled."""
     fused = mesh.shape["tensor"] == 1
     params = abstract_params(config.model, jnp.dtype(config.compute_dtype))
     unroll = functools.partial(language.unroll, config=config.model.language, fused=fused)
@@ -132,45 +133,55 @@ def generation_params(config: TrainConfig, mesh):
 
 
 def cache_shapes(config: TrainConfig, mesh, requests: Requests):
+    """Returns the key/value cache of the requests as ShapeDtypeStructs."""
     dtype = jnp.dtype(config.compute_dtype)
     cache = jax.eval_shape(
         lambda: kv_cache.init_cache(config.model.language, requests.rows, requests.slots, dtype)
     )
     return jax.tree.map(
-        lambda leaf: _placed(mesh, leaf.shape, dtype, BATCH_AXES, None, "tensor"), cache
+        lambda leaf: _sharded(mesh, leaf.shape, dtype, BATCH_AXES, None, "tensor"), cache
     )
 
 
 def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str, object]:
-    """The programs of generate.py, traced: "encode" of so many tiles, "prefill" of all prompts,
-    "decode" of TOKENS_PER_CALL tokens a row.
+    """Lowers the programs of inference/generator.py.
+
+    Returns:
+      "encode" (the tiles of a call), "prefill" (all prompts), and "decode" (TOKENS_PER_CALL tokens
+      per row).
     """
     model_config, dtype = config.model, jnp.dtype(config.compute_dtype)
     fused = mesh.shape["tensor"] == 1
     model = InternVL(model_config, dtype, unrolled=True, fused=fused)
-    params = generation_params(config, mesh)
     scaling = model_config.language.rope_scaling
-    place = functools.partial(_placed, mesh)
+
+    # Parameters and cache.
+    params = generation_params(config, mesh)
+    tower = {name: params[name] for name in ("vision", "projector")}
+    cache = cache_shapes(config, mesh, requests)
+
+    # Inputs: token ids, positions and slots [B,T]; one number per row [B]; tiles and features.
+    sharded = functools.partial(_sharded, mesh)
     rows, length, width = requests.rows, requests.length, model_config.language.hidden_size
     size = model_config.vision.image_size
-    ids = place((rows, length), jnp.int32, BATCH_AXES)
-    one, done = place((rows,), jnp.int32, BATCH_AXES), place((rows,), jnp.bool_, BATCH_AXES)
+    ids = sharded((rows, length), jnp.int32, BATCH_AXES)
+    per_row = sharded((rows,), jnp.int32, BATCH_AXES)
+    done = sharded((rows,), jnp.bool_, BATCH_AXES)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-    cache = cache_shapes(config, mesh, requests)
-    tiles = place((requests.tiles, size, size, 3), jnp.uint8, TILE_AXES)
-    visual = place((rows, length, width), dtype, BATCH_AXES)
-    tower = {name: params[name] for name in ("vision", "projector")}
+    tiles = sharded((requests.tiles, size, size, 3), jnp.uint8, TILE_AXES)
+    visual = sharded((rows, length, width), dtype, BATCH_AXES)
+
     with jax.set_mesh(mesh):
         return {
             "encode": programs.encode_tiles.lower(model, tower, tiles),
             "prefill": programs.prefill.lower(
-                model, params, ids, visual, ids, ids, one, keys, cache, Sampling(), scaling
+                model, params, ids, visual, ids, ids, per_row, keys, cache, Sampling(), scaling
             ),
             "decode": programs.decode.lower(
                 model,
                 params,
-                programs.DecodeState(cache, one, one, one, one, done),
+                programs.DecodeState(cache, per_row, per_row, per_row, per_row, done),
                 keys,
                 programs.TOKENS_PER_CALL,
                 (0,),
@@ -180,18 +191,15 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
         }
 
 
-def _placed(mesh, shape: tuple[int, ...], dtype, *axes):
-    """A ShapeDtypeStruct; a dimension that does not divide over its axes is whole, as in
-    `sharding.constrain`.
+def _sharded(mesh, shape: tuple[int, ...], dtype, *axes):
+    """Returns a ShapeDtypeStruct sharded over `axes`.
+
+    Dimensions that do not divide are replicated, as in `collectives.constrain`.
     """
     axes = axes + (None,) * (len(shape) - len(axes))
     names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
-    fitting = [
-        each if size % _size(mesh, each) == 0 else None
-        for size, each in zip(shape, names, strict=True)
+    dividing = [
+        group if size % math.prod(mesh.shape[axis] for axis in group) == 0 else None
+        for size, group in zip(shape, names, strict=True)
     ]
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*fitting)))
-
-
-def _size(mesh, axes: tuple[str, ...]) -> int:
-    return functools.reduce(lambda size, axis: size * mesh.shape[axis], axes, 1)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*dividing)))

@@ -1,8 +1,8 @@
-"""What a compiled program's text tells: the collectives, how often each runs, and what they move.
+"""Collectives of a compiled program, read from its text: how often each runs and what it moves.
 
-The text is of `compiled.as_text()`. An instruction in the body of a loop runs as often as the loop
-does; the number of rounds is read from the compiler's note ("known_trip_count") or, where there is
-none, from the bound in the loop's condition, counting from 0.
+The text is that of `compiled.as_text()`. An instruction in the body of a loop runs as often as the
+loop does. The number of iterations is read from the compiler's note ("known_trip_count") or, where
+there is none, from the bound in the loop's condition, counting from 0.
 """
 
 import collections
@@ -18,7 +18,7 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-_BITS = {"pred": 8, "token": 0}  # other types name theirs
+_BITS = {"pred": 8, "token": 0}  # the names of other types contain theirs
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
@@ -30,31 +30,40 @@ _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """All collectives of one kind over one set of axes in one step of one device."""
+    """All collectives of one kind over one set of axes, of one device in one run of the program.
+
+    Attributes:
+      kind: One of KINDS.
+      group: Devices that take part in each.
+      axes: Axes of the mesh, if the text names them.
+      count: How many run.
+      bytes: Bytes that the device receives.
+      unknown: Some are in a loop whose number of iterations is unknown; it counts as one.
+    """
 
     kind: str
-    group: int  # devices that take part in each
-    axes: tuple[str, ...]  # of the mesh, if the text names them
-    count: int  # that run
-    bytes: int  # that the device receives
-    # whether some stand in a loop whose rounds the text does not tell; each of those counts as one
+    group: int
+    axes: tuple[str, ...]
+    count: int
+    bytes: int
     unknown: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """An instruction of the text: `name = shape opcode rest`; `rest` starts with "("."""
+
     name: str
-    shape: str  # as in the text
+    shape: str
     opcode: str
-    rest: str  # from the opening parenthesis on
+    rest: str
 
 
 def collectives(text: str, devices: int) -> list[Collectives]:
-    """The collectives of a program for `devices` devices, those that move most first."""
-    computations, entry = computations_of(text)
-    found = collections.defaultdict(lambda: [0, 0, False])
-    # The parts of an asynchronous collective that run beside other work are instructions of their
-    # own with the same channel.
+    """Returns the collectives of a program for `devices` devices, those that move most first."""
+    computations, entry = parse_computations(text)
+    totals = collections.defaultdict(lambda: [0, 0, False])
+    # An asynchronous collective may be several instructions with the same channel; count one.
     seen = set()
     for name, (times, known, loop) in _runs(computations, entry).items():
         for instruction in computations[name]:
@@ -67,16 +76,20 @@ def collectives(text: str, devices: int) -> list[Collectives]:
                 continue
             seen.add(key)
             group, axes = _group(instruction.rest, devices)
-            total = found[kind, group, axes]
+            total = totals[kind, group, axes]
             total[0] += times
             total[1] += times * _received(instruction, kind, group)
             total[2] |= not known
-    rows = [Collectives(*key, *values) for key, values in found.items()]
+    rows = [Collectives(*key, *values) for key, values in totals.items()]
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Name -> instructions; and the name of the entry."""
+def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the instructions of each computation by name, and the name of the entry.
+
+    Raises:
+      ValueError: The text has no entry.
+    """
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -92,14 +105,12 @@ def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
                     )
                 )
     if not entry:
-        raise ValueError("no ENTRY in the compiled program's text; is it of compiled.as_text()?")
+        raise ValueError("the program's text has no ENTRY; pass that of compiled.as_text()")
     return computations, entry
 
 
 def _opcode(text: str) -> re.Match | None:
-    """Where the opcode stands in "TYPE opcode(...", past the layouts of the type, such as
-    {1,0:T(8,128)}.
-    """
+    """Finds the opcode in "TYPE opcode(...", after the type's layouts such as {1,0:T(8,128)}."""
     return next(
         (
             match
@@ -111,29 +122,30 @@ def _opcode(text: str) -> re.Match | None:
 
 
 def _runs(computations, entry: str) -> dict[str, tuple[int, bool, str]]:
-    """Computation -> (times that it runs, whether that is known, the loop's body that it is in)."""
+    """Returns for each computation (how often it runs, whether that is known, its loop's body)."""
+    # Follow the calls from the entry, multiplying by the iterations of each loop.
     runs = {entry: (1, True, entry)}
-    waiting = [entry]
-    while waiting:
-        caller = waiting.pop()
+    pending = [entry]
+    while pending:
+        caller = pending.pop()
         times, known, loop = runs[caller]
         for instruction in computations[caller]:
-            rounds = _rounds(instruction, computations) if instruction.opcode == "while" else 1
-            for how, called in called_by(instruction):
-                inside = how == "body"
+            is_loop = instruction.opcode == "while"
+            iterations = _iterations(instruction, computations) if is_loop else 1
+            for role, called in called_by(instruction):
                 reached = (
-                    times * (rounds or 1),
-                    known and rounds is not None,
-                    called if inside else loop,
+                    times * (iterations or 1),
+                    known and iterations is not None,
+                    called if role == "body" else loop,
                 )
                 if called in computations and (called not in runs or runs[called][0] < reached[0]):
                     runs[called] = reached
-                    waiting.append(called)
+                    pending.append(called)
     return runs
 
 
 def called_by(instruction: Instruction) -> list[tuple[str, str]]:
-    """(how, computation): "body" and "condition" of a loop, "branch", "calls" of a fusion ..."""
+    """Returns (role, computation): "body" and "condition" of a loop, "branch", "calls" of fusions."""
     rest = instruction.rest
     branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
     named = (
@@ -144,17 +156,19 @@ def called_by(instruction: Instruction) -> list[tuple[str, str]]:
     return named + _CALLED.findall(rest)
 
 
-def _rounds(loop: Instruction, computations) -> int | None:
+def _iterations(loop: Instruction, computations) -> int | None:
+    """Returns the number of iterations of a loop, or None if the text does not tell."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(noted[1])
     called = dict(called_by(loop))
     condition, body = (
-        {x.name: x for x in computations.get(called.get(how), [])} for how in ("condition", "body")
+        {x.name: x for x in computations.get(called.get(role), [])}
+        for role in ("condition", "body")
     )
     if not condition or not body:
         return None
-    # The condition's root is compare(counter, bound); the body's is the tuple with the counter's
-    # next value.
+    # The root of the condition is compare(counter, bound). That of the body is the tuple with the
+    # next value of the counter.
     test, carried = list(condition.values())[-1], list(body.values())[-1]
     if test.opcode != "compare" or "direction=LT" not in test.rest:
         return None
@@ -175,6 +189,7 @@ def _rounds(loop: Instruction, computations) -> int | None:
 
 
 def operands(instruction: Instruction) -> list[str]:
+    """Returns the names of an instruction's operands."""
     return re.findall(r"%([\w.\-]+)", instruction.rest.partition("), ")[0])
 
 
@@ -188,7 +203,7 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 
 def _group(rest: str, devices: int) -> tuple[int, tuple[str, ...]]:
-    """Devices in a group, and the mesh's axes that it spans where the text names them."""
+    """Returns the devices in a group, and the axes of the mesh if the text names them."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         axes = tuple(re.findall(r"'(\w+)'", named[2]))
@@ -203,11 +218,11 @@ def _group(rest: str, devices: int) -> tuple[int, tuple[str, ...]]:
 
 
 def _received(instruction: Instruction, kind: str, group: int) -> int:
-    """Bytes that reach a device, by the fewest that the operation can do with."""
+    """Returns the bytes that reach a device, the fewest that the operation needs."""
     arrays = [_bytes(*array) for array in _ARRAY.findall(instruction.shape)]
     others = (group - 1) / group
     if kind == "collective-permute":
-        # A start's shape is (operand, result, counters).
+        # The shape of a start is (operand, result, counters).
         return arrays[1] if instruction.opcode.endswith("-start") else sum(arrays)
     if instruction.opcode == "all-gather-start":
         arrays = arrays[len(arrays) // 2 :]
@@ -226,5 +241,5 @@ def _bytes(kind: str, shape: str) -> int:
 
 
 def bits(kind: str) -> int:
-    """Of a value of a type such as f32, bf16, s4, f8e4m3fn or pred."""
+    """Returns the bits of a value of a type such as f32, bf16, s4, f8e4m3fn or pred."""
     return _BITS[kind] if kind in _BITS else int(re.search(r"\d+", kind)[0])
