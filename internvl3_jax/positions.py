@@ -135,6 +135,7 @@ def _check_runs(length, runs, deltas) -> tuple[np.ndarray, np.ndarray, np.ndarra
         raise ValueError(f"a sequence cannot have {length} tokens; the length must be 0 or more")
     if len(runs) != len(deltas):
         raise ValueError(f"{len(runs)} images but {len(deltas)} deltas; give one delta per image")
+    # Runs must be inside the sequence, in order, with text between them.
     first_free = 0  # index at which the next run may start
     for image, ((start, count), delta) in enumerate(zip(runs, deltas, strict=True)):
         name = f"image {image} (tokens {start} to {start + count - 1})"

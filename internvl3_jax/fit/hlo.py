@@ -92,6 +92,7 @@ def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """
     computations, entry, current = {}, "", None
     for line in text.splitlines():
+        # A computation is a header, indented instructions, and a closing brace.
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry

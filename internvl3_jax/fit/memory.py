@@ -107,6 +107,7 @@ def estimate(device: PerDevice) -> Memory:
 
 def _held(device: PerDevice) -> dict[str, int]:
     """Returns what lives through the whole step, besides the arguments."""
+    # Without a cast the kernels are used as they are stored.
     config = device.config
     held = {"matrices in the compute dtype": 0}
     size = itemsize(device)
@@ -116,6 +117,7 @@ def _held(device: PerDevice) -> dict[str, int]:
             for path, leaf in device.leaves.items()
             if "/layers/" in path and path.endswith("/kernel")
         )
+    # The sums over micro-batches, and what all of them use.
     if config.micro_batches > 1:
         held["head, gathered"] = _head_gathered(device)
         held["gradients"] = device.gradients("")

@@ -49,6 +49,8 @@ def memory_lines(memory: Memory, available: float | None, compiled: Compiled | N
         ("batch", memory.batch),
     ]
     rows += [(name, size) for name, size in memory.held.items() if size]
+
+    # The parts of the analysis and their sum.
     lines = ["", "memory of one device, GiB"]
     lines += [f"  {name:<34}{size / GIB:9.2f}" for name, size in rows]
     lines.append(
@@ -56,6 +58,8 @@ def memory_lines(memory: Memory, available: float | None, compiled: Compiled | N
         f"at the peak, in the phase: {memory.phase}; kept: {saved or 'nothing'}"
     )
     lines.append(f"  {'peak by the analysis':<34}{memory.peak / GIB:9.2f}")
+
+    # The compiler's peak, the host's memory, and the verdict.
     if compiled is not None:
         failed = compiled.out_of_memory
         name = "needed by the compiler, which failed" if failed else "peak by the compiler"

@@ -108,6 +108,7 @@ class Topology:
             return jax.devices("cpu")[: self.count]
         from jax.experimental import topologies
 
+        # TPU compilers know topologies by name, CUDA's needs a description of the GPU.
         os.environ.update(
             {name: value for name, value in _LIBTPU.items() if name not in os.environ}
         )
@@ -157,6 +158,7 @@ def parse(text: str) -> Topology:
         raise ValueError(
             f"--topology is {text!r}; use one of {', '.join((*TPUS, *GPUS))}, as in {EXAMPLES}"
         )
+    # How many numbers follow the name of these devices.
     wanted = 1 if kind == "cpu" else 3 if kind in GPUS else CHIPS[kind].torus
     if len(sides) != wanted:
         meaning = {1: "devices", 2: "sides of the torus"}.get(

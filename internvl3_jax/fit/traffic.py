@@ -108,7 +108,10 @@ def exchanges(device: PerDevice) -> dict[str, Traffic]:
     tensor, context, micro = device.tensor, device.mesh["context"], config.micro_batches
     stream = _array_bytes(device, device.tokens * language.hidden_size)
     recomputed = 0 if config.remat_language in ("none", "dots") else 1
+    # Sums over tensor: two forward, two backward, one if recomputed. Each is a reduce-scatter and
+    # an all-gather.
     sums = 2 * (2 + 2 + recomputed) * stream * (1 - 1 / tensor)
+    # Keys and values of the other devices along context.
     keys = (
         2
         * _array_bytes(device, device.tokens * language.num_kv_heads * language.head_dim)
@@ -116,6 +119,7 @@ def exchanges(device: PerDevice) -> dict[str, Traffic]:
         * (context - 1)
     )
     passes = 2 if config.remat_language in ("none", "attention") else 3  # of attention
+    # Visual features, all-gathered among the devices of a row.
     members = tensor * context
     features = _array_bytes(
         device, device.tiles * config.model.tokens_per_tile * language.hidden_size

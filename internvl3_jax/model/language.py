@@ -49,8 +49,10 @@ class DecoderLayer(nn.Module):
         def dense(features, bias):
             return Dense(features, use_bias=bias, dtype=dtype)
 
+        # Norms before attention and before the MLP.
         self.input_norm = make_norm("rms_norm", config.norm_eps, dtype)
         self.post_norm = make_norm("rms_norm", config.norm_eps, dtype)
+        # The input products, in one of the two layouts, and the output products.
         if self.fused:
             self.qkv = dense(q_width + 2 * kv_width, config.qkv_bias)
             self.gate_up = dense(2 * config.intermediate_size, config.mlp_bias)
@@ -148,6 +150,7 @@ class Decoder(nn.Module):
             nn.initializers.normal(config.hidden_size**-0.5),
             (config.padded_vocab_size, config.hidden_size),
         )
+        # Layers with parameters of their own, or one scanned layer with stacked parameters.
         if self.unrolled:
             self.layer = [
                 DecoderLayer(config, self.dtype, self.fused, self.attention)

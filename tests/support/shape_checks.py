@@ -11,7 +11,7 @@ import sys
 import jaxtyping
 
 PACKAGES = ["internvl3_jax.model", "internvl3_jax.parallel"]
-PACKAGES += ["internvl3_jax.training", "internvl3_jax.inference.sampling"]
+PACKAGES += ["internvl3_jax.training", "internvl3_jax.inference"]
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 jaxtyping.install_import_hook(PACKAGES, "beartype.beartype")
 

@@ -211,12 +211,14 @@ def _flash_backward(q, lse, delta, d_out, k, v, mask: Mask, block: int):
         def add(step, carry):
             d_q, d_k, d_v = carry
             index = info.order[step]
+            # The softmax weights of the forward pass.
             scores = _block_scores(q_block, info, key_blocks, index)
             weights = jnp.exp(scores - lse_block[..., None])
             d_weights = jnp.einsum(
                 "krh,kch->krc", d_out_block, key_blocks.v[index], preferred_element_type=jnp.float32
             )
             d_scores = (weights * (d_weights - delta_block[..., None])).astype(q.dtype)
+            # The gradients; d_k and d_v add up over all blocks of queries.
             d_q += jnp.einsum(
                 "krc,kch->krh", d_scores, key_blocks.k[index], preferred_element_type=jnp.float32
             )

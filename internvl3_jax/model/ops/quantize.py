@@ -42,6 +42,7 @@ def quantize(kernel: Float[Array, "L d_in d_out"], kind: str) -> dict[str, Array
             "use int8"
         )
 
+    # One scale per column ("channel"), and for NF4 also per tile of rows.
     def quantize_layer(layer):
         layer = qwix.quantize(
             layer.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tiles

@@ -82,6 +82,7 @@ def _to_kernel(x, block: int):
 
 
 def _options(block_q: int, block_kv: int, interpret: bool) -> dict:
+    # The kernel may load larger blocks of keys than it multiplies at once.
     compute = min(block_kv, 512) if block_kv % 512 == 0 else block_kv
     sizes = kernels.BlockSizes(
         block_q=block_q,
