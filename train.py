@@ -34,7 +34,7 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import host_flags, multihost, sharding
 from internvl3_jax.parallel.data_shards import DataShards
 from internvl3_jax.training import checks, reference_model, run_log, settings
-from internvl3_jax.training.console import Console
+from internvl3_jax.training.console import Console, shorten_warnings
 from internvl3_jax.training.evaluation import Evaluator
 from internvl3_jax.training.guards import FiniteCheck, SkipLog, compare_hosts
 from internvl3_jax.training.history import RunHistory, farewell, is_finished
@@ -73,6 +73,7 @@ def run(argv) -> None:
     # Cheap checks come first; nothing is written before them.
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    shorten_warnings()
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     checks.check_run(chosen.config)
