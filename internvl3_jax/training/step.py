@@ -3,8 +3,8 @@
 These are pure functions; the caller compiles them and donates the state. Metrics of `train_step`,
 f32[] unless another shape is given:
 
-    loss             under MPO also loss_preference, loss_quality, loss_generation, reward_shift, and
-                     the means over pairs reward_chosen, reward_rejected, reward_margin and
+    loss             under MPO also loss_preference, loss_quality, loss_generation, reward_shift,
+                     and the means over pairs reward_chosen, reward_rejected, reward_margin and
                      reward_accuracy
     weight           sum of the loss weights
     grad_norm        before clipping; also that of each trained component, such as grad_norm_vision
