@@ -34,7 +34,7 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import host_flags, multihost, sharding
 from internvl3_jax.parallel.data_shards import DataShards
 from internvl3_jax.training import checks, reference_model, run_log, settings
-from internvl3_jax.training.console import Console
+from internvl3_jax.training.console import Console, shorten_warnings
 from internvl3_jax.training.evaluation import Evaluator
 from internvl3_jax.training.guards import FiniteCheck, SkipLog, compare_hosts
 from internvl3_jax.training.history import RunHistory, farewell, is_finished
@@ -73,6 +73,7 @@ def run(argv) -> None:
     # Cheap checks come first; nothing is written before them.
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Settings are --config.FIELD=VALUE")
+    shorten_warnings()
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     checks.check_run(chosen.config)
@@ -191,9 +192,7 @@ def setup(
     if jax.process_index() == 0:
         print(format_table(component_table(state.params, config.optimizer)), flush=True)
     ref_params = reference_model.load_reference(config, mesh, state)
-
-    # Tokenizer and config files of the initial checkpoint go into every saved step, so that it can
-    # be exported.
+    # The initial checkpoint's tokenizer and config files go into every step, for exports.
     files = travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}
     files |= tokenizer.files()
 
@@ -283,9 +282,9 @@ def next_batch(
 
 
 class Due(NamedTuple):
-    """What is done at a step; `compare` is the comparison of the hosts."""
+    """What is done at a step."""
 
-    compare: bool
+    compare: bool  # the hosts compare what they train
     log: bool
     evaluate: bool
     save: bool
@@ -328,12 +327,14 @@ def log_step(run: TrainingRun, log: run_log.Log, step: int, prepared: HostBatch)
 
 def evaluate(run: TrainingRun, log: run_log.Log, step: int) -> None:
     """Logs the loss on the evaluation data and, if asked for, appends answers to answers.jsonl."""
+    started_at = time.perf_counter()
     values = run.evaluator.losses(run.state.params, run.state.loss_state, run.ref_params)
     log.write(step, values)
     run.history.note_eval(step, values["eval_loss"])
     if run.config.eval.answers:
         answers = run.evaluator.answers(run.state.params, run.config.eval.answers)
         run_log.append(run.workdir / run_log.ANSWERS, [{"step": step} | row for row in answers])
+    run.meter.exclude(time.perf_counter() - started_at)
 
 
 def leave(run: TrainingRun, console: Console, step: int, stop: int) -> None:

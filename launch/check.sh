@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Checks the files of this folder with the tools that will read them:   launch/check.sh [CRD]
+# Checks the files of this folder with the tools that read them:   launch/check.sh [CRD]
 #
-# The tools (SkyPilot, xpk, shellcheck, hadolint, Kubernetes' schemas) are installed into .venv-launch, over 1 GB; nothing is started and
-# no account is needed. CRD: jobset.x-k8s.io_jobsets.yaml from JobSet's repository (config/components/crd/bases), for the fields of a
-# JobSet beside its Jobs. tests/test_launch.py has what can be checked without any of this.
+# The tools (SkyPilot, xpk, shellcheck, hadolint, Kubernetes' schemas; over 1 GB) are installed
+# into .venv-launch. Nothing is started, and no account is needed. CRD is
+# jobset.x-k8s.io_jobsets.yaml from JobSet's repository (config/components/crd/bases), for the
+# fields of a JobSet around its Jobs. tests/test_launch.py checks what needs none of these tools.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command again until it ends well:   launch/restart.sh python train.py --config C --workdir W
+# Runs a command again until it succeeds:
 #
-# For hosts without a scheduler of their own (tpu.sh). train.py goes on from its last checkpoint when it gets the same --workdir.
-# Status 143 (stopped by SIGTERM to some process, checkpoint saved) starts it again at once; any other failure too, after PAUSE
-# seconds, but at most RESTARTS times in a row: a command that ran for an hour begins the count anew.
-# SIGTERM to this script goes on to the command, and is the end.
+#   launch/restart.sh python train.py --config C --workdir W
+#
+# It is for hosts without a scheduler of their own (tpu.sh). train.py resumes from its last
+# checkpoint when it gets the same --workdir. After status 143 (SIGTERM to one of the processes,
+# checkpoint saved) the command starts again at once. After another failure it starts again in
+# PAUSE seconds, at most RESTARTS times in a row; a command that ran for an hour resets the count.
+# SIGTERM to this script is passed on to the command and ends both.
 set -uo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -12,12 +12,14 @@
 #
 # GPUs under SLURM:   sbatch launch/slurm.sh --config configs/X.py --workdir /shared/runs/X
 #
-# One process per GPU, which find each other through SLURM's variables (one process per node works as well: --ntasks-per-node=1).
-# Run it from the clone, which, like the virtual environment in it and --workdir, all nodes see. Partition, account and the number of
-# nodes: `sbatch --partition=... --nodes=...`. Lines of the log begin with the process's number.
+# One process per GPU; they find each other through SLURM's variables. One process per node works as
+# well: --ntasks-per-node=1. Submit it from the clone. All nodes must see the clone, the virtual
+# environment in it, and --workdir. Partition, account and the number of nodes are arguments of
+# sbatch: `sbatch --partition=... --nodes=...`. Lines of the log begin with the process's number.
 #
-# 300 s before the time is up SLURM sends SIGTERM; train.py saves and leaves with 143. The job is then put back into the queue, as it is
-# after a failure (a lost node: 134), up to RESTARTS times, and goes on from its last checkpoint.
+# 300 s before the time limit SLURM sends SIGTERM; train.py saves and exits with 143. The job is
+# then requeued, as after a failure (a lost node: 134), up to RESTARTS times, and resumes from its
+# last checkpoint.
 set -uo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '/^# /,/^[^#]/s/^#\( \|$\)//p' "$0"

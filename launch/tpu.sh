@@ -3,17 +3,20 @@
 #
 #   export NAME=internvl3 ZONE=europe-west4-b TYPE=v5litepod-64 SHARE=10.0.0.2:/share
 #   launch/tpu.sh create          # waits in the queue until the slices are there
-#   launch/tpu.sh setup           # this commit and its packages on every host, SHARE mounted as /share
+#   launch/tpu.sh setup           # this commit and its packages on every host, SHARE at /share
 #   launch/tpu.sh run --config configs/X.py --workdir /share/runs/X
-#   launch/tpu.sh logs            # follows the log of every host; Ctrl-C leaves the run alone
+#   launch/tpu.sh logs            # follows the log of every host; Ctrl-C does not stop the run
 #   launch/tpu.sh stop            # SIGTERM: saves and ends
 #   launch/tpu.sh delete
 #
-# SLICES=4 takes four slices (run with --config.mesh.slice=4), SPOT=yes those that may be taken away. --workdir must be the same files
-# on every host: SHARE is an NFS export, such as Filestore's, in the slices' network. Processes find each other through the metadata
-# of the TPU VMs. restart.sh on every host starts the run again after a failure; when spot slices were taken away: delete, create,
-# setup, and run with the same --workdir.
-# Needs gcloud, logged in and with a project, and its key in ssh's agent (ssh-add ~/.ssh/google_compute_engine). See docs/launch.md.
+# SLICES=4 takes four slices (run with --config.mesh.slice=4); SPOT=yes takes slices that may be
+# preempted. --workdir must be the same files on every host: SHARE is an NFS export, such as
+# Filestore's, in the slices' network. The processes find each other through the metadata of the TPU
+# VMs. restart.sh on every host restarts the run after a failure. After a preemption of spot slices:
+# delete, create, setup, and run with the same --workdir.
+#
+# It needs gcloud, logged in and with a project, and its key in ssh's agent
+# (ssh-add ~/.ssh/google_compute_engine). See docs/launch.md.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -5,9 +5,11 @@
 #   export STORAGE=share IMAGE=REGISTRY/internvl3-jax:tpu
 #   launch/xpk.sh --config=configs/X.py --workdir=/share/runs/X --config.mesh.slice=2
 #
-# IMAGE is launch/Dockerfile's; STORAGE names what `xpk storage attach` knows, a file system that every host sees, in which --workdir is.
-# Started again up to RESTARTS times: xpk does so for statuses above 127 (143: stopped by SIGTERM, 134: another host was lost, 137:
-# killed), and here also for 1. `kubectl get pods` and `kubectl logs POD` show the hosts. XPK_FLAGS=--dry-run only shows what it would do.
+# IMAGE is launch/Dockerfile's. STORAGE is the name of a file system of `xpk storage attach` that
+# every host sees and that holds --workdir. The run is restarted up to RESTARTS times: xpk does so
+# for statuses above 127 (143: stopped by SIGTERM, 134: another host was lost, 137: killed), and
+# here also for 1. `kubectl get pods` and `kubectl logs POD` show the hosts. XPK_FLAGS=--dry-run
+# only shows what it would do.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 
 import pytest
 
@@ -85,6 +86,13 @@ def test_a_process_that_does_not_write_shows_nothing(capsys):
         shown.say("compiling")
         shown.update(20, ROW)
     assert capsys.readouterr().out == ""
+
+
+def test_a_warning_of_ours_is_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    console.shorten_warnings()
+    assert warnings.formatwarning("length is 3", UserWarning, "a.py", 7) == "warning: length is 3\n"
+    assert "a.py:7" in warnings.formatwarning("old", DeprecationWarning, "a.py", 7, "")
 
 
 @pytest.mark.parametrize("seconds, text", [

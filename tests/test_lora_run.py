@@ -220,7 +220,8 @@ def test_a_run_starts_from_an_adapter(lora_run, lora_base, tmp_path):
     jax.tree.map(same, lora.merged(first, settings), lora.merged(params, LORA))
     with pytest.raises(
         ValueError,
-        match=r"does not fit lora.rank, targets and full: lora/.* is \(2, \d+, 2\) and \(2, \d+, 4\) there",
+        match=r"does not fit lora.rank, targets and full: lora/.* is \(2, \d+, 2\) in the adapter, "
+        r"\(2, \d+, 4\) in the config",
     ):
         start(
             dataclasses.replace(config, lora=dataclasses.replace(settings, rank=4)),

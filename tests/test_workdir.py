@@ -404,6 +404,18 @@ def test_a_step_says_what_its_data_were(tmp_path):
     state.check_data(train_config(), tmp_path, now, 4)
 
 
+def test_eval_losses_of_other_data_are_forgotten():
+    history = RunHistory(eval_data="a.json, 8 batches")
+    history.note_eval(4, 1.5)
+    history.note_eval(6, 1.7)
+    history.set_eval_data("a.json, 8 batches")
+    assert (history.best, history.best_step) == (1.5, 4)
+    history.set_eval_data("b.json, 8 batches")
+    assert (history.best, history.best_step) == (math.inf, 0)
+    history.note_eval(8, 2.5)
+    assert (history.best, history.best_step) == (2.5, 8)
+
+
 @pytest.mark.parametrize("best", [math.inf, 1.5])
 def test_what_a_run_remembers_comes_back(best):
     past = RunHistory(seconds=3.0, best=best, best_step=4, frozen="x")

@@ -8,6 +8,7 @@ Under MPO the line also has the mean reward margin and the accuracy of the chose
 
 import sys
 import time
+import warnings
 
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
@@ -95,6 +96,18 @@ class Console:
         if "skipped" in values:
             columns.append(f"{values['skipped']:,} samples skipped")
         return columns
+
+
+def shorten_warnings() -> None:
+    """Shows the warnings of this repository as one line, without a file and line of code."""
+    default = warnings.formatwarning
+
+    def format_warning(message, category, filename, lineno, line=None):
+        if category is UserWarning:
+            return f"warning: {message}\n"
+        return default(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning
 
 
 class _Bar(Progress):

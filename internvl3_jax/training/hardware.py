@@ -78,10 +78,10 @@ CHIPS = {
 
 def chip_of(kind: str) -> Chip | None:
     """Returns the chip of a jax.Device.device_kind; None where it is unknown, as on CPUs."""
-    found = [
+    matches = [
         (len(start), chip)
         for chip in CHIPS.values()
         for start in chip.kinds
         if kind.startswith(start)
     ]
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    return max(matches, key=lambda pair: pair[0])[1] if matches else None

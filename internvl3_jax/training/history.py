@@ -52,6 +52,11 @@ class RunHistory:
         }
         return from_dict(cls, known, "past")
 
+    def set_eval_data(self, eval_data: str) -> None:
+        """Sets what the coming evaluations are of; losses of other data are forgotten."""
+        if self.eval_data != eval_data:
+            self.best, self.best_step, self.eval_data = float("inf"), 0, eval_data
+
     def note_eval(self, step: int, loss: float) -> None:
         """Records an evaluation."""
         if loss < self.best:

@@ -4,7 +4,7 @@ loss, loss/SOURCE, loss_preference, ...   means over the steps since the row bef
 grad_norm, grad_norm_vision, ...          before clipping
 reward_margin, reward_accuracy, ...       under MPO
 learning_rate                             of the row's step
-step_seconds                              wall time of a step, in seconds
+step_seconds                              wall time of a step without evaluations, in seconds
 input_wait                                share of it that the step waited for data
 tokens_per_second, tiles_per_second       over all devices; padding does not count
 token_fill, tile_fill                     share of the rows' budgets that is used
@@ -58,6 +58,10 @@ class MetricsAggregator:
         self.has_batch = has_batch
         self.started_at = time.perf_counter()
         self.metrics, self.counts, self.waited = [], [], 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Leaves time out of the steps' time, such as that of an evaluation."""
+        self.started_at += seconds
 
     def add(self, prepared, metrics: dict) -> None:
         """Adds a step.

@@ -95,12 +95,8 @@ def _restore(
     stored = saved_params(config, abstract.params)
     params, opt_state, extra = steps.restore_training(workdir, step, stored, abstract.opt_state)
 
-    # Eval losses of other data cannot be compared with the coming ones.
     history = RunHistory.of_saved(extra["past"])
-    if history.eval_data != eval_identity(config):
-        history.best, history.best_step = float("inf"), 0
-        history.eval_data = eval_identity(config)
-
+    history.set_eval_data(eval_identity(config))
     if config.lora.rank:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         params = restore_on_base(config, workdir, step, params, shardings, history)

@@ -1,6 +1,18 @@
 """The train step: loss, gradients of the trainable parameters, update.
 
-These are pure functions; the caller compiles them and donates the state.
+These are pure functions; the caller compiles them and donates the state. Metrics of `train_step`,
+f32[] unless another shape is given:
+
+    loss             under MPO also loss_preference, loss_quality, loss_generation, reward_shift,
+                     and the means over pairs reward_chosen, reward_rejected, reward_margin and
+                     reward_accuracy
+    weight           sum of the loss weights
+    grad_norm        before clipping; also that of each trained component, such as grad_norm_vision
+    finite           bool[], whether loss and gradients are
+    zero_gradient    i32[], index in `trained_paths` of the first leaf with an unexpected zero
+                     gradient, or -1
+    source_loss,     f32[num_sources], if the loss reports sources
+    source_weight
 """
 
 import functools
@@ -51,17 +63,8 @@ def train_step(
         and gradients are those of the full batch.
 
     Returns:
-      The new state and the metrics. If the loss or a gradient is not finite, the state is the old
-      one, so that it can be saved. The metrics are f32[] unless another shape is given:
-
-      * loss. Under MPO also loss_preference, loss_quality, loss_generation, reward_shift, and the
-        means over pairs reward_chosen, reward_rejected, reward_margin and reward_accuracy.
-      * weight: sum of the loss weights.
-      * grad_norm before clipping, and that of each trained component, such as grad_norm_vision.
-      * finite: bool[], whether loss and gradients are.
-      * zero_gradient: i32[], index in `trained_paths` of the first leaf with an unexpected zero
-        gradient, or -1.
-      * source_loss and source_weight: f32[num_sources], if the loss reports sources.
+      The new state and the metrics, which the top of this file lists. If the loss or a gradient is
+      not finite, the state is the old one, so that it can be saved.
     """
     # Loss and gradients of the trainable parameters, summed over micro-batches
     trainable, frozen = optimizer.split(state.params)
