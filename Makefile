@@ -26,9 +26,6 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 PYTEST = .venv-test/bin/python -m pytest
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile
-# What `make test-fast` runs: units and parity, under 4 minutes on two cores.
-FAST_TESTS = smoke cli layering configs strict_json jsonl safe_files positions tiles images tokens \
-	packing prepare hf_config verify losses model parity attention convert chat
 INPUTS = pyproject.toml hatch_build.py $(wildcard requirements/constraints-*.txt)
 # Byte-compiling takes half of an installation's time. The tests' environments leave it to the first
 # import, which therefore must be allowed to write .pyc files.
@@ -87,7 +84,7 @@ test-full: .venv-test/.installed
 	$(PYTEST) $(PARALLEL) --no-loadscope-reorder --max-worker-restart 0 --durations 10
 
 test-fast: .venv-test/.installed
-	$(PYTEST) $(PARALLEL) $(FAST_TESTS:%=tests/test_%.py)
+	$(PYTEST) $(PARALLEL) -m fast
 
 test-docs: .venv-test/.installed
 	$(PYTEST) -m docs tests/test_documented_commands.py

@@ -142,12 +142,7 @@ def fit(
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop needs.
-
-    Attributes:
-      ref_params: Parameters of MPO's reference model, or None.
-      key: Seeds drop path and dropout.
-    """
+    """What the loop needs. `ref_params` are MPO's; `key` seeds drop path and dropout."""
 
     config: TrainConfig
     workdir: pathlib.Path
@@ -317,7 +312,7 @@ def compile_step(run: TrainingRun, batch: dict, console: Console):
     step_fn = make_step(run.config, run.model, run.optimizer, num_sources, shardings)
     compiled = step_fn.lower(run.state, batch, run.key, run.ref_params).compile()
     console.say(f"compiled in {time.perf_counter() - started_at:.1f} s")
-    run.meter.restart()
+    run.meter.restart(has_batch=True)
     console.start_clock()
     return compiled
 

@@ -1,12 +1,15 @@
-"""What the recipes of the released sizes share. A recipe's argument is a size, or a checkpoint that
-names its own:
+"""What the recipes of the released sizes share.
 
-    --config configs/finetune.py:2b                              shapes from SIZES; set --config.init_from and --config.data.tokenizer
-    --config configs/finetune.py:OpenGVLab/InternVL3-2B          shapes, processor, tokenizer and weights of that checkpoint
+The argument of a recipe is a size, or a checkpoint that brings its own shapes:
 
-Sources in the recipes: [P3] the InternVL3 paper, arXiv 2504.10479; [S25] InternVL's
+    --config configs/finetune.py:2b
+        Shapes from SIZES; set --config.init_from and --config.data.tokenizer.
+    --config configs/finetune.py:OpenGVLab/InternVL3-2B
+        Shapes, processor, tokenizer and weights of that checkpoint.
+
+Sources of the numbers: [P3] the InternVL3 paper, arXiv 2504.10479; [S25] InternVL's
 shell/internvl2.5 scripts, the nearest public ones for what the paper does not give; [S3] InternVL's
-shell/internvl3.0/2nd_finetune scripts; [ours] chosen here.
+shell/internvl3.0/2nd_finetune scripts; [M3] its shell/internvl3.0/mpo scripts; [ours] chosen here.
 """
 
 import dataclasses
@@ -23,8 +26,10 @@ from internvl3_jax.config import (
 from internvl3_jax.sizes import SIZES
 
 RELEASED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
-ROWS = 512  # of a batch, packed [S25]
-TOKENS, TILES = 16_384, 48  # of a row [S25: max_packed_tokens, num_images_expected]
+# Packed rows of a batch [S25]
+ROWS = 512
+# Token and tile budget of a row [S25: max_packed_tokens, num_images_expected]
+TOKENS, TILES = 16_384, 48
 ALL_DELTAS = ("1", "1/2", "1/4", "1/8", "1/16", "1/32", "1/64", "1/128", "1/256")  # [P3 eq. 4]
 
 
@@ -38,8 +43,15 @@ def recipe(
     data: dict,
     optimizer: dict,
 ) -> TrainConfig:
-    """A run of a size or checkpoint: bfloat16 compute, float32 parameters, cosine over `steps` with
-    3 % warm-up [S25, S3].
+    """Returns a run of a size or checkpoint.
+
+    It computes in bfloat16 with float32 parameters; the learning rate follows a cosine over `steps`
+    with 3 % warm-up [S25, S3].
+
+    Args:
+      name: A size, or a checkpoint.
+      data: More fields of DataConfig.
+      optimizer: More fields of OptimizerConfig.
     """
     model, processor, start = _model(name, drop_path)
     return TrainConfig(
@@ -55,7 +67,7 @@ def recipe(
         steps=steps,
         init_from=start,
         compute_dtype="bfloat16",
-        remat_vision="full",  # [ours], as the reference's gradient checkpointing
+        remat_vision="full",  # [ours], as InternVL's gradient checkpointing
         remat_language="full",
         checkpoint=CheckpointConfig(every=500),
         logging=LoggingConfig(every=10, tensorboard=True),
@@ -63,7 +75,7 @@ def recipe(
 
 
 def full_training(name: str, steps: int, data: dict) -> TrainConfig:
-    """All parameters trained at the numbers of InternVL2.5's stage 2 [S25]."""
+    """Returns a run of all parameters with the numbers of InternVL2.5's stage 2 [S25]."""
     size = size_of(name)
     large = size in ("38b", "78b")
     return recipe(
@@ -78,9 +90,7 @@ def full_training(name: str, steps: int, data: dict) -> TrainConfig:
 
 
 def size_of(name: str) -> str:
-    """The released size that a name stands for or, of a checkpoint, is nearest to in width times
-    depth.
-    """
+    """Returns the released size of a name or, for a checkpoint, the nearest by width x depth."""
     if name in RELEASED:
         return name
     model = _model(name, 0.0)[0]
@@ -92,16 +102,16 @@ def _width(model: ModelConfig) -> int:
 
 
 def _model(name: str, drop_path: float) -> tuple[ModelConfig, ProcessorConfig, str]:
-    """(model, processor, where the weights are; "" for a size)."""
+    """Returns (model, processor, checkpoint of the weights or "" for a size)."""
     if name in RELEASED:
         model, processor, start = SIZES[name], ProcessorConfig(), ""
     else:
         from convert.open import open_model
         from internvl3_jax.io.checkpoint_paths import resolve_checkpoint
 
-        found = resolve_checkpoint(name)
-        opened = open_model(found)
-        model, processor, start = opened.config, opened.processor, str(found)
+        checkpoint = resolve_checkpoint(name)
+        opened = open_model(checkpoint)
+        model, processor, start = opened.config, opened.processor, str(checkpoint)
     return (
         dataclasses.replace(model, vision=dataclasses.replace(model.vision, drop_path=drop_path)),
         processor,

@@ -1,16 +1,18 @@
-"""Fine-tuning by adapters (LoRA) beside a released model, which stays as it is; or beside it in 4
-bits (QLoRA).
+"""Trains LoRA adapters on a frozen released model, or on one in 4 bits (QLoRA).
 
     python train.py --config configs/lora.py:OpenGVLab/InternVL3-8B --workdir runs/mine \\
         --config.data.source=meta.json --config.steps=1000
-    python train.py --config configs/lora.py:OpenGVLab/InternVL3-8B ... --config.lora.quantize=nf4           needs '.[quant]'
 
-Numbers of InternVL's scripts for a second fine-tuning by LoRA [S25: 2nd_finetune/*_lora.sh], which
-give adapters to the language model's linear layers and freeze tower and projector: batches of 16
-samples, of which four rows hold about as many [ours, as in finetune.py].
+Add --config.lora.quantize=nf4 for QLoRA, which needs pip install '.[quant]'. Other choices:
 
-    --config.lora.targets='("language/layers/.*", "vision/layers/.*")'     the tower's layers as well
-    --config.lora.full='("projector/.*",)'                                                the projector trained whole beside them
+    --config.lora.targets='("language/layers/.*", "vision/layers/.*")'
+        Adapters in the vision tower too.
+    --config.lora.full='("projector/.*",)'
+        Trains the projector itself too.
+
+The numbers are those of InternVL's scripts for a second fine-tuning with LoRA [S25:
+2nd_finetune/*_lora.sh]: adapters in the decoder's linear layers, tower and projector frozen, and
+batches of 16 samples, which about four packed rows hold [ours, as in finetune.py].
 """
 
 import dataclasses
@@ -32,5 +34,5 @@ def get_config(name: str = "1b") -> TrainConfig:
         optimizer={"weight_decay": 0.01 if small else 0.05},  # [S25]
     )
     adapters = LoraConfig(rank=16, alpha=32.0, dropout=0.05)  # [S25]
-    # of what is frozen; the rest is float32
+    # The frozen base is bfloat16; the adapters are float32.
     return dataclasses.replace(config, lora=adapters, param_dtype="bfloat16")

@@ -1,5 +1,4 @@
-"""Native pre-training in miniature, and the fine-tuning after it: 1.6 million parameters on two CPU
-cores.
+"""Native pre-training and fine-tuning in miniature: 1.6 million parameters on two CPU cores.
 
     pip install -e '.[demo]'
     python examples/native_pretraining/make_data.py runs/miniature/data
@@ -7,11 +6,10 @@ cores.
     python train.py --config configs/miniature.py:sft --workdir runs/miniature/native/sft
 
 The first stage is the paper's in everything but size (configs/pretrain.py): text and multimodal
-data 1 : 3, tower, projector and language model all trained, here from random weights, square
-averaging, a V2PE step drawn for each picture. The steps stop at 1/8, because a tile has 4 tokens
-here: at 1/256 a whole picture would lie within a tenth of a position. Muon as in tiny_digits.py.
-examples/native_pretraining/run.py runs this and its ablations, and asks them about what they never
-saw.
+data 1 : 3; tower, projector and language model all trained, here from random weights; square
+averaging; a V2PE step sampled for each image. The steps end at 1/8, since a tile has 4 tokens here:
+at 1/256 a whole image would take a tenth of a position. Muon is used as in tiny_digits.py.
+examples/native_pretraining/run.py runs this and its ablations, and evaluates them on unseen data.
 """
 
 import dataclasses
@@ -31,7 +29,8 @@ DATA = "runs/miniature/data"
 PRETRAINED = "runs/miniature/native/pretrain"
 DELTAS = ("1", "1/2", "1/4", "1/8")
 STEPS = {"pretrain": 1300, "sft": 400}
-VOCABULARY, IMAGE_TOKEN = 1024, 1017  # of make_data.py's tokenizer
+# Of the tokenizer that make_data.py writes.
+VOCABULARY, IMAGE_TOKEN = 1024, 1017
 
 
 def get_config(stage: str = "pretrain") -> TrainConfig:
@@ -70,7 +69,7 @@ def get_config(stage: str = "pretrain") -> TrainConfig:
 
 
 def miniature() -> ModelConfig:
-    """SIZES["tiny"] with a larger vocabulary."""
+    """Returns SIZES["tiny"] with a larger vocabulary."""
     tiny = SIZES["tiny"]
     language = dataclasses.replace(tiny.language, vocab_size=VOCABULARY)
     return dataclasses.replace(tiny, language=language, image_token_id=IMAGE_TOKEN)

@@ -1,16 +1,19 @@
-"""Mixed Preference Optimization after supervised fine-tuning: all parameters, pairs of answers
-(MMPR-v1.2 or your own: make_pairs).
+"""Mixed Preference Optimization after fine-tuning, on pairs of answers; trains all parameters.
 
-    python -m internvl3_jax.reward.make_pairs --checkpoint runs/sft-8b --questions questions.jsonl --output pairs.jsonl
-    python train.py --config configs/mpo.py:runs/sft-8b --workdir runs/mpo-8b --config.data.source=pairs.json
+    python -m internvl3_jax.reward.make_pairs --checkpoint runs/sft-8b \\
+        --questions questions.jsonl --output pairs.jsonl
+    python train.py --config configs/mpo.py:runs/sft-8b --workdir runs/mpo-8b \\
+        --config.data.source=pairs.json
 
-[M3] InternVL's shell/internvl3.0/mpo scripts: 0.8 DPO + 0.2 BCO + 1.0 cross-entropy of the chosen
-answer, beta 0.1, learning rate 2e-7, 3 % warm-up, decay 0.05, answers of up to 12,288 tokens (8,192
-from 38B on), 256 pairs an update (512). Here pairs are packed: `rows` is for about four pairs of
-half the longest length a row [ours]; `steps` is one pass over the paper's 300 thousand pairs [P3
-2.3]. The scripts drop paths in the policy's tower (0.1; 0.4 from 38B on) though not in the
-reference's: set loss.drop_path to do so; without it policy and reference begin equal. The authors
-found 38B and 78B best at step 400 [M3].
+The pairs may also be MMPR-v1.2. The numbers are those of InternVL's shell/internvl3.0/mpo scripts
+[M3]: 0.8 DPO + 0.2 BCO + 1.0 cross-entropy of the chosen answer, beta 0.1, learning rate 2e-7, 3 %
+warm-up, decay 0.05, answers of up to 12,288 tokens (8,192 from 38B on), and 256 pairs per update
+(512). Here pairs are packed: `rows` assumes about four pairs of half the longest length in a row
+[ours], and `steps` is one pass over the paper's 300 thousand pairs [P3 2.3].
+
+The scripts drop paths in the policy's tower (0.1; 0.4 from 38B on) but not in the reference
+model's. Set loss.drop_path to do so; otherwise both start equal. The authors found 38B and 78B best
+at step 400 [M3].
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ from configs.common import recipe, size_of
 from internvl3_jax.config import LossConfig, TrainConfig
 
 PAIRS = 300_000  # [P3 2.3]
-PAIRS_PER_ROW = 4  # as packed [ours]
+PAIRS_PER_ROW = 4  # [ours]
 
 
 def get_config(name: str = "1b") -> TrainConfig:

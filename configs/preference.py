@@ -1,12 +1,11 @@
-"""MPO in miniature: examples/preference trains a model that sorts handwritten digits on pairs of
-its own answers.
+"""MPO in miniature: the model of examples/preference learns from pairs of its own answers.
 
     python examples/preference/run.py runs/preference                     all of it, and the table
     python train.py --config configs/preference.py:mpo --workdir runs/preference/mpo
 
-The losses and their weights are those of the released sizes (configs/mpo.py). "generation" is the
-same run with the cross-entropy of the chosen answers alone: what rejected ones add is the
-difference. Learning rate and steps are for so small a model.
+The losses and their weights are those of the released sizes (configs/mpo.py). "generation" trains
+on the cross-entropy of the chosen answers alone; the difference shows what the rejected answers
+add. Learning rate and steps are for so small a model.
 """
 
 import dataclasses

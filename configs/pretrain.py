@@ -1,13 +1,13 @@
-"""Native multimodal pre-training: text and multimodal data in one stage, everything trained, from a
-new model of parts.
+"""Native multimodal pre-training: text and multimodal data in one stage, all parameters trained.
 
     python -m convert --llm Qwen/Qwen2.5-1.5B --vision VIT_DIR checkpoints/new-2b
-    python train.py --config configs/pretrain.py:checkpoints/new-2b --workdir runs/pretrain-2b --config.data.source=meta.json
+    python train.py --config configs/pretrain.py:checkpoints/new-2b --workdir runs/pretrain-2b \\
+        --config.data.source=meta.json
 
-What the paper says of this stage [P3 2.1, 2.2]: all of tower, projector and language model trained;
-square averaging; language to multimodal 1 : 3; about 200 billion tokens; V2PE with a delta drawn
-for each picture. It gives no learning rate, batch or schedule: those are of InternVL2.5's stage 2
-[S25], the nearest public recipe.
+The paper says of this stage [P3 2.1, 2.2]: tower, projector and language model are trained; square
+averaging; language to multimodal data 1 : 3; about 200 billion tokens; V2PE with a delta sampled
+for each image. It gives no learning rate, batch size or schedule: those are from InternVL2.5's
+stage 2 [S25], the nearest public recipe.
 """
 
 from configs.common import ALL_DELTAS, ROWS, TOKENS, full_training

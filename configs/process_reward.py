@@ -1,14 +1,14 @@
-"""The two trainings of examples/process_reward: a model that sorts handwritten digits into even and
-odd, and a critic of its steps.
+"""Two trainings of examples/process_reward: a model that sorts digits, and a critic of its steps.
 
-    python examples/process_reward/run.py runs/process_reward                      both, what lies between, and the table
+    python examples/process_reward/run.py runs/process_reward
+        Runs both trainings and the steps between them, and prints the table.
     python train.py --config configs/process_reward.py:policy --workdir runs/process_reward/policy
     python train.py --config configs/process_reward.py:critic --workdir runs/process_reward/critic
 
-The model starts from the shipped digits model, which reads numbers. Its teacher makes mistakes
-(task.py): a critic has something to find.
-The critic starts from that model and is an ordinary fine-tuning on conversations whose answers are
-+ and -.
+The policy sorts handwritten digits into even and odd. It starts from the shipped digits model,
+which reads numbers, and its teacher makes mistakes (task.py), so that the critic has something to
+find. The critic starts from the policy. Its training is ordinary fine-tuning on conversations whose
+answers are + and -.
 """
 
 from configs.tiny_digits import tiny_processor
@@ -22,7 +22,7 @@ from internvl3_jax.sizes import SIZES
 
 DATA = "runs/process_reward"
 TOKENIZER = "examples/tiny_digits"
-# where it starts, steps
+# Stage -> initial weights, steps
 STAGES = {"policy": ("examples/tiny_digits", 300), "critic": (f"{DATA}/policy", 300)}
 
 

@@ -1,15 +1,14 @@
-"""The digits model: reads, counts, locates and compares real handwritten digits. Trained on two CPU
-cores in under ten minutes.
+"""Trains the digits model, which reads, counts, locates and compares handwritten digits.
 
     pip install -e '.[demo]'
     python train.py --config configs/tiny_digits.py --workdir runs/tiny_digits
     python examples/tiny_digits/recipe/evaluate.py runs/tiny_digits
 
-Everything that the big sizes use, at a small size: tiles by dynamic resolution, V2PE with a delta
-drawn for each picture, packed rows, one loss. delta stays near 1, because a tile has 4 tokens here:
-at 1/256 a whole picture would lie within a tenth of a position.
-Muon, because a tower like this one learns to read single digits from about half as many pictures as
-with AdamW.
+It takes under ten minutes on two CPU cores and uses what the released sizes use, at a small size:
+tiles by dynamic resolution, V2PE with a delta sampled for each image, packed rows, one loss. The
+deltas stay near 1, since a tile has 4 tokens here: at 1/256 a whole image would take a tenth of a
+position. With Muon such a tower learns to read single digits from about half as many images as with
+AdamW.
 """
 
 import pathlib

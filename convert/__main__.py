@@ -1,11 +1,11 @@
 """Converts checkpoints between the released safetensors layouts and ours.
 
-python -m convert SRC DST                        released model (directory or hub id) -> checkpoint; the layout is detected
-python -m convert SRC DST --to internvl|hf       checkpoint or training run -> what the original code / transformers load
-python -m convert LORA_RUN DST [--to ...]        its adapters merged into its base; each matrix computed again and compared
-python -m convert SRC DST --adapter DIR [...]    the same of a model and a PEFT directory
-python -m convert RUN_OR_PEFT DST --to peft-hf|peft-internvl     the adapters alone, as PEFT loads them on either layout
-python -m convert --llm DIR --vision DIR DST     language model + InternViT -> new model with a random projector
+python -m convert SRC DST                       released model (directory or hub id) -> checkpoint
+python -m convert SRC DST --to internvl|hf      checkpoint or run -> original code / transformers
+python -m convert LORA_RUN DST [--to ...]       adapters merged into their base, and verified
+python -m convert SRC DST --adapter DIR [...]   the same for a model and a PEFT directory
+python -m convert RUN_OR_PEFT DST --to peft-hf|peft-internvl    only the adapters, for PEFT
+python -m convert --llm DIR --vision DIR DST    language model + InternViT -> new model
 """
 
 import argparse
@@ -91,11 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_source(options: argparse.Namespace, dtype: str | None):
-    """SRC as a model, with the adapter of --adapter on it."""
+    """Opens SRC as a model, with the adapter of --adapter merged."""
     directory = resolve_checkpoint(options.source)
     if options.base and options.adapter:
         raise ConversionError(
-            "--base is of a LoRA run and --adapter is put on a whole model: give one of them"
+            "--base is for a LoRA run and --adapter for a full model: give one of them"
         )
     if options.base:
         return open_run(
@@ -115,9 +115,7 @@ def open_source(options: argparse.Namespace, dtype: str | None):
 
 
 def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
-    """DST as a path, after what can be said of it before anything is read; an address as it is.
-    ValueError or OSError.
-    """
+    """Returns DST as a path or address; ValueError or OSError if it cannot be written."""
     if not target.strip() or "\0" in target:
         raise ConversionError(f"DST is {excerpt(target)}; name a directory to write")
     if "://" in target:
@@ -125,7 +123,7 @@ def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
     try:
         path = pathlib.Path(target).expanduser().absolute()
     except RuntimeError as error:
-        raise ConversionError(f"DST {excerpt(target)}: {error}; write the whole path") from error
+        raise ConversionError(f"DST {excerpt(target)}: {error}; write the full path") from error
     if any(len(os.fsencode(part)) > 200 for part in path.parts):
         raise ConversionError(
             f"DST {excerpt(target)}: a name has more than 200 bytes; choose a shorter one"
@@ -136,7 +134,7 @@ def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
         )
     parent = next((place for place in path.parents if os.path.lexists(place)), path)
     if not parent.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {parent} is no directory")
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: {parent} is not writable")
     return path
@@ -162,7 +160,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--adapter", help="PEFT directory to merge into SRC")
     parser.add_argument(
-        "--base", help="where the base of a LoRA run or PEFT adapter is, if not where they say"
+        "--base", help="path of the base of a LoRA run or PEFT adapter, if not the recorded one"
     )
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep")
     parser.add_argument(
@@ -190,7 +188,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer_merges",
         choices=MERGES,
-        help="rules of merges.txt that DST's tokenizer uses; 'slow' leaves out those that begin with #, as transformers 4.37 did",
+        help="rules of merges.txt that DST's tokenizer uses; 'slow' leaves out those that begin "
+        "with #, as transformers 4.37 did",
     )
     parser.add_argument(
         "--llm", help="directory or hub id of a Qwen2.5 or InternLM3 language model"
@@ -206,15 +205,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("expected DST alone with --llm and --vision, SRC and DST without them")
     options.source, options.target = options.paths[0], options.paths[-1]
     if options.tokenizer_merges and options.to and options.to.startswith("peft-"):
-        parser.error("--tokenizer_merges is of a model, and --to peft-... writes none")
+        parser.error("--tokenizer_merges is for a model, and --to peft-... writes none")
     return options
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "200MB", "1000000"."""
+    """Returns the bytes of "5GB", "200MB" or "1000000"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 200MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 5GB or 200MB")
     size = int(float(match[1][:20]) * 1000 ** " KMGT".index(match[2].upper() or " "))
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is too small; write it as 5GB or 200MB")
@@ -222,7 +221,7 @@ def parse_size(text: str) -> int:
 
 
 def _advance(progress: Progress):
-    """Shows each phase of a conversion as a bar of its own."""
+    """Shows each phase of a conversion as a separate bar."""
     tasks = {}
 
     def advance(phase: str, done: int, total: int) -> None:

@@ -1,13 +1,10 @@
-"""A new model from a plain language model and an InternViT: the start of native multimodal
-pre-training.
+"""Composes a new model of a language model and an InternViT: the start of native pre-training.
 
-Tower and decoder are taken as they are. The projector is random: kernels normal with deviation
-0.02, biases 0, norm scale 1.
-The nine tokens of InternVL join the tokenizer, the vocabulary becomes exactly as long as the
-tokenizer (Qwen's padding rows go), and the rows of new tokens in embedding and head are the mean of
-the others; the reference trainer does so for the head, and here an embedding that was never trained
-does not start from noise either. A head that was tied becomes a copy of the embedding: InternVL3
-never ties.
+Tower and decoder are unchanged. The projector is random: kernels normal with standard deviation
+0.02, biases 0, norm scale 1. The nine tokens of InternVL are added to the tokenizer, and the
+vocabulary gets exactly its length (Qwen's padding rows are dropped). The rows of new tokens in
+embedding and head are the mean of the others, as InternVL's trainer does for the head. A tied head
+becomes a copy of the embedding, because InternVL3 never ties.
 """
 
 import dataclasses
@@ -48,12 +45,12 @@ NEW_TOKENS = (
     "</ref>",
     "<box>",
     "</box>",
-)  # in the reference's order
+)  # in the order of InternVL's code
 
 
 @dataclasses.dataclass
 class Composed:
-    """A model to be, with the interface of source.py."""
+    """A composed model, with the interface of `released.Released`."""
 
     config: ModelConfig
     processor: ProcessorConfig
@@ -74,7 +71,7 @@ class Composed:
         return self.vision[0].allow_nonfinite
 
     def origins(self) -> str:
-        """Where each part comes from, a line each; `plan` has made sure that nothing is missing."""
+        """Returns one line about the origin of each part; `plan` has checked that all are there."""
         lines = [
             f"{part}: all {len(checked.names)} tensors loaded"
             for part, (checked, _) in (("vision", self.vision), ("language", self.language))
@@ -83,12 +80,12 @@ class Composed:
         head = (
             ""
             if HEADS[0] in self.language[0].names
-            else "; the head initialised as a copy of the embedding"
+            else "; the head initialized as a copy of the embedding"
         )
         lines.append(
-            f"vocabulary: {self.known_rows:,} rows loaded, {new} initialised as their mean{head}"
+            f"vocabulary: {self.known_rows:,} rows loaded, {new} initialized as their mean{head}"
         )
-        lines.append(f"projector: initialised at random, seed {self.seed}")
+        lines.append(f"projector: initialized at random, seed {self.seed}")
         return "\n".join(lines)
 
     def leaf(
@@ -112,7 +109,7 @@ class Composed:
 
     def _random(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         if path.endswith("kernel"):
-            # A generator for each leaf, so that none depends on the order of the conversion.
+            # One generator for each leaf, so that the order of the conversion does not matter.
             generator = np.random.default_rng([self.seed, zlib.crc32(path.encode())])
             return 0.02 * generator.standard_normal(shape, np.float32)
         return np.full(shape, 1.0 if path.endswith("scale") else 0.0, np.float32)
@@ -139,12 +136,17 @@ def open_parts(
     seed: int = 0,
     allow_nonfinite: bool = False,
 ) -> Composed:
-    """Opens a language model directory (Qwen2.5, InternLM2 or InternLM3) and a directory that holds
-    an InternViT, alone or in an InternVL model.
+    """Opens a language model and a vision tower.
+
+    Args:
+      llm: directory of a Qwen2.5, InternLM2 or InternLM3 model.
+      vision: directory of an InternViT or of an InternVL model.
+      dtype: name of the dtype to convert to; None keeps the stored one.
+      seed: of the random projector.
+      allow_nonfinite: accept NaN and infinities when reading.
 
     Raises:
-      FileNotFoundError, ValueError, ConversionError: naming the file, field or tensor that is
-      wrong.
+      FileNotFoundError, ValueError, ConversionError: it names the file, key or tensor.
     """
     tower_config, layout, tower = _open_tower(vision)
     files = travelling_files(llm)
@@ -157,11 +159,10 @@ def open_parts(
     decoder = SafetensorsSource(llm, rename=lambda name: "language_model." + name)
     known = Tokenizer.from_files(files, str(llm))
     known.require("<|im_start|>", "<|im_end|>")
-    own_head = has_head(decoder.infos())
-    # transformers ties Qwen2 only where the file says so; a file that says so and has a head is
-    # checked in `plan`.
-    said = Object(values, f"{llm}/config.json").get("tie_word_embeddings", bool, False)
-    base = read_language(values, f"{llm}/config.json: config", tied=said or not own_head)
+    has_own_head = has_head(decoder.infos())
+    # transformers ties Qwen2 only if the file says so; `plan` checks a file that also has a head.
+    stated = Object(values, f"{llm}/config.json").get("tie_word_embeddings", bool, False)
+    base = read_language(values, f"{llm}/config.json: config", tied=stated or not has_own_head)
     decoder = table_source(decoder, base)
     if known.vocab_size > base.vocab_size:
         raise ValueError(
@@ -170,7 +171,7 @@ def open_parts(
         )
 
     files = add_tokens(files, known)
-    for name in ("config.json", "generation_config.json"):  # of the language model alone
+    for name in ("config.json", "generation_config.json"):  # of the language model only
         files.pop(name, None)
     tokenizer = Tokenizer.from_files(files, str(llm))
     token = tokenizer.token_id("<IMG_CONTEXT>")
@@ -194,7 +195,7 @@ def open_parts(
 
 
 def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, SafetensorsSource]:
-    """(configuration, layout, tensors under that layout's names and no others)."""
+    """Returns (configuration, layout, tensors of the tower under that layout's names)."""
     values = read_json(travelling_files(directory), "config.json", directory)
     place = f"{directory}/"
     if values is None:
@@ -230,9 +231,7 @@ def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, Safetensors
 
 
 def add_tokens(files: dict[str, bytes], known: Tokenizer) -> dict[str, bytes]:
-    """Tokenizer files with those of the nine tokens that are not in them yet, in every file that
-    lists added tokens.
-    """
+    """Adds the missing ones of the nine tokens to every tokenizer file that lists added tokens."""
     new = [token for token in NEW_TOKENS if not has_token(known, token)]
     ids = {token: known.vocab_size + index for index, token in enumerate(new)}
     entry = {

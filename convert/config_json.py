@@ -90,8 +90,8 @@ def _internlm2_bias(language: LanguageConfig) -> bool:
         )
     if language.qkv_bias != language.o_bias or language.mlp_bias:
         raise ValueError(
-            "language.qkv_bias, o_bias and mlp_bias: InternLM2 has one flag for q, k, v and o, and "
-            "no bias in the MLP; set them so"
+            "language.qkv_bias, o_bias and mlp_bias: InternLM2 has one flag for q, k, v and o, "
+            "and no bias in the MLP; set them so"
         )
     return language.qkv_bias
 
@@ -101,7 +101,7 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
     if model.ps_version != "v2":
         raise ValueError(
             f"ps_version is {model.ps_version}: transformers computes pixel shuffle v2 only; "
-            f"export with --to internvl"
+            "export with --to internvl"
         )
     text = _language(language, dtype, token_ids)
     if language.family == "internlm2":  # not in transformers, which has the same network as Llama
@@ -114,8 +114,8 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
     if language.family == "internlm3":
         if len({language.qkv_bias, language.o_bias, language.mlp_bias}) > 1:
             raise ValueError(
-                "language.qkv_bias, o_bias and mlp_bias differ: transformers' InternLM3 has biases "
-                "everywhere or nowhere; export with --to internvl"
+                "language.qkv_bias, o_bias and mlp_bias differ: transformers' InternLM3 has "
+                "biases everywhere or nowhere; export with --to internvl"
             )
         text |= {"attention_bias": language.qkv_bias, "mlp_bias": language.mlp_bias}
     return {

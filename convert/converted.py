@@ -18,7 +18,7 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Converted:
-    """A checkpoint of ours."""
+    """An opened checkpoint (Orbax)."""
 
     directory: pathlib.Path
     config: ModelConfig

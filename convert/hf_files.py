@@ -1,6 +1,4 @@
-"""The files around the weights of an exported model, as the original code, transformers and servers
-read them.
-"""
+"""Writes the files beside the weights of an exported model."""
 
 import json
 
@@ -24,8 +22,7 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "chat_template.json",
 )
-# Replaced by its frames before anything is tokenised. Qwen2.5 has the first; the second is what -hf
-# repositories use.
+# Replaced by frames before tokenization. Qwen2.5 has the first, -hf repositories use the second.
 VIDEO_TOKENS = ("<|video_pad|>", "<video>")
 
 
@@ -37,70 +34,67 @@ def export_files(
     dtype: str,
     files: dict[str, bytes],
 ) -> dict[str, bytes]:
-    """Everything beside weights and internvl3_jax.json, made from the `files` that travelled and
-    from the configuration.
+    """Returns name -> content of an export's files, without weights and internvl3_jax.json.
+
+    Args:
+      model: the model.
+      processor: image and prompt settings.
+      tokenizer: the tokenizer.
+      layout: "internvl" or "hf".
+      dtype: name of the weights' dtype.
+      files: name -> content of the source's files.
     """
-    source = Object(read_json(files, "config.json") or {}, "config.json")
+    # 1) Token ids for config.json and generation_config.json
     settings = read_json(files, "tokenizer_config.json") or {}
     stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
     pad = named_token(settings, "pad_token", "tokenizer_config.json")
-    pad_id = tokenizer.token_id(pad) if pad else stop_ids[0]
     token_ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop_ids[0],
-        "pad_token_id": pad_id,
+        "pad_token_id": tokenizer.token_id(pad) if pad else stop_ids[0],
     }
-    generation = read_json(files, "generation_config.json") or {}
-    kept_pad = Object(generation, "generation_config.json").get(
-        "pad_token_id", int, pad_id, low=0, high=1 << 24
-    )
-    generation |= {"eos_token_id": stop_ids, "pad_token_id": kept_pad}
-    # Model code belongs to the original layout alone; a tokenizer's own code is needed wherever the
-    # tokenizer goes.
+    # 2) Files that are copied. Model code belongs only to the original layout; a tokenizer's code
+    # goes with the tokenizer.
     code = {
         name: content
         for name, content in files.items()
         if name.endswith(".py") and not name.startswith("tokenization_")
     }
-    kept = {
+    copied = {
         name: content
         for name, content in files.items()
         if name not in code and name not in PROCESSOR_FILES
     }
+    # 3) Files that are made for the layout
     if layout == "internvl":
-        kept |= code
-        config = to_hf(
-            model,
-            processor,
-            layout,
-            dtype,
-            token_ids,
-            source.get("auto_map", dict, None) if code else None,
-        )
-        pictures = {
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "crop_size": model.vision.image_size,
-            "do_center_crop": True,
-        }
-        made = {
-            "preprocessor_config.json": pictures
-            | _pixels(model)
-            | {"size": model.vision.image_size}
-        }
+        copied |= code
+        source = Object(read_json(files, "config.json") or {}, "config.json")
+        auto_map = source.get("auto_map", dict, None) if code else None
+        config = to_hf(model, processor, layout, dtype, token_ids, auto_map)
+        made = {"preprocessor_config.json": _original_processor(model)}
     else:
         config = to_hf(model, processor, layout, dtype, token_ids)
         made = _transformers_processor(model, processor, tokenizer, settings)
-        kept["chat_template.jinja"] = chat_template(
-            processor, made["tokenizer_config.json"]["video_token"]
-        ).encode()
+        video_token = made["tokenizer_config.json"]["video_token"]
+        copied["chat_template.jinja"] = chat_template(processor, video_token).encode()
+    generation = _generation_config(files, stop_ids, token_ids["pad_token_id"])
     made |= {"config.json": config, "generation_config.json": generation}
-    return kept | {
+    return copied | {
         name: json.dumps(values, indent=2, ensure_ascii=False).encode()
         for name, values in made.items()
     }
 
 
+def _generation_config(files: dict[str, bytes], stop_ids: list[int], pad_id: int) -> dict:
+    values = read_json(files, "generation_config.json") or {}
+    pad_id = Object(values, "generation_config.json").get(
+        "pad_token_id", int, pad_id, low=0, high=1 << 24
+    )
+    return values | {"eos_token_id": stop_ids, "pad_token_id": pad_id}
+
+
 def has_token(tokenizer: Tokenizer, token: str) -> bool:
+    """Returns whether the tokenizer has a token."""
     try:
         tokenizer.require(token)
     except ValueError:
@@ -118,10 +112,20 @@ def _pixels(model: ModelConfig) -> dict:
     }
 
 
+def _original_processor(model: ModelConfig) -> dict:
+    return {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "crop_size": model.vision.image_size,
+        "do_center_crop": True,
+        **_pixels(model),
+        "size": model.vision.image_size,
+    }
+
+
 def _transformers_processor(
     model: ModelConfig, processor: ProcessorConfig, tokenizer: Tokenizer, settings: dict
 ) -> dict:
-    """The files from which AutoProcessor builds an InternVLProcessor."""
+    """Returns the files from which AutoProcessor builds an InternVLProcessor."""
     size = {"height": model.vision.image_size, "width": model.vision.image_size}
     pixels = _pixels(model) | {
         "size": size,
@@ -129,11 +133,10 @@ def _transformers_processor(
         "rescale_factor": 1 / 255,
         "do_convert_rgb": True,
     }
-    pictures = pixels | {
+    image_settings = pixels | {
         "processor_class": "InternVLProcessor",
         "image_processor_type": "GotOcr2ImageProcessor",
-        # Stored as false in released files: the image processor alone then makes one tile of any
-        # picture.
+        # Released files have false, with which the image processor alone makes one tile per image.
         "crop_to_patches": True,
         "min_patches": processor.min_tiles,
         "max_patches": processor.max_tiles,
@@ -146,7 +149,7 @@ def _transformers_processor(
         "padding_side": "left",
     }
     return {
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": image_settings,
         "video_preprocessor_config.json": pixels
         | {"video_processor_type": "InternVLVideoProcessor"},
         "processor_config.json": {
@@ -158,9 +161,7 @@ def _transformers_processor(
 
 
 def chat_template(processor: ProcessorConfig, video_token: str) -> str:
-    """The Jinja template: blocks as chat.py builds them, a picture or video in front of the text
-    that follows it.
-    """
+    """Returns the Jinja template, with the blocks of chat_template.py."""
     text = (
         TEMPLATES[processor.template]
         if processor.system_message == "default"

@@ -1,6 +1,4 @@
-"""Opens what can be converted: a checkpoint or released directory, a LoRA run with its base, a
-model with a PEFT adapter.
-"""
+"""Opens the source of a conversion: a checkpoint, a released model, a LoRA run, a PEFT adapter."""
 
 import dataclasses
 import os
@@ -35,11 +33,9 @@ from internvl3_jax.model import lora
 
 @dataclasses.dataclass
 class Adapted:
-    """A base with an adapter merged into it, leaf by leaf. Each leaf is W + a @ b, summed in
-    float32 and rounded once.
-    """
+    """A base with a merged adapter; each leaf is W + a @ b, summed in float32 and rounded once."""
 
-    under: Released | Converted
+    base_model: Released | Converted
     adapter: Adapter
     base: Base | None  # of a LoRA run
     processor: ProcessorConfig
@@ -58,11 +54,11 @@ class Adapted:
 
     @property
     def directory(self) -> pathlib.Path:
-        return self.under.directory
+        return self.base_model.directory
 
     @property
     def config(self) -> ModelConfig:
-        return self.under.config
+        return self.base_model.config
 
     @property
     def dtype(self) -> str:
@@ -86,11 +82,11 @@ class Adapted:
         if row.target in self.whole:
             return np.asarray(self.whole[row.target])
         leaf, pair = (
-            self.under.leaf(row, None, scratch),
+            self.base_model.leaf(row, None, scratch),
             self.pairs.get(row.target.removesuffix("/kernel")),
         )
         if self.base is not None and self.base.lora.quantize != "none":
-            # as it was trained beside
+            # The adapter was trained on the quantized weight.
             leaf = lora.prepare_base_leaf(row.target, jnp.asarray(leaf), self.base.lora)
         if pair is None and not isinstance(leaf, dict):
             return leaf
@@ -103,16 +99,18 @@ def open_model(
     accept_fingerprint: bool = False,
     allow_nonfinite: bool = False,
 ) -> Released | Converted:
-    """Opens a directory that `resolve_checkpoint` found, a LoRA run with its adapters merged. It is
-    checked completely before any array is read.
+    """Opens a directory of `resolve_checkpoint`, a LoRA run with its adapters merged.
+
+    It is checked completely before any array is read.
 
     Args:
-      dtype: to cast to; None keeps.
-      allow_nonfinite: read weights that are NaN or infinite; otherwise the first of them that is
-          read is an error that names them all.
+      directory: the directory.
+      dtype: name of the dtype to cast to; None keeps the stored one.
+      accept_fingerprint: accept files that differ from when it was saved.
+      allow_nonfinite: accept weights that are NaN or infinite.
 
     Raises:
-      ConversionError, ValueError: naming the tensor or field that is wrong.
+      ConversionError, ValueError: it names the tensor or key that is wrong.
     """
     if is_checkpoint(directory):
         if Manifest.read(directory).base is not None:
@@ -130,11 +128,11 @@ def open_run(
     base: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Adapted:
-    """A step of a LoRA run. ValueError if its base is no longer what it was."""
+    """Opens a step of a LoRA run; ValueError if its base has changed."""
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
     if manifest is None or manifest.base is None:
-        raise ConversionError(f"{directory} is no LoRA run, so it has no base; leave --base out")
-    under = open_model(
+        raise ConversionError(f"{directory} is not a LoRA run, so it has no base; leave --base out")
+    base_model = open_model(
         resolve_checkpoint(base or manifest.base.path),
         manifest.base.dtype,
         accept_fingerprint,
@@ -142,45 +140,66 @@ def open_run(
     )
     with undamaged(directory, "full", accept_fingerprint):
         own = read_adapter(directory)
-    leaves = ((row.target, under.leaf(row)) for row in active_rows(under.config))
+    leaves = ((row.target, base_model.leaf(row)) for row in active_rows(base_model.config))
     check_base(describe(leaves, manifest.base.dtype), own, manifest.base, str(directory))
-    tokenizer, files = Tokenizer.from_directory(directory), under.files
+    tokenizer, files = Tokenizer.from_directory(directory), base_model.files
     target = DTYPES[dtype or manifest.base.dtype]
     put_on = adapter(own, manifest.base.lora)
     return Adapted(
-        under, put_on, manifest.base, manifest.processor, tokenizer, files, target, allow_nonfinite
+        base_model,
+        put_on,
+        manifest.base,
+        manifest.processor,
+        tokenizer,
+        files,
+        target,
+        allow_nonfinite,
     )
 
 
 def open_with_peft(
-    under: Released | Converted,
+    base_model: Released | Converted,
     directory: pathlib.Path,
     dtype: str | None,
     allow_nonfinite: bool = False,
 ) -> Adapted:
-    """A model with the adapter of a PEFT directory or hub id."""
+    """Merges the adapter of a PEFT directory or hub id into a model."""
     directory = pathlib.Path(os.path.expanduser(directory))
     if not is_peft(directory):
         directory = resolve_hub_dir(str(directory))
     if not is_peft(directory):
         raise ConversionError(
-            f"--adapter {directory} is no PEFT directory: it has no {PEFT}. A LoRA run is "
+            f"--adapter {directory} is not a PEFT directory: it has no {PEFT}. A LoRA run is "
             "converted by itself"
         )
-    target, read = DTYPES[dtype or under.dtype], read_peft(directory, under.config, allow_nonfinite)
+    target, read = (
+        DTYPES[dtype or base_model.dtype],
+        read_peft(directory, base_model.config, allow_nonfinite),
+    )
     return Adapted(
-        under, read, None, under.processor, under.tokenizer, under.files, target, allow_nonfinite
+        base_model,
+        read,
+        None,
+        base_model.processor,
+        base_model.tokenizer,
+        base_model.files,
+        target,
+        allow_nonfinite,
     )
 
 
 def export_adapter(
     source: str, target: pathlib.Path, layout: str, base: str | None, overwrite: bool = False
 ) -> int:
-    """Writes the adapter of a LoRA run or of a PEFT directory as PEFT's for a layout; returns how
-    many tensors it has.
+    """Writes the adapter of a LoRA run or PEFT directory for PEFT; returns the number of tensors.
 
-    base: what adapter_config.json is to name as its model; of a PEFT directory it also says what
-        that model is. None takes what the source names.
+    Args:
+      source: the LoRA run, PEFT directory or hub id.
+      target: the new directory.
+      layout: "internvl" or "hf".
+      base: model that adapter_config.json names; for a PEFT directory, where that model is. None
+        takes the one that the source names.
+      overwrite: replace an existing export.
     """
     local = pathlib.Path(os.path.expanduser(source))
     if is_peft(local):

@@ -1,6 +1,4 @@
-"""The conversion loop: leaves out of an opened model, into a checkpoint of ours or a safetensors
-directory.
-"""
+"""The conversion loop: copies an opened model into a checkpoint or a safetensors directory."""
 
 import dataclasses
 import itertools
@@ -37,7 +35,7 @@ HEAD, EMBEDDING = ("language_model.lm_head.weight", "language_model.model.embed_
 
 
 class OrbaxSink:
-    """Takes leaves into a checkpoint of ours."""
+    """Writes leaves into a checkpoint."""
 
     def __init__(self, directory: pathlib.Path, model: Model):
         self.directory, self.model = directory, model
@@ -65,9 +63,7 @@ class OrbaxSink:
 
 
 class SafetensorsSink:
-    """Takes leaves into a directory of a released layout. A tied head is written out where the
-    layout never ties.
-    """
+    """Writes leaves into a directory of a released layout; the original one never ties the head."""
 
     def __init__(self, directory: pathlib.Path, model: Model, layout: str, shard_size: int):
         self.directory, self.model, self.layout = directory, model, layout
@@ -110,9 +106,7 @@ class SafetensorsSink:
 
 
 def source_of(model: Model) -> str | None:
-    """The hub's id and commit that a model comes from, also by way of a checkpoint that was
-    converted before.
-    """
+    """Returns owner/name@commit of a model from the hub, also of its converted checkpoint."""
     directory = getattr(model, "directory", None)
     if directory is None:
         return None
@@ -122,9 +116,7 @@ def source_of(model: Model) -> str | None:
 
 
 def planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of all tensors of a layout, a layer's together, so that shards hold whole
-    layers as far as they can.
-    """
+    """Returns (name, shape) of all tensors, grouped by layer so that shards hold full layers."""
     planned = []
     for _, rows in itertools.groupby(
         active_rows(config), lambda row: (row.target.split("/")[0], layers_of(row, config))
@@ -153,18 +145,20 @@ def convert(
     """Writes an opened model (`open_model`, `open_parts`) to `target`.
 
     Args:
-      to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint of
-          ours.
+      model: the source.
+      target: the new directory.
+      to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint.
       verify: read source and result again and compare the sha256 of every tensor.
-      overwrite: replace a checkpoint or an export that was made here, and holds nothing else.
-      sources: what is read beside the model's own directory; neither is ever replaced.
-      advance: called with (phase, parameters done, parameters in all).
+      shard_size: most bytes of tensors in one safetensors file.
+      overwrite: replace a checkpoint or an export that this program wrote.
+      sources: other directories that are read; they and the model's own are never replaced.
+      advance: called with (phase, parameters done, parameters in total).
 
     Returns:
       The hashes: name in the original layout -> sha256.
 
     Raises:
-      FileExistsError, ValueError (also ConversionError): nothing is left at `target` then.
+      FileExistsError, ValueError (also ConversionError): nothing is written to `target`.
     """
     with storage.new_directory(
         target, overwrite, (*sources, *filter(None, [getattr(model, "directory", None)]))

@@ -1,4 +1,4 @@
-"""Paths of parameters: their names, and the regular expressions of a configuration that choose them."""
+"""Paths of parameters: as text, and chosen by the regular expressions of a config."""
 
 import difflib
 import re

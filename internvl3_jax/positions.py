@@ -130,7 +130,7 @@ def next_position(positions: np.ndarray) -> int:
 
 
 def _check_runs(length, runs, deltas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the starts, counts and deltas as i64[images], or raises ValueError naming the image."""
+    """Returns the starts, counts and deltas, i64[images], or raises ValueError naming an image."""
     if length < 0:
         raise ValueError(f"a sequence cannot have {length} tokens; the length must be 0 or more")
     if len(runs) != len(deltas):

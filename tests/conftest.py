@@ -1,5 +1,5 @@
-"""What every test runs under: the CPU as eight devices, no network, no silent broadcasting, quick
-compilation, and one cache of compiled programs that is kept from run to run.
+"""Settings of every test: the CPU as eight devices, no network, no implicit rank promotion, quick
+compilation, and a cache of compiled programs that is kept between runs.
 """
 
 import os
@@ -8,10 +8,10 @@ import time
 
 from tests.support import compilation_cache
 
-# In the environment, so that programs started by a test are under it too, and before anything
+# Environment variables, so that programs started by a test get them too; set before anything
 # imports jax, PyTorch or transformers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# PyTorch's models here are tiny: more threads only wait for each other
+# PyTorch's models are tiny here: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Most programs run once or twice: optimizing them takes longer than running them.
@@ -30,11 +30,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Files that train, start programs or compile large ones, longest first: they begin first, so that
 # none is left for one worker at the end, and `make test-fast` does without them.
 SLOW = """
-train train_hosts pairs_run object_storage lora_run lora_base pairs generate elastic sharding
-attention step benchmarks infer_hosts distributed optimizer infer lora chat_session peft critic
-best_of_n preference preference_example process_reward process_labels make_pairs miniature digits
-notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz convert compose
-convert_damage shapes launch install kill
+train train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs generate elastic
+sharding attention step benchmarks infer_hosts distributed optimizer infer lora chat_session
+peft critic best_of_n preference preference_example process_reward process_labels make_pairs
+miniature digits notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz
+convert compose convert_damage shapes launch install kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install"}
@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With -m smoke, do not even import the files without a smoke test: many need PyTorch, which
-    the smoke environments lack.
+    """Skips files without a smoke test under -m smoke: many import PyTorch, which the smoke
+    environments lack.
     """
     if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
         return "mark.smoke" not in collection_path.read_text() or None
@@ -80,8 +80,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs are kept for the life of a process, each in memory maps of its own, of
-    which Linux gives a process 65,530.
+    """Drops compiled programs after each file: each holds memory maps, of which Linux allows a
+    process 65,530.
     """
     yield
     jax.clear_caches()

@@ -89,8 +89,8 @@ def test_new_model_is_complete(tmp_path, capsys):
     assert main(["--llm", str(llm), "--vision", str(tower), str(tmp_path / "new"), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "hashes equal" in out
-    assert "vision: all " in out and "language: all " in out and "initialised as their mean" in out
-    assert "projector: initialised at random, seed 0" in out
+    assert "vision: all " in out and "language: all " in out and "initialized as their mean" in out
+    assert "projector: initialized at random, seed 0" in out
     opened = load(tmp_path / "new")
     assert [opened.tokenizer.token_id(token) for token in NEW_TOKENS] == list(
         range(KNOWN, KNOWN + 9)

@@ -319,7 +319,7 @@ def test_sizes():
         200_000,
         77,
     ]
-    with pytest.raises(Exception, match="no size"):
+    with pytest.raises(Exception, match="not a size"):
         parse_size("many")
 
 

@@ -54,7 +54,7 @@ def test_truncated_file_names_what_is_cut_off(tmp_path):
     (released / "model.safetensors").write_bytes(content[:-1])
     check_refused(released, f"truncated.*{last}", tmp_path)
     (released / "model.safetensors").write_bytes(content[:100])
-    check_refused(released, "truncated or no safetensors", tmp_path)
+    check_refused(released, "truncated or not a safetensors", tmp_path)
     (released / "model.safetensors").write_bytes(content[:8] + b"x" * (len(content) - 8))
     check_refused(released, "header is not JSON", tmp_path)
 
@@ -357,7 +357,7 @@ def test_dst_is_looked_at_before_anything_is_read(tmp_path, monkeypatch, capsys)
     for target, message in {
         "a\0b": r"DST is 'a\x00b'",
         " ": "DST is ' '",
-        str(tmp_path / "file" / "x"): "is no directory",
+        str(tmp_path / "file" / "x"): "is not a directory",
     }.items():
         assert main([str(tmp_path / "nowhere"), target]) == 1
         assert message in capsys.readouterr().err

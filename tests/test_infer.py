@@ -404,9 +404,9 @@ def test_the_program_fails_with_one_line(pictures):
         ),
         (
             {"checkpoint": str(ROOT / "tests")},
-            "tests is no checkpoint. Expected one of: internvl3_jax.json and params/",
+            "tests is not a checkpoint. Expected one of: internvl3_jax.json and params/",
         ),
-        ({"checkpoint": __file__}, "test_infer.py is no checkpoint"),
+        ({"checkpoint": __file__}, "test_infer.py is not a checkpoint"),
         (
             {"prompt": "<image>", "image": ["small.png", "small.png"]},
             "2 images, but 1 <image> tags",

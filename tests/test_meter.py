@@ -97,6 +97,15 @@ def test_a_row_is_the_mean_since_the_last():
     meter.add(prepared, {"loss": 7.0, "source_loss": np.ones(3), "source_weight": np.ones(3)})
     assert meter.row(3)["loss"] == 7.0
 
+    # The wait for a batch that came before the clock started does not count.
+    late = types.SimpleNamespace(batch=prepared.batch, waited=100.0)
+    zeros = {"loss": 7.0, "source_loss": np.ones(3), "source_weight": np.ones(3)}
+    meter.restart(has_batch=True)
+    meter.add(late, zeros)
+    assert meter.row(4)["input_wait"] == 0.0
+    meter.add(late, zeros)
+    assert meter.row(5)["input_wait"] > 0.0
+
 
 def test_the_log_and_tensorboard(tmp_path):
     """Rows after the step at which a run goes on are dropped; TensorBoard's file holds the same

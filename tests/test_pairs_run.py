@@ -179,7 +179,7 @@ def test_a_reference_file_of_something_else_is_refused(tmp_path):
         config, data=dataclasses.replace(config.data, ref_logps_file=str(path))
     )
     other = dataclasses.replace(cached, loss=dataclasses.replace(LOSS, ref_model=str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         train.fit(other, make(tmp_path / "named", other), ONE_DEVICE)
     path.write_text(path.read_text().replace('"hash": "', '"hash": "0'))
     with pytest.raises(

@@ -284,11 +284,11 @@ def grown(tensors, values):
     [
         (
             renamed,
-            "1 tensor(s) that nothing in the model takes, such as base_model.model.model.language_model.layers.7.mlp",
+            "1 tensor(s) that the model does not have, such as base_model.model.model.language_model.layers.7.mlp",
         ),
         (
             lambda tensors, values: tensors.pop(f"{UP}A.weight"),
-            f"{UP}B.weight has no lora_A beside it",
+            f"{UP}B.weight has no lora_A",
         ),
         (reshaped, f"{UP}B.weight (5, 3) do not fit: the layer has 32 inputs and 48 outputs"),
         (
@@ -383,7 +383,7 @@ def test_internlm2s_own_names_are_not_written(tmp_path):
         config, language=dataclasses.replace(config.language, family="internlm2")
     )
     with pytest.raises(
-        ConversionError, match="one interleaved matrix, for which adapters are not read or written"
+        ConversionError, match="one interleaved weight, for which adapters are not supported"
     ):
         write_peft(
             tmp_path, {lora.SUBTREE: drawn(params, SETTINGS)}, SETTINGS, config, "internvl", "base"
@@ -398,7 +398,7 @@ def test_a_module_that_was_trained_in_part_cannot_go_to_peft(tmp_path):
     }
     with pytest.raises(
         ConversionError,
-        match="layer_norm was trained but for model.multi_modal_projector.layer_norm.bias",
+        match="layer_norm was trained except for model.multi_modal_projector.layer_norm.bias",
     ):
         write_peft(tmp_path, own, SETTINGS, config, "hf", "base")
 
@@ -418,8 +418,8 @@ def test_the_program_says_what_lacks(tmp_path, capsys):
     )
     base = str(tiny_checkpoint.directory())
     assert convert([base, str(tmp_path / "out"), "--base", base]) == 1
-    assert "is no LoRA run, so it has no base" in capsys.readouterr().err
+    assert "is not a LoRA run, so it has no base" in capsys.readouterr().err
     assert convert([base, str(tmp_path / "out"), "--base", base, "--adapter", base]) == 1
     assert "give one of them" in capsys.readouterr().err
     assert convert([base, str(tmp_path / "out"), "--adapter", base]) == 1
-    assert "is no PEFT directory" in capsys.readouterr().err
+    assert "is not a PEFT directory" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_what_was_not_made_here_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "older2" / "notes.txt").write_text("x")
     for name, why in {
         "foreign": "was not made by this program",
-        "file": "is no directory",
+        "file": "is not a directory",
         "link": "is a symbolic link",
         "added": "holds notes.txt, not written",
         "step": "is a step of a training run",

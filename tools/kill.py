@@ -29,7 +29,7 @@ from kill_state import REQUESTS, ROOT, answers, compared, environment, state, wr
 
 PHASES = ("starting", "step", "saving", "evaluating", "any time")
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 28, 4, 6
-# The batches come slowly, so that there are moments to hit.
+# Batches are delayed, so that kills hit each phase.
 CONFIG = f"""\
 import dataclasses, os, time
 from internvl3_jax.data.loader import BatchLoader
@@ -49,7 +49,7 @@ def get_config():
                    eval__batches=1, data=data, micro_batches=1, remat_vision="none",
                    remat_language="none")
 """
-# infer.py with a pause before each batch.
+# infer.py with a delay before each batch.
 SLOW_INFER = """\
 import runpy, sys, time
 from internvl3_jax.inference.chat import Chat
@@ -64,8 +64,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Killer:
-    """Starts programs, kills them and counts. environment: added to that of this process; scratch:
-    folder for what they print.
+    """Starts programs, kills them and counts the kills.
+
+    environment: variables added to those of this process.
+    scratch: folder for logs.
     """
 
     def __init__(self, environment: dict[str, str], scratch: pathlib.Path, rng: random.Random):
@@ -87,14 +89,12 @@ class Killer:
         return (self.scratch / "output.txt").read_text(errors="replace")
 
     def finish(self, process: subprocess.Popen) -> None:
-        """Waits for the end of a program that nobody kills. SystemExit with what it said if it
-        failed.
-        """
+        """Waits for a program that is not killed. SystemExit with its output if it fails."""
         if process.wait(900):
             sys.exit(f"error: it ended with {process.returncode}:\n{self.said()[-3000:]}")
 
     def kill(self, process: subprocess.Popen) -> bool:
-        """Kills the program, and its workers with it; False if it had ended."""
+        """Kills the program and its workers; returns False if it had ended."""
         if process.poll() is not None:
             self.finish(process)
             return False
@@ -103,7 +103,7 @@ class Killer:
         return True
 
     def wait_for(self, process: subprocess.Popen, reached, seconds: float = 300) -> bool:
-        """Looks again and again whether a moment is reached; False if the program ended before."""
+        """Waits for `reached`; returns False if the program ends before or time is up."""
         end = time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < end:
             if reached():
@@ -116,7 +116,7 @@ class Killer:
 
 
 def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]:
-    """Returns what differs."""
+    """Kills and resumes training; returns a line for each difference to an undisturbed run."""
     sys.path.insert(0, str(ROOT))
     from tests.support.official_run import write_official
 
@@ -127,7 +127,7 @@ def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]
     command = [sys.executable, str(ROOT / "train.py"), f"--config={scratch / 'config.py'}"]
     killer.finish(killer.start([*command, f"--workdir={scratch / 'whole'}"]))
     began = time.monotonic()
-    # with its programs compiled
+    # a second run, with all programs compiled, to time
     killer.finish(killer.start([*command, f"--workdir={scratch / 'again'}"]))
     wanted, duration, wrong, number = (
         state(scratch / "whole", STEPS),
@@ -156,7 +156,7 @@ def training(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]
 
 
 def kill_training(killer: Killer, command: list[str], run: pathlib.Path, duration: float) -> bool:
-    """One start and one kill; False if the training ended first."""
+    """Starts training and kills it; returns False if it ended first."""
     phase = killer.rng.choice(PHASES)
     wait = killer.rng.random()
     before = last_step(run)
@@ -185,7 +185,7 @@ def kill_training(killer: Killer, command: list[str], run: pathlib.Path, duratio
 
 
 def unfinished(run: pathlib.Path) -> bool:
-    """Whether a step is being written: something in checkpoints/ that is not a step's number."""
+    """Returns whether a step is being written: checkpoints/ has an entry that is no step number."""
     try:
         return any(not entry.name.isdigit() for entry in (run / "checkpoints").iterdir())
     except FileNotFoundError:
@@ -193,14 +193,14 @@ def unfinished(run: pathlib.Path) -> bool:
 
 
 def last_step(run: pathlib.Path) -> int:
-    """The last step in the log."""
+    """Returns the last step in the log."""
     path = run / "log.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
 
 
 def newest(run: pathlib.Path) -> int:
-    """The newest step that has its final name."""
+    """Returns the newest step with its final name."""
     folder = run / "checkpoints"
     return (
         max((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), default=0)
@@ -213,7 +213,7 @@ def newest(run: pathlib.Path) -> int:
 
 
 def requests(kills: int, scratch: pathlib.Path, rng: random.Random) -> list[str]:
-    """Returns what differs."""
+    """Kills and resumes batch inference; returns a line for each difference."""
     killer = Killer(environment(scratch), scratch, rng)
     write_requests(scratch)
     command = [

@@ -1,4 +1,4 @@
-"""What kill.py compares: the state of a run, and a file of answers. And what it asks about."""
+"""The state of a run and a file of answers as kill.py compares them, and the requests it sends."""
 
 import hashlib
 import json
@@ -9,14 +9,15 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# keys of a log row that may differ
+# Keys of a log row that may differ.
 TIMES = re.compile(r"seconds|_per_second|input_wait|mfu|memory|time")
 REQUESTS = 60
 
 
 def state(run: pathlib.Path, steps: int) -> dict[str, object]:
-    """What of a run must be equal: rows of its files, and a hash of each array. Read in another
-    process, which may use jax.
+    """Returns what must be equal in two runs: rows of its files and a hash of each array.
+
+    Arrays are read in another process, because this one must not start an accelerator.
     """
     script = "import sys, kill_state; kill_state.print_arrays(sys.argv[1])"
     command = [sys.executable, "-c", script, str(run / "checkpoints" / str(steps))]
@@ -36,7 +37,7 @@ def state(run: pathlib.Path, steps: int) -> dict[str, object]:
 
 
 def print_arrays(step: str) -> None:
-    """JSON of a hash of each array of a saved step."""
+    """Returns JSON with a hash of each array of a saved step."""
     import jax
     import numpy as np
 
@@ -54,7 +55,7 @@ def print_arrays(step: str) -> None:
 
 
 def compared(what: str, found: dict, wanted: dict) -> list[str]:
-    """A line for each part that differs."""
+    """Returns a line for each part that differs."""
     wrong = [name for name in wanted | found if found.get(name) != wanted.get(name)]
     for name in wrong:
         rows = [len(side[name]) for side in (found, wanted) if isinstance(side.get(name), list)]
@@ -93,7 +94,7 @@ def write_requests(scratch: pathlib.Path) -> None:
 
 
 def make_model(scratch: str) -> None:
-    """A tiny random model, and pictures to ask about."""
+    """Writes a tiny random model and images for the requests."""
     import shutil
 
     from tests.support import tiny_checkpoint

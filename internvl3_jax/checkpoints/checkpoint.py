@@ -12,7 +12,6 @@ It also opens released safetensors directories of either layout, and hub ids.
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from internvl3_jax.checkpoints.adapters import (
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
 from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.released import open_released
+from internvl3_jax.checkpoints.load_targets import load_targets, mesh_of, shardings_by_path
 from internvl3_jax.checkpoints.manifest import Manifest, dtype_name, write_files
 from internvl3_jax.checkpoints.verification import (
     check_finite,
@@ -44,7 +44,6 @@ from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io import integrity
 from internvl3_jax.io.checkpoint_paths import (
-    MANIFEST,
     PEFT,
     is_checkpoint,
     is_peft,
@@ -53,8 +52,7 @@ from internvl3_jax.io.checkpoint_paths import (
 from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.model import lora
-from internvl3_jax.model.internvl import InternVL, abstract_params
-from internvl3_jax.parallel.sharding import param_shardings
+from internvl3_jax.model.internvl import InternVL
 
 
 @dataclasses.dataclass(repr=False)
@@ -212,7 +210,7 @@ def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
         source = open_released(
             directory, dtype, reading.accept_fingerprint, reading.allow_nonfinite
         )
-    params = source.params(_param_shardings(source.config, reading.mesh), reading.prepare)
+    params = source.params(shardings_by_path(source.config, reading.mesh), reading.prepare)
     return _opened(directory, source.config, source.processor, source.tokenizer, params)
 
 
@@ -220,12 +218,12 @@ def _load_converted(directory: pathlib.Path, manifest: Manifest, reading: _Readi
     with reading.undamaged(directory):
         stored = storage.leaf_infos(directory / "params")
         tokenizer = _tokenizer(directory, manifest, dtype_name(stored), reading.accept_fingerprint)
-        target = _targets(
+        target = load_targets(
             directory,
             manifest.model,
             stored,
             reading.dtype,
-            _param_shardings(manifest.model, reading.mesh),
+            shardings_by_path(manifest.model, reading.mesh),
         )
     # Leaf by leaf only if each becomes smaller; reading all together is faster.
     params = storage.load_tree(
@@ -301,7 +299,7 @@ def load_adapter(
     check_model(manifest.model, opened.config, str(directory))
     if not accept_fingerprint:
         check_processor(manifest.processor, opened.processor, str(directory))
-    mesh = _mesh_of(opened.params)
+    mesh = mesh_of(opened.params)
     together = spans_all_processes(mesh)
     with undamaged(directory, verify, accept_fingerprint, together=together):
         adapter_params = read_adapter(directory, mesh)
@@ -332,51 +330,3 @@ def _tokenizer(
     made = fingerprint(manifest.model, manifest.processor, tokenizer, dtype)
     compare(manifest.fingerprint, made, str(directory), accept_fingerprint)
     return tokenizer
-
-
-def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
-    sharding = jax.tree.leaves(params)[0].sharding
-    return sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
-
-
-def _param_shardings(
-    config: ModelConfig, mesh: jax.sharding.Mesh | None
-) -> dict[str, jax.sharding.Sharding]:
-    """Returns path -> sharding of each parameter."""
-    wanted = _abstract_params(config)
-    if mesh is None:
-        return dict.fromkeys(
-            storage.by_path(wanted), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        )
-    return storage.by_path(param_shardings(wanted, mesh))
-
-
-@functools.cache
-def _abstract_params(config: ModelConfig) -> dict:
-    return abstract_params(config)  # tracing is slower than reading a small checkpoint
-
-
-def _targets(directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, shardings: dict):
-    """Returns the abstract tree to load; ValueError if the stored shapes are not the model's."""
-    wanted = storage.by_path(_abstract_params(config))
-    wrong = [
-        f"\n  {path}: stored {_shape(stored.get(path))}, the model has {_shape(wanted.get(path))}"
-        for path in sorted(stored.keys() | wanted.keys())
-        if _shape(stored.get(path)) != _shape(wanted.get(path))
-    ]
-    if wrong:
-        raise ValueError(
-            f"{directory}: the parameters do not fit the model in {MANIFEST}:{''.join(wrong[:12])}"
-        )
-    return storage.nest(
-        {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, dtype or stored[path].dtype, sharding=shardings[path]
-            )
-            for path, leaf in wanted.items()
-        }
-    )
-
-
-def _shape(leaf) -> str:
-    return "nothing" if leaf is None else str(tuple(leaf.shape))

@@ -67,10 +67,10 @@ class Manifest:
             values = strict_json.read_object(path)
         except strict_json.JsonError as error:
             raise strict_json.JsonError(f"{error}; {MANIFEST} is damaged") from error
-        found = values.get("format", int)
-        if found != FORMAT:
+        version = values.get("format", int)
+        if version != FORMAT:
             raise strict_json.JsonError(
-                f"{values.where} has format {found}; this version reads {FORMAT}"
+                f"{values.where} has format {version}; this version reads {FORMAT}"
             )
         values.get("listed", bool, False)  # see checkpoint_paths.damage
         model, processor = (

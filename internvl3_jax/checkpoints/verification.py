@@ -73,8 +73,8 @@ def _is_weights(name: str) -> bool:
 
 def _damaged(directory: pathlib.Path, wrong: str) -> Damaged:
     return Damaged(
-        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use "
-        "another checkpoint"
+        f"{one_line(str(directory))} is damaged: {wrong}; restore it from a copy, or use another "
+        "checkpoint"
     )
 
 
@@ -151,16 +151,16 @@ def check_finite(leaves: dict[str, object], where: str) -> None:
             np.asarray(multihost_utils.process_allgather(halves)).astype(np.int64).sum(axis=0)
         )
         counts = (high << 31) + low
-    found = [(path, count) for path, count in zip(floating, counts, strict=True) if count]
-    if found:
+    nonfinite = [(path, count) for path, count in zip(floating, counts, strict=True) if count]
+    if nonfinite:
         named = ", ".join(
-            f"{one_line(path)} ({count:,} of {leaves[path].size:,})" for path, count in found[:5]
+            f"{one_line(path)} ({count:,} of {leaves[path].size:,})"
+            for path, count in nonfinite[:5]
         )
-        more = f" and {len(found) - 5} more parameters" if len(found) > 5 else ""
+        more = f" and {len(nonfinite) - 5} more parameters" if len(nonfinite) > 5 else ""
         raise ValueError(
             f"{one_line(where)}: NaN or infinite values in {named}{more}; the training that made "
-            "them failed. Use an earlier "
-            f"checkpoint, or allow_nonfinite to look at this one"
+            "them failed. Use an earlier checkpoint, or allow_nonfinite to look at this one"
         )
 
 

@@ -145,7 +145,7 @@ def _runs(computations, entry: str) -> dict[str, tuple[int, bool, str]]:
 
 
 def called_by(instruction: Instruction) -> list[tuple[str, str]]:
-    """Returns (role, computation): "body" and "condition" of a loop, "branch", "calls" of fusions."""
+    """Returns (role, computation); roles are "body", "condition", "branch", "calls" and others."""
     rest = instruction.rest
     branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
     named = (

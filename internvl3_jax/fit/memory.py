@@ -15,9 +15,16 @@ name; docs/fit.md compares them.
 import dataclasses
 import math
 
+from internvl3_jax.fit.activations import (
+    LANES,
+    array_bytes,
+    heads_per_device,
+    itemsize,
+    row_sum_bytes,
+    tower_array_bytes,
+    tower_attention_bytes,
+)
 from internvl3_jax.fit.per_device import PerDevice, stored, tiled
-
-_LANES = 128  # the rows of a TPU's arrays are padded to multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +74,7 @@ def estimate(device: PerDevice) -> Memory:
     }
     head = _head_gradient(device)
     gradients = {name: device.gradients(f"{name}/") for name in ("vision", "language")}
-    hidden = 3 * _array(
+    hidden = 3 * array_bytes(
         device, device.tokens // device.tensor, device.config.model.language.hidden_size
     )
     alive = sum(saved.values()) + head + hidden
@@ -102,7 +109,7 @@ def _held(device: PerDevice) -> dict[str, int]:
     """Returns what lives through the whole step, besides the arguments."""
     config = device.config
     held = {"matrices in the compute dtype": 0}
-    size = _size(device)
+    size = itemsize(device)
     if config.compute_dtype != config.param_dtype:
         held["matrices in the compute dtype"] = sum(
             stored(leaf.shape, size, device.tpu)
@@ -133,7 +140,7 @@ def _embedding_copies(device: PerDevice) -> int:
     embedding has the transposed layout.
     """
     leaf = device.leaves["language/embedding"]
-    if not device.tpu or leaf.shape[1] % _LANES == 0 or not leaf.trained:
+    if not device.tpu or leaf.shape[1] % LANES == 0 or not leaf.trained:
         return 0
     rows = tiled(leaf.shape, 1)
     # With micro-batches: their sum and the gradient of one. Without: the parameter and its moments,
@@ -148,13 +155,13 @@ def _decoder_saved(device: PerDevice) -> int:
     """Returns what the decoder's layers save, by remat policy."""
     language, policy = device.config.model.language, device.config.remat_language
     tokens, tensor = device.tokens, device.tensor
-    heads, key_heads = _heads(device)
+    heads, key_heads = heads_per_device(device)
     # The arrays of a layer. Between the products tokens are sharded over tensor, too.
-    stream = _array(device, tokens // tensor, language.hidden_size)
+    stream = array_bytes(device, tokens // tensor, language.hidden_size)
     queries, keys = (
-        _array(device, tokens * count, language.head_dim) for count in (heads, key_heads)
+        array_bytes(device, tokens * count, language.head_dim) for count in (heads, key_heads)
     )
-    hidden = _array(device, tokens, language.intermediate_size // tensor)
+    hidden = array_bytes(device, tokens, language.intermediate_size // tensor)
     sums = 4 * tokens * heads
     kept = {
         "full": 0,
@@ -181,10 +188,12 @@ def _streams(device: PerDevice, part: str, host: bool = False) -> int:
     """
     model, config = device.config.model, device.config
     if part == "tower":
-        stream = _tower_array(device, model.vision.hidden_size) if device.learns("vision/") else 0
+        stream = (
+            tower_array_bytes(device, model.vision.hidden_size) if device.learns("vision/") else 0
+        )
         layers, policy = model.vision.num_layers, config.remat_vision
     else:
-        stream = _array(device, device.tokens // device.tensor, model.language.hidden_size)
+        stream = array_bytes(device, device.tokens // device.tensor, model.language.hidden_size)
         layers, policy = model.language.num_layers, config.remat_language
     if policy == "offload":
         return stream * (layers if host else 2)
@@ -197,10 +206,10 @@ def _tower_saved(device: PerDevice) -> int:
         return 0
     vision, policy = device.config.model.vision, device.config.remat_vision
     stream, hidden = (
-        _tower_array(device, width) for width in (vision.hidden_size, vision.intermediate_size)
+        tower_array_bytes(device, width) for width in (vision.hidden_size, vision.intermediate_size)
     )
-    heads, sums = _tower_heads(device)
-    sums //= _LANES if device.tpu else 1  # one lane of them is saved
+    heads, sums = tower_attention_bytes(device)
+    sums //= LANES if device.tpu else 1  # one lane of them is saved
     kept = {
         "full": 0,
         "offload": 0,
@@ -219,7 +228,7 @@ def _projector_saved(device: PerDevice) -> int:
     config = device.config.model
     tokens = math.ceil(device.tiles) * config.tokens_per_tile
     folded = config.downsample**2 * config.vision.hidden_size
-    return 2 * _array(device, tokens, folded, 4) + 2 * _array(
+    return 2 * array_bytes(device, tokens, folded, 4) + 2 * array_bytes(
         device, tokens, config.language.hidden_size
     )
 
@@ -238,7 +247,7 @@ def _dropped(device: PerDevice, prefix: str, tokens: float) -> int:
         if path.startswith(f"lora/{prefix}") and path.endswith("/a")
     }
     widths = sum(leaf.shape[-2] for leaf in factors.values())
-    return round(tokens * widths * (_size(device) + 1)) if device.config.lora.dropout else 0
+    return round(tokens * widths * (itemsize(device) + 1)) if device.config.lora.dropout else 0
 
 
 def _layers(device: PerDevice, prefix: str) -> int:
@@ -266,7 +275,7 @@ def _head_gradient(device: PerDevice) -> int:
 def _head_gathered(device: PerDevice) -> int:
     """Returns the bytes of the all-gathered head kernel in the compute dtype."""
     language = device.config.model.language
-    return language.hidden_size * language.padded_vocab_size // device.tensor * _size(device)
+    return language.hidden_size * language.padded_vocab_size // device.tensor * itemsize(device)
 
 
 def _loss_work(device: PerDevice) -> int:
@@ -287,24 +296,24 @@ def _decoder_work(device: PerDevice) -> int:
     its gradients; kernels all-gathered ahead, and their gradients before they are scattered.
     """
     language = device.config.model.language
-    heads, key_heads = _heads(device)
-    mlp = 4 * _array(device, device.tokens, language.intermediate_size // device.tensor)
-    attention = _array(
+    heads, key_heads = heads_per_device(device)
+    mlp = 4 * array_bytes(device, device.tokens, language.intermediate_size // device.tensor)
+    attention = array_bytes(
         device, device.tokens * (2 * heads + 2 * key_heads), language.head_dim
-    ) + _row_sums(device, device.tokens * heads)
+    ) + row_sum_bytes(device, device.tokens * heads)
     width = language.hidden_size
-    stream = _array(device, device.tokens, width) + 2 * _array(
+    stream = array_bytes(device, device.tokens, width) + 2 * array_bytes(
         device, device.tokens // device.tensor, width
     )
     matrix = language.hidden_size * language.intermediate_size // device.tensor
     matrices = (
-        (4 if device.trains("language/layers/") else 2) * matrix * _size(device)
+        (4 if device.trains("language/layers/") else 2) * matrix * itemsize(device)
         if device.shards > 1
         else 0
     )
     if device.config.lora.quantize != "none":
         # gate and up as they are used, and one of them while it is dequantized
-        matrices += 2 * matrix * _size(device) + 4 * matrix
+        matrices += 2 * matrix * itemsize(device) + 4 * matrix
     return mlp + attention + stream + matrices
 
 
@@ -312,61 +321,10 @@ def _tower_work(device: PerDevice) -> int:
     """Returns the work of a tower layer: backward, or forward where the tower is frozen."""
     vision = device.config.model.vision
     stream, hidden = (
-        _tower_array(device, width) for width in (vision.hidden_size, vision.intermediate_size)
+        tower_array_bytes(device, width) for width in (vision.hidden_size, vision.intermediate_size)
     )
-    heads, sums = _tower_heads(device)
+    heads, sums = tower_attention_bytes(device)
     if not device.learns("vision/"):
         return 4 * heads + sums + 2 * stream
     norms = 2 * stream if vision.qk_norm else 0  # float32
     return 3 * hidden + 6 * stream + norms + 4 * heads + 2 * sums
-
-
-# --- arrays --------------------------------------------------------------------------------------
-
-
-def _size(device: PerDevice) -> int:
-    return 2 if device.config.compute_dtype == "bfloat16" else 4
-
-
-def _array(device: PerDevice, rows: int, width: int, size: int | None = None) -> int:
-    """Returns the bytes of an array [rows, width], in the compute dtype by default."""
-    size = _size(device) if size is None else size
-    return tiled((rows, width), size) if device.tpu else rows * width * size
-
-
-def _heads(device: PerDevice) -> tuple[int, int]:
-    """Returns the decoder's query heads and key heads per device, padding and repeats included.
-
-    See `ops.context_parallel.pad_heads`.
-    """
-    language, tensor = device.config.model.language, device.tensor
-    repeats = tensor // math.gcd(language.num_kv_heads, tensor)
-    group = language.num_heads // language.num_kv_heads
-    group += -group % repeats
-    return language.num_kv_heads * group // tensor, language.num_kv_heads * repeats // tensor
-
-
-def _row_sums(device: PerDevice, rows: int) -> int:
-    """Returns the bytes of attention's float32 row sums; the TPU kernel writes one per lane."""
-    return rows * 4 * (_LANES if device.tpu else 1)
-
-
-def _tower_array(device: PerDevice, width: int) -> int:
-    """Returns the bytes of an array [tiles, P, width] in the compute dtype."""
-    vision = device.config.model.vision
-    length = 1 + vision.grid**2
-    shape = (math.ceil(device.tiles), length, width)
-    return tiled(shape, _size(device)) if device.tpu else math.prod(shape) * _size(device)
-
-
-def _tower_heads(device: PerDevice) -> tuple[int, int]:
-    """Returns the bytes of an attention input with all heads, and of the row sums.
-
-    The TPU kernel pads to whole blocks.
-    """
-    vision = device.config.model.vision
-    length, width = 1 + vision.grid**2, vision.head_dim
-    if device.tpu and length >= 256:
-        length, width = -(-length // 384) * 384, -(-width // _LANES) * _LANES
-    rows = math.ceil(device.tiles) * vision.num_heads * length
-    return rows * width * _size(device), _row_sums(device, rows)

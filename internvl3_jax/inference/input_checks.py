@@ -22,6 +22,7 @@ def check_inputs(flags) -> tuple[list[dict] | None, str | None]:
       ValueError: naming the flag, file or line that is wrong.
     """
     Options(**answer_flags.chat_options())
+    _remark_sampling(flags)
     _check_directories(flags)
     flags.image = [os.path.expanduser(image) for image in flags.image]
     for image in flags.image:
@@ -46,6 +47,13 @@ def _check_directories(flags) -> None:
     for path in [*adapters.values(), *([flags.critic] if flags.critic else [])]:
         check_exists(path)
     loading.check_cache(flags.compilation_cache)
+
+
+def _remark_sampling(flags) -> None:
+    """Says that top_p and top_k have no effect on greedy decoding."""
+    unused = [name for name in ("top_p", "top_k") if not flags[name].using_default_value]
+    if unused and not flags.temperature and not flags.best_of:
+        _note(f"--{unused[0]} has no effect at temperature 0, which is greedy decoding")
 
 
 def _check_prompt(prompt: str, num_images: int, num_deltas: int) -> None:

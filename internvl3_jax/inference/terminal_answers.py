@@ -52,11 +52,11 @@ class TerminalAnswers:
         """Yields the text, with a line on stderr whenever a program is compiled."""
         clock = chat.generator.compile_clock
         clock.progress = lambda program: progress_line(f"compiling {program}")
-        compiled = clock.seconds
+        known = clock.num_programs
         pieces = chat.stream(question, images)
         first = next(pieces, "")
         # The decode loop is probably compiled next: its line must not come behind the first token.
-        yield first + next(pieces, "") if clock.seconds > compiled else first
+        yield first + next(pieces, "") if clock.num_programs > known else first
         yield from pieces
 
 

@@ -64,8 +64,7 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
             return _download(str(path))
         raise FileNotFoundError(
             f"{one_line(str(directory))} does not exist; give a checkpoint directory, a training "
-            "run or a hub id (owner/name, or "
-            f"owner/name@revision)"
+            "run or a hub id (owner/name, or owner/name@revision)"
         )
     if is_checkpoint(directory):
         if strays := sorted(path.name for path in directory.glob("*.safetensors*")):
@@ -85,9 +84,8 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
     )
     raise FileNotFoundError(
         f"{directory} is not a checkpoint. Expected one of: {MANIFEST} and params/ (converted or "
-        "saved here); checkpoints/STEP with these "
-        "(a training run); config.json and *.safetensors (a released model). It holds: "
-        f"{held or 'nothing'}"
+        "saved here); checkpoints/STEP with these (a training run); config.json and "
+        f"*.safetensors (a released model). It holds: {held or 'nothing'}"
     )
 
 
@@ -122,8 +120,7 @@ def check_exists(path: str | os.PathLike) -> None:
         what = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(
             f"{one_line(str(directory))} {what}; give a checkpoint directory, a training run or a "
-            "hub id "
-            f"(owner/name, or owner/name@revision)"
+            "hub id (owner/name, or owner/name@revision)"
         )
 
 
@@ -145,19 +142,19 @@ def _download(hub_id: str) -> pathlib.Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        found = huggingface_hub.snapshot_download(
+        path = huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=list(HUB_PATTERNS)
         )
     except Exception as error:  # the hub's own errors, network errors, invalid ids
         offline = getattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         why = (
-            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or download "
-            "it where there is a network"
+            "HF_HUB_OFFLINE is set and it is not in the cache of downloads; unset it, or "
+            "download it where there is a network"
             if offline
             else f"it could not be downloaded from the hub: {_short(error)}"
         )
         raise FileNotFoundError(f"{hub_id} is not a local directory, and {why}") from error
-    return pathlib.Path(found)
+    return pathlib.Path(path)
 
 
 def _short(error: BaseException) -> str:
@@ -173,13 +170,13 @@ def hub_source(directory: pathlib.Path) -> str | None:
 
 
 def damage(directory: pathlib.Path, verify: str = "full", **options) -> str | None:
-    """Says how a checkpoint or a step of a training run differs from what was saved, None if it
-    does not.
+    """Says what is wrong with a checkpoint or a step of a training run, None if nothing is.
 
-    Found are files that are missing or not as they were written, and a step under another step's
-    number, as `cp -r 2 4` makes one.
+    It finds files that are missing or differ from what was written, and a step under another step's
+    number, as made by `cp -r 2 4`.
 
     Args:
+      directory: the checkpoint.
       verify: how closely files are compared; see `integrity.damage`.
       **options: passed on to `integrity.damage`.
     """
@@ -207,13 +204,11 @@ def _other_step(directory: pathlib.Path) -> str | None:
         return None
     try:
         step = strict_json.read_object(path).get("step", int)
-    except strict_json.JsonError as error:
+    except FileError as error:
         return f"{TRAINING} is damaged ({error})"
-    return (
-        None
-        if step == int(directory.name)
-        else f"{TRAINING} says that this is step {step}; a copy of a step keeps its number"
-    )
+    if step == int(directory.name):
+        return None
+    return f"{TRAINING} says that this is step {step}; a copy of a step keeps its number"
 
 
 def latest_step(
@@ -252,8 +247,7 @@ def latest_step(
     if steps:
         raise integrity.Damaged(
             f"{one_line(str(directory))}: every step is damaged (the oldest, {steps[-1]}: "
-            f"{wrong}); restore one "
-            f"from a copy, or move the directory away to start again"
+            f"{wrong}); restore one from a copy, or move the directory away to start again"
         )
     return None
 

@@ -76,10 +76,10 @@ def files_of(
 def seal(directory: pathlib.Path) -> None:
     """Writes files.json, after every other file has reached the disk."""
     if is_remote(directory):
-        found = remote_files.objects(directory)
+        objects = remote_files.objects(directory)
         listed = {
             name: _Entry(*known[:1], checksum=known[1])
-            for name, known in found.items()
+            for name, known in objects.items()
             if name not in (FILES, OWN)
         }
         remote_files.write_bytes(directory / FILES, json.dumps(_values(listed), indent=1).encode())
@@ -122,11 +122,11 @@ def publish(directory: pathlib.Path, remote) -> None:
 
 def _sealed(path: pathlib.Path) -> _Entry:
     with open_regular(path) as file:
-        found = _Entry(
+        entry = _Entry(
             os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         )
         os.fsync(file.fileno())
-    return found
+    return entry
 
 
 def _spread(function: Callable, items: list) -> list:
@@ -152,7 +152,7 @@ def listed_files(directory: pathlib.Path) -> dict[str, _Entry] | None:
     values.get("format", int, low=FORMAT, high=FORMAT)
     values.get("made_by", str)
     files = values.object("files")
-    found = {}
+    entries = {}
     for name in files.values:
         entry = files.object(name)
         sha256, checksum = (
@@ -161,8 +161,8 @@ def listed_files(directory: pathlib.Path) -> dict[str, _Entry] | None:
         )
         if not sha256 and not checksum:
             raise strict_json.JsonError(f"{entry.where} has neither sha256 nor checksum")
-        found[name] = _Entry(entry.get("bytes", int, low=0), sha256, checksum)
-    return found
+        entries[name] = _Entry(entry.get("bytes", int, low=0), sha256, checksum)
+    return entries
 
 
 def damage(
@@ -258,10 +258,10 @@ def _wrong(path: pathlib.Path, sha256: str, status: os.stat_result) -> str | Non
         return None
     try:
         with open_regular(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (FileError, OSError) as error:
         return f"cannot be read ({error})"
-    if found != sha256:
+    if digest != sha256:
         return "has other content than was written (its sha256 differs)"
     if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED:
         _seen[str(path)] = stamp
@@ -273,11 +273,11 @@ def stamp(directory: pathlib.Path) -> str:
 
     For local directories.
     """
-    found = [
+    lines = [
         f"{name} {status.st_size} {status.st_ino} {status.st_mtime_ns}"
         for name, status in files_of(directory)
     ]
-    return "\n".join(found)
+    return "\n".join(lines)
 
 
 def unlisted(directory: pathlib.Path) -> list[str] | None:

@@ -100,14 +100,14 @@ def torn(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
     return data[data.rfind(b"\n") + 1 :]
 
 
-def parse(parts: Sequence[bytes], path: str | os.PathLike) -> list[strict_json.Object]:
+def parse(lines: Sequence[bytes], path: str | os.PathLike) -> list[strict_json.Object]:
     """Parses lines of `whole_lines` as objects; JsonError names file and line."""
     name = one_line(os.fspath(path))
-    found = []
-    for number, line in enumerate(parts, 1):
+    objects = []
+    for number, line in enumerate(lines, 1):
         where = f"{name} line {number}"
-        found.append(strict_json.Object(strict_json.loads(line, where), where))
-    return found
+        objects.append(strict_json.Object(strict_json.loads(line, where), where))
+    return objects
 
 
 def dumps(value) -> str:

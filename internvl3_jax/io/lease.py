@@ -39,12 +39,12 @@ class Lease:
         self.token, self.stopped, self.thread = secrets.token_hex(8), threading.Event(), None
 
     def acquire(self) -> None:
-        if (found := self._read()) is not None:
+        if (content := self._read()) is not None:
             self.note(
-                f"{self.what} was in use{holder(found)}; waiting up to {self.patience:.0f} s for "
-                "a sign of life"
+                f"{self.what} was in use{holder(content)}; waiting up to {self.patience:.0f} s "
+                "for a sign of life"
             )
-            self._watch(found)
+            self._watch(content)
         self._write(0)
         # Of two processes that start at once the last writer wins.
         time.sleep(min(1.0, self.patience / 10))
@@ -72,17 +72,17 @@ class Lease:
     def __exit__(self, *exception) -> None:
         self.release()
 
-    def _watch(self, found: bytes | None) -> None:
+    def _watch(self, content: bytes | None) -> None:
         until = time.monotonic() + self.patience
-        while found is not None and time.monotonic() < until:
+        while content is not None and time.monotonic() < until:
             time.sleep(min(1.0, self.patience / 10))
             now = self._read()
-            if now is not None and now != found:
+            if now is not None and now != content:
                 raise InUse(
                     f"{self.what} is in use by another process{holder(now)}; wait for it or end "
                     "it, or use another place"
                 )
-            found = now
+            content = now
 
     def _beat(self) -> None:
         count = 0

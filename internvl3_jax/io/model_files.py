@@ -36,8 +36,8 @@ def open_file(path: pathlib.Path) -> BinaryIO:
     if path.is_symlink() and not path.exists():
         target = one_line(os.readlink(path))
         raise FileError(
-            f"{name}: links to {target}, which does not exist; the download is "
-            "incomplete, download the model again"
+            f"{name}: links to {target}, which does not exist; the download is incomplete, "
+            "download the model again"
         )
     file = open_regular(path)
     head = file.read(len(_POINTER)).lower()

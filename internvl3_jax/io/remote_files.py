@@ -153,10 +153,10 @@ def objects(directory) -> dict[str, tuple[int, str]]:
     The checksum is "crc32c:..." for gs:// and "etag:..." for s3://. It changes with the content.
     """
     root = filesystem(directory)._strip_protocol(str(directory)).rstrip("/") + "/"
-    found = _tried(directory, lambda: filesystem(directory).find(str(directory), detail=True))
+    entries = _tried(directory, lambda: filesystem(directory).find(str(directory), detail=True))
     return {
         name.removeprefix(root): (int(info["size"]), _checksum(info))
-        for name, info in sorted(found.items())
+        for name, info in sorted(entries.items())
         if info["type"] == "file" and not name.endswith("/")
     }
 

@@ -1,6 +1,7 @@
-"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3, which differ by sizes and bias flags.
+"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3.
 
-The layers exist in two parameter layouts.
+The families differ by sizes and bias flags, which are in the config. The layers have two parameter
+layouts:
 
     stacked   [L, ...] arrays and a scan; for checkpoints and training
     unrolled  separate arrays per layer, with q/k/v and gate/up fused; for generation, where a scan

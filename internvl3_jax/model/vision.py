@@ -1,7 +1,7 @@
-"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm, QK-norm).
+"""InternViT: one module for the 300M tower (LayerNorm, qkv bias) and the 6B tower (RMSNorm).
 
 Follows InternViT-448px-V2_5 as released with InternVL3: no final norm, layer scale inside the
-residual, QK-norm over all channels, CLS dropped after the tower.
+residual, CLS dropped after the tower. The 6B tower has QK-norm over all channels.
 """
 
 import flax.linen as nn

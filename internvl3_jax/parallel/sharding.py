@@ -1,4 +1,6 @@
-"""The mesh of devices, and the one table of rules that shards parameters, state and batches over it.
+"""The mesh of devices, and the one table of rules that shards parameters over it.
+
+Optimizer state follows its parameters; batches have a rule of their own.
 
 Axes of the mesh, and what is sharded over each:
 

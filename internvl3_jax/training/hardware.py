@@ -6,8 +6,8 @@ as JAX counts devices; a TPU7x chip has two.
 
 network_bytes is what all links to the neighbors of a device receive together: half of the
 "bidirectional" number of a data sheet. On TPUs the links are the torus of a slice (ICI), and a
-group of devices along one axis of the torus has two of them. On GPUs they are NVLink, inside one host.
-outside_bytes is a device's share of the network between slices or hosts.
+group of devices along one axis of the torus has two of them. On GPUs they are NVLink, inside one
+host. outside_bytes is a device's share of the network between slices or hosts.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Chip:
     # Peak in bfloat16, FLOP/s.
     flops: float
     # HBM as sold, and the part that programs get.
-    memory: float
-    usable: float
+    memory: float | int
+    usable: float | int
     # Bandwidth of the HBM, of the links to neighbors, and to other slices or hosts.
     memory_bytes: float
     network_bytes: float

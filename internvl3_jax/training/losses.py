@@ -1,8 +1,10 @@
-"""Weighted next-token cross-entropy: from logits, or from hidden states without ever holding the
-logits of more than a chunk.
+"""Weighted next-token cross-entropy, from logits or, chunk by chunk, from hidden states.
 
-A loss is a sum of weighted losses; the caller divides by the sum of the weights of everything that
-belongs to one update, over devices, hosts and micro-batches alike.
+Both are sums of weighted losses. The caller divides by the sum of the weights of the full batch,
+over devices, hosts and micro-batches.
+
+Axes: B rows, T tokens, D width, V vocabulary with padding, G groups, N tokens of a group, C tokens
+of a chunk.
 """
 
 import functools
@@ -10,48 +12,61 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from internvl3_jax.parallel.collectives import axis_size, constrain
 from internvl3_jax.parallel.sharding import BATCH_AXES, SHARDED_AXES
 
-GROUP_AXES = (*BATCH_AXES, "context")  # axes of the mesh that tokens are split over
+# Axes of the mesh that shard the tokens.
+GROUP_AXES = (*BATCH_AXES, "context")
 _MASKED = -1e30
 
 
-def cross_entropy(logits, targets, weights):
-    """Sum of weighted losses and sum of weights, both f32[].
+def cross_entropy(
+    logits: Float[Array | np.ndarray, "B T V"],
+    targets: Int[Array | np.ndarray, "B T"],
+    weights: Float[Array | np.ndarray, "B T"],
+) -> tuple[Float[Array, ""], Float[Array | np.ndarray, ""] | np.floating]:
+    """Returns the sum of weighted losses and the sum of weights.
 
-    logits f32[B,T,V] (padding already masked), targets i32[B,T], weights f32[B,T]; positions with
-    weight 0 add nothing.
+    Args:
+      logits: float32, with the padding of the vocabulary masked.
+      weights: Positions with weight 0 add nothing.
     """
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = jnp.where(weights > 0, (log_normaliser - picked) * weights, 0.0)
+    losses = jnp.where(weights > 0, (log_normalizer - picked) * weights, 0.0)
     return losses.sum(), weights.sum()
 
 
 def chunked_cross_entropy(
-    hidden, kernel, targets, weights, vocab_size: int, chunk: int = 1024, groups: int | None = None
-):
-    """The same from hidden states, `chunk` tokens at a time and only for the tokens that have a
-    weight.
-
-    Args:
-      hidden: [B,T,D] in the compute dtype, which the products take; logits, losses and sums are
-          float32.
-      kernel: [D, padded V], any float dtype; its gradient is summed in float32. Columns from
-          `vocab_size` on are padding.
-      targets: i32[B,T]; weights: f32[B,T], 0 where nothing is trained.
-      groups: parts of the batch, one after the other, each of which does its own chunks: the number
-          of devices that the tokens are split
-        over, so that no token leaves its device. None: as many as the mesh in context
-        (`jax.set_mesh`) has along `GROUP_AXES`.
-
-    Returns (f32[] sum of weight * loss, f32[B,T] loss of each token that has a weight and 0
-    elsewhere, without gradient).
+    hidden: Float[Array | np.ndarray, "B T D"],
+    kernel: Float[Array | np.ndarray, "D V"],
+    targets: Int[Array | np.ndarray, "B T"],
+    weights: Float[Array | np.ndarray, "B T"],
+    vocab_size: int,
+    chunk: int = 1024,
+    groups: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Computes the cross-entropy of the tokens that have a weight, `chunk` tokens at a time.
 
     Memory: float32 logits of `chunk` tokens of each group, twice with gradients, and one float32
-    matrix like `kernel` for each group.
+    array like `kernel` per group.
+
+    Args:
+      hidden: Hidden states in the compute dtype, which the products take. Logits, losses and sums
+        are float32.
+      kernel: Of the output head; columns from `vocab_size` on are padding. Its gradient is summed
+        in float32.
+      weights: 0 where a token is not supervised.
+      groups: Number of parts of the batch with chunks of their own: that of the devices that the
+        tokens are sharded over, so that no token leaves its device. None takes the size of
+        `GROUP_AXES` in the mesh in context (`jax.set_mesh`).
+
+    Returns:
+      The sum of weight * loss; and without gradient the loss of each token that has a weight, 0
+      elsewhere.
     """
     rows, length, width = hidden.shape
     by_rows = math.gcd(rows, axis_size(*BATCH_AXES) if groups is None else groups)
@@ -85,9 +100,8 @@ def _grouped(hidden, kernel, targets, weights, vocab_size, chunk):
 
 
 def _grouped_forward(hidden, kernel, targets, weights, vocab_size, chunk):
-    # The total is linear in what comes back to it, so the gradients can be made while the logits
-    # are there (Hsu et al. 2024, Liger):
-    # three products with the kernel in place of four.
+    # The total is linear in its cotangent, so that the gradients can be computed while the logits
+    # are in memory (Hsu et al. 2024, Liger): three products with the kernel instead of four.
     losses, d_hidden, d_kernel = _over_chunks(
         hidden, kernel, targets, weights, vocab_size, chunk, with_gradients=True
     )
@@ -109,20 +123,19 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _over_chunks(hidden, kernel, targets, weights, vocab_size, chunk, with_gradients: bool):
-    """(losses f32[G,N], gradient by hidden [G,N,D], gradient by kernel [D,V]) of the weighted sum;
-    the gradients None if not asked for.
+    """Returns losses f32[G,N] and the gradients of the weighted sum by hidden and kernel, or None.
 
-    The tokens that have a weight are put first, so that as many chunks are computed as the group
-    with most of them has.
+    Tokens that have a weight come first, so that the number of chunks is that of the group with the
+    most of them.
     """
     groups, count, width = hidden.shape
     order, place = _weighted_first(weights)
-    spare = -count % chunk  # the last chunk is filled up with a token without weight
+    # The last chunk is filled up with tokens without weight.
+    spare = -count % chunk
     order = jnp.pad(order, ((0, 0), (0, spare)))
     valid = jnp.pad(jnp.take_along_axis(weights, order[:, :count], axis=1), ((0, 0), (0, spare)))
     chunks = -(-(weights != 0).sum(axis=1).max() // chunk)
-    # Gathered once, in the compute dtype, where the parameters are split over the devices of the
-    # batch; not once for each chunk.
+    # All-gathered once, in the compute dtype, not once per chunk.
     cast = constrain(kernel.astype(hidden.dtype), None, "tensor")
     real = (jnp.arange(kernel.shape[1]) < vocab_size)[None, None]
 
@@ -132,8 +145,8 @@ def _over_chunks(hidden, kernel, targets, weights, vocab_size, chunk, with_gradi
         )
         x = jnp.take_along_axis(hidden, picked[..., None], axis=1)
         target = jnp.take_along_axis(targets, picked, axis=1)
-        found, *gradients = _chunk(x, cast, target, weight, real, with_gradients)
-        losses = jax.lax.dynamic_update_slice_in_dim(carry[0], found, index * chunk, axis=1)
+        chunk_losses, *gradients = _chunk(x, cast, target, weight, real, with_gradients)
+        losses = jax.lax.dynamic_update_slice_in_dim(carry[0], chunk_losses, index * chunk, axis=1)
         if not with_gradients:
             return (losses,)
         d_hidden = jax.lax.dynamic_update_slice_in_dim(
@@ -157,21 +170,22 @@ def _over_chunks(hidden, kernel, targets, weights, vocab_size, chunk, with_gradi
 
 
 def _chunk(x, kernel, targets, weights, real, with_gradients: bool):
-    """One chunk: x [G,C,D], targets and weights [G,C] -> losses f32[G,C] and, if asked for, d_x
-    [G,C,D] and d_kernel f32[G,D,V].
+    """Returns the losses of a chunk, f32[G,C], and with gradients d_x [G,C,D] and d_kernel [G,D,V].
+
+    x is [G,C,D]; targets and weights are [G,C].
     """
     logits = jnp.einsum("gcd,dv->gcv", x, kernel, preferred_element_type=jnp.float32)
     logits = jnp.where(real, logits, _MASKED)
-    # Compared with a counter, not picked by index: that stays local where the vocabulary is
-    # sharded.
+    # Compared with a counter, not picked by index: that needs no communication where the vocabulary
+    # is sharded.
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
     top = logits.max(axis=-1, keepdims=True)
-    log_normaliser = top + jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
-    losses = log_normaliser[..., 0] - jnp.where(hit, logits, 0.0).sum(axis=-1)
+    log_normalizer = top + jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
+    losses = log_normalizer[..., 0] - jnp.where(hit, logits, 0.0).sum(axis=-1)
     losses = jnp.where(weights != 0, losses, 0.0)
     if not with_gradients:
         return (losses,)
-    d_logits = ((jnp.exp(logits - log_normaliser) - hit) * weights[..., None]).astype(x.dtype)
+    d_logits = ((jnp.exp(logits - log_normalizer) - hit) * weights[..., None]).astype(x.dtype)
     d_x = jnp.einsum("gcv,dv->gcd", d_logits, kernel, preferred_element_type=jnp.float32).astype(
         x.dtype
     )
@@ -180,8 +194,9 @@ def _chunk(x, kernel, targets, weights, real, with_gradients: bool):
 
 
 def _weighted_first(weights):
-    """(order, place), both i32[G,N]: tokens with a weight first, each kind in its order; place[g,
-    order[g, i]] = i.
+    """Returns (order, place), both i32[G,N]: tokens with a weight first, otherwise in order.
+
+    place[g, order[g, i]] = i.
     """
     weighted = weights != 0
     before = jnp.cumsum(weighted, axis=1)

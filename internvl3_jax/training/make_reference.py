@@ -1,14 +1,16 @@
-r"""Log-probabilities of all pairs of a configuration, held-out ones too, under its reference model:
-training need not hold that model.
+r"""Writes the log-probabilities of all pairs under the reference model of an MPO configuration.
+
+Training with that file need not load the reference model. It also has the pairs of the evaluation
+data.
 
     python -m internvl3_jax.training.make_reference --config configs/mpo.py:runs/sft-8b \
         --config.data.source=pairs.json --output reference.jsonl
     python train.py --config configs/mpo.py:runs/sft-8b \
         --config.data.source=pairs.json --config.data.ref_logps_file=reference.jsonl ...
 
-A pair is known by its tokens, positions and pictures. So what training otherwise draws anew in
-every epoch (V2PE deltas, frames of a video, recompression) is drawn once for each row here, and in
-a run with data.ref_logps_file. Started again, it goes on where it stopped.
+A pair is identified by its tokens, positions and images. What training otherwise samples in every
+epoch (V2PE deltas, frames of a video, recompression) is therefore sampled once per row, here and in
+a run with data.ref_logps_file. Started again, it resumes where it stopped.
 """
 
 import dataclasses
@@ -48,7 +50,8 @@ from internvl3_jax.training.step import make_model
 
 
 def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
-    """Writes what the file lacks; returns how many pairs it has."""
+    """Writes the pairs that the file lacks; returns how many it has then."""
+    # Reference model
     check(config)
     name = config.loss.ref_model or config.init_from
     mesh = sharding.make_mesh(config.mesh)
@@ -60,28 +63,31 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     }
     known, kept = read_known(output, header)
     params = jax.tree.map(lambda leaf: leaf.astype(reference_dtype(config)), source.params)
+
+    # Training and evaluation pairs, in batches of as many rows as training computes at a time
     tokenizer = make_tokenizer(config.data)
     with jsonl.Appender(output, kept) as file, jax.set_mesh(mesh):
         if not kept:
             file.write([json.dumps(header)])
         for data in (config.data, *([eval_data_config(config)] if config.eval.source else [])):
-            # as many as training computes at a time
             data = dataclasses.replace(data, rows=data.rows // config.micro_batches)
             loss_fn = make_loss(
                 dataclasses.replace(config, data=data, lora=LoraConfig()), make_model(config)
             )
             compute = jax.jit(functools.partial(log_probabilities, loss_fn))
-            preparer = ExampleBuilder(
+            builder = ExampleBuilder(
                 dataclasses.replace(data, ref_logps_file=""), config.processor, tokenizer
             )
-            for rows, batch in batches(data, new_samples(data, preparer, known)):
+            for rows, batch in batches(data, new_samples(data, builder, known)):
                 batch = {
                     field: jax.device_put(value, sharding.batch_sharding(mesh, field))
                     for field, value in batch.items()
                 }
-                found = zip(rows, np.asarray(compute(params, batch)).tolist(), strict=True)
+                by_row = zip(rows, np.asarray(compute(params, batch)).tolist(), strict=True)
                 pairs = [
-                    pair for samples, values in found for pair in zip(samples, values, strict=False)
+                    pair
+                    for samples, values in by_row
+                    for pair in zip(samples, values, strict=False)
                 ]
                 file.write(
                     [
@@ -93,6 +99,7 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
 
 
 def check(config: TrainConfig) -> None:
+    """Raises ValueError unless the configuration trains on pairs."""
     data = config.data
     if (
         config.loss.kind != "mpo"
@@ -105,54 +112,58 @@ def check(config: TrainConfig) -> None:
 
 
 def read_known(output: pathlib.Path, header: dict) -> tuple[set[str], int]:
-    """(keys that the file has, its bytes without a last line that was cut off). Nothing is changed.
+    """Returns the keys that the file has, and its size in bytes without a last line that is torn.
 
-    ValueError if it is not ours or is of other parameters or another dtype; where the parameters
-    are may have changed.
+    Args:
+      header: First line of the file. The path of the reference model in it may have changed.
+
+    Raises:
+      ValueError: The file is of something else, or of other parameters or another dtype.
     """
     if not output.exists():
         return set(), 0
     lines, torn = jsonl.whole_lines(output), jsonl.torn(output)
     rows = [row.values for row in jsonl.parse(lines, output)]
     start = b'{"key": "' if rows else json.dumps(header).encode()
-    ours = not rows or (
+    is_table = not rows or (
         header.keys() == rows[0].keys()
         and all(row.keys() == {"key", "chosen", "rejected"} for row in rows[1:])
     )
-    if not ours or not (torn.startswith(start) or start.startswith(torn)):
-        raise ValueError(f"{output} is no file of make_reference; name another --output")
+    if not is_table or not (torn.startswith(start) or start.startswith(torn)):
+        raise ValueError(f"{output} is not a file of make_reference; name another --output")
     if rows and any(rows[0][name] != header[name] for name in ("hash", "dtype")):
         raise ValueError(
-            f"{output} is not of {header['reference']} with these parameters and dtype; name another --output"
+            f"{output} is not of {header['reference']} with these parameters and dtype; "
+            f"name another --output"
         )
     return {row["key"] for row in rows[1:]}, sum(map(len, lines))
 
 
-def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -> Iterator[Sample]:
-    """Every pair of every source that is not known yet, in order; it is known afterwards."""
+def new_samples(config: DataConfig, builder: ExampleBuilder, known: set[str]) -> Iterator[Sample]:
+    """Yields every pair whose key is not in `known`, in the sources' order, and adds its key."""
     import rich.markup
     from rich.progress import track
 
     sources = open_sources(config)
-    dropped = read_drop_list(
+    excluded = read_drop_list(
         config.exclude_file,
         [source.name for source in sources],
         [len(source) for source in sources],
     )
     for number, source in enumerate(sources):
-        rows = [row for row in range(len(source)) if row not in dropped.get(number, ())]
+        rows = [row for row in range(len(source)) if row not in excluded.get(number, ())]
         for row in track(
             rows,
             description=rich.markup.escape(one_line(source.name)),
             disable=not sys.stderr.isatty(),
         ):
             try:
-                sample = preparer.sample(source, row, np.random.default_rng((config.seed, row)))
+                sample = builder.sample(source, row, np.random.default_rng((config.seed, row)))
             except (ValueError, OSError) as error:
-                chosen = isinstance(error, TooLong) and config.overlong == "drop"
-                if config.on_bad_sample == "stop" and not chosen:
+                is_dropped = isinstance(error, TooLong) and config.overlong == "drop"
+                if config.on_bad_sample == "stop" and not is_dropped:
                     raise ValueError(f"{source.locate(row)}: {error}") from error
-                print(f"left out: {source.locate(row)}: {error}", file=sys.stderr)
+                print(f"skipped: {source.locate(row)}: {error}", file=sys.stderr)
                 continue
             if (key := key_of(sample)) not in known:
                 known.add(key)
@@ -162,9 +173,7 @@ def new_samples(config: DataConfig, preparer: ExampleBuilder, known: set[str]) -
 def batches(
     config: DataConfig, samples: Iterator[Sample]
 ) -> Iterator[tuple[list[list[Sample]], Batch]]:
-    """(the samples of each row, batch), rows filled in order; the last batch is filled up with
-    empty rows.
-    """
+    """Yields (samples of each row, batch), rows filled in order; empty rows fill the last batch."""
     limits = (config.tokens_per_row, config.tiles_per_row, config.pairs_per_row)
     rows, used = [[]], np.zeros(3, int)
     for sample in samples:
@@ -194,7 +203,7 @@ def _stack(rows: list[list[Sample]], config: DataConfig) -> Batch:
 
 
 def log_probabilities(loss_fn: MpoLoss, params, batch):
-    """Returns f32[B,K,2] under `params`."""
+    """Returns the log-probabilities of answers under `params`, f32[B,K,2]."""
     return loss_fn.ref_logps(params, params, batch).astype(jnp.float32)
 
 

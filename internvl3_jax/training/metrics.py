@@ -48,8 +48,14 @@ class MetricsAggregator:
         )
         self.restart()
 
-    def restart(self) -> None:
-        """Forgets all steps and starts the clock."""
+    def restart(self, has_batch: bool = False) -> None:
+        """Forgets all steps and starts the clock.
+
+        Args:
+          has_batch: Whether the next step's batch is there already, as after the compilation. The
+            wait for it then does not count.
+        """
+        self.has_batch = has_batch
         self.started_at = time.perf_counter()
         self.metrics, self.counts, self.waited = [], [], 0.0
 
@@ -64,8 +70,8 @@ class MetricsAggregator:
         self.counts.append(
             flops.batch_counts(self.placement.counted(prepared.batch), self.config.model)
         )
-        # The wait for the first batch is over when the clock starts, after the compilation.
-        self.waited += min(prepared.waited, time.perf_counter() - self.started_at)
+        self.waited += 0.0 if self.has_batch else prepared.waited
+        self.has_batch = False
 
     def row(self, step: int) -> dict[str, float]:
         """Returns the values at `step` and restarts; waits for the collected steps."""

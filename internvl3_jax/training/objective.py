@@ -1,20 +1,22 @@
-"""What a run minimizes: two loss functions of one signature, chosen once by `make_loss`.
+"""The losses that a run minimizes: two functions of one signature, chosen once by `make_loss`.
 
     loss_fn(params, batch, key, loss_state, totals, ref_params) -> loss, (metrics, loss_state)
 
 `SftLoss` is next-token cross-entropy; `MpoLoss` adds the preference and quality losses of mpo.py.
-Both are sums over a micro-batch, divided by the `totals` of the whole batch, so that the losses and
+Both are sums over a micro-batch, divided by the `totals` of the full batch, so that the losses and
 gradients of micro-batches add up. `loss_state` is carried from one micro-batch and update to the
-next. Without a key there is no dropout and nothing is updated: this is how a model is evaluated.
+next. Without a key there is no dropout and nothing is updated; so models are evaluated.
 
-B rows, T tokens, K pairs a row, D width, V vocabulary.
+Axes: B rows, T tokens, K pairs per row, D width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from internvl3_jax.config import LoraConfig, LossConfig, TrainConfig
 from internvl3_jax.model import lora
@@ -31,7 +33,8 @@ class BatchTotals(NamedTuple):
     pairs: jax.Array  # f32[], number of pairs
 
 
-def batch_totals(batch) -> BatchTotals:
+def batch_totals(batch: Mapping) -> BatchTotals:
+    """Returns the totals of a full batch, whose axes B and T may be sharded."""
     answers = batch["answers"].max(axis=1) if "answers" in batch else jnp.zeros((), jnp.int32)
     return BatchTotals(batch["loss_weights"].sum(), (answers.sum() / 2).astype(jnp.float32))
 
@@ -54,7 +57,7 @@ def make_loss(
     }
     if config.loss.kind == "sft":
         return SftLoss(model, **options)
-    # Under MPO drop path would set the policy apart from its reference.
+    # Drop path makes the policy differ from the reference model.
     options["drop_path"] &= config.loss.drop_path
     return MpoLoss(model, **options, config=config.loss, pairs=config.data.pairs_per_row)
 
@@ -65,9 +68,8 @@ class SftLoss:
 
     Attributes:
       chunk: Tokens per device whose logits exist at a time.
-      num_sources: Number of data sources; above 0 the batch has "sources" i32[B,T], and the metrics
-          hold source_loss and
-        source_weight, f32[num_sources] sums.
+      num_sources: Number of data sources. Above 0 the batch has "sources" i32[B,T], and the metrics
+        hold the sums source_loss and source_weight, f32[num_sources].
       scaling: Rope scaling; None takes the model's.
       adapters: Settings of the LoRA adapters in the parameters, if there are any.
       drop_path: Whether the vision tower drops paths.
@@ -90,14 +92,20 @@ class SftLoss:
         return total / totals.weight, (self.by_source(batch, losses), loss_state)
 
     def finish(self, loss_state, metrics: dict):
-        """Returns the loss state after an update, whose metrics are the sums over its
-        micro-batches, and metrics of its own.
+        """Returns the loss state after an update, and metrics to add.
+
+        Args:
+          metrics: Sums over the micro-batches of the update.
         """
         return loss_state, {}
 
-    def outputs(self, params, batch, key=None):
-        """Returns the hidden states [B,T,D] and the head's kernel [D,V]. Without a key: no drop
-        path and no dropout.
+    def outputs(
+        self, params: Mapping, batch: Mapping, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """Returns the hidden states and the head's kernel.
+
+        Args:
+          key: Seeds drop path and dropout; None disables both.
         """
         variables = lora.variables(params, self.adapters, training=key is not None)
         rngs = None if key is None else {"drop_path": key, "dropout": jax.random.fold_in(key, 1)}
@@ -107,42 +115,45 @@ class SftLoss:
         )
         return hidden, self.model.apply(variables, method=InternVL.head_kernel)
 
-    def token_losses(self, hidden, kernel, batch, weights):
-        """Returns the f32[] sum of weight * loss and, without gradient, the losses f32[B,T].
-        weights: f32[B,T].
-        """
+    def token_losses(
+        self,
+        hidden: Float[Array, "B T D"],
+        kernel: Float[Array, "D V"],
+        batch: Mapping,
+        weights: Float[Array, "B T"],
+    ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+        """Returns the sum of weight * loss and, without gradient, the loss of each token."""
         vocab_size = self.model.config.language.vocab_size
         return chunked_cross_entropy(
             hidden, kernel, batch["targets"], weights, vocab_size, self.chunk
         )
 
-    def by_source(self, batch, losses) -> dict:
-        """Returns the sums of weighted losses and of weights of each source; nothing if
-        `num_sources` is 0.
-        """
+    def by_source(self, batch: Mapping, losses: Float[Array, "B T"]) -> dict:
+        """Returns the sums of weighted losses and of weights by source, or {} without sources."""
         if not self.num_sources:
             return {}
-        # Compared with a counter in place of a scatter: rows that are sharded stay where they are.
-        member = batch["sources"][..., None] == jnp.arange(self.num_sources)[None, None]
+        # Compared with a counter, not scattered: sharded rows stay on their devices.
+        is_source = batch["sources"][..., None] == jnp.arange(self.num_sources)[None, None]
         values = {
             "source_loss": losses * batch["loss_weights"],
             "source_weight": batch["loss_weights"],
         }
         return {
-            name: jnp.where(member, value[..., None], 0.0).sum((0, 1))
+            name: jnp.where(is_source, value[..., None], 0.0).sum((0, 1))
             for name, value in values.items()
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class MpoLoss(SftLoss):
-    """Mixed preference optimization (Wang et al. 2024) on a batch of pairs: DPO, BCO and the chosen
-    answers' cross-entropy.
+    """Mixed Preference Optimization (Wang et al. 2024): DPO, BCO and cross-entropy of the chosen.
 
-    The losses are functions of the log-probabilities of whole answers, so the weight of a token is
-    known only when all of them are.
-    The head therefore runs twice: for the log-probabilities, and for a sum of token losses whose
-    weights make its gradient that of the loss.
+    The losses are functions of the log-probabilities of full answers, so that the gradient of a
+    token's loss depends on all tokens of its pair. The head therefore runs twice: for the
+    log-probabilities, and for a weighted sum of token losses that has the gradient of the loss.
+
+    Attributes:
+      pairs: K, the most pairs in a row.
     """
 
     config: LossConfig = LossConfig(kind="mpo")
@@ -154,6 +165,7 @@ class MpoLoss(SftLoss):
     def __call__(
         self, params, batch, key, loss_state: mpo.RewardShift, totals: BatchTotals, ref_params=None
     ):
+        # Log-probabilities of both models, and rewards
         config, answers = self.config, batch["answers"]
         hidden, kernel = self.outputs(params, batch, key)
         policy = self.log_probabilities(hidden, kernel, batch)
@@ -163,33 +175,34 @@ class MpoLoss(SftLoss):
         if key is not None and config.reward_shift == "running":
             loss_state = mpo.running_shift(loss_state, rewards, present)
 
+        # Preference and quality losses, and their slopes by the policy's log-probabilities
         def pair_loss(policy):
             preference = mpo.preference_loss(policy, reference, config)
             quality = mpo.quality_loss(policy, reference, loss_state.mean, config.beta)
-            parts = {"preference": preference, "quality": quality}
-            parts = {
+            terms = {"preference": preference, "quality": quality}
+            terms = {
                 name: jnp.where(present, value, 0.0).sum() / totals.pairs
-                for name, value in parts.items()
+                for name, value in terms.items()
             }
-            return config.preference_weight * parts["preference"] + config.quality_weight * parts[
-                "quality"
-            ], parts
+            loss = config.preference_weight * terms["preference"]
+            return loss + config.quality_weight * terms["quality"], terms
 
-        (loss, parts), slopes = jax.value_and_grad(pair_loss, has_aux=True)(policy)
+        (loss, terms), slopes = jax.value_and_grad(pair_loss, has_aux=True)(policy)
+
+        # Cross-entropy, and a surrogate with the gradient of the full loss. The log-probability of
+        # an answer is minus the sum of its tokens' losses.
         generation = batch["loss_weights"] / totals.weight
-        # The log-probability of an answer is minus the sum of its tokens' losses.
         weights = config.generation_weight * generation - mpo.at_answers(slopes, answers)
         surrogate, losses = self.token_losses(hidden, kernel, batch, weights)
-        parts["generation"] = (losses * generation).sum()
-        loss += config.generation_weight * parts["generation"]
-        metrics = {f"loss_{name}": value for name, value in parts.items()} | _reward_metrics(
+        terms["generation"] = (losses * generation).sum()
+        loss += config.generation_weight * terms["generation"]
+        metrics = {f"loss_{name}": value for name, value in terms.items()} | _reward_metrics(
             rewards, present, totals
         )
+
         # The value is the loss, the gradient that of the surrogate.
-        return loss + surrogate - jax.lax.stop_gradient(surrogate), (
-            metrics | self.by_source(batch, losses),
-            loss_state,
-        )
+        loss = loss + surrogate - jax.lax.stop_gradient(surrogate)
+        return loss, (metrics | self.by_source(batch, losses), loss_state)
 
     def finish(self, loss_state: mpo.RewardShift, metrics: dict):
         used = {"reward_shift": loss_state.mean}
@@ -198,15 +211,19 @@ class MpoLoss(SftLoss):
             loss_state = mpo.moving_shift(loss_state, mean, self.config.reward_shift_decay)
         return loss_state, used
 
-    def log_probabilities(self, hidden, kernel, batch):
-        """Returns those of whole answers, f32[B,K,2], chosen first; without gradient."""
+    def log_probabilities(
+        self, hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], batch: Mapping
+    ) -> Float[Array, "B K 2"]:
+        """Returns the log-probabilities of full answers, chosen first, without gradient."""
         answered = (batch["answers"] > 0).astype(jnp.float32)
         hidden, kernel = jax.lax.stop_gradient((hidden, kernel))
         _, losses = self.token_losses(hidden, kernel, batch, answered)
         return -mpo.answer_sums(losses, batch["answers"], self.pairs)
 
-    def ref_logps(self, params, ref_params, batch):
-        """Returns the reference model's log-probabilities f32[B,K,2].
+    def ref_logps(
+        self, params: Mapping, ref_params: Mapping | None, batch: Mapping
+    ) -> Float[Array, "B K 2"]:
+        """Returns the log-probabilities of answers under the reference model.
 
         They come with the batch ("reference"), or are computed with `ref_params` or, where these
         are None, with `params` without their adapters.
@@ -218,6 +235,7 @@ class MpoLoss(SftLoss):
 
 
 def _reward_metrics(rewards, present, totals: BatchTotals) -> dict:
+    """Returns sums over the pairs, divided by the number of pairs of the full batch."""
     chosen, rejected = rewards[..., 0], rewards[..., 1]
     values = {
         "chosen": chosen,

@@ -1,17 +1,16 @@
-"""A run's configuration from the command line: --config FILE[:ARGUMENT] and, for single fields,
---config.FIELD=VALUE.
+"""Reads a run's configuration from the command line.
 
-    settings.take_overrides(sys.argv)           before absl parses the flags
-    chosen = settings.load()                    in main: Chosen(config, recipe, overrides)
+    settings.take_overrides(sys.argv)     before absl parses the flags
+    chosen = settings.load()              in main; returns a Chosen
 
-FILE is Python with `get_config() -> TrainConfig`; ARGUMENT goes to it as a text. If it does not
-exist, the recipe of that name in the shipped configs/ is meant. A value is read by its field's
-type:
+--config FILE[:ARGUMENT] names Python code with `get_config() -> TrainConfig`, which gets ARGUMENT
+as a text. A file that does not exist means the recipe of that name in the shipped configs/.
+--config.FIELD=VALUE sets one field, whose type says how VALUE is read:
 
-    --config.steps=100   --config.data.source=meta.json   --config.logging.tensorboard=false   --config.optimizer.freeze='("vision/.*",)'
+    --config.steps=100 --config.data.source=meta.json --config.logging.tensorboard=false
+    --config.optimizer.freeze='("vision/.*",)'
 
-A tuple may also be given by naming its field several times. Every error is a UsageError, one line
-that names field or file and line.
+A tuple may also be given by naming its field several times. Errors are UsageErrors of one line.
 """
 
 import ast
@@ -40,60 +39,78 @@ from internvl3_jax.io.typed import ConfigError, typed
 CONFIG = flags.DEFINE_string(
     "config",
     None,
-    "File with get_config() -> TrainConfig, as FILE or FILE:ARGUMENT. --config.FIELD=VALUE sets a field.",
+    "File with get_config() -> TrainConfig, as FILE or FILE:ARGUMENT. "
+    "--config.FIELD=VALUE sets a field.",
 )
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
-# Of two fields that say the same thing in two ways, naming the one switches the other off.
+# Field -> another field for the same thing, and the value that disables that one. Setting the first
+# disables the second.
 _REPLACES = {"optimizer.warmup_steps": ("optimizer.warmup_fraction", 0.0)}
 
-# field, text or None, whether its name began with "no"
+# Field, text or None, and whether its name began with "no".
 _overrides: list[tuple[str, str | None, bool]] = []
 
 
 @dataclasses.dataclass
 class Chosen:
-    """What a command line says."""
+    """The configuration of a command line.
+
+    Attributes:
+      recipe: FILE[:ARGUMENT].
+      overrides: From a field to its value in the recipe and on the command line.
+    """
 
     config: TrainConfig
-    recipe: str  # FILE[:ARGUMENT]
-    overrides: dict[str, tuple]  # field -> (value in the recipe, value)
+    recipe: str
+    overrides: dict[str, tuple]
 
     def overview(self, config: TrainConfig) -> str:
-        """The recipe and what differs from it, in a few lines. config: as the run takes it."""
+        """Returns a few lines with the recipe and what differs from it.
+
+        Args:
+          config: The configuration as the run takes it.
+        """
         changes = [
             f"  {field} = {excerpt(value)} (recipe: {excerpt(old)})"
             for field, (old, value) in self.overrides.items()
         ]
-        steps = f"  {config.steps:,} steps, of which {config.optimizer.warmup_steps:,} are warm-up; all settings: WORKDIR/config.json"
+        steps = (
+            f"  {config.steps:,} steps, of which {config.optimizer.warmup_steps:,} are warm-up; "
+            f"all settings: WORKDIR/config.json"
+        )
         return "\n".join([f"configuration {one_line(self.recipe)}", *changes, steps])
 
 
 def take_overrides(arguments: list[str]) -> None:
     """Removes all --config.FIELD=VALUE from a command line and keeps them for `load`."""
     _overrides.clear()
-    rest, left = [], list(arguments)
-    while left:
-        argument = left.pop(0)
-        found = _OVERRIDE.fullmatch(argument)
-        if not found:
-            rest.append(argument)
+    others, remaining = [], list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        match = _OVERRIDE.fullmatch(argument)
+        if not match:
+            others.append(argument)
             continue
-        negated, field, text = bool(found[1]), found[2], found[3]
-        if text is None and not negated and left and not left[0].startswith("-"):
-            text = left.pop(0) if _kind_of(field) is not bool else None
+        negated, field, text = bool(match[1]), match[2], match[3]
+        # --config.FIELD VALUE, but not --config.BOOL
+        if text is None and not negated and remaining and not remaining[0].startswith("-"):
+            text = remaining.pop(0) if _type_of(field) is not bool else None
         _overrides.append((field, text, negated))
-    arguments[:] = rest
+    arguments[:] = others
 
 
 def load() -> Chosen:
-    """The configuration that the command line names. UsageError in one line if there is none, or a
-    field or value makes no sense.
+    """Returns the configuration that the command line names.
+
+    Raises:
+      UsageError: There is none, or a field does not exist or cannot have its value.
     """
     name = CONFIG.value
     if not name:
         raise UsageError(
             "--config is missing; name a file of configs/, such as --config configs/tiny_digits.py"
         )
+    # Read all values first; a tuple may come in parts.
     config = copy.deepcopy(read(name))
     values: dict[str, object] = {}
     for field, text, negated in _overrides:
@@ -101,27 +118,28 @@ def load() -> Chosen:
         if isinstance(value, tuple) and field in values:
             value = values[field] + value
         values[field] = value
-    changes = {}
+    overrides = {}
     for field, value in values.items():
-        changes[field] = (_get(config, field), value)
+        overrides[field] = (_get(config, field), value)
         _set(config, field, value)
-        other, neutral = _REPLACES.get(field, (None, None))
+        other, disabled = _REPLACES.get(field, (None, None))
         if other in values:
             raise UsageError(
                 f"--config.{field} and --config.{other} say the same thing twice; give one of them"
             )
-        if other and other not in values:
-            _set(config, other, neutral)
-    return Chosen(config, name, changes)
+        if other:
+            _set(config, other, disabled)
+    return Chosen(config, name, overrides)
 
 
 # --- the file ------------------------------------------------------------------------------------
 
 
 def read(name: str) -> TrainConfig:
-    """What get_config() of FILE[:ARGUMENT] returns."""
-    whole = pathlib.Path(os.path.expanduser(name))
-    file, _, argument = (str(whole), "", None) if whole.is_file() else name.partition(":")
+    """Returns get_config() of FILE[:ARGUMENT]; raises UsageError if that fails."""
+    # A file may have a colon in its name.
+    path = pathlib.Path(os.path.expanduser(name))
+    file, _, argument = (str(path), "", None) if path.is_file() else name.partition(":")
     path = cli.find_recipe(pathlib.Path(os.path.expanduser(file)))
     if path.exists() and not path.is_file():
         raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
@@ -136,18 +154,17 @@ def read(name: str) -> TrainConfig:
         try:
             config = _module(path).get_config(*arguments)
         except (Exception, SystemExit, GeneratorExit) as error:
-            raise UsageError(_where_it_failed(error, path)) from error
+            raise UsageError(_located(error, path)) from error
     if not isinstance(config, TrainConfig):
         raise UsageError(
-            f"--config: get_config() of {path} returned a {type(config).__name__}; it must return a TrainConfig"
+            f"--config: get_config() of {path} returned a {type(config).__name__}; "
+            f"it must return a TrainConfig"
         )
     return config
 
 
 def _module(path: pathlib.Path) -> types.ModuleType:
-    """Whatever its name ends with; nothing is kept beside it, so that what was edited a moment ago
-    is what is read.
-    """
+    """Runs a file as a module, whatever its suffix; writes no bytecode that could be outdated."""
     module = types.ModuleType("internvl3_jax_config_file")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
@@ -159,25 +176,21 @@ def _module(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _beside(path: pathlib.Path):
-    """A file of configs/ imports its neighbors as configs.NAME, and any file imports the shipped
-    recipes so, wherever the program was started.
-    """
+    """Lets a recipe import its neighbors and the shipped recipes, as configs.NAME."""
     folder = path.resolve().parent
     folders = (folder.parent if folder.name == "configs" else folder, cli.home())
-    added = [str(place) for place in dict.fromkeys(folders) if str(place) not in sys.path]
+    added = [str(root) for root in dict.fromkeys(folders) if str(root) not in sys.path]
     sys.path += added
     try:
         yield
     finally:
-        for place in added:
-            sys.path.remove(place)
+        for root in added:
+            sys.path.remove(root)
 
 
-def _where_it_failed(error: BaseException, path: pathlib.Path) -> str:
-    """One line: what a get_config() or recipe refuses as it says it, any other error with its kind
-    and the line in the file.
-    """
-    own = [
+def _located(error: BaseException, path: pathlib.Path) -> str:
+    """Returns one line with the file, its line, and the error; a refusal comes without its type."""
+    lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == str(path)
@@ -185,8 +198,8 @@ def _where_it_failed(error: BaseException, path: pathlib.Path) -> str:
     line = (
         error.lineno
         if isinstance(error, SyntaxError) and error.filename == str(path)
-        else own[-1]
-        if own
+        else lines[-1]
+        if lines
         else None
     )
     text = error.msg if isinstance(error, SyntaxError) else message(error)
@@ -201,34 +214,31 @@ def _where_it_failed(error: BaseException, path: pathlib.Path) -> str:
 # --- fields --------------------------------------------------------------------------------------
 
 
-def _kind_of(path: str, config=TrainConfig):
-    """The annotation of a dotted field; None if there is no such field."""
-    kind = config
+def _type_of(path: str, config=TrainConfig):
+    """Returns the annotation of a dotted field, or None if there is no such field."""
+    annotation = config
     for name in path.split("."):
-        fields = (
-            {field.name: field.type for field in dataclasses.fields(kind)}
-            if dataclasses.is_dataclass(kind)
-            else {}
-        )
-        if name not in fields:
+        fields = dataclasses.fields(annotation) if dataclasses.is_dataclass(annotation) else ()
+        annotation = {field.name: field.type for field in fields}.get(name)
+        if annotation is None:
             return None
-        kind = fields[name]
-    return kind
+    return annotation
 
 
 def _value(config: TrainConfig, path: str, text: str | None, negated: bool):
-    """The value of --config.PATH=TEXT by the field's annotation."""
+    """Returns the value of --config.PATH=TEXT, read by the field's annotation."""
     kind, flag = _known(path), f"--config.{path}"
     if dataclasses.is_dataclass(kind):
         fields = ", ".join(field.name for field in dataclasses.fields(kind))
         raise UsageError(
-            f"{flag} is a group of settings; set one of them, such as {flag}.{fields.split(',')[0]} (it has {fields})"
+            f"{flag} is a group of settings; set one of them, such as "
+            f"{flag}.{fields.split(',')[0]} (it has {fields})"
         )
     if kind is bool:
         return _bool(flag, text, negated)
     if negated:
         raise UsageError(
-            f"--noconfig.{path}: only settings that are true or false can be switched off so"
+            f"--noconfig.{path}: only settings that are true or false can be disabled so"
         )
     if text is None:
         raise UsageError(f"{flag} has no value; write {flag}=VALUE")
@@ -236,16 +246,18 @@ def _value(config: TrainConfig, path: str, text: str | None, negated: bool):
 
 
 def _known(path: str):
-    """The annotation of a field that was named on the command line; UsageError suggests another
-    name if there is none.
+    """Returns the annotation of a field of the command line.
+
+    Raises:
+      UsageError: There is no such field; the error suggests similar ones.
     """
-    if (kind := _kind_of(path)) is not None:
+    if (kind := _type_of(path)) is not None:
         return kind
     text = f"--config.{one_line(path)}: there is no such setting"
     group = path.rpartition(".")[0]
     if similar := _similar_fields(path):
         text += f"; did you mean {' or '.join(map(repr, similar))}?"
-    elif dataclasses.is_dataclass(kind := _kind_of(group)):
+    elif dataclasses.is_dataclass(kind := _type_of(group)):
         text += f"; {group} has {', '.join(field.name for field in dataclasses.fields(kind))}"
     raise UsageError(text)
 
@@ -293,7 +305,7 @@ def _parsed(flag: str, kind, text: str):
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         if text in ("None", "none"):
             return None
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
     if kind is str:
         return text
     try:
@@ -309,7 +321,7 @@ def _parsed(flag: str, kind, text: str):
 
 
 def _tuple(flag: str, kind, text: str) -> tuple:
-    """From Python's spelling of a tuple or list, or from one element as it is."""
+    """Reads Python's notation of a tuple or list, or a single element as it is."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):

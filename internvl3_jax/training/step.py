@@ -195,7 +195,7 @@ def trained_paths(params: dict, optimizer: Optimizer) -> list[str]:
     return [path_name(path) for path, _ in jax.tree.leaves_with_path(optimizer.split(params)[0])]
 
 
-# --- micro-batches and gradients ---------------------------------------------------------------------------
+# --- micro-batches and gradients ------------------------------------------------------------------
 
 
 def _over_micro_batches(function, trainable, batch, count: int, carry):

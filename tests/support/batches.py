@@ -24,8 +24,9 @@ SHAPES = [
 
 
 def make_row(pictures=(), seed=0, text=4):
-    """A row of one sample: `text` tokens before, between and after its pictures, given as (tiles,
-    delta in units).
+    """Returns a row of one sample: `text` tokens before, between and after its images.
+
+    pictures: (tiles, V2PE delta in units) of each image.
     """
     rng = np.random.default_rng(seed)
     tokens, runs = list(rng.integers(0, IMAGE, text)), []
@@ -43,7 +44,7 @@ def make_row(pictures=(), seed=0, text=4):
 
 
 def pack(rows):
-    """Samples one after another in one row."""
+    """Packs samples one after another into one row."""
     packed = {name: np.concatenate([row[name] for row in rows], axis=1) for name in rows[0]}
     lengths = [row["tokens"].shape[1] for row in rows]
     return packed | {
@@ -52,7 +53,7 @@ def pack(rows):
 
 
 def pad(row, tokens, tiles, filler):
-    """The row with padding at its end: segment 0, and whatever else `filler` says."""
+    """Pads the row at its end with segment 0; its tokens, positions and tiles with `filler`."""
     extra = tokens - row["tokens"].shape[1]
     padded = {
         name: np.pad(row[name], ((0, 0), (0, extra)), constant_values=filler)
@@ -68,7 +69,7 @@ def pad(row, tokens, tiles, filler):
 
 
 def sample(pictures, seed, average="square", source=0):
-    """A row of one sample with targets; about a third of its tokens is trained."""
+    """Returns a row of one sample with targets; about a third of its tokens is supervised."""
     row = make_row(pictures, seed)
     rng = np.random.default_rng(seed)
     targets = np.append(row["tokens"][0, 1:], 0).astype(np.int32)

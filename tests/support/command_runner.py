@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Of the package, what is no program and opens no device.
+# Libraries, and modules of the package, that neither run a program nor open a device when imported.
 IMPORTED = (
     "jax",
     "optax",
@@ -71,8 +71,10 @@ class Runner:
     def __call__(
         self, arguments: list[str], directory: pathlib.Path, typed: str = "", **environment: str
     ) -> Done:
-        """arguments: what stands behind `python`: a file, or -m and a module, or -c and text.
-        typed: what stdin gives.
+        """Runs one command.
+
+        arguments: the arguments of `python`: a file, or -m and a module, or -c and text.
+        typed: the text of stdin.
         """
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / "in").write_text(typed)

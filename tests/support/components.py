@@ -1,4 +1,4 @@
-"""A plain language model and a vision tower in miniature, as they are released on their own."""
+"""Writes a tiny plain language model and vision tower, as released on their own."""
 
 import json
 
@@ -16,7 +16,7 @@ ROWS = 480  # of the language model: padded, as Qwen's are
 
 
 def without_new_tokens(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The tokenizer of a plain language model."""
+    """Removes InternVL's tokens from a tokenizer, which leaves that of a plain language model."""
     values = {
         name: json.loads(content) for name, content in files.items() if name.endswith(".json")
     }
@@ -33,8 +33,8 @@ def without_new_tokens(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def write_llm(directory, size: str = "1b", tied: bool = True, seed: int = 1):
-    """(directory, its leaves, ModelConfig of which they are the language part) of a plain language
-    model.
+    """Writes a plain language model; returns (directory, its leaves by path, the ModelConfig whose
+    language part it is).
     """
     directory.mkdir()
     model = reduce(size)
@@ -63,8 +63,8 @@ def write_llm(directory, size: str = "1b", tied: bool = True, seed: int = 1):
 
 
 def write_tower(directory, kind: str, size: str = "1b", seed: int = 2):
-    """(directory, leaves) of an InternViT: alone with or without its prefix, or inside a model of
-    either layout.
+    """Writes an InternViT, alone with or without its prefix, or inside a model of either layout;
+    returns (directory, leaves by path).
     """
     directory.mkdir()
     model = reduce(size)

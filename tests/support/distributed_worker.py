@@ -1,4 +1,4 @@
-"""What a process of tests/test_distributed.py does: python distributed_worker.py SCENARIO, its
+"""One process of tests/test_distributed.py: python distributed_worker.py SCENARIO, its
 place in the environment.
 
 PLACE="HOST:PORT COUNT NUMBER" are the arguments of `initialize`; without it the launcher's
@@ -22,7 +22,7 @@ if SCENARIO == "stuck":
 
 
 def total() -> int:
-    """A sum over all devices of all processes: waits until every process is here."""
+    """Sums over the devices of all processes, so it waits until every process gets here."""
     mesh = jax.make_mesh((jax.device_count(),), ("all",))
     spread = jax.NamedSharding(mesh, jax.P("all"))
     ones = jax.make_array_from_callback((jax.device_count(),), spread, lambda index: jnp.ones(1))
@@ -56,7 +56,7 @@ def main():
         multihost.report_step(4 if last else 5)
         time.sleep(60)
     elif last and SCENARIO == "raises":
-        sys.exit("error: data.jsonl row 7: the picture is damaged")
+        sys.exit("error: data.jsonl row 7: the image is damaged")
     elif SCENARIO in ("killed", "coordinator") and process == (
         0 if SCENARIO == "coordinator" else 1
     ):

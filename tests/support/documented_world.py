@@ -1,5 +1,5 @@
-"""The folder in which the pages' commands run: every file that they name exists there under that
-name, in miniature.
+"""Builds the folder in which the documented commands run: every file that they name exists there
+under that name, in miniature.
 """
 
 import json
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from tests.support.documents import ROOT
 
 MODEL = ROOT / "examples" / "tiny_digits"
-# Not the package: as `internvl3_jax` it would be on the path twice.
+# Without the package: linked, `internvl3_jax` would be on the path twice.
 LINKED = ("train.py", "infer.py", "configs", "examples")
 READ = [("01_read.png", "39969"), ("02_read.png", "456"), ("04_read.png", "6")]
 READ_QUESTION = "Read the number."
 
 
 def model(path: pathlib.Path) -> None:
-    """The digits model as it was released: safetensors, config.json, tokenizer."""
+    """Writes the digits model in the released format: safetensors, config.json, tokenizer."""
     path.mkdir(parents=True)
     for file in MODEL.iterdir():
         if file.is_file() and file.suffix != ".jsonl":
@@ -25,7 +25,7 @@ def model(path: pathlib.Path) -> None:
 
 
 def run(path: pathlib.Path) -> None:
-    """A training run, of which there is no more than the newest step's weights."""
+    """Writes a training run that has only the weights of its newest step."""
     from convert.open import open_model
     from convert.run import convert
 
@@ -69,7 +69,7 @@ def lines(*rows: dict) -> Callable[[pathlib.Path], None]:
 
 
 def meta(annotation: str) -> Callable[[pathlib.Path], None]:
-    """Of rows whose pictures are beside their annotation file."""
+    """Writes a meta JSON of rows whose images are in the folder of their annotation file."""
 
     def make(path: pathlib.Path) -> None:
         folder = path.parent.resolve()
@@ -100,7 +100,7 @@ ROWS = [
 REQUESTS = [
     {"id": number, "image": name, "prompt": READ_QUESTION} for number, (name, _) in enumerate(READ)
 ]
-# The digits model states no answers ("Answer: ..."): without known ones, pairs are made by Dropout
+# The digits model gives no "Answer: ..." line. Without known answers, pairs are made by Dropout
 # NTP.
 QUESTIONS = [
     {"id": number, "image": name, "question": READ_QUESTION}
@@ -108,8 +108,7 @@ QUESTIONS = [
 ]
 ANSWERED = [row | {"answer": answer} for row, (_, answer) in zip(QUESTIONS, READ, strict=True)]
 
-# Names in the pages, and what they are here. A page whose commands make one of them says so in
-# MADE.
+# What makes the file of each name in the pages. Files that a page's own commands make are in MADE.
 FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "DIR": model,
     "CHECKPOINT": model,
@@ -144,7 +143,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "requests.jsonl": lines(*REQUESTS),
     "questions.jsonl": lines(*QUESTIONS),
 }
-# A page's own form of a file: labels are made of known answers.
+# Files that differ on one page: process labels need known answers.
 OF_PAGE = {("docs/best_of_n.md", "questions.jsonl"): lines(*ANSWERED)}
 MADE = {
     "docs/training.md": {"checkpoints/internvl3-2b", "checkpoints/new-2b", "runs/sft-2b"},
@@ -153,8 +152,8 @@ MADE = {
 
 
 def build(folder: pathlib.Path, page: str, text: str) -> pathlib.Path:
-    """A folder with links to the clone and the files of FILES that the page's commands name and do
-    not make themselves.
+    """Makes a folder with links to the clone, and the files of FILES that the page's commands name
+    but do not make.
     """
     folder.mkdir(parents=True)
     for name in LINKED:
@@ -167,7 +166,7 @@ def build(folder: pathlib.Path, page: str, text: str) -> pathlib.Path:
 
 
 def batch() -> dict:
-    """README's `batch`: a row of eight tokens without a picture, and room for none."""
+    """Returns README's `batch`: a row of eight tokens without images."""
     import numpy as np
 
     tokens = np.arange(8, dtype=np.int32)[None]

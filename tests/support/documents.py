@@ -1,6 +1,4 @@
-"""What the pages tell their reader to type: shell commands and Python snippets, in the pages'
-order.
-"""
+"""Reads the shell commands and Python snippets of the documentation pages, in their order."""
 
 import dataclasses
 import pathlib
@@ -12,7 +10,7 @@ PROGRAMS = r"python3?|pip|make|git|sbatch|kubectl|sky|docker|gcloud|launch/\S+|t
 SHELLS = ("sh", "bash", "shell", "console")
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.M | re.S)
 INLINE = re.compile(r"`([^`]+)`")
-# Not a word of the shell: behind these the next program begins.
+# Separates one program's command from the next.
 _NEXT = re.compile(r"\s+&&\s+")
 
 
@@ -34,8 +32,8 @@ def pages() -> list[str]:
 
 
 def commands(page: str, text: str | None = None) -> list[Command]:
-    """Those of fenced blocks of shell (marked so, or unmarked and beginning with a program), and
-    those in prose as `inline code`.
+    """Returns the commands of fenced shell blocks (marked as such, or unmarked and starting with a
+    program), and those in prose as `inline code`.
     """
     text = (ROOT / page).read_text(encoding="utf-8") if text is None else text
     found = []
@@ -51,7 +49,7 @@ def commands(page: str, text: str | None = None) -> list[Command]:
 
 
 def snippets(page: str) -> list[tuple[int, str]]:
-    """(line, text) of the page's Python blocks."""
+    """Returns (line, text) of each Python block of the page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return [
         (_line(text, block.start(3)), block[3])
@@ -82,7 +80,7 @@ def _of_block(page: str, line: int, body: str) -> list[Command]:
 
 
 def without_comment(line: str) -> str:
-    """What a shell reads of a line: up to a word that begins with #, quotes kept."""
+    """Removes a shell comment: everything from an unquoted word that starts with #."""
     quote, before = "", " "
     for place, character in enumerate(line):
         if quote:

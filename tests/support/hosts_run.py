@@ -9,7 +9,7 @@ STEPS, SAVE_EVERY = 12, 3
 
 
 def hosts_config():
-    """Eight rows from four streams, so that one, two or four processes see the same global batches."""
+    """Trains on eight rows from four streams: any of 1, 2 and 4 processes gets the same batches."""
     config = train_config()
     data = dataclasses.replace(config.data, rows=8, shards=4, tokens_per_row=128, tiles_per_row=8)
     optimizer = dataclasses.replace(config.optimizer, name="adamw", learning_rate=1e-3)
@@ -24,7 +24,7 @@ def hosts_config():
 
 
 def pairs_config(source: str, init_from: str):
-    """MPO on pairs, evaluated on the same."""
+    """Trains MPO on pairs, and evaluates on the same pairs."""
     config = hosts_config()
     data = dataclasses.replace(
         config.data,

@@ -1,11 +1,11 @@
-"""Runs of infer.py in this process that must fail."""
+"""Runs infer.py in this process with flags that it must refuse."""
 
 import pytest
 
 
 def fail(ask, **values) -> str:
-    """The message of a run that must fail: one line to stderr by the interpreter's own rule for
-    `sys.exit(text)`.
+    """Returns the message of a run that must fail: the text given to `sys.exit`, which the
+    interpreter prints to stderr as one line.
     """
     with pytest.raises(SystemExit) as stopped:
         ask(**values)

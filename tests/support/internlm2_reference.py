@@ -138,12 +138,12 @@ class InternLM2(nn.Module):
 
 
 class Reference(nn.Module):
-    """The whole model: `forward(ids i64[B,T], pixels f32[N,3,S,S])` -> logits f32[B,T,V]."""
+    """The complete model: `forward(ids i64[B,T], pixels f32[N,3,S,S])` -> logits f32[B,T,V]."""
 
     def __init__(self, seed: int = 0, **llm):
         super().__init__()
         llm = {**LLM, **llm}
-        # Its own decoder is not used; it makes the projector as wide as InternLM2.
+        # Its decoder is unused; its width makes the projector as wide as InternLM2.
         text = {"hidden_size": llm["hidden_size"], "vocab_size": llm["vocab_size"]}
         self.body, _ = torch_reference.build_reference(seed=seed, text=text)
         self.language = InternLM2(llm)
@@ -164,7 +164,7 @@ class Reference(nn.Module):
         return self.language(x)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Under the names of a released checkpoint."""
+        """Returns the tensors under the names of a released checkpoint."""
         body = torch_reference.original_state_dict(self.body)
         kept = {
             name: tensor for name, tensor in body.items() if not name.startswith("language_model.")

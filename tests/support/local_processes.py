@@ -1,5 +1,5 @@
-"""Several processes on this machine that compute together, as hosts of a run would: CPU devices,
-gloo between them.
+"""Starts several processes on this machine that compute together as the hosts of a run do, with
+CPU devices and gloo between them.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class Processes:
         fixed = {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
-            # Only process 0 writes the cache. It would be ready before the others, and gloo waits
-            # 30 s for them.
+            # Of several processes only process 0 writes the cache. The next time it would be ready
+            # long before the others, and gloo waits only 30 s for them.
             "JAX_ENABLE_COMPILATION_CACHE": "true" if len(lines) == 1 else "false",
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
@@ -49,7 +49,7 @@ class Processes:
             for number, line in enumerate(lines)
         ]
         self.lines = [[] for _ in lines]
-        # One that is not read from would stop when its pipe is full.
+        # A process whose output is not read blocks when its pipe is full.
         readers = zip(self.lines, self.running, strict=True)
         self.threads = [
             threading.Thread(target=lines.extend, args=[process.stdout])
@@ -59,8 +59,9 @@ class Processes:
             thread.start()
 
     def wait_for(self, process: int, is_it: Callable[[str], bool]) -> None:
-        """Until the process writes a line for which `is_it` says so. AssertionError if it ends
-        before.
+        """Waits until the process writes a line for which `is_it` is true.
+
+        AssertionError if it ends before.
         """
         read = 0
         while self.threads[process].is_alive() or read < len(self.lines[process]):
@@ -73,7 +74,7 @@ class Processes:
         raise AssertionError(f"process {process} ended before that line:\n{self._out(process)}")
 
     def end(self, seconds: float) -> list[Ended]:
-        """Waits for all of them. AssertionError, with what they wrote, if one still runs then."""
+        """Waits for all processes. AssertionError with their output if one runs longer."""
         until = time.monotonic() + seconds
         while late := [
             number for number, process in enumerate(self.running) if process.poll() is None
@@ -104,7 +105,7 @@ class Processes:
 
 
 def free_address() -> str:
-    """HOST:PORT that nothing listens on."""
+    """Returns a HOST:PORT that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"

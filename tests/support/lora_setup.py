@@ -36,7 +36,7 @@ LORA = LoraConfig(
 
 
 def drawn(params, settings=SETTINGS, seed=0):
-    """Adapters of which b is not zero either."""
+    """Returns adapters whose b is random too, where new ones have zeros."""
     rng = np.random.default_rng(seed)
     new = lora.init(params, settings, jax.random.key(seed))
     return jax.tree.map(
@@ -56,7 +56,7 @@ def logits(config, variables, values):
 
 
 def step_of(settings, optimizer=None, params=None, mesh=None, **options):
-    """(first state, updated state, metrics, optimizer); the optimizer is AdamW if none is given."""
+    """Returns (first state, updated state, metrics, optimizer) of one update; AdamW by default."""
     learning = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
     config = lora.freeze_base(
         dataclasses.replace(train_config(), optimizer=learning, lora=settings)

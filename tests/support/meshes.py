@@ -9,8 +9,8 @@ from internvl3_jax.config import MeshConfig
 from internvl3_jax.parallel import sharding
 from tests.support.tiny_checkpoint import CONFIG
 
-# 300M style with 4 query and 2 key heads; 6B style with 3 vision heads, and 14 query heads that no
-# even tensor axis above 2 divides.
+# The 300M style has 4 query and 2 key heads; the 6B style 3 vision heads, and 14 query heads, which
+# no even tensor axis above 2 divides.
 VISION_6B = dataclasses.replace(CONFIG.vision, norm="rms_norm", qkv_bias=False, qk_norm=True)
 LANGUAGE_14 = dataclasses.replace(CONFIG.language, hidden_size=64, num_heads=14, num_kv_heads=2)
 STYLES = {"300m": CONFIG, "6b": dataclasses.replace(CONFIG, vision=VISION_6B, language=LANGUAGE_14)}
@@ -23,7 +23,7 @@ MESHES = {
     "context": MeshConfig(data=2, fsdp=1, context=4),
     "all": MeshConfig(fsdp=2, tensor=2, context=2),
 }
-# What the released sizes are planned for; width 3200 of the 6B tower splits 128 ways at most.
+# Meshes planned for the released sizes. The 6B tower's width of 3200 splits 128 ways at most.
 PLANNED = [
     {"fsdp": 8},
     {"fsdp": 64},
@@ -41,6 +41,6 @@ def mesh_of(sizes: dict) -> AbstractMesh:
 
 
 def widened(values):
-    """As many tiles a row as the largest context x tensor here takes."""
+    """Pads the tiles of each row to a multiple of 8, the largest context x tensor of MESHES."""
     extra = -values["tiles"].shape[1] % 8
     return values | {"tiles": np.pad(values["tiles"], ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)))}

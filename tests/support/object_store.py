@@ -1,4 +1,4 @@
-"""Servers on this machine that speak Google's and Amazon's storage protocols, for tests:
+"""Starts servers on this machine that speak Google's and Amazon's storage protocols:
 gcp-storage-emulator and moto.
 """
 
@@ -14,7 +14,7 @@ BUCKET = "bucket"
 
 
 def environment(gcs_port: int, s3_port: int) -> dict[str, str]:
-    """What a process needs to reach them."""
+    """Returns the environment variables with which a process reaches the servers."""
     gcs, s3 = f"http://127.0.0.1:{gcs_port}", f"http://127.0.0.1:{s3_port}"
     return {
         "STORAGE_EMULATOR_HOST": gcs,
@@ -32,7 +32,7 @@ def environment(gcs_port: int, s3_port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def servers(folder: pathlib.Path):
-    """Both, each with a bucket, as long as the block lasts; yields the environment."""
+    """Runs both servers, each with a bucket, until the block ends; yields the environment."""
     gcs_port, s3_port = _free_port(), _free_port()
     programs = pathlib.Path(sys.executable).parent
     gcs = ["gcp-storage-emulator", "start", "--host=127.0.0.1", f"--port={gcs_port}", "--in-memory"]

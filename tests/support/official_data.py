@@ -1,4 +1,4 @@
-"""Small training data in InternVL's format: rows, pictures, videos, meta files."""
+"""Writes small training data in InternVL's format: rows, images, videos, meta files."""
 
 import functools
 import io
@@ -27,7 +27,7 @@ def tokenizer() -> Tokenizer:
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict]:
-    """Human and gpt in turn."""
+    """Returns the turns of a conversation, human and gpt alternating."""
     said = [
         {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
     ]
@@ -42,7 +42,7 @@ def write_rows(path: pathlib.Path, rows: list) -> pathlib.Path:
 
 
 def write_meta(folder: pathlib.Path, **entries: dict) -> str:
-    """meta.json of sources; an entry's "rows" are written to NAME.jsonl, and its root is the folder
+    """Writes meta.json; an entry's "rows" are written to NAME.jsonl, and its root is the folder
     unless given.
     """
     meta = {}
@@ -75,7 +75,7 @@ def picture(width: int = 20, height: int = 20, seed: int = 0) -> Image.Image:
 
 
 def frame(number: int, width: int = 64, height: int = 48) -> Image.Image:
-    """A frame whose grey value tells its number."""
+    """Returns a frame whose gray value encodes its number."""
     return Image.new("RGB", (width, height), (4 * number % 256,) * 3)
 
 

@@ -1,4 +1,4 @@
-"""A short training run on data in InternVL's format: text and pictures, workers, augmentation,
+"""A short training run on data in InternVL's format: text and images, workers, augmentation,
 micro-batches.
 """
 
@@ -10,7 +10,7 @@ from tests.support.tiny_checkpoint import changed, train_config
 
 
 def write_official(folder) -> str:
-    """Meta JSON of a text source and of one with pictures that are recompressed."""
+    """Writes a meta JSON of a text source and of one whose images are augmented (recompressed)."""
     for number in range(3):
         picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     text = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(8)]
@@ -22,7 +22,7 @@ def write_official(folder) -> str:
 
 
 def official_config(meta: str, **optimizer):
-    """Trains on it and evaluates on it."""
+    """Returns a configuration that trains and evaluates on the data of `meta`."""
     config = train_config()
     return changed(
         config,

@@ -19,7 +19,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @functools.cache
 def pair(vit="300m", llm="qwen2", tied=False):
-    """(torch model, ModelConfig, params) with the same weights."""
+    """Returns (torch model, ModelConfig, params) with the same weights."""
     reference, hf = build_reference(vit, llm, tied)
     config = from_hf(hf)
     params = params_from_tensors(
@@ -29,7 +29,7 @@ def pair(vit="300m", llm="qwen2", tied=False):
 
 
 def conversation(config, tiles_per_image, rng, lead=3, text=5):
-    """(tokens, runs) of text, then pictures with text between them."""
+    """Returns (tokens, image spans) of text, then images with text between them."""
     tokens, runs = list(rng.integers(0, config.image_token_id, lead)), []
     for tiles in tiles_per_image:
         runs.append((len(tokens), tiles * config.tokens_per_tile))
@@ -40,7 +40,7 @@ def conversation(config, tiles_per_image, rng, lead=3, text=5):
 
 
 def make_row(config, tiles_per_image, seed, **shape):
-    """(batch of one row, normalised pixels for torch [N,3,S,S])."""
+    """Returns (batch of one row, normalized pixels for torch f32[N,3,S,S])."""
     rng = np.random.default_rng(seed)
     tokens, _ = conversation(config, tiles_per_image, rng, **shape)
     size = config.vision.image_size

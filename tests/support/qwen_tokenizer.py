@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 MERGES = Path(__file__).parents[1] / "data" / "qwen2_5" / "merges.txt.gz"
-# SHA-256 of merges.txt without a version line, and of the vocabulary's entries by id, one a line.
+# SHA-256 of merges.txt without its version line, and of the vocabulary's entries by id, one per
+# line.
 MERGES_SHA256 = "599bab54075088774b1733fde865d5bd747cbcc7a547c5bc12610e874e26f5e3"
 VOCAB_SHA256 = "36c3749fd3c87e2402f612459b45ae4e6ce5488a3ecde47a8a3ea3ed3d5dda5a"
 BASE_SIZE = 151643
@@ -70,7 +71,7 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
 
 @functools.cache
 def merges() -> str:
-    """merges.txt without a version line."""
+    """Returns merges.txt without its version line."""
     content = gzip.decompress(MERGES.read_bytes())
     assert hashlib.sha256(content).hexdigest() == MERGES_SHA256, (
         f"{MERGES} is not the file this helper was written for"
@@ -95,7 +96,7 @@ def vocab() -> dict[str, int]:
 
 
 def added_tokens() -> list[dict]:
-    """The 31 added tokens as tokenizer.json writes them."""
+    """Returns the 31 added tokens in the format of tokenizer.json."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": id, "content": token, **flags, "special": token not in QWEN_PLAIN}

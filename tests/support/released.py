@@ -1,5 +1,5 @@
-"""Released checkpoints in miniature: every size at reduced width, random weights, a small
-tokenizer, either layout.
+"""Writes tiny checkpoints in the released formats: every size at reduced width, random weights, a
+small tokenizer, either layout.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def reduce_processor(model: ModelConfig, **changes) -> ProcessorConfig:
 
 
 def random_params(model: ModelConfig, seed: int = 0, dtype=ml_dtypes.bfloat16) -> dict:
-    """Every parameter drawn from a normal distribution; the rows that pad the vocabulary are zero."""
+    """Samples every parameter from a normal distribution; vocabulary padding stays zero."""
     generator = np.random.default_rng(seed)
     leaves = {}
     for row in active_rows(model):
@@ -86,7 +86,7 @@ def write_released(
     seed: int = 0,
     dtype=ml_dtypes.bfloat16,
 ) -> pathlib.Path:
-    """One safetensors file by the reference library, config.json and the tokenizer."""
+    """Writes one safetensors file with the safetensors library, config.json and the tokenizer."""
     directory.mkdir(parents=True)
     tensors = tensors_from_params(model, random_params(model, seed, dtype), layout)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -102,7 +102,7 @@ def convert(source, target, dtype=None, **options):
 
 
 def stored_tensors(directory) -> dict[str, np.ndarray]:
-    """By the reference library, from all files of a directory."""
+    """Reads all safetensors files of a directory with the safetensors library."""
     return {
         name: tensor
         for path in directory.glob("*.safetensors")

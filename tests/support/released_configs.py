@@ -4,7 +4,7 @@ model is built on.
 
 import copy
 
-# What the released InternVL3-1B has, fields that change nothing included.
+# The released InternVL3-1B, including fields without effect.
 ORIGINAL = {
     "_commit_hash": None,
     "architectures": ["InternVLChatModel"],
@@ -162,7 +162,7 @@ INTERNLM3 = {
     "use_cache": True,
     "vocab_size": 128512,
 }
-# The llm_config of InternVL2.5-8B, and so of VisualPRM.
+# The llm_config of InternVL2.5-8B and of VisualPRM.
 INTERNLM2 = {
     "_name_or_path": "internlm/internlm2_5-7b-chat",
     "architectures": ["InternLM2ForCausalLM"],
@@ -193,7 +193,7 @@ INTERNLM2 = {
 
 
 def changed(config: dict, path: str, value) -> dict:
-    """A copy with the field at "a.b" set, or removed where value is `changed`."""
+    """Returns a copy with the field at "a.b" set, or removed if value is `changed` itself."""
     config = copy.deepcopy(config)
     *parents, last = path.split(".")
     node = config

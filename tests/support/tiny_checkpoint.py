@@ -48,10 +48,10 @@ PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, syste
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict:
-    """Every parameter drawn, f32: scales around 1, layer scales around 0.5, the rest so that
+    """Samples every parameter, f32: scales around 1, layer scales around 0.5, the rest so that
     activations stay near 1.
 
-    Freshly initialised parameters would hide mistakes: their biases are zero and their scales are
+    Freshly initialized parameters would hide mistakes: their biases are zero and their scales are
     constant.
     """
     rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def tokenizer_files() -> dict[str, bytes]:
 
 @functools.cache
 def directory() -> pathlib.Path:
-    """The checkpoint, written on the first call; removed when the process ends."""
+    """Writes the checkpoint on the first call; it is removed when the process ends."""
     parent = pathlib.Path(tempfile.mkdtemp(prefix="tiny_checkpoint_"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     save_checkpoint(parent / "tiny", random_params(CONFIG), CONFIG, PROCESSOR, tokenizer_files())
@@ -86,7 +86,7 @@ def directory() -> pathlib.Path:
 
 
 def train_config() -> TrainConfig:
-    """A short run of this model on digits."""
+    """Returns the configuration of a short run of this model on digits."""
     return TrainConfig(
         model=CONFIG,
         processor=PROCESSOR,
@@ -107,7 +107,7 @@ def train_config() -> TrainConfig:
 
 
 def changed(config: TrainConfig, **changes) -> TrainConfig:
-    """The configuration with other fields. GROUP__FIELD is a field of a group, such as
+    """Returns the configuration with other fields. GROUP__FIELD is a field of a group, such as
     checkpoint__every.
     """
     groups: dict[str, dict] = {}
@@ -125,7 +125,7 @@ def changed(config: TrainConfig, **changes) -> TrainConfig:
 
 
 def picture(width: int, height: int, seed: int = 0):
-    """A PIL picture of noise."""
+    """Returns a PIL image of noise."""
     from PIL import Image
 
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

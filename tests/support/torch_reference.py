@@ -104,7 +104,7 @@ def build_reference(
         **overrides,
     }
     config = InternVLConfig(vision_config=vision_config, text_config=text_config, **fields)
-    # Eager everywhere: the plainest formula is the one to compare with.
+    # Eager attention everywhere, which is the plain formula.
     config._attn_implementation = "eager"
     model = InternVLForConditionalGeneration(config).eval()
     randomise(model, seed)
@@ -113,7 +113,7 @@ def build_reference(
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draws every parameter: norm weights around 1, layer scales around 0.5, the rest so that
+    """Samples every parameter: norm weights around 1, layer scales around 0.5, the rest so that
     activations stay near 1.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -16,8 +16,8 @@ from tests.support.tiny_checkpoint import CONFIG, random_params
 MODEL, PARAMS = InternVL(CONFIG), random_params(CONFIG)
 
 SETTINGS = OptimizerConfig(warmup_steps=0, learning_rate=1e-3)
-# Adds the gradient and does nothing else; unlike AdamW's, its step is not at the mercy of the sign
-# of a gradient that is nearly zero.
+# Adds the gradient to the parameters. AdamW's update depends on the sign of gradients that are
+# nearly zero, which rounding changes; this one does not.
 GRADIENT = make_optimizer(SETTINGS, 100)._replace(
     init=lambda _: (), update=lambda gradients, state, _: (gradients, state)
 )

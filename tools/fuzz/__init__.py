@@ -1,1 +1,1 @@
-"""Damages good inputs of every kind and watches what the programs do with them; see __main__.py."""
+"""Damages valid inputs of every kind and judges how the programs handle them; see __main__.py."""

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from tools.fuzz import kinds_models
 from tools.fuzz.case import Case, Kind, all_cases, undamaged
 
-# Before anything imports jax.
+# Set before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -115,7 +115,7 @@ def all_kinds() -> list[Kind]:
 
 
 def prepare(scratch: pathlib.Path, kinds: list[Kind]) -> pathlib.Path:
-    """The folder of good inputs, filled with what these kinds need."""
+    """Returns the folder of valid inputs, filled with what these kinds need."""
     from tools.fuzz import corpus, first_runs, programs, server
 
     folder = scratch / "corpus"
@@ -131,7 +131,7 @@ def prepare(scratch: pathlib.Path, kinds: list[Kind]) -> pathlib.Path:
 def chosen(
     kinds: list[Kind], seed: int, count: int | None, only: str | None
 ) -> list[tuple[Kind, Case]]:
-    """Of each kind its part of `count`, in the order in which they are made."""
+    """Returns the share of `count` of each kind, in the order in which kinds are run."""
     work = [(kind, case) for kind in kinds for case in all_cases(kind, seed)]
     if only:
         return [(kind, case) for kind, case in work if case.id == only]
@@ -151,8 +151,9 @@ def chosen(
 def fuzz(
     work: list, corpus: pathlib.Path, scratch: pathlib.Path, jobs: int, verbose: bool = False
 ) -> Iterator[dict]:
-    """A row of each input with its verdict. The undamaged input of each kind comes first, and must
-    be accepted.
+    """Yields a row for each input, with its verdict.
+
+    The undamaged input of each kind comes first and must be accepted.
     """
     from tools.fuzz.judge import judge
     from tools.fuzz.server import run_all
@@ -195,7 +196,7 @@ def fuzz(
 
 
 def table(rows: list[dict]) -> str:
-    """Verdicts by kind."""
+    """Formats the counts of verdicts by kind as a table."""
     from tools.fuzz.judge import BAD, GOOD
 
     counts = collections.Counter((row["kind"], row["verdict"]) for row in rows)

@@ -1,4 +1,4 @@
-"""What a damaged input is, and what is expected of the program that gets it."""
+"""Defines a damaged input, and the behavior expected of the program that reads it."""
 
 import dataclasses
 import hashlib
@@ -6,12 +6,12 @@ import pathlib
 import random
 from collections.abc import Callable, Iterable
 
-# What may happen:
+# Expected behavior:
 #   refuse   a message that names the file or field, and status 1 or 2
 #   accept   status 0 and the result of the undamaged input
-#   same     either of these: whether the damage matters is not known, a changed result is never right
+#   same     either of these: the damage may not matter, but a changed result is wrong
 #   tell     status 0 with the same result, or a message
-#   warn     status 0 with a message that names what is odd, or a refusal
+#   warn     status 0 with a message that names the oddity, or a refusal
 #   either   a refusal with a message, or any result: the damaged input may mean something else
 MAX_HASHED = 1 << 28  # bytes
 EXPECTATIONS = ("refuse", "accept", "same", "tell", "warn", "either")
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The same in every run with the same seed, however many others there are."""
+        """Returns a name that is stable for a seed, however many cases there are."""
         return f"{self.kind}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
@@ -72,12 +72,12 @@ class Kind:
 
 
 def undamaged(kind: Kind) -> Case:
-    """The good input itself, whose result is what others are compared with."""
+    """Returns the undamaged input, with whose result the others are compared."""
     return Case(kind.name, "undamaged", "accept", lambda folder: None, ())
 
 
 def all_cases(kind: Kind, seed: int) -> list[Case]:
-    """Every damaged input of a kind; the same for the same seed. ValueError if two have one name."""
+    """Returns every damaged input of a kind, by a seed. ValueError if two have the same name."""
     cases = list(kind.cases(random.Random(f"{seed}/{kind.name}")))
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
@@ -88,12 +88,12 @@ def all_cases(kind: Kind, seed: int) -> list[Case]:
 
 
 def digest_of(*paths: pathlib.Path) -> str:
-    """Hash of the contents of files, or of all files below folders."""
+    """Returns a hash of the contents of files, or of all files below folders."""
     found = hashlib.sha256()
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                # Of gigabytes of nothing, which some damage is, only the length.
+                # Some damage is gigabytes of zeros: hash only their length.
                 size = file.stat().st_size
                 content = file.read_bytes() if size <= MAX_HASHED else str(size).encode()
                 found.update(f"{file.relative_to(path)}\0".encode() + content)

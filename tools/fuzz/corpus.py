@@ -1,5 +1,5 @@
-"""Good inputs of every kind, made from a tiny random model. Runs in a process of its own, because
-it computes.
+"""Makes valid inputs of every kind from a tiny random model, in a process of its own because it
+computes.
 """
 
 import json
@@ -8,7 +8,7 @@ import shutil
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-CACHE = "cache"  # compiled programs, shared by all inputs
+CACHE = "cache"  # of compiled programs, shared by all inputs
 TRAIN = """\
 import dataclasses
 
@@ -36,7 +36,7 @@ def get_config():
 
 
 def build(corpus: pathlib.Path) -> None:
-    """Fills an empty folder."""
+    """Fills an empty folder with valid inputs."""
     _models(corpus)
     _adapter(corpus)
     _data(corpus / "data")
@@ -62,7 +62,7 @@ def _models(corpus: pathlib.Path) -> None:
         )
         (corpus / name / "internvl3_jax.json").unlink()
     _checked(convert([str(corpus / "released"), str(corpus / "conv")]))
-    # The same with the tokenizer in the single file of newer releases.
+    # The same model with the tokenizer in one file, as in newer releases.
     shutil.copytree(corpus / "released", corpus / "single")
     tokenizer = Tokenizer.from_directory(corpus / "released")
     (corpus / "single/tokenizer.json").write_text(tokenizer._backend._tokenizer.to_str())
@@ -162,7 +162,7 @@ def _requests(folder: pathlib.Path) -> None:
 
 
 def _questions(folder: pathlib.Path) -> None:
-    """Without answers: a random model's could not be compared with any."""
+    """Writes questions without answers: a random model's could not match any."""
     from tests.support import tiny_checkpoint
 
     folder.mkdir()
@@ -175,7 +175,7 @@ def _questions(folder: pathlib.Path) -> None:
 
 
 def _pictures(folder: pathlib.Path) -> None:
-    """One of each format that Pillow writes here."""
+    """Writes an image of each format that Pillow can write here."""
     from tests.support.official_data import picture
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Inputs that the programs themselves make: a finished run, answers, log-probabilities."""
+"""Makes the inputs that only the programs can make: a finished run, answers, log-probabilities."""
 
 import os
 import pathlib
@@ -10,9 +10,7 @@ from tools.fuzz import programs
 
 
 def train_and_answer(corpus: pathlib.Path, needed: set[str]) -> None:
-    """What needs the programs themselves: a finished run, half of the answers, the reference's
-    log-probabilities.
-    """
+    """Makes a finished run, half of the answers and the reference model's log-probabilities."""
     os.chdir(corpus)
     if "run" in needed:
         in_child(lambda: programs.train(()))
@@ -26,8 +24,9 @@ def train_and_answer(corpus: pathlib.Path, needed: set[str]) -> None:
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """Computes in another process: this one must never start an accelerator or a thread.
-    RuntimeError with what it said if it failed.
+    """Calls `work` in a forked process: this one must never start an accelerator or a thread.
+
+    RuntimeError with its output if it fails.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jax warns of every fork

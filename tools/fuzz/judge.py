@@ -1,4 +1,4 @@
-"""From what a program did to a verdict."""
+"""Judges what a program did with an input."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ GOOD = ("clear", "warned", "rightly accepted")
 BAD = ("SILENT", "TRACEBACK", "HANG", "MEMORY", "WRONG", "UNNAMED")
 MOST_LINES = 15  # of a message: a list of tensors, say
 
-# Not part of the message: warnings beside it, what argparse and absl print before it.
+# Lines that are not the message: warnings, and what argparse and absl print before it.
 _BESIDE = re.compile(r"^(usage:|warning|ignoring|\s|[WIE]\d{4} |$)", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile(
     r"MemoryError|std::bad_alloc|Unable to allocate|RESOURCE_EXHAUSTED|[Oo]ut of memory|Cannot allocate memory"
@@ -69,7 +69,7 @@ def _accepted(outcome: Outcome, wanted: str, said: str) -> Verdict:
     warned = any(name in outcome.err or name in outcome.out for name in outcome.case.names)
     if expect == "refuse":
         return Verdict("SILENT", "accepted")
-    # The result's own reader may fail at what the program tells of.
+    # Reading the result may fail on what the program reported.
     if outcome.result.startswith("no result") and not (expect == "tell" and warned):
         return Verdict("WRONG", outcome.result)
     if expect == "accept" and not equal:
@@ -92,7 +92,7 @@ def _accepted(outcome: Outcome, wanted: str, said: str) -> Verdict:
 
 
 def _message(outcome: Outcome) -> str:
-    """The line that says what is wrong."""
+    """Returns the line that says what is wrong."""
     lines = [line for line in (outcome.err + "\n" + outcome.out).splitlines() if line.strip()]
     found = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
     return found[:300]

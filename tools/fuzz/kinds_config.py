@@ -1,4 +1,4 @@
-"""Damaged config.json and its like, beside the weights of released models."""
+"""Damaged config.json and similar files of released models."""
 
 import json
 import random
@@ -20,7 +20,7 @@ CONFIG = {
             "llm_config.vocab_size llm_config.rms_norm_eps llm_config.rope_theta llm_config.max_position_embeddings "
             "llm_config.hidden_act downsample_ratio force_image_size max_dynamic_patch min_dynamic_patch use_thumbnail ps_version template",
         ),
-        # A null or an empty object stands for none here.
+        # Null or an empty object means none here.
         (frozenset({"true"}), "select_layer system_message"),
     )
     for name in names.split()
@@ -82,7 +82,7 @@ def _merge(values: dict, changes: dict) -> None:
 
 
 def _without_nesting(changes):
-    """What is inside a list of architectures or of zeros is left alone."""
+    """Drops the changes inside a list of architectures or of zeros."""
     return (change for change in changes if ".0 " not in change[0])
 
 

@@ -19,7 +19,7 @@ ROWS, SEEN = "data/text.jsonl", "data/seen.jsonl"
 
 
 def row_value(file: str, number: int, path: tuple, text: str) -> Callable[[pathlib.Path], None]:
-    """Puts JSON text in the place of a value of a row, which may not have had it."""
+    """Returns damage that sets a value of a row, which may not have had it, to JSON text."""
 
     def spoil(folder: pathlib.Path) -> None:
         lines = (folder / file).read_text().splitlines()
@@ -98,7 +98,7 @@ def row_cases(rng: random.Random) -> Iterator[Case]:
     for path, texts in wrong.items():
         for text in texts:
             key = ".".join(map(str, path))
-            # The official code takes an empty text for no picture.
+            # The official code takes an empty text for no image.
             # And a second <image> beside one image stays text there.
             expected = "either" if text in ('""', '"<image><image>"') else "refuse"
             yield Case(

@@ -1,4 +1,4 @@
-"""Damaged pictures and videos."""
+"""Damaged images and videos."""
 
 import random
 import struct
@@ -16,7 +16,7 @@ def picture_cases(rng: random.Random) -> Iterator[Case]:
     kind = "pictures"
     for path in sorted((corpus() / "pictures").iterdir()):
         file = f"pictures/{path.name}"
-        # A cut at 99 % of a bitmap or a flipped pixel may be within what the format allows.
+        # A bitmap cut at 99 %, or with a flipped pixel, may still be valid.
         for change, _, spoil in rng.sample(list(byte_changes(file, rng, "either", 4)), 9):
             certain = any(
                 what in change
@@ -53,7 +53,7 @@ def picture_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def _strange() -> dict[str, bytes]:
-    """What is no picture that may be opened, whatever its name says."""
+    """Returns files by name that must not be opened as images."""
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n(id) print\nshowpage\n%%EOF\n"
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     return {

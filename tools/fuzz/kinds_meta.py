@@ -181,7 +181,7 @@ def _append(members: list):
 
 
 def _stale_index(content: bytes):
-    """Where the doctor keeps an index, beside its file."""
+    """Returns damage that leaves wrong indices where the doctor keeps them, next to each file."""
 
     def spoil(folder: pathlib.Path) -> None:
         for file in (SEEN, TAR):

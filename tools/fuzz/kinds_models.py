@@ -1,4 +1,4 @@
-"""Damaged weights of released models: what `python -m convert` reads."""
+"""Damaged weights of released models, as `python -m convert` reads them."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ INDEX = "sharded/model.safetensors.index.json"
 
 
 def cases_of(kind: str, changes, *names: str) -> Iterator[Case]:
-    """Cases of changes; a message names the file, or the last part of the changed key."""
+    """Yields a case for each change; messages name the file, or the last part of the changed key."""
     for name, expected, spoil in changes:
         key = name.split(" ")[0].split("/")[-1].split(".")[-1]
         yield Case(
@@ -159,7 +159,7 @@ def index_cases(rng: random.Random) -> Iterator[Case]:
         )
 
 
-# The folder of good inputs, which some cases are derived from; set before the first use.
+# The folder of valid inputs, from which some cases are derived; set before the first use.
 _corpus: list[pathlib.Path] = []
 
 

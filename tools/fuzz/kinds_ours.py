@@ -14,7 +14,7 @@ MANIFEST = "conv/internvl3_jax.json"
 
 
 def checkpoint_cases(rng: random.Random) -> Iterator[Case]:
-    """What `load` opens."""
+    """Yields damage to a checkpoint in our format, which `load` opens."""
     kind = "checkpoint"
     document = json.loads((corpus() / MANIFEST).read_text())
     fields = {
@@ -62,8 +62,7 @@ def checkpoint_cases(rng: random.Random) -> Iterator[Case]:
         if path.is_file()
     )
     for number, name in enumerate(arrays):
-        # Names that Orbax draws differ from one corpus to the next: inputs are named by their place
-        # in the order.
+        # Orbax names files at random, so inputs are named by their position instead.
         for change, expected, spoil in rng.sample(list(byte_changes(name, rng, "same", 3)), 7):
             what = f"array file {number} of {len(arrays)}{change.removeprefix(name)}"
             yield Case(kind, what, expected, spoil, (pathlib.Path(name).name, "conv", "params"))
@@ -91,7 +90,7 @@ def checkpoint_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def _allowed(name: str) -> set[str]:
-    """Wrong values that are none for a field which may be null."""
+    """Returns the kinds of wrong value that are valid for this field."""
     return {"negative"} if name.endswith(("drop_path", "rope_factor")) else set()
 
 
@@ -112,7 +111,9 @@ def _set(path: tuple, text: str):
 
 
 def run_cases(rng: random.Random) -> Iterator[Case]:
-    """Of a finished run, which the same command finds complete, or takes up from an older step."""
+    """Yields damage to a finished run, which the same command finds complete or resumes from an
+    older step.
+    """
     kind, newest = "run", "run/checkpoints/4"
     yield from cases_of(kind, json_changes("run/config.json", rng, 2, optional=True), "config.json")
     for name in (

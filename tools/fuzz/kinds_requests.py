@@ -18,11 +18,11 @@ REFERENCE = "pairs/reference.jsonl"
 
 
 def nothing(folder: pathlib.Path) -> None:
-    """For arguments alone."""
+    """Damages nothing: the case differs by its arguments."""
 
 
 def line_text(file: str, number: int, text: str):
-    """Puts text in the place of a line."""
+    """Returns damage that replaces a line by text."""
 
     def spoil(folder: pathlib.Path) -> None:
         lines = (folder / file).read_text(encoding="utf-8").split("\n")
@@ -33,7 +33,7 @@ def line_text(file: str, number: int, text: str):
 
 
 def _field(file: str, number: int, key: str, text: str):
-    """Puts JSON text in the place of a value of a line, which may not have had it."""
+    """Returns damage that sets a value of a line, which may not have had it, to JSON text."""
 
     def spoil(folder: pathlib.Path) -> None:
         lines = (folder / file).read_text(encoding="utf-8").split("\n")
@@ -44,7 +44,7 @@ def _field(file: str, number: int, key: str, text: str):
 
 
 def _line_changes(file: str) -> Iterator[tuple]:
-    """Changes of a JSONL file as a whole."""
+    """Yields damage to a complete JSONL file."""
     yield f"{file} byte order mark", "same", edit_bytes(file, lambda data: b"\xef\xbb\xbf" + data)
     yield f"{file} CRLF", "same", edit_bytes(file, lambda data: data.replace(b"\n", b"\r\n"))
     yield f"{file} no last line break", "same", edit_bytes(file, lambda data: data[:-1])
@@ -129,7 +129,7 @@ def request_cases(rng: random.Random) -> Iterator[Case]:
         yield Case(kind, f"id = {text}", "either", _field(REQUESTS, 1, "id", text), (*names, "id"))
     for number, change in enumerate(byte_changes("ask/wide.png", rng, "refuse", 0)):
         if number < 3 or "pipe" in change[0] or "missing" in change[0]:
-            # The last byte of a PNG is of a checksum behind all pixels.
+            # The last byte of a PNG belongs to a checksum after all pixels.
             name, expected, edit = change
             yield Case(
                 kind, name, "either" if "last byte" in name else expected, edit, ("wide.png",)
@@ -137,10 +137,10 @@ def request_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def answer_cases(rng: random.Random) -> Iterator[Case]:
-    """Of the file that a stopped run left, which the next one goes on with."""
+    """Yields damage to the file of a stopped run, which the next run resumes."""
     kind, names = "answers", ("answers.jsonl",)
     for name, expected, spoil in _line_changes(ANSWERS):
-        # Whoever takes an empty or missing file for a new one is right.
+        # An empty or missing file is correctly treated as new.
         yield Case(
             kind,
             name,
@@ -182,7 +182,7 @@ def answer_cases(rng: random.Random) -> Iterator[Case]:
         "--seed=5",
         "--delta=1/4",
     ):
-        # Asked again or refused; two settings' answers in one file are wrong.
+        # Answered again or refused; answers of two settings in one file are wrong.
         expected = "either" if "seed" in flag else "refuse"
         yield Case(kind, f"resumed with {flag}", expected, nothing, names, (flag,))
     yield Case(
@@ -199,7 +199,7 @@ def answer_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def question_cases(rng: random.Random) -> Iterator[Case]:
-    """Of make_pairs."""
+    """Yields damage to the questions of make_pairs."""
     kind, names = "questions", ("questions.jsonl", "line 1")
     yield from (Case(kind, *change, names) for change in _line_changes(QUESTIONS))
     for text in WRONG_LINES:

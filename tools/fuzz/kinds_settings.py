@@ -1,4 +1,4 @@
-"""Settings and flags that make no sense, and damaged drop lists."""
+"""Invalid settings and flags, and damaged drop lists."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tools.fuzz.kinds_requests import line_text, nothing
 from tools.fuzz.mutate import edit_bytes, flip_changes, place_changes
 
 DROP = "data/drop.tsv"
-# Field, then values that it cannot have.
+# Each line: a field, then values that are invalid for it.
 WRONG_SETTINGS = r"""
 steps 0 -1 1.5 x 1e9
 checkpoint.every 0 -1 x
@@ -98,15 +98,15 @@ steps.x 1
 
 
 def _table(text: str) -> dict[str, list[str]]:
-    """Lines of a name and its values."""
+    """Splits lines of a name and its values."""
     return {name: values for name, *values in (line.split() for line in text.strip().splitlines())}
 
 
 def training_cases(rng: random.Random) -> Iterator[Case]:
-    """Overrides of a configuration that trains."""
+    """Yields invalid overrides of a configuration that trains."""
     kind = "training"
-    # A run of other settings is all right; only its message is looked at. So is one without a save
-    # but the last.
+    # A run with other settings may succeed: only its message is judged. So may one that saves only
+    # its last step.
     fine = {
         ("checkpoint.keep_every", "-1"),
         ("lora.rank", "4"),
@@ -197,7 +197,7 @@ def drop_cases(rng: random.Random) -> Iterator[Case]:
     )
 
 
-# Flag, then values that it cannot have.
+# Each line: a flag, then values that are invalid for it.
 WRONG_FLAGS = r"""
 batch_size 0 -1 x 1.5
 max_new_tokens 0 -5 x 99999999
@@ -227,7 +227,7 @@ bach_size 2
 
 
 def flag_cases(rng: random.Random) -> Iterator[Case]:
-    """Of infer.py."""
+    """Yields invalid flags of infer.py."""
     more = {
         "checkpoint": ["", "x" * 5000, "a\0b", "\x1b[2J"],
         "image": ["\x1b[2J.png"],

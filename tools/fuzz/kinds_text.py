@@ -24,7 +24,7 @@ ADAPTER = "peft/adapter_config.json"
 
 
 def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
-    """Of the four files of released models."""
+    """Yields damage to the four tokenizer files of released models."""
     kind, file = "tokenizer", "released/tokenizer_config.json"
     names = ("tokenizer_config.json", "added_tokens_decoder")
     yield from cases_of(kind, json_changes(file, rng, 3, optional=True), "tokenizer_config.json")
@@ -139,7 +139,7 @@ def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def single_cases(rng: random.Random) -> Iterator[Case]:
-    """Of the one file of newer releases."""
+    """Yields damage to tokenizer.json, the single file of newer releases."""
     kind, file = "tokenizer.json", "single/tokenizer.json"
     yield from cases_of(kind, json_changes(file, rng, 6), "tokenizer.json")
     for key in ("added_tokens", "model", "pre_tokenizer", "decoder", "normalizer"):
@@ -209,7 +209,7 @@ def single_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def adapter_cases(rng: random.Random) -> Iterator[Case]:
-    """Of PEFT's directories."""
+    """Yields damage to a PEFT directory."""
     kind, file = "adapter", "adapter_model.safetensors"
     document = json.loads((corpus() / ADAPTER).read_text())
     strict = {
@@ -253,8 +253,8 @@ def adapter_cases(rng: random.Random) -> Iterator[Case]:
         "arrow_config": {"a": 1},
         "use_bdlora": {"a": 1},
     }.items():
-        # An adapter that says another rank than its tensors have may be read by the tensors;
-        # nothing may be dropped.
+        # If an adapter's rank differs from that of its tensors, the tensors may decide, but none may
+        # be dropped.
         expected = "either" if name in ("megatron_config", "modules_to_save") else "refuse"
         yield Case(
             kind,

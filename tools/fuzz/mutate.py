@@ -1,4 +1,4 @@
-"""Ways to damage a file: JSON values and texts, bytes, and what stands in a file's place."""
+"""Damages files: JSON values and texts, bytes, and the file itself."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def value_at(document, path: tuple):
 
 
 def paths_of(document, prefix: tuple = ()) -> Iterator[tuple]:
-    """The path of every value below an object; of a list only the first element is gone into."""
+    """Yields the path of every value below an object; of each list only the first element's."""
     entries = document.items() if isinstance(document, dict) else list(enumerate(document))[:1]
     for key, value in entries:
         yield (*prefix, key)
@@ -37,7 +37,7 @@ def shown(path: tuple) -> str:
 
 
 def set_json(file: str, path: tuple, text: str) -> Spoil:
-    """Puts JSON text, which need not be valid, in the place of a value; () is the whole document."""
+    """Returns damage that sets a value to JSON text, valid or not; the path () is the document."""
 
     def spoil(folder: pathlib.Path) -> None:
         target = folder / file
@@ -56,7 +56,7 @@ def put(document, path: tuple, text: str) -> str:
 
 
 def edit_json(file: str, change: Callable) -> Spoil:
-    """Calls `change` with the document, and writes it again."""
+    """Returns damage that calls `change` with the document and writes it again."""
 
     def spoil(folder: pathlib.Path) -> None:
         target = folder / file
@@ -78,7 +78,7 @@ _NOT_A_NUMBER = {
 
 
 def wrong_values(value) -> dict[str, str]:
-    """JSON texts of values that cannot stand where `value` did, by what is wrong with them."""
+    """Returns invalid JSON values for the place of `value`, by what is wrong with them."""
     own = json.dumps(value)
     if isinstance(value, bool):
         return {"text": '"no"', "list": "[]", "object": "{}", "number": "2", "NaN": "NaN"}
@@ -134,7 +134,7 @@ def value_changes(
             yield f"{name} = null", "either", set_json(file, path, "null")
             yield f"{name} missing", "either", edit_json(file, _remove(path))
             if isinstance(path[-1], str):
-                # A setting that is off by default, and off, is missed by nobody.
+                # Removing a setting that is off, and off by default, changes nothing.
                 off = value_at(document, path) in (False, None, [], {}, "none")
                 yield (
                     f"{name} misspelt",
@@ -144,7 +144,7 @@ def value_changes(
         else:
             for what, text in wrong_values(value_at(document, path)).items():
                 if what in loose:
-                    # What is no JSON at all is refused wherever it stands.
+                    # Invalid JSON is refused wherever it is.
                     expected = (
                         "refuse" if what in ("NaN", "1e999", "infinity", "long") else "either"
                     )
@@ -180,7 +180,7 @@ def edit_bytes(file: str, change: Callable[[bytes], bytes]) -> Spoil:
 def json_changes(
     file: str, rng: random.Random, flips: int = 6, optional: bool = False
 ) -> Iterator[Change]:
-    """Changes of a whole JSON file; an optional one may be missing."""
+    """Yields damage to a complete JSON file; an optional one may be missing."""
     for name, content in {
         "empty": b"",
         "blank": b"  \n",
@@ -232,7 +232,7 @@ def _first_key_twice(data: bytes) -> bytes:
 
 
 def flip_changes(file: str, rng: random.Random, count: int, expected: str) -> Iterator[Change]:
-    """One bit of a file turned, at places that are drawn as shares of its length."""
+    """Yields single bit flips, at random positions of the file."""
     for _ in range(count):
         place, bit = rng.random(), rng.randrange(8)
         yield f"{file} bit {bit} at {place:.6f}", expected, edit_bytes(file, _flip(place, bit))
@@ -250,7 +250,7 @@ def _flip(place: float, bit: int):
 def byte_changes(
     file: str, rng: random.Random, expected: str, flips: int = 4, flipped: str | None = None
 ) -> Iterator[Change]:
-    """Changes of a binary file."""
+    """Yields damage to a binary file."""
     yield f"{file} empty", expected, edit_bytes(file, lambda data: b"")
     for share in (0.02, 0.3, 0.7, 0.99):
         yield (
@@ -299,7 +299,7 @@ def replaced(file: str, make: Callable[[pathlib.Path], object]) -> Spoil:
 
 
 def place_changes(file: str, expected: str = "refuse") -> Iterator[Change]:
-    """Something else in the place of a file, or nothing."""
+    """Yields replacements of a file: another kind of entry, or none."""
     yield f"{file} missing", expected, replaced(file, lambda path: None)
     yield f"{file} a pipe", expected, replaced(file, os.mkfifo)
     yield f"{file} a directory", expected, replaced(file, pathlib.Path.mkdir)

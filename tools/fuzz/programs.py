@@ -1,6 +1,4 @@
-"""The programs, started as they are from a shell: each in a fresh process, in a folder with the
-inputs.
-"""
+"""Runs the programs as from a shell: each in a fresh process, in a folder with the inputs."""
 
 import hashlib
 import json
@@ -17,7 +15,7 @@ _cache = ""  # folder of compiled programs
 
 
 def prepare(corpus: pathlib.Path) -> None:
-    """Before the first program: where they keep what they compile."""
+    """Sets where the programs keep what they compile; called before the first."""
     global _cache
     _cache = str(corpus / CACHE)
     sys.path.insert(0, str(PROJECT))
@@ -46,7 +44,7 @@ def convert(arguments: tuple[str, ...], source: str = "released") -> int:
 
 
 def converted(folder: pathlib.Path) -> str:
-    """The tensors and what is said of them."""
+    """Returns a hash of the tensors and their description."""
     return digest_of(
         *sorted((folder / "out").glob("*.safetensors")), folder / "out/internvl3_jax.json"
     )
@@ -95,7 +93,7 @@ def train(arguments: tuple[str, ...]) -> None:
 
 
 def trained(folder: pathlib.Path) -> str:
-    """Log without times, and the arrays of the last step."""
+    """Returns the log without times, and a hash of the arrays of the last step."""
     from internvl3_jax.checkpoints import storage
 
     rows = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
@@ -125,7 +123,7 @@ def infer(arguments: tuple[str, ...]) -> None:
 
 
 def ask(arguments: tuple[str, ...]) -> None:
-    """One question."""
+    """Asks one question."""
     _script(
         "infer.py",
         f"--compilation_cache={_cache}",
@@ -165,7 +163,7 @@ def examined(folder: pathlib.Path) -> str:
 
 
 def open_pictures(arguments: tuple[str, ...]) -> int:
-    """Cuts pictures into tiles as inference does, and prints what of each."""
+    """Cuts images into tiles as inference does, and prints a summary of each."""
     from internvl3_jax.data.media.images import open_image
     from internvl3_jax.data.media.tiles import cut_tiles
     from tests.support.tiny_checkpoint import PROCESSOR

@@ -1,4 +1,4 @@
-"""Ways to damage a safetensors file: its header, the entries of tensors, the numbers."""
+"""Damages a safetensors file: its header, the entries of tensors, their values."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ UP, OTHER, BIAS = (
 
 
 def split(data: bytes) -> tuple[dict, bytes]:
-    """(header, body)"""
+    """Splits a file into (header, body)."""
     size = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
@@ -40,7 +40,7 @@ def set_entry(tensor: str, **fields):
 
 
 def damaged_entries(tensor: str) -> Iterator[tuple[str, Callable]]:
-    """What is done to a tensor's entry in the header."""
+    """Yields (name, damage) of a tensor's entry in the header."""
     for name, value in {
         "null": None,
         "text": "F32",
@@ -198,7 +198,7 @@ def _one_more(header: dict, body: bytes) -> bytes:
 
 
 def poison(value: float, tensor: str, where: str, file: str = WEIGHTS):
-    """Puts a number that is not finite into a tensor."""
+    """Returns damage that writes a NaN or infinity into a tensor."""
 
     def spoil(folder: pathlib.Path) -> None:
         header, body = split((folder / file).read_bytes())

@@ -27,8 +27,9 @@ MOST_RESIDENT = 1800 << 20  # bytes in memory
 
 @dataclasses.dataclass
 class Outcome:
-    """What a program did. status: that of its exit, or minus the signal that ended it; None: it ran
-    out of time.
+    """Outcome of a program.
+
+    status: exit status, or minus the signal that ended it; None if it ran out of time.
     """
 
     case: Case
@@ -51,7 +52,7 @@ class _Running:
 
 
 def preload() -> None:
-    """Imports what the programs import, and makes sure that this left one thread."""
+    """Imports what the programs import, and checks that only one thread is running."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,7 +80,7 @@ def preload() -> None:
 def run_all(
     work: Iterable[tuple[Kind, Case]], corpus: pathlib.Path, scratch: pathlib.Path, jobs: int
 ) -> Iterator[Outcome]:
-    """The outcome of every input, in the order in which they end."""
+    """Yields the outcome of every input, in the order in which the programs end."""
     waiting, running = iter(work), {}
     for number, (kind, case) in enumerate(waiting):
         while len(running) >= jobs:
@@ -116,7 +117,7 @@ def _state(path: pathlib.Path) -> str:
 
 
 def _child(kind: Kind, case: Case, folder: pathlib.Path):
-    """Becomes the program; never returns."""
+    """Turns this process into the program; never returns."""
     status = 70
     try:
         os.setsid()
@@ -160,7 +161,7 @@ def _result_of(kind: Kind, folder: pathlib.Path) -> str:
 
 
 def _collect(running: dict) -> Iterator[Outcome]:
-    """Those that have ended, or must end now; waits a moment."""
+    """Waits a moment; returns the programs that have ended, or must end now."""
     time.sleep(0.005)
     for process, job in list(running.items()):
         ended, status, usage = os.wait4(process, os.WNOHANG)

@@ -1,8 +1,8 @@
 """Converts tensors to the parameter tree and back through the table of mapping.py, fully checked.
 
-A `Source` returns tensors by name, from a dict of arrays or a directory of safetensors files. Names,
-shapes and dtypes are checked before the first tensor is read, and all problems are reported at
-once.
+A `Source` returns tensors by name, from a dict of arrays or a directory of safetensors files.
+Names, shapes and dtypes are checked before the first tensor is read, and all problems are reported
+at once.
 """
 
 import collections
@@ -75,17 +75,17 @@ class ArraySource:
 def detect_layout(names) -> str:
     """Returns "internvl" or "hf" by the names of the tensors."""
     prefixes = {"vision_model.": "internvl", "model.vision_tower.": "hf", "vision_tower.": "hf"}
-    found = {
+    layouts = {
         layout for name in names for prefix, layout in prefixes.items() if name.startswith(prefix)
     }
-    if len(found) != 1:
+    if len(layouts) != 1:
         shown = one_line(", ".join(sorted(names)[:5]))
         raise ConversionError(
             "these tensors are not an InternVL checkpoint: expected names under vision_model. "
-            "(original layout) or vision_tower. / "
-            f"model.vision_tower. (transformers), found {len(names)} tensors such as {shown}"
+            "(original layout) or vision_tower. / model.vision_tower. (transformers), found "
+            f"{len(names)} tensors such as {shown}"
         )
-    return found.pop()
+    return layouts.pop()
 
 
 def has_head(names) -> bool:
@@ -186,8 +186,7 @@ def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapp
     if name is not None and not np.array_equal(source.read(name), source.read(head)):
         raise ConversionError(
             f"config.json ties the head to the embedding, but {one_line(head)} differs from "
-            f"{one_line(name)}; set "
-            f"tie_word_embeddings to false"
+            f"{one_line(name)}; set tie_word_embeddings to false"
         )
 
 
@@ -244,38 +243,6 @@ def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
     )
 
 
-def fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
-    """Fills blocks of a leaf layer by layer, reading each tensor once.
-
-    Args:
-      plan: the checked conversion.
-      source: the tensors.
-      row: the leaf's row.
-      parts: ((start, stop) of each dimension of the leaf) -> array to fill.
-    """
-    for out in parts.values():
-        out[...] = 0  # the vocabulary's padding
-    for layer in layer_numbers(row, plan.config):
-        wanted = (
-            parts
-            if layer is None
-            else {key: out for key, out in parts.items() if key[0][0] <= layer < key[0][1]}
-        )
-        value = (
-            bits(to_leaf(row, read_tensors(plan, source, row, layer), plan.config))
-            if wanted
-            else None
-        )
-        for key, out in wanted.items():
-            place, bounds = (
-                (bits(out), key) if layer is None else (bits(out)[layer - key[0][0]], key[1:])
-            )
-            ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
-            taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
-            if all(part.start < part.stop for part in taken):
-                copy(value[taken], place[tuple(slice(0, part.stop - part.start) for part in taken)])
-
-
 def fill_leaf(
     plan: Plan, source: Source, row: Row, out: np.ndarray, visit: Callable | None = None
 ) -> None:
@@ -295,7 +262,7 @@ def fill_leaf(
 
 
 def copy(value: np.ndarray, out: np.ndarray) -> None:
-    """Copies an array, a transposed one in blocks that fit the caches: 9x faster for a vocabulary."""
+    """Copies an array, a transposed one in blocks that fit the caches (9x faster)."""
     step = value.shape[-1] if value.flags.c_contiguous else 256
     for start in range(0, value.shape[-1], step):
         out[..., start : start + step] = value[..., start : start + step]

@@ -2,9 +2,9 @@
 
 "internvl" is the original layout (`internvl_chat`, with `llm_config` and a `vision_config` of type
 `intern_vit_6b` for both towers); "hf" is that of transformers (`internvl`, with `text_config` and
-`internvl_vision`). Reading is strict: every key is used, known to change nothing, or an error. A key
-that changes the computation gets no class default where those differ between releases (layers of
-the tower, rope base, tying).
+`internvl_vision`). Reading is strict: every key is used, known to change nothing, or an error. A
+key that changes the computation gets no class default where those differ between releases (layers
+of the tower, rope base, tying).
 """
 
 import difflib
@@ -50,8 +50,7 @@ def layout_of(config: dict, place: str = "") -> str:
     if model_type not in kinds:
         raise JsonError(
             f"{place}config.json: model_type is {excerpt(model_type)}; expected 'internvl_chat' "
-            "(original layout) or 'internvl' "
-            f"(transformers)"
+            "(original layout) or 'internvl' (transformers)"
         )
     return kinds[model_type]
 
@@ -150,11 +149,11 @@ def _pixels(
     scale = image_config.get("rescale_factor", float, 1 / 255)
     if abs(255 * scale - 1) > 1e-3:
         image_config.refuse("rescale_factor", "this implementation divides by 255")
-    _refuse_misspelt(image_config)
+    _refuse_misspelled(image_config)
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def _refuse_misspelt(image_config: Fields) -> None:
+def _refuse_misspelled(image_config: Fields) -> None:
     """Refuses a misspelled setting of the image processor; other unknown ones are ignored."""
     used = (
         "image_mean",

@@ -93,8 +93,7 @@ class Fields(Object):
                 if value is not None:
                     raise JsonError(
                         f"{self.where}: {excerpt(name)} is {describe(value)}; quantized "
-                        "checkpoints are not read, take the model's "
-                        f"original weights"
+                        "checkpoints are not read, take the model's original weights"
                     )
                 self.asked.add(name)
         for name in _NEUTRAL.keys() & ignored:

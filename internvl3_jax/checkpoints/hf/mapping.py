@@ -6,8 +6,8 @@ and v of the vision tower in transformers), joined along their first axis. `{}` 
 number.
 
 Shapes are of one layer, without the vocabulary's padding (see assemble.py). Vision tower: C width,
-M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q and
-K widths of queries and keys. Projector: S width after pixel shuffle.
+M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q
+and K widths of queries and keys. Projector: S width after pixel shuffle.
 """
 
 import dataclasses

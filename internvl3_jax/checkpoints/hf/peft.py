@@ -1,13 +1,12 @@
-"""Adapters between our tree and PEFT's directories, for both released layouts, through the table in
-mapping.py.
+"""Reads PEFT's LoRA adapters of both released layouts through the table of mapping.py.
 
 DIR/adapter_config.json         rank, alpha, names of the layers
-DIR/adapter_model.safetensors   base_model.model.LAYER.lora_A.weight [r,in], .lora_B.weight [out,r];
-modules trained whole as they are
+DIR/adapter_model.safetensors   base_model.model.LAYER.lora_A.weight [r, in]
+                                base_model.model.LAYER.lora_B.weight [out, r]
+                                fully trained modules as they are
 
-A layer here that a layout keeps in several tensors (q, k, v of the vision tower in transformers)
-has one a and, side by side, their b.
-Read from three adapters with an a each, it has all three, and thrice the rank.
+A layer that a layout stores in several tensors (q, k, v of the vision tower in transformers) has
+one a and the concatenated b. Read from three adapters with an a each, it has three times the rank.
 """
 
 import collections
@@ -49,21 +48,21 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 def check_names(model: ModelConfig, layout: str) -> None:
+    """Raises ConversionError for InternLM2 in the original layout, which has no q, k and v."""
     if model.language.family == "internlm2" and layout == "internvl":
         raise ConversionError(
-            "InternLM2's original code has q, k and v in one interleaved matrix, for which "
-            "adapters are not read or written; use the hf "
-            "layout, or merge"
+            "InternLM2's original code has q, k and v in one interleaved weight, for which "
+            "adapters are not supported; use the hf layout, or merge"
         )
 
 
 def module_of(name: str) -> str:
-    """The torch module that holds a tensor."""
+    """Returns the torch module of a tensor."""
     return name.rpartition(".")[0]
 
 
 class _Named(NamedTuple):
-    """Names in a file by the table's keys."""
+    """Names in a file, by the table's keys."""
 
     layout: str
     factors: dict[str, dict[str, str]]  # key -> {"A": name, "B": name}
@@ -74,12 +73,16 @@ class _Named(NamedTuple):
 def read_peft(
     directory: pathlib.Path, model: ModelConfig, allow_nonfinite: bool = False
 ) -> Adapter:
-    """An adapter that PEFT or `write_peft` saved, of either layout, which the names decide.
+    """Reads an adapter that PEFT or `write_peft` saved; the names tell the layout.
+
+    Args:
+      directory: the adapter's directory.
+      model: configuration of the base.
+      allow_nonfinite: accept NaN and infinities.
 
     Raises:
-      ConversionError: naming the tensors that nothing in the model takes, that lack their other
-      factor, that are missing, NaN or infinite
-        (unless allowed) or have another shape; and what of its settings is more than LoRA.
+      ConversionError: tensors are unknown, missing, without their other factor, not finite or of
+        another shape, or a setting is more than plain LoRA; the message names them.
     """
     settings = settings_of(directory)
     source = SafetensorsSource(directory, file=WEIGHTS)
@@ -103,10 +106,9 @@ def read_peft(
             else "hf",
         )
         raise ConversionError(
-            f"{directory}: {len(named.unknown)} tensor(s) that nothing in the model takes, such as "
+            f"{directory}: {len(named.unknown)} tensor(s) that the model does not have, such as "
             f"{one_line(', '.join(named.unknown[:5]))}. Expected {PREFIX}LAYER.lora_A.weight, "
-            "with the layers of the original layout or of "
-            f"transformers'"
+            "with the layers of the original layout or of transformers'"
         )
     layers = {}
     for row in active_rows(model):
@@ -115,11 +117,11 @@ def read_peft(
             for layer in layer_numbers(row, model)
         ]
         if any(any(layer) for layer in modules):
-            found = [
+            factors = [
                 [_factors(source, names, settings, row, model, named.layout) for names in layer]
                 for layer in modules
             ]
-            layers[row.target.removesuffix("/kernel")] = _stacked(found, row, model)
+            layers[row.target.removesuffix("/kernel")] = _stacked(factors, row, model)
     whole = _whole(directory, source, named, model)
     _check_complete(directory, settings, named, model)
     return Adapter(nest(layers), whole)
@@ -128,7 +130,7 @@ def read_peft(
 def _check_complete(
     directory: pathlib.Path, settings: Settings, named: _Named, model: ModelConfig
 ) -> None:
-    """ConversionError naming what adapter_config.json says was trained and the tensors do not have."""
+    """Raises ConversionError naming modules that adapter_config.json lists and have no tensors."""
     missing = []
     for row in active_rows(model):
         adapts = lora.LINEAR.fullmatch(row.target.removesuffix("/kernel"))
@@ -148,8 +150,8 @@ def _check_complete(
     if missing:
         raise ConversionError(
             f"{directory / WEIGHTS} lacks {len(missing)} tensor(s) of modules that {PEFT} says "
-            "were trained (target_modules, "
-            f"modules_to_save), such as {', '.join(missing[:5])}; save the adapter again"
+            f"were trained (target_modules, modules_to_save), such as {', '.join(missing[:5])}; "
+            "save the adapter again"
         )
 
 
@@ -166,9 +168,9 @@ def _match(names, model: ModelConfig, layout: str) -> _Named:
         key = canonical_key(
             (f"{factor[1]}.weight" if factor else name).removeprefix(PREFIX), layout
         )
-        # PEFT itself loads no other name, without a word
-        ours = name.startswith(PREFIX) and key in rows
-        if not ours or (
+        # PEFT itself silently ignores any other name.
+        is_known = name.startswith(PREFIX) and key in rows
+        if not is_known or (
             factor and not lora.LINEAR.fullmatch(rows[key].target.removesuffix("/kernel"))
         ):
             named.unknown.append(name)
@@ -187,11 +189,11 @@ def _factors(
     model: ModelConfig,
     layout: str,
 ):
-    """(a [in,r], b [r,out] with the scale in it) of one torch module; None where it has no adapter."""
+    """Returns (a [in, r], scaled b [r, out]) of a torch module, None without an adapter."""
     if names is None:
         return None
     if lacking := {"A", "B"} - names.keys():
-        raise ConversionError(f"{next(iter(names.values()))} has no lora_{lacking.pop()} beside it")
+        raise ConversionError(f"{next(iter(names.values()))} has no lora_{lacking.pop()}")
     a, b = (source.read(names[factor]).astype(np.float32).T for factor in "AB")
     columns, rows = source_shape(row, model, layout)
     if (
@@ -210,9 +212,7 @@ def _factors(
 
 
 def _stacked(layers: list, row: Row, model: ModelConfig) -> dict[str, np.ndarray]:
-    """{"a": [L,in,r], "b": [L,r,out]} of each layer's modules' factors. A module or layer without
-    gets zeros.
-    """
+    """Stacks the factors of all layers: {"a": [L, in, r], "b": [L, r, out]}, zeros where absent."""
     rows, columns = leaf_shape(row, model)
     joined = [_joined(modules, rows, columns) for modules in layers]
     rank = max(a.shape[1] for a, _ in joined)
@@ -222,7 +222,7 @@ def _stacked(layers: list, row: Row, model: ModelConfig) -> dict[str, np.ndarray
 
 
 def _joined(modules: list, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of a layer whose outputs are those of its modules, side by side."""
+    """Joins the factors of a layer's modules, whose outputs are concatenated."""
     present = [factors for factors in modules if factors is not None]
     if not present:
         return np.zeros((rows, 0), np.float32), np.zeros((0, columns), np.float32)
@@ -238,8 +238,8 @@ def _joined(modules: list, rows: int, columns: int) -> tuple[np.ndarray, np.ndar
 
 
 def _whole(directory: pathlib.Path, source, named: _Named, model: ModelConfig) -> dict:
-    """Parameters that were trained whole (PEFT's modules_to_save)."""
-    # looked at before
+    """Reads fully trained parameters (PEFT's modules_to_save)."""
+    # Non-finite values were checked before.
     plan, leaves = (
         Plan(model, named.layout, named.whole, DTYPES["float32"], allow_nonfinite=True),
         {},
@@ -250,7 +250,7 @@ def _whole(directory: pathlib.Path, source, named: _Named, model: ModelConfig) -
             continue
         if missing := [key for key in keys if key not in named.whole]:
             raise ConversionError(
-                f"{directory} replaces {row.target} in part: {missing[0]} is missing"
+                f"{directory} replaces only part of {row.target}: {missing[0]} is missing"
             )
         _check_shapes(directory, source, named, row, [named.whole[key] for key in keys], model)
         leaves[row.target] = np.empty(padded_shape(row, model), np.float32)
@@ -263,8 +263,8 @@ def _check_shapes(
 ) -> None:
     expected = source_shape(row, model, named.layout)
     for name in names:
-        if (found := tuple(source.infos()[name].shape)) != expected:
-            grown = "V" in row.shape.split() and found[1:] == expected[1:]
+        if (shape := tuple(source.infos()[name].shape)) != expected:
+            grown = "V" in row.shape.split() and shape[1:] == expected[1:]
             why = (
                 "; its vocabulary was resized, so give the base whose embeddings were resized as "
                 "well"
@@ -272,5 +272,5 @@ def _check_shapes(
                 else ""
             )
             raise ConversionError(
-                f"{directory / WEIGHTS}: {name} has shape {found}, the base has {expected}{why}"
+                f"{directory / WEIGHTS}: {name} has shape {shape}, the base has {expected}{why}"
             )

@@ -94,14 +94,14 @@ class Settings(NamedTuple):
         """Returns the value of the first pattern that matches as in PEFT: the name or its end."""
         for pattern, value in patterns.items():
             started = time.monotonic()
-            found = _compiled(pattern).match(module)
+            match = _compiled(pattern).match(module)
             self.spent[0] += time.monotonic() - started
             if self.spent[0] > _SECONDS:
                 raise ConversionError(
                     f"{self.path}: its patterns take more than {_SECONDS} s to match; write names "
                     "of modules"
                 )
-            if found:
+            if match:
                 return value
         return default
 
@@ -161,8 +161,8 @@ def _check_start(fields: Object, where: str) -> None:
     if start is not None and start not in _INITS:
         raise ConversionError(
             f"{where}: init_lora_weights is {excerpt(start)}, so it belongs to a base that PEFT "
-            "changes; save it with "
-            f"path_initial_model_for_weight_conversion, which makes a plain one of it"
+            "changes; save it with path_initial_model_for_weight_conversion, which makes a plain "
+            "one of it"
         )
 
 
@@ -187,8 +187,7 @@ def _patterns(fields: Object, name: str, kind: type, **bounds) -> dict[str, floa
         ):
             raise ConversionError(
                 f"{fields.where}: {name}: {excerpt(pattern)} is a regular expression that could "
-                "take forever; write names of modules, or a "
-                f"short pattern without repeated groups"
+                "take forever; write names of modules, or a short pattern without repeated groups"
             )
         _compiled(pattern)
     return patterns

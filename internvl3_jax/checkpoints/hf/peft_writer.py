@@ -26,10 +26,15 @@ def write_peft(
     layout: str,
     base: str,
 ) -> dict[str, np.ndarray]:
-    """Writes what a LoRA run trained, or an adapter of scale 1, as PEFT does; returns the tensors.
+    """Writes the adapter of a LoRA run, or one of scale 1, as PEFT does; returns the tensors.
 
-    own: "lora" with a and b as they are trained, and parameters trained whole. base: what
-        adapter_config.json calls the model.
+    Args:
+      directory: an existing directory.
+      own: the subtree "lora" with a and b as trained, and fully trained parameters.
+      config: rank, alpha and dropout.
+      model: configuration of the base.
+      layout: "internvl" or "hf".
+      base: name of the base in adapter_config.json.
     """
     check_names(model, layout)
     rows = {row.target: row for row in active_rows(model)}
@@ -53,7 +58,7 @@ def write_peft(
 
 
 def _pairs(adapters: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Layer's path -> (a, b) as float32."""
+    """Returns layer's path -> (a, b) in float32."""
     leaves = by_path(adapters)
     names = sorted({path.rpartition("/")[0] for path in leaves})
     return {
@@ -65,13 +70,13 @@ def _pairs(adapters: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _whole_tensors(
     whole: Mapping, rows: Mapping[str, Row], model: ModelConfig, layout: str
 ) -> dict[str, np.ndarray]:
-    """Tensors of what was trained whole. ConversionError where they are not all of some torch
-    modules, which is all PEFT can take.
+    """Returns the tensors of fully trained parameters.
+
+    ConversionError if they are only part of a torch module, which PEFT does not support.
     """
     if model.language.tie_embeddings and "language/embedding" in by_path(whole):
         raise ConversionError(
-            "a tied embedding that was trained whole has no place in a PEFT adapter; merge the "
-            "run instead"
+            "a fully trained tied embedding cannot be in a PEFT adapter; merge the run instead"
         )
     tensors = {}
     for path, leaf in by_path(whole).items():
@@ -82,8 +87,8 @@ def _whole_tensors(
             for name in row.keys(layout, layer):
                 if module_of(name) in modules and name not in tensors:
                     raise ConversionError(
-                        f"PEFT keeps whole modules: {module_of(name)} was trained but for {name}; "
-                        "merge the run instead"
+                        f"PEFT saves full modules: {module_of(name)} was trained except for "
+                        f"{name}; merge the run instead"
                     )
     return tensors
 
@@ -117,7 +122,5 @@ def _config(
 
 
 def _suffix(name: str) -> str:
-    """What the layer is called in every block: "self_attn.q_proj" of
-    "language_model.model.layers..self_attn.q_proj.weight".
-    """
+    """Returns a layer's name within its block, such as "self_attn.q_proj"."""
     return module_of(name).rpartition("..")[2]

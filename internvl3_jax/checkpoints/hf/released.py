@@ -1,10 +1,9 @@
-"""Released safetensors directories and our own checkpoints as the sources of a conversion, behind
-one interface.
+"""Opens released safetensors directories, for loading and as the source of a conversion.
 
-An opened model has `config`, `processor`, `tokenizer`, `files` (all that travels, by name), `dtype`
-(name), `hashes` (what was stored with it), `leaf(row, hashes)`, which reads one leaf of the
-parameter tree and adds the hashes of its tensors, and `hash_leaf(row, hashes)`, which only adds
-them.
+The interface of a source: `config`, `processor`, `tokenizer`, `files` (name -> content of the files
+beside the weights), `dtype` (name), `hashes` (stored with it), `leaf(row, hashes)`, which reads one
+leaf of the parameter tree and adds the hashes of its tensors, and `hash_leaf(row, hashes)`, which
+only adds them.
 """
 
 import dataclasses
@@ -25,8 +24,8 @@ from internvl3_jax.checkpoints.hf.assemble import (
     ConversionError,
     Plan,
     Source,
+    copy,
     fill_leaf,
-    fill_parts,
     has_head,
     layer_numbers,
     layer_tensors,
@@ -36,7 +35,7 @@ from internvl3_jax.checkpoints.hf.assemble import (
 )
 from internvl3_jax.checkpoints.hf.config import from_hf, layout_of, processor_from_hf
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
-from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits, to_leaf
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
@@ -48,8 +47,8 @@ from internvl3_jax.io.model_files import exists, read_file
 from internvl3_jax.io.strict_json import Object, loads
 from internvl3_jax.io.terminal import excerpt, one_line
 
-# Beside the tokenizer's files. The python files are the original layout's model code, which its
-# config.json points to.
+# Files beside the tokenizer's. The Python files are the original layout's model code, to which its
+# config.json points.
 TRAVELLING = (
     "config.json",
     "generation_config.json",
@@ -59,21 +58,22 @@ TRAVELLING = (
     "LICENSE*",
     "*.py",
 )
-# Of the configuration, what config.json of a released layout cannot say; internvl3_jax.json beside
-# it keeps it (transformers calls the decoder of several families "llama").
+# Fields that config.json of a released layout cannot express; internvl3_jax.json beside it has them
+# (transformers calls the decoder of several families "llama").
 UNSAID = ("vision.drop_path", "language.vocab_multiple", "language.family", "projector_norm_eps")
-_LARGE = 1 << 30  # bytes; a leaf beyond is assembled in a file that the system may page out
+_LARGE = 1 << 30  # bytes; a larger leaf is assembled in a file that the system may page out
 
 log = logging.getLogger(__name__)
 
 
 class Hashes(dict):
-    """Tensor name in the original layout, as the table spells it, -> sha256 of its bytes, in the
-    dtype of the conversion. The same for every layout.
+    """The table's name of each tensor in the original layout -> sha256 in the target dtype.
+
+    The hashes are the same for every layout.
     """
 
     def add(self, key: str, tensors: Iterable[np.ndarray]) -> None:
-        """`tensors` are the parts of one tensor, joined along their first axis."""
+        """Adds a tensor that is given in parts, joined along their first axis."""
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(np.ascontiguousarray(bits(tensor)).reshape(-1).view(np.uint8))
@@ -122,40 +122,79 @@ class Released:
             )
 
     def params(
-        self, places: Mapping[str, jax.sharding.Sharding], prepare: Callable | None = None
+        self, shardings: Mapping[str, jax.sharding.Sharding], prepare: Callable | None = None
     ) -> dict:
-        """The parameter tree as jax arrays, each where `places` (by path) puts it. A process holds
-        one tensor of the files and its own devices' parts of one leaf at a time. prepare: makes of
-        a leaf's path and value what takes its place.
+        """Returns the parameter tree as jax arrays.
+
+        A process has one tensor of the files and its local shards of one leaf in memory.
+
+        Args:
+          shardings: path -> sharding.
+          prepare: maps each leaf's path and value to the value to keep.
         """
         prepare = prepare or (lambda path, leaf: leaf)
         rows = active_rows(self.config)
         return storage.nest(
-            {row.target: prepare(row.target, self._placed(row, places[row.target])) for row in rows}
+            {
+                row.target: prepare(row.target, self._sharded(row, shardings[row.target]))
+                for row in rows
+            }
         )
 
-    def _placed(self, row: Row, place: jax.sharding.Sharding) -> jax.Array:
+    def _sharded(self, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
         shape = padded_shape(row, self.config)
         indices = {
             device: _bounds(index, shape)
-            for device, index in place.addressable_devices_indices_map(shape).items()
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
         }
         parts = {
             bounds: np.empty([stop - start for start, stop in bounds], self.checked.dtype)
             for bounds in indices.values()
         }
-        fill_parts(self.checked, self.tensors, row, parts)
+        _fill_parts(self.checked, self.tensors, row, parts)
         arrays = [jax.device_put(parts[bounds], device) for device, bounds in indices.items()]
-        return jax.make_array_from_single_device_arrays(shape, place, arrays)
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
+    """Fills blocks of a leaf layer by layer, reading each tensor once.
+
+    Args:
+      plan: the checked conversion.
+      source: the tensors.
+      row: the leaf's row.
+      parts: ((start, stop) of each dimension of the leaf) -> array to fill.
+    """
+    for out in parts.values():
+        out[...] = 0  # the vocabulary's padding
+    for layer in layer_numbers(row, plan.config):
+        wanted = (
+            parts
+            if layer is None
+            else {key: out for key, out in parts.items() if key[0][0] <= layer < key[0][1]}
+        )
+        value = (
+            bits(to_leaf(row, read_tensors(plan, source, row, layer), plan.config))
+            if wanted
+            else None
+        )
+        for key, out in wanted.items():
+            place, bounds = (
+                (bits(out), key) if layer is None else (bits(out)[layer - key[0][0]], key[1:])
+            )
+            ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
+            taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
+            if all(part.start < part.stop for part in taken):
+                copy(value[taken], place[tuple(slice(0, part.stop - part.start) for part in taken)])
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """((start, stop), ...) of each dimension"""
+    """Returns ((start, stop), ...) of the dimensions."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | None) -> np.ndarray:
-    """An array to fill. A large one lies in a file at `scratch`, whose name is gone at once."""
+    """Returns an array to fill; a large one is in an unlinked file that was at `scratch`."""
     if scratch is None or math.prod(shape) * dtype.itemsize < _LARGE:
         return np.empty(shape, dtype)
     leaf = np.memmap(scratch, dtype, "w+", shape=shape)
@@ -164,10 +203,11 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
 
 
 def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Name -> content of everything beside the weights that belongs to a model. FileError as
-    `model_files.read_file`.
+    """Returns name -> content of a model's files beside the weights.
+
+    FileError as in `model_files.read_file`.
     """
-    patterns = (*FILES, *TRAVELLING)  # not by glob, which passes over a link to nothing
+    patterns = (*FILES, *TRAVELLING)  # glob would skip a dangling link
     names = [
         name
         for name in sorted(entry.name for entry in directory.iterdir())
@@ -181,16 +221,14 @@ def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def _passed_over(path: pathlib.Path) -> bool:
-    """A folder whose name only a pattern matches, such as LICENSES; one in the place of a file is
-    an error.
-    """
+    """Returns whether a folder matches only a pattern, as LICENSES; otherwise it is an error."""
     return path.is_dir() and path.name not in (*FILES, *TRAVELLING)
 
 
 def read_json(
     files: dict[str, bytes], name: str, directory: str | pathlib.Path = ""
 ) -> dict | None:
-    """The object that a file holds, None if there is none. JsonError names it, in its directory."""
+    """Parses a file that holds an object, None if it is missing; JsonError names its path."""
     if name not in files:
         return None
     where = one_line(os.path.join(directory, name))
@@ -198,8 +236,9 @@ def read_json(
 
 
 def preprocessor_config(files: dict[str, bytes], directory: str | pathlib.Path = "") -> dict | None:
-    """Settings of the image processor: a file of its own, or a part of processor_config.json as
-    transformers 5 saves it.
+    """Returns the image processor's settings from preprocessor_config.json.
+
+    transformers 5 saves them in processor_config.json.
     """
     values, name = read_json(files, "processor_config.json", directory), "processor_config.json"
     whole = Object(values or {}, one_line(os.path.join(directory, name)))
@@ -214,7 +253,16 @@ def open_released(
     accept_fingerprint: bool = False,
     allow_nonfinite: bool = False,
 ) -> Released:
-    """Opens a safetensors directory of either released layout; see `convert.open.open_model`."""
+    """Opens a safetensors directory of either released layout.
+
+    All files, names, shapes and dtypes are checked; no tensor is read.
+
+    Args:
+      directory: the directory.
+      dtype: name of the dtype to convert to; None keeps the stored one.
+      accept_fingerprint: accept files of an export that differ from when it was written.
+      allow_nonfinite: accept NaN and infinities when reading.
+    """
     files = travelling_files(directory)
     if "config.json" not in files:
         raise FileNotFoundError(f"{directory} has no config.json")
@@ -260,20 +308,20 @@ def open_released(
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, directory: pathlib.Path) -> None:
-    """ValueError if the tokenizer has ids for which the model has no row."""
+    """Raises ValueError if the tokenizer has ids for which the model has no row."""
     rows = config.language.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's "
-            f"vocab_size is {rows:,}; tokens were added to the "
-            "tokenizer alone, so resize the model's embeddings where that was done, or take the "
-            "tokenizer that the model came with"
+            f"vocab_size is {rows:,}; tokens were added to the tokenizer alone, so resize the "
+            "model's embeddings where that was done, or take the tokenizer that the model came "
+            "with"
         )
 
 
-def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> ModelConfig:
-    """Our own record of an exported model, after checking that config.json still says the same."""
-    said, kept = storage.by_path(_plain(config)), storage.by_path(_plain(ours))
+def _merge(config: ModelConfig, exported: ModelConfig, directory: pathlib.Path) -> ModelConfig:
+    """Returns the exported model's own configuration, after comparing it with config.json."""
+    said, kept = storage.by_path(_plain(config)), storage.by_path(_plain(exported))
     wrong = [
         name for name in kept if name.replace("/", ".") not in UNSAID and said[name] != kept[name]
     ]
@@ -285,11 +333,11 @@ def _merge(config: ModelConfig, ours: ModelConfig, directory: pathlib.Path) -> M
             f"{directory}: config.json and {MANIFEST} disagree about {differing}; remove "
             f"{MANIFEST} if config.json is right"
         )
-    return ours
+    return exported
 
 
 def _plain(config: ModelConfig) -> dict:
-    """to_dict with tuples as text, so that they count as one value."""
+    """Returns to_dict with tuples as text, so that each is one value."""
     values = to_dict(config)
     values["vision"] |= {name: str(values["vision"][name]) for name in ("mean", "std")}
     return values

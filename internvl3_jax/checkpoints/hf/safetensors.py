@@ -1,12 +1,9 @@
 """Reads and writes safetensors files one tensor at a time, in any order.
 
 The format is a little-endian u64 with the length of a JSON header, the header (name -> dtype,
-shape, byte range), then the bytes. Reading and writing by position keeps one tensor in memory, and
-damage is reported by the names of the tensors it affects. The header is checked against the file's
-length before any tensor is read.
-
-The safetensors library maps a file into memory: if the file shrinks, the process is killed. It also
-accepts a name that occurs twice. So tensors are read here, and the library is a second opinion.
+shape, byte range), then the bytes. The safetensors library maps files into memory, so a file that
+shrinks kills the process, and it accepts a name that occurs twice. So files are read here, and the
+library is a second opinion.
 """
 
 import json

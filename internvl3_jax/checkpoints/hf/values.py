@@ -30,10 +30,10 @@ class ConversionError(ValueError):
     """A checkpoint does not fit its configuration; up to 12 tensors of each kind are named."""
 
 
-def listing(kind: str, found: list[str]) -> str:
-    shown = "".join(f"\n  {one_line(name)}" for name in found[:_SHOWN])
-    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{len(found)} tensor(s) {kind}:{shown}{more}"
+def listing(kind: str, names: list[str]) -> str:
+    shown = "".join(f"\n  {one_line(name)}" for name in names[:_SHOWN])
+    more = f"\n  and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensor(s) {kind}:{shown}{more}"
 
 
 def kind_of(names) -> str:
@@ -68,14 +68,14 @@ def nonfinite(tensor: np.ndarray) -> int:
 
 def refuse_nonfinite(tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Raises ConversionError naming the tensors that hold NaN or infinities, with their counts."""
-    found = [
+    problems = [
         f"{name}: {count:,} of {tensor.size:,} values"
         for name, tensor in tensors
         if (count := nonfinite(tensor))
     ]
-    if found:
+    if problems:
         raise ConversionError(
-            f"{listing('with NaN or infinite values', found)}\nThe weights are damaged or come "
+            f"{listing('with NaN or infinite values', problems)}\nThe weights are damaged or come "
             "from a training that diverged; download or "
             f"train them again. To look at them as they are, allow it (--allow_nonfinite)"
         )

@@ -21,7 +21,7 @@ def cudnn(
     mask: Mask | None,
     axis: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Computes attention of bfloat16 or float16 arrays. `axis`: see `context_parallel.over_mesh`."""
+    """Computes attention of bfloat16 or float16 arrays; `axis` as in `over_mesh`."""
     if mask is not None:
         k, v, mask = gather_keys(k, v, mask, axis)
     batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]

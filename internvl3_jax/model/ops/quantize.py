@@ -2,8 +2,8 @@
 
 Two leaves replace a kernel [..., in, out]; the first is named after the format:
 
-    {"int8": i8[..., in, out],   "scales": f32[..., 1, out]}        one scale per column
-    {"nf4":  u8[..., in/2, out], "scales": f32[..., in/64, out]}    one scale per 64 rows of a column
+    {"int8": i8[..., in, out],   "scales": f32[..., 1, out]}      one scale per column
+    {"nf4":  u8[..., in/2, out], "scales": f32[..., in/64, out]}  one scale per 64 rows of a column
 
 NF4 (Dettmers et al. 2023, QLoRA) packs two rows into a byte.
 """
