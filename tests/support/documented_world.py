@@ -135,6 +135,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "chart.png": picture(),
     "receipt.jpg": picture(),
     "prompt.txt": lambda path: path.write_text(f"<image>\n{READ_QUESTION}\n"),
+    "rows.jsonl": lines(*ROWS),
     "meta.json": meta("rows.jsonl"),
     "sft.json": meta("rows.jsonl"),
     "pairs.json": meta("pairs.jsonl"),
