@@ -305,7 +305,7 @@ def grown(tensors, values):
         ),
         (
             lambda tensors, values: values.update(alora_invocation_tokens=[5]),
-            "alora_invocation_tokens is [5]; only []",
+            "alora_invocation_tokens is [5]; supported: []",
         ),
         (
             lambda tensors, values: values.update(use_rsloar=True),
@@ -313,7 +313,7 @@ def grown(tensors, values):
         ),
         (
             lambda tensors, values: values.update(layer_replication=[[0, 1]]),
-            "layer_replication is [[0, 1]]; only []",
+            "layer_replication is [[0, 1]]; supported: []",
         ),
         (
             lambda tensors, values: values.update(use_rslora="no"),
