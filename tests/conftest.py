@@ -30,11 +30,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Files that train, start programs or compile large ones, longest first: they begin first, so that
 # none is left for one worker at the end, and `make test-fast` does without them.
 SLOW = """
-train train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs generate elastic
-sharding attention step benchmarks infer_hosts distributed optimizer infer lora chat_session
-peft critic best_of_n preference preference_example process_reward process_labels make_pairs
-miniature digits notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz
-convert compose convert_damage shapes launch install kill
+train train_refused train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs
+generate generate_ends elastic sharding attention attention_meshes step benchmarks infer_hosts
+distributed optimizer frozen infer infer_requests lora chat_session chat_turns chat_requests
+peft peft_refused critic best_of_n preference preference_example process_reward process_labels
+make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora documented_commands
+documented_names quantize internlm2 fuzz convert compose convert_damage convert_sources sampling
+shapes launch launch_clusters install kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install"}
@@ -129,3 +131,98 @@ def lora_run(lora_base, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "run"
     params = lora_setup.start(lora_setup.config_of(lora_base), workdir)
     return workdir, jax.device_get(params)
+
+
+@pytest.fixture(scope="module")
+def qwen_directory(tmp_path_factory):
+    """The files of Qwen2.5's tokenizer with InternVL's tokens."""
+    from tests.support import qwen_tokenizer
+
+    return qwen_tokenizer.write_qwen_tokenizer(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(qwen_directory):
+    from internvl3_jax.data.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(qwen_directory)
+
+
+@pytest.fixture(scope="module")
+def transformers_tokenizer(qwen_directory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(qwen_directory)
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """Call with programs and what each does in bash: they stand first on the returned environment's
+    PATH and note their calls.
+    """
+
+    def make(**programs):
+        for name, body in programs.items():
+            path = tmp_path / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            note = f"{{ printf '%s\\x1f' {name} \"$@\"; printf '\\x1e'; }} >> {tmp_path}/calls"
+            path.write_text(f"#!/usr/bin/env bash\n{note}\n{body}\n")
+            path.chmod(0o755)
+        return os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    make.notes = tmp_path / "calls"
+    make.calls = lambda: [
+        call.split("\x1f")[:-1] for call in (tmp_path / "calls").read_text().split("\x1e")[:-1]
+    ]
+    return make
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A directory with wide.png (three tiles and a thumbnail) and small.png (one tile)."""
+    from tests.support import tiny_checkpoint
+
+    directory = tmp_path_factory.mktemp("pictures")
+    tiny_checkpoint.picture(40, 16, 1).save(directory / "wide.png")
+    tiny_checkpoint.picture(16, 16, 2).save(directory / "small.png")
+    return directory
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A root with an image, a link, and a neighbor whose name begins with the root's."""
+    from tests.support.official_data import picture
+
+    for folder in ("root", "root/sub", "root2", "else"):
+        (tmp_path / folder).mkdir()
+    for name in ("root/a.png", "root/sub/b.png", "root2/a.png", "secret.png", "else/c.png"):
+        picture(20, 20).save(tmp_path / name)
+    (tmp_path / "root/link").symlink_to(tmp_path / "else")
+    (tmp_path / "root/frames").mkdir()
+    picture(20, 20).save(tmp_path / "root/frames/0.png")
+    return tmp_path
+
+
+@pytest.fixture
+def bounded_memory():
+    """What is claimed must not be allocated."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.fixture
+def chat():
+    """One `Chat` serves all tests; what they do to it is undone."""
+    from tests.support import chat_setup
+
+    chat = chat_setup.shared()
+    options = chat.options
+    chat.reset()
+    yield chat
+    chat.options = options

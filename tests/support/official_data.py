@@ -13,6 +13,9 @@ from PIL import Image
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.config import DataConfig, ProcessorConfig
 from internvl3_jax.data.batch import Sample, cut_images, finish_sample
+from internvl3_jax.data.media.video import middle_frames
+from internvl3_jax.data.sources.meta import read_meta
+from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.text.tokenizer import Tokenizer
 
@@ -138,3 +141,18 @@ def make_sample(
         where=where,
     )
     return finish_sample(encoded, tiles, deltas, processor, loss_reduction)
+
+
+def read(source, row=0):
+    return source.conversation(
+        row, lambda clip: lambda footage: middle_frames(footage, 2, clip), PROCESSOR
+    )
+
+
+def one_source(folder, rows, **entry):
+    return RowSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
+
+
+def numbers(pictures):
+    """Which frames these are, by their grey value."""
+    return [round(np.asarray(picture).mean() / 4) for picture in pictures]
