@@ -127,7 +127,7 @@ def test_commands_are_found():
 
 
 def test_lists_are_used():
-    """Nothing in documented_changes.py is left over from a command that the pages no longer have."""
+    """Nothing in the lists is left over from a command that the pages no longer have."""
     texts = [command.text for command in ALL]
     for pattern, _ in SUBSTITUTED:
         assert any(re.search(pattern, text) for text in texts), pattern

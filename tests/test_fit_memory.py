@@ -1,4 +1,6 @@
-"""The analysis of memory agrees with every program of the committed table, and says what to change."""
+"""The analysis of memory agrees with every program of the committed table, and says what to
+change.
+"""
 
 import importlib
 import json

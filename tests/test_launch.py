@@ -1,5 +1,5 @@
-"""The scripts in launch/, and a host without a scheduler: what can be checked without the tools that
-they call. launch/check.sh does the rest, with those tools.
+"""The scripts in launch/, and a host without a scheduler: what can be checked without the tools
+that they call. launch/check.sh does the rest, with those tools.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""Lists what is changed in a command of the pages before it runs, and what cannot run here, with the
-reason.
+"""Lists what is changed in a command of the pages before it runs, and what cannot run here, with
+the reason.
 """
 
 import re
