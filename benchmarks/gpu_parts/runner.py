@@ -137,12 +137,15 @@ def _environment(part: Part, autotune: pathlib.Path, smoke: bool) -> dict[str, s
         "HF_HUB_OFFLINE": "1",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     }
-    flags = [os.environ.get("XLA_FLAGS", ""), part.xla_flags]
     if smoke:
-        environment["JAX_PLATFORMS"] = "cpu"
-        return environment
+        return environment | {"JAX_PLATFORMS": "cpu"}
     environment["AUTOTUNE_FOLDER"] = str(autotune)
-    flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={autotune}")
+    # The folders must exist. Of a flag that is given twice the last holds.
+    for name in ("shared", "compile"):
+        (autotune / name).mkdir(exist_ok=True)
+    shared = f"--xla_gpu_per_fusion_autotune_cache_dir={autotune}/shared"
+    own = part.xla_flags.replace("{autotune}", str(autotune))
+    flags = [os.environ.get("XLA_FLAGS", ""), shared, own]
     environment["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
     return environment
 
