@@ -39,7 +39,7 @@ OWN_AUTOTUNE = "--xla_gpu_per_fusion_autotune_cache_dir={autotune}/compile"
 # The most valuable first. PyTorch runs between ours, on the same warm card.
 PARTS = (
     Part("ceilings", f"{PACKAGE}.ceilings", "", 30),
-    Part("correctness", f"{PACKAGE}.correctness", "", 90),
+    Part("correctness", f"{PACKAGE}.correctness", "", 110),
     Part("inference 1b", f"{PACKAGE}.inference", "1b", 90),
     Part("torch 1b", f"{PACKAGE}.torch_inference", "1b", 60),
     Part("train 1b", f"{PACKAGE}.training", "1b", 70),

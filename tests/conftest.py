@@ -33,11 +33,11 @@ SLOW = """
 train train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs generate elastic
 sharding attention step benchmarks infer_hosts distributed optimizer infer lora chat_session
 peft critic best_of_n preference preference_example process_reward process_labels make_pairs
-miniature digits notebook fit fit_compiled fit_lora documented_commands quantize internlm2 fuzz
+miniature digits notebook fit fit_compiled fit_lora gpu_benchmark documented_commands quantize internlm2 fuzz
 convert compose convert_damage shapes launch install kill
 """.split()
 # Their commands need more than the tests' environment.
-OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install"}
+OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu"}
 
 
 def pytest_collection_modifyitems(items):

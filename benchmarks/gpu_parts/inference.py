@@ -60,7 +60,8 @@ class Inference:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        params = random_params(abstract_params(self.config, self.dtype))
+        shapes = abstract_params(self.config, self.dtype)
+        params = random_params(shapes)
         return Generator(self.config, params, self.dtype)
 
     def settings(self, rows: int, new: int = NEW_TOKENS) -> GenerationConfig:
@@ -129,7 +130,8 @@ class Inference:
         The cache is random: filling it by a prefill of 64 prompts may not fit.
         """
         slots = bucket(bucket(self.length) + NEW_TOKENS + TOKENS_PER_CALL)
-        shapes = jax.eval_shape(lambda: self.generator.cache_with_room(rows, slots))
+        generator = self.generator  # made outside of the trace
+        shapes = jax.eval_shape(lambda: generator.cache_with_room(rows, slots))
         cache = random_params(shapes)
         full = functools.partial(np.full, rows, dtype=np.int32)
         holder = [cache]
@@ -144,7 +146,7 @@ class Inference:
                 jnp.asarray(full(1)),
                 jnp.zeros(rows, bool),
             )
-            for _ in self.generator.stream(state, settings):
+            for _ in generator.stream(state, settings):
                 pass
             holder[0] = state.cache
 
