@@ -44,6 +44,14 @@ def cases(size, smoke):
         note("exits")
         os._exit(3)
 
+    def flags():
+        folder = pathlib.Path(os.environ["AUTOTUNE_FOLDER"])
+        before = sorted(path.name for path in folder.rglob("*") if path.is_file())
+        (folder / "shared" / size).write_text("a result")
+        return {"flags": os.environ["XLA_FLAGS"], "before": before, "folder": str(folder)}
+
+    if size.startswith("flags"):
+        return {"flags": flags}
     return {
         "hang": {"before": lambda: note("before"), "hangs": hang, "after": lambda: note("after")},
         "fail": {"fails": fail, "next": lambda: note("next")},
@@ -115,10 +123,11 @@ def test_failures_stay_in_their_case(broken):
     assert calls(broken)[done:] == ["failfails"]
 
 
-def test_time_of_the_call_ends(broken):
+def test_time_of_the_call_ends(broken, monkeypatch):
     """What the call has no time for is no error, and the next call runs it, last."""
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 1)
     output = broken / "out"
-    runner.run_parts(parts("hang", "good", seconds=100), output, 22, smoke=True)
+    runner.run_parts(parts("hang", "good", seconds=100), output, 5, smoke=True)
     rows = read(output)
     assert not [row for row in rows if "error" in row]
     assert ("hang", "before") in latest(rows)
@@ -126,3 +135,20 @@ def test_time_of_the_call_ends(broken):
     done = len(calls(broken))
     runner.run_parts(parts("hang", seconds=4), output, 60, smoke=True)
     assert calls(broken)[done:] == ["hangafter", "hanghangs"]
+
+
+def test_autotuning_results_are_kept(broken, monkeypatch):
+    """Parts share the compiler's results, also with a later call; a part may have its own folder."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    output = broken / "out"
+    runner.run_parts(parts("flags1"), output, 60, smoke=False)
+    own = "--xla_gpu_per_fusion_autotune_cache_dir={autotune}/compile"
+    second = Part("flags2", "broken", "flags2", 20, own)
+    runner.run_parts([*parts("flags1"), second], output, 60, smoke=False)
+    values = latest(read(output))
+    first, second = values["flags1", "flags"], values["flags2", "flags"]
+    flag = "--xla_gpu_per_fusion_autotune_cache_dir="
+    assert first["flags"] == f"{flag}{first['folder']}/shared"
+    assert second["flags"] == f"{flag}{second['folder']}/compile"
+    assert first["before"] == [] and second["before"] == ["flags1"]
+    assert (output / "autotune.tar.gz").exists()

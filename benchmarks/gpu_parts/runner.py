@@ -140,11 +140,12 @@ def _environment(part: Part, autotune: pathlib.Path, smoke: bool) -> dict[str, s
     if smoke:
         return environment | {"JAX_PLATFORMS": "cpu"}
     environment["AUTOTUNE_FOLDER"] = str(autotune)
-    # The folders must exist. Of a flag that is given twice the last holds.
     for name in ("shared", "compile"):
-        (autotune / name).mkdir(exist_ok=True)
-    shared = f"--xla_gpu_per_fusion_autotune_cache_dir={autotune}/shared"
+        (autotune / name).mkdir(exist_ok=True)  # XLA does not make them
     own = part.xla_flags.replace("{autotune}", str(autotune))
+    shared = f"--xla_gpu_per_fusion_autotune_cache_dir={autotune}/shared"
+    if "autotune_cache_dir" in own:
+        shared = ""
     flags = [os.environ.get("XLA_FLAGS", ""), shared, own]
     environment["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
     return environment
