@@ -4,11 +4,11 @@
     python benchmarks/gpu.py --output /tmp/gpu                     again: what is still missing
     python benchmarks/gpu.py --output /tmp/gpu --parts ceilings,correctness
     python benchmarks/gpu.py --output /tmp/gpu --retry             also what failed
-    python benchmarks/gpu.py --output /tmp/smoke --smoke           tiny shapes on a CPU: no measurement
+    python benchmarks/gpu.py --output /tmp/smoke --smoke           tiny shapes on a CPU
 
-Each part is a process of its own with a time limit, the most valuable first. Each case writes a line
-to OUTPUT/results.jsonl as soon as it is known; a case that fails or hangs writes its error, and the
-rest continues. At the end OUTPUT/summary.md compares with PyTorch and with the card's measured
+Each part is a process of its own with a time limit, the most valuable first. Each case writes a
+line to OUTPUT/results.jsonl as soon as it is known; a case that fails or hangs writes its error,
+and the rest continues. At the end OUTPUT/summary.md compares with PyTorch and with the card's measured
 ceilings. OUTPUT has at most five files: these two, results.json, log.txt, and autotune.tar.gz, the
 compiler's measured choices, which a later call loads.
 

@@ -138,7 +138,7 @@ def test_time_of_the_call_ends(broken, monkeypatch):
 
 
 def test_autotuning_results_are_kept(broken, monkeypatch):
-    """Parts share the compiler's results, also with a later call; a part may have its own folder."""
+    """Parts share the compiler's results, also with a later call; a part may have its own."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     output = broken / "out"
     runner.run_parts(parts("flags1"), output, 60, smoke=False)

@@ -1,4 +1,4 @@
-"""What the card can do: copying, reading, and products with a matrix and with a vector (PyTorch)."""
+"""Measures the card with PyTorch: copying, reading, products with a matrix and with a vector."""
 
 import functools
 import statistics

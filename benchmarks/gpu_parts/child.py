@@ -1,4 +1,4 @@
-"""Runs the cases of one part: python -m benchmarks.gpu_parts.child '{"name": ..., "target": ...}'"""
+"""Runs the cases of one part; the runner starts it with the part's settings as JSON."""
 
 import importlib
 import json

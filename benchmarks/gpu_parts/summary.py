@@ -88,9 +88,9 @@ def _ratios(good: dict) -> list[str]:
     heading = ("part", "case", "ours, ms", "torch eager", "torch compiled", "torch / ours")
     heading += ("of the ceiling", "peak GiB", "torch's")
     note = [
-        "Milliseconds per tile (vision tower), per token (decode), per call or step (the rest). The "
-        "ceiling is the read bandwidth for decode and the largest product for the rest. Our peak is "
-        "that of the process up to the case.",
+        "Milliseconds per tile (vision tower), per token (decode), per call or step (the rest). "
+        "The ceiling is the read bandwidth for decode and the largest product for the rest. Our "
+        "peak is that of the process up to the case.",
         "",
     ]
     return _table("Ours and PyTorch", heading, rows, note)

@@ -20,7 +20,6 @@ def cases(size: str, smoke: bool) -> dict:
 def _decode(peer) -> dict:
     """generate() compiles the decoding step by itself where the cache is static, on a GPU."""
     peer, began = peer(), time.perf_counter()
-    # Not a multiple of the two lengths' difference: each length is compiled once, before timing.
     values = peer.decode_ms(peer.words(1), 2 if peer.smoke else 64, cache_implementation="static")
     return values | {"with_compilation_s": time.perf_counter() - began}
 
