@@ -9,8 +9,8 @@
 Each part is a process of its own with a time limit, the most valuable first. Each case writes a
 line to OUTPUT/results.jsonl as soon as it is known; a case that fails or hangs writes its error,
 and the rest continues. At the end OUTPUT/summary.md compares with PyTorch and with the card's
-measured ceilings. OUTPUT has at most five files: these two, results.json, log.txt, and autotune.tar.gz, the
-compiler's measured choices, which a later call loads.
+measured ceilings. OUTPUT has at most five files: these two, results.json, log.txt, and
+autotune.tar.gz, the compiler's measured choices, which a later call loads.
 
 Needs jax with CUDA, flax, optax, orbax-checkpoint, torch, transformers (which brings tokenizers and
 safetensors), jaxtyping and pillow; not grain, av, tensorboardX, rich or sentencepiece. Where a
