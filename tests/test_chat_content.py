@@ -146,7 +146,7 @@ HEAD = "train.jsonl line 7: "
         (
             [user("a"), user("b")],
             [],
-            "message 2 is the user's where the assistant's was expected; .* join neighbours",
+            "message 2 is the user's where the assistant's was expected; .* join neighbors",
         ),
         (
             [user("a"), assistant("b"), assistant("c")],

@@ -65,6 +65,7 @@ def test_a_terminal_shows_the_same_columns(monkeypatch, clock):
             return True
 
     def shown(terminal):
+        clock(0.0)
         monkeypatch.setattr(sys, "stdout", terminal)
         with Console(30, 0) as shown:
             shown.say("compiled in [bold]3.0[/bold] s")

@@ -43,7 +43,7 @@ def test_truncated_file_names_what_is_cut_off(tmp_path):
     (released / "model.safetensors").write_bytes(content[:100])
     check_refused(released, "truncated or not a safetensors", tmp_path)
     (released / "model.safetensors").write_bytes(content[:8] + b"x" * (len(content) - 8))
-    check_refused(released, "header is not JSON", tmp_path)
+    check_refused(released, "header is not valid JSON", tmp_path)
 
 
 def test_damaged_index_names_shard_and_tensor(tmp_path):

@@ -154,7 +154,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ),
         (
             lambda path: path.symlink_to("../../blobs/0123"),
-            "links to ../../blobs/0123, which is not there; the download is incomplete",
+            "links to ../../blobs/0123, which does not exist; the download is incomplete",
         ),
         (os.mkfifo, "is not a regular file"),
     ],

@@ -72,10 +72,10 @@ def test_an_error_in_one_ends_the_other():
     check_found([ours, theirs], "Open MPI")
     assert (ours.status, theirs.status) == (1, 1)
     assert (
-        f"error: process 1 (host {HOST}) ended: data.jsonl row 7: the picture is damaged\n"
+        f"error: process 1 (host {HOST}) ended: data.jsonl row 7: the image is damaged\n"
         in ours.out
     )
-    assert theirs.out.count("the picture is damaged") == 1
+    assert theirs.out.count("the image is damaged") == 1
 
 
 def test_two_processes_come_to_their_end():

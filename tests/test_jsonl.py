@@ -34,7 +34,7 @@ def test_byte_order_mark_and_both_line_ends(path):
         ('{"a": 1}\n'.encode("utf-16-le"), "is UTF-16 or UTF-32 text, or binary; save it as UTF-8"),
         (b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8"),
         (b'{"a": 1}\n{"a": \n', "line 2: is not JSON"),
-        (b'{"a": NaN}\n', "line 1: a: NaN is no JSON number"),
+        (b'{"a": NaN}\n', "line 1: a: NaN is not a JSON number"),
         (b'{"a": 1, "a": 2}\n', "line 1: the key 'a' occurs twice"),
         (b"[" * 100_000, "line 1: is nested more than"),
     ],

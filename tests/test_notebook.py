@@ -19,7 +19,7 @@ MODEL = ROOT / "examples" / "tiny_digits"
 FIGURES = {"quickstart": 6, "v2pe": 5, "finetune": 3}
 # What makes a notebook short enough for the tests.
 SHORTER = {
-    "finetune": {"STEPS = 120": "STEPS = 2", "600, rng": "24, rng", "40, rng": "8, rng"},
+    "finetune": {"STEPS = 200": "STEPS = 2", "1000, rng": "24, rng", "40, rng": "8, rng"},
 }
 
 

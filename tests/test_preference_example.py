@@ -77,7 +77,7 @@ def test_the_table_counts(example, tmp_path):
                 "".join(json.dumps(row) + "\n" for row in log)
             )
         (folder / "pairs.jsonl.done").write_text(
-            '{"id": 0, "pairs": 2, "right": 1, "wrong": 2, "silent": 0}\n'
+            '{"id": 0, "rows": 2, "right": 1, "wrong": 2, "unstated": 0}\n'
         )
     text = example.run.summarize(tmp_path)
     assert (

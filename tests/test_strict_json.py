@@ -134,8 +134,8 @@ def test_messages_stay_short_and_harmless():
         ('{"a": {"b": [1, {"c": NaN}]}}', "a: b: c: NaN"),
         ('{"a": 1, "b": [0, [-Infinity]]}', "b: -Infinity"),
         ('[{"a": 1}, {"b": 1e999}]', "b: the number 1e999 is too large"),
-        ("[NaN]", "NaN is no JSON number"),
-        ("Infinity", "Infinity is no JSON number"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("Infinity", "Infinity is not a JSON number"),
     ],
 )
 def test_what_is_no_number_is_named_with_the_keys_that_lead_to_it(text, path):

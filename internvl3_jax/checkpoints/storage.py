@@ -129,7 +129,9 @@ def start_step(final: pathlib.Path) -> Unfinished | InPlace:
     """
     if jax.process_index() == 0:
         clean(final.parent)
-    # Every process looks before the first one renames it.
+    # No process looks while the first one removes remains, and every process looks before the first
+    # one renames what it finds.
+    _barrier(f"clean {final.parent} for {final.name}")
     exists = bool(remote_files.objects(final)) if is_remote(final) else os.path.lexists(final)
     intact = exists and damage(final) is None
     _barrier(f"look at {final}")
