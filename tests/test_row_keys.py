@@ -1,25 +1,20 @@
 """What a row may say: no image, turn or text of another trainer's row is lost in silence."""
 
-import pathlib
 import re
 
 import pytest
 
-from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.meta import read_meta
 from internvl3_jax.data.sources.row_fields import check_keys, is_empty_answer
 from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.sources.row_turns import read_turns
 from internvl3_jax.data.sources.rows import RowError
+from tests.support.official_data import one_source as source
 from tests.support.official_data import (
-    data_config,
-    picture,
     read,
     turns,
     write_meta,
-    write_rows,
 )
-from tests.support.official_data import one_source as source
 
 pytestmark = pytest.mark.smoke
 TEXT = {"conversations": turns("hi", "ho")}
