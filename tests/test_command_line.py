@@ -112,6 +112,8 @@ def test_ctrl_c_is_one_line(program):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        # Programs that a shell starts in the background inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "waiting\n"
     time.sleep(0.1)
