@@ -105,15 +105,20 @@ def test_our_own_defects_keep_their_traceback(program):
     )
 
 
+# Runs a program with the default SIGINT: what a shell starts in the background ignores it.
+LISTENING = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 def test_ctrl_c_is_one_line(program):
     process = subprocess.Popen(
-        [*program, "--name=wait"],
+        [sys.executable, "-c", LISTENING, *program, "--name=wait"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        # Programs that a shell starts in the background inherit an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "waiting\n"
     time.sleep(0.1)
