@@ -39,7 +39,7 @@ def make_run(run):
             for name in "abc":
                 (partial / "params" / name).write_text(f"{step} {name}")
             (partial / "training.json").write_text(f'{{"step": {step}}}')
-            (partial / MANIFEST).write_text('{"format": 1, "listed": true}')
+            (partial / MANIFEST).write_text('{"format": 1}')
     return run
 
 

@@ -1,7 +1,6 @@
 """Checkpoint directories: opened from every place, and refused when they contradict themselves."""
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -183,18 +182,16 @@ def test_fingerprint_names_what_differs(name, saved):
     load(saved, accept_fingerprint=True)
 
 
-def test_a_checkpoint_from_before_the_tile_rule_has_the_released_models_rule(saved):
+def test_a_description_of_an_older_form_is_one_clear_line(saved):
+    """Nothing was released with it, so that it is named and not read."""
     path = saved / checkpoint_paths.MANIFEST
-    values = json.loads(path.read_text())
-    for part, name in itertools.product(("processor", "fingerprint"), ("tiles", "max_total_tiles")):
-        del values[part][name]
-    del values["listed"]
-    path.write_text(json.dumps(values))
-    (saved / "files.json").unlink()
-    assert load(saved).processor.tiles == "per image"
-    values["processor"]["tiles"] = "shared"  # its owner knows what it was trained for
-    path.write_text(json.dumps(values))
-    assert load(saved).processor.tiles == "shared"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"listed": True}))
+    with pytest.raises(ValueError, match=r"internvl3_jax\.json.*unknown.*listed") as error:
+        load(saved)
+    assert "\n" not in str(error.value)
+    path.write_text(whole)
+    load(saved)
 
 
 def test_fingerprint_notices_another_tokenizer(saved, tmp_path):
@@ -230,16 +227,16 @@ def test_verification_has_levels(saved):
     with pytest.raises(ValueError, match="verify is 'fast'; expected one of full, sizes, none"):
         load(saved, verify="fast")
     (saved / "params" / "more").unlink()
-    # A list of sizes alone, as it was written earlier, and none at all.
-    listed = json.loads((saved / "files.json").read_text())["files"]
-    (saved / "files.json").write_text(
-        json.dumps({name: entry["bytes"] for name, entry in listed.items()})
-    )
-    load(saved)
-    values = json.loads((saved / checkpoint_paths.MANIFEST).read_text())
-    del values["listed"]
-    (saved / checkpoint_paths.MANIFEST).write_text(json.dumps(values))
+    listed = json.loads((saved / "files.json").read_text())
+    sizes = {name: entry["bytes"] for name, entry in listed["files"].items()}
+    (saved / "files.json").write_text(json.dumps(sizes))
+    with pytest.raises(Damaged, match="files.json is damaged .*format is missing"):
+        load(saved)
     (saved / "files.json").unlink()
+    with pytest.raises(Damaged, match="files.json is missing"):
+        load(saved)
+    load(saved, verify="none")
+    (saved / "files.json").write_text(json.dumps(listed))
     load(saved)
     os.mkfifo(saved / "params" / "pipe")
     with pytest.raises(Damaged, match="params/pipe is not a regular file"):

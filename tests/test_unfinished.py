@@ -47,17 +47,14 @@ def test_what_was_not_made_here_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(mine)
     (make(tmp_path / "added") / "notes.txt").write_text("x")
     (make(tmp_path / "step") / "training.json").write_text("{}")
-    (make(tmp_path / "older") / "files.json").unlink()
-    (tmp_path / "older" / "params" / "notes.txt").write_text("x")
-    (make(tmp_path / "older2") / "files.json").unlink()
-    (tmp_path / "older2" / "notes.txt").write_text("x")
+    (make(tmp_path / "unlisted") / "files.json").unlink()
     for name, why in {
         "foreign": "was not made by this program",
         "file": "is not a directory",
         "link": "is a symbolic link",
         "added": "holds notes.txt, not written",
         "step": "is a step of a training run",
-        "older2": "holds notes.txt, not written",
+        "unlisted": "was not made by this program",
     }.items():
         before = sorted(path for path in tmp_path.rglob("*"))
         with pytest.raises(FileExistsError, match=why):

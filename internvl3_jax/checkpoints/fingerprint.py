@@ -17,11 +17,6 @@ _PROBE = (
 )
 
 
-# Entries that older checkpoints lack. Their configuration lacks the field as well and gets the
-# default, the released models' rule. `"tiles": "shared"` in its processor gives the older rule.
-ADDED_LATER = ("tiles", "max_total_tiles")
-
-
 class FingerprintError(ValueError):
     """A checkpoint whose files differ from when it was saved; the message lists the entries."""
 
@@ -75,7 +70,6 @@ def fingerprint(
 def compare(saved: dict, now: dict, where: str, accept: bool) -> None:
     """Raises FingerprintError unless both are equal or `accept` is set."""
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    names = [name for name in names if name in saved or name not in ADDED_LATER]
     if names and not accept:
         lines = "".join(
             f"\n  {name}: made with {saved.get(name)!r}, now {now.get(name)!r}" for name in names

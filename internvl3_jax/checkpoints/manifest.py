@@ -49,7 +49,6 @@ class Manifest:
     def write(self, directory: pathlib.Path) -> None:
         values = {
             "format": FORMAT,
-            "listed": True,
             **{name: to_dict(getattr(self, name)) for name in ("model", "processor")},
         }
         values |= {"fingerprint": self.fingerprint, "hashes": self.hashes}
@@ -72,7 +71,6 @@ class Manifest:
             raise strict_json.JsonError(
                 f"{values.where} has format {version}; this version reads {FORMAT}"
             )
-        values.get("listed", bool, False)  # see checkpoint_paths.damage
         model, processor = (
             _part(values, name, part)
             for name, part in (("model", ModelConfig), ("processor", ProcessorConfig))

@@ -186,12 +186,7 @@ def damage(directory: pathlib.Path, verify: str = "full", **options) -> str | No
         return None
     # A directory that is still being written has no list of its files yet.
     if not (directory / integrity.FILES).is_file() and not is_own(directory):
-        try:
-            values = strict_json.read_object(directory / MANIFEST)
-            if values.get("listed", bool, False):
-                return f"{integrity.FILES} is missing"
-        except strict_json.JsonError as error:
-            return f"{MANIFEST} is damaged ({error})"
+        return f"{integrity.FILES} is missing"
     return integrity.damage(directory, verify, **options) or _other_step(directory)
 
 

@@ -5,8 +5,6 @@
 
 In object storage (remote_files.py) the list has the storage's own checksums, which listings give:
 "full" and "sizes" read no array there.
-
-Older directories have {"params/...": 123}, sizes alone, or no list.
 """
 
 import collections
@@ -144,11 +142,6 @@ def listed_files(directory: pathlib.Path) -> dict[str, _Entry] | None:
     if not (remote_files.exists(path) if is_remote(path) else os.path.lexists(path)):
         return None
     values = strict_json.read_object(path)
-    if "format" not in values.values:
-        return {
-            name: _Entry(strict_json.check(size, int, f"{path}: {name}", low=0))
-            for name, size in values.values.items()
-        }
     values.get("format", int, low=FORMAT, high=FORMAT)
     values.get("made_by", str)
     files = values.object("files")

@@ -2,21 +2,13 @@
 
 import os
 import pathlib
-import re
 from collections.abc import Iterable
 
-from internvl3_jax.io import integrity, strict_json
-from internvl3_jax.io.integrity import MANIFEST, TRAINING
+from internvl3_jax.io import integrity
+from internvl3_jax.io.integrity import TRAINING
 from internvl3_jax.io.remote_files import is_remote
-from internvl3_jax.io.safe_files import OWN, FileError, reason
+from internvl3_jax.io.safe_files import FileError, reason
 from internvl3_jax.io.terminal import one_line
-
-# Files of checkpoints and exports that have no files.json.
-_KNOWN = re.compile(
-    r"params/.*|.*\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.(json|model)"
-    r"|vocab\.json|merges\.txt|[\w-]*tokens[\w-]*\.json|chat_template\.\w+|[\w-]+\.py"
-    rf"|LICENSE[\w.-]*|adapter_model\.bin|{re.escape(MANIFEST)}"
-)
 
 
 def check_replaceable(
@@ -76,13 +68,4 @@ def foreign_files(directory: pathlib.Path) -> list[str] | None:
     names = [name for name, _ in integrity.files_of(directory)]
     if not names and not any(directory.iterdir()):
         return []
-    unlisted = integrity.unlisted(directory)
-    if unlisted is not None:
-        return unlisted
-    try:
-        strict_json.read_object(directory / MANIFEST).get("format", int)
-    except FileError:
-        return None
-    return [
-        name for name in names if not _KNOWN.fullmatch(name) and name not in (OWN, integrity.FILES)
-    ]
+    return integrity.unlisted(directory)

@@ -108,13 +108,12 @@ class SkipLog:
         kept = []
         for raw in jsonl.whole_lines(path):
             line = raw.decode("utf-8", "replace").rstrip("\n")
-            number, tab, reason = line.partition("\t")
-            has_step = bool(tab) and number.isdigit()
-            if has_step and int(number) > step:
+            number, _, reason = line.partition("\t")
+            if number.isdecimal() and int(number) > step:
                 continue
             kept.append(line)
             if path == self.path:
-                self.known.add(reason if has_step else line)
+                self.known.add(reason)
         jsonl.rewrite(path, kept)
 
     def note(self, step: int, prepared: HostBatch) -> int:

@@ -47,9 +47,7 @@ class RunHistory:
         Raises:
           ConfigError: A value is of a wrong type; the error names it.
         """
-        known = {
-            name: value for name, value in values.items() if name != "best" or _is_finite(value)
-        }
+        known = {name: value for name, value in values.items() if (name, value) != ("best", None)}
         return from_dict(cls, known, "past")
 
     def set_eval_data(self, eval_data: str) -> None:
@@ -66,10 +64,6 @@ class RunHistory:
 def eval_identity(config: TrainConfig) -> str:
     """Returns what eval losses must share to be compared: the data and how many batches of them."""
     return f"{config.eval.source}, {config.eval.batches} batches"
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 # --- the end of a run ----------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     rows = []
     for number, line in enumerate(jsonl.whole_lines(path) if path.exists() else [], 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse)  # NaN is written as null
             if type(row["step"]) is not int:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -155,6 +155,10 @@ def read_rows(path: pathlib.Path) -> list[dict]:
             ) from error
         rows.append(row)
     return rows
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")
 
 
 def cut_back(path: pathlib.Path, step: int) -> None:

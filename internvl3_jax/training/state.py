@@ -113,14 +113,14 @@ def _restore(
 def check_data(config: TrainConfig, workdir: pathlib.Path, loader: BatchLoader, step: int) -> None:
     """Raises data.identity.DataChanged if the samples are not made of the same files as before.
 
-    This reads no array. A checkpoint that does not say what its data were is accepted.
+    This reads no array.
     """
     training = strict_json.Object(
         steps.read_training(workdir, step),
         str(workdir / "checkpoints" / str(step) / steps.TRAINING),
     )
-    if saved := training.get("identity", dict, {}):
-        check_identity(saved, loader.identity, step, config.accept_changed_data)
+    saved = training.get("identity", dict)
+    check_identity(saved, loader.identity, step, config.accept_changed_data)
 
 
 # --- the first state -----------------------------------------------------------------------------
