@@ -87,7 +87,7 @@ def start_saving_training(
     """
     # Small files first, then the arrays in the background.
     unfinished = storage.start_step(steps_of(run) / str(step))
-    partial = unfinished.path
+    partial, waits = unfinished.path, []
     try:
         write_files(partial, model, processor, files, dtype_name(params), base=base)
         if jax.process_index() == 0:
@@ -96,18 +96,17 @@ def start_saving_training(
             (partial / DATA).mkdir(exist_ok=True)
             (partial / DATA / f"{shard}.json").write_text(_json(state))
         # Last, because Orbax finishes when all processes have started and written their arrays.
-        waits = [
-            storage.start_saving(partial / "params", params),
-            storage.start_saving(partial / "opt_state", opt_state),
-        ]
+        waits.append(storage.start_saving(partial / "params", params))
+        waits.append(storage.start_saving(partial / "opt_state", opt_state))
     except BaseException:
+        _first_error(waits)
         unfinished.abandon()
         raise
 
     def write() -> None:
         try:
-            for wait in waits:
-                wait()
+            if error := _first_error(waits):
+                raise error
             if unfinished.creates:
                 integrity.seal(partial)
         except Exception as error:
@@ -123,6 +122,19 @@ def start_saving_training(
             delete_old_steps(run, keep, keep_also)
 
     return Saving(write, commit)
+
+
+def _first_error(waits: list[Callable[[], None]]) -> Exception | None:
+    """Waits for all writes, also after an error: the directory is removed when none is under way,
+    or what they still create would stay.
+    """
+    errors = []
+    for wait in waits:
+        try:
+            wait()
+        except Exception as error:
+            errors.append(error)
+    return errors[0] if errors else None
 
 
 def _first_line(error: Exception) -> str:

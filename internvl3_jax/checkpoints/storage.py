@@ -20,6 +20,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from internvl3_jax.checkpoints import orbax_s3
+from internvl3_jax.checkpoints.orbax_errors import writing
 from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import damage
 from internvl3_jax.io.integrity import FILES, publish, seal
@@ -233,12 +234,12 @@ class TreeWriter:
 
     def close(self) -> None:
         self._flush()
-        with _context(self.path):
+        with writing(), _context(self.path):
             ocp.partial.finalize(self.path)
 
     def _flush(self) -> None:
         if self.waiting:
-            with _context(self.path):
+            with writing(), _context(self.path):
                 ocp.partial.save(self.path, nest(self.waiting))
             self.waiting = {}
             gc.collect()  # Orbax leaves the arrays in reference cycles
@@ -250,9 +251,14 @@ def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
     The returned function waits for the end. The caller may donate jax arrays and change numpy
     arrays when this returns.
     """
-    with _context(path, copy=True):
+    with writing(), _context(path, copy=True):
         response = ocp.save_async(path, tree)
-    return response.result
+
+    def wait() -> None:
+        with writing():
+            response.result()
+
+    return wait
 
 
 def leaf_infos(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:

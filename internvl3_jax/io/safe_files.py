@@ -155,7 +155,7 @@ class Lock:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise FileError(f"{name}: {_NO_LOCK}")
-        file = open(descriptor, "r+b")
+        file = open(descriptor, "r+b", buffering=0)
         content = file.read(4096)
         if content and not content.startswith(_HOLDER[: len(content)]):
             file.close()
@@ -173,10 +173,15 @@ class Lock:
                 f"{self.what} is in use by another process{who}; wait for it or end it, or use "
                 "another place"
             ) from error
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
-        file.flush()
+        try:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
+        except OSError as error:
+            file.close()
+            raise OSError(
+                error.errno, f"cannot be written ({reason(error)})", str(self.path)
+            ) from error
         self.file = file
 
     def release(self) -> None:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 
 from internvl3_jax.io import integrity, remote_files
 from internvl3_jax.io.remote_files import as_path, is_remote
@@ -76,10 +77,14 @@ class Unfinished:
             self.path.mkdir()
             # Lock the marker before it has the name by which others may delete it.
             new = self.path / f"{OWN}.new"
-            mark_own(self.path) if (lock := _locked(new)) is None else os.rename(
-                new, self.path / OWN
-            )
-            self.lock = lock
+            try:
+                self.lock = _locked(new)
+                mark_own(self.path) if self.lock is None else os.rename(new, self.path / OWN)
+            except OSError:  # the disk is full
+                shutil.rmtree(self.path, ignore_errors=True)
+                self._remove_parents()
+                self._release()
+                raise
 
     def abandon(self) -> None:
         """Removes it, and the parent folders created for it if nothing else is in them."""
@@ -87,10 +92,14 @@ class Unfinished:
             try:
                 with contextlib.suppress(OSError):
                     remove_own(self.path)
-                    for folder in self._made_parents:
-                        os.rmdir(folder)
+                self._remove_parents()
             finally:
                 self._release()
+
+    def _remove_parents(self) -> None:
+        with contextlib.suppress(OSError):
+            for folder in self._made_parents:
+                os.rmdir(folder)
 
     def commit(self, overwrite: bool) -> None:
         """Moves it to its final place, atomically if the system can.

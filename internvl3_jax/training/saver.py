@@ -7,23 +7,14 @@ import jax
 import numpy as np
 
 from internvl3_jax.checkpoints import steps
+from internvl3_jax.checkpoints.orbax_errors import cause
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.loader import HostBatch
 from internvl3_jax.io import remote_files
-from internvl3_jax.io.command_line import message
 from internvl3_jax.parallel.data_shards import DataShards, total
 from internvl3_jax.training.history import RunHistory
 from internvl3_jax.training.state import base_of, check_frozen, saved_params
 from internvl3_jax.training.step import TrainState
-
-# What the system says when a disk cannot be written to.
-_DISK_ERRORS = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "Read-only file system",
-    "Permission denied",
-    "Input/output error",
-)
 
 
 class AsyncSaver:
@@ -130,16 +121,7 @@ class AsyncSaver:
             number = error.errno if isinstance(error, OSError) else None
             path = self.workdir / "checkpoints" / str(self.step)
             text = (
-                f"step {self.step} cannot be saved ({_cause(error)}); "
+                f"step {self.step} cannot be saved ({cause(error)}); "
                 f"the complete steps before it are kept"
             )
             raise OSError(number or 0, text, str(path)) from error
-
-
-def _cause(error: BaseException) -> str:
-    """Returns the system's own words, if an error of the libraries that write has them."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    text = message(error)
-    known = next((words for words in _DISK_ERRORS if words.lower() in text.lower()), None)
-    return known or text[:300]
