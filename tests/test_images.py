@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -129,6 +130,23 @@ def test_arrays(shape):
     assert_same(open_image(array), expected)
     assert_same(open_image(np.asfortranarray(array)), expected)
     assert_same(open_image(array[::-1, ::2]), expected[::-1, ::2])
+
+
+def test_arrays_of_other_libraries_and_buffers():
+    array = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    assert_same(open_image(jnp.asarray(array)), array)
+    file = encoded(Image.fromarray(array), "PNG")
+    assert_same(open_image(bytearray(file)), array)
+    assert_same(open_image(memoryview(file)), array)
+
+    class OnDevice:
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    with pytest.raises(ImageError, match=r"OnDevice: cannot be read as .*cuda:0.*; pass a numpy"):
+        open_image(OnDevice())
+    with pytest.raises(ImageError, match="'': an empty text is no path"):
+        open_image("")
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,13 @@ def test_keys_that_look_like_images_are_never_dropped(key):
             "turn 2: the key loss = False is not read",
         ),
         ({"messages": [SAID[0], {**SAID[1], "tool_calls": [1]}]}, "turn 2: the key tool_calls"),
+        ({"messages": [SAID[0], {**SAID[1], "train": False}]}, "turn 2: the key train = False"),
+        (
+            {"messages": [SAID[0], {**SAID[1], "reasoning_content": "so"}]},
+            "turn 2: the key reasoning_content = 'so' is not read",
+        ),
+        ({"system_prompt": "Be brief.", **TEXT}, "the key system_prompt = 'Be brief.' is not read"),
+        ({"question": "a", "answer": "b"}, "it has answer, question: write them as turns"),
         (
             {"conversations": [{**turns("a")[0], "image": "a.png"}, *turns("a", "b")[1:]]},
             "turn 1: image belongs to the row",

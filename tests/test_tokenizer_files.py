@@ -20,11 +20,14 @@ def small_files(**changes):
     }
     files |= {name.replace("__", "."): content for name, content in changes.items()}
     encoded = {
-        name: content if isinstance(content, str) else json.dumps(content)
+        name: content if isinstance(content, str | bytes) else json.dumps(content)
         for name, content in files.items()
         if content
     }
-    return {name: content.encode() for name, content in encoded.items()}
+    return {
+        name: content if isinstance(content, bytes) else content.encode()
+        for name, content in encoded.items()
+    }
 
 
 def test_small_tokenizer():
@@ -33,6 +36,8 @@ def test_small_tokenizer():
     # entries for i, m, g and > are lacking, so BPE drops them
     assert tokenizer.encode("<img><ref>", special=False) == [3, 5]
     assert tokenizer.bos_id is None
+    marked = Tokenizer.from_files(small_files(merges__txt="\ufeff#version: 0.2\na b\n"))
+    assert marked.encode("ab<img>b<ref>") == [2, 4, 1, 5]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,8 @@ def test_small_tokenizer():
             {"merges__txt": "#version: 0.2\n"},
             "1 entries of vocab.json, such as 'ab', have no line in merges.txt",
         ),
+        ({"merges__txt": b"\xff\xfea\0 \0b\0"}, "merges.txt: is UTF-16 or UTF-32 text"),
+        ({"merges__txt": b"a b\n\xe9"}, "merges.txt: line 2 is not UTF-8"),
         ({"merges__txt": "a b\nab b\n"}, "line 'ab b' of merges.txt names or makes no entry"),
         (
             {"tokenizer__json": {"version": "1.0", "model": {"type": "?"}}},

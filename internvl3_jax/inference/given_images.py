@@ -9,6 +9,8 @@ from internvl3_jax.data.media.images import open_image
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.io.terminal import excerpt
 
+_SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+
 
 def as_list(images) -> list:
     """Returns images as a list: of None, one image, or several.
@@ -18,7 +20,7 @@ def as_list(images) -> list:
     """
     if images is None:
         return []
-    single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
+    single = isinstance(images, _SINGLE) or hasattr(images, "read")
     if single or (hasattr(images, "ndim") and images.ndim < 4):
         return [images]
     if isinstance(images, dict) or not hasattr(images, "__iter__"):

@@ -55,7 +55,7 @@ TRUNCATED_REMEDY = (
     "the programs, allow_truncated of open_image"
 )
 
-Source = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
+Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
 
 class ImageError(ValueError):
@@ -76,7 +76,7 @@ def open_image(
     Args:
       source: A path, the bytes of a file, an open binary file (read from its beginning), a PIL
         image (its current frame), or an array u8[H, W], u8[H, W, 1], u8[H, W, 3], u8[H, W, 4] or
-        u16[H, W].
+        u16[H, W] of numpy, jax or PyTorch.
       apply_exif: Whether the image is turned as its EXIF orientation says.
       frame: Number of a frame of an animation or page of a document, from 0; None takes the first.
       name: What errors call the image; by default its path, or a description.
@@ -86,6 +86,10 @@ def open_image(
     Raises:
       ImageError: The image cannot be read.
     """
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
+    elif hasattr(source, "__array__") and not isinstance(source, np.ndarray | Image.Image):
+        source = _as_numpy(source)
     name = short_name(name or _describe(source))
     if isinstance(source, np.ndarray):
         source = _from_array(source, name)
@@ -126,6 +130,16 @@ def _describe(source) -> str:
     return str(getattr(source, "name", type(source).__name__))
 
 
+def _as_numpy(array) -> np.ndarray:
+    try:
+        return np.asarray(array)
+    except (TypeError, ValueError, RuntimeError) as error:  # on a GPU, or with a gradient
+        raise ImageError(
+            f"{type(array).__name__}: cannot be read as a numpy array ({_reason(error)}); pass a "
+            f"numpy array"
+        ) from error
+
+
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -149,6 +163,8 @@ def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
         except (FileError, OSError) as error:
             raise ImageError(f"{error}; check the address") from error
     if isinstance(source, (str, os.PathLike)):
+        if not os.fspath(source):
+            raise ImageError(f"{name}: an empty text is no path; name the image's file")
         _check_path(pathlib.Path(source), name)
         try:
             return opened.enter_context(open_regular(source))

@@ -22,6 +22,7 @@ _FOREIGN = {
     "tools": "tools are not supported; write them into the system turn",
     "objects": "write references and boxes into the turns, as <ref>...</ref><box>[[...]]</box>",
     "history": "write its turns into conversations",
+    **dict.fromkeys(("system_prompt", "system_message"), "write it under 'system'"),
     "rejected_response": "write pairs as question, chosen and rejected",
     "rejected_messages": "write pairs as question, chosen and rejected",
     "rejected_images": "both answers of a pair are about the same images",

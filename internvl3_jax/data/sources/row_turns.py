@@ -29,9 +29,15 @@ TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 _ROLES = {**OFFICIAL_ROLES, "user": "user", "assistant": "assistant"}
 _FORMS = (("from", "value"), ("role", "content"))
 # Keys of a turn with a meaning for other trainers.
-_FOREIGN = ("tool_calls", "tool_call_id", "function_call", "loss", "loss_scale", "weight")
+_FOREIGN = (
+    *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("loss", "loss_scale", "weight", "train", "trainable"),
+)
 # What rows without turns have in their place.
-_NO_TURNS = ("instruction", "input", "output", "query", "response", "prompt", "completion", "text")
+_NO_TURNS = (
+    *("instruction", "input", "output", "query", "response", "prompt", "completion", "text"),
+    *("question", "answer", "dialog", "dialogue", "chat", "turns"),
+)
 _PART_TYPES = ("text", "image", "image_url", "video", "video_url")
 _PART_KEYS = {
     "text": ("text",),
@@ -93,7 +99,9 @@ def _read_turn(turn, number: int, turns: Turns) -> None:
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(f"turn {number} is from {excerpt(role)}; expected {', '.join(_ROLES)}")
     for name in _FOREIGN:
-        if turn.get(name) not in (None, True, [], {}) and not (name != "loss" and turn[name] == 1):
+        if turn.get(name) not in (None, True, "", [], {}) and not (
+            name != "loss" and turn[name] == 1
+        ):
             raise RowError(
                 f"turn {number}: the key {name} = {excerpt(turn[name])} is not read; remove it, or "
                 f"the row"

@@ -2,7 +2,7 @@
 
 import json
 
-from internvl3_jax.io.strict_json import JsonError, Object, check, loads
+from internvl3_jax.io.strict_json import JsonError, Object, check, decode, loads
 from internvl3_jax.io.terminal import excerpt, one_line
 
 # Tokens that steer the model. Text of a user never becomes one of these.
@@ -245,9 +245,9 @@ def check_vocabulary(vocab: Object) -> dict[str, int]:
 def _merges(content: bytes, where: str) -> list[str]:
     """Returns the lines of merges.txt, each two entries and a space, without a version line."""
     try:
-        lines = content.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{where}/merges.txt is damaged: {error}") from error
+        lines = decode(content, f"{where}/merges.txt").split("\n")
+    except JsonError as error:
+        raise TokenizerError(f"{error}; the file is damaged") from error
     if lines[0].startswith("#version:"):
         lines = lines[1:]
     return [line.strip() for line in lines if line.strip()]
