@@ -95,6 +95,18 @@ def test_small_tokenizer():
             {"internvl3_jax_tokenizer__json": {"merges": "fast"}},
             "merges is 'fast'; expected one of 'all', 'slow'",
         ),
+        *(
+            (
+                {"tokenizer_config__json": {key: value}},
+                f"tokenizer_config.json: {key} names '<point>', which has no id in any file",
+            )
+            for key, value in (
+                ("additional_special_tokens", ["<img>", "<point>"]),
+                ("extra_special_tokens", {"point_token": {"content": "<point>"}}),
+                ("extra_special_tokens", ["<point>"]),
+                ("eos_token", "<point>"),
+            )
+        ),
         (
             {"merges__txt": "#version: 0.2\n"},
             "1 entries of vocab.json, such as 'ab', have no line in merges.txt",

@@ -62,6 +62,7 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
     path = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path))
     requests = []
     for row in jsonl.read_objects(path):
+        refuse_unknown(row, ("prompt", "image", "id", *KEPT))
         prompt = row.get("prompt", str)
         images = row.get("image", (str, list), [])
         images = [images] if isinstance(images, str) else images
@@ -70,7 +71,7 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
                 f"{row.where}: image is {excerpt(row.values['image'])}; expected a path or a list "
                 "of paths"
             )
-        refuse_unknown(row, ("prompt", "image", "id", *KEPT))
+        refuse_data(row, images)
         request_id = row.values.get("id", int(row.where.rpartition(" ")[2]))
         kept = {
             name: row.values[name] for name in ("image", *KEPT) if row.values.get(name) is not None
@@ -107,6 +108,15 @@ def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
                 f"{row.where}: unknown key {excerpt(name)}"
                 f"{near or '; what is to be kept beside the answer goes into extra'}"
             )
+
+
+def refuse_data(row: strict_json.Object, images: Sequence[str]) -> None:
+    """Raises JsonError for an image that is written into the line in place of its path."""
+    if written := [image for image in images if image.startswith("data:")]:
+        raise JsonError(
+            f"{row.where}: image is {excerpt(written[0])}, which holds the data itself; save it as "
+            "a file and give its path"
+        )
 
 
 def check_requests(requests: Sequence[dict], on_error: str) -> None:

@@ -9,7 +9,7 @@ import os
 import pathlib
 
 from internvl3_jax.data.text.chat_template import IMAGE_TAG, insert_missing_tags
-from internvl3_jax.inference.requests import KEPT, image_hashes, refuse_unknown
+from internvl3_jax.inference.requests import KEPT, image_hashes, refuse_data, refuse_unknown
 from internvl3_jax.io import jsonl, strict_json
 from internvl3_jax.io.terminal import excerpt, one_line, short_name
 from internvl3_jax.reward.answer_matching import extract_answer, same_answer
@@ -86,13 +86,14 @@ def read_questions(path: pathlib.Path, need_answers: bool = True) -> list[Questi
 def _read_question(row: strict_json.Object, folder: pathlib.Path, need_answer: bool) -> Question:
     """Reads one line; relative paths start at `folder`. Raises ValueError as `read_questions`."""
     where = row.where
+    refuse_unknown(row, ("question", "id", "image", *KEPT))
     text = row.get("question", str)
     image = row.get("image", (str, list), None)
     answer = row.get("answer", (str, int, float), None)
     names = [image] if isinstance(image, str) else image or []
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{where}: image is {excerpt(image)}; expected a path or a list of paths")
-    refuse_unknown(row, ("question", "id", "image", *KEPT))
+    refuse_data(row, names)
     files = [folder / os.path.expanduser(name) for name in names]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:

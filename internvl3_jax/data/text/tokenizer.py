@@ -42,6 +42,7 @@ from internvl3_jax.data.text.tokenizer_files import (
     OPTIONS,
     TokenizerError,
     added_tokens,
+    check_named_tokens,
     check_tokenizer_json,
     qwen2_layout,
     read_json,
@@ -112,6 +113,7 @@ class Tokenizer:
                 files, data, config, added_tokens(data, config, *others, where), merges, where
             )
             adds_bos = config.get("add_bos_token", bool, True)
+            check_named_tokens(config, backend.token_id)
         except JsonError as error:
             raise TokenizerError(str(error)) from error
         control = {token: entry["id"] for token, entry in backend.added.items() if entry["special"]}

@@ -1,6 +1,7 @@
 """Reads and checks the tokenizer files of a checkpoint; tokenizer.py makes a tokenizer of them."""
 
 import json
+from collections.abc import Callable
 
 from internvl3_jax.io.strict_json import JsonError, Object, check, decode, loads
 from internvl3_jax.io.terminal import excerpt, one_line
@@ -124,6 +125,23 @@ def added_tokens(
     for token, entry in added.items():
         entry["special"] = token in control
     return added
+
+
+def check_named_tokens(config: Object, token_id: Callable[[str], int | None]) -> None:
+    """Raises TokenizerError for a token that tokenizer_config.json names and that has no id."""
+    named = {key: [named_token(config.values, key, config.where)] for key in NAMED}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key, (list, dict), None) or []
+        tokens = tokens.values() if isinstance(tokens, dict) else tokens
+        named[key] = [named_token({key: token}, key, config.where) for token in tokens]
+    for key, tokens in named.items():
+        for token in tokens:
+            if token and token_id(token) is None:
+                raise TokenizerError(
+                    f"{config.where}: {key} names {excerpt(token)}, which has no id in any file "
+                    f"(transformers gives it the next free one); add it to added_tokens.json with "
+                    f"the id that it was trained with"
+                )
 
 
 def _entry(values, where: str) -> dict:
