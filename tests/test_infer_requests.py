@@ -86,7 +86,7 @@ def test_a_file_of_questions_is_resumed(ask, requests):
     ("line", "message"),
     [
         ('{"prompt": "hi"', "requests.jsonl line 2: is not JSON"),
-        ('{"question": "hi"}', "requests.jsonl line 2: prompt is missing"),
+        ('{"question": "hi"}', "unknown key 'question'; did you mean 'prompt'?"),
         ('["hi"]', "requests.jsonl line 2: is the list ['hi']; expected an object"),
         ('{"prompt": "hi", "image": 5}', "requests.jsonl line 2: image is the number 5"),
         (
