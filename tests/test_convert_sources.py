@@ -249,6 +249,28 @@ def test_a_hub_id_may_have_a_revision(name, tmp_path, monkeypatch):
     assert calls == [("owner/name", name.partition("@")[2] or None)]
 
 
+@pytest.mark.parametrize("start", ["https://huggingface.co/", "hf://", "http://huggingface.co/"])
+def test_an_address_of_the_hub_is_answered_with_the_hub_id(start):
+    with pytest.raises(
+        FileNotFoundError, match="is an address of the hub; give the hub id, o/m-1 "
+    ):
+        resolve_checkpoint(f"{start}o/m-1/tree/main")
+
+
+def test_a_folder_of_the_hubs_cache_is_answered_with_a_snapshot(tmp_path):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for folder in snapshot.parents[:2]:
+        with pytest.raises(FileNotFoundError, match=f"hub's cache; give .* {snapshot}, or the hub"):
+            resolve_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", 5, "float64"])
+def test_another_dtype_is_refused_before_anything_is_read(dtype):
+    with pytest.raises(ValueError, match="dtype is .*; expected one of float32, bfloat16, float16"):
+        load("nowhere", dtype=dtype)
+
+
 def test_a_download_that_fails_is_one_line(monkeypatch):
     def failing(*names, **options):
         raise OSError("first line\n\n  second line")

@@ -31,6 +31,7 @@ from internvl3_jax.checkpoints.adapters import (
     read_adapter,
 )
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
+from internvl3_jax.checkpoints.hf.assemble import DTYPES
 from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.released import open_released
 from internvl3_jax.checkpoints.load_targets import load_targets, mesh_of, shardings_by_path
@@ -146,6 +147,7 @@ def load(
         contradicts itself (FingerprintError); the message says where.
     """
     integrity.check_level(verify)
+    _check_dtype(dtype)
     directory = resolve_checkpoint(path, verify)
     reading = _Reading(dtype, mesh, accept_fingerprint, prepare, verify, allow_nonfinite)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
@@ -264,6 +266,15 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, b
         {path: prepare(path, leaf) for path, leaf in storage.by_path(params).items()}
     )
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
+
+
+def _check_dtype(dtype) -> None:
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def load_adapter(

@@ -28,6 +28,8 @@ _SNAPSHOT = re.compile(
     r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$"
 )
 
+_HUB_ADDRESS = re.compile(r"(?:https?://(?:www\.)?huggingface\.co|hf:/)/(?P<id>[\w.-]+/[\w.-]+)")
+
 log = logging.getLogger(__name__)
 
 
@@ -56,6 +58,11 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
       FileNotFoundError: there is no checkpoint; the message says what was expected.
       Damaged: every step of the training run is damaged.
     """
+    if address := _HUB_ADDRESS.match(str(path)):
+        raise FileNotFoundError(
+            f"{one_line(str(path))} is an address of the hub; give the hub id, "
+            f"{address['id']} (or with a revision, {address['id']}@main)"
+        )
     directory = as_path(path)
     if is_remote(directory):
         return _find_remote(directory, verify)
@@ -82,6 +89,12 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
         if directory.is_dir()
         else "a file"
     )
+    snapshots = directory if directory.name == "snapshots" else directory / "snapshots"
+    if snapshots.is_dir() and (inside := sorted(snapshots.iterdir())):
+        raise FileNotFoundError(
+            f"{directory} is a folder of the hub's cache; give a snapshot in it, {inside[-1]}, or "
+            "the hub id"
+        )
     raise FileNotFoundError(
         f"{directory} is not a checkpoint. Expected one of: {MANIFEST} and params/ (converted or "
         "saved here); checkpoints/STEP with these (a training run); config.json and "
