@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from internvl3_jax import Chat, Critic, load
+from internvl3_jax import Chat, Critic, CriticOptions, load
 from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.inference.generator import ContextError
@@ -190,15 +190,19 @@ def test_wrong_arguments_fail_when_they_are_given():
             dataclasses.replace(checkpoint.processor, stop_tokens=tokens)
 
 
-def test_the_options_are_keywords_that_an_editor_shows():
-    fields = {field.name: field.default for field in dataclasses.fields(Options)}
-    parameters = inspect.signature(Chat.__init__).parameters
+@pytest.mark.parametrize("kind, options", [(Chat, Options), (Critic, CriticOptions)])
+def test_the_options_are_keywords_that_an_editor_shows(kind, options):
+    fields = {field.name: (field.type, field.default) for field in dataclasses.fields(options)}
+    parameters = inspect.signature(kind.__init__).parameters
     keywords = {
-        name: parameter.default
+        name: (parameter.annotation, parameter.default)
         for name, parameter in parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     assert keywords == fields
+
+
+def test_the_changes_of_an_answer_are_the_options():
     assert OptionChanges.__annotations__ == Options.__annotations__
 
 

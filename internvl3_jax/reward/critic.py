@@ -29,7 +29,6 @@ from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.options import Options, check_int
 from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import Sampling
-from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.positions import build_positions, rope_scaling
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
@@ -99,20 +98,46 @@ class CriticOptions:
 
 
 class Critic:
-    """Scores solutions. Keyword arguments are those of `CriticOptions`.
+    """Scores solutions.
 
     Args:
       checkpoint: of `internvl3_jax.load`.
       generator: one that holds the checkpoint's parameters already (`chat.generator`), if the
         critic is the model that answers.
+      max_steps ... batch_size: as of `CriticOptions`.
+
+    Raises:
+      ValueError: an option has a wrong type or is out of range, or the tokenizer lacks + or -.
     """
 
-    def __init__(self, checkpoint, generator: Generator | None = None, **options):
-        known = [field.name for field in dataclasses.fields(CriticOptions)]
-        for name in options:
-            if name not in known:
-                raise TypeError(f"Critic has no option {name!r}{suggestion(name, known)}")
-        self.options = CriticOptions(**options)
+    def __init__(
+        self,
+        checkpoint,
+        generator: Generator | None = None,
+        *,
+        max_steps: int | None = None,
+        aggregate: str = "mean",
+        among: str = "labels",
+        system: str | None = None,
+        max_tiles: int | None = None,
+        tiles: str | None = None,
+        max_total_tiles: int | None = None,
+        max_image_pixels: int | None = None,
+        allow_truncated: bool = False,
+        batch_size: int = 8,
+    ):
+        self.options = CriticOptions(
+            max_steps=max_steps,
+            aggregate=aggregate,
+            among=among,
+            system=system,
+            max_tiles=max_tiles,
+            tiles=tiles,
+            max_total_tiles=max_total_tiles,
+            max_image_pixels=max_image_pixels,
+            allow_truncated=allow_truncated,
+            batch_size=batch_size,
+        )
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         self.tokenizer.require(GOOD, BAD)
         self.labels = tuple(map(self.tokenizer.token_id, (GOOD, BAD)))
