@@ -30,6 +30,8 @@ RELEASED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
 ROWS = 512
 # Token and tile budget of a row [S25: max_packed_tokens, num_images_expected]
 TOKENS, TILES = 16_384, 48
+# Samples of a row: a limit lets NVIDIA GPUs use their fused attention [ours]
+SAMPLES = 64
 ALL_DELTAS = ("1", "1/2", "1/4", "1/8", "1/16", "1/32", "1/64", "1/128", "1/256")  # [P3 eq. 4]
 
 
@@ -61,7 +63,10 @@ def recipe(
             source="",
             tokenizer=start,
             rows=rows,
-            **({"tokens_per_row": TOKENS, "tiles_per_row": TILES} | data),
+            **(
+                {"tokens_per_row": TOKENS, "tiles_per_row": TILES, "samples_per_row": SAMPLES}
+                | data
+            ),
         ),
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_fraction=0.03, **optimizer),
         steps=steps,

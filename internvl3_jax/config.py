@@ -96,6 +96,9 @@ class DataConfig:
     # Token and tile budget of one row.
     tokens_per_row: int = 16_384
     tiles_per_row: int = 48
+    # Highest number of samples in one packed row. 0 sets no limit, as in InternVL's training code.
+    # With a limit NVIDIA GPUs run packed rows in cuDNN's fused attention.
+    samples_per_row: int = 0
     # Samples that wait for a row with room for them, per shard.
     packing_buffer: int = 64
     # Number of data streams. Every number of processes that divides it gives the same global
@@ -108,6 +111,16 @@ class DataConfig:
     deltas: tuple[str, ...] = ("1",)
     # Seed of the order, the mixture and the augmentation of the samples.
     seed: int = 0
+
+    @property
+    def max_samples(self) -> int | None:
+        """Highest number of samples, or pairs, in a packed row; None is no limit."""
+        return self.pairs_per_row if self.pairs else self.samples_per_row or None
+
+    @property
+    def max_segments(self) -> int:
+        """Highest number of segments in a packed row, one per answer of a pair; 0 is no limit."""
+        return 2 * self.pairs_per_row if self.pairs else self.samples_per_row
 
 
 @dataclasses.dataclass(unsafe_hash=True)

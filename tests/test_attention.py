@@ -11,10 +11,11 @@ import pytest
 
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.model.ops import cudnn_attention, masks
-from internvl3_jax.model.ops.attention import attention, cache_mask, causal_mask, choose, platform
+from internvl3_jax.model.ops.attention import attention, cache_mask, causal_mask, choose
 from internvl3_jax.model.ops.flash_attention import flash_attention
 from internvl3_jax.model.ops.remat import _POLICIES
 from internvl3_jax.parallel import sharding
+from internvl3_jax.parallel.collectives import platform
 from tests.support.attention_cases import (
     CASES,
     LENGTH,

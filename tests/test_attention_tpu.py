@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import pytest
 
 from internvl3_jax.config import MeshConfig
-from internvl3_jax.model.ops.attention import attention, causal_mask, platform
+from internvl3_jax.model.ops.attention import attention, causal_mask
 from internvl3_jax.model.ops.remat import _POLICIES
+from internvl3_jax.parallel.collectives import platform
 from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, make_mesh
 
 pytestmark = pytest.mark.tpu_compiler

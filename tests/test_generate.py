@@ -175,9 +175,9 @@ def test_a_kept_cache_grows():
     prompt = Prompt(both, build_positions(len(both), [], []), [], [])
     run = make_run(limit=20)
     state = generator().start([first], run)
-    assert state.cache[0]["k"].shape[1] == 112
+    assert kv_cache.num_slots(state.cache) == 112
     state = generator().start([prompt], run, state.cache, len(first.tokens))
-    assert state.cache[0]["k"].shape[1] == 192
+    assert kv_cache.num_slots(state.cache) == 192
     assert [
         token for (piece,) in generator().stream(state, run) for token in piece
     ] == generator().generate([prompt], run)[0]
@@ -198,8 +198,12 @@ def test_buckets():
         256,
         320,
     ]
-    for count in range(1, 60):
-        assert sum(tile_pieces(count)) == count and set(tile_pieces(count)) <= set(TILE_BUCKETS)
+    assert [bucket(length) for length in (1025, 3840, 3841)] == [1152, 3840, 4096]
+    for on_cpu in (True, False):
+        for count in range(1, 60):
+            pieces = tile_pieces(count, on_cpu)
+            assert sum(pieces) == count and set(pieces) <= set(TILE_BUCKETS[on_cpu])
+    assert tile_pieces(13, True) == [8, 4, 1] and tile_pieces(13, False) == [13]
 
 
 def test_compiled_programs_are_no_more_than_buckets():
@@ -225,8 +229,8 @@ def test_compiled_programs_are_no_more_than_buckets():
         prompts.append(Prompt(tokens, build_positions(len(tokens), runs, [UNITS]), runs, [tiles]))
         length = bucket(len(tokens))
         slots = bucket(length + run.max_new_tokens + TOKENS_PER_CALL)
-        hit["encode_tiles"] |= set(tile_pieces(len(tiles)))
-        hit["write_features"] |= {(length, size) for size in tile_pieces(len(tiles))}
+        hit["encode_tiles"] |= set(tile_pieces(len(tiles), True))
+        hit["write_features"] |= {(length, size) for size in tile_pieces(len(tiles), True)}
         hit["prefill"].add((length, slots))
         hit["decode"].add(slots)
     for prompt in prompts:

@@ -78,7 +78,7 @@ class BatchLoader:
                 config.tokens_per_row,
                 config.tiles_per_row,
                 config.packing_buffer,
-                config.pairs_per_row if config.pairs else None,
+                config.max_samples,
             )
             for shard in self.shards
         }

@@ -1,8 +1,11 @@
 """Lowers the programs of a run from shapes alone: the train step, and the three of generation."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import kv_cache, language
 from internvl3_jax.model.internvl import InternVL, abstract_params
+from internvl3_jax.parallel.collectives import platform
 from internvl3_jax.parallel.sharding import (
     BATCH_AXES,
     TILE_AXES,
@@ -115,7 +119,7 @@ def lower_train_step(config: TrainConfig, mesh):
     shardings = shardings_of(shapes, mesh, config.offload_optimizer)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=shardings.step)
-    with jax.set_mesh(mesh):
+    with _for_devices_of(mesh):
         step = make_step(config, model, optimizer, 0, shardings)
         return step.lower(abstract(shapes, shardings), batch, key, reference_shapes(config, mesh))
 
@@ -138,9 +142,7 @@ def cache_shapes(config: TrainConfig, mesh, requests: Requests):
     cache = jax.eval_shape(
         lambda: kv_cache.init_cache(config.model.language, requests.rows, requests.slots, dtype)
     )
-    return jax.tree.map(
-        lambda leaf: _sharded(mesh, leaf.shape, dtype, BATCH_AXES, None, "tensor"), cache
-    )
+    return jax.tree.map(lambda leaf: _sharded(mesh, leaf.shape, dtype, BATCH_AXES, "tensor"), cache)
 
 
 def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str, object]:
@@ -172,11 +174,22 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
     tiles = sharded((requests.tiles, size, size, 3), jnp.uint8, TILE_AXES)
     visual = sharded((rows, length, width), dtype, BATCH_AXES)
 
-    with jax.set_mesh(mesh):
+    with _for_devices_of(mesh):
         return {
             "encode": programs.encode_tiles.lower(model, tower, tiles),
             "prefill": programs.prefill.lower(
-                model, params, ids, visual, ids, ids, per_row, keys, cache, Sampling(), scaling
+                model,
+                params,
+                ids,
+                visual,
+                ids,
+                ids,
+                per_row,
+                keys,
+                cache,
+                Sampling(),
+                scaling,
+                True,
             ),
             "decode": programs.decode.lower(
                 model,
@@ -189,6 +202,24 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
                 scaling,
             ),
         }
+
+
+@contextlib.contextmanager
+def _for_devices_of(mesh) -> Iterator[None]:
+    """Puts the mesh in context, and answers for its GPUs what jax would ask a device.
+
+    jax asks for the GPU's generation before it takes cuDNN's packed layout.
+    """
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        if platform() == "gpu" and jax.default_backend() != "gpu":
+            from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+            for name, answer in (
+                ("check_compute_capability", True),
+                ("is_cuda_compute_capability_equal", False),
+            ):
+                stack.enter_context(mock.patch.object(cudnn, name, lambda _, answer=answer: answer))
+        yield
 
 
 def _sharded(mesh, shape: tuple[int, ...], dtype, *axes):

@@ -79,21 +79,29 @@ class Times:
         return self.ideal / self.lower_bound
 
 
-def full_batch(config: TrainConfig) -> dict[str, int]:
-    """Returns `flops.batch_counts` of the fullest batch: one sample per row, all text trained."""
+def full_batch(config: TrainConfig, samples: int = 1) -> dict[str, int]:
+    """Returns `flops.batch_counts` of full rows of `samples` equal samples, all text trained.
+
+    With one sample it is the batch that needs most.
+    """
     data, tokens = config.data, config.data.tokens_per_row
     visual = min(tokens, data.tiles_per_row * config.model.tokens_per_tile)
     return {
         "tokens": data.rows * tokens,
         "trained_tokens": data.rows * (tokens - visual),
         "tiles": data.rows * data.tiles_per_row,
-        "pairs": data.rows * tokens * (tokens + 1) // 2,
+        "pairs": data.rows * tokens * (tokens // samples + 1) // 2,
     }
 
 
-def train_cost(device: PerDevice, memory: Memory) -> StepCost:
-    """Returns the cost of a train step; `memory` is that of `memory.estimate`."""
-    counts, devices = full_batch(device.config), device.topology.count
+def train_cost(device: PerDevice, memory: Memory, samples: int = 1) -> StepCost:
+    """Returns the cost of a train step.
+
+    Args:
+      memory: That of `memory.estimate`.
+      samples: Of each row.
+    """
+    counts, devices = full_batch(device.config, samples), device.topology.count
     needed = (
         flops.train_flops(
             device.config.model, counts, device.learns("vision/"), bool(device.config.lora.rank)
@@ -143,7 +151,7 @@ def _tower(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     vision, policy = device.config.model.vision, device.config.remat_vision
     length, width, ff = 1 + vision.grid**2, vision.hidden_size, vision.intermediate_size
     padded = -(-length // 384) * 384 if device.tpu and length >= 256 else length
-    products = {"qkv": 3 * width**2, "rest": width**2 + 2 * width * ff}
+    products = {"qkv": 3 * width**2, "proj": width**2, "fc1": width * ff, "fc2": width * ff}
     dense = 2 * length * sum(products.values())
     attention = 4 * padded**2 * width
     embedding = 2 * (length - 1) * 3 * vision.patch_size**2 * width
@@ -162,8 +170,12 @@ def _tower(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
             "tower, attention": layers * attention,
         }
 
-    recomputed = {"none": 0, "dots": 0, "attention": 2 * length * products["rest"]}
-    recomputed = recomputed.get(policy, dense)
+    # "fc2" is the last product of a layer; the backward pass does not need its output.
+    recomputed = {
+        "none": 0,
+        "dots": 0,
+        "attention": 2 * length * (products["proj"] + products["fc1"]),
+    }.get(policy, dense - 2 * length * products["fc2"])
     scores_again = 1 if policy in ("dots", "full", "offload") else 0
     return result | {
         "tower": layers * (3 if device.trains("vision/layers/") else 2) * dense

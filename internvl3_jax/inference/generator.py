@@ -24,12 +24,7 @@ from internvl3_jax.data.batch import Prompt
 from internvl3_jax.inference import programs
 from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.programs import TOKENS_PER_CALL, DecodeState
-from internvl3_jax.inference.prompt_batch import (
-    bucket,
-    feature_columns,
-    pack_prompts,
-    tile_pieces,
-)
+from internvl3_jax.inference.prompt_batch import bucket, feature_columns, pack_prompts, tile_pieces
 from internvl3_jax.inference.sampling import NOT_FINITE, Sampling
 from internvl3_jax.model import kv_cache, language, lora, vision
 from internvl3_jax.model.internvl import InternVL
@@ -190,8 +185,8 @@ class Generator:
         cache = self.cache_with_room(len(prompts), slots, cache)
         visual = self.features(prompts, packed.length, keep)
         # 2) Prefill.
-        shape = (*packed.tokens.shape, cache[0]["k"].shape[1], len(config.seeds))
-        key = (*shape, visual is None, config.sampling, config.scaling)
+        shape = (*packed.tokens.shape, kv_cache.num_slots(cache), len(config.seeds))
+        key = (*shape, visual is None, config.sampling, config.scaling, keep == 0)
         with self._calling("prefill", *key):
             token, cache = programs.prefill(
                 self.model,
@@ -205,6 +200,7 @@ class Generator:
                 cache,
                 config.sampling,
                 config.scaling,
+                keep == 0,
             )
             done = programs.is_stop(token, self.stop_ids)
         # 3) One row per seed.
@@ -237,6 +233,7 @@ class Generator:
                 packed.slots,
                 cache,
                 scaling,
+                keep == 0,
             )
 
     def cache_with_room(
@@ -246,7 +243,7 @@ class Generator:
         if cache is None:
             with self.mesh_context():
                 return programs.init_cache(self.config.language, rows, slots, self.dtype)
-        return kv_cache.grow(cache, slots) if cache[0]["k"].shape[1] < slots else cache
+        return kv_cache.grow(cache, slots) if kv_cache.num_slots(cache) < slots else cache
 
     def repeat_cache(self, cache: kv_cache.Cache, copies: int) -> kv_cache.Cache:
         """Repeats each row `copies` times, one after the other."""
@@ -270,7 +267,7 @@ class Generator:
         _check_finite(token[:, None], 1)
         yield [[int(first)] for first in token]
         sampled = 1
-        key = (len(token), state.cache[0]["k"].shape[1], config.sampling, config.scaling)
+        key = (len(token), kv_cache.num_slots(state.cache), config.sampling, config.scaling)
         while sampled < config.max_new_tokens and not (stopped := np.asarray(state.done)).all():
             count = min(TOKENS_PER_CALL, config.max_new_tokens - sampled)
             with self._calling("decode", *key):
@@ -317,7 +314,7 @@ class Generator:
         with self.mesh_context():
             visual = programs.zero_features(len(prompts), length, width, self.dtype)
         start = 0
-        for count in tile_pieces(len(tiles)):
+        for count in tile_pieces(len(tiles), programs.on_cpu()):
             piece = slice(start, start + count)
             with self._calling("vision tower", count, len(prompts), length):
                 features = programs.encode_tiles(self.model, self.vision_params, tiles[piece])

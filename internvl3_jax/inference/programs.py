@@ -7,6 +7,7 @@ R rows times answers per prompt, N labels per row.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ from internvl3_jax.config import UNITS, LanguageConfig
 from internvl3_jax.inference.sampling import NOT_FINITE, Sampling, sample
 from internvl3_jax.model import kv_cache, lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.collectives import axis_size, constrain, platform
+from internvl3_jax.parallel.compiler_options import Program
 from internvl3_jax.parallel.sharding import BATCH_AXES
 
 TOKENS_PER_CALL = 16  # tokens decoded before the host looks at them
+TOKENS_PER_CHUNK = 32_768  # tokens of prompts that run at once
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +82,7 @@ def zero_features(rows: int, length: int, width: int, dtype: DTypeLike) -> Float
     return constrain(jnp.zeros((rows, length, width), dtype), BATCH_AXES, None, None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(Program, name="encode", static_argnums=0)
 def encode_tiles(
     model: InternVL, params: dict, tiles: UInt8[Array, "M S S 3"]
 ) -> Float[Array, "M P D"]:
@@ -99,7 +102,7 @@ def write_features(
     return visual.at[rows[:, None], indices].set(features, unique_indices=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=6)
+@functools.partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=6)
 def hidden_states(
     model: InternVL,
     params: dict,
@@ -109,8 +112,12 @@ def hidden_states(
     slots: Int32[Array, "B T"],
     cache: list,
     scaling: str,
+    is_start: bool,
 ) -> tuple[Float[Array, "B T D"], list]:
-    """Runs tokens into the cache; returns the decoder's output at each of them, and the cache."""
+    """Runs tokens into the cache; returns the decoder's output at each of them, and the cache.
+
+    is_start: the cache is empty.
+    """
     return model.apply(
         lora.variables(params),
         tokens,
@@ -119,11 +126,12 @@ def hidden_states(
         slots,
         cache,
         scaling,
+        is_start,
         method=InternVL.step,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 9, 10), donate_argnums=8)
+@functools.partial(jax.jit, static_argnums=(0, 9, 10, 11), donate_argnums=8)
 def prefill(
     model: InternVL,
     params: dict,
@@ -136,22 +144,59 @@ def prefill(
     cache: list,
     sampling: Sampling,
     scaling: str,
+    is_start: bool,
 ) -> tuple[Int32[Array, " R"], list]:
     """Runs prompts into the cache and samples R / B first tokens for each.
+
+    is_start: the cache is empty.
 
     Returns:
       (the sampled tokens, those of one prompt one after the other; the cache of B rows)
     """
     variables = lora.variables(params)
-    hidden, cache = model.apply(
-        variables, tokens, visual, positions, slots, cache, scaling, method=InternVL.step
-    )
-    # The head, which is V wide, runs at each row's last token only.
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+
+    def run(tokens, visual, positions, slots, last, cache):
+        inputs = (tokens, visual, positions, slots, cache, scaling, is_start)
+        hidden, cache = model.apply(variables, *inputs, method=InternVL.step)
+        # The head, which is V wide, runs at each row's last token only.
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1), cache
+
+    hidden, cache = _in_chunks(run, (tokens, visual, positions, slots, last), cache)
     logits = model.apply(variables, hidden, method=InternVL.logits)[:, 0]
     logits = jnp.repeat(logits, len(keys) // len(logits), axis=0)
     sampled = sample(logits, _fold_in(keys, jnp.zeros(len(keys), jnp.int32)), sampling)
     return constrain(sampled, None), cache
+
+
+def _in_chunks(run: Callable, inputs: tuple, cache: list) -> tuple[Float[Array, "B 1 D"], list]:
+    """Calls `run` on as many rows at once as have TOKENS_PER_CHUNK tokens.
+
+    Many long prompts need more memory for activations than for the weights. Rows that are sharded
+    over a mesh run at once.
+    """
+    rows, length = inputs[0].shape
+    chunk = max(
+        (
+            size
+            for size in range(1, rows + 1)
+            if rows % size == 0 and (size == 1 or size * length <= TOKENS_PER_CHUNK)
+        ),
+    )
+    if chunk == rows or axis_size(*BATCH_AXES) > 1:
+        return run(*inputs, cache)
+
+    def step(cache, start):
+        def take(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, chunk)
+
+        hidden, new = run(*jax.tree.map(take, inputs), jax.tree.map(take, cache))
+        cache = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), cache, new
+        )
+        return cache, hidden
+
+    cache, hidden = jax.lax.scan(step, cache, jnp.arange(0, rows, chunk))
+    return hidden.reshape(rows, 1, -1), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
@@ -234,7 +279,8 @@ def is_stop(tokens: Int32[Array, " B"], stop_ids: tuple[int, ...]) -> Bool[Array
 
 
 def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    """Returns whether the devices in context are CPUs, also if they are only compiled for."""
+    return platform() == "cpu"
 
 
 def _fold_in(keys, numbers):

@@ -12,22 +12,27 @@ from jaxtyping import Int32
 
 from internvl3_jax.data.batch import Prompt
 
-# Tiles are encoded in calls of these sizes: no tile is ever padded.
-TILE_BUCKETS = (8, 4, 2, 1)
+# Tiles are encoded in calls of these sizes: no tile is ever padded. An accelerator encodes up to
+# 16 tiles in one call.
+TILE_BUCKETS = {True: (8, 4, 2, 1), False: tuple(range(16, 0, -1))}
+# From 1,024 on the steps are eighths, so that a prompt has at most 12 % of padding.
 LENGTH_BUCKETS = tuple(
-    quarters * 2 ** (power - 2) for power in range(6, 24) for quarters in (4, 5, 6, 7)
+    part * 2**power // parts
+    for power in range(6, 24)
+    for parts in (4 if power < 10 else 8,)
+    for part in range(parts, 2 * parts)
 )
 
 
 def bucket(length: int) -> int:
-    """Returns the smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... >= `length`."""
+    """Returns the smallest of 64, 80, 96, 112, 128, 160 ... 1024, 1152, 1280 ... >= `length`."""
     return next(size for size in LENGTH_BUCKETS if size >= length)
 
 
-def tile_pieces(count: int) -> list[int]:
-    """Returns bucket sizes that add up to `count`: 13 -> [8, 4, 1]."""
+def tile_pieces(count: int, on_cpu: bool) -> list[int]:
+    """Returns bucket sizes that add up to `count`: 13 -> [8, 4, 1] on a CPU, [13] elsewhere."""
     pieces = []
-    for size in TILE_BUCKETS:
+    for size in TILE_BUCKETS[on_cpu]:
         pieces += [size] * (count // size)
         count %= size
     return pieces

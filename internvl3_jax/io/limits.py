@@ -120,6 +120,7 @@ LIMITS: dict[str, dict[str, Rule]] = {
             "a share from 0 to 1, or negative to keep the mixture as it is",
         ),
         "on_bad_sample": one_of("stop", "skip"),
+        "samples_per_row": _from(0, 2**20),
         "pairs_per_row": _from(1, 4_096),
         "overlong": one_of("error", "truncate", "drop"),
         "tiles": one_of("per image", "shared"),

@@ -41,6 +41,7 @@ class InternVL(nn.Module):
       remat_language: The same of the decoder.
       attention_vision: Attention implementation of the tower; see ops/attention.py.
       attention_language: The same of the decoder.
+      max_segments: No packed row has more samples than this; 0: there is no such limit.
     """
 
     config: ModelConfig
@@ -53,6 +54,7 @@ class InternVL(nn.Module):
     remat_language: str = "none"
     attention_vision: str = "auto"
     attention_language: str = "auto"
+    max_segments: int = 0
 
     def setup(self):
         self.vision = VisionTower(
@@ -72,6 +74,7 @@ class InternVL(nn.Module):
             self.scan_unroll,
             self.remat_language,
             self.attention_language,
+            self.max_segments,
         )
 
     def __call__(
@@ -131,6 +134,7 @@ class InternVL(nn.Module):
         slots: Int[Array, "B T"],
         cache: Cache,
         scaling: str | None = None,
+        is_start: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Runs tokens through the decoder and writes their keys and values into the cache.
 
@@ -138,6 +142,7 @@ class InternVL(nn.Module):
           visual: The feature of each image token, anything elsewhere; None: there are no images.
           positions: In units of 1/256.
           slots: The cache slot of each token.
+          is_start: The cache is empty; see `Decoder`.
 
         Returns:
           Hidden states and the updated cache.
@@ -146,7 +151,9 @@ class InternVL(nn.Module):
         if visual is not None:
             is_visual = tokens == self.config.image_token_id
             x = jnp.where(is_visual[..., None], visual.astype(x.dtype), x)
-        return self.language(x, positions, cache=cache, slots=slots, scaling=scaling)
+        return self.language(
+            x, positions, cache=cache, slots=slots, scaling=scaling, is_start=is_start
+        )
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """Returns the output kernel as stored; V includes the vocabulary's padding."""

@@ -1,7 +1,8 @@
-"""Key/value cache: a list with one {"k", "v"} of [B,S,K,H] per layer.
+"""Key/value cache: a list with one {"k", "v"} of [B,K,S,H] per layer.
 
 The decoder takes the cache and returns the updated one. Each layer has a buffer of its own: a
-single stacked array would be copied at every decoding step.
+single stacked array would be copied at every decoding step. Heads come before slots, as the
+products of decoding take them: otherwise a GPU would transpose the whole cache in every call.
 """
 
 import jax
@@ -13,8 +14,8 @@ from internvl3_jax.config import LanguageConfig
 from internvl3_jax.parallel.collectives import constrain
 from internvl3_jax.parallel.sharding import BATCH_AXES
 
-# [B,S,K,H] each. Rows and slots are not bound, since `grow` and `repeat` change them.
-LayerCache = dict[str, Float[Array, "_ _ K H"]]
+# [B,K,S,H] each. Rows and slots are not bound, since `grow` and `repeat` change them.
+LayerCache = dict[str, Float[Array, "_ K _ H"]]
 Cache = list[LayerCache]
 
 
@@ -22,16 +23,21 @@ def init_cache(
     config: LanguageConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
     """Returns an empty cache for `batch` rows of up to `slots` tokens."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
     return [
         {"k": _shard(jnp.zeros(shape, dtype)), "v": _shard(jnp.zeros(shape, dtype))}
         for _ in range(config.num_layers)
     ]
 
 
-def _shard(x: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
+def num_slots(cache: Cache) -> int:
+    """Returns the slots of each row."""
+    return cache[0]["k"].shape[2]
+
+
+def _shard(x: Float[Array, "B K S H"]) -> Float[Array, "B K S H"]:
     """Shards rows and heads over the mesh in context, as far as they divide."""
-    return constrain(x, BATCH_AXES, None, "tensor", None)
+    return constrain(x, BATCH_AXES, "tensor", None, None)
 
 
 def write(
@@ -47,7 +53,8 @@ def write(
     """
 
     def write_row(buffer, new, start):
-        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (start, 0, 0))
+        new = new.astype(buffer.dtype).swapaxes(0, 1)
+        return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))
 
     start = slots[:, 0]
     return {
@@ -56,15 +63,23 @@ def write(
     }
 
 
+def read(
+    layer: LayerCache, dtype: DTypeLike
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns the keys and values of all slots, as `attention` takes them."""
+    k, v = (layer[name].astype(dtype).swapaxes(1, 2) for name in ("k", "v"))
+    return k, v
+
+
 def grow(cache: Cache, slots: int) -> Cache:
     """Pads the cache to `slots` tokens per row."""
 
     def pad(x):
-        return jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
     return jax.tree.map(pad, cache)
 
 
 def repeat(cache: Cache, copies: int) -> Cache:
-    """Repeats each row `copies` times, one after the other: [B,S,K,H] -> [B*copies,S,K,H]."""
+    """Repeats each row `copies` times, one after the other: [B,K,S,H] -> [B*copies,K,S,H]."""
     return jax.tree.map(lambda x: _shard(jnp.repeat(x, copies, axis=0)), cache)

@@ -10,6 +10,8 @@ layouts:
 `unroll` makes the second from the first.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
 from internvl3_jax.model.ops.attention import MASKED, Mask, attention, cache_mask, causal_mask
 from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
-from internvl3_jax.model.ops.linear import Dense, is_decoding
+from internvl3_jax.model.ops.linear import Dense, as_two_rows, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables
@@ -75,7 +77,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache | None]:
         """Returns the residual stream after the layer, and the updated cache.
 
-        With a cache the new keys and values are written to `slots` first. All slots are then keys.
+        With a cache the new keys and values are written to `slots` first. All slots are then keys,
+        unless the mask is that of the tokens among themselves.
         """
         # Between the products tokens are sharded over tensor, too (Korthikanti et al. 2022): its
         # devices repeat neither the norms nor what is kept for the backward pass.
@@ -110,7 +113,8 @@ class DecoderLayer(nn.Module):
         # Attend to the cache, or to the row itself.
         if layer_cache is not None:
             layer_cache = kv_cache.write(layer_cache, k, v, slots)
-            k, v = layer_cache["k"].astype(q.dtype), layer_cache["v"].astype(q.dtype)
+            if not mask.self_attention:
+                k, v = kv_cache.read(layer_cache, q.dtype)
         q, k, v = (checkpoint_name(y, "attention_input") for y in (q, k, v))
         out = attention(q, k, v, mask, self.attention)
         return self.o(out.reshape(*x.shape[:2], q_width)), layer_cache
@@ -133,6 +137,7 @@ class Decoder(nn.Module):
       scan_unroll: Layers per step of the scan.
       remat: What the backward pass recomputes; see ops/remat.py.
       attention: Implementation; see ops/attention.py.
+      max_segments: No packed row has more samples than this; 0: there is no such limit.
     """
 
     config: LanguageConfig
@@ -142,6 +147,7 @@ class Decoder(nn.Module):
     scan_unroll: int = 1
     remat: str = "none"
     attention: str = "auto"
+    max_segments: int = 0
 
     def setup(self):
         config = self.config
@@ -192,6 +198,7 @@ class Decoder(nn.Module):
         slots: Int[Array, "B T"] | None = None,
         scaling: str | None = None,
         last_query: Int[Array, "B T"] | None = None,
+        is_start: bool = False,
     ) -> tuple[Float[Array, "B T D"], kv_cache.Cache | None]:
         """Runs embeddings through the layers and the final norm.
 
@@ -205,6 +212,8 @@ class Decoder(nn.Module):
           scaling: RoPE scaling instead of the config's; "none" under V2PE.
           last_query: The last token that sees each token; None: the end of its segment. Not with a
               cache.
+          is_start: The cache is empty, so that the tokens see only each other: causal attention,
+              which fused kernels compute without the cache's free slots.
 
         Returns:
           Final hidden states and the updated cache.
@@ -229,10 +238,10 @@ class Decoder(nn.Module):
 
         # 2) Rotary tables and the mask, shared by all layers.
         rope = rope_tables(self.config, positions, segments, scaling)
-        if cache is None:
-            mask = causal_mask(x.shape[:2], segments, shards, last_query)
+        if cache is None or is_start:
+            mask = causal_mask(x.shape[:2], segments, shards, last_query, self.max_segments)
         else:
-            mask = cache_mask(slots, cache[0]["k"].shape[1])
+            mask = cache_mask(slots, kv_cache.num_slots(cache))
 
         # 3) The layers.
         if not self.unrolled:
@@ -251,10 +260,13 @@ class Decoder(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Returns logits; those of the vocabulary's padding are -1e30."""
         kernel = self.head_kernel().astype(self.dtype)
+        head = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         if is_decoding(hidden):
             # Weight-stationary, as in ops/linear.py.
             hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)
-        logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+            logits = as_two_rows(head, hidden, kernel)
+        else:
+            logits = head(hidden, kernel)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         in_vocab = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size

@@ -5,6 +5,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from internvl3_jax.config import ModelConfig
+from internvl3_jax.model.ops.activation import gelu
 from internvl3_jax.model.ops.linear import Dense
 from internvl3_jax.model.ops.norms import make_norm
 
@@ -47,6 +48,6 @@ class Projector(nn.Module):
         x = x[:, 1:].reshape(x.shape[0], grid[0], grid[1], x.shape[2])
         x = pixel_shuffle(x, self.config.downsample, self.config.ps_version)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = self.fc2(nn.gelu(self.fc1(self.norm(x)), approximate=False))
+        x = self.fc2(gelu(self.fc1(self.norm(x))))
         self.sow("intermediates", "projected", x)
         return x

@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
 from internvl3_jax.config import VisionConfig
-from internvl3_jax.model.ops.attention import attention
+from internvl3_jax.model.ops.activation import gelu
+from internvl3_jax.model.ops.attention import attention, padding_works
 from internvl3_jax.model.ops.linear import Dense
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
-from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.collectives import constrain, platform
 from internvl3_jax.parallel.sharding import TILE_AXES
 
 
@@ -30,7 +31,7 @@ class VisionBlock(nn.Module):
         config, dtype = self.config, self.dtype
         width = config.hidden_size
         self.norm1 = make_norm(config.norm, config.norm_eps, dtype)
-        self.qkv = Dense(3 * width, use_bias=config.qkv_bias, dtype=dtype)
+        self.qkv = Dense(3 * width, use_bias=config.qkv_bias, dtype=dtype, splits=3)
         if config.qk_norm:
             self.q_norm = make_norm("rms_norm", config.norm_eps, dtype)
             self.k_norm = make_norm("rms_norm", config.norm_eps, dtype)
@@ -43,30 +44,35 @@ class VisionBlock(nn.Module):
         self.layer_scale2 = self.param("layer_scale2", init, (width,))
 
     def __call__(
-        self, x: Float[Array, "M P C"], drop_rate: Float[Array, ""], deterministic: bool
+        self,
+        x: Float[Array, "M P C"],
+        drop_rate: Float[Array, ""],
+        deterministic: bool,
+        tokens: int,
     ) -> tuple[Float[Array, "M P C"], None]:
         """Returns the residual stream after the block, and None as `nn.scan` expects.
 
         Args:
           drop_rate: Probability of dropping each branch for a tile; unused if deterministic.
+          tokens: Tokens of a tile; the others are padding.
         """
         x = checkpoint_name(constrain(x, TILE_AXES, None, None), "stream")
-        branch = self.layer_scale1.astype(self.dtype)[None, None] * self.attend(self.norm1(x))
+        branch = self.proj(self.attend(self.norm1(x), tokens), self.layer_scale1)
         x = x + self.drop_path(branch, drop_rate, deterministic)
-        mlp = self.fc2(nn.gelu(self.fc1(self.norm2(x)), approximate=False))
-        branch = self.layer_scale2.astype(self.dtype)[None, None] * mlp
+        branch = self.fc2(gelu(self.fc1(self.norm2(x))), self.layer_scale2)
         x = x + self.drop_path(branch, drop_rate, deterministic)
         self.sow("intermediates", "block", x)
         return x, None
 
-    def attend(self, x: Float[Array, "M P C"]) -> Float[Array, "M P C"]:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    def attend(self, x: Float[Array, "M P C"], tokens: int) -> Float[Array, "M P C"]:
+        """Returns the output of attention, before its last product."""
+        q, k, v = self.qkv(x)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
         q, k, v = (checkpoint_name(y.reshape(heads), "attention_input") for y in (q, k, v))
-        out = attention(q, k, v, implementation=self.attention)
-        return self.proj(out.reshape(x.shape))
+        out = attention(q, k, v, implementation=self.attention, num_keys=tokens)
+        return out.reshape(x.shape)
 
     def drop_path(
         self, branch: Float[Array, "M P C"], rate: Float[Array, ""], deterministic: bool
@@ -114,10 +120,10 @@ class VisionTower(nn.Module):
             ]
             return
         self.layers = nn.scan(
-            remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3,)),
+            remat(VisionBlock, self.remat, self.scan_unroll, static_argnums=(3, 4)),
             variable_axes={"params": 0, "lora": 0, "intermediates": 0},
             split_rngs={"params": True, "drop_path": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=self.scan_unroll,
         )(config, self.dtype, self.attention)
@@ -147,12 +153,24 @@ class VisionTower(nn.Module):
         self.sow("intermediates", "embedded", x)
 
         # Blocks, with drop rates that increase linearly.
+        tokens = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (0, self._padding(tokens)), (0, 0)))
         rates = jnp.linspace(0.0, self.config.drop_path, self.config.num_layers)
         if not self.unrolled:
-            return self.layers(x, rates, deterministic)[0]
+            return self.layers(x, rates, deterministic, tokens)[0][:, :tokens]
         for layer, rate in zip(self.layer, rates, strict=True):
-            x, _ = layer(x, rate, deterministic)
-        return x
+            x, _ = layer(x, rate, deterministic, tokens)
+        return x[:, :tokens]
+
+    def _padding(self, tokens: int) -> int:
+        """Returns how many tokens to add to a tile's, once for all layers.
+
+        On NVIDIA GPUs products take a multiple of 8 rows and cuDNN an even number of tokens, so
+        that each layer would pad the 1,025 tokens of a tile several times.
+        """
+        if platform() != "gpu" or self.attention not in ("auto", "cudnn"):
+            return 0
+        return -tokens % 8 if padding_works(self.config.head_dim, jnp.dtype(self.dtype)) else 0
 
 
 def unroll(params: dict, config: VisionConfig) -> dict:

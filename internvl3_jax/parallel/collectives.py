@@ -20,6 +20,16 @@ def axis_size(*axes: str) -> int:
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.axis_names)
 
 
+def platform() -> str:
+    """Returns "cpu", "gpu" or "tpu": the devices of the mesh in context, or the default devices.
+
+    The mesh may also consist of devices that are only compiled for (internvl3_jax/fit).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None or device.platform is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def require_mesh() -> None:
     """Raises RuntimeError where no mesh is in context.
 

@@ -26,6 +26,7 @@ import optax
 from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.parallel import compiler_options
 from internvl3_jax.parallel.collectives import constrain, require_mesh
 from internvl3_jax.parallel.sharding import param_shardings, state_shardings
 from internvl3_jax.training.mpo import RewardShift, init_reward_shift
@@ -123,7 +124,12 @@ def make_step(
         config, model, num_sources, drop_path=trains_tower(optimizer, shardings.params)
     )
     step = functools.partial(train_step, loss_fn, optimizer, micro_batches=config.micro_batches)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options.options("train"),
+    )
 
 
 def trains_tower(optimizer: Optimizer, params: dict) -> bool:
@@ -144,6 +150,7 @@ def make_model(config: TrainConfig) -> InternVL:
         remat_language=config.remat_language,
         attention_vision=config.attention_vision,
         attention_language=config.attention_language,
+        max_segments=config.data.max_segments,
     )
 
 

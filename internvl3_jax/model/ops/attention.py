@@ -23,13 +23,15 @@ from jaxtyping import Array, Float
 
 from internvl3_jax.model.ops import cudnn_attention
 from internvl3_jax.model.ops.context_parallel import gather_keys, over_mesh
+from internvl3_jax.model.ops.cudnn_attention import padding_works
 from internvl3_jax.model.ops.flash_attention import flash_attention
 from internvl3_jax.model.ops.masks import MASKED, Mask, cache_mask, causal_mask
 from internvl3_jax.model.ops.remat import checkpoint_name
 from internvl3_jax.model.ops.xla_attention import xla_attention, xla_attention_per_head
+from internvl3_jax.parallel.collectives import platform
 
 __all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "cache_mask", "causal_mask"]
-__all__ += ["choose", "platform"]
+__all__ += ["choose", "padding_works"]
 
 IMPLEMENTATIONS = ("auto", "xla", "xla_per_head", "flash", "ring", "splash", "cudnn")
 
@@ -51,6 +53,7 @@ def attention(
     v: Float[Array, "B S K H"],
     mask: Mask | None = None,
     implementation: str = "auto",
+    num_keys: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(q k^T / sqrt(H)) v with a float32 softmax, sharded over the mesh in context.
 
@@ -60,6 +63,7 @@ def attention(
       v: Values.
       mask: From `causal_mask` (tokens of rows among themselves) or `cache_mask` (against a cache).
           None: every query sees every key, as in the vision tower.
+      num_keys: Without a mask, the number of keys that are seen; None: all.
       implementation: One of IMPLEMENTATIONS. "auto" decides by the devices of the mesh, or the
           default devices where no mesh is in context, and by the sizes.
 
@@ -73,10 +77,12 @@ def attention(
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {implementation!r} is not one of {known}")
-    return over_mesh(functools.partial(_local, implementation=implementation), q, k, v, mask)
+    num_keys = k.shape[1] if num_keys is None else num_keys
+    local = functools.partial(_local, implementation=implementation, num_keys=num_keys)
+    return over_mesh(local, q, k, v, mask)
 
 
-def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
+def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str, num_keys: int):
     """Computes the shard of one device. `axis`: the mesh axis that keys are sharded over."""
     devices = platform()
     if implementation == "auto":
@@ -90,6 +96,10 @@ def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
             f"are {devices}; use 'auto'"
         )
 
+    if implementation == "cudnn":
+        return cudnn_attention.cudnn(q, k, v, mask, axis, num_keys)
+    if mask is None:
+        k, v = k[:, :num_keys], v[:, :num_keys]
     if implementation in ("flash", "ring"):
         return flash_attention(q, k, v, mask, axis, ring=implementation == "ring")
     if implementation == "splash":
@@ -97,22 +107,10 @@ def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str):
         from internvl3_jax.model.ops.splash_attention import splash
 
         return splash(q, k, v, mask, axis, interpret=devices == "cpu")
-    if implementation == "cudnn":
-        return cudnn_attention.cudnn(q, k, v, mask, axis)
     if mask is not None:
         k, v, mask = gather_keys(k, v, mask, axis)
     backend = xla_attention if implementation == "xla" else xla_attention_per_head
     return checkpoint_name(backend(q, k, v, mask), "attention_output")
-
-
-def platform() -> str:
-    """Returns "cpu", "gpu" or "tpu": the devices of the mesh in context, or the default devices.
-
-    The mesh may also consist of devices that are only compiled for (internvl3_jax/fit).
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None or device.platform is None else device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def choose(platform: str, q, k, mask: Mask | None, axis: str | None) -> str:
@@ -135,14 +133,16 @@ def choose(platform: str, q, k, mask: Mask | None, axis: str | None) -> str:
     if num_queries >= _KERNEL_FROM:
         if platform == "tpu" and width % 64 == 0 and (mask is None or mask.kv_last_query is None):
             return "splash"
-        # Where rows are sharded, cuDNN would need a dense mask.
-        if (
-            platform == "gpu"
-            and width % 8 == 0
-            and width <= 128
-            and q.dtype in (jnp.bfloat16, jnp.float16)
-            and axis is None
-            and cudnn_attention.dense_mask_bytes(q, k, mask) <= _MAX_MASK_BYTES
-        ):
+        if platform == "gpu" and axis is None and _cudnn_supports(q, k, mask):
             return "cudnn"
     return "xla" if 4 * batch * heads * scores <= _MAX_SCORE_BYTES else "flash"
+
+
+def _cudnn_supports(q, k, mask: Mask | None) -> bool:
+    """Returns whether cuDNN's kernel supports the sizes and, in little memory, the mask."""
+    width, dtype = q.shape[-1], q.dtype
+    if width % 8 or width > 128 or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    if cudnn_attention.is_packed(mask):
+        return cudnn_attention.packed_works(width, dtype)
+    return cudnn_attention.dense_mask_bytes(q, k, mask) <= _MAX_MASK_BYTES

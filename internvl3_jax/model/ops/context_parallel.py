@@ -58,6 +58,7 @@ def over_mesh(
         None if mask.kv_last_query is None else jax.P(rows, keys),
         self_attention=mask.self_attention,
         context_shards=mask.context_shards,
+        max_segments=mask.max_segments,
     )
 
     # Heads always divide: padded and repeated where they must be, and cut again afterwards.

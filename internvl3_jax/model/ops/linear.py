@@ -1,6 +1,6 @@
 """Linear layers whose kernel may be sharded, quantized (quantize.py) and adapted (lora.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ from internvl3_jax.parallel.collectives import (
     all_gather_weight,
     barrier_after,
     matmul_weight_stationary,
+    platform,
 )
 
 
@@ -29,38 +30,67 @@ class Dense(nn.Module):
       features: Width of the output.
       use_bias: Whether a bias is added.
       dtype: Compute dtype, of the output as well.
+      splits: Above 1, the output is a tuple of that many equal parts of the width. On a GPU each
+          part is a product of its own: splitting the product of all would copy it, and
+          concatenating the gradients, too.
     """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    splits: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows d_in"]) -> Float[Array, "*rows features"]:
+    def __call__(
+        self, x: Float[Array, "*rows d_in"], scale: Float[Array, " features"] | None = None
+    ) -> Float[Array, "*rows features"] | tuple[Float[Array, "*rows part"], ...]:
+        """Returns x @ kernel + bias, times `scale` if it is given.
+
+        The kernel is scaled, not the output: the gradient of `scale` then needs no output, which
+        rematerialization would have to compute again.
+        """
         x = x.astype(self.dtype)
         # A quantized kernel is a subtree, which `self.param` would not accept.
         stored = (
             self.get_variable("params", "kernel") if self.has_variable("params", "kernel") else None
         )
         if isinstance(stored, Mapping):
-            y = self._quantized(x, stored)
+            y = self._split(self._scaled(self._quantized(x, stored), scale))
         else:
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-            y = self._matmul(x, kernel.astype(self.dtype))
+            y = self._matmul(x, self._scaled(kernel, scale).astype(self.dtype))
         if self.has_variable("lora", "a"):
-            y = y + self._adapter(x)
+            y = [
+                part + added
+                for part, added in zip(
+                    y, self._split(self._scaled(self._adapter(x), scale)), strict=True
+                )
+            ]
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self._scaled(bias, scale).astype(self.dtype)
+            bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
+            y = [part + added for part, added in zip(y, self._split(bias), strict=True)]
+        return y[0] if self.splits == 1 else tuple(y)
 
-    def _matmul(self, x, kernel):
+    def _scaled(self, y, scale):
+        if scale is None:
+            return y
+        return y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def _split(self, y) -> list:
+        return jnp.split(y, self.splits, axis=-1) if self.splits > 1 else [y]
+
+    def _matmul(self, x, kernel) -> list:
         path = "/".join((*self.path, "kernel"))
         if is_decoding(x):
-            return matmul_weight_stationary(x, kernel, path)
+            return self._split(as_two_rows(matmul_weight_stationary, x, kernel, path))
         x, kernel = barrier_after(x, kernel, path)
-        return jnp.dot(x, all_gather_weight(kernel, path))
+        kernel = all_gather_weight(kernel, path)
+        if platform() == "gpu":
+            return [jnp.dot(x, part) for part in self._split(kernel)]
+        return self._split(jnp.dot(x, kernel))
 
     def _quantized(self, x, kernel: Mapping):
         """Multiplies with a quantized kernel, which is all-gathered in its few bits.
@@ -85,6 +115,18 @@ class Dense(nn.Module):
 
     def _all_gather(self, leaf, name: str, *prefix: str):
         return all_gather_weight(leaf, "/".join((*prefix, *self.path, name)))
+
+
+def as_two_rows(matmul: Callable, x: Shaped[Array, "B 1 d_in"], *arguments):
+    """Returns matmul(x, *arguments), of two equal rows if x has one and the devices are GPUs.
+
+    XLA turns a product with one row into a multiplication and a sum, which reads small kernels at a
+    fraction of the bandwidth. The barrier hides from it that the rows are equal.
+    """
+    if x.shape[0] > 1 or platform() != "gpu":
+        return matmul(x, *arguments)
+    rows = jax.lax.optimization_barrier(jnp.broadcast_to(x, (2, *x.shape[1:])))
+    return matmul(rows, *arguments)[:1]
 
 
 def is_decoding(x: Shaped[Array, "..."]) -> bool:

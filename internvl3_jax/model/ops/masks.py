@@ -32,6 +32,7 @@ class Mask:
       kv_last_query: i32[B,S], the last slot that sees each key; None: all later slots do.
       self_attention: The keys are the queries' own tokens.
       context_shards: The order of the tokens is `zigzag(T, context_shards)`; 1 is plain order.
+      max_segments: No row has more segments than this, padding aside; 0: there is no such limit.
     """
 
     q_slots: Any
@@ -41,6 +42,7 @@ class Mask:
     kv_last_query: Any = None
     self_attention: bool = dataclasses.field(default=False, metadata={"static": True})
     context_shards: int = dataclasses.field(default=1, metadata={"static": True})
+    max_segments: int = dataclasses.field(default=0, metadata={"static": True})
 
     def dense(self) -> Bool[Array, "B T S"]:
         """Returns the mask as a table: whether query t sees key s."""
@@ -81,6 +83,7 @@ def causal_mask(
     segments: Int[Array | np.ndarray, "B T"] | None = None,
     context_shards: int = 1,
     last_query: Int[Array | np.ndarray, "B T"] | None = None,
+    max_segments: int = 0,
 ) -> Mask:
     """Returns the causal mask of rows: a token sees itself and earlier tokens of its segment.
 
@@ -88,6 +91,7 @@ def causal_mask(
       shape: (B, T).
       context_shards: Above 1, the tokens are in the order of `zigzag(T, context_shards)`.
       last_query: The last token that sees each token; None: all later ones of its segment do.
+      max_segments: No row has more segments than this; 0: there is no such limit.
     """
     if context_shards == 1:
         order = jnp.arange(shape[1], dtype=jnp.int32)
@@ -102,6 +106,7 @@ def causal_mask(
         last_query,
         self_attention=True,
         context_shards=context_shards,
+        max_segments=max_segments,
     )
 
 
