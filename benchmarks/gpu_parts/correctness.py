@@ -112,7 +112,9 @@ def _mask(kind: str | None, rows: int, queries: int, keys: int):
     segments = np.zeros((rows, queries), np.int32)
     segments[:, : queries // 2] = 1
     segments[:, queries // 2 : queries - queries // 8] = 2
-    return causal_mask((rows, queries), jnp.asarray(segments)), segments > 0
+    limit = int(segments.max())
+    mask = causal_mask((rows, queries), jnp.asarray(segments), max_segments=limit)
+    return mask, segments > 0
 
 
 def _attention_float64(q, k, v, gradient, visible) -> list[np.ndarray]:

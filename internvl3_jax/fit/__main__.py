@@ -24,13 +24,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from absl import flags
 
-from internvl3_jax.fit import advice, generation, report, search
+from internvl3_jax.fit import advice, generation, gpu_time, report, search
 from internvl3_jax.fit.compilation import compile_for
+from internvl3_jax.fit.kernels import read as read_kernels
 from internvl3_jax.fit.lowering import Requests, lower_train_step
 from internvl3_jax.fit.memory import estimate
 from internvl3_jax.fit.per_device import per_device
 from internvl3_jax.fit.step_cost import times, train_cost
-from internvl3_jax.fit.topology import parse
+from internvl3_jax.fit.topology import GPUS, parse
 from internvl3_jax.io import command_line, safe_files
 from internvl3_jax.model import lora
 from internvl3_jax.parallel.sharding import make_mesh
@@ -129,6 +130,10 @@ def predict_step(config, topology, text_path: pathlib.Path | None = None) -> tup
     step_times = times(cost, topology, compiled.collectives if is_compiled else None)
     lines = report.memory_lines(memory, available, compiled)
     lines += report.time_lines(cost, step_times, compiled)
+    if is_compiled and topology.kind in GPUS and topology.count == 1:
+        program = read_kernels(compiled.text)
+        predicted = gpu_time.predict(program, cost, config, topology.chip)
+        lines += report.gpu_lines(program, predicted)
     if is_compiled:
         lines += report.collective_lines(compiled)
         lines += report.alive_lines(compiled) if device.tpu else []

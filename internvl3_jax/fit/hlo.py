@@ -132,11 +132,11 @@ def _runs(computations, entry: str) -> dict[str, tuple[int, bool, str]]:
         times, known, loop = runs[caller]
         for instruction in computations[caller]:
             is_loop = instruction.opcode == "while"
-            iterations = _iterations(instruction, computations) if is_loop else 1
+            rounds = iterations(instruction, computations) if is_loop else 1
             for role, called in called_by(instruction):
                 reached = (
-                    times * (iterations or 1),
-                    known and iterations is not None,
+                    times * (rounds or 1),
+                    known and rounds is not None,
                     called if role == "body" else loop,
                 )
                 if called in computations and (called not in runs or runs[called][0] < reached[0]):
@@ -157,7 +157,7 @@ def called_by(instruction: Instruction) -> list[tuple[str, str]]:
     return named + _CALLED.findall(rest)
 
 
-def _iterations(loop: Instruction, computations) -> int | None:
+def iterations(loop: Instruction, computations) -> int | None:
     """Returns the number of iterations of a loop, or None if the text does not tell."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(noted[1])
@@ -194,6 +194,11 @@ def operands(instruction: Instruction) -> list[str]:
     return re.findall(r"%([\w.\-]+)", instruction.rest.partition("), ")[0])
 
 
+def array_bytes(shape: str) -> list[int]:
+    """Returns the bytes of each array of a shape such as "(f32[2,3]{1,0}, s32[])"."""
+    return [_bytes(*array) for array in _ARRAY.findall(shape)]
+
+
 def _constant(instruction: Instruction | None) -> int | None:
     value = (
         re.match(r"\((\d+)\)", instruction.rest)
@@ -220,7 +225,7 @@ def _group(rest: str, devices: int) -> tuple[int, tuple[str, ...]]:
 
 def _received(instruction: Instruction, kind: str, group: int) -> int:
     """Returns the bytes that reach a device, the fewest that the operation needs."""
-    arrays = [_bytes(*array) for array in _ARRAY.findall(instruction.shape)]
+    arrays = array_bytes(instruction.shape)
     others = (group - 1) / group
     if kind == "collective-permute":
         # The shape of a start is (operand, result, counters).

@@ -3,6 +3,8 @@
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.advice import Change
 from internvl3_jax.fit.compilation import Compiled
+from internvl3_jax.fit.gpu_time import GpuTime
+from internvl3_jax.fit.kernels import Program
 from internvl3_jax.fit.live_arrays import arrays_at_peak, count_equal
 from internvl3_jax.fit.memory import Memory
 from internvl3_jax.fit.per_device import PerDevice
@@ -101,6 +103,21 @@ def time_lines(cost: StepCost, times: Times, compiled: Compiled | None) -> list[
         f"  prediction: at least {times.lower_bound:.3f} s a step ({times.limit}), "
         f"{times.serial:.3f} s if nothing overlaps; "
         f"MFU at most {times.mfu:.0%}",
+    ]
+
+
+def gpu_lines(program: Program, predicted: GpuTime) -> list[str]:
+    """Returns the kernels of a program for one GPU, and the time that they predict."""
+    loops = len(program.unknown_loops)
+    return [
+        "",
+        "kernels of the compiled program (fit/gpu_time.py; rates published, not measured here)",
+        f"  products  {predicted.products:10.3f} s",
+        f"  attention {predicted.attention:10.3f} s",
+        f"  the rest  {predicted.memory:10.3f} s",
+        f"  launches  {predicted.launches:10.3f} s   {program.launches:,}"
+        + (f"; {loops} loops of unknown length, counted once" if loops else ""),
+        f"  prediction: {predicted.total:.3f} s a step, MFU {predicted.mfu:.0%}",
     ]
 
 

@@ -128,11 +128,7 @@ class Topology:
 
     def options(self) -> dict:
         """Returns options for `lowered.compile`: without a GPU kernels cannot be autotuned."""
-        return (
-            {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
-            if self.kind in GPUS
-            else {}
-        )
+        return {"xla_gpu_autotune_level": "0"} if self.kind in GPUS else {}
 
     def _missing(self) -> str:
         compiler = "libtpu (pip install 'jax[tpu]')"
