@@ -3,6 +3,8 @@
 The kernel needs a GPU. Here a function in its place reads the same lengths and offsets.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as internal
 from internvl3_jax.model.ops import cudnn_attention
 from internvl3_jax.model.ops.attention import attention, choose
 from internvl3_jax.model.ops.masks import causal_mask
+from internvl3_jax.model.ops.remat import _POLICIES as POLICIES
 from internvl3_jax.model.ops.xla_attention import xla_attention
 
 # Three samples and padding; one sample; as many samples as allowed, without padding.
@@ -161,3 +164,16 @@ def test_padded_keys_must_have_no_gradient(on_gpu, monkeypatch, leak, works):
         ),
     )
     assert cudnn_attention.padding_works(64, jnp.dtype("bfloat16")) is works
+
+
+@pytest.mark.parametrize(("policy", "forward_kernels"), [("attention", 1), ("full", 2)])
+def test_remat_attention_runs_the_forward_kernel_once(monkeypatch, policy, forward_kernels):
+    """Its sums for the gradient are kept with its output. Nothing is run: the trace is counted."""
+    monkeypatch.setattr(internal, "check_cudnn_version", lambda: 91_000)
+    layer = jax.checkpoint(
+        lambda q, k, v: cudnn_attention.cudnn(q, k, v, None).sum(), policy=POLICIES[policy]
+    )
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    trace = str(jax.make_jaxpr(jax.grad(layer))(x, x, x))
+    assert len(re.findall(r"= dot_product_attention_fwd\w*\[", trace)) == forward_kernels
+    assert len(re.findall(r"= dot_product_attention_bwd\w*\[", trace)) == 1

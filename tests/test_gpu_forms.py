@@ -3,6 +3,7 @@ for one.
 """
 
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -10,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internvl3_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from internvl3_jax.fit.lowering import Requests, lower_generation
 from internvl3_jax.inference import programs
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model import vision
 from internvl3_jax.model.ops import linear, norms
 from internvl3_jax.model.ops.activation import gelu
 from internvl3_jax.model.vision import VisionTower
+from internvl3_jax.parallel.sharding import make_mesh
 from tests.support.generation import PARAMS, RAGGED, make_run
-from tests.support.tiny_checkpoint import CONFIG
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(3, 5, 12)), jnp.float32)
@@ -155,3 +159,22 @@ def test_prompts_in_chunks_of_rows_give_the_same_cache_and_tokens(monkeypatch):
             start.cache,
         )
     programs.prefill.clear_cache()
+
+
+@pytest.mark.parametrize(("devices", "counted"), [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_decoding_is_lowered_with_the_loop_of_its_devices(monkeypatch, devices, counted):
+    """Accelerators get a fixed number of tokens, so that the host need not wait for each; also when
+    a program is only compiled for them.
+    """
+    monkeypatch.setattr(programs, "platform", lambda: devices)
+    config = TrainConfig(CONFIG, PROCESSOR, DataConfig(), OptimizerConfig(), steps=1)
+    programs.decode.clear_cache()
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    lowered = lower_generation(config, mesh, Requests(rows=2, prompt=20, new=4, tiles=1))
+    programs.decode.clear_cache()
+    condition = re.search(
+        r"stablehlo\.while.*?cond \{(.*?)\} do", lowered["decode"].as_text(), re.S
+    )
+    operations = re.findall(r"stablehlo\.(\w+)", condition[1])
+    # The counter alone, or the requested number of tokens and the rows that are done.
+    assert ("compare" in operations and len(operations) <= 3) == counted, operations

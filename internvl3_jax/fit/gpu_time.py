@@ -45,14 +45,17 @@ def predict(program: Program, cost: StepCost, config: TrainConfig, chip: Chip) -
     """Returns the time of a train step whose attention runs in fused kernels."""
     language, vision = config.model.language, config.model.vision
     attention = {}
-    for part, width, policy in (
-        ("tower", vision.head_dim, config.remat_vision),
-        ("decoder", language.head_dim, config.remat_language),
+    recomputed = 0.0
+    for part, scope, sizes, policy in (
+        ("tower", "vision/", vision, config.remat_vision),
+        ("decoder", "language/", language, config.remat_language),
     ):
         flops = cost.computed[f"{part}, attention"]
-        again = flops / _PASSES if policy in ("dots", "full", "offload") else 0
-        attention[part] = (flops + again, width)
-    scores = sum(flops for flops, _ in attention.values())
+        # Each layer runs the forward kernel, perhaps again under remat, and the backward kernel.
+        again = program.select("attention", scope).launches / sizes.num_layers - 2
+        attention[part] = (flops * (1 + again / _PASSES), sizes.head_dim)
+        recomputed += flops / _PASSES if policy in ("dots", "full", "offload") else 0
+    scores = sum(cost.computed[f"{part}, attention"] for part in attention) + recomputed
     others = sum(program.select(kind).bytes for kind in ("copy", "elementwise"))
     times = {
         "products": (sum(cost.computed.values()) - scores) / (_PRODUCTS * chip.flops),

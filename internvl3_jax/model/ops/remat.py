@@ -15,11 +15,21 @@ import jax
 from jax import ad_checkpoint
 from jaxtyping import Array, Shaped
 
+
+def _is_cudnn_attention(primitive, *_, **__) -> bool:
+    """A policy that keeps the outputs of cuDNN's forward kernel, with its sums for the gradient.
+
+    jax gives those sums no name, and without them the kernel would run again.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 _POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(
-        "attention_input", "attention_output"
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("attention_input", "attention_output"),
+        _is_cudnn_attention,
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
