@@ -36,7 +36,7 @@ class Batch(TypedDict):
                                  2 k + 2 for the rejected answer of the row's pair k, 0 for neither
     features      i32[B,T]       number of the visual feature of the row's tiles that the token
                                  takes; arbitrary where the token is not visual
-    until         i32[B,T]       only if the answers share their question: the last place in the row
+    last_query    i32[B,T]       only if the answers share their question: the last place in the row
                                  that attends to this token
     reference     f32[B,T]       only if precomputed: the reference model's log-probability of an
                                  answer, at its first target

@@ -24,7 +24,7 @@ _FIELDS = {
     "positions": np.int32,
 }
 _PAIR_FIELDS = {"segments": np.int32, "answers": np.int32, "features": np.int32}
-_OPTIONAL_FIELDS = {"until": np.int32, "reference": np.float32}
+_OPTIONAL_FIELDS = {"last_query": np.int32, "reference": np.float32}
 
 
 def choose(sizes: np.ndarray, budgets: np.ndarray) -> list[int]:
@@ -88,8 +88,8 @@ def _renumber(
     pair["segments"] += segment
     pair["answers"][pair["answers"] > 0] += answer
     pair["features"] += feature
-    if "until" in pair:
-        pair["until"][pair["until"] < NO_END] += token
+    if "last_query" in pair:
+        pair["last_query"][pair["last_query"] < NO_END] += token
 
 
 class Packer(grain.DatasetIterator):

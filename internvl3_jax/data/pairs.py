@@ -7,7 +7,7 @@ the row twice, and the two conversations are segments, as packed samples are:
 
 or, with `shared`, once, so that the decoder computes it once:
 
-    question, then chosen and rejected           one segment; `until` hides chosen from rejected
+    question, then chosen and rejected           one segment; `last_query` hides chosen from rejected
 
 In the second form the question's last token, whose target is the first token of the answer, is
 repeated before each answer.
@@ -19,7 +19,7 @@ from internvl3_jax.data.batch import Sample, average_weights, join_tiles
 from internvl3_jax.data.text.chat_template import Encoded
 from internvl3_jax.positions import build_positions
 
-NO_END = np.iinfo(np.int32).max  # of `until`: every later token sees this one
+NO_END = np.iinfo(np.int32).max  # of `last_query`: every later token sees this one
 
 
 class PairError(ValueError):
@@ -32,7 +32,7 @@ def finish_pair(
     """Makes one sample of [T] tokens of two encoded conversations that differ in their answer.
 
     It has the fields of a conversation's sample (data/batch.py; `loss_weights` are of the chosen
-    answer), those of a `Batch` of pairs (answers, features, until), and segments from 1.
+    answer), those of a `Batch` of pairs (answers, features, last_query), and segments from 1.
     """
     sides = [_side(encoded, deltas, number) for number, encoded in enumerate((chosen, rejected), 1)]
     sides[0]["loss_weights"] = average_weights(sides[0]["answers"] > 0, loss_reduction)
@@ -85,6 +85,6 @@ def _share(chosen: Sample, rejected: Sample) -> list[Sample]:
     length = len(answers[0]["tokens"])
     sections = [question, *answers]
     for section, last in zip(sections, (NO_END, end + length - 1, NO_END), strict=True):
-        section["until"] = np.full(len(section["tokens"]), last, np.int32)
+        section["last_query"] = np.full(len(section["tokens"]), last, np.int32)
         section["segments"] = np.ones(len(section["tokens"]), np.int32)
     return sections

@@ -73,7 +73,7 @@ def batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     size = config.model.vision.image_size
     names = ["tokens", "targets", "segments", "positions"]
     if config.data.pairs:
-        names += ["answers", "features"] + ["until"] * config.data.share_question
+        names += ["answers", "features"] + ["last_query"] * config.data.share_question
     fields = {name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in names}
     if config.data.ref_logps_file:
         fields["reference"] = jax.ShapeDtypeStruct((rows, tokens), jnp.float32)

@@ -114,7 +114,11 @@ class InternVL(nn.Module):
 
         # 4) Decode.
         x, _ = self.language(
-            x, batch["positions"], batch["segments"], scaling=scaling, last_query=batch.get("until")
+            x,
+            batch["positions"],
+            batch["segments"],
+            scaling=scaling,
+            last_query=batch.get("last_query"),
         )
         return x
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from internvl3_jax.config import OptimizerConfig
-from internvl3_jax.param_tree import match_paths
+from internvl3_jax.param_tree import match_paths, path_name
 
 NAMES = ("adafactor", "adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
@@ -215,11 +215,6 @@ def relative_rates(params, config: OptimizerConfig):
     return jax.tree.unflatten(
         tree, [rate(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
     )
-
-
-def path_name(path) -> str:
-    """Returns a path of jax.tree_util as text, such as "vision/layers/fc1/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 # --- what is trained -----------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import numpy as np
 
 from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.config import OptimizerConfig
+from internvl3_jax.param_tree import path_name
 from internvl3_jax.training.optimizer import (
     is_stacked_matrix,
     make_optimizer,
-    path_name,
     relative_rates,
     split_params,
 )

@@ -29,9 +29,10 @@ from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel import compiler_options
 from internvl3_jax.parallel.collectives import constrain, require_mesh
 from internvl3_jax.parallel.sharding import param_shardings, state_shardings
+from internvl3_jax.param_tree import path_name
 from internvl3_jax.training.mpo import RewardShift, init_reward_shift
 from internvl3_jax.training.objective import batch_totals, make_loss
-from internvl3_jax.training.optimizer import Optimizer, join, path_name
+from internvl3_jax.training.optimizer import Optimizer, join
 
 
 class TrainState(NamedTuple):

@@ -8,8 +8,9 @@ import numpy as np
 
 from internvl3_jax.config import OptimizerConfig
 from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.param_tree import path_name
 from internvl3_jax.training.objective import SftLoss
-from internvl3_jax.training.optimizer import make_optimizer, path_name
+from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import TrainState, train_step, trains_tower
 from tests.support.tiny_checkpoint import CONFIG, random_params
 
