@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from internvl3_jax import Chat, load
-from internvl3_jax.inference.generator import NotFiniteError
+from internvl3_jax.inference.sampling import NotFiniteError
 from internvl3_jax.inference.text_stream import TextStreamer
 from tests.support import tiny_checkpoint
 from tests.support.chat_setup import LIMIT, SMALL, WIDE

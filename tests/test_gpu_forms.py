@@ -178,3 +178,23 @@ def test_decoding_is_lowered_with_the_loop_of_its_devices(monkeypatch, devices, 
     operations = re.findall(r"stablehlo\.(\w+)", condition[1])
     # The counter alone, or the requested number of tokens and the rows that are done.
     assert ("compare" in operations and len(operations) <= 3) == counted, operations
+
+
+def test_calls_ahead_give_the_same_answers(monkeypatch):
+    """One call more is started at most, and none beyond the limit of tokens."""
+    run = make_run(4, limit=40)
+    plain = Generator(CONFIG, PARAMS)
+    stop = plain.generate(RAGGED, run)[0][20]
+    answers, calls = {}, {}
+    for ahead in (0, 1):
+        for stops in ((), (stop,)):
+            generator = Generator(CONFIG, PARAMS, stop_ids=stops)
+            generator.calls_ahead, count, decode = ahead, [], generator._decode
+            monkeypatch.setattr(
+                generator, "_decode", lambda *a, c=count, d=decode: c.append(1) or d(*a)
+            )
+            answers[ahead, stops] = generator.generate(RAGGED, run)
+            calls[ahead, stops] = len(count)
+    assert answers[0, ()] == answers[1, ()] and answers[0, (stop,)] == answers[1, (stop,)]
+    assert {len(answer) for answer in answers[1, ()]} == {40} and calls[0, ()] == calls[1, ()] == 3
+    assert answers[1, (stop,)][0][-1] == stop and len(answers[1, (stop,)][0]) <= 21

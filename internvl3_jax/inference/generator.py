@@ -8,6 +8,7 @@ Positions are separate from slots, since they differ under V2PE.
 B rows, T prompt tokens, S cache slots, D decoder width.
 """
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from internvl3_jax.inference import programs
 from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.programs import TOKENS_PER_CALL, DecodeState
 from internvl3_jax.inference.prompt_batch import bucket, feature_columns, pack_prompts, tile_pieces
-from internvl3_jax.inference.sampling import NOT_FINITE, Sampling
+from internvl3_jax.inference.sampling import Sampling, check_finite
 from internvl3_jax.model import kv_cache, language, lora, vision
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.sharding import param_shardings
@@ -34,10 +35,6 @@ from internvl3_jax.positions import next_position
 
 class ContextError(ValueError):
     """A prompt that is too long for the model."""
-
-
-class NotFiniteError(ValueError):
-    """The model gives NaN or infinite logits, from which no token can be sampled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +90,7 @@ class Generator:
             for name, adapter in (named_adapters or {}).items()
         }
         self.compile_clock = CompileClock()
+        self.calls_ahead = 0 if programs.on_cpu() else 1
         self.use(None)
 
     def use(self, name: str | None) -> None:
@@ -263,32 +261,43 @@ class Generator:
         """
         with self.mesh_context():
             keys = programs.row_keys(np.asarray(config.seeds, np.uint32))
-        token = np.asarray(state.token)
-        _check_finite(token[:, None], 1)
+        token, stopped = np.asarray(state.token), np.asarray(state.done)
+        check_finite(token[:, None], 1)
         yield [[int(first)] for first in token]
-        sampled = 1
-        key = (len(token), kv_cache.num_slots(state.cache), config.sampling, config.scaling)
-        while sampled < config.max_new_tokens and not (stopped := np.asarray(state.done)).all():
-            count = min(TOKENS_PER_CALL, config.max_new_tokens - sampled)
-            with self._calling("decode", *key):
-                tokens, new_state = programs.decode(
-                    self.model,
-                    self.params,
-                    state,
-                    keys,
-                    count,
-                    self.stop_ids,
-                    config.sampling,
-                    config.scaling,
-                )
-            state.assign(new_state)
-            sampled += count
+        started = sampled = 1
+        queue = collections.deque()
+        while sampled < config.max_new_tokens and not stopped.all():
+            # An accelerator has the next call before the results of this one are read.
+            while started < config.max_new_tokens and len(queue) <= self.calls_ahead:
+                count = min(TOKENS_PER_CALL, config.max_new_tokens - started)
+                queue.append((count, self._decode(state, keys, count, config)))
+                started += count
+            count, tokens = queue.popleft()
             tokens = np.asarray(tokens)[:, :count]
-            _check_finite(np.where(stopped[:, None], 0, tokens), sampled - count + 1)
+            check_finite(np.where(stopped[:, None], 0, tokens), sampled + 1)
             yield [
                 [] if was_done else _until_stop(row, self.stop_ids)
                 for row, was_done in zip(tokens, stopped, strict=True)
             ]
+            sampled += count
+            stopped = stopped | np.isin(tokens, self.stop_ids).any(axis=1)
+
+    def _decode(self, state: DecodeState, keys, count: int, config: GenerationConfig):
+        """Starts the decoding of up to TOKENS_PER_CALL tokens per row; updates `state`."""
+        key = (len(state.token), kv_cache.num_slots(state.cache), config.sampling, config.scaling)
+        with self._calling("decode", *key):
+            tokens, new_state = programs.decode(
+                self.model,
+                self.params,
+                state,
+                keys,
+                count,
+                self.stop_ids,
+                config.sampling,
+                config.scaling,
+            )
+        state.assign(new_state)
+        return tokens
 
     def generate(self, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[int]]:
         """Returns the answer ids of each prompt, its stop id included if one was sampled."""
@@ -329,17 +338,6 @@ def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
     if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
         return sharding.mesh
     return None
-
-
-def _check_finite(tokens: Int[np.ndarray, "B n"], first: int) -> None:
-    """Raises NotFiniteError for NOT_FINITE among sampled tokens. first: number of the first one."""
-    _, columns = np.nonzero(tokens == NOT_FINITE)
-    if len(columns):
-        raise NotFiniteError(
-            f"the model gives NaN or infinite logits for token {first + columns.min()} of an "
-            "answer; its weights are damaged, or the dtype of the computation (float16?) is too "
-            "narrow for it: try float32"
-        )
 
 
 def _until_stop(tokens: Int[np.ndarray, " n"], stop_ids: tuple[int, ...]) -> list[int]:

@@ -5,13 +5,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from internvl3_jax.model.ops.attention import MASKED
 
 # Below this, decoding is greedy: float32 logits divided by less overflow.
 MIN_TEMPERATURE = 1e-6
 NOT_FINITE = -1  # returned by `sample` for a row whose logits are NaN or infinite
+
+
+class NotFiniteError(ValueError):
+    """The model gives NaN or infinite logits, from which no token can be sampled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +92,14 @@ def _nucleus(logits, top_p: float):
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     threshold = jnp.where(before < top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits >= jnp.minimum(threshold, descending[:, :1]), logits, MASKED)
+
+
+def check_finite(tokens: Int[np.ndarray, "B n"], first: int) -> None:
+    """Raises NotFiniteError for NOT_FINITE among sampled tokens. first: number of the first one."""
+    _, columns = np.nonzero(tokens == NOT_FINITE)
+    if len(columns):
+        raise NotFiniteError(
+            f"the model gives NaN or infinite logits for token {first + columns.min()} of an "
+            "answer; its weights are damaged, or the dtype of the computation (float16?) is too "
+            "narrow for it: try float32"
+        )
