@@ -221,7 +221,8 @@ def test_errors(tmp_path, capsys):
     for text, message in [
         ('{"question": "a"}', "line 1 has no answer"),
         ('{"question": "a", "answer": null}', "line 1 has no answer"),
-        ('{"prompt": "a"}', "line 1: question is missing"),
+        ('{"prompt": "a"}', "line 1: unknown key 'prompt'; did you mean 'question'\\?"),
+        ('{"answer": "a"}', "line 1: question is missing"),
         (
             '{"question": "a", "answer": 1, "images": ["a.png"]}',
             "line 1: unknown key 'images'; did you mean 'image'",

@@ -99,11 +99,11 @@ def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
     """
     for name in row.values:
         if name not in known:
-            near = (
-                f"; did you mean {ALIASES[name]!r}?"
-                if name in ALIASES
-                else strict_json.suggestion(name, known)
-            )
+            meant = ALIASES.get(name, "prompt" if name == "prompt" else None)
+            # What is a prompt in a request is a question in a file of questions.
+            if meant == "prompt" and meant not in known:
+                meant = "question"
+            near = f"; did you mean {meant!r}?" if meant else strict_json.suggestion(name, known)
             raise JsonError(
                 f"{row.where}: unknown key {excerpt(name)}"
                 f"{near or '; what is to be kept beside the answer goes into extra'}"
