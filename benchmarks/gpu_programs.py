@@ -67,15 +67,17 @@ GENERATION = {
 }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the results")
     parser.add_argument("--only", default="", help="compile the programs whose name contains this")
     parser.add_argument("--layers", type=int, help="layers of tower and decoder, for trials")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     names = [name for name in (*TRAIN, *GENERATION) if arguments.only in name]
     if not names:
         parser.error(f"no program's name contains {arguments.only!r}")
+    if arguments.output and not is_own(arguments.output):
+        parser.error(f"{arguments.output} exists and is not of this program; name another file")
     rows = {}
     for name in names:
         rows[name] = measure(name, arguments.layers)
@@ -83,6 +85,16 @@ def main() -> int:
         if arguments.output:
             save(arguments.output, rows)
     return 0
+
+
+def is_own(path: pathlib.Path) -> bool:
+    """Returns whether the file may be replaced: it does not exist, or this program wrote it."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return {"programs", "target"} <= set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def save(path: pathlib.Path, rows: dict) -> None:

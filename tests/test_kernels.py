@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import gpu_programs
 from internvl3_jax.fit import kernels
 from internvl3_jax.parallel import compiler_options
 
@@ -91,6 +92,18 @@ def test_launches_and_bytes():
 def test_a_text_without_an_entry_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         kernels.read("HloModule empty")
+
+
+def test_the_program_replaces_only_its_own_results(tmp_path, capsys):
+    path = tmp_path / "notes.json"
+    for content in ('{"scores": [1, 2]}', "[]", "3", "not JSON"):
+        path.write_text(content)
+        with pytest.raises(SystemExit):
+            gpu_programs.main(["--output", str(path)])
+        assert path.read_text() == content
+        assert "notes.json exists and is not of this program" in capsys.readouterr().err
+    gpu_programs.save(path, {})
+    assert gpu_programs.is_own(path) and gpu_programs.is_own(tmp_path / "new.json")
 
 
 # --- options -------------------------------------------------------------------------------------
