@@ -39,10 +39,10 @@ OWN_AUTOTUNE = "--xla_gpu_per_fusion_autotune_cache_dir={autotune}/compile"
 # The most valuable first. PyTorch runs between ours, on the same warm card.
 PARTS = (
     Part("ceilings", f"{PACKAGE}.ceilings", "", 30),
-    Part("correctness", f"{PACKAGE}.correctness", "", 110),
+    Part("correctness", f"{PACKAGE}.correctness", "", 150),
     Part("inference 1b", f"{PACKAGE}.inference", "1b", 90),
     Part("torch 1b", f"{PACKAGE}.torch_inference", "1b", 60),
-    Part("train 1b", f"{PACKAGE}.training", "1b", 70),
+    Part("train 1b", f"{PACKAGE}.training", "1b", 90),
     Part("torch train 1b", f"{PACKAGE}.torch_training", "1b", 45),
     Part("inference 8b", f"{PACKAGE}.inference", "8b", 95),
     Part("torch 8b", f"{PACKAGE}.torch_inference", "8b", 60),

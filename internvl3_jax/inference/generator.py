@@ -319,7 +319,9 @@ class Generator:
         tiles, rows, columns = feature_columns(prompts, keep, self.config.tokens_per_tile)
         if not tiles:
             return None
-        tiles, width = np.concatenate(tiles), self.config.language.hidden_size
+        # One image's tiles are not copied.
+        tiles = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
+        width = self.config.language.hidden_size
         with self.mesh_context():
             visual = programs.zero_features(len(prompts), length, width, self.dtype)
         start = 0

@@ -168,9 +168,10 @@ class VisionTower(nn.Module):
         On NVIDIA GPUs products take a multiple of 8 rows and cuDNN an even number of tokens, so
         that each layer would pad the 1,025 tokens of a tile several times.
         """
-        if platform() != "gpu" or self.attention not in ("auto", "cudnn"):
+        dtype = jnp.dtype(self.dtype)
+        if platform() != "gpu" or self.attention not in ("auto", "cudnn") or dtype.itemsize != 2:
             return 0
-        return -tokens % 8 if padding_works(self.config.head_dim, jnp.dtype(self.dtype)) else 0
+        return -tokens % 8 if padding_works(self.config.head_dim, dtype) else 0
 
 
 def unroll(params: dict, config: VisionConfig) -> dict:
