@@ -4,7 +4,7 @@ again, and random reads a second.
     python benchmarks/jsonl_index.py                 2 million rows, 1 GB of disk
     python benchmarks/jsonl_index.py --rows 50000    smaller
 
-The rows are single-picture conversations of varied length. Each step runs in a process of its own,
+The rows are single-image conversations of varied length. Each step runs in a process of its own,
 so that its peak memory is its alone; "imports" is that of a process that only imports the module.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def write_rows(path: str, rows: int) -> None:
-    """Every row has a picture; the text is 100 to 700 characters."""
+    """Every row has a image; the text is 100 to 700 characters."""
     words = "the picture shows a street with cars and people in front of an old house ".split()
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):
@@ -91,7 +91,7 @@ def start_step(step: str, path: str) -> dict:
 
 
 def run_step(step: str, path: str) -> dict:
-    """Seconds and peak memory of one step in this process. "text_only" scans for pictures to the
+    """Seconds and peak memory of one step in this process. "text_only" scans for images to the
     end of the file, finding none.
     """
     from internvl3_jax.data.sources import row_scan

@@ -3,8 +3,8 @@
     python benchmarks/packing.py            writes results/packing.json
 
 The streams imitate fine-tuning mixtures: sizes only, no pixels; shares and lengths are ours.
-"pictures": 30 % text, 60 % one picture, 10 % two to six; "video": 8 % videos of 8 to 32 frames
-besides, where the tiles run out before the tokens. Tiles by the grid rule on random picture sizes,
+"images": 30 % text, 60 % one image, 10 % two to six; "video": 8 % videos of 8 to 32 frames
+besides, where the tiles run out before the tokens. Tiles by the grid rule on random image sizes,
 256 tokens each; text log-normal around 300 tokens (text-only samples around 900). The reference's
 rule is that of its dataset_packed.py: open rows sorted by their tiles, first fit, a full row or the
 fullest of more than 20 goes out.
@@ -25,7 +25,7 @@ from internvl3_jax.data.packing import choose
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "packing.json"
 TOKENS, TILES = 16_384, 48
 REFERENCE_BUFFER = 20
-# text, one picture, several, video
+# text, one image, several, video
 MIXTURES = {"pictures": (0.3, 0.6, 0.1, 0.0), "video": (0.25, 0.57, 0.1, 0.08)}
 
 

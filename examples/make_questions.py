@@ -2,7 +2,7 @@
 
     python examples/make_questions.py    into examples/tiny_digits, beside the weights
 
-    pictures/01_read.png ...     the images
+    images/01_read.png ...     the images
     questions.jsonl              {"id": 1, "task": .., "prompt": .., "image": [PATHS], "expected": ..}
                                  per line
 

@@ -99,7 +99,7 @@ def test_an_index_in_the_cache_when_the_folder_cannot_be_written(tmp_path, monke
     )
 
 
-def test_tar_shards_bring_their_pictures(tmp_path):
+def test_tar_shards_bring_their_images(tmp_path):
     image = encoded(picture())
     for shard in range(2):
         named = {"image": ["x/0.b.png"], "conversations": turns("What?", f"{shard}")}

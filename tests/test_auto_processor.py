@@ -1,4 +1,4 @@
-"""An exported model in transformers from end to end: AutoProcessor makes of messages and pictures
+"""An exported model in transformers from end to end: AutoProcessor makes of messages and images
 what Chat does, and answers are equal.
 
 Needs torchvision, which does not go with the CPU build of PyTorch that the other tests use: `make
@@ -38,7 +38,7 @@ def exported(tmp_path_factory):
 
 
 def their_inputs(processor, question):
-    """The prompt's text with its pictures, as a user of transformers writes it."""
+    """The prompt's text with its images, as a user of transformers writes it."""
     pictures = [open_image(MODEL / path) for path in question["image"]]
     parts = []
     for number, text in enumerate(question["prompt"].split("<image>\n")):
@@ -69,7 +69,7 @@ def test_ids_pixels_and_answers(exported, question):
     ours = ((np.concatenate(tiles).astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
     theirs = inputs["pixel_values"].numpy()
     assert theirs.shape == ours.shape
-    # Another bicubic filter than Pillow's: a few levels of 255 apart where the picture has edges.
+    # Another bicubic filter than Pillow's: a few levels of 255 apart where the image has edges.
     assert np.abs(theirs - ours).mean() < 0.02 and np.abs(theirs - ours).max() < 0.35
 
     out = model.generate(**inputs, max_new_tokens=96, do_sample=False)

@@ -70,7 +70,7 @@ def test_a_question_is_run_once_for_all_its_candidates(monkeypatch):
     assert sum(tiles) == 4 + 1 and prompts == [2]
 
 
-def test_beginnings_with_pictures_and_positions():
+def test_beginnings_with_images_and_positions():
     """The prompt with a beginning of its answer is the prompt and the beginning's ids, one position
     further each.
     """

@@ -16,7 +16,7 @@ from tests.support.qwen_tokenizer import ADDED_IDS, random_texts
 
 
 def reference(messages, tiles, transformers_tokenizer, system):
-    """Ids and trained mask: each block is one string with the picture tokens in it, tokenised by
+    """Ids and trained mask: each block is one string with the image tokens in it, tokenised by
     itself.
     """
     tiles = iter(tiles)
@@ -41,7 +41,7 @@ def reference(messages, tiles, transformers_tokenizer, system):
 
 
 def random_conversations(count, seed):
-    """Messages and tiles; the text around pictures and at both ends of a message is anything,
+    """Messages and tiles; the text around images and at both ends of a message is anything,
     spaces and newlines included.
     """
     rng = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def test_random_conversations_equal_the_reference(
 
 @pytest.mark.parametrize("before", ["", "\n", "\n\n", " ", "a", "a\n", "a ", "你", "1"])
 @pytest.mark.parametrize("after", ["", "\n", "\n\n", " ", " a", "\na", " \n a", "。", "'s", "\r\n"])
-def test_text_next_to_a_picture(tokenizer, transformers_tokenizer, before, after):
+def test_text_next_to_a_image(tokenizer, transformers_tokenizer, before, after):
     messages = [user(f"{before}<image>{after}"), assistant(f"{after}x{before}")]
     tokens, trained = reference(messages, [2], transformers_tokenizer, TEMPLATES["internvl2_5"])
     encoded = encode(messages, tokenizer, [2])

@@ -35,7 +35,7 @@ def test_what_people_type_is_never_a_control_token(tokenizer):
             assert text in tokenizer.decode(encoded.tokens)
 
 
-def test_picture_tag_of_assistant_and_system_is_text(tokenizer):
+def test_image_tag_of_assistant_and_system_is_text(tokenizer):
     messages = [
         {"role": "system", "content": "<image> marks a picture."},
         user("a <image>"),

@@ -146,7 +146,7 @@ def test_a_failed_turn_does_not_enter_the_conversation(chat):
     """Every kind of mistake is named, leaves the conversation as it was, and costs it nothing of
     its cache.
 
-    Messages count the pictures and tags of the whole conversation: one of each came before.
+    Messages count the images and tags of the whole conversation: one of each came before.
     """
     expected = turns(chat, SCRIPT[:2], reuse=True)
     chat.reset()

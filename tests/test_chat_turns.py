@@ -15,7 +15,7 @@ from tests.support.tiny_checkpoint import picture
 
 
 def test_a_kept_cache_changes_no_answer(chat):
-    """Three turns with a second picture under another delta: the same ids with the cache of earlier
+    """Three turns with a second image under another delta: the same ids with the cache of earlier
     turns and without.
     """
     kept, fresh = turns(chat, SCRIPT, reuse=True), turns(chat, SCRIPT, reuse=False)
@@ -45,7 +45,7 @@ def test_a_conversation_is_one_prompt(chat):
     )
 
 
-def test_delta_changes_the_answer_and_stays_with_its_picture(chat):
+def test_delta_changes_the_answer_and_stays_with_its_image(chat):
     plain = turns(chat, SCRIPT[:2], reuse=True)
     assert chat.deltas == [UNITS]
     script = [
@@ -66,7 +66,7 @@ def test_delta_changes_the_answer_and_stays_with_its_picture(chat):
 
 
 def test_only_the_same_beginning_is_reused(chat):
-    """After `reset` the same question may find its cache no more; after another picture at the same
+    """After `reset` the same question may find its cache no more; after another image at the same
     place neither.
     """
     chat("Read the number.", images=[SMALL])

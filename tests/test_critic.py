@@ -194,8 +194,8 @@ def test_aggregates(aggregate, reduce):
         assert scores.score == pytest.approx(reduce(scores.scores))
 
 
-def test_pictures_and_question_are_run_once(monkeypatch):
-    """8 solutions: the picture's tiles and the question go through the model once, whatever the
+def test_images_and_question_are_run_once(monkeypatch):
+    """8 solutions: the image's tiles and the question go through the model once, whatever the
     number of solutions.
     """
     encoded, run = [], []

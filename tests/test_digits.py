@@ -1,5 +1,5 @@
 """The digits data: handwriting split for good, items that depend on their number alone, answers
-that are true of their pictures.
+that are true of their images.
 """
 
 import collections
@@ -35,7 +35,7 @@ def asked(per_task=40):
 
 
 def turns(question: Question):
-    """(what is asked, what is answered) of each turn, without the picture's tag."""
+    """(what is asked, what is answered) of each turn, without the image's tag."""
     users, answers = question.messages[::2], question.messages[1::2]
     assert [message["role"] for message in question.messages] == ["user", "assistant"] * len(users)
     return [
@@ -68,7 +68,7 @@ def test_test_handwriting_is_never_trained_on():
         assert np.bincount(labels).min() > 0.05 * len(labels)
 
 
-def test_training_pictures_use_training_handwriting_alone(monkeypatch):
+def test_training_images_use_training_handwriting_alone(monkeypatch):
     asked_for = []
     original = digits.handwriting
     monkeypatch.setattr(
@@ -116,7 +116,7 @@ def test_held_out_questions_stay_the_same():
 
 
 def test_every_kind_occurs():
-    """All tasks, one to five digits, one and several tiles, upright and lying pictures."""
+    """All tasks, one to five digits, one and several tiles, upright and lying images."""
     tasks, lengths, tiles = collections.Counter(), collections.Counter(), collections.Counter()
     for question in items():
         limit = image_limit(CONFIG.processor, len(question.images))
@@ -146,7 +146,7 @@ def test_the_first_items_are_easier():
 
 
 def test_answers_have_their_form_and_agree():
-    """Every answer parses; the answers about one picture do not contradict one another."""
+    """Every answer parses; the answers about one image do not contradict one another."""
     forms = {
         "read": r"\d{1,5}",
         "count": r"[1-5]",
@@ -183,7 +183,7 @@ def test_answers_have_their_form_and_agree():
 
 
 def test_boxes_lie_on_their_digits():
-    """Inside the picture, with ink in the middle, and from left to right."""
+    """Inside the image, with ink in the middle, and from left to right."""
     rng = np.random.default_rng(0)
     for number in range(120):
         scene = (digits.line if number % 2 else digits.sheet)(rng, "test", 5)
@@ -192,7 +192,7 @@ def test_boxes_lie_on_their_digits():
         paper = np.median(pixels.reshape(-1, 3), axis=0)
         assert 1 <= len(scene.digits) == len(scene.boxes) <= 5
         for left, top, right, bottom in scene.boxes:
-            # The sides of the picture are whole pixels.
+            # The sides of the image are whole pixels.
             assert 0 <= left < right <= width + 0.5 and 0 <= top < bottom <= height + 0.5
             inside = pixels[round(top) : round(bottom), round(left) : round(right)]
             assert (np.abs(inside - paper).sum(axis=-1) > 60).mean() > 0.1
@@ -200,7 +200,7 @@ def test_boxes_lie_on_their_digits():
             assert [box[0] for box in scene.boxes] == sorted(box[0] for box in scene.boxes)
 
 
-def test_written_boxes_are_thousandths_of_the_picture():
+def test_written_boxes_are_thousandths_of_the_image():
     assert digits.format_box((0, 10, 50, 40), (100, 40)) == "[0, 250, 500, 1000]"
     assert digits.format_box((-3, 0, 120, 40), (100, 40)) == "[0, 0, 1000, 1000]"
     for question in asked():

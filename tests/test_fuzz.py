@@ -21,7 +21,7 @@ QUICK = (
     "adapter",
     "checkpoint",
 )
-QUICK += ("pictures", "rows", "meta", "shards")
+QUICK += ("images", "rows", "meta", "shards")
 COUNT = 120
 pytestmark = pytest.mark.smoke
 

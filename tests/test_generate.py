@@ -149,7 +149,7 @@ def test_going_on_from_a_cache_is_starting_anew(keep):
     behind it.
     """
     prompt = make_prompt([(2, 64), (1, UNITS)], seed=5)
-    # before the pictures, at the first, behind the second
+    # before the images, at the first, behind the second
     assert keep in (3, prompt.runs[0][0], prompt.runs[1][0] + PER_TILE)
     run = make_run(limit=24)
     tokens = prompt.tokens.copy()
@@ -207,7 +207,7 @@ def test_buckets():
 
 
 def test_compiled_programs_are_no_more_than_buckets():
-    """100 random pictures with prompts of random lengths; afterwards nothing at all is compiled."""
+    """100 random images with prompts of random lengths; afterwards nothing at all is compiled."""
     # A width of its own: programs that another test compiled must not be found.
     config = dataclasses.replace(
         CONFIG, language=dataclasses.replace(LANGUAGE, intermediate_size=52, num_layers=1)

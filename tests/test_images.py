@@ -1,4 +1,4 @@
-"""Opening pictures of every kind."""
+"""Opening images of every kind."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def assert_same(image, expected):
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "JPEG", "WEBP", "TIFF", "GIF", "PPM"])
-def test_every_way_of_passing_a_picture(tmp_path, file_format):
+def test_every_way_of_passing_a_image(tmp_path, file_format):
     data = encoded(noise(), file_format)
     with Image.open(io.BytesIO(data)) as lazy:
         expected = lazy.convert("RGB")
@@ -84,7 +84,7 @@ def test_palette_with_transparency_keeps_its_colours_and_does_not_warn(transpare
     assert_same(opened, image.convert("RGB"))
 
 
-def test_transparent_palette_picture_is_left_as_it_was():
+def test_transparent_palette_image_is_left_as_it_was():
     image = noise().quantize(64)
     image.info["transparency"] = bytes(64)
     assert_same(open_image(image), noise().quantize(64).convert("RGB"))
@@ -215,13 +215,13 @@ def test_of_several_frames_the_first_is_taken_unless_one_is_chosen(file_format):
         assert_same(open_image(lazy), frames[1])
 
 
-def test_frame_of_a_single_picture():
+def test_frame_of_a_single_image():
     assert_same(open_image(encoded(noise()), frame=0), noise())
     with pytest.raises(ImageError, match="has no frame 1"):
         open_image(encoded(noise()), frame=1)
 
 
-def test_photograph_with_a_preview_is_one_picture():
+def test_photograph_with_a_preview_is_one_image():
     main, preview = noise(64, 48), noise(16, 12, seed=1)
     data = encoded(main, "MPO", save_all=True, append_images=[preview])
     with Image.open(io.BytesIO(data)) as lazy:

@@ -1,4 +1,4 @@
-"""What holds no picture, or one that is damaged or too large, is refused in one short line."""
+"""What holds no image, or one that is damaged or too large, is refused in one short line."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, file_format, kept):
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
-def test_damage_gives_a_picture_or_an_image_error(file_format):
+def test_damage_gives_a_image_or_an_image_error(file_format):
     data = encoded(noise(60, 40), file_format)
     rng = np.random.default_rng(5)
     for _ in range(60):
@@ -75,7 +75,7 @@ def test_things_that_are_no_source():
             open_image(thing)
 
 
-def test_pictures_without_pixels():
+def test_images_without_pixels():
     for source in (
         Image.new("RGB", (0, 5)),
         Image.new("RGB", (5, 0)),

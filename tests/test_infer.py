@@ -179,7 +179,7 @@ def test_a_conversation_ends_with_its_input(ask, monkeypatch):
 
 
 def test_the_program_fails_with_one_line(pictures):
-    """A picture that is not there: no answer, no traceback, not even of a library."""
+    """A image that is not there: no answer, no traceback, not even of a library."""
     flags = [
         "--checkpoint",
         tiny_checkpoint.directory(),

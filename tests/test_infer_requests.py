@@ -15,7 +15,7 @@ FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish"}
 
 @pytest.fixture
 def requests(tmp_path, pictures):
-    """requests.jsonl with pictures relative to it, several of them, none, an id of its own and an
+    """requests.jsonl with images relative to it, several of them, none, an id of its own and an
     empty line.
     """
     for name in ("wide.png", "small.png"):

@@ -108,7 +108,7 @@ def test_the_pipeline_reads_what_is_written(data, stage):
     seen = [names[source] for item in found for row in item.origins for source, _ in row]
     assert set(seen) == set(names)
     if stage == "pretrain":
-        # text to pictures 1 : 3
+        # text to images 1 : 3
         assert np.mean([name in ("book", "words") for name in seen]) == pytest.approx(
             0.25, abs=0.07
         )
@@ -152,8 +152,8 @@ def test_nothing_held_out_is_trained_on(example, data):
         {number for number in range(40) if f"chapter{number} " in text} for text in texts
     ]
     assert chapters_of[1] <= {9, 19, 29, 39} and not chapters_of[0] & {9, 19, 29, 39}
-    # Another hand's drawings are in the pictures of other_drawings alone; of the searches every
-    # picture is held out.
+    # Another hand's drawings are in the images of other_drawings alone; of the searches every
+    # image is held out.
     images = {
         image.split("/")[0]
         for part in rows_of(data, "long").values()

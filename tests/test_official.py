@@ -167,7 +167,7 @@ def test_bad_meta_files(tmp_path):
         read_meta("letters")
 
 
-def test_roots_matter_only_for_pictures(tmp_path):
+def test_roots_matter_only_for_images(tmp_path):
     assert len(one_source(tmp_path, [TEXT], root="gone")) == 1
     with pytest.raises(MetaError, match="entry 'a': root: no such file"):
         one_source(tmp_path, [{"image": "a.png", **TEXT}], root="gone")

@@ -152,7 +152,7 @@ def test_either_budget_closes_a_row():
         )
 
 
-def test_text_without_pictures():
+def test_text_without_images():
     rows = [row for row, _ in packed(make_samples(20, most_tiles=0))]
     assert sum(len(segments_of(row)) for row in rows) == 20
     assert all((row["tiles"] == 0).all() for row in rows)
@@ -242,8 +242,8 @@ def test_rows_of_the_pipeline_are_consistent():
             )
 
 
-def test_each_picture_draws_its_delta():
-    """All of 1, 1/2 and 1/4 occur; within a picture the steps are equal, whatever the tile."""
+def test_each_image_draws_its_delta():
+    """All of 1, 1/2 and 1/4 occur; within a image the steps are equal, whatever the tile."""
     drawn = set()
     for row in first_rows():
         for part in segments_of(row):

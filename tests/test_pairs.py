@@ -50,7 +50,7 @@ def both(folder):
 # --- the sample ----------------------------------------------------------------------------------
 
 
-def test_a_row_holds_each_picture_once(both):
+def test_a_row_holds_each_image_once(both):
     apart, shared = both
     count = apart["answers"].max(axis=1) // 2
     assert 1 < count.max() <= PAIRS

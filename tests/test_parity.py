@@ -125,7 +125,7 @@ def test_greedy_tokens(family):
 
 @pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: "-".join(map(str, family)))
 def test_ragged_batch_is_one_by_one(family):
-    """Rows of different lengths, with and without pictures, against transformers' left-padded rows
+    """Rows of different lengths, with and without images, against transformers' left-padded rows
     alone and ours alone.
     """
     _, config, params = pair(*family)

@@ -34,7 +34,7 @@ TEXT = {"conversations": turns("hi", "ho")}
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """Three sources: pictures with recompression, one or two a row; a video; text."""
+    """Three sources: images with recompression, one or two a row; a video; text."""
     folder = tmp_path_factory.mktemp("mixture")
     for number in range(6):
         picture(20 + 15 * number, 30, seed=number).save(folder / f"{number}.png")
@@ -113,7 +113,7 @@ def test_samples_differ_from_epoch_to_epoch_and_follow_their_rules(mixture):
     same = [s for s in samples if (s["source"], s["row"]) == (0, 5)]
     assert len({s["tiles"].tobytes() for s in same}) == len(same) > 3  # recompressed anew
     assert {len(s["tiles"]) for s in same} == {4}  # 95 x 30 pixels: three tiles and the thumbnail
-    # 3 // 2 tiles for either picture
+    # 3 // 2 tiles for either image
     assert {len(s["tiles"]) for s in samples if (s["source"], s["row"]) == (0, 6)} == {2}
     steps = {step for s in samples for step in np.diff(s["positions"]).tolist() if step < UNITS}
     assert steps == {UNITS // 2, UNITS // 4}
@@ -183,7 +183,7 @@ def encode_long(messages, tiles):
     return encode_chat(messages, tiles, tokenizer(), PROCESSOR, add_generation_prompt=False)
 
 
-def test_truncation_keeps_whole_turns_and_whole_pictures():
+def test_truncation_keeps_whole_turns_and_whole_images():
     whole = encode_long(LONG, [3, 1, 2])
     lengths = [
         len(encode_long(LONG[: 2 * n], [3, 1, 2][: (n + 1) // 2]).tokens) for n in range(1, 7)

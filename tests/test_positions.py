@@ -58,7 +58,7 @@ def test_text_only_counts_up():
 @pytest.mark.parametrize(
     ("length", "runs"),
     [
-        (20, [(1, 16)]),  # the picture comes first, after <img>
+        (20, [(1, 16)]),  # the image comes first, after <img>
         (18, [(2, 16)]),  # the sequence ends inside the run, as a truncated sample does
         (20, [(0, 16)]),  # nothing before the run
         (16, [(0, 16)]),  # nothing but the run
@@ -71,7 +71,7 @@ def test_equals_step_by_step(length, runs, delta):
     assert_follows_rule(length, runs, [delta] * len(runs))
 
 
-def test_random_sequences_with_a_delta_for_each_picture():
+def test_random_sequences_with_a_delta_for_each_image():
     rng = np.random.default_rng(7)
     for _ in range(200):
         runs, free = [], int(rng.integers(0, 3))
@@ -119,7 +119,7 @@ def test_overflow_is_an_error():
         build_positions(LAST_WHOLE + 2, [], [])
     with pytest.raises(ValueError, match="beyond"):
         next_position(positions[-1:])
-    # The same number of tokens fits where a picture takes smaller steps.
+    # The same number of tokens fits where a image takes smaller steps.
     assert build_positions(LAST_WHOLE + 2, [(5, 256)], [128])[-1] < LAST_WHOLE * UNITS
 
 

@@ -252,7 +252,7 @@ def test_a_truncated_file_is_refused_unless_that_is_allowed(tmp_path):
     assert 10 < seen[0] < 60 and len(pictures) == seen[0]
 
 
-def test_a_cover_picture_is_not_the_video(tmp_path):
+def test_a_cover_image_is_not_the_video(tmp_path):
     import av
 
     path = tmp_path / "a.mp4"

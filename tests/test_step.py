@@ -103,7 +103,7 @@ def test_several_devices_are_one():
 
 
 def test_packed_rows_are_separate_rows():
-    """Loss and gradients: several pictures, mixed deltas, text without pictures."""
+    """Loss and gradients: several images, mixed deltas, text without images."""
     samples = [sample(shape, seed, source=seed % 3) for seed, shape in enumerate(SHAPES[:4])]
     assert_close(descent(pack(samples), num_sources=3), expected())
 

@@ -64,7 +64,7 @@ def cut_by_hand(image, side, limit, thumbnail=True):
 
 
 def noise(width, height, seed=0):
-    """A picture with structure at every scale, so that any change of filter or order shows."""
+    """A image with structure at every scale, so that any change of filter or order shows."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 120, width)[None, :, None] + np.linspace(0, 100, height)[:, None, None]
     pixels = ramp + rng.integers(0, 36, (height, width, 3))
@@ -323,12 +323,12 @@ def test_count_equals_what_is_cut():
     assert count_tiles(1344, 1792, PROCESSOR) == 13
 
 
-def test_only_rgb_pictures_are_cut():
+def test_only_rgb_images_are_cut():
     with pytest.raises(ValueError, match="not mode L; .*open_image"):
         cut_tiles(Image.new("L", (10, 10)), PROCESSOR)
 
 
-def test_the_picture_and_the_tiles_share_no_memory():
+def test_the_image_and_the_tiles_share_no_memory():
     image = noise(32, 32)
     before = np.asarray(image).copy()
     cut_tiles(image, TINY)[:] = 0

@@ -1,4 +1,4 @@
-"""What pictures cost: the pure functions and the command line."""
+"""What images cost: the pure functions and the command line."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_cost_of_a_screen():
     assert image_cost(1920, 1080, dataclasses.replace(PROCESSOR, delta=128)).positions == 1152 + 2
 
 
-def test_cost_of_a_picture_that_cannot_be():
+def test_cost_of_a_image_that_cannot_be():
     with pytest.raises(ValueError, match="0 x 3 pixels"):
         image_cost(0, 3, PROCESSOR)
 
@@ -62,7 +62,7 @@ def test_positions_agree_with_the_positions_of_a_sequence():
                 cost.tokens == cost.visual_tokens + 2 == cost.tiles * processor.tokens_per_tile + 2
             )
             # One text token before <img>, so that the token after </img> is as far from it as the
-            # picture and one step.
+            # image and one step.
             positions = build_positions(cost.tokens + 2, [(2, cost.visual_tokens)], [delta])
             assert positions[-1] - positions[0] == (cost.positions + 1) * UNITS
 
@@ -75,7 +75,7 @@ def test_cache_bytes_equal_a_count_of_every_number():
     assert cache_bytes_per_token(SIZES["1b"].language) == 12_288
 
 
-def test_report_shares_the_limit_among_pictures():
+def test_report_shares_the_limit_among_images():
     report = prompt_report(
         [("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10, "shared"
     )

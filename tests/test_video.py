@@ -1,4 +1,4 @@
-"""The frames that training and evaluation choose from a video, and that the pictures are those
+"""The frames that training and evaluation choose from a video, and that the images are those
 frames.
 """
 

@@ -26,7 +26,7 @@ SHAPES = [
 def make_row(pictures=(), seed=0, text=4):
     """Returns a row of one sample: `text` tokens before, between and after its images.
 
-    pictures: (tiles, V2PE delta in units) of each image.
+    images: (tiles, V2PE delta in units) of each image.
     """
     rng = np.random.default_rng(seed)
     tokens, runs = list(rng.integers(0, IMAGE, text)), []

@@ -25,7 +25,7 @@ def make_run(rows=1, limit=20, seeds=None, **sampling) -> GenerationConfig:
 
 
 def make_prompt(pictures=(), seed=0, text=5) -> Prompt:
-    """`text` tokens before, between and after pictures of noise, given as (tiles, delta in units)."""
+    """`text` tokens before, between and after images of noise, given as (tiles, delta in units)."""
     rng = np.random.default_rng(seed)
     tokens, runs, tiles = list(rng.integers(0, IMAGE, text)), [], []
     size = CONFIG.vision.image_size
@@ -37,7 +37,7 @@ def make_prompt(pictures=(), seed=0, text=5) -> Prompt:
     return Prompt(np.asarray(tokens, np.int32), positions, runs, tiles)
 
 
-# Prompts of different lengths: with and without pictures, with and without V2PE.
+# Prompts of different lengths: with and without images, with and without V2PE.
 RAGGED = [
     make_prompt([(1, UNITS)], seed=1),
     make_prompt(seed=2, text=9),

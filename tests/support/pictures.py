@@ -1,4 +1,4 @@
-"""Makes pictures of noise and encodes them."""
+"""Makes images of noise and encodes them."""
 
 import io
 

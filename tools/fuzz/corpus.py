@@ -42,7 +42,7 @@ def build(corpus: pathlib.Path) -> None:
     _data(corpus / "data")
     _requests(corpus / "ask")
     _questions(corpus / "questions")
-    _pictures(corpus / "pictures")
+    _images(corpus / "images")
     (corpus / "tiny.py").write_text(TRAIN)
     (corpus / "pairs.py").write_text(PAIRS)
     _pairs(corpus / "pairs")
@@ -174,7 +174,7 @@ def _questions(folder: pathlib.Path) -> None:
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _pictures(folder: pathlib.Path) -> None:
+def _images(folder: pathlib.Path) -> None:
     """Writes an image of each format that Pillow can write here."""
     from tests.support.official_data import picture
 
@@ -184,7 +184,7 @@ def _pictures(folder: pathlib.Path) -> None:
         try:
             image.save(folder / f"good.{suffix}")
         except (OSError, KeyError, ValueError):
-            print(f"no picture of kind {suffix}: Pillow was built without it", file=sys.stderr)
+            print(f"no image of kind {suffix}: Pillow was built without it", file=sys.stderr)
     image.convert("P").save(folder / "palette.png")
     image.convert("CMYK").save(folder / "cmyk.jpg")
     image.convert("1").save(folder / "bit.png")

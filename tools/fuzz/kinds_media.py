@@ -12,10 +12,10 @@ from tools.fuzz.kinds_models import corpus
 from tools.fuzz.mutate import byte_changes, edit_bytes
 
 
-def picture_cases(rng: random.Random) -> Iterator[Case]:
-    kind = "pictures"
-    for path in sorted((corpus() / "pictures").iterdir()):
-        file = f"pictures/{path.name}"
+def image_cases(rng: random.Random) -> Iterator[Case]:
+    kind = "images"
+    for path in sorted((corpus() / "images").iterdir()):
+        file = f"images/{path.name}"
         # A bitmap cut at 99 %, or with a flipped pixel, may still be valid.
         for change, _, spoil in rng.sample(list(byte_changes(file, rng, "either", 4)), 9):
             certain = any(
@@ -42,7 +42,7 @@ def picture_cases(rng: random.Random) -> Iterator[Case]:
             yield Case(kind, change, expected, spoil, (path.name,))
     for name, content in _strange().items():
         for suffix in ("png", "jpg"):
-            file = f"pictures/good.{suffix}"
+            file = f"images/good.{suffix}"
             yield Case(
                 kind,
                 f"{name} as {suffix}",
@@ -181,6 +181,6 @@ def video_cases(rng: random.Random) -> Iterator[Case]:
 
 
 KINDS = [
-    Kind("pictures", ("pictures",), programs.open_pictures, picture_cases, programs.printed),
+    Kind("images", ("images",), programs.open_images, image_cases, programs.printed),
     Kind("video", DATA, cases=video_cases, **DOCTOR),
 ]

@@ -134,7 +134,7 @@ def shard_cases(rng: random.Random) -> Iterator[Case]:
             )
         ],
         "a size of 32 TiB": [("5.json", b"", {"pax_headers": {"size": str(32 << 40)}})],
-        "a picture without a row": [("5.png", b"x", {})],
+        "an image without a row": [("5.png", b"x", {})],
         "two rows of one sample": [("5.json", b"{}", {}), ("5.a.json", b"{}", {})],
         "a row that names a file outside": [
             (

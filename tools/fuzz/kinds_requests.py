@@ -194,7 +194,7 @@ def answer_cases(rng: random.Random) -> Iterator[Case]:
         (f"--output={REQUESTS}",),
     )
     yield Case(
-        kind, "output is a picture", "refuse", nothing, ("wide.png",), ("--output=ask/wide.png",)
+        kind, "output is an image", "refuse", nothing, ("wide.png",), ("--output=ask/wide.png",)
     )
 
 

@@ -162,14 +162,14 @@ def examined(folder: pathlib.Path) -> str:
     return json.dumps([report["errors"], report["sources"]])
 
 
-def open_pictures(arguments: tuple[str, ...]) -> int:
+def open_images(arguments: tuple[str, ...]) -> int:
     """Cuts images into tiles as inference does, and prints a summary of each."""
     from internvl3_jax.data.media.images import open_image
     from internvl3_jax.data.media.tiles import cut_tiles
     from tests.support.tiny_checkpoint import PROCESSOR
 
-    good = pathlib.Path(_cache).parent / "pictures"
-    for name in sorted(f"pictures/{path.name}" for path in good.iterdir()):
+    good = pathlib.Path(_cache).parent / "images"
+    for name in sorted(f"images/{path.name}" for path in good.iterdir()):
         try:
             tiles = cut_tiles(open_image(name), PROCESSOR)
         except (ValueError, OSError) as error:
