@@ -166,14 +166,22 @@ def test_padded_keys_must_have_no_gradient(on_gpu, monkeypatch, leak, works):
     assert cudnn_attention.padding_works(64, jnp.dtype("bfloat16")) is works
 
 
-@pytest.mark.parametrize(("policy", "forward_kernels"), [("attention", 1), ("full", 2)])
-def test_remat_attention_runs_the_forward_kernel_once(monkeypatch, policy, forward_kernels):
-    """Its sums for the gradient are kept with its output. Nothing is run: the trace is counted."""
+@pytest.mark.parametrize(
+    ("policy", "forward_kernels"), [("attention", 1), ("dots", 1), ("full", 2)]
+)
+def test_remat_runs_the_forward_kernel_once(monkeypatch, capsys, policy, forward_kernels):
+    """Its output is kept with its sums for the gradient, and only once, also where an odd number of
+    tokens was padded. Nothing is run: the trace is counted.
+    """
     monkeypatch.setattr(internal, "check_cudnn_version", lambda: 91_000)
     layer = jax.checkpoint(
         lambda q, k, v: cudnn_attention.cudnn(q, k, v, None).sum(), policy=POLICIES[policy]
     )
-    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 63, 2, 64), jnp.bfloat16)
     trace = str(jax.make_jaxpr(jax.grad(layer))(x, x, x))
     assert len(re.findall(r"= dot_product_attention_fwd\w*\[", trace)) == forward_kernels
     assert len(re.findall(r"= dot_product_attention_bwd\w*\[", trace)) == 1
+
+    jax.ad_checkpoint.print_saved_residuals(layer, x, x, x)
+    kept = [line for line in capsys.readouterr().out.splitlines() if "argument" not in line]
+    assert len(kept) == (2 if forward_kernels == 1 else 0), kept

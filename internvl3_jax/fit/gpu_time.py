@@ -16,6 +16,7 @@ import dataclasses
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.fit.kernels import Program
 from internvl3_jax.fit.step_cost import StepCost
+from internvl3_jax.model.ops.remat import recomputes_attention
 from internvl3_jax.training.hardware import Chip
 
 _PRODUCTS = 0.66
@@ -54,7 +55,7 @@ def predict(program: Program, cost: StepCost, config: TrainConfig, chip: Chip) -
         # Each layer runs the forward kernel, perhaps again under remat, and the backward kernel.
         again = program.select("attention", scope).launches / sizes.num_layers - 2
         attention[part] = (flops * (1 + again / _PASSES), sizes.head_dim)
-        recomputed += flops / _PASSES if policy in ("dots", "full", "offload") else 0
+        recomputed += flops / _PASSES if recomputes_attention(policy, tpu=False) else 0
     scores = sum(cost.computed[f"{part}, attention"] for part in attention) + recomputed
     others = sum(program.select(kind).bytes for kind in ("copy", "elementwise"))
     times = {

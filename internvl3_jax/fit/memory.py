@@ -169,7 +169,7 @@ def _decoder_saved(device: PerDevice) -> int:
         "full": 0,
         "offload": 0,
         "attention": 2 * queries + 2 * keys + sums,
-        "dots": queries + 2 * keys + stream + 2 * hidden,
+        "dots": queries + 2 * keys + stream + 2 * hidden + (0 if device.tpu else queries + sums),
         # Three float32 arrays of each norm, its result and attention's; six arrays of the MLP's
         # width; every kernel as it is used.
         "none": 14 * stream
@@ -216,7 +216,7 @@ def _tower_saved(device: PerDevice) -> int:
         "full": 0,
         "offload": 0,
         "attention": 3 * stream + heads + sums,
-        "dots": 5 * stream + hidden,
+        "dots": 5 * stream + hidden + (0 if device.tpu else heads + sums),
         # As in the decoder, and the mask of drop path, a byte per value.
         "none": 17 * stream + 4 * hidden + 4 * heads + sums + _used(device, "vision/layers/"),
     }

@@ -16,6 +16,7 @@ from internvl3_jax.fit.memory import Memory
 from internvl3_jax.fit.per_device import PerDevice
 from internvl3_jax.fit.topology import Topology
 from internvl3_jax.fit.traffic import Traffic, exchanges, gathers, memory_traffic
+from internvl3_jax.model.ops.remat import recomputes_attention
 from internvl3_jax.training import flops
 
 # Products in the backward pass of attention, per two in the forward pass, by whether it is a TPU.
@@ -176,7 +177,7 @@ def _tower(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
         "dots": 0,
         "attention": 2 * length * (products["proj"] + products["fc1"]),
     }.get(policy, dense - 2 * length * products["fc2"])
-    scores_again = 1 if policy in ("dots", "full", "offload") else 0
+    scores_again = 1 if recomputes_attention(policy, device.tpu) else 0
     return result | {
         "tower": layers * (3 if device.trains("vision/layers/") else 2) * dense
         + counts["tiles"] * 2 * embedding,
@@ -225,7 +226,7 @@ def _decoder(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     tokens = device.config.data.tokens_per_row
     blocks = (tokens + min(_BLOCK, tokens)) / (tokens + 1) if device.tpu else 1
     attention = 4 * counts["pairs"] * blocks * heads
-    scores_again = 1 if policy in ("dots", "full", "offload") else 0
+    scores_again = 1 if recomputes_attention(policy, device.tpu) else 0
     passes = 3 if device.trains("language/layers/") else 2
     head = "language/embedding" if language.tie_embeddings else "language/head"
     return {

@@ -68,8 +68,8 @@ def attention(
           default devices where no mesh is in context, and by the sizes.
 
     Returns:
-      Outputs in q's dtype, named "attention_output" for ops/remat.py. A query that sees no key gets
-      finite numbers.
+      Outputs in q's dtype, named "attention_output" for ops/remat.py, but for cuDNN's. A query that
+      sees no key gets finite numbers.
 
     Raises:
       ValueError: The implementation is unknown, or does not support the devices, sizes or mask.

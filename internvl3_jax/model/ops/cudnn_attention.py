@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 
 from internvl3_jax.model.ops.context_parallel import gather_keys
 from internvl3_jax.model.ops.masks import Mask, causal_mask
-from internvl3_jax.model.ops.remat import checkpoint_name
 from internvl3_jax.model.ops.xla_attention import xla_attention
 
 # Largest error of the packed kernel in `packed_works`, as a share of the largest value. bfloat16
@@ -43,7 +42,7 @@ def cudnn(
     num_keys: Without a mask, the number of keys that are seen; None: all.
     """
     if is_packed(mask) and axis is None:
-        return checkpoint_name(_packed(q, k, v, mask), "attention_output")
+        return _packed(q, k, v, mask)
     if mask is not None:
         k, v, mask = gather_keys(k, v, mask, axis)
     batch, num_queries, length = q.shape[0], q.shape[1], k.shape[1]
@@ -63,7 +62,7 @@ def cudnn(
     # behind it.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
-    return checkpoint_name(out[:, :num_queries], "attention_output")
+    return out[:, :num_queries]
 
 
 def needs_dense_mask(mask: Mask | None) -> bool:

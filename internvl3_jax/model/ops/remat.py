@@ -4,7 +4,8 @@ Layers name their intermediates with `checkpoint_name`. A policy says which of t
 between the two passes. All but "offload" also keep the residual stream between the layers.
 
     none       keeps everything: fastest, most memory
-    dots       keeps products with weights; recomputes elementwise operations, norms and scores
+    dots       keeps products with weights, and cuDNN's attention; recomputes elementwise operations,
+               norms and other attention
     attention  keeps attention's inputs and output; recomputes the other products and the MLP
     full       keeps nothing: one more forward pass, least device memory without offloading
     offload    as full; the residual stream between the layers waits in the host's memory
@@ -19,14 +20,17 @@ from jaxtyping import Array, Shaped
 def _is_cudnn_attention(primitive, *_, **__) -> bool:
     """A policy that keeps the outputs of cuDNN's forward kernel, with its sums for the gradient.
 
-    jax gives those sums no name, and without them the kernel would run again.
+    jax gives those sums no name, and without them the kernel would run again. The kernel's output
+    has no name either: what is named after it would be kept beside it.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 _POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_cudnn_attention
+    ),
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("attention_input", "attention_output"),
         _is_cudnn_attention,
@@ -42,6 +46,11 @@ _POLICIES = {
 POLICIES = tuple(_POLICIES)
 # Policies that do not use the host's memory.
 ON_DEVICE = tuple(policy for policy in POLICIES if policy != "offload")
+
+
+def recomputes_attention(policy: str, tpu: bool) -> bool:
+    """Returns whether the backward pass runs attention's fused forward kernel again."""
+    return policy in ("full", "offload") or (policy == "dots" and tpu)
 
 
 def checkpoint_name(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*shape"]:
