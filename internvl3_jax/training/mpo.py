@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from internvl3_jax.config import LossConfig, TrainConfig
 
@@ -28,8 +28,8 @@ _LN2 = 0.6931471805599453
 class RewardShift(NamedTuple):
     """Mean of the rewards so far, which BCO subtracts. It is saved with the run."""
 
-    mean: jax.Array  # f32[]
-    count: jax.Array  # f32[], number of contributions
+    mean: Float32[Array, ""]
+    count: Float32[Array, ""]  # number of contributions
 
 
 def init_reward_shift() -> RewardShift:

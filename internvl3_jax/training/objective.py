@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from internvl3_jax.config import LoraConfig, LossConfig, TrainConfig
 from internvl3_jax.model import lora
@@ -29,8 +29,8 @@ from internvl3_jax.training.losses import chunked_cross_entropy
 class BatchTotals(NamedTuple):
     """Normalizers over the full batch of an update."""
 
-    weight: jax.Array  # f32[], sum of the loss weights
-    pairs: jax.Array  # f32[], number of pairs
+    weight: Float32[Array, ""]  # sum of the loss weights
+    pairs: Float32[Array, ""]  # number of pairs
 
 
 def batch_totals(batch: Mapping) -> BatchTotals:

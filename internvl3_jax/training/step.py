@@ -16,12 +16,13 @@ f32[] unless another shape is given:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32, PRNGKeyArray
 
 from internvl3_jax.config import LoraConfig, TrainConfig
 from internvl3_jax.model import lora
@@ -38,7 +39,7 @@ from internvl3_jax.training.optimizer import Optimizer, join
 class TrainState(NamedTuple):
     """What an update changes."""
 
-    step: jax.Array  # i32[], number of updates done
+    step: Int32[Array, ""]  # number of updates done
     params: dict
     opt_state: Any
     loss_state: RewardShift | tuple = ()
@@ -48,12 +49,12 @@ def train_step(
     loss_fn: Callable,
     optimizer: Optimizer,
     state: TrainState,
-    batch,
-    key,
-    ref_params=None,
+    batch: Mapping,
+    key: PRNGKeyArray,
+    ref_params: Mapping | None = None,
     *,
     micro_batches: int = 1,
-):
+) -> tuple[TrainState, dict]:
     """Computes one update.
 
     Args:
