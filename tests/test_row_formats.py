@@ -210,6 +210,7 @@ def _renamed(row, prefix):
         ([{"type": "image_ulr", "image_url": "a.png"}], "did you mean 'image_url'?"),
         ([{"type": ["text"], "text": "a"}], "part 1: type is ['text']"),
         ([text("a"), 5], "part 2: is 5; expected an object"),
+        ([], "turn 1: its value is an empty list"),
         ([{"type": "image", "imgae": "a.png"}], "did you mean 'image'?"),
         ([{"type": "image", "image": "a.png", "path": "b.png"}], "expected one of the keys image"),
         ([{"type": "image_url", "image_url": {"uri": "a.png"}}], "expected a path"),

@@ -9,6 +9,7 @@ import json
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.data.text.chat_template import TEMPLATES
 from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.io.integrity import MANIFEST
 
 # Scripts, digits, whitespace, an emoji and markup, on which tokenizers of equal size differ.
 _PROBE = (
@@ -75,7 +76,7 @@ def compare(saved: dict, now: dict, where: str, accept: bool) -> None:
             f"\n  {name}: made with {saved.get(name)!r}, now {now.get(name)!r}" for name in names
         )
         raise FingerprintError(
-            f"{where} was made with other settings than its files have now:{lines}\n"
+            f"{where}: {MANIFEST} records other settings than the files have now:{lines}\n"
             "Restore the files, or load with accept_fingerprint=True (--accept_fingerprint) to use "
             "the present ones"
         )

@@ -120,6 +120,8 @@ def _read_turn(turn, number: int, turns: Turns) -> None:
 
 def _join_parts(parts: list, number: int, role: str, turns: Turns) -> str:
     """Returns the text of a turn's parts and appends their paths to `turns`."""
+    if not parts:
+        raise RowError(f"turn {number}: its value is an empty list; give a text, or one part")
     lines = []
     for index, part in enumerate(parts, 1):
         where = f"turn {number}, part {index}"
