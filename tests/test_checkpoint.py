@@ -101,6 +101,8 @@ def test_parameters_are_read_to_where_a_mesh_puts_them(saved, tmp_path):
 def test_a_wrong_directory_says_what_was_expected(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="does not exist; give a checkpoint directory"):
+        load("x" * 5000)  # no file has a name that long
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(
         FileNotFoundError,

@@ -2,6 +2,7 @@
 model, a hub id.
 """
 
+import errno
 import logging
 import os
 import pathlib
@@ -31,6 +32,15 @@ _SNAPSHOT = re.compile(
 _HUB_ADDRESS = re.compile(r"(?:https?://(?:www\.)?huggingface\.co|hf:/)/(?P<id>[\w.-]+/[\w.-]+)")
 
 log = logging.getLogger(__name__)
+
+
+def _exists(path: pathlib.Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
@@ -66,7 +76,7 @@ def resolve_checkpoint(path: str | os.PathLike, verify: str = "sizes") -> pathli
     directory = as_path(path)
     if is_remote(directory):
         return _find_remote(directory, verify)
-    if not directory.exists():
+    if not _exists(directory):
         if HUB_ID.fullmatch(str(path)):
             return _download(str(path))
         raise FileNotFoundError(
