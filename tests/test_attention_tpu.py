@@ -17,11 +17,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from internvl3_jax.config import MeshConfig
+from internvl3_jax.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProcessorConfig,
+    TrainConfig,
+)
+from internvl3_jax.fit.lowering import Requests, lower_generation
 from internvl3_jax.model.ops.attention import attention, causal_mask
 from internvl3_jax.model.ops.remat import _POLICIES
 from internvl3_jax.parallel.collectives import platform
 from internvl3_jax.parallel.sharding import BATCH_AXES, TILE_AXES, make_mesh
+from internvl3_jax.sizes import SIZES
 
 pytestmark = pytest.mark.tpu_compiler
 
@@ -142,3 +150,21 @@ def test_a_kept_output_is_not_computed_again(policy, count):
         )
         == count
     )
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4, fsdp=1), MeshConfig(data=2, fsdp=1, tensor=2)])
+def test_decoding_writes_the_cache_without_a_loop(mesh):
+    """64 rows on each device; the only loop is that over the tokens."""
+    mesh = make_mesh(mesh, topology("v5p:2x2x1"))
+    config = TrainConfig(
+        model=SIZES["2b"],
+        processor=ProcessorConfig(),
+        data=DataConfig(),
+        optimizer=OptimizerConfig(),
+        steps=1,
+        compute_dtype="bfloat16",
+    )
+    rows = 64 * mesh.shape["data"]
+    decode = lower_generation(config, mesh, Requests(rows, 3840, 256, 13))["decode"].compile()
+    assert len(re.findall(r" while\(", decode.as_text())) == 1
+    assert decode.memory_analysis().temp_size_in_bytes / MIB < 200

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from internvl3_jax.config import LanguageConfig
-from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.collectives import constrain, platform
 from internvl3_jax.parallel.sharding import BATCH_AXES
 
 # [B,K,S,H] each. Rows and slots are not bound, since `grow` and `repeat` change them.
@@ -51,6 +51,15 @@ def write(
     The slots of each row are consecutive. The caller keeps slots + T within the buffer: JAX would
     silently shift an update that is not.
     """
+
+    if slots.shape[1] == 1 and platform() == "tpu":
+        # Importing Pallas takes a quarter of a second.
+        from internvl3_jax.model.ops import tpu_cache_write
+
+        if tpu_cache_write.is_supported(layer["k"]):
+            caches = layer["k"], layer["v"]
+            written = tpu_cache_write.write_token(caches, (k, v), slots[:, 0])
+            return {name: _shard(x) for name, x in zip(("k", "v"), written, strict=True)}
 
     def write_row(buffer, new, start):
         new = new.astype(buffer.dtype).swapaxes(0, 1)

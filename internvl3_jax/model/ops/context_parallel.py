@@ -40,14 +40,14 @@ def over_mesh(
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return attend(q, k, v, mask, None)
     if mask is None:
-        spec = jax.P(_dividing(q.shape[0], TILE_AXES))
+        spec = jax.P(dividing(q.shape[0], TILE_AXES))
         attend = functools.partial(attend, mask=None, axis=None)
         return jax.shard_map(attend, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(
             q, k, v
         )
 
     # Tokens are sharded where they divide; a cache's keys never are.
-    rows, tokens = _dividing(q.shape[0], BATCH_AXES), _dividing(q.shape[1], (CONTEXT,))
+    rows, tokens = dividing(q.shape[0], BATCH_AXES), dividing(q.shape[1], (CONTEXT,))
     keys = tokens if mask.self_attention else None
     axis = CONTEXT if keys and axis_size(CONTEXT) > 1 else None
     mask_specs = Mask(
@@ -79,7 +79,7 @@ def over_mesh(
     return out[:, :, :, :group].reshape(*out.shape[:2], heads, -1)
 
 
-def _dividing(size: int, axes: tuple[str, ...]):
+def dividing(size: int, axes: tuple[str, ...]):
     """Returns the axes that a dimension is sharded over; None where they do not divide it."""
     mesh = jax.sharding.get_abstract_mesh()
     names = tuple(name for name in axes if name in mesh.axis_names)
@@ -150,7 +150,7 @@ def from_zigzag(x: Shaped[Array, "B T *rest"], shards: int) -> Shaped[Array, "B 
 
 
 def _exchange(x, exchange):
-    spec = jax.P(_dividing(x.shape[0], BATCH_AXES), CONTEXT)
+    spec = jax.P(dividing(x.shape[0], BATCH_AXES), CONTEXT)
     return jax.shard_map(exchange, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
