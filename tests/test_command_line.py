@@ -69,10 +69,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
         (
             ["--nam=x"],
             2,
-            "error: --nam: there is no such option; did you mean 'name'?; run it with --help for all options",
+            "error: --nam: there is no such option; did you mean 'name'? Run it with --help for all options",
         ),
         (["--name=x", "--count=0"], 2, "error: --count=0: 0 is not a positive integer"),
-        (["--name=x", "more"], 2, "error: what is 'more'?; run it with"),
+        (["--name=x", "more"], 2, "error: what is 'more'? Run it with"),
         (["--name=value"], 1, r"error: two; lines \x1b[2J"),
         (["--name=missing"], 1, "error: no/such/file: No such file or directory"),
     ],

@@ -11,6 +11,7 @@ nor an OSError is a bug and keeps its traceback.
 
 import argparse
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -30,7 +31,6 @@ USAGE = 2
 INTERRUPTED = 128 + signal.SIGINT
 NO_READER = 128 + signal.SIGPIPE
 _UNBROKEN = re.compile(r"\S{1000,}")
-_HELP = "run it with --help for all options"
 
 
 class UsageError(ValueError):
@@ -38,6 +38,12 @@ class UsageError(ValueError):
 
 
 # --- errors --------------------------------------------------------------------------------------
+
+
+def _with_help(text: str) -> str:
+    """Adds how to get help to what is wrong with a command line."""
+    joined = f"{text} Run" if text.endswith("?") else f"{text}; run"
+    return f"{joined} it with --help for all options"
 
 
 def message(error: BaseException) -> str:
@@ -54,10 +60,10 @@ def message(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     lines = [line.strip() for line in printable(text).splitlines() if line.strip()]
-    text = " ".join(
-        line if number == len(lines) or line[-1] in ".:;," else f"{line};"
-        for number, line in enumerate(lines, 1)
-    )
+    for number, (line, following) in enumerate(itertools.pairwise(lines)):
+        if line[-1] not in ".:;,?":
+            lines[number] = f"{line}{'.' if following[0].isupper() else ';'}"
+    text = " ".join(lines)
     # An image in base64 that was given as a path would fill the terminal.
     return _UNBROKEN.sub(lambda match: short_name(match[0], 300), text)
 
@@ -98,7 +104,7 @@ def errors_in_one_line(*also: type[Exception], failed: int = 1) -> Iterator[None
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from error
     except (UsageError, app.UsageError) as error:
-        print(f"error: {message(error)}; {_HELP}", file=sys.stderr)
+        print(f"error: {_with_help(message(error))}", file=sys.stderr)
         raise SystemExit(USAGE) from error
     except (ValueError, OSError, *also) as error:
         text = f"error: {message(error)}"
@@ -151,7 +157,7 @@ class Parser(argparse.ArgumentParser):
                 text, unknown = f"unrecognized arguments: {wrong}", (None, wrong)
         near = suggestion(unknown[1], self._option_string_actions) if unknown else ""
         text = " ".join(printable(text).split())
-        print(f"error: {text}{near}; {_HELP}", file=sys.stderr)
+        print(f"error: {_with_help(text + near)}", file=sys.stderr)
         raise SystemExit(USAGE)
 
 
@@ -269,5 +275,5 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             r"flag --(\S+)=None: Flag --\S+ must have a value other than None", str(error)
         )
         text = f"--{missing[1]} is missing" if missing else message(error).removeprefix("flag ")
-    print(f"error: {text}; {_HELP}", file=sys.stderr)
+    print(f"error: {_with_help(text)}", file=sys.stderr)
     raise SystemExit(USAGE)
