@@ -113,7 +113,8 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
     from internvl3_jax import load
     from internvl3_jax.config import UNITS
     from internvl3_jax.data.batch import Prompt
-    from internvl3_jax.inference.generator import GenerationConfig, Generator
+    from internvl3_jax.inference.generation_config import GenerationConfig
+    from internvl3_jax.inference.generator import Generator
     from internvl3_jax.inference.programs import encode_tiles
     from internvl3_jax.inference.sampling import Sampling
 

@@ -10,7 +10,8 @@ import pytest
 
 from internvl3_jax import Chat, Critic, load
 from internvl3_jax.inference import programs
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
 from tests.support import tiny_checkpoint

@@ -8,7 +8,8 @@ import pytest
 
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import ContextError, GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import ContextError, Generator
 from internvl3_jax.inference.programs import TOKENS_PER_CALL
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.parallel import sharding

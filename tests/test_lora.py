@@ -13,7 +13,8 @@ from internvl3_jax.checkpoints import adapters, storage
 from internvl3_jax.checkpoints.adapters import Adapter
 from internvl3_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import language, lora, vision
 from internvl3_jax.model.internvl import InternVL, abstract_params

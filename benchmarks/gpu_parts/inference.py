@@ -14,11 +14,13 @@ from benchmarks.gpu_parts.profiling import top_kernels
 from benchmarks.gpu_parts.timing import jax_peak_gib, random_params, repeat
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference import programs
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference import programs, prompt_lookup
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.programs import TOKENS_PER_CALL, DecodeState
 from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.model import kv_cache
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.flops import forward_flops
@@ -39,6 +41,7 @@ def cases(size: str, smoke: bool) -> dict:
         "kernels of prefill": lambda: top_kernels(bench.prefill_call(1, images=False)),
         "kernels of tower": lambda: top_kernels(bench.encode_call()),
         f"decode batch {batches[0]}": functools.partial(bench.decode, batches[0]),
+        "prompt lookup batch 1": bench.lookup,
         f"prefill batch {batches[0]}": functools.partial(bench.prefill, batches[0]),
         f"prefill batch {batches[1]}": functools.partial(bench.prefill, batches[1]),
     }
@@ -124,29 +127,35 @@ class Inference:
         tower = self.tiles * (self.flops.vision_tile + self.flops.projector_tile)
         return values | _rate(tower + self._prompt_flops(), values) | self._sizes(1)
 
-    def decode_call(self, rows: int, calls: int = 1):
-        """Returns a function that decodes `calls` times TOKENS_PER_CALL tokens from a full cache.
+    def decoding(self, rows: int) -> DecodeState:
+        """Returns a state with a full cache of random values.
 
-        The cache is random: filling it by a prefill of 64 prompts may not fit.
+        Filling it by a prefill of 64 prompts may not fit.
         """
         slots = bucket(bucket(self.length) + NEW_TOKENS + TOKENS_PER_CALL)
         generator = self.generator  # made outside of the trace
         shapes = jax.eval_shape(lambda: generator.cache_with_room(rows, slots))
-        cache = random_params(shapes)
+        return self.begin(random_params(shapes), rows)
+
+    def begin(self, cache, rows: int) -> DecodeState:
         full = functools.partial(np.full, rows, dtype=np.int32)
-        holder = [cache]
+        return DecodeState(
+            cache,
+            jnp.asarray(full(7)),
+            jnp.asarray(full(UNITS * self.length)),
+            jnp.asarray(full(self.length)),
+            jnp.asarray(full(1)),
+            jnp.zeros(rows, bool),
+        )
+
+    def decode_call(self, rows: int, calls: int = 1):
+        """Returns a function that decodes `calls` times TOKENS_PER_CALL tokens from a full cache."""
+        holder = [self.decoding(rows).cache]
         settings = self.settings(rows, 1 + calls * TOKENS_PER_CALL)
 
         def call():
-            state = DecodeState(
-                holder[0],
-                jnp.asarray(full(7)),
-                jnp.asarray(full(UNITS * self.length)),
-                jnp.asarray(full(self.length)),
-                jnp.asarray(full(1)),
-                jnp.zeros(rows, bool),
-            )
-            for _ in generator.stream(state, settings):
+            state = self.begin(holder[0], rows)
+            for _ in self.generator.stream(state, settings):
                 pass
             holder[0] = state.cache
 
@@ -167,6 +176,26 @@ class Inference:
                 "tb_s": gigabytes / step,
             }
         )
+
+    def lookup(self) -> dict:
+        """Times a run of prompt lookup, which checks GUESSES tokens with the last one."""
+        holder, generator = [self.decoding(1).cache], self.generator
+
+        def call():
+            state = self.begin(holder[0], 1)
+            slots = kv_cache.num_slots(state.cache)
+            state.lookup = prompt_lookup.Lookup(
+                jnp.zeros((1, slots), jnp.int32), jnp.zeros(1, jnp.int32)
+            )
+            scaling = self.config.language.rope_scaling
+            inputs = (generator.model, generator.params, state, NEW_TOKENS, (), scaling)
+            tokens, _, state = prompt_lookup.decode(*inputs)
+            tokens.block_until_ready()
+            holder[0] = state.cache
+
+        values = self.measured(call)
+        step = values["ms"] / prompt_lookup.RUNS_PER_CALL
+        return values | self._sizes(1) | {"ms_per_run": step, "guesses": prompt_lookup.GUESSES}
 
     def _decode_bytes(self, rows: int) -> int:
         """Bytes that a step must read: the decoder but for the embedding, and the valid cache."""

@@ -21,7 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clon
 from examples.tiny_digits.recipe.data import iou
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.sources.catalog import open_sources
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.positions import parse_delta
 

@@ -20,6 +20,8 @@ class Answer:
       reused_tokens: tokens of the prompt that were in the cache from earlier turns.
       finish: "stop" for a stop token or text, "length" if `max_new_tokens` cut the answer off.
       compile_seconds: spent on compiling programs, 0.0 if all had been compiled before.
+      model_runs: runs of the model for the tokens after the first; with `prompt_lookup` one run may
+        give several.
     """
 
     text: str
@@ -31,6 +33,7 @@ class Answer:
     reused_tokens: int = 0
     finish: str = "stop"
     compile_seconds: float = 0.0
+    model_runs: int = 0
 
     @property
     def seconds_per_token(self) -> float:

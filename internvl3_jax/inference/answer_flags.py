@@ -54,6 +54,12 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 is all.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
+flags.DEFINE_bool(
+    "prompt_lookup",
+    False,
+    "Guess tokens from the prompt and the answer and check several at once: the same greedy answer "
+    "in less time where it repeats what it read.",
+)
 flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
 
 # --- images ---------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ flags.DEFINE_bool(
 SECTIONS = {
     "Model": ["checkpoint", "adapter", "use", "dtype", "system"],
     "Question": ["prompt", "image", "json", "stats"],
-    "Answer": ["max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop"],
+    "Answer": ["max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt_lookup", "stop"],
     "Images": [
         "max_tiles",
         "tiles",
@@ -234,8 +240,8 @@ def _check_best_of() -> None:
 
 def chat_options() -> dict:
     """Returns keyword arguments of `Chat`."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "system", *IMAGE_FLAGS)
-    return {name: FLAGS[name].value for name in names} | {
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt_lookup", "system")
+    return {name: FLAGS[name].value for name in (*names, *IMAGE_FLAGS)} | {
         "stop": tuple(FLAGS.stop),
         "delta": tuple(FLAGS.delta) or None,
     }

@@ -19,7 +19,8 @@ import numpy as np
 from internvl3_jax.data.batch import Prompt, make_prompt
 from internvl3_jax.data.text.chat_template import insert_missing_tags
 from internvl3_jax.inference.answer import Answer, Stopwatch
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.options import OptionChanges, Options, units
 from internvl3_jax.inference.programs import DecodeState
 from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
@@ -57,6 +58,7 @@ class Chat:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
+        prompt_lookup: bool = False,
         stop: str | Sequence[str] = (),
         delta: str | float | Sequence | None = None,
         max_tiles: int | None = None,
@@ -78,6 +80,7 @@ class Chat:
             top_p=top_p,
             top_k=top_k,
             seed=seed,
+            prompt_lookup=prompt_lookup,
             stop=stop,
             delta=delta,
             max_tiles=max_tiles,
@@ -181,7 +184,7 @@ class Chat:
         for (piece,) in self._decode_texts(state, config, [streamer], watch):
             yield piece
         # 4) The turn is complete: it enters the conversation.
-        self.last = self._answer(streamer, prompt, options, watch, reused_tokens=keep)
+        self.last = self._answer(streamer, prompt, options, watch, state, reused_tokens=keep)
         self._turns.append((len(self.messages), len(self.tiles)))
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         self.tiles, self.deltas = tiles, deltas
@@ -272,14 +275,19 @@ class Chat:
             seeds, self._scaling(options, []), greedy_every=n if greedy_first else 0
         )
         streamers = [TextStreamer(self.tokenizer, options.stop) for _ in seeds]
-        for _ in self._decode_texts(
-            self.generator.start(prompts, config), config, streamers, watch
-        ):
+        state = self.generator.start(prompts, config)
+        for _ in self._decode_texts(state, config, streamers, watch):
             pass
         # 3) n answers per prompt.
         answers = [
             self._answer(
-                streamer, prompts[row // n], options, watch, keep_start=bool(answer_prefixes)
+                streamer,
+                prompts[row // n],
+                options,
+                watch,
+                state,
+                row,
+                keep_start=bool(answer_prefixes),
             )
             for row, streamer in enumerate(streamers)
         ]
@@ -307,11 +315,14 @@ class Chat:
         prompt: Prompt,
         options: Options,
         watch: Stopwatch,
+        state: DecodeState,
+        row: int = 0,
         *,
         reused_tokens: int = 0,
         keep_start: bool = False,
     ) -> Answer:
         ids = streamer.ids
+        runs = len(ids) - 1 if state.lookup is None else int(state.lookup.num_runs[row])
         stopped = streamer.ended or (ids and ids[-1] in self.generator.stop_ids)
         return Answer(
             text=streamer.text.rstrip() if keep_start else streamer.text.strip(),
@@ -323,6 +334,7 @@ class Chat:
             reused_tokens=reused_tokens,
             finish="stop" if stopped or len(ids) < options.max_new_tokens else "length",
             compile_seconds=watch.compile_seconds,
+            model_runs=runs,
         )
 
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:

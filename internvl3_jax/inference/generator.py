@@ -10,7 +10,7 @@ B rows, T prompt tokens, S cache slots, D decoder width.
 
 import collections
 import contextlib
-import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 from internvl3_jax.checkpoints import adapters
 from internvl3_jax.config import UNITS, ModelConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference import programs
+from internvl3_jax.inference import programs, prompt_lookup
 from internvl3_jax.inference.compile_clock import CompileClock
+from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.programs import TOKENS_PER_CALL, DecodeState
 from internvl3_jax.inference.prompt_batch import bucket, feature_columns, pack_prompts, tile_pieces
-from internvl3_jax.inference.sampling import Sampling, check_finite
+from internvl3_jax.inference.sampling import check_finite
 from internvl3_jax.model import kv_cache, language, lora, vision
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.sharding import param_shardings
@@ -35,23 +36,6 @@ from internvl3_jax.positions import next_position
 
 class ContextError(ValueError):
     """A prompt that is too long for the model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-    """How a batch is generated.
-
-    Attributes:
-      max_new_tokens: tokens per answer.
-      sampling: how they are sampled.
-      seeds: one per row; several rows may continue one prompt (see `Generator.start`).
-      scaling: rope scaling, "none" under V2PE.
-    """
-
-    max_new_tokens: int
-    sampling: Sampling
-    seeds: tuple[int, ...]
-    scaling: str
 
 
 class Generator:
@@ -205,7 +189,10 @@ class Generator:
         cache = self.repeat_cache(cache, copies)
         position = np.asarray([next_position(prompt.positions) for prompt in prompts], np.int32)
         position, slot = np.repeat([position, packed.last + 1 + keep], copies, axis=1)
-        return DecodeState(cache, token, position, slot, np.ones(len(slot), np.int32), done)
+        state = DecodeState(cache, token, position, slot, np.ones(len(slot), np.int32), done)
+        if config.prompt_lookup and prompt_lookup.is_exact(self.config, position, config):
+            state.lookup = prompt_lookup.start(prompts, copies, kv_cache.num_slots(cache), token)
+        return state
 
     def hidden_states(
         self,
@@ -264,6 +251,10 @@ class Generator:
         token, stopped = np.asarray(state.token), np.asarray(state.done)
         check_finite(token[:, None], 1)
         yield [[int(first)] for first in token]
+        if state.lookup is not None:
+            run = functools.partial(self._run_lookup, state, config)
+            yield from prompt_lookup.stream(run, stopped, config, self.stop_ids, self.calls_ahead)
+            return
         started = sampled = 1
         queue = collections.deque()
         while sampled < config.max_new_tokens and not stopped.all():
@@ -281,6 +272,16 @@ class Generator:
             ]
             sampled += count
             stopped = stopped | np.isin(tokens, self.stop_ids).any(axis=1)
+
+    def _run_lookup(self, state: DecodeState, config: GenerationConfig):
+        """Starts a call of `prompt_lookup.decode`, whose tokens and counts it returns."""
+        key = (len(state.token), kv_cache.num_slots(state.cache), config.scaling)
+        with self._calling("prompt lookup", *key):
+            *sampled, new_state = prompt_lookup.decode(
+                self.model, self.params, state, config.max_new_tokens, self.stop_ids, config.scaling
+            )
+        state.assign(new_state)
+        return sampled
 
     def _decode(self, state: DecodeState, keys, count: int, config: GenerationConfig):
         """Starts the decoding of up to TOKENS_PER_CALL tokens per row; updates `state`."""

@@ -39,6 +39,7 @@ class DecodeState:
       slot: i32[B], where its keys and values go.
       num_sampled: i32[B], tokens sampled so far; the random keys are numbered by it.
       done: bool[B], whether the row has sampled a stop token.
+      lookup: a `prompt_lookup.Lookup`, or None.
     """
 
     cache: Any
@@ -47,6 +48,7 @@ class DecodeState:
     slot: Any
     num_sampled: Any
     done: Any
+    lookup: Any = None
 
     def assign(self, other: "DecodeState") -> None:
         """Takes the arrays of `other`, after its own were donated to the call that made them."""

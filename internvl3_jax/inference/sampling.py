@@ -50,6 +50,10 @@ class Sampling:
             if not holds:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be {rule}")
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
+
 
 def sample(
     logits: Float[Array, "B V"], keys: Shaped[Array, " B"], sampling: Sampling
@@ -61,14 +65,20 @@ def sample(
     Returns:
       token ids; NOT_FINITE for a row with NaN or positive infinity among its logits
     """
+    if sampling.is_greedy:
+        return greedy(logits)
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
     return jnp.where(finite, _sampled(logits, keys, sampling), NOT_FINITE)
 
 
+def greedy(logits: Float[Array, "*rows V"]) -> Int32[Array, "*rows"]:
+    """Returns the likeliest token of each row; NOT_FINITE as `sample` does."""
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.where(finite, jnp.argmax(logits, axis=-1).astype(jnp.int32), NOT_FINITE)
+
+
 def _sampled(logits, keys, sampling: Sampling):
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if sampling.temperature < MIN_TEMPERATURE:
-        return greedy
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     if sampling.top_k:
         kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
@@ -78,7 +88,7 @@ def _sampled(logits, keys, sampling: Sampling):
     sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     if not sampling.greedy_every:
         return sampled
-    return jnp.where(jnp.arange(len(sampled)) % sampling.greedy_every == 0, greedy, sampled)
+    return jnp.where(jnp.arange(len(sampled)) % sampling.greedy_every == 0, likeliest, sampled)
 
 
 def _nucleus(logits, top_p: float):

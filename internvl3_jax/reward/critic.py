@@ -24,7 +24,8 @@ from internvl3_jax.data.batch import Prompt, cut_images
 from internvl3_jax.data.critic_format import BAD, GOOD, critic_messages, split_steps
 from internvl3_jax.data.text.chat_template import ChatError, encode_chat, insert_missing_tags
 from internvl3_jax.inference import programs
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.options import Options, check_int
 from internvl3_jax.inference.prompt_batch import bucket

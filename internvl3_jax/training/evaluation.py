@@ -13,7 +13,8 @@ from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.loader import BatchLoader
 from internvl3_jax.data.pipeline import open_sources, source_names
 from internvl3_jax.data.sources.meta import MetaError
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL

@@ -6,7 +6,8 @@ import numpy as np
 
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.positions import build_positions
 from tests.support.tiny_checkpoint import CONFIG, random_params

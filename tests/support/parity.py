@@ -9,7 +9,7 @@ from internvl3_jax.checkpoints.hf.assemble import params_from_tensors
 from internvl3_jax.checkpoints.hf.config import from_hf
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import GenerationConfig
+from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.positions import build_positions
 from tests.support.torch_reference import build_reference

@@ -24,7 +24,8 @@ import numpy as np
 
 from internvl3_jax.config import LoraConfig, MeshConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import kv_cache, language, lora
 from internvl3_jax.model.internvl import InternVL

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 from examples.tiny_digits.recipe import data
 from internvl3_jax import Checkpoint, load
 from internvl3_jax.data.batch import cut_images, make_prompt
-from internvl3_jax.inference.generator import GenerationConfig, Generator
+from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io import safe_files
 from internvl3_jax.training.run_log import LOG, read_rows
