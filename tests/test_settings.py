@@ -259,6 +259,8 @@ def test_values_are_read_by_their_fields_types(load):
 
 @pytest.mark.parametrize("argument, message", [
     ("--config.data.rowz=3", "--config.data.rowz: there is no such setting; did you mean 'data.rows'?"),
+    ("--config.data.on_error=skip", "there is no such setting; data has source, .*overlong"),
+    ("--config.optimizer.lr=1", "there is no such setting; optimizer has name, learning_rate"),
     ("--config.evaluate_every=3", "there is no such setting; did you mean 'eval.every'?"),
     ("--config.log_every=3", "did you mean 'logging.every'?"),
     ("--config.keep_best=3", "did you mean 'checkpoint.keep_best'?"),

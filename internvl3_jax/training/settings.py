@@ -265,12 +265,16 @@ def _known(path: str):
 def _similar_fields(path: str) -> list[str]:
     """Returns the dotted fields that a misspelt or misplaced name may mean, at most three."""
     group, _, name = path.rpartition(".")
+    is_group = dataclasses.is_dataclass(_type_of(group))
 
     def score(field: str) -> float:
         of_group, _, last = field.rpartition(".")
-        pairs = (name, last), (path.replace(".", "_"), field.replace(".", "_"))
+        pairs = [(name, last)]
+        if not is_group:  # names of one group have it in common, which makes none of them similar
+            pairs.append((path.replace(".", "_"), field.replace(".", "_")))
         similarity = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return 0.0 if similarity < 0.6 else similarity + 0.1 * bool(group and of_group == group)
+        least = 0.75 if is_group and of_group != group else 0.65
+        return 0.0 if similarity < least else similarity + 0.1 * bool(group and of_group == group)
 
     scores = {field: score(field) for field in _all_fields(TrainConfig)}
     best = max(scores.values())
