@@ -5,7 +5,6 @@ import pathlib
 from benchmarks.gpu_parts.part import latest, read
 
 # Case of both sides -> the value that is compared; less is better.
-COMPARED = {"vision tower": "ms_per_tile", "remat full": "ms", "first token": "ms"}
 
 
 def write(output: pathlib.Path) -> str:
@@ -64,14 +63,16 @@ def _ratios(good: dict) -> list[str]:
         kind, _, size = part.partition(" ")
         if kind not in ("inference", "train") or case.startswith("kernels"):
             continue
-        name = COMPARED.get(case, "ms_per_token" if case.startswith("decode") else "ms")
+        name = next(
+            name for name in ("ms_per_tile", "ms_per_token", "ms_per_run", "ms") if name in row
+        )
         peer_part = "torch train" if kind == "train" else "torch"
         size = size.split()[0]
         eager = good.get((f"{peer_part} {size}", case), {}).get(name)
         compiled = good.get((f"{peer_part} compiled {size}", case), {}).get(name)
         best = min(value for value in (eager, compiled, float("inf")) if value is not None)
         decodes = case.startswith("decode")
-        speed, limit = (row["tb_s"], read_speed) if decodes else (row["tflop_s"], matmul)
+        speed, limit = (row["tb_s"], read_speed) if decodes else (row.get("tflop_s"), matmul)
         rows.append(
             (
                 part,
@@ -80,7 +81,7 @@ def _ratios(good: dict) -> list[str]:
                 f"{eager:.3f}" if eager else "-",
                 f"{compiled:.3f}" if compiled else "-",
                 f"{best / row[name]:.2f}" if best < float("inf") else "-",
-                f"{100 * speed / limit:.1f} %" if limit else "-",
+                f"{100 * speed / limit:.1f} %" if speed and limit else "-",
                 _gib(row),
                 _gib(good.get((f"{peer_part} {size}", case), {})),
             )
@@ -88,7 +89,7 @@ def _ratios(good: dict) -> list[str]:
     heading = ("part", "case", "ours, ms", "torch eager", "torch compiled", "torch / ours")
     heading += ("of the ceiling", "peak GiB", "torch's")
     note = [
-        "Milliseconds per tile (vision tower), per token (decode), per call or step (the rest). "
+        "Milliseconds per tile (vision tower), per token (decode), per run of 8 tokens (prompt lookup), per call or step (the rest). "
         "The ceiling is the read bandwidth for decode and the largest product for the rest. Our "
         "peak is that of the process up to the case.",
         "",
