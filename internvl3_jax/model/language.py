@@ -26,7 +26,7 @@ from internvl3_jax.model.ops.linear import Dense, as_two_rows, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables
-from internvl3_jax.parallel.collectives import constrain
+from internvl3_jax.parallel.collectives import constrain, platform
 from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES
 
 
@@ -125,6 +125,12 @@ class DecoderLayer(nn.Module):
         else:
             gate, up = self.gate(x), self.up(x)
         return self.down(constrain(nn.silu(gate) * up, BATCH_AXES, "context", "tensor"))
+
+
+def float32_layer(config: LanguageConfig, params: dict, *arguments) -> tuple:
+    """Calls a `DecoderLayer` of the fused layout that computes in float32, without a kernel."""
+    layer = DecoderLayer(config, jnp.float32, fused=True, attention="xla")
+    return layer.apply({"params": params}, *arguments)
 
 
 class Decoder(nn.Module):
@@ -247,11 +253,28 @@ class Decoder(nn.Module):
         if not self.unrolled:
             x, _ = self.layers(x, rope, mask)
             return self.norm(from_zigzag(x, shards)), None
+        if cache is not None and self._is_fused_step(x, cache):
+            from internvl3_jax.model.ops.fused_decode import decode_layers
+
+            layers = [layer.variables["params"] for layer in self.layer]
+            x, new_cache = decode_layers(self.config, layers, x, rope, slots, cache)
+            return self.norm(x), new_cache
         new_cache = []
         for index, layer in enumerate(self.layer):
             x, layer_cache = layer(x, rope, mask, slots, None if cache is None else cache[index])
             new_cache.append(layer_cache)
         return self.norm(from_zigzag(x, shards)), None if cache is None else new_cache
+
+    def _is_fused_step(self, x: Float[Array, "B T D"], cache: kv_cache.Cache) -> bool:
+        """Returns whether ops/fused_decode.py computes the layers for these tokens."""
+        if platform() != "gpu" or not is_decoding(x) or not self.fused or self.attention != "auto":
+            return False
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            return False
+        from internvl3_jax.model.ops.fused_decode import decodes_here
+
+        layers = [layer.variables for layer in self.layer]
+        return decodes_here(self.config, layers, x, cache, float32_layer)
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """Returns the output kernel as stored, for losses that compute logits in chunks."""
