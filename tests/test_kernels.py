@@ -89,6 +89,24 @@ def test_launches_and_bytes():
     assert program.bytes == 25 * 2 * (2 * row + 4) + 11 * whole + 16
 
 
+def test_the_kernels_of_decoding():
+    text = """HloModule decode
+
+ENTRY %main (x: f32[8], cache: f32[64]) -> (f32[8], f32[64]) {
+  %x = f32[8]{0} parameter(0)
+  %cache = f32[64]{0} parameter(1)
+  %p = f32[8]{0} custom-call(%x), TARGET, metadata={op_name="jit(norm_product)/k"}
+  ROOT %a = (f32[8]{0}, f32[64]{0}) custom-call(%p, %cache), TARGET, ALIAS, metadata={op_name="jit(attend)/k"}
+}
+"""
+    alias = "output_to_operand_aliasing={{1}: (1, {})}"
+    text = text.replace("TARGET", 'custom_call_target="mosaic_gpu_v2"').replace("ALIAS", alias)
+    program = kernels.read(text)
+    # The cache is read, and not all of it written.
+    found = [(k.name, k.kind, k.bytes) for k in program.kernels]
+    assert found == [("p", "product", 64), ("a", "attention", 32 + 256)]
+
+
 def test_a_text_without_an_entry_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         kernels.read("HloModule empty")

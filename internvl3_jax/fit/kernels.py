@@ -138,9 +138,12 @@ def _kernel(instruction: Instruction, shapes, computations, times: int) -> Kerne
 
 
 def _kind(instruction: Instruction, target: str, inside: list[Instruction]) -> str:
-    if "fmha" in target:
+    # Those of ops/fused_decode.py are named by their functions.
+    is_own, is_attention = "mosaic_gpu" in target, "(attend)" in instruction.rest
+    if "fmha" in target or (is_own and is_attention):
         return "attention"
-    if any(name in target for name in ("gemm", "cublas", "cudnn")) or instruction.opcode == "dot":
+    libraries = "gemm", "cublas", "cudnn"
+    if is_own or any(name in target for name in libraries) or instruction.opcode == "dot":
         return "product"
     opcodes = {x.opcode for x in inside}
     if opcodes & {"dot", "custom-call"}:
@@ -162,7 +165,11 @@ def _bytes(instruction: Instruction, shapes, inside: list[Instruction]) -> int:
         return 2 * _size(shapes.get(names[-1 if instruction.opcode == "scatter" else 1], ""))
     if instruction.opcode in _SLICES:
         return 2 * _size(instruction.shape)
-    return sum(_size(shapes.get(name, "")) for name in names) + _size(instruction.shape)
+    inputs = sum(_size(shapes.get(name, "")) for name in names)
+    # A kernel that updates its inputs in place writes a few values.
+    return inputs + _size(instruction.shape) * (
+        "output_to_operand_aliasing" not in instruction.rest
+    )
 
 
 def _size(shape: str) -> int:
