@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 
+import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
@@ -117,7 +118,9 @@ class _Bar(Progress):
 
     def __init__(self, **options):
         percent = TextColumn("{task.percentage:>5.1f}%")
-        super().__init__(TextColumn("{task.description}"), BarColumn(None), percent, **options)
+        columns = TextColumn("{task.description}"), BarColumn(None), percent
+        # rich's own console keeps the width that the terminal had when it was first used.
+        super().__init__(*columns, console=rich.console.Console(), **options)
 
     def get_renderables(self):
         yield from super().get_renderables()
