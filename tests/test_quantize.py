@@ -114,12 +114,13 @@ def test_what_8b_takes():
 
 
 def test_without_qwix(monkeypatch):
+    """NF4 alone needs it."""
     monkeypatch.setitem(sys.modules, "qwix", None)
-    config = dataclasses.replace(
-        train_config(), lora=dataclasses.replace(SETTINGS, quantize="int8")
-    )
-    with pytest.raises(
-        ImportError, match=r"lora.quantize needs qwix: pip install -e '\.\[quant\]'"
-    ):
-        lora.freeze_base(config)
-    lora.freeze_base(dataclasses.replace(config, lora=SETTINGS))
+    few = {
+        kind: dataclasses.replace(train_config(), lora=dataclasses.replace(SETTINGS, quantize=kind))
+        for kind in KINDS
+    }
+    with pytest.raises(ImportError, match=r"nf4 needs qwix: pip install -e '\.\[quant\]'"):
+        lora.freeze_base(few["nf4"])
+    lora.freeze_base(few["int8"])
+    prepared("int8")

@@ -11,6 +11,7 @@ layouts:
 """
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -24,6 +25,7 @@ from internvl3_jax.model.ops.attention import MASKED, Mask, attention, cache_mas
 from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
 from internvl3_jax.model.ops.linear import Dense, as_two_rows, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
+from internvl3_jax.model.ops.quantize import is_quantized, scale_columns, split_scales
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables
 from internvl3_jax.parallel.collectives import constrain, platform
@@ -276,13 +278,14 @@ class Decoder(nn.Module):
         layers = [layer.variables for layer in self.layer]
         return decodes_here(self.config, layers, x, cache, float32_layer)
 
-    def head_kernel(self) -> Float[Array, "D V"]:
+    def head_kernel(self) -> Float[Array, "D V"] | Mapping[str, Array]:
         """Returns the output kernel as stored, for losses that compute logits in chunks."""
         return self.embedding.T if self.config.tie_embeddings else self.head()
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Returns logits; those of the vocabulary's padding are -1e30."""
-        kernel = self.head_kernel().astype(self.dtype)
+        kernel, scales = split_scales(self.head_kernel())
+        kernel = kernel.astype(self.dtype)
         head = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         if is_decoding(hidden):
             # Weight-stationary, as in ops/linear.py.
@@ -290,6 +293,8 @@ class Decoder(nn.Module):
             logits = as_two_rows(head, hidden, kernel)
         else:
             logits = head(hidden, kernel)
+        if scales is not None:
+            logits = scale_columns(logits, scales)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         in_vocab = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
@@ -303,7 +308,11 @@ class Head(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self) -> Float[Array, "D V"]:
+    def __call__(self) -> Float[Array, "D V"] | Mapping[str, Array]:
+        # A quantized kernel is a subtree, which `self.param` would not accept.
+        if self.has_variable("params", "kernel"):
+            if is_quantized(stored := self.get_variable("params", "kernel")):
+                return stored
         return self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.features))
 
 

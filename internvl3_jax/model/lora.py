@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from internvl3_jax.config import LoraConfig, TrainConfig
-from internvl3_jax.model.ops.quantize import KINDS, dequantize, library, quantize
+from internvl3_jax.model.ops.quantize import KINDS, dequantize, is_quantized, library, quantize
 from internvl3_jax.param_tree import match_paths, path_name
 
 SUBTREE = "lora"
@@ -49,7 +49,7 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
 
     Raises:
       ValueError: A field of `config.lora` is invalid.
-      ImportError: `lora.quantize` is set and qwix is not installed.
+      ImportError: `lora.quantize` is nf4 and qwix is not installed.
     """
     settings = config.lora
     if not settings.rank:
@@ -66,7 +66,7 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
         raise ValueError(
             f"lora.quantize is {settings.quantize!r}; it must be none, {' or '.join(KINDS)}"
         )
-    if settings.quantize != "none":
+    if settings.quantize == "nf4":
         library()  # fails here rather than after the base has been read
 
     # One pattern for everything that is not trained. Applying it twice changes nothing.
@@ -209,14 +209,13 @@ def merged(
     adapters = _flatten(variables(params, config).get(SUBTREE, {}), is_leaf=_is_adapter)
 
     def merge(path, leaf):
-        is_quantized = isinstance(leaf, Mapping)
-        leaf_dtype = dtype or (jnp.float32 if is_quantized else leaf.dtype)
+        leaf_dtype = dtype or (jnp.float32 if is_quantized(leaf) else leaf.dtype)
         adapter = adapters.get(path.removesuffix("/kernel"))
-        if adapter is None and not is_quantized:
+        if adapter is None and not is_quantized(leaf):
             return leaf.astype(leaf_dtype)
         return merged_leaf(leaf, adapter, jnp.dtype(leaf_dtype))
 
-    base = _flatten(base_params(params), is_leaf=_is_quantized_kernel)
+    base = _flatten(base_params(params), is_leaf=is_quantized)
     return _unflatten({path: merge(path, leaf) for path, leaf in base.items()})
 
 
@@ -260,10 +259,6 @@ def expected_zero_grads(trainable: Mapping) -> list:
 
 def _is_adapter(node) -> bool:
     return isinstance(node, Mapping) and "a" in node
-
-
-def _is_quantized_kernel(node) -> bool:
-    return isinstance(node, Mapping) and any(kind in node for kind in KINDS)
 
 
 def _map_adapters(function: Callable, adapters: Mapping) -> dict:

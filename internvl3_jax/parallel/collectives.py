@@ -9,6 +9,8 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from internvl3_jax.parallel.sharding import BATCH_AXES, RULES, SHARDED_AXES
@@ -114,16 +116,20 @@ def barrier_after(
 
 
 def matmul_weight_stationary(
-    x: Shaped[Array, "B 1 d_in"], weight: Shaped[Array, "d_in d_out"], path: str
+    x: Shaped[Array, "B 1 d_in"],
+    weight: Shaped[Array, "d_in d_out"],
+    path: str,
+    dtype: DTypeLike | None = None,
 ) -> Shaped[Array, "B 1 d_out"]:
     """Computes x @ weight without moving the weight at `path`.
 
     Every device multiplies its shard of the weight with the rows that share it. The products, which
-    are small, are exchanged and summed.
+    are small, are exchanged and summed. dtype: of the result; None is that of x.
     """
     in_axis, out_axis = _rule(path) or (None, None)
     rows = ("slice", "data")
-    return constrain(constrain(x, rows, None, in_axis) @ weight, rows, None, out_axis)
+    product = jnp.matmul(constrain(x, rows, None, in_axis), weight, preferred_element_type=dtype)
+    return constrain(product, rows, None, out_axis)
 
 
 def _rule(path: str) -> tuple | None:

@@ -53,11 +53,15 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"vision/(class_embedding|position_embedding)", ()),
     (r"vision/patch_embedding/kernel", (None, WIDTH)),
     (r"language/embedding", ("tensor", WIDTH)),
-    (r"language/head/kernel", (WIDTH, "tensor")),
+    (r"language/head/kernel(/int8|/fp8)?", (WIDTH, "tensor")),
+    (r"language/head/kernel/scales", (None, "tensor")),
     (r"(vision|projector|language)/(.*/)?(bias|scale|layer_scale1|layer_scale2)", ()),
     # A linear layer: its kernel, the quantized kernel (ops/quantize.py), and the two factors of its
     # adapter (lora.py).
-    *((rf"{layer}/kernel(/int8|/nf4)?", (rows, columns)) for layer, (rows, columns) in _MATRICES),
+    *(
+        (rf"{layer}/kernel(/int8|/fp8|/nf4)?", (rows, columns))
+        for layer, (rows, columns) in _MATRICES
+    ),
     *((rf"{layer}/kernel/scales", (None, columns)) for layer, (_, columns) in _MATRICES),
     *((rf"lora/{layer}/a", (rows, None)) for layer, (rows, _) in _MATRICES),
     *((rf"lora/{layer}/b", (None, columns)) for layer, (_, columns) in _MATRICES),

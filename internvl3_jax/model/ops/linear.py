@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from internvl3_jax.model.ops.quantize import dequantize
+from internvl3_jax.model.ops.quantize import PER_COLUMN, dequantize, format_of, scale_columns
 from internvl3_jax.parallel.collectives import (
     all_gather_weight,
     barrier_after,
@@ -93,14 +93,29 @@ class Dense(nn.Module):
         return self._split(jnp.dot(x, kernel))
 
     def _quantized(self, x, kernel: Mapping):
-        """Multiplies with a quantized kernel, which is all-gathered in its few bits.
+        """Multiplies with a quantized kernel, which is moved between devices in its few bits.
 
-        The backward pass unpacks it again instead of keeping it.
+        A kernel with one scale per column enters the product as it is stored, so that the compiler
+        converts it where the product reads it. The backward pass converts it again instead of
+        keeping it.
         """
-        leaves = {name: self._all_gather(leaf, f"kernel/{name}") for name, leaf in kernel.items()}
-        return jax.checkpoint(lambda x, leaves: jnp.dot(x, dequantize(leaves, self.dtype)))(
-            x, leaves
-        )
+        kind = format_of(kernel)
+        path = "/".join((*self.path, "kernel", kind))
+        if kind not in PER_COLUMN:
+            leaves = {
+                name: self._all_gather(leaf, f"kernel/{name}") for name, leaf in kernel.items()
+            }
+            dot = jax.checkpoint(lambda x, leaves: jnp.dot(x, dequantize(leaves, self.dtype)))
+            return dot(x, leaves)
+        values, scales = kernel[kind], kernel["scales"]
+        if is_decoding(x):
+            product = as_two_rows(
+                matmul_weight_stationary, x, values.astype(self.dtype), path, jnp.float32
+            )
+            return scale_columns(product, scales).astype(self.dtype)
+        x, values = barrier_after(x, values, path)
+        values, scales = all_gather_weight(values, path), self._all_gather(scales, "kernel/scales")
+        return jax.checkpoint(scaled_dot)(x, values, scales)
 
     def _adapter(self, x):
         a, b = (
@@ -115,6 +130,16 @@ class Dense(nn.Module):
 
     def _all_gather(self, leaf, name: str, *prefix: str):
         return all_gather_weight(leaf, "/".join((*prefix, *self.path, name)))
+
+
+def scaled_dot(
+    x: Float[Array, "*rows d_in"],
+    values: Shaped[Array, "d_in d_out"],
+    scales: Float[Array, "1 d_out"],
+) -> Float[Array, "*rows d_out"]:
+    """Returns (x @ values) * scales in x's dtype; the product is summed and scaled in float32."""
+    product = jnp.dot(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+    return scale_columns(product, scales).astype(x.dtype)
 
 
 def as_two_rows(matmul: Callable, x: Shaped[Array, "B 1 d_in"], *arguments):
