@@ -107,10 +107,9 @@ def open_checkpoint(path: str, adapters: list[str] = ()):
     loading.use_compilation_cache(FLAGS.compilation_cache)
     devices = None if FLAGS["devices"].using_default_value else FLAGS.devices
     mesh = loading.make_mesh(devices, FLAGS.fsdp, FLAGS.hosts)
-    checks = {
-        name: FLAGS[name].value for name in ("accept_fingerprint", "verify", "allow_nonfinite")
-    }
-    return loading.open_checkpoint(path, dtype=FLAGS.dtype, mesh=mesh, adapters=adapters, **checks)
+    names = ("accept_fingerprint", "verify", "allow_nonfinite", "weights", "quantize_tower")
+    options = {name: FLAGS[name].value for name in names}
+    return loading.open_checkpoint(path, dtype=FLAGS.dtype, mesh=mesh, adapters=adapters, **options)
 
 
 def open_chooser(checkpoint, chat):

@@ -35,10 +35,14 @@ class Adapter:
 
     def parts(self, base: Mapping) -> dict:
         """Returns the subtrees of the base that differ with it, "lora" among them."""
-        replaced = {name: base[name] for name in self.whole}
-        return storage.nest(storage.by_path(replaced) | storage.by_path(self.whole)) | {
-            lora.SUBTREE: self.lora
+        whole = storage.by_path(self.whole)
+        replaced = {
+            path: leaf
+            for path, leaf in storage.by_path({name: base[name] for name in self.whole}).items()
+            # A kernel that is given in full replaces both parts of a quantized one.
+            if path.rpartition("/")[0] not in whole
         }
+        return storage.nest(replaced | whole) | {lora.SUBTREE: self.lora}
 
 
 # --- in a run ------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ def check_base(
     """
     if descriptions is None:
         log.warning(
-            "%s: not compared with its base, which is loaded in a narrower dtype than %s",
+            "%s: not compared with its base, which is quantized or loaded in a narrower dtype than %s",
             where,
             base.dtype,
         )

@@ -31,9 +31,16 @@ from internvl3_jax.checkpoints.adapters import (
     read_adapter,
 )
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
-from internvl3_jax.checkpoints.hf.assemble import DTYPES
 from internvl3_jax.checkpoints.hf.peft import read_peft
 from internvl3_jax.checkpoints.hf.released import open_released
+from internvl3_jax.checkpoints.load_options import (
+    Quantizing,
+    Reading,
+    base_dtype_of,
+    check_dtype,
+    check_weights,
+    named_adapters,
+)
 from internvl3_jax.checkpoints.load_targets import load_targets, mesh_of, shardings_by_path
 from internvl3_jax.checkpoints.manifest import Manifest, dtype_name, write_files
 from internvl3_jax.checkpoints.verification import (
@@ -51,9 +58,9 @@ from internvl3_jax.io.checkpoint_paths import (
     resolve_checkpoint,
 )
 from internvl3_jax.io.remote_files import as_path
-from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
+from internvl3_jax.model.weights import check, format_in
 
 
 @dataclasses.dataclass(repr=False)
@@ -68,8 +75,11 @@ class Checkpoint:
     directory: pathlib.Path
     # Adapters that `Chat` can choose from, by name.
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
-    # Of a LoRA run's base: `adapters.describe` before quantization.
+    # `adapters.describe` before quantization, of a LoRA run's base or of what adapters name.
     described: dict[str, str] | None = None
+    described_dtype: str | None = None  # None: the dtype of the computation
+    # Format of quantized kernels (model/weights.py); None: there are none.
+    weights: str | None = None
 
     def __repr__(self) -> str:
         # One line, for notebooks: the parameters themselves would fill pages.
@@ -104,7 +114,8 @@ def save_checkpoint(
       overwrite: replace a directory that this program wrote.
     """
     with storage.new_directory(directory, overwrite) as partial:
-        write_files(partial, model, processor, files, dtype_name(params))
+        stored = format_in(storage.by_path(params))
+        write_files(partial, model, processor, files, dtype_name(params), weights=stored)
         storage.start_saving(partial / "params", params)()
 
 
@@ -122,6 +133,8 @@ def load(
     prepare: Callable[[str, jax.Array], object] | None = None,
     verify: str = "full",
     allow_nonfinite: bool = False,
+    weights: str | None = None,
+    quantize_tower: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint directory, a training run, a released safetensors directory or a hub id.
 
@@ -140,17 +153,30 @@ def load(
       verify: how closely files are compared before they are used: "full" hashes all bytes (a share
         in each process of a mesh), "sizes" compares names and sizes, "none" nothing.
       allow_nonfinite: accept parameters that are NaN or infinite.
+      weights: "int8", "fp8" or "nf4": quantize the kernels of decoder layers and head for inference
+        while they are read (model/weights.py). None keeps them as stored.
+      quantize_tower: with `weights`, quantize those of the vision tower and projector, too.
 
     Raises:
       FileNotFoundError: nothing that can be opened is there.
       ValueError: the checkpoint is damaged (Damaged), has parameters that are not finite, or
-        contradicts itself (FingerprintError); the message says where.
+        contradicts itself (FingerprintError); the message says where. Or the devices cannot compute
+        with such weights, or they are quantized already.
     """
     integrity.check_level(verify)
-    _check_dtype(dtype)
+    check_dtype(dtype)
+    check_weights(weights, quantize_tower, mesh)
+    named = named_adapters(adapters)
+    if weights:
+        prepare = Quantizing(weights, quantize_tower, base_dtype_of(named), prepare)
     directory = resolve_checkpoint(path, verify)
-    reading = _Reading(dtype, mesh, accept_fingerprint, prepare, verify, allow_nonfinite)
+    reading = Reading(dtype, mesh, accept_fingerprint, prepare, verify, allow_nonfinite)
     manifest = Manifest.read(directory) if is_checkpoint(directory) else None
+    if weights and manifest is not None and manifest.weights:
+        raise ValueError(
+            f"weights is {weights}: {directory} holds {manifest.weights} weights already; leave "
+            f"weights out, or load the checkpoint that it was converted from"
+        )
     if manifest is None:
         opened = _load_released(directory, reading)
     elif manifest.base is None:
@@ -161,52 +187,17 @@ def load(
         raise ValueError(
             f"base is {base}: {directory} is not a LoRA run, so it has no base; leave base out"
         )
+    if weights:
+        opened.weights, opened.described = weights, prepare.described
+        opened.described_dtype = prepare.base_dtype
     opened.adapters = {
         name: load_adapter(where, opened, accept_fingerprint, verify, allow_nonfinite)
-        for name, where in _named(adapters).items()
+        for name, where in named.items()
     }
     return opened
 
 
-@dataclasses.dataclass
-class _Reading:
-    """The arguments of `load` that every kind of directory takes."""
-
-    dtype: object
-    mesh: jax.sharding.Mesh | None
-    accept_fingerprint: bool
-    prepare: Callable | None
-    verify: str
-    allow_nonfinite: bool
-
-    def undamaged(self, directory: pathlib.Path):
-        together = spans_all_processes(self.mesh)
-        return undamaged(directory, self.verify, self.accept_fingerprint, together=together)
-
-    def checked(self, directory: pathlib.Path) -> Callable:
-        """Returns `prepare` with a check that parameters are finite."""
-        prepare = self.prepare or (lambda path, leaf: leaf)
-        if self.allow_nonfinite:
-            return prepare
-
-        def check(path, leaf):
-            check_finite({path: leaf}, str(directory))
-            return prepare(path, leaf)
-
-        return check
-
-
-def _named(adapters) -> dict:
-    if isinstance(adapters, str | os.PathLike):
-        return {pathlib.Path(adapters).name: adapters}
-    if not (adapters is None or isinstance(adapters, Mapping)):
-        raise ValueError(
-            f"adapters is {excerpt(adapters)}; give name -> directory, such as {{'a': 'runs/a'}}"
-        )
-    return dict(adapters or {})
-
-
-def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
+def _load_released(directory: pathlib.Path, reading: Reading) -> Checkpoint:
     dtype = reading.dtype and jnp.dtype(reading.dtype).name
     with reading.undamaged(directory):
         source = open_released(
@@ -216,27 +207,25 @@ def _load_released(directory: pathlib.Path, reading: _Reading) -> Checkpoint:
     return _opened(directory, source.config, source.processor, source.tokenizer, params)
 
 
-def _load_converted(directory: pathlib.Path, manifest: Manifest, reading: _Reading) -> Checkpoint:
+def _load_converted(directory: pathlib.Path, manifest: Manifest, reading: Reading) -> Checkpoint:
     with reading.undamaged(directory):
         stored = storage.leaf_infos(directory / "params")
         tokenizer = _tokenizer(directory, manifest, dtype_name(stored), reading.accept_fingerprint)
-        target = load_targets(
-            directory,
-            manifest.model,
-            stored,
-            reading.dtype,
-            shardings_by_path(manifest.model, reading.mesh),
-        )
+        target = load_targets(directory, manifest, stored, reading.dtype, reading.mesh)
+    if manifest.weights:
+        check(manifest.weights, reading.mesh, str(directory))
     # Leaf by leaf only if each becomes smaller; reading all together is faster.
     params = storage.load_tree(
         directory / "params", target, reading.prepare and reading.checked(directory)
     )
     if reading.prepare is None and not reading.allow_nonfinite:
         check_finite(storage.by_path(params), str(directory))
-    return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
+    opened = _opened(directory, manifest.model, manifest.processor, tokenizer, params)
+    opened.weights = manifest.weights
+    return opened
 
 
-def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, base) -> Checkpoint:
+def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: Reading, base) -> Checkpoint:
     """Opens the run's base and merges the adapters into it."""
     with reading.undamaged(directory):
         adapter_params = read_adapter(directory, reading.mesh)
@@ -251,6 +240,7 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, b
         verify=reading.verify,
         allow_nonfinite=reading.allow_nonfinite,
     )
+    check_not_quantized(base_checkpoint, "the base of adapters")
     check_model(manifest.model, base_checkpoint.config, str(directory))
     check_base(
         describe(storage.by_path(base_checkpoint.params).items(), manifest.base.dtype),
@@ -266,15 +256,6 @@ def _load_lora(directory: pathlib.Path, manifest: Manifest, reading: _Reading, b
         {path: prepare(path, leaf) for path, leaf in storage.by_path(params).items()}
     )
     return _opened(directory, manifest.model, manifest.processor, tokenizer, params)
-
-
-def _check_dtype(dtype) -> None:
-    try:
-        known = dtype is None or jnp.dtype(dtype).name in DTYPES
-    except TypeError:
-        known = False
-    if not known:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def load_adapter(
@@ -316,14 +297,22 @@ def load_adapter(
         adapter_params = read_adapter(directory, mesh)
     if not allow_nonfinite:
         check_finite(storage.by_path(adapter_params), str(directory))
-    if opened.described is None:
+    if opened.described is None and opened.weights is None:
         description = describe(storage.by_path(opened.params).items(), manifest.base.dtype)
     else:
-        description = (
-            opened.described if opened.model.dtype == jnp.dtype(manifest.base.dtype) else None
-        )
+        dtype = opened.described_dtype or opened.model.dtype.name
+        description = opened.described if dtype == manifest.base.dtype else None
     check_base(description, adapter_params, manifest.base, str(directory))
     return adapter(adapter_params, manifest.base.lora)
+
+
+def check_not_quantized(opened: Checkpoint, use: str) -> None:
+    """Raises ValueError if a checkpoint is stored quantized, which `use` does not allow."""
+    if opened.weights:
+        raise ValueError(
+            f"{opened.directory} holds {opened.weights} weights, which are for inference alone and "
+            f"cannot be {use}; name the checkpoint that it was converted from"
+        )
 
 
 def _opened(

@@ -6,8 +6,10 @@ import pathlib
 import jax
 
 from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig
 from internvl3_jax.io.integrity import MANIFEST
+from internvl3_jax.model import weights
 from internvl3_jax.model.internvl import abstract_params
 from internvl3_jax.parallel.sharding import param_shardings
 
@@ -36,10 +38,28 @@ def _abstract_params(config: ModelConfig) -> dict:
 
 
 def load_targets(
-    directory: pathlib.Path, config: ModelConfig, stored: dict, dtype, shardings: dict
+    directory: pathlib.Path,
+    manifest: Manifest,
+    stored: dict,
+    dtype,
+    mesh: jax.sharding.Mesh | None,
 ):
-    """Returns the abstract tree to load; ValueError if the stored shapes are not the model's."""
-    wanted = storage.by_path(_abstract_params(config))
+    """Returns the abstract tree to load.
+
+    Args:
+      directory: the checkpoint.
+      manifest: its configuration, and whether its kernels are quantized.
+      stored: path -> shape and dtype of what it holds.
+      dtype: of all leaves but quantized kernels; None keeps the stored one.
+      mesh: the devices; None: the default one.
+
+    Raises:
+      ValueError: the stored shapes are not the model's.
+    """
+    wanted = storage.by_path(_abstract_params(manifest.model))
+    if manifest.weights:
+        tower = any(weights.is_part(path) and path.startswith("vision/") for path in stored)
+        wanted = weights.abstract_quantized(wanted, manifest.weights, tower)
     wrong = [
         f"\n  {path}: stored {_shape(stored.get(path))}, the model has {_shape(wanted.get(path))}"
         for path in sorted(stored.keys() | wanted.keys())
@@ -49,10 +69,16 @@ def load_targets(
         raise ValueError(
             f"{directory}: the parameters do not fit the model in {MANIFEST}:{''.join(wrong[:12])}"
         )
+    if mesh is None:
+        shardings = dict.fromkeys(wanted, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    else:
+        shardings = storage.by_path(param_shardings(storage.nest(wanted), mesh))
     return storage.nest(
         {
             path: jax.ShapeDtypeStruct(
-                leaf.shape, dtype or stored[path].dtype, sharding=shardings[path]
+                leaf.shape,
+                leaf.dtype if weights.is_part(path) else dtype or stored[path].dtype,
+                sharding=shardings[path],
             )
             for path, leaf in wanted.items()
         }

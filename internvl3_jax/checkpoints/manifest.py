@@ -13,6 +13,7 @@ from internvl3_jax.config import LoraConfig, ModelConfig, ProcessorConfig, from_
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.io import strict_json
 from internvl3_jax.io.checkpoint_paths import MANIFEST
+from internvl3_jax.model.ops.quantize import FORMATS as WEIGHTS
 
 FORMAT = 1
 
@@ -45,6 +46,8 @@ class Manifest:
     base: Base | None = None  # of a LoRA run
     # owner/name@commit of the hub that it was converted from
     source: str | None = None
+    # format of quantized kernels, for inference alone (model/weights.py)
+    weights: str | None = None
 
     def write(self, directory: pathlib.Path) -> None:
         values = {
@@ -54,6 +57,7 @@ class Manifest:
         values |= {"fingerprint": self.fingerprint, "hashes": self.hashes}
         values |= {"base": to_dict(self.base)} if self.base else {}
         values |= {"source": self.source} if self.source else {}
+        values |= {"weights": self.weights} if self.weights else {}
         (directory / MANIFEST).write_text(
             json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
         )
@@ -80,7 +84,12 @@ class Manifest:
         for name, text in hashes.items():
             strict_json.check(text, str, f"{values.where}: hashes: {name}", high=128)
         source = values.get("source", str, None, high=1000)
-        made = cls(model, processor, values.get("fingerprint", dict), hashes, base, source)
+        weights = values.get("weights", str, None, high=20)
+        if weights is not None and weights not in WEIGHTS:
+            raise strict_json.JsonError(
+                f"{values.where} has weights {weights!r}; this version reads {', '.join(WEIGHTS)}"
+            )
+        made = cls(model, processor, values.get("fingerprint", dict), hashes, base, source, weights)
         values.finish()
         return made
 
@@ -106,6 +115,7 @@ def write_files(
     hashes: dict[str, str] | None = None,
     base: Base | None = None,
     source: str | None = None,
+    weights: str | None = None,
 ) -> None:
     """Writes all files of a checkpoint except its arrays and files.json.
 
@@ -118,13 +128,14 @@ def write_files(
       hashes: name of each released tensor -> sha256.
       base: the base of a LoRA run.
       source: owner/name@commit of the hub.
+      weights: the format of quantized kernels.
     """
     tokenizer = Tokenizer.from_files(dict(files), str(directory))
     made = fingerprint(model, processor, tokenizer, dtype)
     if jax.process_index() == 0:
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        Manifest(model, processor, made, hashes or {}, base, source).write(directory)
+        Manifest(model, processor, made, hashes or {}, base, source, weights).write(directory)
 
 
 def dtype_name(params) -> str:

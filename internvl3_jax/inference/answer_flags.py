@@ -29,6 +29,15 @@ flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "Dtype of parameters and computation. Default: float32 on a CPU, elsewhere as stored.",
 )
+flags.DEFINE_enum(
+    "weights",
+    None,
+    ["int8", "fp8", "nf4"],
+    "Quantize the kernels of decoder layers and head while they are read; see docs/inference.md.",
+)
+flags.DEFINE_bool(
+    "quantize_tower", False, "With --weights, quantize the vision tower and the projector, too."
+)
 flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
 
 # --- the question ---------------------------------------------------------------------------------
@@ -172,7 +181,15 @@ flags.DEFINE_bool(
 
 # Headings of -h and the flags below them.
 SECTIONS = {
-    "Model": ["checkpoint", "adapter", "use", "dtype", "system"],
+    "Model": [
+        "checkpoint",
+        "adapter",
+        "use",
+        "dtype",
+        "weights",
+        "quantize_tower",
+        "system",
+    ],
     "Question": ["prompt", "image", "json", "stats"],
     "Answer": ["max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt_lookup", "stop"],
     "Images": [
@@ -214,6 +231,8 @@ def check_flags() -> None:
         raise UsageError("--image needs --prompt; in a conversation write /image PATH")
     if FLAGS.retry_errors and (FLAGS.hosts or not FLAGS.requests):
         raise UsageError("--retry_errors is about --requests, on a single host")
+    if FLAGS.quantize_tower and not FLAGS.weights:
+        raise UsageError("--quantize_tower is about --weights; give that, too, such as int8")
     _check_best_of()
     if FLAGS.hosts and FLAGS.prompt is None and not FLAGS.requests:
         raise UsageError("--hosts needs --prompt or --requests: a conversation is with one host")

@@ -28,7 +28,7 @@ from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.programs import TOKENS_PER_CALL, DecodeState
 from internvl3_jax.inference.prompt_batch import bucket, feature_columns, pack_prompts, tile_pieces
 from internvl3_jax.inference.sampling import check_finite
-from internvl3_jax.model import kv_cache, language, lora, vision
+from internvl3_jax.model import kv_cache, language, lora, vision, weights
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.sharding import param_shardings
 from internvl3_jax.positions import next_position
@@ -44,9 +44,9 @@ class Generator:
     Args:
       config: of the model.
       params: the canonical (stacked) tree. The decoder layers are copied into the unrolled layout;
-        drop your reference to the original to free it. Parameters that are sharded over a mesh
-        (`load(..., mesh=)`) stay so, and the cache is sharded too.
-      dtype: of parameters, computation and cache.
+        drop your reference to the original to free it. Kernels that are quantized, and parameters
+        that are sharded over a mesh (`load(..., mesh=)`), stay so; the cache is sharded too.
+      dtype: of computation, cache and all parameters that are not quantized.
       stop_ids: ids that end an answer.
       named_adapters: LoRA adapters that `use` can put on.
     """
@@ -95,7 +95,7 @@ class Generator:
         }
 
     def _unrolled(self, params: dict) -> dict:
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
+        params = weights.cast(params, self.dtype)
         if programs.on_cpu() and "vision" in params:
             params["vision"] = vision.unroll(params["vision"], self.config.vision)
         if "language" in params:

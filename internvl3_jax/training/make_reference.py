@@ -56,6 +56,7 @@ def make_reference(config: TrainConfig, output: pathlib.Path) -> int:
     name = config.loss.ref_model or config.init_from
     mesh = sharding.make_mesh(config.mesh)
     source = checkpoint.load(name, dtype=config.param_dtype, mesh=mesh)
+    checkpoint.check_not_quantized(source, "a reference model")
     header = {
         "reference": str(source.directory),
         "hash": tree_hash(by_path(source.params)),

@@ -59,6 +59,7 @@ def load_reference(config: TrainConfig, mesh: jax.sharding.Mesh, state: TrainSta
         return None
     name = config.loss.ref_model or config.init_from
     source = checkpoint.load(name, dtype=mpo.reference_dtype(config), mesh=mesh)
+    checkpoint.check_not_quantized(source, "a reference model")
     if source.config.language != config.model.language:
         raise ValueError(
             f"{name} has another decoder than the configuration; it cannot be the reference model"

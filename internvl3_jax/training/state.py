@@ -181,6 +181,7 @@ def open_base(config: TrainConfig, shardings: TrainState, name: str) -> checkpoi
         mesh=shardings.step.mesh,
         prepare=prepare if is_base else None,
     )
+    checkpoint.check_not_quantized(source, "trained")
     source.described = descriptions if is_base else None
 
     # Drop path belongs to the training, not to the weights.
