@@ -5,6 +5,7 @@ python -m convert SRC DST --to internvl|hf      checkpoint or run -> original co
 python -m convert LORA_RUN DST [--to ...]       adapters merged into their base, and verified
 python -m convert SRC DST --adapter DIR [...]   the same for a model and a PEFT directory
 python -m convert RUN_OR_PEFT DST --to peft-hf|peft-internvl    only the adapters, for PEFT
+python -m convert SRC DST --quantize int8|fp8   checkpoint for inference with weights of fewer bits
 python -m convert --llm DIR --vision DIR DST    language model + InternViT -> new model
 """
 
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from convert.compose import open_parts
 from convert.open import Adapted, export_adapter, open_model, open_run, open_with_peft
+from convert.quantized import Quantization
 from convert.run import convert
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError
 from internvl3_jax.data.text.tokenizer import Tokenizer
@@ -27,6 +29,8 @@ from internvl3_jax.data.text.tokenizer_files import MERGES, with_merges
 from internvl3_jax.io import command_line
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.io.terminal import excerpt
+from internvl3_jax.model import weights
+from internvl3_jax.model.ops.quantize import FORMATS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,11 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
             TaskProgressColumn(),
             TimeRemainingColumn(),
         )
+        quantize = None
+        if options.quantize:
+            weights.check(options.quantize, where="--quantize")
+            quantize = Quantization(options.quantize, options.quantize_tower)
         with Progress(*columns) as progress:
             hashes = convert(
                 model,
                 options.target,
                 to=options.to,
+                quantize=quantize,
                 verify=options.verify or merges,
                 shard_size=options.shard_size,
                 overwrite=options.overwrite,
@@ -68,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ],
                 advance=_advance(progress),
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         where = (
             f"{options.target}: "
             if isinstance(error, OSError) and error.errno and not error.filename
@@ -83,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         what += f" of step {model.directory.name}"
     checked = "; every tensor read again, hashes equal" if options.verify or merges else ""
     what += f", adapters of {len(model.pairs)} stacked layers merged" if merges else ""
+    what += f" with {options.quantize} weights" if options.quantize else ""
     print(
         f"{options.target}: {what}, {len(hashes)} tensors, {model.dtype}, "
         f"{time.perf_counter() - started:.1f} s{checked}"
@@ -158,6 +168,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=choices,
         help="write safetensors of this layout, or adapters for it, instead of a checkpoint",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="write the kernels of decoder layers and head in this format, for inference alone",
+    )
+    parser.add_argument(
+        "--quantize_tower",
+        action="store_true",
+        help="with --quantize, those of the vision tower and the projector, too",
+    )
     parser.add_argument("--adapter", help="PEFT directory to merge into SRC")
     parser.add_argument(
         "--base", help="path of the base of a LoRA run or PEFT adapter, if not the recorded one"
@@ -204,6 +224,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if len(options.paths) != (1 if options.llm else 2):
         parser.error("expected DST alone with --llm and --vision, SRC and DST without them")
     options.source, options.target = options.paths[0], options.paths[-1]
+    if options.quantize and options.to:
+        parser.error(
+            "--quantize writes a checkpoint, and --to another layout, which has no such weights; "
+            "leave one of them out"
+        )
+    if options.quantize_tower and not options.quantize:
+        parser.error("--quantize_tower is about --quantize; give that, too, such as int8")
     if options.tokenizer_merges and options.to and options.to.startswith("peft-"):
         parser.error("--tokenizer_merges is for a model, and --to peft-... writes none")
     return options

@@ -57,6 +57,12 @@ def open_converted(
     directory: pathlib.Path, dtype: str | None, accept_fingerprint: bool, allow_nonfinite: bool
 ) -> Converted:
     manifest = Manifest.read(directory)
+    if manifest.weights:
+        origin = f" ({manifest.source})" if manifest.source else ""
+        raise ConversionError(
+            f"{directory} holds {manifest.weights} weights, of which the original ones cannot be "
+            f"made again; convert from the original{origin}"
+        )
     reader = storage.TreeReader(
         directory / "params", [row.target for row in active_rows(manifest.model)]
     )

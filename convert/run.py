@@ -13,6 +13,7 @@ from convert.compose import Composed
 from convert.converted import Converted
 from convert.hf_files import export_files
 from convert.open import Adapted, open_model
+from convert.quantized import Quantization
 from internvl3_jax.checkpoints import manifest, storage
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.assemble import (
@@ -37,16 +38,22 @@ HEAD, EMBEDDING = ("language_model.lm_head.weight", "language_model.model.embed_
 class OrbaxSink:
     """Writes leaves into a checkpoint."""
 
-    def __init__(self, directory: pathlib.Path, model: Model):
-        self.directory, self.model = directory, model
+    def __init__(self, directory: pathlib.Path, model: Model, quantize: Quantization | None):
+        self.directory, self.model, self.quantize = directory, model, quantize
         self.writer = storage.TreeWriter(directory / "params")
+        self.dtypes = set()
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
 
     def add(self, row: Row, leaf: np.ndarray) -> None:
-        self.writer.add(row.target, leaf)
+        parts = (
+            {row.target: leaf} if self.quantize is None else self.quantize.parts(row.target, leaf)
+        )
+        self.dtypes |= {part.dtype.name for part in parts.values()}
+        for path, part in parts.items():
+            self.writer.add(path, part)
 
     def close(self, hashes: Hashes) -> None:
         self.writer.close()
@@ -56,9 +63,10 @@ class OrbaxSink:
             model.config,
             model.processor,
             model.files,
-            model.dtype,
+            "+".join(sorted(self.dtypes)),
             hashes,
             source=source_of(model),
+            weights=self.quantize and self.quantize.weights,
         )
 
 
@@ -136,6 +144,8 @@ def convert(
     target: str | pathlib.Path,
     *,
     to: str | None = None,
+    quantize: Quantization | None = None,
+    check: Callable[[pathlib.Path], None] | None = None,
     verify: bool = False,
     shard_size: int = 5 * 10**9,
     overwrite: bool = False,
@@ -148,6 +158,8 @@ def convert(
       model: the source.
       target: the new directory.
       to: "internvl" or "hf" for a safetensors directory of that layout, None for a checkpoint.
+      quantize: of a checkpoint, which kernels are written in fewer bits; None: none.
+      check: called with the directory when it is complete; what it raises leaves nothing behind.
       verify: read source and result again and compare the sha256 of every tensor.
       shard_size: most bytes of tensors in one safetensors file.
       overwrite: replace a checkpoint or an export that this program wrote.
@@ -163,7 +175,10 @@ def convert(
     with storage.new_directory(
         target, overwrite, (*sources, *filter(None, [getattr(model, "directory", None)]))
     ) as partial:
-        sink = SafetensorsSink(partial, model, to, shard_size) if to else OrbaxSink(partial, model)
+        if to:
+            sink = SafetensorsSink(partial, model, to, shard_size)
+        else:
+            sink = OrbaxSink(partial, model, quantize)
         hashes = Hashes()
         for row in _with_progress(model.config, "converting", advance):
             sink.add(row, model.leaf(row, hashes, partial / "leaf.tmp"))
@@ -177,6 +192,9 @@ def convert(
                 "verifying source",
                 advance,
             )
+            if quantize is not None:
+                quantize.verify(model, partial)
+        if verify and quantize is None:
             written = open_model(partial, allow_nonfinite=model.allow_nonfinite)
             _verify(
                 written,
@@ -185,6 +203,8 @@ def convert(
                 "verifying result",
                 advance,
             )
+        if check is not None:
+            check(partial)
     return hashes
 
 
