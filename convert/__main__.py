@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Callable
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -23,9 +24,11 @@ from convert.compose import open_parts
 from convert.open import Adapted, export_adapter, open_model, open_run, open_with_peft
 from convert.quantized import Quantization
 from convert.run import convert
+from internvl3_jax.checkpoints.checkpoint import load
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.text.tokenizer_files import MERGES, with_merges
+from internvl3_jax.inference import quality
 from internvl3_jax.io import command_line
 from internvl3_jax.io.checkpoint_paths import resolve_checkpoint, resolve_hub_dir
 from internvl3_jax.io.terminal import excerpt
@@ -67,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.target,
                 to=options.to,
                 quantize=quantize,
+                check=quality_check(options) if options.check_quality else None,
                 verify=options.verify or merges,
                 shard_size=options.shard_size,
                 overwrite=options.overwrite,
@@ -124,6 +128,28 @@ def open_source(options: argparse.Namespace, dtype: str | None):
     )
 
 
+def quality_check(options: argparse.Namespace) -> Callable[[pathlib.Path], None]:
+    """Returns a function that compares a written checkpoint with SRC; it raises ConversionError."""
+    thresholds = options.max_kl, options.min_agreement
+
+    def check(written: pathlib.Path) -> None:
+        dtype = quality.default_dtype()
+        accept = {"accept_fingerprint": options.accept_fingerprint}
+        measured = quality.measure(
+            lambda: load(written, dtype=dtype),
+            lambda: load(options.source, dtype=dtype, base=options.base, **accept),
+        )
+        print(measured.table(*thresholds))
+        if not measured.passes(*thresholds):
+            raise ConversionError(
+                f"{options.quantize} weights are further from the original than --max_kl and "
+                "--min_agreement allow, so nothing is written; choose another format or other "
+                "thresholds"
+            )
+
+    return check
+
+
 def check_target(target: str, overwrite: bool) -> pathlib.Path | str:
     """Returns DST as a path or address; ValueError or OSError if it cannot be written."""
     if not target.strip() or "\0" in target:
@@ -178,6 +204,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="with --quantize, those of the vision tower and the projector, too",
     )
+    parser.add_argument(
+        "--check_quality",
+        action="store_true",
+        help="with --quantize, write only what answers as SRC does, within the next two",
+    )
+    quality.add_thresholds(parser)
     parser.add_argument("--adapter", help="PEFT directory to merge into SRC")
     parser.add_argument(
         "--base", help="path of the base of a LoRA run or PEFT adapter, if not the recorded one"
@@ -231,6 +263,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
     if options.quantize_tower and not options.quantize:
         parser.error("--quantize_tower is about --quantize; give that, too, such as int8")
+    if options.check_quality and (not options.quantize or options.adapter or options.llm):
+        parser.error("--check_quality compares SRC with --quantize; it takes no --adapter or --llm")
     if options.tokenizer_merges and options.to and options.to.startswith("peft-"):
         parser.error("--tokenizer_merges is for a model, and --to peft-... writes none")
     return options
