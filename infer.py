@@ -61,7 +61,7 @@ def main(argv):
         # 2) The model, and what chooses among several answers.
         checkpoint = open_checkpoint(FLAGS.checkpoint, FLAGS.adapter)
         adapter = next(iter(checkpoint.adapters), None) if FLAGS.use is None else FLAGS.use or None
-        chat = Chat(checkpoint, adapter, **answer_flags.chat_options())
+        chat = Chat(checkpoint, adapter, cache=FLAGS.cache, **answer_flags.chat_options())
         choose, critic_settings = open_chooser(checkpoint, chat) if FLAGS.best_of else (None, {})
 
         # 3) A file of requests, one question, or a conversation.

@@ -47,6 +47,8 @@ def test_answers_are_those_of_generation():
 def test_int8_passes_with_the_tower_too():
     assert compare(few(), answers()).passes()
     assert compare(few(quantize_tower=True), answers()).passes()
+    with_cache = compare(few(), answers(), "int8")
+    assert with_cache.passes() and with_cache != compare(few(), answers())
 
 
 @pytest.mark.parametrize("damage", ["shifted", "larger", "not a number"])

@@ -38,6 +38,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool(
     "quantize_tower", False, "With --weights, quantize the vision tower and the projector, too."
 )
+flags.DEFINE_enum("cache", None, ["int8"], "Keep keys and values in 8 bits; see docs/inference.md.")
 flags.DEFINE_string("system", None, "System message in place of the checkpoint's.")
 
 # --- the question ---------------------------------------------------------------------------------
@@ -188,6 +189,7 @@ SECTIONS = {
         "dtype",
         "weights",
         "quantize_tower",
+        "cache",
         "system",
     ],
     "Question": ["prompt", "image", "json", "stats"],
@@ -287,6 +289,8 @@ def best_of_options() -> dict:
 def asked_settings() -> dict:
     """Returns what the answers depend on, as far as the flags say it."""
     settings = chat_options()
+    if FLAGS.cache:  # answers of before it was an option were made without it
+        settings |= {"cache": FLAGS.cache}
     if FLAGS.best_of:
         settings |= {"best_of": best_of_options(), "majority": FLAGS.majority}
         settings |= (

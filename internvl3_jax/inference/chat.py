@@ -37,6 +37,7 @@ class Chat:
       checkpoint: of `internvl3_jax.load`.
       adapter: name of the LoRA adapter, of those given to `load`, that is put on; None for the
         base. `use` changes it.
+      cache: "int8" keeps keys and values in 8 bits; None: in the dtype of the computation.
       max_new_tokens ... system: as of `Options`, for all answers; a call can change them for one.
 
     Attributes:
@@ -53,6 +54,7 @@ class Chat:
         checkpoint,
         adapter: str | None = None,
         *,
+        cache: str | None = None,
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -90,6 +92,8 @@ class Chat:
             allow_truncated=allow_truncated,
             system=system,
         )
+        if cache not in (None, "int8"):
+            raise ValueError(f"cache is {excerpt(cache)}; it must be int8, or None")
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         self.generator = Generator(
             checkpoint.config,
@@ -97,6 +101,7 @@ class Chat:
             checkpoint.model.dtype,
             [self.tokenizer.token_id(token) for token in self.processor.stop_tokens],
             checkpoint.adapters,
+            cache,
         )
         self.use(adapter)
 

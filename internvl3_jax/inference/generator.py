@@ -46,7 +46,8 @@ class Generator:
       params: the canonical (stacked) tree. The decoder layers are copied into the unrolled layout;
         drop your reference to the original to free it. Kernels that are quantized, and parameters
         that are sharded over a mesh (`load(..., mesh=)`), stay so; the cache is sharded too.
-      dtype: of computation, cache and all parameters that are not quantized.
+      dtype: of computation, and of all parameters that are not quantized.
+      cache_dtype: of the cache, which may be int8 (kv_cache.py); None: `dtype`.
       stop_ids: ids that end an answer.
       named_adapters: LoRA adapters that `use` can put on.
     """
@@ -58,9 +59,11 @@ class Generator:
         dtype: DTypeLike = jnp.float32,
         stop_ids: Sequence[int] = (),
         named_adapters: Mapping[str, adapters.Adapter] | None = None,
+        cache_dtype: DTypeLike | None = None,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.cache_dtype = jnp.dtype(cache_dtype or dtype)
         self.stop_ids = tuple(stop_ids)
         self.mesh = _mesh_of(params)
         self.fused = self.mesh is None or self.mesh.shape["tensor"] == 1
@@ -227,7 +230,7 @@ class Generator:
         """Returns an empty cache, or the given one, grown to at least `slots` slots."""
         if cache is None:
             with self.mesh_context():
-                return programs.init_cache(self.config.language, rows, slots, self.dtype)
+                return programs.init_cache(self.config.language, rows, slots, self.cache_dtype)
         return kv_cache.grow(cache, slots) if kv_cache.num_slots(cache) < slots else cache
 
     def repeat_cache(self, cache: kv_cache.Cache, copies: int) -> kv_cache.Cache:

@@ -2,6 +2,7 @@
 
     python -m internvl3_jax.inference.quality CHECKPOINT --weights int8
     python -m internvl3_jax.inference.quality CHECKPOINT --weights fp8 --requests requests.jsonl
+    python -m internvl3_jax.inference.quality CHECKPOINT --weights int8 --cache int8
     python -m internvl3_jax.inference.quality CONVERTED --reference ORIGINAL
 
 The model in full answers each prompt greedily. Then both models read the prompt and this answer
@@ -134,9 +135,11 @@ def reference_answers(
     return references
 
 
-def compare(checkpoint: Checkpoint, references: Sequence[Reference]) -> Quality:
-    """Returns how far a checkpoint is from the model that gave the answers."""
-    generator = Chat(checkpoint).generator
+def compare(
+    checkpoint: Checkpoint, references: Sequence[Reference], cache: str | None = None
+) -> Quality:
+    """Returns how far a checkpoint, with a `cache` of `Chat`, is from what gave the answers."""
+    generator = Chat(checkpoint, cache=cache).generator
     kl, same = [], []
     for reference in references:
         full = reference.log_probs
@@ -206,6 +209,7 @@ def measure(
     open_full: Callable[[], Checkpoint],
     requests: Sequence[dict] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    cache: str | None = None,
 ) -> Quality:
     """Loads two checkpoints, one after the other, and compares them.
 
@@ -214,6 +218,7 @@ def measure(
       open_full: loads the model in full.
       requests: of `read_requests`; None: `drawn_requests`.
       max_new_tokens: longest answer.
+      cache: as of `Chat`, of what is compared.
 
     Raises:
       ValueError: as of `load`, or the model in full is quantized, too.
@@ -227,7 +232,7 @@ def measure(
     references = reference_answers(full, requests, max_new_tokens)
     del full
     gc.collect()
-    return compare(open_few(), references)
+    return compare(open_few(), references, cache)
 
 
 def default_dtype() -> str | None:
@@ -256,6 +261,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="checkpoint, run, released directory or hub id")
     parser.add_argument("--weights", choices=FORMATS, help="format to quantize CHECKPOINT to")
     parser.add_argument("--quantize_tower", action="store_true", help="as of infer.py")
+    parser.add_argument("--cache", choices=("int8",), help="keys and values in 8 bits")
     parser.add_argument("--reference", help="the model in full, if CHECKPOINT is quantized itself")
     parser.add_argument("--requests", help="JSONL file of questions, as for infer.py")
     parser.add_argument(
@@ -274,9 +280,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quantize_tower and not options.weights:
         parser.error("--quantize_tower is about --weights; give that, too, such as int8")
-    if not options.weights and not options.reference:
+    if not (options.weights or options.cache or options.reference):
         parser.error(
-            "nothing to compare: give --weights, or --reference for a CHECKPOINT that is quantized"
+            "nothing to compare: give --weights or --cache, or --reference for a CHECKPOINT that "
+            "is quantized"
         )
     if options.max_prompts < 1 or options.max_new_tokens < 1:
         parser.error("--max_prompts and --max_new_tokens must be 1 or more")
@@ -292,9 +299,12 @@ def run(options: argparse.Namespace) -> int:
         lambda: load(reference, dtype=dtype),
         requests,
         options.max_new_tokens,
+        options.cache,
     )
     thresholds = options.max_kl, options.min_agreement
-    few = f" with {options.weights} weights" if options.weights else ""
+    fewer = [f"{options.weights} weights"] * bool(options.weights)
+    fewer += [f"{options.cache} cache"] * bool(options.cache)
+    few = f" with {' and '.join(fewer)}" if fewer else ""
     print(f"{options.checkpoint}{few} against {reference} in full")
     print(quality.table(*thresholds))
     return 0 if quality.passes(*thresholds) else 1

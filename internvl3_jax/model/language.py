@@ -21,7 +21,14 @@ from jaxtyping import Array, Float, Float32, Int
 
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
-from internvl3_jax.model.ops.attention import MASKED, Mask, attention, cache_mask, causal_mask
+from internvl3_jax.model.ops.attention import (
+    MASKED,
+    Mask,
+    attention,
+    cache_mask,
+    causal_mask,
+    int8_attention,
+)
 from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
 from internvl3_jax.model.ops.linear import Dense, as_two_rows, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
@@ -116,6 +123,9 @@ class DecoderLayer(nn.Module):
         if layer_cache is not None:
             layer_cache = kv_cache.write(layer_cache, k, v, slots)
             if not mask.self_attention:
+                if kv_cache.is_int8(layer_cache) and is_decoding(x):
+                    out = int8_attention(q, *kv_cache.read_int8(layer_cache), mask)
+                    return self.o(out.reshape(*x.shape[:2], q_width)), layer_cache
                 k, v = kv_cache.read(layer_cache, q.dtype)
         q, k, v = (checkpoint_name(y, "attention_input") for y in (q, k, v))
         out = attention(q, k, v, mask, self.attention)

@@ -19,7 +19,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int8
 
 from internvl3_jax.model.ops import cudnn_attention
 from internvl3_jax.model.ops.context_parallel import gather_keys, over_mesh
@@ -31,7 +31,7 @@ from internvl3_jax.model.ops.xla_attention import xla_attention, xla_attention_p
 from internvl3_jax.parallel.collectives import platform
 
 __all__ = ["IMPLEMENTATIONS", "MASKED", "Mask", "attention", "cache_mask", "causal_mask"]
-__all__ += ["choose", "padding_works"]
+__all__ += ["choose", "int8_attention", "padding_works"]
 
 IMPLEMENTATIONS = ("auto", "xla", "xla_per_head", "flash", "ring", "splash", "cudnn")
 
@@ -80,6 +80,23 @@ def attention(
     num_keys = k.shape[1] if num_keys is None else num_keys
     local = functools.partial(_local, implementation=implementation, num_keys=num_keys)
     return over_mesh(local, q, k, v, mask)
+
+
+def int8_attention(
+    q: Float[Array, "B T N H"],
+    k: Int8[Array, "B S K H"],
+    v: Int8[Array, "B S K H"],
+    scales: tuple[Float32[Array, "B K S"], Float32[Array, "B K S"]],
+    mask: Mask,
+) -> Float[Array, "B T N H"]:
+    """Computes attention against an int8 cache, for few queries: all scores are in memory.
+
+    On a mesh the compiler shards it as its arguments are.
+
+    Args:
+      k: Keys as stored; `scales` has the scale of each vector of keys, and of values.
+    """
+    return xla_attention(q, k, v, mask, scales)
 
 
 def _local(q, k, v, mask: Mask | None, axis: str | None, implementation: str, num_keys: int):

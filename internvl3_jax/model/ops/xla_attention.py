@@ -2,18 +2,25 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int8
 
 from internvl3_jax.model.ops.masks import MASKED, Mask
 
 
 def xla_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B S K H"] | Int8[Array, "B S K H"],
+    v: Float[Array, "B S K H"] | Int8[Array, "B S K H"],
     mask: Mask | None,
+    scales: tuple[Float32[Array, "B K S"], Float32[Array, "B K S"]] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Computes attention of all heads at once. Memory: B * N * T * S float32 scores."""
+    """Computes attention of all heads at once. Memory: B * N * T * S float32 scores.
+
+    With `scales`, keys and values are int8 and each is multiplied with its scale: the scores with
+    that of their key, the weights with that of their value. No unpacked key is kept in memory.
+    """
+    if scales is not None:
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
     visible = None if mask is None else mask.dense()
     batch, num_queries, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -24,6 +31,8 @@ def xla_attention(
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * num_queries, width)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32)
+    if scales is not None:
+        scores = scores * scales[0][:, :, None]
     if visible is not None:
         scores = scores.reshape(batch, kv_heads, group, num_queries, -1)
         scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(
@@ -32,8 +41,9 @@ def xla_attention(
 
     # Softmax, normalized after the product with v: that divides [T,H] values instead of [T,S].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    scaled = weights if scales is None else weights * scales[1][:, :, None]
     out = jnp.einsum(
-        "bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "bkrs,bksh->bkrh", scaled.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     return out.reshape(batch, heads, num_queries, width).transpose(0, 2, 1, 3)
