@@ -45,24 +45,40 @@ TRAIN = {
     for size in ("1b", "2b")
     for vision, language in REMAT
 }
+# Fewer bits than bfloat16; the name of a program ends with it.
+FEW = {
+    "": {},
+    ", int8": {"weights": "int8"},
+    ", fp8": {"weights": "fp8"},
+    ", int8 with int8 cache": {"weights": "int8", "cache": "int8"},
+}
 GENERATION = {
-    f"{program} {size}, {count} {'tiles' if program == 'encode' else 'rows'}": (
+    f"{program} {size}, {count} {'tiles' if program == 'encode' else 'rows'}{few}": (
         program,
         size,
         count,
+        few,
     )
-    for program, size, count in (
-        ("encode", "1b", 1),
-        ("encode", "1b", 8),
-        ("encode", "1b", 13),
-        ("prefill", "1b", 1),
-        ("prefill", "1b", 2),
-        ("prefill", "8b", 1),
-        ("prefill", "8b", 64),
-        ("decode", "1b", 1),
-        ("decode", "2b", 1),
-        ("decode", "8b", 1),
-        ("decode", "8b", 64),
+    for program, size, count, few in (
+        ("encode", "1b", 1, ""),
+        ("encode", "1b", 8, ""),
+        ("encode", "1b", 13, ""),
+        ("prefill", "1b", 1, ""),
+        ("prefill", "1b", 2, ""),
+        ("prefill", "8b", 1, ""),
+        ("prefill", "8b", 64, ""),
+        ("decode", "1b", 1, ""),
+        ("decode", "2b", 1, ""),
+        ("decode", "8b", 1, ""),
+        ("decode", "8b", 64, ""),
+        ("decode", "1b", 1, ", int8"),
+        ("decode", "2b", 1, ", int8"),
+        ("decode", "8b", 1, ", int8"),
+        ("decode", "8b", 64, ", int8"),
+        ("decode", "8b", 64, ", int8 with int8 cache"),
+        ("decode", "8b", 1, ", int8 with int8 cache"),
+        ("decode", "8b", 1, ", fp8"),
+        ("prefill", "8b", 1, ", int8"),
     )
 }
 
@@ -118,10 +134,10 @@ def measure(name: str, layers: int | None = None) -> dict:
         config = train_config(*TRAIN[name], layers)
         lowered, calls = lower_train_step(config, mesh), 1
     else:
-        program, size, count = GENERATION[name]
+        program, size, count, few = GENERATION[name]
         config = train_config(size, "none", "none", layers)
         tiles, rows = (count, 1) if program == "encode" else (8, count)
-        requests = Requests(rows=rows, prompt=PROMPT, new=NEW, tiles=tiles)
+        requests = Requests(rows=rows, prompt=PROMPT, new=NEW, tiles=tiles, **FEW[few])
         lowered = lower_generation(config, mesh, requests)[program]
         calls = TOKENS_PER_CALL if program == "decode" else 1
     compiled = lowered.compile(target.options())
@@ -130,6 +146,7 @@ def measure(name: str, layers: int | None = None) -> dict:
         "launches": round(program.launches / calls),
         "gigabytes": round(program.bytes / calls / 1e9, 3),
         "unknown_loops": len(program.unknown_loops),
+        "argument_gigabytes": round(memory.argument_size_in_bytes / 1e9, 2),
         "peak_gigabytes": round(memory.peak_memory_in_bytes / 1e9, 2),
         "temporary_gigabytes": round(memory.temp_size_in_bytes / 1e9, 2),
         "by_kind": {

@@ -6,7 +6,7 @@
     ... --analytic                  in seconds, without a compiler
     ... --search                    the fastest settings that fit
     ... --config.mesh.tensor=8 --infer
-                                    generation instead of the train step
+                                    generation instead of the train step; --weights int8 as infer.py
     ... --config configs/lora.py:8b --topology h100:1x1x1 --config.lora.quantize=nf4
 
 It compiles train.py's own step, from shapes. docs/fit.md explains the output. Exit status 0: the
@@ -34,6 +34,7 @@ from internvl3_jax.fit.step_cost import times, train_cost
 from internvl3_jax.fit.topology import GPUS, parse
 from internvl3_jax.io import command_line, safe_files
 from internvl3_jax.model import lora
+from internvl3_jax.model.ops.quantize import FORMATS
 from internvl3_jax.parallel.sharding import make_mesh
 from internvl3_jax.training import checks, settings
 
@@ -58,6 +59,15 @@ PROMPT = flags.DEFINE_integer(
 )
 NEW = flags.DEFINE_integer("infer_new", 1024, "With --infer: tokens of each answer.")
 TILES = flags.DEFINE_integer("infer_tiles", 8, "With --infer: tiles encoded per call.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, list(FORMATS), "With --infer: format of quantized kernels, as of infer.py."
+)
+TOWER = flags.DEFINE_bool(
+    "quantize_tower", False, "With --infer and --weights: the tower's kernels, too."
+)
+CACHE = flags.DEFINE_enum(
+    "cache", None, ["int8"], "With --infer: keys and values in 8 bits, as of infer.py."
+)
 JSON = flags.DEFINE_string("json", "", "Also write the prediction to this JSON file.")
 TEXT = flags.DEFINE_string("text", "", "Also write the compiled program to this file.")
 
@@ -78,8 +88,12 @@ def main(argv) -> int:
             "v5e:4x4"
         )
 
+    for flag, needed in ((WEIGHTS, INFER), (CACHE, INFER), (TOWER, WEIGHTS)):
+        if flag.value and not needed.value:
+            raise command_line.UsageError(f"--{flag.name} is about --{needed.name}; give that, too")
     if INFER.value:
-        requests = Requests(ROWS.value, PROMPT.value, NEW.value, TILES.value)
+        quantized = (WEIGHTS.value, TOWER.value, CACHE.value)
+        requests = Requests(ROWS.value, PROMPT.value, NEW.value, TILES.value, *quantized)
         fits, row = generation.answer(config, topology, requests, ANALYTIC.value, print)
     elif SEARCH.value:
         fits, row = find_fastest(config, topology, text_path)

@@ -79,7 +79,7 @@ def answer(
     show(
         f"  {requests.rows} answers at a time: prompts of {requests.prompt:,} tokens "
         f"(padded to {requests.length:,}), {requests.new:,} new ones, {requests.slots:,} slots of "
-        f"cache; {requests.tiles} tiles per call; {config.compute_dtype}"
+        f"cache; {requests.tiles} tiles per call; {config.compute_dtype}{_quantized(requests)}"
     )
     show(
         f"\nmemory of one device, GiB\n  parameters {need.params / GIB:.2f}, "
@@ -125,7 +125,7 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
         )
 
     # Bytes that live through all programs.
-    params = generation_params(config, mesh)
+    params = generation_params(config, mesh, requests)
     cache = shard_bytes(cache_shapes(config, mesh, requests))
     decoder = shard_bytes(params["language"])
     tower = shard_bytes(params["vision"]) + shard_bytes(params["projector"])
@@ -166,13 +166,24 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
     )
 
 
+def _quantized(requests: Requests) -> str:
+    weights, cache = requests.weights, requests.cache
+    tower = " with the tower" if requests.quantize_tower else ""
+    return (f", {weights} weights{tower}" if weights else "") + (f", {cache} cache" * bool(cache))
+
+
 def _relaid_kernels(decoder: dict) -> list:
     """Returns the kernels that a TPU compiler copies to another layout after an all-gather.
 
     In compiled programs about half of them are copied before they are needed.
     """
     layers = [layer for name, layer in decoder.items() if name.startswith("layer_")]
-    return [layer[name]["kernel"] for layer in layers for name in ("up", "down") if name in layer]
+    return [
+        jax.tree.leaves(layer[name]["kernel"])
+        for layer in layers
+        for name in ("up", "down")
+        if name in layer
+    ]
 
 
 def _flops(config: TrainConfig, topology: Topology, requests: Requests) -> dict[str, float]:

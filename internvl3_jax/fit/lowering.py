@@ -10,11 +10,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from internvl3_jax.checkpoints.storage import by_path, nest
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.inference import programs
 from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import Sampling
-from internvl3_jax.model import kv_cache, language
+from internvl3_jax.model import kv_cache, language, weights
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel.collectives import platform
 from internvl3_jax.parallel.sharding import (
@@ -46,12 +47,18 @@ class Requests:
       prompt: Tokens of each prompt, images included.
       new: Tokens of each answer.
       tiles: Tiles encoded per call.
+      weights: Format of quantized kernels (model/weights.py); None: there are none.
+      quantize_tower: Whether those of the vision tower and the projector are quantized, too.
+      cache: "int8" for keys and values in 8 bits; None: the compute dtype.
     """
 
     rows: int
     prompt: int
     new: int
     tiles: int
+    weights: str | None = None
+    quantize_tower: bool = False
+    cache: str | None = None
 
     @property
     def length(self) -> int:
@@ -127,10 +134,13 @@ def lower_train_step(config: TrainConfig, mesh):
 # --- generation ----------------------------------------------------------------------------------
 
 
-def generation_params(config: TrainConfig, mesh):
+def generation_params(config: TrainConfig, mesh, requests: Requests):
     """Returns the parameters as `Generator` holds them: in the compute dtype, decoder unrolled."""
     fused = mesh.shape["tensor"] == 1
     params = abstract_params(config.model, jnp.dtype(config.compute_dtype))
+    if requests.weights:
+        quantized = (requests.weights, requests.quantize_tower)
+        params = nest(weights.abstract_quantized(by_path(params), *quantized))
     unroll = functools.partial(language.unroll, config=config.model.language, fused=fused)
     params = params | {"language": jax.eval_shape(unroll, params["language"])}
     return abstract(params, param_shardings(params, mesh))
@@ -138,11 +148,13 @@ def generation_params(config: TrainConfig, mesh):
 
 def cache_shapes(config: TrainConfig, mesh, requests: Requests):
     """Returns the key/value cache of the requests as ShapeDtypeStructs."""
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(requests.cache or config.compute_dtype)
     cache = jax.eval_shape(
         lambda: kv_cache.init_cache(config.model.language, requests.rows, requests.slots, dtype)
     )
-    return jax.tree.map(lambda leaf: _sharded(mesh, leaf.shape, dtype, BATCH_AXES, "tensor"), cache)
+    return jax.tree.map(
+        lambda leaf: _sharded(mesh, leaf.shape, leaf.dtype, BATCH_AXES, "tensor"), cache
+    )
 
 
 def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str, object]:
@@ -158,7 +170,7 @@ def lower_generation(config: TrainConfig, mesh, requests: Requests) -> dict[str,
     scaling = model_config.language.rope_scaling
 
     # Parameters and cache.
-    params = generation_params(config, mesh)
+    params = generation_params(config, mesh, requests)
     tower = {name: params[name] for name in ("vision", "projector")}
     cache = cache_shapes(config, mesh, requests)
 
