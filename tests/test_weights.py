@@ -1,9 +1,9 @@
 """Weights of fewer bits for inference: what is quantized, what is computed with it, on one device
-and on several, with adapters and as a critic, and how it is stored and refused.
+and on several, with adapters and as a critic.
 """
 
+import dataclasses
 import functools
-import json
 import logging
 import types
 
@@ -12,21 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.__main__ import main as convert
 from internvl3_jax import Chat, Critic, load
 from internvl3_jax.checkpoints import checkpoint as checkpoint_module
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.config import MeshConfig
+from internvl3_jax.fit.lowering import Requests, lower_generation
+from internvl3_jax.inference import programs
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model import lora, weights
 from internvl3_jax.model.internvl import InternVL, abstract_params
+from internvl3_jax.model.ops import linear
 from internvl3_jax.model.ops.quantize import FORMATS, dequantize, quantize
 from internvl3_jax.parallel.sharding import make_mesh, param_shardings
 from internvl3_jax.sizes import SIZES
 from tests.support.batches import batch
 from tests.support.generation import PARAMS, RAGGED, make_run
 from tests.support.lora_setup import SETTINGS, config_of, drawn, start
-from tests.support.tiny_checkpoint import CONFIG, directory, picture
+from tests.support.tiny_checkpoint import CONFIG, directory, picture, train_config
 
 PER_COLUMN = ("int8", "fp8")
 
@@ -138,6 +140,55 @@ def test_what_8b_takes():
         for leaves in (few.values(), [decoder[path] for path in read])
     ]
     assert sizes[0] < 0.502 * sizes[1]
+
+
+@pytest.mark.parametrize("kind", PER_COLUMN)
+def test_blocks_of_rows_are_the_product(kind):
+    """As a CPU decodes; kernels of more than a block, and rows that no block but 1 divides."""
+    rng = np.random.default_rng(0)
+    for rows, columns in ((96, 2**13), (7, 24), (101, 2**12)):
+        x = jnp.asarray(rng.standard_normal((2, 1, rows)), jnp.float32)
+        values = quantize(jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32), kind)[
+            kind
+        ]
+        expected = np.asarray(x) @ np.asarray(values.astype(jnp.float32))
+        found = jax.jit(linear.decoding_dot, static_argnums=0)(None, x, values)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_two_rows_are_one(monkeypatch):
+    """The form of a GPU, for one answer and for several."""
+    monkeypatch.setattr(linear, "platform", lambda: "gpu")
+    programs.decode.clear_cache()
+    generator = Generator(CONFIG, packed("int8"))
+    for prompt, answer in zip(RAGGED, tokens_of("int8"), strict=True):
+        assert generator.generate([prompt], make_run()) == [answer]
+    programs.decode.clear_cache()
+
+
+@pytest.mark.optimized
+def test_decoding_keeps_no_unpacked_kernel():
+    """The compiled loop over tokens has less in temporaries than one layer's kernels unpacked, and
+    half of the arguments of float16 kernels or less.
+    """
+    wide = dataclasses.replace(
+        CONFIG.language, hidden_size=256, intermediate_size=2048, vocab_size=8192, num_layers=4
+    )
+    config = dataclasses.replace(train_config(), model=dataclasses.replace(CONFIG, language=wide))
+    config = dataclasses.replace(config, compute_dtype="float32")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    layer = 4 * 3 * 256 * 2048
+
+    def memory(kind):
+        requests = Requests(rows=1, prompt=64, new=32, tiles=1, weights=kind)
+        compiled = lower_generation(config, mesh, requests)["decode"].compile()
+        memory = compiled.memory_analysis()
+        return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+    full, few = memory(None), memory("int8")
+    embedding = 4 * 256 * 8192  # stays in float32
+    assert few[1] < full[1] + layer / 2
+    assert few[0] - embedding < 0.3 * (full[0] - embedding)
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -261,74 +312,6 @@ def test_a_critic_scores_with_quantized_kernels():
         strict=True,
     ):
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
-
-
-# --- stored --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "tower"), [("int8", False), ("fp8", True)])
-def test_a_converted_checkpoint_needs_no_flag(kind, tower, tmp_path, capsys):
-    arguments = ["--quantize", kind, "--verify", *["--quantize_tower"] * tower]
-    assert convert([str(directory()), str(tmp_path / "few"), *arguments]) == 0
-    assert f"with {kind} weights" in capsys.readouterr().out
-    manifest = json.loads((tmp_path / "few" / "internvl3_jax.json").read_text())
-    stored = {"int8": "int8", "fp8": "float8_e4m3fn"}[kind]
-    assert manifest["weights"] == kind
-    assert set(manifest["fingerprint"]["dtype"].split("+")) == {"float32", stored}
-    few = load(tmp_path / "few")
-    assert few.weights == kind
-    expected = load(directory(), weights=kind, quantize_tower=tower).params
-    jax.tree.map(np.testing.assert_array_equal, few.params, expected)
-    # In another dtype kernels and scales stay; on devices they are sharded.
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    narrow = kinds(load(tmp_path / "few", dtype="bfloat16", mesh=mesh).params)
-    assert narrow["language/layers/q/kernel/scales"] == "float32"
-    assert narrow["language/embedding"] == "bfloat16"
-
-
-def test_saved_again_it_is_the_same(tmp_path):
-    few = load(directory(), weights="int8")
-    checkpoint_module.save_checkpoint(
-        tmp_path / "few", few.params, few.config, few.processor, few.tokenizer.files()
-    )
-    again = load(tmp_path / "few")
-    assert again.weights == "int8"
-    jax.tree.map(np.testing.assert_array_equal, again.params, few.params)
-
-
-def test_what_is_for_inference_is_for_nothing_else(tmp_path, capsys):
-    few = str(tmp_path / "few")
-    assert convert([str(directory()), few, "--quantize", "int8"]) == 0
-    for arguments in ([], ["--to", "hf"], ["--to", "internvl"]):
-        assert convert([few, str(tmp_path / "other"), *arguments]) == 1
-        assert "holds int8 weights" in (error := capsys.readouterr().err)
-        assert error.count("\n") == 1 and "convert from the original" in error
-    with pytest.raises(ValueError, match="holds int8 weights already"):
-        load(few, weights="int8")
-    with pytest.raises(ValueError, match="cannot be trained; name the checkpoint that it was"):
-        start(config_of(few), tmp_path / "run")
-    for arguments, message in (
-        (["--quantize", "int8", "--to", "hf"], "--quantize writes a checkpoint"),
-        (["--quantize_tower"], "--quantize_tower is about --quantize"),
-    ):
-        with pytest.raises(SystemExit):
-            convert([str(directory()), few, *arguments])
-        assert message in capsys.readouterr().err
-
-
-def test_damaged_manifests_are_refused(tmp_path):
-    few = tmp_path / "few"
-    assert convert([str(directory()), str(few), "--quantize", "int8"]) == 0
-    path = few / "internvl3_jax.json"
-    values = json.loads(path.read_text())
-    for changed, message in (
-        ({"weights": "int2"}, "has weights 'int2'; this version reads int8, fp8, nf4"),
-        ({"weights": "fp8"}, "do not fit the model"),
-        ({"weights": None}, "do not fit the model"),
-    ):
-        path.write_text(json.dumps(values | changed))
-        with pytest.raises(ValueError, match=message):
-            load(few, verify="none", accept_fingerprint=True)
 
 
 def test_infer_takes_weights(ask):

@@ -134,11 +134,11 @@ def lower_train_step(config: TrainConfig, mesh):
 # --- generation ----------------------------------------------------------------------------------
 
 
-def generation_params(config: TrainConfig, mesh, requests: Requests):
+def generation_params(config: TrainConfig, mesh, requests: Requests | None = None):
     """Returns the parameters as `Generator` holds them: in the compute dtype, decoder unrolled."""
     fused = mesh.shape["tensor"] == 1
     params = abstract_params(config.model, jnp.dtype(config.compute_dtype))
-    if requests.weights:
+    if requests and requests.weights:
         quantized = (requests.weights, requests.quantize_tower)
         params = nest(weights.abstract_quantized(by_path(params), *quantized))
     unroll = functools.partial(language.unroll, config=config.model.language, fused=fused)

@@ -10,7 +10,6 @@ layouts:
 `unroll` makes the second from the first.
 """
 
-import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -30,7 +29,7 @@ from internvl3_jax.model.ops.attention import (
     int8_attention,
 )
 from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
-from internvl3_jax.model.ops.linear import Dense, as_two_rows, is_decoding
+from internvl3_jax.model.ops.linear import Dense, as_two_rows, decoding_dot, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.quantize import is_quantized, scale_columns, split_scales
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
@@ -295,12 +294,15 @@ class Decoder(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Returns logits; those of the vocabulary's padding are -1e30."""
         kernel, scales = split_scales(self.head_kernel())
-        kernel = kernel.astype(self.dtype)
-        head = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+        def head(hidden, kernel):
+            return jnp.dot(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
         if is_decoding(hidden):
             # Weight-stationary, as in ops/linear.py.
             hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)
-            logits = as_two_rows(head, hidden, kernel)
+            product = as_two_rows if scales is None else decoding_dot
+            logits = product(head, hidden, kernel)
         else:
             logits = head(hidden, kernel)
         if scales is not None:

@@ -1,20 +1,25 @@
 """Linear layers whose kernel may be sharded, quantized (quantize.py) and adapted (lora.py)."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 from internvl3_jax.model.ops.quantize import PER_COLUMN, dequantize, format_of, scale_columns
 from internvl3_jax.parallel.collectives import (
     all_gather_weight,
+    axis_size,
     barrier_after,
     matmul_weight_stationary,
     platform,
 )
+from internvl3_jax.parallel.sharding import AXES
+
+_CPU_BLOCK = 2**18  # values that a CPU converts at once: 1 MiB in float32
 
 
 class Dense(nn.Module):
@@ -109,10 +114,8 @@ class Dense(nn.Module):
             return dot(x, leaves)
         values, scales = kernel[kind], kernel["scales"]
         if is_decoding(x):
-            product = as_two_rows(
-                matmul_weight_stationary, x, values.astype(self.dtype), path, jnp.float32
-            )
-            return scale_columns(product, scales).astype(self.dtype)
+            dot = functools.partial(matmul_weight_stationary, path=path, dtype=jnp.float32)
+            return scale_columns(decoding_dot(dot, x, values), scales).astype(self.dtype)
         x, values = barrier_after(x, values, path)
         values, scales = all_gather_weight(values, path), self._all_gather(scales, "kernel/scales")
         return jax.checkpoint(scaled_dot)(x, values, scales)
@@ -140,6 +143,36 @@ def scaled_dot(
     """Returns (x @ values) * scales in x's dtype; the product is summed and scaled in float32."""
     product = jnp.dot(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
     return scale_columns(product, scales).astype(x.dtype)
+
+
+def decoding_dot(
+    matmul: Callable, x: Float[Array, "B 1 d_in"], values: Shaped[Array, "d_in d_out"]
+) -> Float32[Array, "B 1 d_out"]:
+    """Returns matmul(x, values) of values in fewer bits, which are never converted as a whole.
+
+    On accelerators the compiler converts them where the product reads them. On a CPU it would
+    convert the kernels of all layers before the loop over tokens, and keep them; there blocks of
+    rows that fit the caches are converted and multiplied, in a loop, which is also faster.
+    """
+    if platform() != "cpu" or axis_size(*AXES) > 1:
+        return as_two_rows(matmul, x, values.astype(x.dtype))
+    rows, columns = values.shape
+    most = max(1, _CPU_BLOCK // columns)
+    block = max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
+
+    # Float8 is copied as bytes: XLA would widen all of it to slice it.
+    is_int8 = values.dtype == jnp.int8
+    stored = values if is_int8 else jax.lax.bitcast_convert_type(values, jnp.uint8)
+
+    def add_block(index, total):
+        part = jax.lax.dynamic_slice_in_dim(stored, index * block, block)
+        part = part if is_int8 else jax.lax.bitcast_convert_type(part, values.dtype)
+        part = part.astype(x.dtype)
+        x_part = jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=-1)
+        return total + jnp.dot(x_part, part, preferred_element_type=jnp.float32)
+
+    total = jnp.zeros((*x.shape[:-1], columns), jnp.float32)
+    return jax.lax.fori_loop(0, rows // block, add_block, total)
 
 
 def as_two_rows(matmul: Callable, x: Shaped[Array, "B 1 d_in"], *arguments):
