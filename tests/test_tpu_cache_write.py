@@ -45,6 +45,19 @@ def test_the_kernel_writes_what_xla_writes(monkeypatch, dtype):
         assert (np.asarray(actual) != np.asarray(layer[name])).any()
 
 
+def test_an_int8_cache_gets_its_scales_too(monkeypatch):
+    layer = {name: random((len(SLOTS), 4, 64, 16), "int8") for name in "kv"}
+    layer |= {f"{name}_scale": random((len(SLOTS), 4, 64), "float32") for name in "kv"}
+    k, v = (jnp.asarray(RNG.normal(size=(len(SLOTS), 1, 4, 16)), jnp.float32) for _ in "kv")
+    slots = jnp.asarray(SLOTS)[:, None]
+    expected = kv_cache.write(layer, k, v, slots)
+    monkeypatch.setattr(kv_cache, "platform", lambda: "tpu")
+    monkeypatch.setattr(tpu_cache_write, "write_token", EMULATED)
+    written = kv_cache.write(layer, k, v, slots)
+    assert written.keys() == expected.keys() == layer.keys()
+    jax.tree.map(np.testing.assert_array_equal, written, expected)
+
+
 def test_decoding_takes_it_on_tpus_and_a_prompt_does_not(on_tpu, monkeypatch):
     layer, k, v = layer_and_token("float32")
     program = jax.make_jaxpr(kv_cache.write)

@@ -224,14 +224,12 @@ class Generator:
                 keep == 0,
             )
 
-    def cache_with_room(
-        self, rows: int, slots: int, cache: kv_cache.Cache | None = None
-    ) -> kv_cache.Cache:
+    def cache_with_room(self, rows: int, slots: int, cache: kv_cache.Cache | None = None):
         """Returns an empty cache, or the given one, grown to at least `slots` slots."""
-        if cache is None:
-            with self.mesh_context():
-                return programs.init_cache(self.config.language, rows, slots, self.cache_dtype)
-        return kv_cache.grow(cache, slots) if kv_cache.num_slots(cache) < slots else cache
+        if cache is not None:
+            return kv_cache.grow(cache, slots) if kv_cache.num_slots(cache) < slots else cache
+        with self.mesh_context():
+            return programs.init_cache(self.config.language, rows, slots, self.cache_dtype)
 
     def repeat_cache(self, cache: kv_cache.Cache, copies: int) -> kv_cache.Cache:
         """Repeats each row `copies` times, one after the other."""

@@ -8,6 +8,8 @@ An int8 cache has "k_scale" and "v_scale" f32[B,K,S] beside them: a vector of H 
 x / scale, with scale = max(abs(x)) / 127.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -62,26 +64,37 @@ def write(
     The slots of each row are consecutive. The caller keeps slots + T within the buffer: JAX would
     silently shift an update that is not.
     """
-
+    start, added = slots[:, 0], {"k": k, "v": v}
+    if is_int8(layer):
+        added = _quantized("k", k) | _quantized("v", v)
     if slots.shape[1] == 1 and platform() == "tpu":
         # Importing Pallas takes a quarter of a second.
         from internvl3_jax.model.ops import tpu_cache_write
 
         if tpu_cache_write.is_supported(layer["k"]):
-            caches = layer["k"], layer["v"]
-            written = tpu_cache_write.write_token(caches, (k, v), slots[:, 0])
-            return {name: _shard(x) for name, x in zip(("k", "v"), written, strict=True)}
+            return _written_on_tpu(layer, added, start, tpu_cache_write.write_token)
 
     def write_row(buffer, new, start):
         new = new.astype(buffer.dtype).swapaxes(0, 1)
         return jax.lax.dynamic_update_slice(buffer, new, (0, start, *(0,) * (new.ndim - 2)))
 
-    start, added = slots[:, 0], {"k": k, "v": v}
-    if is_int8(layer):
-        added = _quantized("k", k) | _quantized("v", v)
     return {
         name: _shard(jax.vmap(write_row)(layer[name], new, start)) for name, new in added.items()
     }
+
+
+def _written_on_tpu(
+    layer: LayerCache, added: dict[str, Array], start: Int[Array, " B"], write_token: Callable
+) -> LayerCache:
+    """Writes keys and values of one token per row in place, and selects the scales, which are few."""
+    k, v = write_token((layer["k"], layer["v"]), (added["k"], added["v"]), start)
+    here = jnp.arange(layer["k"].shape[2])[None, None] == start[:, None, None]
+    scales = {
+        name: jnp.where(here, new.swapaxes(1, 2), layer[name])
+        for name, new in added.items()
+        if name not in ("k", "v")
+    }
+    return {name: _shard(x) for name, x in ({"k": k, "v": v} | scales).items()}
 
 
 def _quantized(name: str, x: Float[Array, "B T K H"]) -> dict[str, Array]:

@@ -248,10 +248,8 @@ class Decoder(nn.Module):
         # 1) Where the mesh shards rows, reorder tokens until the end of this function, so that all
         #    devices have equal work.
         shards = num_context_shards(x.shape[1]) if cache is None else 1
-        x, positions, segments, last_query = (
-            None if y is None else to_zigzag(y, shards)
-            for y in (x, positions, segments, last_query)
-        )
+        inputs = (x, positions, segments, last_query)
+        x, positions, segments, last_query = jax.tree.map(lambda y: to_zigzag(y, shards), inputs)
 
         # 2) Rotary tables and the mask, shared by all layers.
         rope = rope_tables(self.config, positions, segments, scaling)

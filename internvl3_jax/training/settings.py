@@ -145,9 +145,8 @@ def read(name: str) -> TrainConfig:
         raise UsageError(f"--config: {one_line(str(path))}: is not a regular file; name a file")
     if not path.is_file():
         folders = (path.parent, cli.home() / "configs")
-        near = suggestion(
-            path.name, [file.name for folder in folders for file in folder.glob("*.py")]
-        )
+        files = [file.name for folder in folders for file in folder.glob("*.py")]
+        near = suggestion(path.name, files)
         raise UsageError(f"--config: {one_line(str(path))}: no such file{near}")
     arguments = [argument] if ":" in name and argument is not None else []
     with _beside(path):
@@ -269,16 +268,14 @@ def _similar_fields(path: str) -> list[str]:
 
     def score(field: str) -> float:
         of_group, _, last = field.rpartition(".")
-        pairs = [(name, last)]
-        if not is_group:  # names of one group have it in common, which makes none of them similar
-            pairs.append((path.replace(".", "_"), field.replace(".", "_")))
+        # Whole names of one group are similar by the group alone.
+        pairs = [(name, last), (path.replace(".", "_"), field.replace(".", "_"))][: 2 - is_group]
         similarity = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
         least = 0.75 if is_group and of_group != group else 0.65
         return 0.0 if similarity < least else similarity + 0.1 * bool(group and of_group == group)
 
     scores = {field: score(field) for field in _all_fields(TrainConfig)}
-    best = max(scores.values())
-    return [field for field, value in scores.items() if value == best > 0][:3]
+    return [field for field, value in scores.items() if value == max(scores.values()) > 0][:3]
 
 
 def _all_fields(cls, start: str = ""):
