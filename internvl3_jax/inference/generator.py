@@ -109,9 +109,8 @@ class Generator:
             params[lora.SUBTREE] = adapters.unroll(
                 params[lora.SUBTREE], self.config, self.fused, programs.on_cpu()
             )
-        if self.mesh is None:
-            return params
-        return jax.device_put(params, param_shardings(params, self.mesh))
+        shardings = self.mesh and param_shardings(params, self.mesh)
+        return jax.device_put(params, shardings) if shardings else params
 
     def mesh_context(self) -> contextlib.AbstractContextManager:
         """Returns the context in which the programs are called."""
@@ -224,7 +223,9 @@ class Generator:
                 keep == 0,
             )
 
-    def cache_with_room(self, rows: int, slots: int, cache: kv_cache.Cache | None = None):
+    def cache_with_room(
+        self, rows: int, slots: int, cache: kv_cache.Cache | None = None
+    ) -> kv_cache.Cache:
         """Returns an empty cache, or the given one, grown to at least `slots` slots."""
         if cache is not None:
             return kv_cache.grow(cache, slots) if kv_cache.num_slots(cache) < slots else cache
@@ -323,9 +324,9 @@ class Generator:
             return None
         # One image's tiles are not copied.
         tiles = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
-        width = self.config.language.hidden_size
+        shape = (len(prompts), length, self.config.language.hidden_size)
         with self.mesh_context():
-            visual = programs.zero_features(len(prompts), length, width, self.dtype)
+            visual = programs.zero_features(*shape, self.dtype)
         start = 0
         for count in tile_pieces(len(tiles), programs.on_cpu()):
             piece = slice(start, start + count)

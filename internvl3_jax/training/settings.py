@@ -65,11 +65,7 @@ class Chosen:
     overrides: dict[str, tuple]
 
     def overview(self, config: TrainConfig) -> str:
-        """Returns a few lines with the recipe and what differs from it.
-
-        Args:
-          config: The configuration as the run takes it.
-        """
+        """Returns a few lines with the recipe and what differs from it, for `config` as it is run."""
         changes = [
             f"  {field} = {excerpt(value)} (recipe: {excerpt(old)})"
             for field, (old, value) in self.overrides.items()
