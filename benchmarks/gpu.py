@@ -40,7 +40,7 @@ OWN_AUTOTUNE = "--xla_gpu_per_fusion_autotune_cache_dir={autotune}/compile"
 PARTS = (
     Part("ceilings", f"{PACKAGE}.ceilings", "", 30),
     Part("correctness", f"{PACKAGE}.correctness", "", 150),
-    Part("inference 1b", f"{PACKAGE}.inference", "1b", 90),
+    Part("inference 1b", f"{PACKAGE}.inference", "1b", 130),
     Part("torch 1b", f"{PACKAGE}.torch_inference", "1b", 60),
     Part("train 1b", f"{PACKAGE}.training", "1b", 90),
     Part("torch train 1b", f"{PACKAGE}.torch_training", "1b", 45),
@@ -51,7 +51,7 @@ PARTS = (
     Part("train 2b", f"{PACKAGE}.training", "2b", 70),
     Part("torch train 2b", f"{PACKAGE}.torch_training", "2b", 50),
     Part("torch compiled 1b", f"{PACKAGE}.torch_compiled", "1b", 150),
-    Part("inference 2b", f"{PACKAGE}.inference", "2b", 70),
+    Part("inference 2b", f"{PACKAGE}.inference", "2b", 120),
     Part("torch 2b", f"{PACKAGE}.torch_inference", "2b", 45),
     Part("inference 1b without triton", f"{PACKAGE}.inference", "1b", 80, NO_TRITON),
 )
