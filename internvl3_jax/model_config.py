@@ -61,7 +61,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LanguageConfig:
-    """Decoder. Qwen2.5, InternLM2 and InternLM3 differ by numbers and bias flags only."""
+    """Decoder. Qwen2.5, Qwen3, InternLM2 and InternLM3 differ by numbers and flags only."""
 
     # Number of tokens of the tokenizer, special tokens included.
     vocab_size: int
@@ -92,9 +92,12 @@ class LanguageConfig:
     qkv_bias: bool = True
     o_bias: bool = False
     mlp_bias: bool = False
+    # Whether each head of q and k passes an RMSNorm over its channels before the rotation (Qwen3).
+    qk_norm: bool = False
     # Whether the output head shares the embedding's weights.
     tie_embeddings: bool = False
-    # Architecture and tensor names in an exported model: "qwen2", "internlm2" or "internlm3".
+    # Architecture and tensor names in an exported model: "qwen2", "qwen3", "internlm2"
+    # or "internlm3".
     family: str = "qwen2"
     # The vocabulary is padded to a multiple of this inside the model; exports cut the padding.
     vocab_multiple: int = 256

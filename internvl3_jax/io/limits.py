@@ -94,7 +94,7 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "rope_scaling": one_of("none", "dynamic"),
         "rope_factor": _from(*ROPE_FACTOR),
         "max_position": _COUNT,
-        "family": one_of("qwen2", "internlm2", "internlm3"),
+        "family": one_of("qwen2", "qwen3", "internlm2", "internlm3"),
         "vocab_multiple": _from(1, 2**20),
     },
     "ModelConfig": {

@@ -1,6 +1,6 @@
-"""The decoder: one module for Qwen2.5, InternLM2 and InternLM3.
+"""The decoder: one module for Qwen2.5, Qwen3, InternLM2 and InternLM3.
 
-The families differ by sizes and bias flags, which are in the config. The layers have two parameter
+The families differ by sizes and flags, which are in the config. The layers have two parameter
 layouts:
 
     stacked   [L, ...] arrays and a scan; for checkpoints and training
@@ -62,6 +62,10 @@ class DecoderLayer(nn.Module):
         # Norms before attention and before the MLP.
         self.input_norm = make_norm("rms_norm", config.norm_eps, dtype)
         self.post_norm = make_norm("rms_norm", config.norm_eps, dtype)
+        # Norms of each head of q and k (Qwen3, after Dehghani et al. 2023).
+        if config.qk_norm:
+            self.q_norm = make_norm("rms_norm", config.norm_eps, dtype)
+            self.k_norm = make_norm("rms_norm", config.norm_eps, dtype)
         # The input products, in one of the two layouts, and the output products.
         if self.fused:
             self.qkv = dense(q_width + 2 * kv_width, config.qkv_bias)
@@ -109,13 +113,15 @@ class DecoderLayer(nn.Module):
         q_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
-        # Project, split into heads, shard, rotate.
+        # Project, split into heads, shard, normalize, rotate.
         if self.fused:
             q, k, v = jnp.split(self.qkv(x), (q_width, q_width + kv_width), axis=-1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in (q, k, v))
         q, k, v = (constrain(y, BATCH_AXES, "context", "tensor", None) for y in (q, k, v))
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
 
         # Attend to the cache, or to the row itself.
@@ -339,8 +345,10 @@ def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
         layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])
         if not fused:
             return layer
-        result = {name: layer[name] for name in ("input_norm", "post_norm", "o", "down")}
-        for target, sources in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
+        fused_names = (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up")))
+        merged = {name for _, sources in fused_names for name in sources}
+        result = {name: value for name, value in layer.items() if name not in merged}
+        for target, sources in fused_names:
             result[target] = jax.tree.map(
                 lambda *leaves: jnp.concatenate(leaves, axis=-1), *(layer[name] for name in sources)
             )

@@ -72,9 +72,12 @@ def decodes_here(
 
 
 def _is_plain(layer: Mapping) -> bool:
-    """Returns whether kernels are bfloat16 arrays (quantized ones are not), without adapters."""
+    """Returns whether kernels are bfloat16 arrays (quantized ones are not), without adapters.
+
+    A layer with norms of q and k (Qwen3) is not plain: the kernels do not compute them.
+    """
     params = layer.get("params", {})
-    if layer.get("lora") or not set(_KERNELS) <= set(params):
+    if layer.get("lora") or "q_norm" in params or not set(_KERNELS) <= set(params):
         return False
     return all(
         getattr(params[name]["kernel"], "dtype", None) == jnp.bfloat16
@@ -90,6 +93,7 @@ def _fits(config: LanguageConfig) -> bool:
     weights = config.hidden_size * (2 * (heads + kv_heads) * width + 3 * config.intermediate_size)
     return (
         width in (64, 128)
+        and not config.qk_norm
         and heads >= 8
         # Eight heads from any key head's first query on.
         and group <= ROWS <= group + 2 * kv_heads
