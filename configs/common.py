@@ -3,7 +3,7 @@
 The argument of a recipe is a size, or a checkpoint that brings its own shapes:
 
     --config configs/finetune.py:2b
-        Shapes from SIZES; set --config.init_from and --config.data.tokenizer.
+        Shapes from SIZES, such as 3.5-8b of InternVL3.5; set --config.init_from and --config.data.tokenizer.
     --config configs/finetune.py:OpenGVLab/InternVL3-2B
         Shapes, processor, tokenizer and weights of that checkpoint.
 
@@ -108,7 +108,7 @@ def _width(model: ModelConfig) -> int:
 
 def _model(name: str, drop_path: float) -> tuple[ModelConfig, ProcessorConfig, str]:
     """Returns (model, processor, checkpoint of the weights or "" for a size)."""
-    if name in RELEASED:
+    if name in SIZES and name != "tiny":
         model, processor, start = SIZES[name], ProcessorConfig(), ""
     else:
         from convert.open import open_model

@@ -9,6 +9,7 @@ from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorCo
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internlm3": "InternLM3ForCausalLM",
 }
@@ -64,19 +65,27 @@ def _language(language: LanguageConfig, dtype: str, token_ids: dict) -> dict:
             "rope_type": "dynamic",
             "type": "dynamic",
         }
+    if language.qk_norm != (language.family == "qwen3"):
+        raise ValueError(
+            f"language.qk_norm is {language.qk_norm} and language.family {language.family!r}: "
+            "Qwen3 has norms of q and k, and no other family has; set them so"
+        )
+    if language.family == "qwen3":
+        values["attention_bias"] = _one_attention_bias(language, "Qwen3")
     if language.family == "qwen2":
         if (language.qkv_bias, language.o_bias, language.mlp_bias) != (True, False, False):
             raise ValueError(
                 "language.qkv_bias, o_bias and mlp_bias: Qwen2 has biases in q, k and v and "
                 "nowhere else; set them so, or choose another language.family"
             )
+    if language.family in ("qwen2", "qwen3"):
         values |= {
             "use_sliding_window": False,
             "sliding_window": None,
             "max_window_layers": language.num_layers,
         }
     heads_differ = language.head_dim * language.num_heads != language.hidden_size
-    if heads_differ or language.family == "internlm3":
+    if heads_differ or language.family in ("qwen3", "internlm3"):
         values["head_dim"] = language.head_dim
     return values
 
@@ -88,9 +97,14 @@ def _internlm2_bias(language: LanguageConfig) -> bool:
             f"language.head_dim is {language.head_dim}: InternLM2's heads together are as wide as "
             f"the model ({language.hidden_size})"
         )
+    return _one_attention_bias(language, "InternLM2")
+
+
+def _one_attention_bias(language: LanguageConfig, family: str) -> bool:
+    """Returns whether q, k, v and o have biases."""
     if language.qkv_bias != language.o_bias or language.mlp_bias:
         raise ValueError(
-            "language.qkv_bias, o_bias and mlp_bias: InternLM2 has one flag for q, k, v and o, "
+            f"language.qkv_bias, o_bias and mlp_bias: {family} has one flag for q, k, v and o, "
             "and no bias in the MLP; set them so"
         )
     return language.qkv_bias

@@ -8,7 +8,7 @@ from convert.config_json import to_hf
 from internvl3_jax.checkpoints.hf.config import from_hf, processor_from_hf
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.sizes import SIZES
-from tests.support.released_configs import HF, INTERNLM3, ORIGINAL, changed
+from tests.support.released_configs import HF, INTERNLM3, ORIGINAL, QWEN3, changed
 
 pytestmark = pytest.mark.smoke
 
@@ -30,6 +30,36 @@ def test_internlm3_config_is_the_9b_model():
     assert from_hf(config, image_token_id=128133) == with_drop_path(SIZES["9b"])
 
 
+@pytest.mark.parametrize("theta", [1_000_000, 5_000_000])
+def test_qwen3_config_is_the_3_5_8b_model(theta):
+    """The original layout, and transformers' with the id of the image token in the file.
+
+    Both say that the base's head is tied, where the weights of the released model have one.
+    """
+    text = changed(QWEN3, "rope_theta", theta)
+    expected = dataclasses.replace(
+        SIZES["3.5-8b"],
+        language=dataclasses.replace(SIZES["3.5-8b"].language, rope_theta=float(theta)),
+    )
+    original = changed(ORIGINAL, "llm_config", text)
+    assert from_hf(original, image_token_id=151671, has_head=True) == with_drop_path(expected)
+    transformers = changed(changed(HF, "text_config", text), "image_token_id", 151671)
+    assert from_hf(transformers, has_head=True) == expected
+
+
+def test_the_image_token_of_qwen3_is_the_tokenizers():
+    """151667, transformers' default, is <think> there."""
+    config = changed(HF, "text_config", QWEN3)
+    with pytest.raises(
+        ValueError, match="image_token_id is 151667; the tokenizer has <IMG_CONTEXT> at 151671"
+    ):
+        from_hf(config, image_token_id=151671, has_head=True)
+    absent = changed(config, "image_token_id", changed)
+    assert from_hf(absent, image_token_id=151671, has_head=True).image_token_id == 151671
+    with pytest.raises(ValueError, match="does not hold the id of <IMG_CONTEXT>"):
+        from_hf(absent, has_head=True)
+
+
 @pytest.mark.parametrize("layout", ["internvl", "hf"])
 @pytest.mark.parametrize("size", list(SIZES))
 def test_what_is_written_reads_the_same(size, layout):
@@ -37,9 +67,11 @@ def test_what_is_written_reads_the_same(size, layout):
     processor = ProcessorConfig(model.vision.image_size, model.tokens_per_tile)
     written = to_hf(model, processor, layout, "bfloat16")
     pictures = {"image_mean": list(model.vision.mean), "image_std": list(model.vision.std)}
-    assert (
-        from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures) == model
-    )
+    found = from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures)
+    if layout == "hf" and model.language.family == "internlm2":
+        assert found.language.family == "internlm3"  # transformers has both as "llama"
+        found.language.family = "internlm2"
+    assert found == model
     assert processor_from_hf(written) == processor
 
 
@@ -75,7 +107,16 @@ def test_the_original_layout_never_ties_a_model_with_a_head():
     assert from_hf(config, image_token_id=1, has_head=False).language.tie_embeddings
 
 
+ORIGINAL_QWEN3 = changed(ORIGINAL, "llm_config", QWEN3)
 REFUSED = [
+    (ORIGINAL_QWEN3, "llm_config.head_dim", changed),
+    (ORIGINAL_QWEN3, "llm_config.head_dim", "128"),
+    (ORIGINAL_QWEN3, "llm_config.attention_bias", "no"),
+    (ORIGINAL_QWEN3, "llm_config.rope_theta", changed),
+    (ORIGINAL_QWEN3, "llm_config.model_type", "qwen3_moe"),
+    (ORIGINAL_QWEN3, "llm_config.model_type", "gpt_oss"),
+    (ORIGINAL_QWEN3, "llm_config.mlp_only_layers", []),
+    (ORIGINAL_QWEN3, "flash_relative_threshold", 0.5),
     (ORIGINAL, "model_type", "llava"),
     (ORIGINAL, "select_layer", -4),
     (ORIGINAL, "pad2square", True),
@@ -165,6 +206,9 @@ def test_preprocessor_config_of_the_hf_layout():
     ("internvl", {"language": dataclasses.replace(SIZES["9b"].language, o_bias=True)}, "o_bias"),
     ("internvl", {"language": dataclasses.replace(SIZES["1b"].language, qkv_bias=False)}, "qkv_bias"),
     ("internvl", {"language": dataclasses.replace(SIZES["1b"].language, tie_embeddings=True)}, "ties"),
+    ("hf", {"language": dataclasses.replace(SIZES["1b"].language, qk_norm=True)}, "qk_norm"),
+    ("hf", {"language": dataclasses.replace(SIZES["3.5-1b"].language, qk_norm=False)}, "qk_norm"),
+    ("internvl", {"language": dataclasses.replace(SIZES["3.5-1b"].language, qkv_bias=True)}, "Qwen3"),
 ])  # fmt: skip
 def test_what_a_layout_cannot_express_is_refused(layout, change, named):
     with pytest.raises(ValueError, match=named):

@@ -25,14 +25,17 @@ from internvl3_jax.checkpoints.storage import by_path, nest
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.sizes import SIZES
 
-RELEASED = ("1b", "2b", "8b", "9b", "14b", "38b", "78b")
+RELEASED = (
+    *("1b", "2b", "8b", "9b", "14b", "38b", "78b"),
+    *("2.5-4b", "3.5-1b", "3.5-4b", "3.5-8b", "3.5-38b"),
+)
 VOCABULARY = 463  # three rows more than the tokenizer has tokens: 448 + 12
 IMAGE_TOKEN_ID = 453
 
 
 def reduce(size: str) -> ModelConfig:
-    """A size with the decoder's head counts, flags and norms, but narrow and shallow; the 6B tower
-    keeps an odd head count.
+    """A size with the decoder's head counts, flags and norms, but narrow and shallow. The 6B tower
+    keeps an odd head count, and Qwen3 heads that together are not as wide as the model.
     """
     model = SIZES[size]
     heads = 5 if model.vision.num_heads == 25 else 4
@@ -50,7 +53,7 @@ def reduce(size: str) -> ModelConfig:
         vocab_size=VOCABULARY,
         hidden_size=4 * model.language.num_heads,
         num_layers=3,
-        head_dim=4,
+        head_dim=6 if model.language.qk_norm else 4,
         intermediate_size=38,
     )
     return dataclasses.replace(

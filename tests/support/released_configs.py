@@ -1,6 +1,4 @@
-"""The fields of released config.json files: 1B in both layouts, and InternLM3-8B, which the 9B
-model is built on.
-"""
+"""The fields of released config.json files: 1B in both layouts, and the decoders of other models."""
 
 import copy
 
@@ -161,6 +159,37 @@ INTERNLM3 = {
     "tie_word_embeddings": False,
     "use_cache": True,
     "vocab_size": 128512,
+}
+# The llm_config of InternVL3.5-8B: the fields of Qwen3-8B, and those of InternVL's own files. The
+# base says false of tying, but that of the 4B says true although the 3.5 models have a head.
+QWEN3 = {
+    "_attn_implementation_autoset": True,
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
 }
 # The llm_config of InternVL2.5-8B and of VisualPRM.
 INTERNLM2 = {

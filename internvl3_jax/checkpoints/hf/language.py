@@ -1,4 +1,4 @@
-"""Reads the decoder's part of a released config.json: Qwen2, InternLM2 or InternLM3."""
+"""Reads the decoder's part of a released config.json: Qwen2, Qwen3, InternLM2 or InternLM3."""
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
 from internvl3_jax.checkpoints.hf.keys import EPSILON, LANGUAGE, bounds, read_keys
@@ -16,7 +16,9 @@ def read_language(
     A "llama" is InternLM3: transformers reads it so, and converted 9B checkpoints say so.
     """
     fields = Fields(values, where)
-    fields.expect("model_type", "qwen2", "internlm2", "internlm3", "llama", default="absent")
+    fields.expect(
+        "model_type", "qwen2", "qwen3", "internlm2", "internlm3", "llama", default="absent"
+    )
     family = "internlm3" if values["model_type"] == "llama" else values["model_type"]
     fields.expect("hidden_act", "silu")
     fields.expect("use_sliding_window", False)
@@ -34,7 +36,9 @@ def read_language(
     qkv_bias, o_bias, mlp_bias = _biases(fields, family)
     if heads % sizes["num_kv_heads"]:
         fields.refuse("num_key_value_heads", f"it does not divide num_attention_heads {heads}")
-    head_dim = fields.get("head_dim", int, None, low=2, high=1 << 14)
+    # Qwen3's heads together are not as wide as the model, so its file must say how wide they are.
+    required = {} if family == "qwen3" else {"default": None}
+    head_dim = fields.get("head_dim", int, **required, low=2, high=1 << 14)
     if head_dim is None and hidden % heads:
         fields.refuse(
             "num_attention_heads",
@@ -42,7 +46,7 @@ def read_language(
         )
     theta, scaling, factor = _rope(fields, sizes["max_position"])
     fields.get("tie_word_embeddings", bool, None)
-    eps = {"default": 1e-6} if family == "qwen2" else {}
+    eps = {"default": 1e-6} if family in ("qwen2", "qwen3") else {}
     language = LanguageConfig(
         **sizes,
         head_dim=head_dim or hidden // heads,
@@ -53,6 +57,7 @@ def read_language(
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
+        qk_norm=family == "qwen3",
         tie_embeddings=tied,
         family=family,
     )
@@ -64,6 +69,10 @@ def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
     """Returns whether q, k and v, o, and the MLP have biases."""
     if family == "qwen2":
         return True, False, False
+    if family == "qwen3":
+        # One flag for q, k, v and o, which no released model sets.
+        bias = fields.get("attention_bias", bool, False)
+        return bias, bias, False
     if family == "internlm2":
         # Its class takes a missing "bias" for true; its released models say false.
         bias = fields.get("bias", bool)

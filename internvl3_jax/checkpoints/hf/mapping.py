@@ -7,7 +7,7 @@ number.
 
 Shapes are of one layer, without the vocabulary's padding (see assemble.py). Vision tower: C width,
 M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q
-and K widths of queries and keys. Projector: S width after pixel shuffle.
+and K widths of queries and keys, H width of a head. Projector: S width after pixel shuffle.
 """
 
 import dataclasses
@@ -103,6 +103,8 @@ language/layers/ language_model.model.layers.{}.self_attn. model.language_model.
   v/bias    K    VECTOR  v_proj.bias    v_proj.bias    language_qkv_bias
   o/kernel  Q,D  LINEAR  o_proj.weight  o_proj.weight
   o/bias    D    VECTOR  o_proj.bias    o_proj.bias    o_bias
+  q_norm/scale  H  VECTOR  q_norm.weight  q_norm.weight  language_qk_norm
+  k_norm/scale  H  VECTOR  k_norm.weight  k_norm.weight  language_qk_norm
 
 language/layers/  language_model.model.layers.{}.mlp.  model.language_model.layers.{}.mlp.
   gate/kernel  D,F  LINEAR  gate_proj.weight  gate_proj.weight
@@ -207,6 +209,7 @@ def active_rows(config: ModelConfig) -> list[Row]:
         "layer_norm": vision.norm == "layer_norm",
         "head": not language.tie_embeddings,
         "language_qkv_bias": language.qkv_bias,
+        "language_qk_norm": language.qk_norm,
         "o_bias": language.o_bias,
         "mlp_bias": language.mlp_bias,
     }
@@ -234,6 +237,7 @@ def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
         "S": config.downsample**2 * vision.hidden_size,
         "D": language.hidden_size,
         "F": language.intermediate_size,
+        "H": language.head_dim,
         "Q": language.num_heads * language.head_dim,
         "K": language.num_kv_heads * language.head_dim,
         "V": language.vocab_size,
