@@ -23,7 +23,14 @@ from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model.internvl import InternVL, count_params
 from tests.support.internlm2_reference import Reference, converted
-from tests.support.parity import TOLERANCE, as_prompt, greedy, make_row
+from tests.support.parity import (
+    TOLERANCE,
+    as_prompt,
+    assert_gradients,
+    greedy,
+    loss_gradients,
+    make_row,
+)
 from tests.support.released import (
     convert,
     params_of,
@@ -37,10 +44,10 @@ from tests.support.released_configs import INTERNLM2, ORIGINAL, changed
 pytestmark = pytest.mark.optimized
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("vit", "bias"), [("300m", False), ("300m", True), ("6b", False)])
 @pytest.mark.parametrize("tiles", [(), (2, 1)], ids=["text", "pictures"])
-def test_logits(bias, tiles):
-    reference = Reference(bias=bias)
+def test_logits(vit, bias, tiles):
+    reference = Reference(vit=vit, bias=bias)
     config, params = converted(reference)
     assert (
         config.language.family == "internlm2"
@@ -50,6 +57,21 @@ def test_logits(bias, tiles):
     theirs = reference(torch.from_numpy(batch["tokens"].astype(np.int64)), pixels).numpy()
     logits = jax.jit(lambda: InternVL(config).apply({"params": params}, batch))()
     np.testing.assert_allclose(logits, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("vit", ["300m", "6b"])
+def test_gradients(vit):
+    reference = Reference(vit=vit)
+    config, params = converted(reference)
+    batch, pixels = make_row(config, (2, 1), seed=13)
+    shape = (*batch["tokens"].shape, config.language.vocab_size)
+    weights = np.random.default_rng(0).standard_normal(shape, np.float32)
+    ids = torch.from_numpy(batch["tokens"].astype(np.int64))
+    loss_gradients(lambda: reference.logits(ids, pixels), batch, weights)
+    tensors = reference.tensors(gradients=True)
+    source = ArraySource({name: tensor.numpy() for name, tensor in tensors.items()})
+    expected = params_from_tensors(config, table_source(source, config.language))
+    assert_gradients(config, params, batch, weights, expected)
 
 
 @pytest.mark.parametrize("length", [24, 60])

@@ -17,8 +17,18 @@ from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.projector import pixel_shuffle
 from internvl3_jax.model.vision import VisionTower, interpolate_positions
-from tests.support.parity import TOLERANCE, as_prompt, greedy, make_row, pair, pixels, torch_logits
-from tests.support.torch_reference import build_reference
+from tests.support.parity import (
+    TOLERANCE,
+    as_prompt,
+    assert_gradients,
+    greedy,
+    loss_gradients,
+    make_row,
+    pair,
+    pixels,
+    torch_logits,
+)
+from tests.support.torch_reference import build_reference, original_config, original_state_dict
 
 pytestmark = pytest.mark.optimized
 
@@ -28,6 +38,9 @@ FAMILIES = [
     ("6b", "qwen2", False),
     ("300m", "internlm3", False),
     ("6b", "internlm3", True),
+    ("300m", "qwen3", False),
+    ("6b", "qwen3", False),
+    ("300m", "qwen3", True),
 ]
 
 
@@ -101,6 +114,27 @@ def test_every_intermediate(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
+def test_gradients(family):
+    """Of every parameter, through a row with several images and text."""
+    reference, config, params = pair(*family)
+    batch, values = make_row(config, (2, 1), seed=13)
+    shape = (*batch["tokens"].shape, config.language.vocab_size)
+    weights = np.random.default_rng(0).standard_normal(shape, np.float32)
+    ids = torch.from_numpy(batch["tokens"].astype(np.int64))
+    reference.zero_grad()
+    loss_gradients(lambda: reference(input_ids=ids, pixel_values=values).logits, batch, weights)
+    expected = params_from_tensors(
+        config,
+        {
+            name: tensor.grad.numpy()
+            for name, tensor in reference.named_parameters()
+            if tensor.grad is not None
+        },
+    )
+    assert_gradients(config, params, batch, weights, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
 def test_greedy_tokens(family):
     """Prefill, cache and decode loop against transformers' generate."""
     reference, config, params = pair(*family)
@@ -123,7 +157,9 @@ def test_greedy_tokens(family):
     assert ours[0] == out[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: "-".join(map(str, family)))
+@pytest.mark.parametrize(
+    "family", [*FAMILIES[:4], FAMILIES[5]], ids=lambda family: "-".join(map(str, family))
+)
 def test_ragged_batch_is_one_by_one(family):
     """Rows of different lengths, with and without images, against transformers' left-padded rows
     alone and ours alone.
@@ -140,12 +176,13 @@ def test_ragged_batch_is_one_by_one(family):
     assert together == alone
 
 
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_matches(side):
+def test_padding_matches(side, llm):
     """A padded batch in transformers and the same rows here give the same logits at the real
     tokens.
     """
-    reference, config, params = pair()
+    reference, config, params = pair(llm=llm)
     rows = [make_row(config, (1,), seed=3)[0], make_row(config, (2,), seed=4, text=9)[0]]
     longest = max(row["tokens"].shape[1] for row in rows)
     tokens, mask = np.zeros((2, 2, longest), np.int64)
@@ -169,8 +206,9 @@ def test_padding_matches(side):
     np.testing.assert_allclose(ours[mask > 0], theirs[mask > 0], **TOLERANCE)
 
 
-def test_packed_rows_are_separate_rows():
-    reference, config, params = pair()
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
+def test_packed_rows_are_separate_rows(llm):
+    reference, config, params = pair(llm=llm)
     rows = [make_row(config, tiles, seed=i)[0] for i, tiles in enumerate([(1,), (), (2, 1)])]
     packed = {
         "tokens": np.concatenate([row["tokens"] for row in rows], axis=1),
@@ -185,6 +223,21 @@ def test_packed_rows_are_separate_rows():
         torch_logits(reference, row["tokens"], pixels(row["tiles"][0], config))[0] for row in rows
     ]
     np.testing.assert_allclose(ours, np.concatenate(theirs), **TOLERANCE)
+
+
+def test_a_released_file_of_qwen3_converts_to_the_same_model():
+    """The original layout of the same weights: no head_dim, id or tying by default."""
+    reference, config, params = pair("300m", "qwen3")
+    original = from_hf(original_config(reference), image_token_id=120, has_head=True)
+    assert original.language == config.language and config.language.head_dim == 12
+    assert (config.language.qk_norm, config.language.rope_theta) == (True, 5e5)
+    tensors = {name: tensor.numpy() for name, tensor in original_state_dict(reference).items()}
+    for leaf, other in zip(
+        jax.tree.leaves(params_from_tensors(original, tensors)),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(leaf, other)
 
 
 @pytest.mark.parametrize("length", [24, 60])
@@ -251,8 +304,9 @@ def test_pixel_shuffle_order():
     assert ours[1, 2, 1, 13] == x[1, 5, 2, 3]
 
 
-def test_scanned_and_unrolled_layouts_agree():
-    _, config, params = pair("6b", "internlm3", False)
+@pytest.mark.parametrize("llm", ["internlm3", "qwen3"])
+def test_scanned_and_unrolled_layouts_agree(llm):
+    _, config, params = pair("6b", llm, False)
     batch, _ = make_row(config, (2,), seed=5)
     generator = Generator(config, params)
     unrolled = apply(generator.model, generator.params, batch)

@@ -7,6 +7,7 @@ trained length. It keeps the published names, so that its state dict under `lang
 a released checkpoint holds.
 """
 
+import copy
 import json
 import pathlib
 
@@ -140,18 +141,22 @@ class InternLM2(nn.Module):
 class Reference(nn.Module):
     """The complete model: `forward(ids i64[B,T], pixels f32[N,3,S,S])` -> logits f32[B,T,V]."""
 
-    def __init__(self, seed: int = 0, **llm):
+    def __init__(self, seed: int = 0, vit: str = "300m", **llm):
         super().__init__()
         llm = {**LLM, **llm}
         # Its decoder is unused; its width makes the projector as wide as InternLM2.
         text = {"hidden_size": llm["hidden_size"], "vocab_size": llm["vocab_size"]}
-        self.body, _ = torch_reference.build_reference(seed=seed, text=text)
+        self.body, _ = torch_reference.build_reference(vit, seed=seed, text=text)
         self.language = InternLM2(llm)
         torch_reference.randomise(self.language, seed + 1)
         self.eval()
 
     @torch.no_grad()
     def forward(self, ids, pixels):
+        return self.logits(ids, pixels)
+
+    def logits(self, ids, pixels):
+        """Returns the logits with their graph, for gradients."""
         x = self.language.model.tok_embeddings(ids)
         if len(pixels):
             tower = self.body.model.vision_tower(pixels).last_hidden_state[:, 1:]
@@ -163,8 +168,13 @@ class Reference(nn.Module):
             x[ids == self.body.config.image_token_id] = features.flatten(0, 1)
         return self.language(x)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors under the names of a released checkpoint."""
+    def tensors(self, gradients: bool = False) -> dict[str, torch.Tensor]:
+        """Returns the tensors, or their gradients, under the names of a released checkpoint."""
+        if gradients:
+            holder = copy.deepcopy(self)
+            for held, tensor in zip(holder.parameters(), self.parameters(), strict=True):
+                held.data = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            return holder.tensors()
         body = torch_reference.original_state_dict(self.body)
         kept = {
             name: tensor for name, tensor in body.items() if not name.startswith("language_model.")

@@ -2,15 +2,18 @@
 
 import functools
 
+import jax
 import numpy as np
 import torch
 
 from internvl3_jax.checkpoints.hf.assemble import params_from_tensors
 from internvl3_jax.checkpoints.hf.config import from_hf
+from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
+from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.positions import build_positions
 from tests.support.torch_reference import build_reference
 
@@ -68,6 +71,27 @@ def torch_logits(reference, tokens, values, **more):
         return reference(
             input_ids=ids, pixel_values=values if len(values) else None, **more
         ).logits.numpy()
+
+
+def loss_gradients(forward, batch, weights):
+    """Runs a backward pass in torch through sum(logits * weights) / tokens."""
+    loss = (forward() * torch.from_numpy(weights)).sum() / batch["tokens"].size
+    loss.backward()
+
+
+def assert_gradients(config, params, batch, weights, expected):
+    """Compares the gradient of the same sum with `expected`, a parameter tree from torch."""
+
+    def loss(params):
+        logits = InternVL(config).apply({"params": params}, batch)
+        return (logits[..., : config.language.vocab_size] * weights).sum() / batch["tokens"].size
+
+    found = by_path(jax.jit(jax.grad(loss))(params))
+    expected = by_path(expected)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(value).max() > 0, name
+        np.testing.assert_allclose(found[name], value, err_msg=name, **TOLERANCE)
 
 
 def greedy(limit, rows, config):

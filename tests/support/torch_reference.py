@@ -41,6 +41,15 @@ TEXT = {
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
     },
+    "qwen3": {
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "max_position_embeddings": 40960,
+        "head_dim": 12,  # wider than hidden / heads, as in all but one released size
+        "attention_bias": False,
+        "use_sliding_window": False,
+    },
     "internlm3": {
         "model_type": "internlm3",
         "rms_norm_eps": 1e-5,
@@ -68,7 +77,7 @@ def build_reference(
 
     Args:
       vit: "300m" (LayerNorm, qkv bias) or "6b" (RMSNorm, q/k norm, no qkv bias, five heads).
-      llm: "qwen2" or "internlm3".
+      llm: "qwen2", "qwen3" or "internlm3".
       tied: whether the output head shares the embedding.
       vision, text: fields of vision_config and text_config to replace.
       overrides: top-level fields of InternVLConfig to replace.
@@ -230,7 +239,8 @@ def original_config(model: torch.nn.Module) -> dict:
     kind = rope["rope_type"]
     llm_config = {
         "architectures": [
-            "Qwen2ForCausalLM" if text.model_type == "qwen2" else "InternLM3ForCausalLM"
+            {"qwen2": "Qwen2", "qwen3": "Qwen3", "internlm3": "InternLM3"}[text.model_type]
+            + "ForCausalLM"
         ],
         "bos_token_id": 151643,
         "eos_token_id": 151643,
@@ -256,6 +266,8 @@ def original_config(model: torch.nn.Module) -> dict:
         "use_cache",
     ]
     llm_config |= {name: getattr(text, name) for name in names}
+    if text.model_type == "qwen3":
+        llm_config |= {"head_dim": text.head_dim, "attention_bias": text.attention_bias}
     if text.model_type == "internlm3":
         llm_config |= {
             "head_dim": text.head_dim,
