@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(params=[("300m", "qwen2"), ("6b", "internlm3")], ids=str)
+@pytest.fixture(params=[("300m", "qwen2"), ("6b", "internlm3"), ("300m", "qwen3")], ids=str)
 def reference(request):
     """(torch model, our configuration, our parameters)"""
     return build(*request.param)

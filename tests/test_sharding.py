@@ -185,6 +185,7 @@ def descend(style, values, mesh, **settings):
         ("300m", "all", 2),
         ("6b", "tensor only", 1),
         ("6b", "all", 2),
+        ("qwen3", "all", 2),
     ],
 )
 def test_every_mesh_is_one_device(style, name, micro_batches):

@@ -13,7 +13,15 @@ from tests.support.tiny_checkpoint import CONFIG
 # no even tensor axis above 2 divides.
 VISION_6B = dataclasses.replace(CONFIG.vision, norm="rms_norm", qkv_bias=False, qk_norm=True)
 LANGUAGE_14 = dataclasses.replace(CONFIG.language, hidden_size=64, num_heads=14, num_kv_heads=2)
-STYLES = {"300m": CONFIG, "6b": dataclasses.replace(CONFIG, vision=VISION_6B, language=LANGUAGE_14)}
+# Qwen3: heads that together are not as wide as the model, with norms, and no bias.
+LANGUAGE_QWEN3 = dataclasses.replace(
+    CONFIG.language, head_dim=12, qkv_bias=False, qk_norm=True, family="qwen3"
+)
+STYLES = {
+    "300m": CONFIG,
+    "6b": dataclasses.replace(CONFIG, vision=VISION_6B, language=LANGUAGE_14),
+    "qwen3": dataclasses.replace(CONFIG, language=LANGUAGE_QWEN3),
+}
 MESHES = {
     "data": MeshConfig(data=8, fsdp=1),
     "fsdp": MeshConfig(fsdp=8),
