@@ -2,8 +2,12 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
+from internvl3_jax.data.text.reasoning import split_reasoning
 from internvl3_jax.inference.compile_clock import CompileClock
+from internvl3_jax.inference.options import Options
+from internvl3_jax.inference.text_stream import TextStreamer
 
 
 @dataclasses.dataclass
@@ -11,17 +15,19 @@ class Answer:
     """An answer, and what it took.
 
     Attributes:
-      text: without stop tokens and stop texts.
+      text: without stop tokens, stop texts and reasoning.
       token_ids: as generated; the stop id is the last one if it was generated.
       prompt_tokens: number of tokens of the prompt, the earlier turns included.
       tiles: number of tiles of each image of the conversation, thumbnails included.
       seconds: from the question to the last token, compilation included.
       first_token_seconds: from the question to the first token, without compilation.
       reused_tokens: tokens of the prompt that were in the cache from earlier turns.
-      finish: "stop" for a stop token or text, "length" if `max_new_tokens` cut the answer off.
+      finish: "stop" for a stop token or text, "length" if `max_new_tokens` cut the answer off,
+        "reasoning" if the reasoning has no end: then there is no answer, and `text` is empty.
       compile_seconds: spent on compiling programs, 0.0 if all had been compiled before.
       model_runs: runs of the model for the tokens after the first; with `prompt_lookup` one run may
         give several.
+      reasoning: what came before the answer, between <think> and </think>; None if nothing did.
     """
 
     text: str
@@ -34,6 +40,7 @@ class Answer:
     finish: str = "stop"
     compile_seconds: float = 0.0
     model_runs: int = 0
+    reasoning: str | None = None
 
     @property
     def seconds_per_token(self) -> float:
@@ -41,6 +48,29 @@ class Answer:
         following = len(self.token_ids) - 1
         seconds = self.seconds - self.compile_seconds - self.first_token_seconds
         return max(0.0, seconds) / following if following > 0 else 0.0
+
+
+def text_fields(
+    streamer: TextStreamer, options: Options, stop_ids: Sequence[int], keep_start: bool
+) -> dict:
+    """Returns the fields `text`, `reasoning` and `finish` of an `Answer`.
+
+    Args:
+      stop_ids: ids of the stop tokens.
+      keep_start: keep the space that the text begins with.
+    """
+    ids = streamer.ids
+    stopped = streamer.ended or (ids and ids[-1] in stop_ids)
+    finish = "stop" if stopped or len(ids) < options.max_new_tokens else "length"
+    text = streamer.text.rstrip() if keep_start else streamer.text.strip()
+    parts = split_reasoning(text, options.thinking)
+    finish = "reasoning" if parts.is_cut else finish
+    return {"text": parts.answer, "reasoning": parts.reasoning, "finish": finish}
+
+
+def cut_reasoning(answer: Answer) -> str:
+    """Says that an answer ended within its reasoning."""
+    return f"the reasoning ended after {len(answer.token_ids)} tokens without an answer"
 
 
 class Stopwatch:

@@ -58,7 +58,18 @@ flags.DEFINE_bool("stats", False, "Print times and token counts to stderr.")
 
 # --- the answer -----------------------------------------------------------------------------------
 flags.DEFINE_integer("max_new_tokens", 1024, "Longest answer, in tokens.", lower_bound=1)
-flags.DEFINE_float("temperature", 0.0, "0 is greedy decoding.", lower_bound=0.0)
+flags.DEFINE_bool(
+    "thinking",
+    False,
+    "Let the model reason before it answers (InternVL3.5): its system message for that, or "
+    "--system, and temperature 0.6.",
+)
+flags.DEFINE_float(
+    "temperature",
+    None,
+    "0 is greedy decoding. Default: 0, or 0.6 with --thinking.",
+    lower_bound=0.0,
+)
 flags.DEFINE_float(
     "top_p", 1.0, "Sample from the likeliest tokens that together reach this probability."
 )
@@ -193,7 +204,16 @@ SECTIONS = {
         "system",
     ],
     "Question": ["prompt", "image", "json", "stats"],
-    "Answer": ["max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt_lookup", "stop"],
+    "Answer": [
+        "max_new_tokens",
+        "thinking",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "prompt_lookup",
+        "stop",
+    ],
     "Images": [
         "max_tiles",
         "tiles",
@@ -260,9 +280,13 @@ def _check_best_of() -> None:
 
 
 def chat_options() -> dict:
-    """Returns keyword arguments of `Chat`."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt_lookup", "system")
+    """Returns keyword arguments of `Chat`, with what thinking mode stands for spelled out."""
+    from internvl3_jax.inference.options import resolve_system, resolve_temperature
+
+    names = ("max_new_tokens", "top_p", "top_k", "seed", "prompt_lookup", "thinking")
     return {name: FLAGS[name].value for name in (*names, *IMAGE_FLAGS)} | {
+        "temperature": resolve_temperature(FLAGS.temperature, FLAGS.thinking),
+        "system": resolve_system(FLAGS.system, FLAGS.thinking),
         "stop": tuple(FLAGS.stop),
         "delta": tuple(FLAGS.delta) or None,
     }

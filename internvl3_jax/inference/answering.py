@@ -26,7 +26,8 @@ FIELDS = ("text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish")
 
 def as_json(answer: Answer) -> dict:
     """Returns the fields of an answer that --json and --requests write."""
-    return {name: getattr(answer, name) for name in FIELDS}
+    reasoning = {} if answer.reasoning is None else {"reasoning": answer.reasoning}
+    return {name: getattr(answer, name) for name in FIELDS} | reasoning
 
 
 def weights_hash(checkpoint, adapter: str | None = None) -> str:
@@ -237,6 +238,8 @@ def totals(rows: Sequence[dict], seconds: float) -> str:
     tokens = sum(row.get("new_tokens", len(row.get("token_ids", ()))) for row in rows)
     cut = sum(row.get("finish") == "length" for row in rows)
     more = f"; {cut} were cut off by --max_new_tokens" if cut else ""
+    unanswered = sum(row.get("finish") == "reasoning" for row in rows)
+    more += f"; {unanswered} have reasoning that was cut off and no answer" if unanswered else ""
     return (
         f"{len(rows)} answers, {tokens:,} new tokens in {seconds:.3f} s, "
         f"{tokens / max(seconds, 1e-9):.1f} tokens/s{more}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from internvl3_jax.data.batch import Prompt, make_prompt
 from internvl3_jax.data.text.chat_template import insert_missing_tags
-from internvl3_jax.inference.answer import Answer, Stopwatch
+from internvl3_jax.inference.answer import Answer, Stopwatch, cut_reasoning, text_fields
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.options import OptionChanges, Options, units
@@ -38,7 +38,7 @@ class Chat:
       adapter: name of the LoRA adapter, of those given to `load`, that is put on; None for the
         base. `use` changes it.
       cache: "int8" keeps keys and values in 8 bits; None: in the dtype of the computation.
-      max_new_tokens ... system: as of `Options`, for all answers; a call can change them for one.
+      max_new_tokens ... thinking: as of `Options`, for all answers; a call can change them for one.
 
     Attributes:
       last: the last `Answer`; None before the first.
@@ -56,7 +56,7 @@ class Chat:
         *,
         cache: str | None = None,
         max_new_tokens: int = 1024,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
@@ -69,6 +69,7 @@ class Chat:
         max_image_pixels: int | None = None,
         allow_truncated: bool = False,
         system: str | None = None,
+        thinking: bool = False,
     ):
         if not hasattr(checkpoint, "params"):
             is_path = isinstance(checkpoint, str | os.PathLike)
@@ -91,6 +92,7 @@ class Chat:
             max_image_pixels=max_image_pixels,
             allow_truncated=allow_truncated,
             system=system,
+            thinking=thinking,
         )
         if cache not in (None, "int8"):
             raise ValueError(f"cache is {excerpt(cache)}; it must be int8, or None")
@@ -157,16 +159,21 @@ class Chat:
           images: one image or a list of them, each a path (a str is one path), bytes, an array
             u8[H,W,3] or a PIL image.
           options: as of `Options`, for this answer alone.
+
+        Raises:
+          ValueError: the reasoning was cut off, so that there is no answer.
         """
         for _ in self.stream(question, images, **options):
             pass
+        if self.last.finish == "reasoning":
+            raise ValueError(f"{cut_reasoning(self.last)}; raise max_new_tokens")
         return self.last.text
 
     def stream(self, question: str, images=(), **options: Unpack[OptionChanges]) -> Iterator[str]:
         """Yields the answer piece by piece; `self.last` is the whole `Answer` afterwards.
 
-        A turn that fails, or that the caller leaves before its end, does not enter the
-        conversation.
+        A turn that fails, that has no answer after its reasoning, or that the caller leaves before
+        its end does not enter the conversation. Of the others the answer enters, no reasoning.
         """
         watch = Stopwatch(self.generator.compile_clock)
         options = self.options.with_changes(options)
@@ -190,10 +197,12 @@ class Chat:
             yield piece
         # 4) The turn is complete: it enters the conversation.
         self.last = self._answer(streamer, prompt, options, watch, state, reused_tokens=keep)
+        self._cached = PromptCache.after(state, prompt, streamer.ids, config.scaling)
+        if self.last.finish == "reasoning":
+            return
         self._turns.append((len(self.messages), len(self.tiles)))
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         self.tiles, self.deltas = tiles, deltas
-        self._cached = PromptCache.after(state, prompt, streamer.ids, config.scaling)
 
     def prepare(
         self,
@@ -328,16 +337,14 @@ class Chat:
     ) -> Answer:
         ids = streamer.ids
         runs = len(ids) - 1 if state.lookup is None else int(state.lookup.num_runs[row])
-        stopped = streamer.ended or (ids and ids[-1] in self.generator.stop_ids)
         return Answer(
-            text=streamer.text.rstrip() if keep_start else streamer.text.strip(),
+            **text_fields(streamer, options, self.generator.stop_ids, keep_start),
             token_ids=ids,
             prompt_tokens=len(prompt.tokens),
             tiles=[len(tiles) for tiles in prompt.tiles],
             seconds=watch.seconds,
             first_token_seconds=watch.first_token_seconds,
             reused_tokens=reused_tokens,
-            finish="stop" if stopped or len(ids) < options.max_new_tokens else "length",
             compile_seconds=watch.compile_seconds,
             model_runs=runs,
         )

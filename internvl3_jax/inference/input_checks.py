@@ -6,7 +6,7 @@ import sys
 from internvl3_jax.data.media.images import open_image
 from internvl3_jax.data.text.chat_template import IMAGE_TAG
 from internvl3_jax.inference import answer_flags, loading, prompts
-from internvl3_jax.inference.options import Options
+from internvl3_jax.inference.options import Options, resolve_temperature
 from internvl3_jax.inference.requests import check_requests, read_requests, tag_remarks
 from internvl3_jax.io.checkpoint_paths import check_exists
 from internvl3_jax.io.terminal import printable
@@ -52,7 +52,8 @@ def _check_directories(flags) -> None:
 def _remark_sampling(flags) -> None:
     """Says that top_p and top_k have no effect on greedy decoding."""
     unused = [name for name in ("top_p", "top_k") if not flags[name].using_default_value]
-    if unused and not flags.temperature and not flags.best_of:
+    temperature = resolve_temperature(flags.temperature, flags.thinking)
+    if unused and not temperature and not flags.best_of:
         _note(f"--{unused[0]} has no effect at temperature 0, which is greedy decoding")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from internvl3_jax.config import check_tile_rule
+from internvl3_jax.data.text.reasoning import THINKING_SYSTEM, THINKING_TEMPERATURE
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io.strict_json import suggestion
@@ -24,7 +25,7 @@ class Options:
 
     Attributes:
       max_new_tokens: longest answer, in tokens.
-      temperature: 0 is greedy decoding.
+      temperature: 0 is greedy decoding. None: 0, or with `thinking` THINKING_TEMPERATURE.
       top_p: sample from the likeliest tokens that together reach this probability.
       top_k: sample from the k likeliest tokens; 0 is all.
       seed: of the sampling, below 2**32.
@@ -38,14 +39,16 @@ class Options:
       max_total_tiles: largest number of tiles of all images of a turn; 0 is no limit.
       max_image_pixels: larger images are refused; 0 is no limit. None: PIL.Image.MAX_IMAGE_PIXELS.
       allow_truncated: use images whose end is missing; the missing part is gray.
-      system: system message in place of the checkpoint's; None keeps that.
+      system: system message in place of the checkpoint's; None keeps that, or with `thinking` takes
+        THINKING_SYSTEM.
+      thinking: ask the model to reason before it answers (InternVL3.5).
 
     Raises:
       ValueError: a value has a wrong type or is out of range.
     """
 
     max_new_tokens: int = 1024
-    temperature: float = 0.0
+    temperature: float | None = None
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
@@ -58,19 +61,21 @@ class Options:
     max_image_pixels: int | None = None
     allow_truncated: bool = False
     system: str | None = None
+    thinking: bool = False
 
     def __post_init__(self):
         self.max_new_tokens = check_int("max_new_tokens", self.max_new_tokens, 1)
         self.top_k = check_int("top_k", self.top_k, 0)
         self.seed = check_int("seed", self.seed, 0, 2**32)
-        self.temperature = _check_float("temperature", self.temperature)
+        if self.temperature is not None:
+            self.temperature = _check_float("temperature", self.temperature)
         self.top_p = _check_float("top_p", self.top_p)
         if self.max_tiles is not None:
             self.max_tiles = check_int("max_tiles", self.max_tiles, 1, MAX_TILES + 1)
         for name in ("max_total_tiles", "max_image_pixels"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_int(name, getattr(self, name), 0))
-        for name in ("prompt_lookup", "allow_truncated"):
+        for name in ("prompt_lookup", "allow_truncated", "thinking"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"{name} is {excerpt(getattr(self, name))}; it must be True or False"
@@ -102,7 +107,8 @@ class Options:
         self, seeds: tuple[int, ...], scaling: str, greedy_every: int = 0
     ) -> GenerationConfig:
         """Returns the settings of a batch with one row per seed. scaling: of the rope."""
-        sampling = Sampling(self.temperature, self.top_k, self.top_p, greedy_every)
+        temperature = resolve_temperature(self.temperature, self.thinking)
+        sampling = Sampling(temperature, self.top_k, self.top_p, greedy_every)
         return GenerationConfig(self.max_new_tokens, sampling, seeds, scaling, self.prompt_lookup)
 
 
@@ -110,7 +116,7 @@ class OptionChanges(TypedDict, total=False):
     """The fields of `Options`, as keyword arguments for one answer."""
 
     max_new_tokens: int
-    temperature: float
+    temperature: float | None
     top_p: float
     top_k: int
     seed: int
@@ -123,6 +129,19 @@ class OptionChanges(TypedDict, total=False):
     max_image_pixels: int | None
     allow_truncated: bool
     system: str | None
+    thinking: bool
+
+
+def resolve_temperature(temperature: float | None, thinking: bool) -> float:
+    """Returns the temperature, by default that of the mode."""
+    if temperature is not None:
+        return temperature
+    return THINKING_TEMPERATURE if thinking else 0.0
+
+
+def resolve_system(system: str | None, thinking: bool) -> str | None:
+    """Returns the system message, by default that of thinking mode; None: the checkpoint's."""
+    return THINKING_SYSTEM if system is None and thinking else system
 
 
 def check_int(name: str, value, low: int, below: float | int = math.inf) -> int:

@@ -5,6 +5,7 @@ stderr.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from internvl3_jax.inference.answer import cut_reasoning
 from internvl3_jax.inference.answering import as_json, note
 from internvl3_jax.inference.chat import Answer, Chat
 from internvl3_jax.inference.progress import progress_line
@@ -33,6 +34,11 @@ class TerminalAnswers:
         print(jsonl.dumps(as_json(answer)) if self.json else "", flush=True)
         if self.stats:
             note(stats_line(answer))
+        if answer.finish == "reasoning":
+            note(
+                f"{cut_reasoning(answer)}; --max_new_tokens allows more. The conversation goes on "
+                "without this question"
+            )
         if answer.finish == "length" and not self.json:
             note(
                 f"the answer was cut off after {len(answer.token_ids)} tokens; --max_new_tokens "
@@ -45,6 +51,8 @@ class TerminalAnswers:
         """Prints the best of several answers. choose: takes a list of (question, images)."""
         (choice,) = choose([(question, images)])
         print(jsonl.dumps(choice.as_json()) if self.json else printable(choice.text))
+        if choice.candidates[choice.best].finish == "reasoning":
+            note("all candidates ended within their reasoning; --max_new_tokens allows more")
         if self.stats:
             note(choice.table())
 

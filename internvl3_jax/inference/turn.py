@@ -7,7 +7,7 @@ from internvl3_jax.data.batch import cut_images
 from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.inference.given_images import open_images
-from internvl3_jax.inference.options import Options, units
+from internvl3_jax.inference.options import Options, resolve_system, units
 
 
 def image_tiles(
@@ -46,4 +46,5 @@ def user_message(text: str) -> dict:
 
 def system_messages(options: Options) -> list[dict]:
     """Returns the system message of the options; none for that of the checkpoint."""
-    return [] if options.system is None else [{"role": "system", "content": options.system}]
+    system = resolve_system(options.system, options.thinking)
+    return [] if system is None else [{"role": "system", "content": system}]

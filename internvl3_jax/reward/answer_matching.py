@@ -13,6 +13,7 @@ the same as 50 and as 0.5.
 import re
 from fractions import Fraction
 
+from internvl3_jax.data.text.reasoning import split_reasoning
 from internvl3_jax.reward import expressions
 
 TOLERANCE = Fraction(1, 10**6)  # relative
@@ -115,7 +116,10 @@ def extract_answer(text: str) -> str | None:
 def final_answer(text: str) -> str | None:
     """Returns `extract_answer`, or else the option that the text is, its last number, or its last
     line; None for an empty text.
+
+    Reasoning in <think> and </think> is not read; a text that ends within it has no answer.
     """
+    text = split_reasoning(text).answer
     stated = extract_answer(text)
     if stated is not None:
         return stated

@@ -10,6 +10,7 @@ sampled at temperature 0.7 and top_p 0.95, as the authors of InternVL did in VLM
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -27,7 +28,9 @@ class Candidate:
       text: of the answer.
       final: its final answer (`answer_matching.final_answer`); None if it has none.
       votes: number of candidates with the same final answer, itself included; 0 without one.
-      steps, scores, score: of the critic; None without a critic.
+      steps, scores, score: of the critic; None without a critic, or for an answer without text
+        after its reasoning.
+      reasoning, finish: as of `Answer`. Neither the critic nor the vote reads the reasoning.
     """
 
     text: str
@@ -36,6 +39,8 @@ class Candidate:
     steps: list[str] | None = None
     scores: list[float] | None = None
     score: float | None = None
+    reasoning: str | None = None
+    finish: str = "stop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +129,21 @@ def _choose(
     texts = [answer.text for answer in answers]
     finals = [final_answer(text) for text in texts]
     votes = count_votes(finals)
-    if critic is None:
-        candidates = [Candidate(*fields) for fields in zip(texts, finals, votes, strict=True)]
-        ranks = votes
-    else:
-        scored = critic.score(question, images, texts, where)
-        candidates = [
-            Candidate(text, final, vote, scores.steps, scores.scores, scores.score)
-            for text, final, vote, scores in zip(texts, finals, votes, scored, strict=True)
-        ]
-        ranks = [scores.score for scores in scored]
+    candidates = [
+        Candidate(text, final, vote, reasoning=answer.reasoning, finish=answer.finish)
+        for text, final, vote, answer in zip(texts, finals, votes, answers, strict=True)
+    ]
+    ranks = votes
+    if critic is not None:
+        # Where the reasoning was cut off there is nothing to score, and nothing to choose.
+        answered = [index for index, answer in enumerate(answers) if answer.finish != "reasoning"]
+        solutions = [texts[index] for index in answered]
+        scored = critic.score(question, images, solutions, where) if solutions else []
+        ranks = [-math.inf] * len(answers)
+        for index, scores in zip(answered, scored, strict=True):
+            found = {name: getattr(scores, name) for name in ("steps", "scores", "score")}
+            candidates[index] = dataclasses.replace(candidates[index], **found)
+            ranks[index] = scores.score
     return Choice(
         candidates,
         best=ranks.index(max(ranks)),

@@ -23,6 +23,7 @@ from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt, cut_images
 from internvl3_jax.data.critic_format import BAD, GOOD, critic_messages, split_steps
 from internvl3_jax.data.text.chat_template import ChatError, encode_chat, insert_missing_tags
+from internvl3_jax.data.text.reasoning import split_reasoning
 from internvl3_jax.inference import programs
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.generator import Generator
@@ -162,7 +163,7 @@ class Critic:
         Args:
           question: if it has no <image>, the images come before it.
           images: as for `Chat`.
-          solutions: texts; equal ones run once.
+          solutions: texts; equal ones run once. Reasoning in <think> and </think> is not read.
           where: what errors call the question.
 
         Raises:
@@ -179,7 +180,10 @@ class Critic:
         tiles = cut_images(opened, self.processor, options.max_tiles, **limits)
         (turn,) = insert_missing_tags([{"role": "user", "content": question}], len(tiles), where)
         distinct = list(dict.fromkeys(solutions))
-        steps = {solution: split_steps(solution, options.max_steps) for solution in distinct}
+        steps = {
+            solution: split_steps(split_reasoning(solution).answer, options.max_steps)
+            for solution in distinct
+        }
         prompts = {
             solution: self._prompt(turn["content"], steps[solution], tiles, where)
             for solution in distinct
