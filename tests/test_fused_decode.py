@@ -199,6 +199,10 @@ def test_what_the_kernels_do_not_take(on_hopper):
     assert not taken(change=lambda layer: layer | {"lora": {"q": {"a": vector}}})
     assert not taken(change=with_params("down", kernel={"quantized": vector}))
     assert not taken(change=with_params("o", bias=vector))
+    # Norms of q and k.
+    norm = {"q_norm": {"scale": vector}}
+    assert not taken(change=lambda layer: {"params": layer["params"] | norm})
+    assert not taken(dataclasses.replace(CONFIG, qk_norm=True))
     # Heads of a width that is no tile's, and weights that take longer than kernels to start.
     assert not taken(dataclasses.replace(CONFIG, num_heads=16, head_dim=32))
     assert not taken(SIZES["8b"].language)
