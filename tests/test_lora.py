@@ -238,21 +238,21 @@ def test_every_mesh_is_one_device(name):
 # --- in generation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, SOME], ids=["every layer", "some"])
+@pytest.mark.parametrize("style, settings", [("300m", SETTINGS), ("300m", SOME), ("qwen3", SOME)])
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_generation_layout_computes_the_same(settings, fused):
+def test_the_generation_layout_computes_the_same(style, settings, fused):
     """Also where only some of the merged products have an adapter."""
-    params = adapted(settings=settings)
+    config, params = STYLES[style], adapted(style, settings)
     scaled = lora.scaled(params["lora"], settings)
     tower, decoder = (
-        vision.unroll(params["vision"], CONFIG.vision),
-        language.unroll(params["language"], CONFIG.language, fused),
+        vision.unroll(params["vision"], config.vision),
+        language.unroll(params["language"], config.language, fused),
     )
     unrolled = lora.base_params(params) | {"vision": tower, "language": decoder}
-    unrolled |= {"lora": adapters.unroll(scaled, CONFIG, fused, True)}
-    model = InternVL(CONFIG, unrolled=True, unrolled_vision=True, fused=fused)
+    unrolled |= {"lora": adapters.unroll(scaled, config, fused, True)}
+    model = InternVL(config, unrolled=True, unrolled_vision=True, fused=fused)
     found = jax.jit(model.apply)(lora.variables(unrolled), batch(2))
-    expected = logits(CONFIG, lora.variables(params, settings), batch(2))
+    expected = logits(config, lora.variables(params, settings), batch(2))
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
 
 
