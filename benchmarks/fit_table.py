@@ -116,12 +116,17 @@ def main() -> None:
         "--smallest", action="store_true", help="print the smallest slices, by the analysis"
     )
     parser.add_argument(
+        "--sizes",
+        default=",".join(reversed(SIZES)),
+        help="rows of --smallest, such as 3.5-1b,3.5-8b",
+    )
+    parser.add_argument(
         "--output", type=pathlib.Path, default=RESULTS, help=f"JSON file ({RESULTS.name})"
     )
     options = parser.parse_args()
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
     if options.markdown or options.smallest:
-        print(markdown(rows) if options.markdown else smallest_slices())
+        print(markdown(rows) if options.markdown else smallest_slices(options.sizes.split(",")))
         return
     for name in names():
         known = {row["name"] for row in rows if row["last"]} | (
@@ -239,12 +244,12 @@ def libtpu() -> str:
         return "none"
 
 
-def smallest_slices() -> str:
-    """As a table: with the recipe's AdamW and, in brackets where it is smaller, with Adafactor and
+def smallest_slices(sizes: list[str]) -> str:
+    """As a table of these sizes: with the recipe's AdamW and, in brackets where it is smaller, with Adafactor and
     its moment in bfloat16.
     """
     lines = [f"| size | {' | '.join(SLICES)} |", "|---" * (1 + len(SLICES)) + "|"]
-    for size in reversed(SIZES):
+    for size in sizes:
         cells = []
         for slices in SLICES.values():
             plain, lean = (

@@ -179,6 +179,9 @@ def _decoder_saved(device: PerDevice) -> int:
         + 6 * hidden
         + _used(device, "language/layers/"),
     }
+    if language.qk_norm:
+        # What the norms of q and k take, next to what attention takes.
+        kept["none"] += queries + keys
     kept["none"] += _dropped(device, "language/layers/", tokens)
     return _streams(device, "decoder") + language.num_layers * kept[policy]
 
@@ -303,6 +306,8 @@ def _decoder_work(device: PerDevice) -> int:
     attention = array_bytes(
         device, device.tokens * (2 * heads + 2 * key_heads), language.head_dim
     ) + row_sum_bytes(device, device.tokens * heads)
+    if language.qk_norm:  # float32
+        attention += 2 * array_bytes(device, device.tokens * (heads + key_heads), language.head_dim)
     width = language.hidden_size
     stream = array_bytes(device, device.tokens, width) + 2 * array_bytes(
         device, device.tokens // device.tensor, width
