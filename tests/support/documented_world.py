@@ -24,6 +24,13 @@ def model(path: pathlib.Path) -> None:
             shutil.copy(file, path)
 
 
+def qwen3_model(path: pathlib.Path) -> None:
+    """Writes a random model of InternVL3.5's kind."""
+    from tests.support.qwen3_checkpoint import write
+
+    write(path)
+
+
 def run(path: pathlib.Path) -> None:
     """Writes a training run that has only the weights of its newest step."""
     from convert.open import open_model
@@ -121,6 +128,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "OpenGVLab/InternVL3-1B": model,
     "OpenGVLab/InternVL3-2B": model,
     "OpenGVLab/InternVL3-8B": model,
+    "OpenGVLab/InternVL3_5-8B": qwen3_model,
     "OpenGVLab/VisualPRM-8B-v1_1": model,
     "checkpoints/internvl3-2b": model,
     "checkpoints/internvl3-8b": model,
@@ -147,6 +155,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
 OF_PAGE = {("docs/best_of_n.md", "questions.jsonl"): lines(*ANSWERED)}
 MADE = {
     "docs/training.md": {"checkpoints/internvl3-2b", "checkpoints/new-2b", "runs/sft-2b"},
+    "docs/families.md": {"checkpoints/internvl3_5-8b"},
     "docs/best_of_n.md": {"checkpoints/visualprm-8b"},
 }
 
