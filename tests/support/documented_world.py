@@ -142,6 +142,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "cubes.png": picture(),
     "chart.png": picture(),
     "receipt.jpg": picture(),
+    "invoice.png": picture(),
     "prompt.txt": lambda path: path.write_text(f"<image>\n{READ_QUESTION}\n"),
     "rows.jsonl": lines(*ROWS),
     "meta.json": meta("rows.jsonl"),
