@@ -112,6 +112,7 @@ REFUSED = [
     (ORIGINAL_QWEN3, "llm_config.head_dim", changed),
     (ORIGINAL_QWEN3, "llm_config.head_dim", "128"),
     (ORIGINAL_QWEN3, "llm_config.attention_bias", "no"),
+    (ORIGINAL_QWEN3, "llm_config.bias", True),
     (ORIGINAL_QWEN3, "llm_config.rope_theta", changed),
     (ORIGINAL_QWEN3, "llm_config.model_type", "qwen3_moe"),
     (ORIGINAL_QWEN3, "llm_config.model_type", "gpt_oss"),

@@ -30,10 +30,12 @@ VISION_IGNORED = GENERIC | _words(
     hidden_dropout_prob initializer_factor laux_allreduce moe_coeff_ratio moe_intermediate_size
     moe_output_scale noisy_gate_policy num_experts num_routed_experts num_shared_experts
     projection_dropout shared_expert_intermediate_size tie_word_embeddings use_flash_attn
-    use_residual use_rts use_weighted_residual"""
+    use_fa3 use_residual use_rts use_weighted_residual"""
 )
+# The second line: how training code after InternVL3 was run (expert parallelism, checkpointing).
 LANGUAGE_IGNORED = GENERIC | _words(
-    "attention_dropout max_window_layers rope_pos_id_version rope_pos_id_stride sliding_window"
+    """attention_dropout max_window_layers rope_pos_id_version rope_pos_id_stride sliding_window
+    debug ep_size micro_forward skip_checkpoint use_deepep"""
 )
 TOP_IGNORED = GENERIC | _words("image_fold hidden_size")
 # Keys of GENERIC that would change the network with other values than these.

@@ -70,6 +70,7 @@ def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
     if family == "qwen2":
         return True, False, False
     if family == "qwen3":
+        fields.expect("bias", False)
         # One flag for q, k, v and o, which no released model sets.
         bias = fields.get("attention_bias", bool, False)
         return bias, bias, False
