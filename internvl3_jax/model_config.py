@@ -103,6 +103,16 @@ class LanguageConfig:
     vocab_multiple: int = 256
 
     @property
+    def q_width(self) -> int:
+        """Channels of all query heads together; Qwen3's are more than hidden_size."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key heads together, as of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and columns of the head, padding included."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -16,44 +16,11 @@ from internvl3_jax.model.internvl import InternVL, abstract_params, count_params
 from internvl3_jax.model.vision import VisionBlock, VisionTower
 from internvl3_jax.sizes import SIZES
 from tests.support.batches import IMAGE, PER_TILE, make_row, pack, pad
+from tests.support.published import PUBLISHED, TOTALS
 from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, VISION, random_params
 
 MODEL = InternVL(CONFIG)
 PARAMS = random_params(CONFIG)
-
-# Parameters of tower, projector and decoder as published, with a head of its own and the vocabulary
-# without padding.
-PUBLISHED = {
-    "1b": (304_012_288, 4_482_816, 629_697_920),
-    "2b": (304_012_288, 8_662_016, 1_776_283_136),
-    "8b": (304_012_288, 27_540_480, 7_612_820_992),
-    "9b": (304_012_288, 33_570_816, 8_804_241_408),
-    "14b": (304_012_288, 47_204_352, 14_766_040_064),
-    "38b": (5_536_496_000, 91_786_240, 32_759_882_752),
-    "78b": (5_536_496_000, 172_008_448, 72_699_813_888),
-    "2.5-1b": (304_012_288, 4_482_816, 629_697_920),
-    "2.5-2b": (304_012_288, 12_595_200, 1_889_146_880),
-    "2.5-4b": (304_012_288, 12_595_200, 3_396_030_464),
-    "2.5-8b": (304_012_288, 33_570_816, 7_737_782_272),
-    "2.5-26b": (5_536_496_000, 116_429_824, 19_861_260_288),
-    "2.5-38b": (5_536_496_000, 91_786_240, 32_759_882_752),
-    "2.5-78b": (5_536_496_000, 172_008_448, 72_699_813_888),
-    "3.5-1b": (304_012_288, 5_253_120, 751_632_384),
-    "3.5-2b": (304_012_288, 12_595_200, 2_031_739_904),
-    "3.5-4b": (304_012_288, 17_052_672, 4_411_424_256),
-    "3.5-8b": (304_012_288, 33_570_816, 8_190_735_360),
-    "3.5-14b": (304_012_288, 47_204_352, 14_768_307_200),
-    "3.5-38b": (5_536_496_000, 91_786_240, 32_762_123_264),
-}
-# With the vision tower, as the table of the released models has it.
-TOTALS = {
-    "3.5-1b": 1_060_897_792,
-    "3.5-2b": 2_348_347_392,
-    "3.5-4b": 4_732_489_216,
-    "3.5-8b": 8_528_318_464,
-    "3.5-14b": 15_119_523_840,
-    "3.5-38b": 38_390_405_504,
-}
 
 
 @jax.jit

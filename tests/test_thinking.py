@@ -1,5 +1,6 @@
 """A tiny InternVL3.5 from its released layout: conversion, chat, infer.py, and thinking mode."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from internvl3_jax.checkpoints.hf.assemble import ConversionError
 from internvl3_jax.data.text.reasoning import THINKING_SYSTEM, split_reasoning
 from internvl3_jax.inference.answering import as_json, totals
 from internvl3_jax.inference.terminal_answers import TerminalAnswers
+from internvl3_jax.model import lora
 from internvl3_jax.reward.answer_matching import final_answer
 from internvl3_jax.reward.best_of_n import best_of_n
 from internvl3_jax.reward.critic import StepScores
@@ -88,6 +90,21 @@ def test_think_is_one_token_in_any_text(thinker):
     ids = tokenizer.encode("<think>a</think>", special=False)
     assert ids[0] == 451 and ids[-1] == 452 and len(ids) == 3
     assert tokenizer.decode(ids) == "<think>a</think>"
+
+
+def test_weights_and_cache_of_fewer_bits(converted):
+    """int8 kernels give the tokens of the same kernels unpacked. The norms of q and k stay."""
+    few = load(converted, dtype="float32", weights="int8")
+    unpacked = dataclasses.replace(few, params=lora.merged(few.params))
+    requests = [("How many?", [picture(40, 16, 1)]), ("Why?", [])]
+    found, expected = (
+        [answer.token_ids for answer in Chat(opened, max_new_tokens=8).answer_many(requests)]
+        for opened in (few, unpacked)
+    )
+    assert found == expected
+    small = Chat(few, cache="int8", max_new_tokens=8).answer_many(requests)
+    # The prompt attends to its keys as they were.
+    assert [answer.token_ids[0] for answer in small] == [ids[0] for ids in expected]
 
 
 # --- the text ------------------------------------------------------------------------------------

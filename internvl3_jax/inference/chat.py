@@ -293,15 +293,10 @@ class Chat:
         for _ in self._decode_texts(state, config, streamers, watch):
             pass
         # 3) n answers per prompt.
+        keep_start = bool(answer_prefixes)
         answers = [
             self._answer(
-                streamer,
-                prompts[row // n],
-                options,
-                watch,
-                state,
-                row,
-                keep_start=bool(answer_prefixes),
+                streamer, prompts[row // n], options, watch, state, row, keep_start=keep_start
             )
             for row, streamer in enumerate(streamers)
         ]

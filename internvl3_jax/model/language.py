@@ -10,6 +10,7 @@ layouts:
 `unroll` makes the second from the first.
 """
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -53,27 +54,22 @@ class DecoderLayer(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        q_width = config.num_heads * config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
+        dense = functools.partial(Dense, dtype=dtype)
+        norm = functools.partial(make_norm, "rms_norm", config.norm_eps, dtype)
 
-        def dense(features, bias):
-            return Dense(features, use_bias=bias, dtype=dtype)
-
-        # Norms before attention and before the MLP.
-        self.input_norm = make_norm("rms_norm", config.norm_eps, dtype)
-        self.post_norm = make_norm("rms_norm", config.norm_eps, dtype)
-        # Norms of each head of q and k (Qwen3, after Dehghani et al. 2023).
+        # Norms before attention and before the MLP, and those of each head of q and k (Qwen3, after
+        # Dehghani et al. 2023).
+        self.input_norm, self.post_norm = norm(), norm()
         if config.qk_norm:
-            self.q_norm = make_norm("rms_norm", config.norm_eps, dtype)
-            self.k_norm = make_norm("rms_norm", config.norm_eps, dtype)
+            self.q_norm, self.k_norm = norm(), norm()
         # The input products, in one of the two layouts, and the output products.
         if self.fused:
-            self.qkv = dense(q_width + 2 * kv_width, config.qkv_bias)
+            self.qkv = dense(config.q_width + 2 * config.kv_width, config.qkv_bias)
             self.gate_up = dense(2 * config.intermediate_size, config.mlp_bias)
         else:
-            self.q = dense(q_width, config.qkv_bias)
-            self.k = dense(kv_width, config.qkv_bias)
-            self.v = dense(kv_width, config.qkv_bias)
+            self.q = dense(config.q_width, config.qkv_bias)
+            self.k = dense(config.kv_width, config.qkv_bias)
+            self.v = dense(config.kv_width, config.qkv_bias)
             self.gate = dense(config.intermediate_size, config.mlp_bias)
             self.up = dense(config.intermediate_size, config.mlp_bias)
         self.o = dense(config.hidden_size, config.o_bias)
@@ -110,12 +106,12 @@ class DecoderLayer(nn.Module):
         layer_cache: kv_cache.LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache | None]:
         config = self.config
-        q_width = config.num_heads * config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
 
         # Project, split into heads, shard, normalize, rotate.
         if self.fused:
-            q, k, v = jnp.split(self.qkv(x), (q_width, q_width + kv_width), axis=-1)
+            q, k, v = jnp.split(
+                self.qkv(x), (config.q_width, config.q_width + config.kv_width), axis=-1
+            )
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in (q, k, v))
@@ -130,11 +126,11 @@ class DecoderLayer(nn.Module):
             if not mask.self_attention:
                 if kv_cache.is_int8(layer_cache) and is_decoding(x):
                     out = int8_attention(q, *kv_cache.read_int8(layer_cache), mask)
-                    return self.o(out.reshape(*x.shape[:2], q_width)), layer_cache
+                    return self.o(out.reshape(*x.shape[:2], config.q_width)), layer_cache
                 k, v = kv_cache.read(layer_cache, q.dtype)
         q, k, v = (checkpoint_name(y, "attention_input") for y in (q, k, v))
         out = attention(q, k, v, mask, self.attention)
-        return self.o(out.reshape(*x.shape[:2], q_width)), layer_cache
+        return self.o(out.reshape(*x.shape[:2], config.q_width)), layer_cache
 
     def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.fused:
@@ -345,14 +341,10 @@ def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
         layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])
         if not fused:
             return layer
-        fused_names = (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up")))
-        merged = {name for _, sources in fused_names for name in sources}
-        result = {name: value for name, value in layer.items() if name not in merged}
-        for target, sources in fused_names:
-            result[target] = jax.tree.map(
-                lambda *leaves: jnp.concatenate(leaves, axis=-1), *(layer[name] for name in sources)
-            )
-        return result
+        for target, sources in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
+            parts = [layer.pop(name) for name in sources]
+            layer[target] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+        return layer
 
     rest = {name: value for name, value in params.items() if name != "layers"}
     return rest | {f"layer_{index}": layer_params(index) for index in range(config.num_layers)}
