@@ -75,10 +75,8 @@ def test_merged_is_the_same_model(style, rslora):
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
     assert np.abs(expected - base).max() > 1
     scale = 6 / 3**0.5 if rslora else 2
-    layer, adapter = (
-        params["language"]["layers"]["k"]["kernel"],
-        params["lora"]["language"]["layers"]["k"],
-    )
+    layer = params["language"]["layers"]["k"]["kernel"]
+    adapter = params["lora"]["language"]["layers"]["k"]
     np.testing.assert_allclose(
         merged["language"]["layers"]["k"]["kernel"],
         layer + scale * adapter["a"] @ adapter["b"],
