@@ -171,7 +171,7 @@ def test_a_sampled_answer_with_pictures(thinker):
 
 
 def test_an_answer_has_its_reasoning_apart(thinker, monkeypatch):
-    """The conversation goes on with the answer alone, from what the cache holds of it."""
+    """The conversation continues with the answer alone, from what the cache holds of it."""
     thinker.reset()
     script(thinker, monkeypatch, "<think>\n1 + 1\n</think>\n\n2")
     pieces = list(thinker.stream("How many?", max_new_tokens=64))

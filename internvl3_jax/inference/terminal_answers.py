@@ -36,8 +36,8 @@ class TerminalAnswers:
             note(stats_line(answer))
         if answer.finish == "reasoning":
             note(
-                f"{cut_reasoning(answer)}; --max_new_tokens allows more. The conversation goes on "
-                "without this question"
+                f"{cut_reasoning(answer)}; --max_new_tokens allows more. The conversation "
+                "continues without this question"
             )
         if answer.finish == "length" and not self.json:
             note(

@@ -9,9 +9,7 @@ jax has no public function for packed rows, and does not say what the kernel doe
 `packed_works` and `padding_works` try both on the device before they are used.
 """
 
-import concurrent.futures
 import functools
-import sys
 from collections.abc import Callable
 
 import jax
@@ -20,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from internvl3_jax.model.ops import device_trial
 from internvl3_jax.model.ops.context_parallel import gather_keys
 from internvl3_jax.model.ops.masks import Mask, causal_mask
 from internvl3_jax.model.ops.xla_attention import xla_attention
@@ -153,30 +152,13 @@ def padding_works(width: int, dtype: DTypeLike) -> bool:
 
 @functools.cache
 def _works(case: str, error_of: Callable, width: int, dtype: DTypeLike) -> bool:
-    """Returns whether the kernel's error is small, in float32 terms; tried once per process.
-
-    Prints a note if it is not. True where programs are only compiled for a GPU
-    (internvl3_jax/fit).
-    """
-    if jax.default_backend() != "gpu":
-        return True
-    # In a thread of its own: this is called while a program is being traced, under its mesh.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            error = pool.submit(error_of, width, dtype).result()
-        # Any failure of an internal function of jax: of its signature, its checks or its kernel.
-        except Exception as failure:
-            error, reason = np.inf, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        else:
-            reason = f"it is wrong by {error:.1%} of the largest value"
-    if error <= _TOLERANCE:
-        return True
-    print(
-        f"note: cuDNN's attention is not used for {case} here ({reason}); a slower way is",
-        file=sys.stderr,
-        flush=True,
+    """Returns whether the kernel's error is small, in float32 terms; tried once per process."""
+    return device_trial.works(
+        functools.partial(error_of, width, dtype),
+        _TOLERANCE,
+        "it is wrong by {error:.1%} of the largest value",
+        f"cuDNN's attention is not used for {case} here ({{reason}}); a slower way is",
     )
-    return False
 
 
 def _packed_error(width: int, dtype: DTypeLike) -> float:

@@ -14,10 +14,8 @@ them on the device before they are used. This module imports them only then.
 B rows, D decoder width, S slots, N query heads and K key heads of width H.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -27,6 +25,7 @@ from jaxtyping import Array, BFloat16, Int32
 
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
+from internvl3_jax.model.ops import device_trial
 from internvl3_jax.model.ops.masks import cache_mask
 from internvl3_jax.model.ops.rope import Rope, rope_tables
 from internvl3_jax.parallel.collectives import platform
@@ -230,30 +229,13 @@ def decode_layers(
 
 @functools.cache
 def _works(config: LanguageConfig, rows: int, reference: Callable) -> bool:
-    """Returns whether the kernels' error is small, in float32 terms; tried once per process.
-
-    Prints a note if it is not. True where programs are only compiled for a GPU
-    (internvl3_jax/fit).
-    """
-    if jax.default_backend() != "gpu":
-        return True
-    # In a thread of its own: this is called while a program is being traced.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            error = pool.submit(_trial_error, config, rows, reference).result()
-        # Any failure of what is internal to jax: of its signature, its checks or its compiler.
-        except Exception as failure:
-            error, reason = np.inf, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        else:
-            reason = f"they are wrong by {error:.1%}"
-    if error <= _TOLERANCE:
-        return True
-    print(
-        f"note: fused decoding kernels are not used here ({reason}); slower ones are",
-        file=sys.stderr,
-        flush=True,
+    """Returns whether the kernels' error is small, in float32 terms; tried once per process."""
+    return device_trial.works(
+        functools.partial(_trial_error, config, rows, reference),
+        _TOLERANCE,
+        "they are wrong by {error:.1%}",
+        "fused decoding kernels are not used here ({reason}); slower ones are",
     )
-    return False
 
 
 def _trial_error(
