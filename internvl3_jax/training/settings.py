@@ -271,7 +271,8 @@ def _similar_fields(path: str) -> list[str]:
         return 0.0 if similarity < least else similarity + 0.1 * bool(group and of_group == group)
 
     scores = {field: score(field) for field in _all_fields(TrainConfig)}
-    return [field for field, value in scores.items() if value == max(scores.values()) > 0][:3]
+    best = max(scores.values())
+    return [field for field, value in scores.items() if value == best > 0][:3]
 
 
 def _all_fields(cls, start: str = ""):
