@@ -117,7 +117,8 @@ class Generator:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @contextlib.contextmanager
-    def _calling(self, program: str, *key) -> Iterator[None]:
+    def calling(self, program: str, *key) -> Iterator[None]:
+        """Surrounds the call of a program. key: what it is compiled for."""
         variant = tuple(self.params), lora.SUBTREE in self.params
         with self.mesh_context(), self.compile_clock.call(program, variant, *key):
             yield
@@ -171,7 +172,7 @@ class Generator:
         # 2) Prefill.
         shape = (*packed.tokens.shape, kv_cache.num_slots(cache), len(config.seeds))
         key = (*shape, visual is None, config.sampling, config.scaling, keep == 0)
-        with self._calling("prefill", *key):
+        with self.calling("prefill", *key):
             token, cache = programs.prefill(
                 self.model,
                 self.params,
@@ -278,7 +279,7 @@ class Generator:
     def _run_lookup(self, state: DecodeState, config: GenerationConfig):
         """Starts a call of `prompt_lookup.decode`, whose tokens and counts it returns."""
         key = (len(state.token), kv_cache.num_slots(state.cache), config.scaling)
-        with self._calling("prompt lookup", *key):
+        with self.calling("prompt lookup", *key):
             *sampled, new_state = prompt_lookup.decode(
                 self.model, self.params, state, config.max_new_tokens, self.stop_ids, config.scaling
             )
@@ -288,7 +289,7 @@ class Generator:
     def _decode(self, state: DecodeState, keys, count: int, config: GenerationConfig):
         """Starts the decoding of up to TOKENS_PER_CALL tokens per row; updates `state`."""
         key = (len(state.token), kv_cache.num_slots(state.cache), config.sampling, config.scaling)
-        with self._calling("decode", *key):
+        with self.calling("decode", *key):
             tokens, new_state = programs.decode(
                 self.model,
                 self.params,
@@ -330,7 +331,7 @@ class Generator:
         start = 0
         for count in tile_pieces(len(tiles), programs.on_cpu()):
             piece = slice(start, start + count)
-            with self._calling("vision tower", count, len(prompts), length):
+            with self.calling("vision tower", count, len(prompts), length):
                 features = programs.encode_tiles(self.model, self.vision_params, tiles[piece])
                 visual = programs.write_features(visual, features, rows[piece], columns[piece])
             start += count

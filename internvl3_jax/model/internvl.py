@@ -137,7 +137,7 @@ class InternVL(nn.Module):
         positions: Int[Array, "B T"],
         slots: Int[Array, "B T"],
         cache: Cache,
-        scaling: str | None = None,
+        scaling: str | Int[Array, " B"] | None = None,
         is_start: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Runs tokens through the decoder and writes their keys and values into the cache.

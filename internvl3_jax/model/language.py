@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         segments: Int[Array, "B T"] | None = None,
         cache: kv_cache.Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
-        scaling: str | None = None,
+        scaling: str | Int[Array, " B"] | None = None,
         last_query: Int[Array, "B T"] | None = None,
         is_start: bool = False,
     ) -> tuple[Float[Array, "B T D"], kv_cache.Cache | None]:
@@ -228,7 +228,7 @@ class Decoder(nn.Module):
               padding at the end.
           cache: Keys and values of earlier tokens; needs the unrolled layout.
           slots: The cache slot of each token.
-          scaling: RoPE scaling instead of the config's; "none" under V2PE.
+          scaling: RoPE scaling instead of the config's, as of ops/rope.py; "none" under V2PE.
           last_query: The last token that sees each token; None: the end of its segment. Not with a
               cache.
           is_start: The cache is empty, so that the tokens see only each other: causal attention,

@@ -173,7 +173,7 @@ def variables(params: Mapping, config: LoraConfig | None = None, training: bool 
         return {"params": base}
     adapters = params[SUBTREE] if config is None else scaled(params[SUBTREE], config)
     if training and config.dropout:
-        adapters = _map_adapters(
+        adapters = map_adapters(
             lambda adapter: adapter | {"rate": jnp.full(adapter["a"].shape[:-2], config.dropout)},
             adapters,
         )
@@ -187,12 +187,12 @@ def base_params(params: Mapping) -> dict:
 
 def scaled(adapters: Mapping, config: LoraConfig) -> dict:
     """Multiplies the scale into each b, so that the config is no longer needed."""
-    return _map_adapters(lambda adapter: adapter | {"b": adapter["b"] * scale(config)}, adapters)
+    return map_adapters(lambda adapter: adapter | {"b": adapter["b"] * scale(config)}, adapters)
 
 
 def unscaled(adapters: Mapping, config: LoraConfig) -> dict:
     """Divides each b by the scale; the inverse of `scaled`."""
-    return _map_adapters(lambda adapter: adapter | {"b": adapter["b"] / scale(config)}, adapters)
+    return map_adapters(lambda adapter: adapter | {"b": adapter["b"] / scale(config)}, adapters)
 
 
 def merged(
@@ -261,8 +261,19 @@ def _is_adapter(node) -> bool:
     return isinstance(node, Mapping) and "a" in node
 
 
-def _map_adapters(function: Callable, adapters: Mapping) -> dict:
+def map_adapters(function: Callable, adapters: Mapping) -> dict:
+    """Returns the tree with `function` applied to each layer's adapter, a mapping."""
     return jax.tree.map(function, adapters, is_leaf=_is_adapter)
+
+
+def flat_adapters(adapters: Mapping) -> dict[str, dict]:
+    """Returns path -> adapter of each layer."""
+    return _flatten(adapters, is_leaf=_is_adapter)
+
+
+def nested_adapters(adapters: Mapping[str, dict]) -> dict:
+    """Returns the tree of what `flat_adapters` returns."""
+    return _unflatten(adapters)
 
 
 def _flatten(tree: Mapping, is_leaf: Callable = lambda node: False) -> dict:

@@ -143,12 +143,15 @@ class Ticket:
       request: what was asked.
       on_piece: called with each `Piece` from the thread that calls `Engine.step`; it must be quick.
       reused_tokens: tokens of the prompt that the cache had already; set before the first piece.
+      digests: hashes of the tiles of the prompt's images.
       ids: all ids so far.
-      finish: of the last piece.
+      finish, error: of the last piece.
     """
 
     request: Request
     on_piece: Callable[[Piece], None]
     reused_tokens: int = 0
+    digests: list[bytes] = dataclasses.field(default_factory=list)
     ids: list[int] = dataclasses.field(default_factory=list)
     finish: str | None = None
+    error: Exception | None = None

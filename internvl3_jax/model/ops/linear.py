@@ -29,7 +29,8 @@ class Dense(nn.Module):
     reduce-scattered. While decoding, kernels stay in place and activations move instead.
 
     If the collection "lora" has an adapter for the layer, {"a" [in,R], "b" [R,features]}, then
-    x @ a @ b is added. "rate" f32[] in it is the dropout rate of the adapter's input.
+    x @ a @ b is added. "rate" f32[] in it is the dropout rate of the adapter's input. With "row"
+    i32[B] in it, a is [N,in,R] and b [N,R,features], and row r of the batch has adapter row[r].
 
     Attributes:
       features: Width of the output.
@@ -121,6 +122,8 @@ class Dense(nn.Module):
         return jax.checkpoint(scaled_dot)(x, values, scales)
 
     def _adapter(self, x):
+        if self.has_variable("lora", "row"):
+            return self._adapters_of_rows(x)
         a, b = (
             self._all_gather(self.get_variable("lora", name).astype(self.dtype), name, "lora")
             for name in "ab"
@@ -130,6 +133,11 @@ class Dense(nn.Module):
             is_kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
             x = jnp.where(is_kept, x / keep.astype(self.dtype), 0)
         return jnp.dot(jnp.dot(x, a), b)
+
+    def _adapters_of_rows(self, x):
+        row = self.get_variable("lora", "row")
+        a, b = (self.get_variable("lora", name).astype(self.dtype)[row] for name in "ab")
+        return jnp.einsum("btr,bro->bto", jnp.einsum("btd,bdr->btr", x, a), b)
 
     def _all_gather(self, leaf, name: str, *prefix: str):
         return all_gather_weight(leaf, "/".join((*prefix, *self.path, name)))

@@ -19,9 +19,9 @@ def inverse_frequencies(
     config: LanguageConfig,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
-    scaling: str = "none",
+    scaling: str | Int[Array, " B"] = "none",
 ) -> Float32[Array, " half"] | Float32[Array, "B T half"]:
-    """Returns the H/2 inverse frequencies; per token under "dynamic" scaling.
+    """Returns the H/2 inverse frequencies; per token under "dynamic" scaling or one of each row.
 
     Dynamic NTK follows transformers >= 5 (`dynamic_frequency_update`). With L, the highest position
     plus 1, beyond `max_position`, the base becomes
@@ -33,13 +33,18 @@ def inverse_frequencies(
     Args:
       positions: In units of 1/256; needed for "dynamic".
       segments: Sample of each token; None: every row is one sequence.
-      scaling: "none" or "dynamic".
+      scaling: "none" or "dynamic"; or for each row the highest position of its sequence, in units
+        of 1/256, which may have tokens that are not among these. 0 is no scaling.
     """
     width = config.head_dim
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    if scaling == "none":
+    if isinstance(scaling, str) and scaling == "none":
         return 1.0 / (config.rope_theta**exponent)
-    length = (_segment_max(positions, segments) // UNITS + 1).astype(jnp.float32)
+    if isinstance(scaling, str):
+        highest = _segment_max(positions, segments)
+    else:
+        highest = jnp.broadcast_to(scaling[:, None], positions.shape)
+    length = (highest // UNITS + 1).astype(jnp.float32)
     stretch = config.rope_factor * jnp.maximum(
         length, config.max_position
     ) / config.max_position - (config.rope_factor - 1)
@@ -65,7 +70,7 @@ def rope_tables(
     config: LanguageConfig,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"] | None = None,
-    scaling: str = "none",
+    scaling: str | Int[Array, " B"] = "none",
 ) -> Rope:
     """Returns cos and sin, f32[B,T,H/2] each; the arguments are those of `inverse_frequencies`."""
     frequencies = inverse_frequencies(config, positions, segments, scaling)
