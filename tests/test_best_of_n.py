@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from internvl3_jax import Chat, Critic, load
-from internvl3_jax.inference import programs
+from internvl3_jax.inference.engine.engine import Engine
 from internvl3_jax.inference.generation_config import GenerationConfig
-from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
 from tests.support import tiny_checkpoint
@@ -58,31 +57,33 @@ def test_more_candidates_begin_with_the_fewer():
     assert [answer.token_ids for answer in few] == [answer.token_ids for answer in many[:2]]
 
 
-def test_a_question_is_run_once_for_all_its_candidates(monkeypatch):
-    tiles, prompts = [], []
-    encode, prefill = programs.encode_tiles, programs.prefill
-    monkeypatch.setattr(
-        programs, "encode_tiles", lambda m, p, t: tiles.append(len(t)) or encode(m, p, t)
+def test_a_question_is_run_once_for_all_its_candidates():
+    engine = chat().engines.with_rows(8)
+    before = engine.stats
+    answers = chat().candidates(REQUESTS[:2], 4, temperature=1.0)
+    after, lengths = engine.stats, [found[0].prompt_tokens for found in answers]
+    run = (after.prompt_tokens - after.reused_tokens) - (
+        before.prompt_tokens - before.reused_tokens
     )
-    monkeypatch.setattr(
-        programs, "prefill", lambda *a: prompts.append(a[2].shape[0]) or prefill(*a)
-    )
-    chat().candidates(REQUESTS[:2], 4, temperature=1.0)
-    assert sum(tiles) == 4 + 1 and prompts == [2]
+    assert 0 < run <= sum(lengths)
+    assert after.prompt_tokens - before.prompt_tokens == 4 * sum(lengths)
+    assert after.image_misses - before.image_misses <= 2
 
 
-def test_beginnings_with_images_and_positions():
+def test_beginnings_with_images_and_positions(monkeypatch):
     """The prompt with a beginning of its answer is the prompt and the beginning's ids, one position
     further each.
     """
     prompts = []
-    start = Generator.start
-    try:
-        Generator.start = lambda self, p, *rest: prompts.extend(p) or start(self, p, *rest)
-        chat().candidates(REQUESTS, 1, answer_prefixes=["", "1 > 2", "Image-1:"])
-        chat().candidates(REQUESTS, 1)
-    finally:
-        Generator.start = start
+    submit = Engine.submit
+
+    def note(self, request, *rest):
+        prompts.append(request.prompt)
+        return submit(self, request, *rest)
+
+    monkeypatch.setattr(Engine, "submit", note)
+    chat().candidates(REQUESTS, 1, answer_prefixes=["", "1 > 2", "Image-1:"])
+    chat().candidates(REQUESTS, 1)
     for begun, plain, text in zip(prompts[:3], prompts[3:], ["", "1 > 2", "Image-1:"], strict=True):
         ids = chat().tokenizer.encode(text)
         assert begun.tokens.tolist() == plain.tokens.tolist() + ids and begun.runs == plain.runs

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from internvl3_jax import Chat, load
+from internvl3_jax.inference.asked import Engines
 from internvl3_jax.inference.sampling import NotFiniteError
 from internvl3_jax.inference.text_stream import TextStreamer
 from tests.support import tiny_checkpoint
@@ -179,7 +180,8 @@ def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
         for value in (np.nan, np.inf):
             broken = dict(kept["language"])
             broken["head"] = jax.tree.map(lambda leaf, value=value: leaf * value, broken["head"])
-            generator.params = kept | {"language": broken}
+            generator.base = generator.params = kept | {"language": broken}
+            chat.engines = Engines(generator)
             for options in (
                 {},
                 {"temperature": 1.0},
@@ -190,7 +192,8 @@ def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
                 with pytest.raises(NotFiniteError, match="token 1 of an answer"):
                     chat.answer_many([("a", []), ("b", [])], **options)
     finally:
-        generator.params = kept
+        generator.base = generator.params = kept
+        chat.engines = Engines(generator)
     assert chat.messages == messages
 
 

@@ -248,7 +248,7 @@ def test_rows_grow_with_their_content():
     short, long = ask(
         engine, Request(RAGGED[0], max_new_tokens=20), Request(text, max_new_tokens=20)
     )
-    assert engine._device.sizes.capacity == 1024
+    assert engine._device.sizes.capacity == 768
     assert short.ids == alone(0, 20)
     assert long.ids == generator().generate([text], make_run(1))[0]
 

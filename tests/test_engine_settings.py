@@ -12,7 +12,7 @@ from internvl3_jax.inference.engine.request import QueueFullError, Request, RowS
 from internvl3_jax.inference.generator import ContextError, Generator
 from internvl3_jax.inference.sampling import NotFiniteError
 from internvl3_jax.model.internvl import InternVL
-from tests.support.engine import LENGTH, alone, ask, continued, shared_engine
+from tests.support.engine import LENGTH, OneAfterAnother, alone, ask, continued, shared_engine
 from tests.support.generation import PARAMS, RAGGED, generator
 from tests.support.tiny_checkpoint import CONFIG
 
@@ -107,23 +107,8 @@ def test_logit_biases_change_one_row_only():
     assert second.ids == alone(1, 20)[:5]
 
 
-class _OneAfterAnother:
-    """Allows exactly one id at each place."""
-
-    def __init__(self, ids):
-        self.ids, self.accepted = list(ids), []
-
-    def allowed(self):
-        allowed = np.zeros(CONFIG.language.vocab_size, bool)
-        allowed[self.ids[len(self.accepted)]] = True
-        return allowed
-
-    def accept(self, token):
-        self.accepted.append(token)
-
-
 def test_constraints_choose_the_tokens_of_their_row():
-    constraint = _OneAfterAnother([3, 1, 4, 1, 5, 9, 2, 6])
+    constraint = OneAfterAnother([3, 1, 4, 1, 5, 9, 2, 6])
     first, second = ask(
         shared_engine(),
         Request(RAGGED[1], RowSampling(temperature=1.0), 8, constraint=constraint),
@@ -136,7 +121,7 @@ def test_constraints_choose_the_tokens_of_their_row():
 def test_a_broken_constraint_ends_its_own_request():
     broken, whole = ask(
         shared_engine(),
-        Request(RAGGED[1], max_new_tokens=8, constraint=_OneAfterAnother([3, 1])),
+        Request(RAGGED[1], max_new_tokens=8, constraint=OneAfterAnother([3, 1])),
         Request(RAGGED[2], max_new_tokens=20),
     )
     assert (broken.finish, broken.ids) == ("error", [3, 1])

@@ -1,6 +1,7 @@
 """A tiny InternVL3.5 from its released layout: conversion, chat, infer.py, and thinking mode."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -8,13 +9,16 @@ import pytest
 from internvl3_jax import Chat, load
 from internvl3_jax.checkpoints.hf.assemble import ConversionError
 from internvl3_jax.data.text.reasoning import THINKING_SYSTEM, split_reasoning
+from internvl3_jax.inference import asked
 from internvl3_jax.inference.answering import as_json, totals
+from internvl3_jax.inference.engine.request import Request
 from internvl3_jax.inference.terminal_answers import TerminalAnswers
 from internvl3_jax.model import lora
 from internvl3_jax.reward.answer_matching import final_answer
 from internvl3_jax.reward.best_of_n import best_of_n
 from internvl3_jax.reward.critic import StepScores
 from tests.support import qwen3_checkpoint
+from tests.support.engine import OneAfterAnother
 from tests.support.infer_flags import fail
 from tests.support.released import convert, params_of, same_tensors, stored_tensors
 from tests.support.tiny_checkpoint import picture
@@ -47,6 +51,13 @@ def script(chat, monkeypatch, *texts, stop=True):
             yield [row[index : index + 1] for row in rows]
 
     monkeypatch.setattr(chat.generator, "stream", stream)
+    # The same of an engine, whose rows are the requests in their order.
+    left, vocabulary = itertools.cycle(rows), chat.generator.config.language.vocab_size
+
+    def constrained(*arguments):
+        return Request(*arguments, constraint=OneAfterAnother(next(left), vocabulary))
+
+    monkeypatch.setattr(asked, "Request", constrained)
 
 
 # --- the released files --------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Answers a file of requests: in batches, resumed after a kill. A request that cannot be answered
+"""Answers a file of requests: several at once, resumed after a kill. A request that cannot be answered
 gets an "error" in place of its answer.
 """
 
+import collections
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import to_dict
 from internvl3_jax.inference.answer_file import AnswerFile
+from internvl3_jax.inference.asked import Asked
 from internvl3_jax.inference.chat import Answer, Chat
 from internvl3_jax.inference.requests import image_hashes, name_of
 from internvl3_jax.io.terminal import one_line, printable
@@ -63,7 +65,7 @@ class Answerer:
       candidates: answers that `choose` generates for each question.
       on_error: "note" writes a row with the error for a request that cannot be answered; "stop"
         raises ValueError.
-      batch_size: answers that are generated and written together.
+      batch_size: answers that decode together, in a power of two of rows.
       hosts: whether several hosts answer together.
     """
 
@@ -80,7 +82,56 @@ class Answerer:
 
     def rows(self, batch: Sequence[dict], first: int) -> list[dict]:
         """Returns the output's rows of some requests. first: number of the first one, from 1."""
-        # Prepare each request, so that one that cannot be read does not spoil the batch.
+        if self.choose is None and not self.chat.options.prompt_lookup:
+            return [row for rows in self.stream(batch, first) for row in rows]
+        prompts, results = self._prepare(batch, first)
+        # Answer together; after an error one by one, to learn which request it is.
+        try:
+            results |= dict(zip(prompts, self._answers(batch, prompts), strict=True))
+        except (ValueError, OSError):
+            results |= self._one_by_one(batch, prompts)
+        return [_row(request, results[index]) for index, request in enumerate(batch)]
+
+    def stream(self, requests: Sequence[dict], first: int) -> Iterator[list[dict]]:
+        """Yields the output's rows in the order of the requests, each as soon as it and those
+        before it are there. A request enters the engine when another one has ended.
+        """
+        engine = self.chat.engines.with_rows(self.batch_size)
+        rows: collections.deque[dict | _Open] = collections.deque()
+        entered = 0
+        while entered < len(requests) or rows:
+            # As many again as decode are ready to enter.
+            while entered < len(requests) and _num_open(rows) < 2 * self.batch_size:
+                batch = requests[entered : entered + self.batch_size]
+                prompts, results = self._prepare(batch, first + entered)
+                for index, request in enumerate(batch):
+                    if index in results:
+                        rows.append(_row(request, results[index]))
+                    else:
+                        asked = self.chat.ask(engine, prompts[index], self.chat.options)
+                        rows.append(_Open(request, asked))
+                entered += len(batch)
+            engine.step()
+            for index, row in enumerate(rows):
+                if isinstance(row, _Open) and row.asked.ticket.finish is not None:
+                    rows[index] = self._finished(row)
+            ready = []
+            while rows and not isinstance(rows[0], _Open):
+                ready.append(rows.popleft())
+            if ready:
+                yield ready
+
+    def _finished(self, row: "_Open") -> dict:
+        try:
+            result = as_json(row.asked.answer())
+        except (ValueError, OSError) as error:
+            result = self._error_row(row.request, error)
+        return _row(row.request, result)
+
+    def _prepare(self, batch: Sequence[dict], first: int) -> tuple[dict, dict]:
+        """Returns index -> prompt, and index -> error of the requests that cannot be read, so that
+        one of them does not spoil the batch.
+        """
         prompts, results = {}, {}
         for index, request in enumerate(batch):
             try:
@@ -93,15 +144,7 @@ class Answerer:
             multihost.assert_same_on_all_hosts(
                 first, {"requests that cannot be read": str(sorted(results))}, seconds=3600
             )
-        # Answer the rest together; after an error one by one, to learn which request it is.
-        try:
-            results |= dict(zip(prompts, self._answers(batch, prompts), strict=True))
-        except (ValueError, OSError):
-            results |= self._one_by_one(batch, prompts)
-        return [
-            request["asked"] | _image_fields(request) | results[index]
-            for index, request in enumerate(batch)
-        ]
+        return prompts, results
 
     def _one_by_one(self, batch: Sequence[dict], prompts: dict) -> dict[int, dict]:
         results = {}
@@ -128,6 +171,22 @@ class Answerer:
         if self.on_error == "stop":
             raise ValueError(text) from error
         return {"error": one_line(text)}
+
+
+@dataclasses.dataclass
+class _Open:
+    """A request in the engine."""
+
+    request: dict
+    asked: Asked
+
+
+def _num_open(rows: Iterable) -> int:
+    return sum(isinstance(row, _Open) for row in rows)
+
+
+def _row(request: dict, result: dict) -> dict:
+    return request["asked"] | _image_fields(request) | result
 
 
 def with_name(name: str, error: Exception) -> str:
@@ -209,16 +268,25 @@ def ask_again(answerer: Answerer, requests: Sequence[dict], output: AnswerFile) 
 def answer_from(
     answerer: Answerer, requests: Sequence[dict], output: AnswerFile | None, start: int
 ) -> None:
-    """Answers the requests from index `start` on; appends each batch to the output, if any."""
-    from rich.progress import track
+    """Answers the requests from index `start` on; appends them to the output, if any."""
+    from rich.progress import Progress
 
-    size = answerer.requests_per_batch
-    batches = range(start, len(requests), size)
     show = sys.stderr.isatty() and output is not None
-    for index in track(batches, description="answering", disable=not show):
-        rows = answerer.rows(requests[index : index + size], index + 1)
-        if output is not None:
-            output.add(rows)
+    with Progress(disable=not show) as progress:
+        task = progress.add_task("answering", total=len(requests) - start)
+        for rows in _rows_from(answerer, requests, start):
+            if output is not None:
+                output.add(rows)
+            progress.advance(task, len(rows))
+
+
+def _rows_from(answerer: Answerer, requests: Sequence[dict], start: int) -> Iterator[list[dict]]:
+    if answerer.choose is None and not answerer.chat.options.prompt_lookup:
+        yield from answerer.stream(requests[start:], start + 1)
+        return
+    size = answerer.requests_per_batch
+    for index in range(start, len(requests), size):
+        yield answerer.rows(requests[index : index + size], index + 1)
 
 
 def failures(requests: Sequence[dict], rows: Sequence[dict]) -> str:

@@ -18,13 +18,13 @@ import numpy as np
 
 from internvl3_jax.data.batch import Prompt, make_prompt
 from internvl3_jax.data.text.chat_template import insert_missing_tags
-from internvl3_jax.inference.answer import Answer, Stopwatch, cut_reasoning, text_fields
-from internvl3_jax.inference.generation_config import GenerationConfig
+from internvl3_jax.inference.answer import Answer, Stopwatch, cut_reasoning
+from internvl3_jax.inference.asked import Asked, Engines, run_all
+from internvl3_jax.inference.direct_run import DirectRun
+from internvl3_jax.inference.engine.engine import Engine
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.options import OptionChanges, Options, units
-from internvl3_jax.inference.programs import DecodeState
 from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
-from internvl3_jax.inference.text_stream import TextStreamer
 from internvl3_jax.inference.turn import image_tiles, system_messages, user_message
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.positions import rope_scaling
@@ -105,6 +105,7 @@ class Chat:
             checkpoint.adapters,
             cache,
         )
+        self.engines = Engines(self.generator)
         self.use(adapter)
 
     def __repr__(self) -> str:
@@ -191,13 +192,12 @@ class Chat:
         keep = cached.reusable(prompt, config.scaling, max_position) if cached else 0
         cache = cached.state.cache if keep else None
         # 3) Answer.
-        state = self.generator.start([prompt], config, cache, keep)
-        streamer = TextStreamer(self.tokenizer, options.stop)
-        for (piece,) in self._decode_texts(state, config, [streamer], watch):
+        run = DirectRun(self.generator, [prompt], config, options, self.tokenizer, watch)
+        for (piece,) in run.stream(cache, keep):
             yield piece
         # 4) The turn is complete: it enters the conversation.
-        self.last = self._answer(streamer, prompt, options, watch, state, reused_tokens=keep)
-        self._cached = PromptCache.after(state, prompt, streamer.ids, config.scaling)
+        self.last = dataclasses.replace(run.answer(), reused_tokens=keep)
+        self._cached = PromptCache.after(run.state, prompt, self.last.token_ids, config.scaling)
         if self.last.finish == "reasoning":
             return
         self._turns.append((len(self.messages), len(self.tiles)))
@@ -272,7 +272,6 @@ class Chat:
             raise ValueError(f"n is {n}; it must be at least 1")
         if not requests:
             return []
-        watch = Stopwatch(self.generator.compile_clock)
         # 1) Prompts.
         names = names or [f"request {number}" for number in range(1, len(requests) + 1)]
         prefixes = answer_prefixes or [""] * len(requests)
@@ -282,66 +281,39 @@ class Chat:
             else self.prepare(*request, where=name, answer_prefix=prefix, **options)
             for request, name, prefix in zip(requests, names, prefixes, strict=True)
         ]
-        # 2) One row per answer.
+        # 2) One request to the engine per answer.
         options = self.options.with_changes(options)
-        seeds = tuple((options.seed + k) % 2**32 for k in range(n)) * len(requests)
-        config = options.generation_config(
-            seeds, self._scaling(options, []), greedy_every=n if greedy_first else 0
-        )
-        streamers = [TextStreamer(self.tokenizer, options.stop) for _ in seeds]
-        state = self.generator.start(prompts, config)
-        for _ in self._decode_texts(state, config, streamers, watch):
-            pass
-        # 3) n answers per prompt.
-        keep_start = bool(answer_prefixes)
-        answers = [
-            self._answer(
-                streamer, prompts[row // n], options, watch, state, row, keep_start=keep_start
+        if options.prompt_lookup:
+            seeds = tuple((options.seed + k) % 2**32 for k in range(n)) * len(prompts)
+            config = options.generation_config(
+                seeds, self._scaling(options, []), greedy_every=n if greedy_first else 0
             )
-            for row, streamer in enumerate(streamers)
+            run = DirectRun(self.generator, prompts, config, options, self.tokenizer)
+            answers = run.answers(bool(answer_prefixes))
+            return [answers[start : start + n] for start in range(0, len(answers), n)]
+        engine = self.engines.with_rows(n * len(prompts))
+        asked = [
+            self.ask(engine, prompt, options, k, is_greedy=greedy_first and k == 0)
+            for prompt in prompts
+            for k in range(n)
         ]
+        # 3) n answers per prompt.
+        answers = run_all(engine, asked, keep_start=bool(answer_prefixes))
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
-    def _decode_texts(
-        self,
-        state: DecodeState,
-        config: GenerationConfig,
-        streamers: Sequence[TextStreamer],
-        watch: Stopwatch,
-    ) -> Iterator[list[str]]:
-        """Yields the new text of each row until all have ended, then what was held back."""
-        for pieces in self.generator.stream(state, config):
-            watch.first_token()
-            yield [streamer.read(piece) for streamer, piece in zip(streamers, pieces, strict=True)]
-            if all(streamer.ended for streamer in streamers):
-                break
-        yield [streamer.finish() for streamer in streamers]
-        watch.stop()
-
-    def _answer(
-        self,
-        streamer: TextStreamer,
-        prompt: Prompt,
-        options: Options,
-        watch: Stopwatch,
-        state: DecodeState,
-        row: int = 0,
-        *,
-        reused_tokens: int = 0,
-        keep_start: bool = False,
-    ) -> Answer:
-        ids = streamer.ids
-        runs = len(ids) - 1 if state.lookup is None else int(state.lookup.num_runs[row])
-        return Answer(
-            **text_fields(streamer, options, self.generator.stop_ids, keep_start),
-            token_ids=ids,
-            prompt_tokens=len(prompt.tokens),
-            tiles=[len(tiles) for tiles in prompt.tiles],
-            seconds=watch.seconds,
-            first_token_seconds=watch.first_token_seconds,
-            reused_tokens=reused_tokens,
-            compile_seconds=watch.compile_seconds,
-            model_runs=runs,
+    def ask(
+        self, engine: Engine, prompt: Prompt, options: Options, k: int = 0, is_greedy: bool = False
+    ) -> Asked:
+        """Gives a prompt of `prepare` to an engine. k: number of its answer, added to the seed."""
+        return Asked(
+            engine,
+            prompt,
+            options,
+            self.tokenizer,
+            adapter=self._adapter,
+            scaling=self._scaling(options, []),
+            seed=(options.seed + k) % 2**32,
+            is_greedy=is_greedy,
         )
 
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:

@@ -86,3 +86,18 @@ def continued(prompt, ids, more):
         tokens=np.concatenate([prompt.tokens, np.asarray(added, np.int32)]),
         positions=np.concatenate([prompt.positions, prompt.positions[-1] + steps]),
     )
+
+
+class OneAfterAnother:
+    """Allows exactly one id at each place."""
+
+    def __init__(self, ids, vocabulary=CONFIG.language.vocab_size):
+        self.ids, self.accepted, self.vocabulary = list(ids), [], vocabulary
+
+    def allowed(self):
+        allowed = np.zeros(self.vocabulary, bool)
+        allowed[self.ids[len(self.accepted)]] = True
+        return allowed
+
+    def accept(self, token):
+        self.accepted.append(token)

@@ -16,9 +16,10 @@ from internvl3_jax.inference.engine.request import Piece, Request, Ticket
 from internvl3_jax.inference.engine.results import new_tokens
 from internvl3_jax.inference.engine.rows import Content, Row, best_source, choose_row
 from internvl3_jax.inference.engine.stats import EngineStats
+from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import NotFiniteError
 
-PROMPT_TOKENS = 1024  # tokens of prompts, and of tiles, that are run between two blocks
+PROMPT_TOKENS = 1024  # tokens of prompts and tiles between two blocks, if half of the rows decode
 
 
 @dataclasses.dataclass
@@ -61,7 +62,9 @@ class Scheduler:
         return in_rows or bool(self._unread) or self._queue.has_work()
 
     def round(self) -> None:
-        """Runs at most PROMPT_TOKENS tokens of prompts, then a block of tokens."""
+        """Runs about PROMPT_TOKENS tokens of prompts, or more if most rows are free, then a block of
+        tokens.
+        """
         self._rounds += 1
         self._cancel()
         self._run_prompts()
@@ -94,7 +97,10 @@ class Scheduler:
     # --- prompts ----------------------------------------------------------------------------------
 
     def _run_prompts(self) -> None:
-        budget = PROMPT_TOKENS
+        # The fewer rows decode, the fewer answers wait.
+        live = len(self._live())
+        free = len(self.rows) - live
+        budget = PROMPT_TOKENS * max(1, free // max(live, 1))
         while budget > 0 and (self._run is not None or self._admit()):
             run = self._run
             try:
@@ -137,11 +143,8 @@ class Scheduler:
         return True
 
     def _make_room(self, length: int) -> None:
-        capacity = self._device.sizes.capacity
-        while capacity < length:
-            capacity *= 2
-        if self._grows and capacity > self._device.sizes.capacity:
-            self._device.grow(capacity)
+        if self._grows and length > self._device.sizes.capacity:
+            self._device.grow(bucket(length))
 
     def _begin_answers(self, run: PromptRun) -> None:
         """Samples the first token of each answer to a prompt."""
