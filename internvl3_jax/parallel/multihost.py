@@ -230,6 +230,11 @@ def preemption_signal():
 # --- comparison ----------------------------------------------------------------------------------
 
 
+def current_watchdog() -> Watchdog | None:
+    """Returns the watchdog of this run; None in a single process."""
+    return _watchdog
+
+
 def report_step(step: int) -> None:
     """Records that this process is about to run a step on the devices."""
     if _watchdog is not None:
