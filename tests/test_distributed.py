@@ -83,12 +83,14 @@ def test_two_processes_come_to_their_end():
         assert process.status == 0 and process.out.count("sum 4\n") == 2, process.out
 
 
-def test_differences_are_named_everywhere():
+@pytest.mark.parametrize("scenario", ["differs", "slow end"])
+def test_differences_are_named_everywhere(scenario):
+    """Also if process 0, which holds the store, is the first to end."""
     expected = (
         f"the processes differ: step is 3 in process 1 (host {HOST}), and 2 in the other 2;"
         f" batch is '8x64' in process 2 (host {HOST}), and '4x64' in the other 2"
     )
-    for process in run("differs", 3):
+    for process in run(scenario, 3):
         assert process.status == 1 and expected in process.out, process.out
 
 

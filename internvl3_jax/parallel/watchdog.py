@@ -7,7 +7,6 @@ process 0, never through the devices. See multihost.py. Keys:
     alive/P     [beats, step] of process P, every HEARTBEAT_S seconds
     news/KEY    {"status", "text"} that every process prints; a status other than 0 ends all
                 processes with it. KEY is P where process P reports its own error
-    left/P      process P has read that the run ends, and is gone
     check/N/P   the values of process P in the N-th assert_same_on_all_hosts
     verdict/N   [who was late, what differs], by process 0
 """
@@ -29,6 +28,7 @@ EXIT_PEER_LOST = 128 + signal.SIGABRT
 HEARTBEAT_S = 2.0  # seconds between heartbeats
 DEAD_AFTER_S = 30.0  # seconds without heartbeat after which a process is named
 STALL_WARN_S = 300.0  # seconds behind the others after which a process is named
+LEAVE_WAIT_S = 15.0  # seconds to wait at the end for processes that have not left yet
 ROOT = "internvl3_jax"
 # Methods of the store, which has no public API.
 STORE_METHODS = (
@@ -59,7 +59,7 @@ class Watchdog:
     def __init__(self, store, process: int, hosts: list[str], give_up: float):
         self.store, self.process, self.hosts, self.give_up = store, process, hosts, give_up
         self.step, self.checks = 0, 0
-        self.stopped = threading.Event()
+        self.stopped, self.leaving = threading.Event(), threading.Lock()
         self.thread = threading.Thread(
             target=self._watch, daemon=True, name="watch the other processes"
         )
@@ -117,20 +117,21 @@ class Watchdog:
         return " and ".join(self.name(number) for number in silent if number != self.process)
 
     def _exit(self, status: int) -> None:
-        """Exits without jax's shutdown, which waits for all processes and then blames late ones."""
+        """Exits this process when all others exit too, or after a few heartbeats.
+
+        jax's shutdown is a barrier. Behind it, no process needs the store any more; before it, the
+        end of process 0, which holds the store, would abort the others. It would wait for an hour
+        for a process that is dead or stuck, so it gets its own thread.
+        """
+        if not self.leaving.acquire(blocking=False):
+            # Another thread of this process exits already, with the status that counts.
+            threading.Event().wait()
         self.stopped.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.put(f"left/{self.process}", "")
-            # Process 0 holds the store, so it waits until the others have read it.
-            deadline = time.monotonic() + 5 * HEARTBEAT_S
-            while (
-                self.process == 0
-                and len(self.read("left")) < len(self.hosts)
-                and time.monotonic() < deadline
-            ):
-                time.sleep(0.1)
         sys.stdout.flush()
         sys.stderr.flush()
+        barrier = threading.Thread(target=_shut_down, daemon=True, name="leave the other processes")
+        barrier.start()
+        barrier.join(LEAVE_WAIT_S)
         os._exit(status)
 
     # --- the thread ---
@@ -210,3 +211,9 @@ class Watchdog:
 
 def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _shut_down() -> None:
+    """Leaves jax's coordination service, as soon as all processes do."""
+    with contextlib.suppress(RuntimeError):  # a process is gone, or the service
+        jax.distributed.shutdown()

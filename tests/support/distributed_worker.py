@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from internvl3_jax.parallel import multihost, watchdog
 
 SCENARIO = sys.argv[1]
-watchdog.HEARTBEAT_S, watchdog.DEAD_AFTER_S = 0.5, 2.0
+watchdog.HEARTBEAT_S, watchdog.DEAD_AFTER_S, watchdog.LEAVE_WAIT_S = 0.5, 2.0, 6.0
 if SCENARIO == "stuck":
     watchdog.STALL_WARN_S = 1.0
 
@@ -29,8 +30,17 @@ def total() -> int:
     return int(jax.jit(jnp.sum, out_shardings=jax.NamedSharding(mesh, jax.P()))(ones))
 
 
+def slow_down(module, name: str, seconds: float) -> None:
+    """Makes a function wait before it does anything."""
+    function = getattr(module, name)
+    setattr(module, name, lambda *arguments: time.sleep(seconds) or function(*arguments))
+
+
 def main():
     process, last = jax.process_index(), jax.process_index() == jax.process_count() - 1
+    if SCENARIO == "slow end" and process > 0:
+        # One reads the error late, the other is late to exit after all have read it.
+        slow_down(*((os, "_exit", 2) if last else (traceback, "print_exception", 3)))
     print("sum", total(), flush=True)
     multihost.assert_same_on_all_hosts(1, {"batch": "4x64", "config": "abc"})
     if SCENARIO == "sigterm":
@@ -44,7 +54,7 @@ def main():
                 if stops(step):
                     print("stops at", step, flush=True)
                     sys.exit(multihost.TERMINATED)
-    elif SCENARIO == "differs":
+    elif SCENARIO in ("differs", "slow end"):
         multihost.assert_same_on_all_hosts(
             3 if process == 1 else 2, {"batch": "8x64" if last else "4x64", "config": "abc"}
         )
