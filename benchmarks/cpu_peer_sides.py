@@ -102,9 +102,9 @@ def make_inputs(
     text = rng.integers(image_token_id + 100, vocabulary, visual_tokens + TEXT_TOKENS).astype(
         np.int32
     )
-    with_picture = text.copy()
-    with_picture[4 : 4 + visual_tokens] = image_token_id
-    return with_picture, text, rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    with_image = text.copy()
+    with_image[4 : 4 + visual_tokens] = image_token_id
+    return with_image, text, rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
 
 
 def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
@@ -130,7 +130,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
         config.image_token_id, config.tokens_per_tile, config.vision.image_size, settings.vocabulary
     )
     positions = np.arange(len(ids), dtype=np.int32) * UNITS
-    picture = Prompt(ids, positions, [(4, config.tokens_per_tile)], [tile])
+    image_prompt = Prompt(ids, positions, [(4, config.tokens_per_tile)], [tile])
     run = GenerationConfig(1 + settings.tokens, Sampling(), (0,), config.language.rope_scaling)
 
     def vision():
@@ -145,7 +145,7 @@ def measure_jax(directory: pathlib.Path, settings: Settings) -> dict:
 
     def answer():
         times, tokens = [time.perf_counter()], []
-        for (piece,) in generator.stream(generator.start([picture], run), run):
+        for (piece,) in generator.stream(generator.start([image_prompt], run), run):
             times.append(time.perf_counter())
             tokens += piece
         return {

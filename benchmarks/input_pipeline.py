@@ -39,9 +39,9 @@ def write_data(folder: pathlib.Path, count: int) -> str:
     rng, photographs = np.random.default_rng(0), load_sample_images().images
     rows = []
     for number in range(count):
-        picture = Image.fromarray(photographs[number % len(photographs)]).resize((1920, 1440))
+        image = Image.fromarray(photographs[number % len(photographs)]).resize((1920, 1440))
         noise = rng.integers(-8, 9, (1440, 1920, 3), dtype=np.int16)
-        pixels = np.clip(np.asarray(picture, np.int16) + noise, 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
         turns = [
             {"from": "human", "value": "<image>\nDescribe it."},

@@ -179,28 +179,28 @@ def stubs(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def image_folder(tmp_path_factory):
     """A directory with wide.png (three tiles and a thumbnail) and small.png (one tile)."""
     from tests.support import tiny_checkpoint
 
-    directory = tmp_path_factory.mktemp("pictures")
-    tiny_checkpoint.picture(40, 16, 1).save(directory / "wide.png")
-    tiny_checkpoint.picture(16, 16, 2).save(directory / "small.png")
+    directory = tmp_path_factory.mktemp("image_folder")
+    tiny_checkpoint.make_image(40, 16, 1).save(directory / "wide.png")
+    tiny_checkpoint.make_image(16, 16, 2).save(directory / "small.png")
     return directory
 
 
 @pytest.fixture
 def place(tmp_path):
     """A root with an image, a link, and a neighbor whose name begins with the root's."""
-    from tests.support.official_data import picture
+    from tests.support.official_data import make_image
 
     for folder in ("root", "root/sub", "root2", "else"):
         (tmp_path / folder).mkdir()
     for name in ("root/a.png", "root/sub/b.png", "root2/a.png", "secret.png", "else/c.png"):
-        picture(20, 20).save(tmp_path / name)
+        make_image(20, 20).save(tmp_path / name)
     (tmp_path / "root/link").symlink_to(tmp_path / "else")
     (tmp_path / "root/frames").mkdir()
-    picture(20, 20).save(tmp_path / "root/frames/0.png")
+    make_image(20, 20).save(tmp_path / "root/frames/0.png")
     return tmp_path
 
 

@@ -17,7 +17,7 @@ from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.sources.rows import RowError, Rows
 from tests.support.official_data import (
     encoded,
-    picture,
+    make_image,
     read,
     turns,
     write_meta,
@@ -100,7 +100,7 @@ def test_an_index_in_the_cache_when_the_folder_cannot_be_written(tmp_path, monke
 
 
 def test_tar_shards_bring_their_images(tmp_path):
-    image = encoded(picture())
+    image = encoded(make_image())
     for shard in range(2):
         named = {"image": ["x/0.b.png"], "conversations": turns("What?", f"{shard}")}
         content = {
@@ -117,7 +117,7 @@ def test_tar_shards_bring_their_images(tmp_path):
     assert len(source) == 6 and source.has_images
     answers = [read(source, row).messages[1]["content"] for row in (0, 1, 3, 4)]
     assert answers == ["0", "0 again", "1", "1 again"]
-    np.testing.assert_array_equal(np.asarray(read(source, 4).images[0]), np.asarray(picture()))
+    np.testing.assert_array_equal(np.asarray(read(source, 4).images[0]), np.asarray(make_image()))
     with pytest.raises(RowError, match=r"2.txt hold 0 .json"):
         read(source, 5)
     (tmp_path / "02.tar").write_bytes(b"no archive" * 100)
@@ -129,7 +129,7 @@ def test_array_record(tmp_path):
     writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "")
     writer.write(json.dumps(TEXT).encode())
     archive = write_tar(
-        tmp_path / "one", {"k.json": json.dumps(TEXT).encode(), "k.png": encoded(picture())}
+        tmp_path / "one", {"k.json": json.dumps(TEXT).encode(), "k.png": encoded(make_image())}
     )
     writer.write(archive.read_bytes())
     writer.close()
@@ -144,7 +144,10 @@ def test_addresses_go_through_fsspec(tmp_path, monkeypatch):
     row = {"image": "0.png", "conversations": turns("What?", "That")}
     entry = {"root": "memory://data/images", "annotation": "rows/*.jsonl"}
     memory.pipe(
-        {"/data/rows/a.jsonl": json.dumps(row).encode(), "/data/images/0.png": encoded(picture())}
+        {
+            "/data/rows/a.jsonl": json.dumps(row).encode(),
+            "/data/images/0.png": encoded(make_image()),
+        }
     )
     memory.pipe({"/data/meta.json": json.dumps({"a": entry}).encode()})
     source = RowSource(read_meta("memory://data/meta.json")[0])

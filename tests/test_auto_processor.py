@@ -39,10 +39,10 @@ def exported(tmp_path_factory):
 
 def their_inputs(processor, question):
     """The prompt's text with its images, as a user of transformers writes it."""
-    pictures = [open_image(MODEL / path) for path in question["image"]]
+    images = [open_image(MODEL / path) for path in question["image"]]
     parts = []
     for number, text in enumerate(question["prompt"].split("<image>\n")):
-        parts += [{"type": "image", "image": pictures[number - 1]}] if number else []
+        parts += [{"type": "image", "image": images[number - 1]}] if number else []
         parts += [{"type": "text", "text": text}] if text else []
     messages = [{"role": "user", "content": parts}]
     return processor.apply_chat_template(
@@ -57,8 +57,8 @@ def test_ids_pixels_and_answers(exported, question):
     directory, processor, model = exported
     inputs = their_inputs(processor, question)
     checkpoint = load(MODEL)
-    pictures = [open_image(MODEL / path) for path in question["image"]]
-    tiles = cut_images(pictures, checkpoint.processor)
+    images = [open_image(MODEL / path) for path in question["image"]]
+    tiles = cut_images(images, checkpoint.processor)
     messages = [{"role": "user", "content": question["prompt"]}]
     prompt = make_prompt(
         messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles)
@@ -74,5 +74,5 @@ def test_ids_pixels_and_answers(exported, question):
 
     out = model.generate(**inputs, max_new_tokens=96, do_sample=False)
     text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
-    answer = Chat(checkpoint, max_new_tokens=96)(question["prompt"], images=pictures)
+    answer = Chat(checkpoint, max_new_tokens=96)(question["prompt"], images=images)
     assert text.split("<|im_end|>")[0].strip() == answer

@@ -15,10 +15,10 @@ from internvl3_jax.inference.sampling import Sampling, sample
 from internvl3_jax.reward.best_of_n import best_of_many, best_of_n, count_votes
 from tests.support import tiny_checkpoint
 from tests.support.infer_flags import fail
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 LIMIT = 12
-WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)
+WIDE, SMALL = make_image(40, 16, 1), make_image(16, 16, 2)
 REQUESTS = [
     ("What is it?", [WIDE]),
     ("Read the number.", [SMALL]),

@@ -26,8 +26,8 @@ def reference(messages, tiles, transformers_tokenizer, system):
     for message in messages:
         content = message["content"]
         while message["role"] == "user" and "<image>" in content:
-            picture = f"<img>{'<IMG_CONTEXT>' * PROCESSOR.tokens_per_tile * next(tiles)}</img>"
-            content = content.replace("<image>", picture, 1)
+            image_text = f"<img>{'<IMG_CONTEXT>' * PROCESSOR.tokens_per_tile * next(tiles)}</img>"
+            content = content.replace("<image>", image_text, 1)
         ids = transformers_tokenizer(
             f"<|im_start|>{message['role']}\n{content}<|im_end|>\n"
         ).input_ids

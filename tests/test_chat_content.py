@@ -37,7 +37,7 @@ def test_what_people_type_is_never_a_control_token(tokenizer):
 
 def test_image_tag_of_assistant_and_system_is_text(tokenizer):
     messages = [
-        {"role": "system", "content": "<image> marks a picture."},
+        {"role": "system", "content": "<image> marks an image."},
         user("a <image>"),
         assistant("You wrote <image>."),
     ]

@@ -59,7 +59,7 @@ def test_errors_of_a_batch_name_the_request(chat):
 # --- errors --------------------------------------------------------------------------------------
 
 WRONG = {
-    "fewer tags than pictures": (
+    "fewer tags than images": (
         ("<image>", [SMALL, WIDE]),
         {},
         ChatError,
@@ -78,7 +78,7 @@ WRONG = {
         "give one image or a list of them",
     ),
     "images is a number": (("hi", 5), {}, ChatError, "images is 5; give one image"),
-    "no such picture": (
+    "no such image": (
         ("hi", ["nowhere/cat.png"]),
         {},
         ImageError,

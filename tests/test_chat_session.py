@@ -19,7 +19,7 @@ from tests.support.tiny_checkpoint import PROCESSOR
 
 
 @pytest.mark.parametrize(
-    "images", [[], [WIDE], [SMALL, WIDE]], ids=["text", "one picture", "two pictures"]
+    "images", [[], [WIDE], [SMALL, WIDE]], ids=["text", "one image", "two images"]
 )
 def test_pieces_join_to_the_text(chat, images):
     pieces = list(chat.stream("Read the number.", images))

@@ -9,7 +9,7 @@ from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.inference.text_stream import TextStreamer
 from tests.support import tiny_checkpoint
 from tests.support.chat_setup import SCRIPT, SMALL, WIDE, free_answer, shared, turns
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 # --- a conversation ------------------------------------------------------------------------------
 
@@ -71,15 +71,15 @@ def test_only_the_same_beginning_is_reused(chat):
     """
     chat("Read the number.", images=[SMALL])
     cached, prompt_tokens = chat._cached, chat.last.prompt_tokens
-    for image, expected in [(SMALL, prompt_tokens - 1), (picture(16, 16, 9), 0)]:
+    for image, expected in [(SMALL, prompt_tokens - 1), (make_image(16, 16, 9), 0)]:
         chat.reset()
         fresh = chat("Read the number.", images=[image]), chat.last.token_ids
         chat.reset()
         chat._cached = cached
         answer = chat("Read the number.", images=[image]), chat.last.token_ids
         assert answer == fresh
-        before_picture = chat.tokenizer.encode("<|im_start|>user\n<img>")
-        assert chat.last.reused_tokens == (expected or len(before_picture))
+        before_image = chat.tokenizer.encode("<|im_start|>user\n<img>")
+        assert chat.last.reused_tokens == (expected or len(before_image))
         cached = chat._cached
     chat.reset()
     chat("Read the number.", images=[SMALL])

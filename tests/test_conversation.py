@@ -12,7 +12,7 @@ from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.conversation import Conversation, image_paths
 from internvl3_jax.inference.options import Options
 from internvl3_jax.inference.terminal_answers import TerminalAnswers
-from tests.support.tiny_checkpoint import PROCESSOR, picture
+from tests.support.tiny_checkpoint import PROCESSOR, make_image
 
 
 class Model:
@@ -55,7 +55,7 @@ def talk(monkeypatch, lines, ask, terminal=True):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys, tmp_path):
-    picture(8, 8).save(tmp_path / "a.png")
+    make_image(8, 8).save(tmp_path / "a.png")
     asked = []
 
     def ask(chat, question, images):

@@ -193,19 +193,21 @@ def test_exported_directory_opens_in_transformers(tmp_path):
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
     )
-    picture = (
+    image_text = (
         tokenizer.start_image_token
         + tokenizer.context_image_token * 9 * 4
         + tokenizer.end_image_token
     )
-    prompt = prompt.replace(tokenizer.context_image_token, picture)
+    prompt = prompt.replace(tokenizer.context_image_token, image_text)
     question = [{"role": "user", "content": "<image>\nWhat is it?"}]
     ours = encode_chat(
         question, [9], checkpoint.tokenizer, checkpoint.processor, add_generation_prompt=True
     ).tokens
     assert tokenizer(prompt)["input_ids"] == ours.tolist()
-    pictures = AutoImageProcessor.from_pretrained(tmp_path / "hf")
-    pixels = pictures(Image.new("RGB", (64, 32), (255, 0, 0)), return_tensors="pt")["pixel_values"]
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    pixels = image_processor(Image.new("RGB", (64, 32), (255, 0, 0)), return_tensors="pt")[
+        "pixel_values"
+    ]
     assert pixels.shape == (9, 3, 16, 16)
     assert torch.allclose(
         pixels[0, :, 0, 0],

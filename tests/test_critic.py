@@ -25,7 +25,7 @@ from internvl3_jax.reward import critic as critic_module
 from internvl3_jax.reward.critic import Critic, label_log_probabilities
 from tests.support.internlm2_reference import Reference, converted
 from tests.support.parity import pixels
-from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, directory, picture
+from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, directory, make_image
 
 pytestmark = pytest.mark.optimized
 
@@ -144,7 +144,7 @@ def tiny_critic(**options) -> Critic:
 
 @pytest.mark.parametrize(
     "images",
-    [[], [picture(40, 20)], [picture(20, 20), picture(16, 48)]],
+    [[], [make_image(40, 20)], [make_image(20, 20), make_image(16, 48)]],
     ids=["text", "one", "two"],
 )
 def test_scores_are_those_of_a_forward_pass_for_each_solution(images):
@@ -164,11 +164,13 @@ def test_scores_are_those_of_a_forward_pass_for_each_solution(images):
 
 
 def test_a_solution_does_not_see_its_neighbours():
-    together = tiny_critic().score(QUESTION, [picture(20, 20)], SOLUTIONS)
+    together = tiny_critic().score(QUESTION, [make_image(20, 20)], SOLUTIONS)
     alone = [
-        tiny_critic().score(QUESTION, [picture(20, 20)], [solution])[0] for solution in SOLUTIONS
+        tiny_critic().score(QUESTION, [make_image(20, 20)], [solution])[0] for solution in SOLUTIONS
     ]
-    split = tiny_critic(batch_size=2).score(QUESTION, [picture(20, 20)], [*SOLUTIONS, SOLUTIONS[0]])
+    split = tiny_critic(batch_size=2).score(
+        QUESTION, [make_image(20, 20)], [*SOLUTIONS, SOLUTIONS[0]]
+    )
     assert split[0] is split[-1]
     for one, other, third in zip(together, alone, split, strict=False):
         np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
@@ -177,10 +179,10 @@ def test_a_solution_does_not_see_its_neighbours():
 
 def test_whole_vocabulary_system_message_and_merging():
     options = {"among": "vocabulary", "system": "Judge.", "max_steps": 2}
-    (scores,) = tiny_critic(**options).score(QUESTION, [picture(20, 20)], SOLUTIONS[2:3])
+    (scores,) = tiny_critic(**options).score(QUESTION, [make_image(20, 20)], SOLUTIONS[2:3])
     assert scores.steps == ["1, 3\n\n1 + 3 = 5\n\n5 + 0 = 5", "5 = 5\n\nAnswer: 5"]
     logs = plain_scores(
-        checkpoint(), "<image>\n" + QUESTION, [picture(20, 20)], scores.steps, system="Judge."
+        checkpoint(), "<image>\n" + QUESTION, [make_image(20, 20)], scores.steps, system="Judge."
     )
     np.testing.assert_allclose(scores.scores, np.exp(logs[:, 0]), rtol=1e-4)
 
@@ -216,7 +218,7 @@ def test_images_and_question_are_run_once(monkeypatch):
 
     monkeypatch.setattr(critic_module.Generator, "features", features)
     monkeypatch.setattr(critic_module.programs, "hidden_states", stepped)
-    tiny_critic().score(QUESTION, [picture(40, 20)], [f"{n}\n\nAnswer: {n}" for n in range(8)])
+    tiny_critic().score(QUESTION, [make_image(40, 20)], [f"{n}\n\nAnswer: {n}" for n in range(8)])
     assert sum(encoded) == 3  # two tiles and the thumbnail
     assert run == [(1, 64), (8, 64)]
 
@@ -225,14 +227,14 @@ def test_the_answering_model_can_be_its_own_critic():
     generator = Generator(CONFIG, checkpoint().params)
     own = Critic(checkpoint(), generator)
     assert own.generator is generator
-    one, other = (c.score(QUESTION, [picture(20, 20)], SOLUTIONS) for c in (own, tiny_critic()))
+    one, other = (c.score(QUESTION, [make_image(20, 20)], SOLUTIONS) for c in (own, tiny_critic()))
     assert [scores.scores for scores in one] == [scores.scores for scores in other]
 
 
 def test_v2pe_critic():
     opened = dataclasses.replace(checkpoint(), processor=dataclasses.replace(PROCESSOR, delta=64))
-    (scores,) = Critic(opened).score(QUESTION, [picture(40, 20)], SOLUTIONS[:1])
-    logs = plain_scores(opened, "<image>\n" + QUESTION, [picture(40, 20)], scores.steps)
+    (scores,) = Critic(opened).score(QUESTION, [make_image(40, 20)], SOLUTIONS[:1])
+    logs = plain_scores(opened, "<image>\n" + QUESTION, [make_image(40, 20)], scores.steps)
     np.testing.assert_allclose(
         scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4
     )
@@ -248,10 +250,13 @@ def test_beyond_the_trained_length_nothing_is_shared():
     config = dataclasses.replace(CONFIG, language=language)
     opened = dataclasses.replace(checkpoint(), config=config, model=InternVL(config))
     for solution, scores in zip(
-        SOLUTIONS, Critic(opened).score(QUESTION, [picture(40, 20)], SOLUTIONS), strict=True
+        SOLUTIONS, Critic(opened).score(QUESTION, [make_image(40, 20)], SOLUTIONS), strict=True
     ):
         logs = plain_scores(
-            opened, "<image>\n" + QUESTION, [picture(40, 20)], critic_format.split_steps(solution)
+            opened,
+            "<image>\n" + QUESTION,
+            [make_image(40, 20)],
+            critic_format.split_steps(solution),
         )
         np.testing.assert_allclose(
             scores.scores, np.exp(logs[:, 0]) / np.exp(logs).sum(axis=1), rtol=1e-4
@@ -272,15 +277,15 @@ def test_visualprm_architecture_against_torch():
         tokenizer,
         None,
     )
-    image = picture(40, 20)
+    image = make_image(40, 20)
     found = Critic(opened).score(QUESTION, [image], SOLUTIONS)
     (tiles,) = cut_images([image], opened.processor)
-    picture_text = "<img>" + "<IMG_CONTEXT>" * 4 * len(tiles) + "</img>"
+    image_text = "<img>" + "<IMG_CONTEXT>" * 4 * len(tiles) + "</img>"
     for solution, scores in zip(SOLUTIONS, found, strict=True):
         text = "<|im_start|>system\nJudge.<|im_end|>\n"
         for number, step in enumerate(solution.split("\n\n")):
             step = (
-                f"### Question:\n{picture_text}\n{QUESTION}\n\n### Solution Process:\n{step}"
+                f"### Question:\n{image_text}\n{QUESTION}\n\n### Solution Process:\n{step}"
                 if number == 0
                 else step
             )
@@ -303,7 +308,7 @@ def test_errors():
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
             Critic(checkpoint(), **options)
     with pytest.raises(ChatError, match="question 7: 2 images, but 1 <image> tags"):
-        tiny_critic().score("<image>", [picture(20, 20)] * 2, ["1"], "question 7")
+        tiny_critic().score("<image>", [make_image(20, 20)] * 2, ["1"], "question 7")
     with pytest.raises(
         ContextError, match="question 8, read by the critic: .* the model knows 2,048"
     ):

@@ -89,7 +89,7 @@ def contents(question):
     return (
         question.task,
         question.messages,
-        [(picture.size, picture.tobytes()) for picture in question.images],
+        [(image.size, image.tobytes()) for image in question.images],
     )
 
 
@@ -120,9 +120,7 @@ def test_every_kind_occurs():
     tasks, lengths, tiles = collections.Counter(), collections.Counter(), collections.Counter()
     for question in items():
         limit = image_limit(CONFIG.processor, len(question.images))
-        tiles.update(
-            count_tiles(*picture.size, CONFIG.processor, limit) for picture in question.images
-        )
+        tiles.update(count_tiles(*image.size, CONFIG.processor, limit) for image in question.images)
         for prompt, answer in turns(question):
             tasks[task_of(prompt)] += 1
             if task_of(prompt) == "read":
@@ -130,7 +128,7 @@ def test_every_kind_occurs():
     assert set(tasks) == set(digits.TASKS) and min(tasks.values()) > 15
     assert set(lengths) == {1, 2, 3, 4, 5} and min(lengths.values()) > 5
     assert len(tiles) >= 4 and tiles[1] > 10
-    sizes = [picture.size for question in items() for picture in question.images]
+    sizes = [image.size for question in items() for image in question.images]
     assert len(set(sizes)) > 150
     assert any(height > width for width, height in sizes) and any(
         width > 3 * height for width, height in sizes

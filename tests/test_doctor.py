@@ -20,7 +20,7 @@ from tests.support import tiny_checkpoint
 from tests.support.official_data import (
     PROCESSOR,
     data_config,
-    picture,
+    make_image,
     tokenizer,
     turns,
     write_meta,
@@ -53,7 +53,7 @@ DEFECTS = [
 def ward(tmp_path_factory):
     """A meta JSON with a source of every defect between healthy rows, and one that is healthy."""
     folder = tmp_path_factory.mktemp("ward")
-    picture(40, 20).save(folder / "a.png")
+    make_image(40, 20).save(folder / "a.png")
     whole = (folder / "a.png").read_bytes()
     (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
     write_video(folder / "a.mp4", 6)
@@ -148,7 +148,7 @@ def test_training_refuses_until_errors_are_resolved(ward, report, tmp_path):
 def test_the_program(tmp_path, capsys):
     for name, content in tokenizer().files().items():
         (tmp_path / name).write_bytes(content)
-    picture(900, 450).save(tmp_path / "a.png")
+    make_image(900, 450).save(tmp_path / "a.png")
     meta = write_meta(tmp_path, good={"rows": [{"image": "a.png", **TEXT}] * 3})
     options = ["--tokenizer", str(tmp_path), "--tokens_per_row", "2000", "--workers", "1"]
     done = subprocess.run(

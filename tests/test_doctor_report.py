@@ -15,7 +15,7 @@ from internvl3_jax.data.doctor.report import check_report, integer_bins
 from tests.support import tiny_checkpoint
 from tests.support.official_data import (
     data_config,
-    picture,
+    make_image,
     tokenizer,
     turns,
     write_meta,
@@ -103,7 +103,7 @@ def test_what_the_doctor_says_of_answers_and_pairs(tmp_path, tokens, capsys):
 
 
 def test_tags_that_stay_text_are_counted(tmp_path, tokens, capsys):
-    picture(20, 20).save(tmp_path / "a.png")
+    make_image(20, 20).save(tmp_path / "a.png")
     rows = [
         TEXT,
         {"conversations": turns("Write <image> here", "ho")},
@@ -121,7 +121,7 @@ def test_tags_that_stay_text_are_counted(tmp_path, tokens, capsys):
 
 def test_the_table_is_legible_at_80_columns(tmp_path, tokens, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    picture(20, 20).save(tmp_path / "a.png")
+    make_image(20, 20).save(tmp_path / "a.png")
     row = {"id": "same", "image": "a.png", **TEXT}
     name = "a_source_of_a_long_name_" * 3
     meta = write_meta(tmp_path, **{name: {"rows": [row] * 1200}})
@@ -144,7 +144,7 @@ def test_bins_hold_whole_numbers():
 
 
 def test_the_tile_rule_is_told_and_followed(tmp_path, tokens, capsys):
-    picture(900, 450).save(tmp_path / "a.png")
+    make_image(900, 450).save(tmp_path / "a.png")
     meta = write_meta(
         tmp_path,
         a={"rows": [{"image": ["a.png"] * 2, "conversations": turns("<image><image>", "ho")}]},
@@ -168,20 +168,20 @@ def test_the_report_is_tried_before_the_work(tmp_path, tokens, capsys, monkeypat
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "report.json").write_text('{"mine": 1}')
-    (tmp_path / "picture").mkdir()
-    (tmp_path / "picture/histogram.png").write_bytes(b"mine")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn/histogram.png").write_bytes(b"mine")
     for folder, reason in [
         (tmp_path / "file/rep", "Not a directory"),
         (tmp_path / "file", "the report cannot be written there"),
         (theirs, "report.json: is no file of the doctor's; name another folder with --report"),
-        (tmp_path / "picture", "histogram.png: is no file of the doctor's"),
+        (tmp_path / "drawn", "histogram.png: is no file of the doctor's"),
         (pathlib.Path("/proc/none"), "the report cannot be written there"),
     ]:
         assert doctor(meta, tokens, "--report", str(folder)) == 1
         shown = capsys.readouterr()
         assert reason in shown.err and str(folder) in shown.err and shown.err.count("\n") == 1
     assert (theirs / "report.json").read_text() == '{"mine": 1}'
-    assert (tmp_path / "picture/histogram.png").read_bytes() == b"mine"
+    assert (tmp_path / "drawn/histogram.png").read_bytes() == b"mine"
 
 
 def test_a_report_replaces_an_older_one_and_needs_no_matplotlib(

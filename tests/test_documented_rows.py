@@ -7,7 +7,7 @@ from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.meta import read_meta
 from tests.support.official_data import (
     data_config,
-    picture,
+    make_image,
     read,
     turns,
     write_rows,
@@ -22,7 +22,7 @@ def test_the_documented_rows_and_sources_are_read(tmp_path):
         encoding="utf-8"
     )
     for name in ("0007.jpg", "a.jpg", "b.jpg", "0011.jpg", "0012.jpg"):
-        picture().save(tmp_path / name)
+        make_image().save(tmp_path / name)
     write_video(tmp_path / "clip.mp4", 100)
     blocks = re.findall(r"```(jsonl?)\n(.*?)```", page, re.DOTALL)
     (meta,) = [text for kind, text in blocks if kind == "json" and text.startswith("{")]

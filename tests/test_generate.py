@@ -29,7 +29,7 @@ from tests.support.generation import (
     make_prompt,
     make_run,
 )
-from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, picture, random_params
+from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, make_image, random_params
 
 
 @jax.jit
@@ -220,7 +220,7 @@ def test_compiled_programs_are_no_more_than_buckets():
     prompts = []
     for number in range(100):
         width, height = (int(side) for side in rng.integers(4, 80, 2))
-        tiles = cut_tiles(picture(width, height, number), PROCESSOR)
+        tiles = cut_tiles(make_image(width, height, number), PROCESSOR)
         text = rng.integers(0, IMAGE, int(rng.integers(5, 100)))
         tokens = np.concatenate([text[:4], np.full(len(tiles) * PER_TILE, IMAGE), text[4:]]).astype(
             np.int32

@@ -66,8 +66,8 @@ def test_what_is_written_reads_the_same(size, layout):
     model = SIZES[size]
     processor = ProcessorConfig(model.vision.image_size, model.tokens_per_tile)
     written = to_hf(model, processor, layout, "bfloat16")
-    pictures = {"image_mean": list(model.vision.mean), "image_std": list(model.vision.std)}
-    found = from_hf(written, image_token_id=model.image_token_id, preprocessor_config=pictures)
+    preprocessor = {"image_mean": list(model.vision.mean), "image_std": list(model.vision.std)}
+    found = from_hf(written, image_token_id=model.image_token_id, preprocessor_config=preprocessor)
     if layout == "hf" and model.language.family == "internlm2":
         assert found.language.family == "internlm3"  # transformers has both as "llama"
         found.language.family = "internlm2"
@@ -186,19 +186,19 @@ def test_processor_of_the_original_layout():
 
 
 def test_preprocessor_config_of_the_hf_layout():
-    pictures = {
+    preprocessor = {
         "size": {"height": 448, "width": 448},
         "min_patches": 2,
         "max_patches": 6,
         "image_mean": [0.5] * 3,
         "image_std": [0.25] * 3,
     }
-    processor = processor_from_hf(HF, pictures)
+    processor = processor_from_hf(HF, preprocessor)
     assert (processor.min_tiles, processor.max_tiles) == (2, 6)
-    vision = from_hf(HF, has_head=True, preprocessor_config=pictures).vision
+    vision = from_hf(HF, has_head=True, preprocessor_config=preprocessor).vision
     assert (vision.mean, vision.std) == ((0.5,) * 3, (0.25,) * 3)
     with pytest.raises(ValueError, match="image_size"):
-        processor_from_hf(HF, pictures | {"size": {"height": 384, "width": 384}})
+        processor_from_hf(HF, preprocessor | {"size": {"height": 384, "width": 384}})
 
 
 @pytest.mark.parametrize(("layout", "change", "named"), [

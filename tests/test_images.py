@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from internvl3_jax.data.media.images import ImageError, open_image
-from tests.support.pictures import encoded, noise
+from tests.support.noise_images import encoded, noise
 
 
 def assert_same(image, expected):
@@ -24,7 +24,7 @@ def test_every_way_of_passing_a_image(tmp_path, file_format):
     data = encoded(noise(), file_format)
     with Image.open(io.BytesIO(data)) as lazy:
         expected = lazy.convert("RGB")
-    path = tmp_path / "picture.any"
+    path = tmp_path / "image.any"
     path.write_bytes(data)
     assert_same(open_image(path), expected)
     assert_same(open_image(str(path)), expected)
@@ -95,10 +95,10 @@ def test_transparent_palette_image_is_left_as_it_was():
 def test_16_bit_grey_keeps_the_high_byte(source):
     values = np.array([[0, 1, 255, 256, 511], [512, 4095, 32768, 65280, 65535]], np.uint16)
     image = Image.fromarray(values)
-    picture = {"array": values, "PIL": image}.get(source)
-    picture = encoded(image, source) if picture is None else picture
+    given = {"array": values, "PIL": image}.get(source)
+    given = encoded(image, source) if given is None else given
     expected = np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    assert_same(open_image(picture), expected)
+    assert_same(open_image(given), expected)
 
 
 def test_16_bit_big_endian_grey():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from internvl3_jax.data.media.images import ImageError, open_image
-from tests.support.pictures import encoded, noise
+from tests.support.noise_images import encoded, noise
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
@@ -44,7 +44,7 @@ def test_missing_file_directory_empty_file_and_text(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(ImageError, match=r"empty\.png: is empty"):
         open_image(tmp_path / "empty.png")
-    (tmp_path / "notes.png").write_text("not a picture at all")
+    (tmp_path / "notes.png").write_text("not an image at all")
     with pytest.raises(
         ImageError, match=r"notes\.png: is not an image of pixels .*; convert it to PNG or JPEG"
     ):

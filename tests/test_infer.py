@@ -34,9 +34,9 @@ def start(*arguments):
 # --- one question --------------------------------------------------------------------------------
 
 
-def test_the_program_answers_what_its_json_says(ask, pictures):
+def test_the_program_answers_what_its_json_says(ask, image_folder):
     """The same question as a program and in JSON; the answer alone is on stdout."""
-    images = [str(pictures / "wide.png"), str(pictures / "small.png")]
+    images = [str(image_folder / "wide.png"), str(image_folder / "small.png")]
     prompt = "Image-1: <image>\nImage-2: <image>\nWhich number is larger?"
     flags = [f"--image={image}" for image in images] + [
         "--prompt",
@@ -72,9 +72,13 @@ def test_the_program_answers_what_its_json_says(ask, pictures):
     )
 
 
-def test_the_flags_reach_the_model(ask, pictures):
+def test_the_flags_reach_the_model(ask, image_folder):
     """Each flag changes what it should, seen in the JSON."""
-    question = {"prompt": "Read the number.", "image": [str(pictures / "wide.png")], "json": True}
+    question = {
+        "prompt": "Read the number.",
+        "image": [str(image_folder / "wide.png")],
+        "json": True,
+    }
     plain = json.loads(ask(**question).out)
     assert plain["tiles"] == [4] and len(plain["token_ids"]) == 12
     assert ask(**question | {"json": False}).out.strip() == printable(plain["text"])
@@ -87,7 +91,7 @@ def test_the_flags_reach_the_model(ask, pictures):
     assert differs("token_ids", delta=["1/16"]) and not differs("prompt_tokens", delta=["1/16"])
     assert differs("prompt_tokens", system="Answer.")
     assert json.loads(ask(**question, max_tiles=1).out)["tiles"] == [1]
-    two = question | {"image": [str(pictures / "wide.png"), str(pictures / "small.png")]}
+    two = question | {"image": [str(image_folder / "wide.png"), str(image_folder / "small.png")]}
     assert json.loads(ask(**two, tiles="shared").out)["tiles"] == [3, 1]
     assert json.loads(ask(**two, max_total_tiles=2).out)["tiles"] == [1, 1]
     assert (
@@ -107,8 +111,8 @@ def test_text_only_and_other_dtypes(ask):
     assert len(answer["token_ids"]) == 12
 
 
-def test_several_devices_answer_alike(ask, pictures):
-    question = {"prompt": "What is it?", "image": [str(pictures / "wide.png")], "json": True}
+def test_several_devices_answer_alike(ask, image_folder):
+    question = {"prompt": "What is it?", "image": [str(image_folder / "wide.png")], "json": True}
     alone, split = (json.loads(ask(**question, devices=devices).out) for devices in (1, 4))
     assert alone["token_ids"] == split["token_ids"]
     wide = json.loads(ask(**question, devices=4, fsdp=2).out)
@@ -126,10 +130,10 @@ def test_several_devices_answer_alike(ask, pictures):
         )
 
 
-def test_a_conversation(ask, monkeypatch, pictures):
+def test_a_conversation(ask, monkeypatch, image_folder):
     """Two turns, a wrong image, wrong commands, a question that fails and keeps its image, a reset."""
     lines = [
-        f"/image {pictures / 'wide.png'}",
+        f"/image {image_folder / 'wide.png'}",
         "Read the number.",
         "And now?",
         "/image nowhere.png",
@@ -141,7 +145,7 @@ def test_a_conversation(ask, monkeypatch, pictures):
         "/help",
         "/adapter x",
         "/reset",
-        f"/image '{pictures / 'wide.png'}'",
+        f"/image '{image_folder / 'wide.png'}'",
         "number " * 2100,
         "Read the number.",
         "/quit",
@@ -178,17 +182,20 @@ def test_a_conversation_ends_with_its_input(ask, monkeypatch):
 # --- errors --------------------------------------------------------------------------------------
 
 
-def test_the_program_fails_with_one_line(pictures):
+def test_the_program_fails_with_one_line(image_folder):
     """A image that is not there: no answer, no traceback, not even of a library."""
     flags = [
         "--checkpoint",
         tiny_checkpoint.directory(),
         "--prompt=hi",
-        f"--image={pictures}/cat.png",
+        f"--image={image_folder}/cat.png",
     ]
     run = start(*flags)
     assert run.returncode == 1 and run.stdout == ""
-    assert run.stderr == f"error: {pictures}/cat.png: no such file in {pictures}; check the path\n"
+    assert (
+        run.stderr
+        == f"error: {image_folder}/cat.png: no such file in {image_folder}; check the path\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,12 +235,12 @@ def test_the_program_fails_with_one_line(pictures):
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
-def test_errors_are_one_line(ask, monkeypatch, pictures, values, message):
+def test_errors_are_one_line(ask, monkeypatch, image_folder, values, message):
     values = {"prompt": None if "requests" in values else "hi"} | values
     if values.get("image") == ["infer.py"]:
         values["image"] = [str(ROOT / "infer.py")]
     else:
-        monkeypatch.chdir(pictures)
+        monkeypatch.chdir(image_folder)
     error = fail(ask, **values)
     assert message in error and error.count("\n") == 0
 
@@ -286,12 +293,12 @@ def test_flags_that_do_not_go_together(ask, capsys, values, message):
     ({"image": ["WIDE"], "delta": ["1/4", "1/8"]}, "2 deltas for 1 images"),
 ])  # fmt: skip
 def test_what_can_be_seen_without_a_model_is_checked_before_one_is_read(
-    ask, pictures, tmp_path, flags, reason
+    ask, image_folder, tmp_path, flags, reason
 ):
     """The checkpoint does not exist: nothing has looked for it yet."""
     flags = {"prompt": "x"} | flags
     if "image" in flags:
-        flags["image"] = [str(pictures / "wide.png") for _ in flags["image"]]
+        flags["image"] = [str(image_folder / "wide.png") for _ in flags["image"]]
     assert re.search(reason, fail(ask, checkpoint=str(tmp_path / "no model"), **flags))
 
 

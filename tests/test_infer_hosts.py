@@ -17,7 +17,7 @@ REQUESTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("requests")
-    tiny_checkpoint.picture(40, 16, 1).save(folder / "wide.png")
+    tiny_checkpoint.make_image(40, 16, 1).save(folder / "wide.png")
     (folder / "requests.jsonl").write_text(
         "".join(json.dumps(request) + "\n" for request in REQUESTS)
     )

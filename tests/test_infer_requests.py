@@ -14,17 +14,17 @@ FIELDS = {"text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish"}
 
 
 @pytest.fixture
-def requests(tmp_path, pictures):
+def requests(tmp_path, image_folder):
     """requests.jsonl with images relative to it, several of them, none, an id of its own and an
     empty line.
     """
     for name in ("wide.png", "small.png"):
-        shutil.copy(pictures / name, tmp_path / name)
+        shutil.copy(image_folder / name, tmp_path / name)
     lines = [
         {"prompt": "Read the number.", "image": "wide.png", "id": "first"},
         {"prompt": "How many digits are there?"},
         {"prompt": "Which number is larger?", "image": ["small.png", "wide.png"]},
-        {"prompt": "hi", "image": [str(pictures / "small.png")], "id": {"any": 1}},
+        {"prompt": "hi", "image": [str(image_folder / "small.png")], "id": {"any": 1}},
         {"prompt": "And\u2028now?", "image": None},  # ends a line of text, but not of JSONL
     ]
     text = [json.dumps(line, ensure_ascii=False) for line in lines]

@@ -17,7 +17,7 @@ from internvl3_jax.model.ops.attention import attention, cache_mask, int8_attent
 from internvl3_jax.parallel.sharding import make_mesh, param_shardings
 from internvl3_jax.positions import next_position
 from tests.support.generation import PARAMS, RAGGED, generator, make_run
-from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, directory, picture
+from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, directory, make_image
 
 # Values of the cache are within scale / 2 = absmax / 254 of what was written. The logits of the tiny
 # model, of size 3, may move by a twentieth of that.
@@ -140,7 +140,7 @@ def test_several_devices_generate_the_same():
 def test_a_conversation_goes_on_in_it():
     """The second turn reads the first one from the cache; several answers to a question copy it."""
     chat = Chat(load(directory(), weights="int8"), cache="int8", max_new_tokens=8)
-    chat("What?", images=[picture(20, 30)])
+    chat("What?", images=[make_image(20, 30)])
     second = chat("And now?")
     assert chat.last.reused_tokens > 0
     assert chat.generator.cache_dtype == jnp.int8 and isinstance(second, str)

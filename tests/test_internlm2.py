@@ -45,7 +45,7 @@ pytestmark = pytest.mark.optimized
 
 
 @pytest.mark.parametrize(("vit", "bias"), [("300m", False), ("300m", True), ("6b", False)])
-@pytest.mark.parametrize("tiles", [(), (2, 1)], ids=["text", "pictures"])
+@pytest.mark.parametrize("tiles", [(), (2, 1)], ids=["text", "images"])
 def test_logits(vit, bias, tiles):
     reference = Reference(vit=vit, bias=bias)
     config, params = converted(reference)

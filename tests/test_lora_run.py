@@ -118,7 +118,7 @@ def test_adapters_are_chosen_by_name(lora_run, lora_base):
         Chat(load(lora_run[0]), max_new_tokens=6),
     )
     chat = Chat(opened, "run", max_new_tokens=6)
-    image = [tiny_checkpoint.picture(16, 16)]
+    image = [tiny_checkpoint.make_image(16, 16)]
     for adapter, expected in (("run", merged), (None, alone), ("run", merged)):
         chat.use(adapter)
         expected.reset()

@@ -16,7 +16,7 @@ from internvl3_jax.reward.question_output import done_path, failures
 from internvl3_jax.reward.questions import Question, read_questions
 from internvl3_jax.training.make_reference import read_known
 from tests.support import tiny_checkpoint
-from tests.support.tiny_checkpoint import PROCESSOR, picture
+from tests.support.tiny_checkpoint import PROCESSOR, make_image
 
 
 class Model:
@@ -254,7 +254,7 @@ def test_what_looks_like_the_end_of_a_line_is_none(tmp_path):
 
 
 def test_the_program_makes_rows_that_train_py_reads(tmp_path, monkeypatch, capsys):
-    picture(20, 20).save(tmp_path / "a.png")
+    make_image(20, 20).save(tmp_path / "a.png")
     rows = [
         {"question": "add 1", "image": "a.png", "answer": 6},
         {"question": "add 2", "image": "a.png"},

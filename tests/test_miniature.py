@@ -137,7 +137,7 @@ def test_nothing_held_out_is_trained_on(example, data):
     for metas, rows in ((("pretrain", "sft"), trained), (("held_out", "long"), held_out)):
         for meta in metas:
             rows |= rows_of(data, meta)
-    pictures = [
+    images = [
         {
             (data / "pictures" / image).read_bytes()
             for part in rows.values()
@@ -146,7 +146,7 @@ def test_nothing_held_out_is_trained_on(example, data):
         }
         for rows in (trained, held_out)
     ]
-    assert pictures[0] and pictures[1] and not pictures[0] & pictures[1]
+    assert images[0] and images[1] and not images[0] & images[1]
     texts = [json.dumps(rows) for rows in (trained, held_out)]
     chapters_of = [
         {number for number in range(40) if f"chapter{number} " in text} for text in texts

@@ -273,7 +273,7 @@ def test_a_killed_run_is_resumed_in_object_storage(command, root):
 
 
 def test_requests_and_answers_in_object_storage(root, tmp_path):
-    tiny_checkpoint.picture(40, 16, 1).save(tmp_path / "wide.png")
+    tiny_checkpoint.make_image(40, 16, 1).save(tmp_path / "wide.png")
     rows = [
         {"prompt": "Read.", "image": "wide.png"},
         {"prompt": "How many?"},

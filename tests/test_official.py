@@ -11,8 +11,8 @@ from internvl3_jax.data.sources.row_source import RowSource, insert_frames
 from internvl3_jax.data.sources.rows import RowError
 from tests.support.official_data import (
     data_config,
+    make_image,
     one_source,
-    picture,
     read,
     turns,
     write_meta,
@@ -27,10 +27,10 @@ TEXT = {"conversations": turns("hi", "ho")}
 
 def test_rows_of_every_kind(tmp_path):
     for number in range(3):
-        picture(20 + number, 20).save(tmp_path / f"{number}.png")
+        make_image(20 + number, 20).save(tmp_path / f"{number}.png")
     (tmp_path / "frames").mkdir()
     for number in range(4):
-        picture(seed=number).save(tmp_path / "frames" / f"{number}.jpg")
+        make_image(seed=number).save(tmp_path / "frames" / f"{number}.jpg")
     rows = [
         {
             "id": 7,
@@ -95,7 +95,7 @@ def test_rows_of_every_kind(tmp_path):
     ids=lambda value: str(value)[:40],
 )
 def test_bad_rows_say_what_is_wrong(tmp_path, row, reason):
-    picture().save(tmp_path / "0.png")
+    make_image().save(tmp_path / "0.png")
     source = one_source(tmp_path, [TEXT, row, TEXT])
     with pytest.raises(ValueError, match=re.escape(reason)):
         read(source, 1)
@@ -183,7 +183,7 @@ def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # never read: the one beside the meta file is meant
     write_rows(tmp_path / "a.jsonl", [TEXT, TEXT])
-    picture(20, 20).save(tmp_path / "metas/a.png")
+    make_image(20, 20).save(tmp_path / "metas/a.png")
     row = {"image": "a.png", **TEXT}
     for root in (".", "", "./", "../metas", str(tmp_path / "metas")):
         source = one_source(tmp_path / "metas", [row], root=root)

@@ -50,9 +50,7 @@ def apply(model, params, batch, scaling=None):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
-@pytest.mark.parametrize(
-    "tiles", [(), (1,), (3, 1)], ids=["text", "one picture", "several pictures"]
-)
+@pytest.mark.parametrize("tiles", [(), (1,), (3, 1)], ids=["text", "one image", "several images"])
 def test_logits(family, tiles):
     reference, config, params = pair(*family)
     batch, values = make_row(config, tiles, seed=len(tiles))

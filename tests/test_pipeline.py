@@ -19,8 +19,8 @@ from internvl3_jax.data.text.chat_template import encode_chat
 from internvl3_jax.data.truncation import NothingTrained, TooLong, encode_within
 from tests.support.official_data import (
     PROCESSOR,
+    make_image,
     make_sample,
-    picture,
     tokenizer,
     turns,
     write_meta,
@@ -37,7 +37,7 @@ def mixture(tmp_path_factory):
     """Three sources: images with recompression, one or two a row; a video; text."""
     folder = tmp_path_factory.mktemp("mixture")
     for number in range(6):
-        picture(20 + 15 * number, 30, seed=number).save(folder / f"{number}.png")
+        make_image(20 + 15 * number, 30, seed=number).save(folder / f"{number}.png")
     write_video(folder / "a.mp4", 20)
     one = [
         {"image": f"{number}.png", "conversations": turns(f"What is {number}?", "That")}
@@ -55,7 +55,7 @@ def mixture(tmp_path_factory):
     text = [{"conversations": turns(f"{number}?", "Yes")} for number in range(4)]
     return write_meta(
         folder,
-        pictures={"rows": one + two, "data_augment": True, "max_dynamic_patch": 3},
+        images={"rows": one + two, "data_augment": True, "max_dynamic_patch": 3},
         videos={"rows": video, "data_augment": True, "repeat_time": 3},
         text={"rows": text},
     )
@@ -135,7 +135,7 @@ def test_every_epoch_has_every_row_in_its_own_order(mixture):
 
 
 def test_recompression():
-    tiles = np.stack([np.asarray(picture(16, 16, seed)) for seed in range(200)])
+    tiles = np.stack([np.asarray(make_image(16, 16, seed)) for seed in range(200)])
     changed = recompress(tiles, np.random.default_rng(0))
     assert changed.dtype == np.uint8 and changed.shape == tiles.shape
     errors = np.abs(changed.astype(int) - tiles).mean(axis=(1, 2, 3))
@@ -196,8 +196,8 @@ def test_truncation_keeps_whole_turns_and_whole_images():
             and kept == len(encoded.runs) == (turns_kept + 1) // 2
         )
         np.testing.assert_array_equal(encoded.tokens, whole.tokens[: len(encoded.tokens)])
-    for tiles, pictures in ((6, 3), (5, 2), (4, 2), (3, 1)):
-        assert encode_within(LONG, [3, 1, 2], encode_long, 999, tiles, "truncate")[1] == pictures
+    for tiles, images in ((6, 3), (5, 2), (4, 2), (3, 1)):
+        assert encode_within(LONG, [3, 1, 2], encode_long, 999, tiles, "truncate")[1] == images
     with pytest.raises(TooLong, match="its first answer alone does not fit"):
         encode_within(LONG, [3, 1, 2], encode_long, min(lengths) - 1, 99, "truncate")
     with pytest.raises(
@@ -209,7 +209,7 @@ def test_truncation_keeps_whole_turns_and_whole_images():
 
 
 def test_overlong_samples_in_the_stream(tmp_path):
-    picture(16, 16).save(tmp_path / "a.png")
+    make_image(16, 16).save(tmp_path / "a.png")
     rows = [
         TEXT,
         {

@@ -22,9 +22,7 @@ def step_by_step(length, runs, deltas):
     """The published rule, one token at a time in float64: exact here, since every position is a
     small multiple of 1/256.
     """
-    owner = {
-        start + k: picture for picture, (start, count) in enumerate(runs) for k in range(count)
-    }
+    owner = {start + k: image for image, (start, count) in enumerate(runs) for k in range(count)}
     positions = []
     for index in range(length):
         previous = positions[-1] if positions else None

@@ -201,7 +201,7 @@ def test_log_probabilities_are_those_of_transformers(family, shared):
     samples, expected = [], []
     for tiles in (2, 1):
         question, runs = conversation(config, (tiles,), rng)
-        picture = rng.integers(0, 256, (tiles, size, size, 3), dtype=np.uint8)
+        image_tiles = rng.integers(0, 256, (tiles, size, size, 3), dtype=np.uint8)
         sides = []
         for length in (6, 3):
             answer = rng.integers(0, config.image_token_id, length)
@@ -213,12 +213,12 @@ def test_log_probabilities_are_those_of_transformers(family, shared):
                 )
             )
             logits = torch.from_numpy(
-                torch_logits(torch_model, sides[-1].tokens[None], pixels(picture, config))
+                torch_logits(torch_model, sides[-1].tokens[None], pixels(image_tiles, config))
             )
             each = torch.log_softmax(logits[0, len(question) - 1 : -1], dim=-1)
             expected.append(each[torch.arange(length), torch.from_numpy(answer)].sum().item())
         samples.append(
-            finish_pair(sides[1], sides[0], [picture], [UNITS], processor, "sample", shared)
+            finish_pair(sides[1], sides[0], [image_tiles], [UNITS], processor, "sample", shared)
         )
     row = join(samples, 96, 3)
     batch = {name: value[None] for name, value in row.items() if name != "sources"}

@@ -10,7 +10,7 @@ from tests.support.official_data import (
     PROCESSOR,
     data_config,
     encoded,
-    picture,
+    make_image,
     tokenizer,
     turns,
     write_meta,
@@ -34,7 +34,7 @@ def sample(folder, row, **settings):
 )
 def test_the_rule_of_tiles_in_training_is_the_datas(tmp_path, settings, tiles):
     for number in range(4):
-        picture(32, 32, number).save(tmp_path / f"{number}.png")
+        make_image(32, 32, number).save(tmp_path / f"{number}.png")
     row = {
         "image": [f"{n}.png" for n in range(4)],
         "conversations": turns("<image><image><image><image>", "a"),
@@ -48,7 +48,7 @@ def test_an_unknown_rule_of_tiles_is_refused(tmp_path):
 
 
 def test_limits_of_images_come_from_the_settings(tmp_path):
-    picture(40, 30).save(tmp_path / "large.png")
+    make_image(40, 30).save(tmp_path / "large.png")
     row = {"image": "large.png", "conversations": turns("<image>", "a")}
     with pytest.raises(
         ValueError,
@@ -57,7 +57,7 @@ def test_limits_of_images_come_from_the_settings(tmp_path):
         sample(tmp_path, row, max_image_pixels=1199)
     for limit in (1200, 0):
         assert len(sample(tmp_path, row, max_image_pixels=limit)["tiles"])
-    data = encoded(picture(90, 60), "JPEG")
+    data = encoded(make_image(90, 60), "JPEG")
     (tmp_path / "part.jpg").write_bytes(data[: len(data) // 2])
     row = {"image": "part.jpg", "conversations": turns("<image>", "a")}
     with pytest.raises(ValueError, match=r"part\.jpg: .*data\.allow_truncated"):

@@ -16,7 +16,7 @@ from internvl3_jax.reward.process_labels import LabelSettings, label
 from internvl3_jax.reward.question_output import done_path
 from internvl3_jax.reward.questions import Question, read_questions
 from tests.support import tiny_checkpoint
-from tests.support.tiny_checkpoint import PROCESSOR, picture
+from tests.support.tiny_checkpoint import PROCESSOR, make_image
 
 
 class Solver:
@@ -113,7 +113,7 @@ def test_an_unstated_answer_is_counted(tmp_path):
 
 
 def questions_file(folder, count: int = 3):
-    picture(20, 20).save(folder / "a.png")
+    make_image(20, 20).save(folder / "a.png")
     rows = [{"id": n, "question": f"add {n}", "image": "a.png", "answer": 6} for n in range(count)]
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -157,7 +157,7 @@ def test_resumes_after_the_last_finished_question(tmp_path):
         with pytest.raises(ValueError, match="move it and .*labels.jsonl.done away|questions, and"):
             run(solver, arguments[0], output, *arguments[1:])
     # Another image under the same name, too.
-    picture(20, 20, 1).save(tmp_path / "a.png")
+    make_image(20, 20, 1).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"other questions or images.*line 1 \(id 0\)"):
         run(solver, questions, output, settings)
     assert (output.read_text(), done.read_text()) == (complete, finished)

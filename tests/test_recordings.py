@@ -80,15 +80,15 @@ def test_frames_are_upright(tmp_path, matrix):
     with_matrix(path, *matrix)
     want = stored.transpose(TURNS[matrix]) if TURNS[matrix] is not None else stored
     for source in (str(path), path.read_bytes()):
-        last, picture = read_frames(source, lambda footage: [29, 17])
-        np.testing.assert_array_equal(np.asarray(picture), np.asarray(want))
+        last, image = read_frames(source, lambda footage: [29, 17])
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(want))
         assert last.size == want.size
     a, b, c, d = matrix
     if a * d - b * c > 0 and not a * b:  # PyAV knows the angle where nothing is mirrored
         with av.open(str(path)) as container:
             angle = next(container.decode(video=0)).rotation
         np.testing.assert_array_equal(
-            np.asarray(picture), np.asarray(stored.rotate(angle, expand=True))
+            np.asarray(image), np.asarray(stored.rotate(angle, expand=True))
         )
 
 
@@ -149,9 +149,9 @@ def test_the_count_is_that_of_frames_that_can_be_decoded_whatever_is_drawn(tmp_p
 
     for seed in range(12):
         rng, drawn = np.random.default_rng(seed), []
-        pictures = read_frames(str(path), choose)
-        for index, picture in zip(drawn, pictures, strict=True):
-            np.testing.assert_array_equal(np.asarray(picture), np.asarray(frames[index]))
+        images = read_frames(str(path), choose)
+        for index, image in zip(drawn, images, strict=True):
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(frames[index]))
     assert totals == {len(frames)}
 
 
@@ -244,12 +244,12 @@ def test_a_truncated_file_is_refused_unless_that_is_allowed(tmp_path):
     ):
         read_frames(str(path), lambda footage: [0])
     seen = []
-    pictures = read_frames(
+    images = read_frames(
         str(path),
         lambda footage: seen.append(footage.total) or range(footage.total),
         allow_truncated=True,
     )
-    assert 10 < seen[0] < 60 and len(pictures) == seen[0]
+    assert 10 < seen[0] < 60 and len(images) == seen[0]
 
 
 def test_a_cover_image_is_not_the_video(tmp_path):

@@ -17,7 +17,7 @@ from internvl3_jax.data.sources.files import FileError
 from internvl3_jax.data.sources.meta import MetaError, read_meta
 from internvl3_jax.data.sources.mixture import read_drop_list
 from internvl3_jax.data.sources.rows import RowError, Rows, decode_tar
-from tests.support.official_data import encoded, picture, turns, write_meta, write_rows
+from tests.support.official_data import encoded, make_image, turns, write_meta, write_rows
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("bounded_memory")]
 TEXT = {"conversations": turns("hi", "ho")}
@@ -127,7 +127,7 @@ def test_good_archives_of_every_format(tmp_path):
             archive.addfile(directory)
             for name, content in (
                 (f"{long}.json", ROW),
-                (f"{long}.png", encoded(picture())),
+                (f"{long}.png", encoded(make_image())),
                 ("b.json", ROW),
             ):
                 member = tarfile.TarInfo(name)

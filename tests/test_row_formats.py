@@ -18,7 +18,7 @@ from tests.support.official_data import (
     PROCESSOR,
     data_config,
     encoded,
-    picture,
+    make_image,
     tokenizer,
     turns,
     write_meta,
@@ -144,11 +144,11 @@ FORMATS = {
 @pytest.fixture
 def files(tmp_path):
     """Images beside the rows."""
-    picture(40, 20).save(tmp_path / "a.png")
-    picture(20, 60, seed=1).save(tmp_path / "b.png")
+    make_image(40, 20).save(tmp_path / "a.png")
+    make_image(20, 60, seed=1).save(tmp_path / "b.png")
     (tmp_path / "frames").mkdir()
     for number in range(4):
-        picture(seed=number).save(tmp_path / "frames" / f"{number}.png")
+        make_image(seed=number).save(tmp_path / "frames" / f"{number}.png")
     return tmp_path
 
 
@@ -290,7 +290,7 @@ def test_a_pattern_of_files_of_rows(files):
 def test_a_tar_of_rows(files):
     write_tar(
         files / "a.tar",
-        {"1.json": json.dumps(TEXT).encode(), "1.png": encoded(picture())},
+        {"1.json": json.dumps(TEXT).encode(), "1.png": encoded(make_image())},
     )
     (source,) = open_sources(data_config(str(files / "a.tar")))
     assert len(sample(source)["tiles"]) > 0

@@ -8,7 +8,7 @@ import pytest
 from internvl3_jax.data.sources.meta import read_meta
 from internvl3_jax.data.sources.row_source import RowSource
 from internvl3_jax.data.sources.rows import RowError
-from tests.support.official_data import encoded, picture, read, turns, write_meta, write_tar
+from tests.support.official_data import encoded, make_image, read, turns, write_meta, write_tar
 from tests.support.official_data import one_source as source
 
 pytestmark = pytest.mark.smoke
@@ -99,8 +99,8 @@ def test_rows_from_an_address_name_no_files_of_this_machine(place, monkeypatch):
     memory.pipe(
         {
             "/paths/rows.jsonl": rows.encode(),
-            "/paths/a.png": encoded(picture()),
-            "/other/a.png": encoded(picture()),
+            "/paths/a.png": encoded(make_image()),
+            "/other/a.png": encoded(make_image()),
         }
     )
     for root, annotation, folder in (
@@ -123,7 +123,7 @@ def test_rows_of_archives_name_files_of_their_archive(place, root, outside):
     for name in ("{place}/secret.png", "secret.png", "../secret.png", "b.png", "memory://x"):
         row = {"image": name.format(place=place), **TEXT}
         write_tar(
-            place / "a.tar", {"a.json": json.dumps(row).encode(), "a.png": encoded(picture())}
+            place / "a.tar", {"a.json": json.dumps(row).encode(), "a.png": encoded(make_image())}
         )
         meta = write_meta(
             place, a={"root": root, "annotation": "a.tar", "allow_outside_root": outside}

@@ -21,7 +21,7 @@ from tests.support import qwen3_checkpoint
 from tests.support.engine import OneAfterAnother
 from tests.support.infer_flags import fail
 from tests.support.released import convert, params_of, same_tensors, stored_tensors
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_weights_and_cache_of_fewer_bits(converted):
     """int8 kernels give the tokens of the same kernels unpacked. The norms of q and k stay."""
     few = load(converted, dtype="float32", weights="int8")
     unpacked = dataclasses.replace(few, params=lora.merged(few.params))
-    requests = [("How many?", [picture(40, 16, 1)]), ("Why?", [])]
+    requests = [("How many?", [make_image(40, 16, 1)]), ("Why?", [])]
     found, expected = (
         [answer.token_ids for answer in Chat(opened, max_new_tokens=8).answer_many(requests)]
         for opened in (few, unpacked)
@@ -167,10 +167,10 @@ def test_the_temperature_is_that_of_the_mode_unless_it_is_said(thinker):
         thinker("Why?", thinking=1)
 
 
-def test_a_sampled_answer_with_pictures(thinker):
+def test_a_sampled_answer_with_images(thinker):
     """Two turns with weights as they are, which repeat with the seed."""
     thinker.reset()
-    images = [picture(40, 16, 1), picture(16, 16, 2)]
+    images = [make_image(40, 16, 1), make_image(16, 16, 2)]
     first = thinker("What differs?", images, seed=1)
     second = thinker("And now?", seed=1)
     assert thinker.last.reused_tokens > 0 and thinker.last.reasoning is None
@@ -248,7 +248,7 @@ def test_best_of_n_judges_the_answers_alone(thinker, monkeypatch):
 
 def test_the_program_on_a_converted_model(ask, converted, tmp_path):
     """The settings beside the answers say how the model was asked, and bind a second run."""
-    picture(40, 16, 1).save(tmp_path / "wide.png")
+    make_image(40, 16, 1).save(tmp_path / "wide.png")
     (tmp_path / "requests.jsonl").write_text('{"prompt": "How many?", "image": "wide.png"}\n')
     values = {
         "checkpoint": str(converted),

@@ -32,14 +32,14 @@ def grid_by_rule(width, height, smallest, largest, side, number=float):
     """The rule read literally: look at every grid, few tiles first, and keep a running best.
     `number` is the float type.
     """
-    picture = number(width) / number(height)
+    aspect = number(width) / number(height)
     best_grid, best_difference = (1, 1), None
     for area in range(smallest, largest + 1):
         for columns in range(1, area + 1):
             if area % columns:
                 continue
             rows = area // columns
-            difference = abs(picture - number(columns) / number(rows))
+            difference = abs(aspect - number(columns) / number(rows))
             if best_difference is None or difference < best_difference:
                 best_grid, best_difference = (columns, rows), difference
             elif (

@@ -80,7 +80,7 @@ def test_report_shares_the_limit_among_images():
         [("a", 1920, 1080), ("b", 448, 448)], ["1b", "78b"], 12, 64, 10, "shared"
     )
     assert report["tile_rule"] == "shared" and report["max_tiles_per_image"] == 6
-    assert [picture["tiles"] for picture in report["images"]] == [3, 1]
+    assert [image["tiles"] for image in report["images"]] == [3, 1]
     assert report["prompt_tokens"] == 10 + (3 * 256 + 2) + (256 + 2)
     assert report["positions"] == 10 + (3 * 64 + 2) + (64 + 2)
     assert report["delta"] == "1/4"
@@ -103,7 +103,7 @@ def test_report_shares_the_limit_among_images():
 def test_the_rule_of_tiles_is_named(capsys, options, tiles, words):
     sizes = ["1600x1200"] * 4
     report = json.loads(run(capsys, *sizes, *options, "--json")[1])
-    assert [picture["tiles"] for picture in report["images"]] == tiles
+    assert [image["tiles"] for image in report["images"]] == tiles
     assert f"tile rule: {words}" in run(capsys, *sizes, *options)[1]
 
 
@@ -128,7 +128,7 @@ def test_report_for_tiny_uses_its_own_tiles():
 
 
 def test_json(tmp_path, capsys):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.new("RGB", (896, 448)).save(path)
     status, out, _ = run(
         capsys,
@@ -143,7 +143,7 @@ def test_json(tmp_path, capsys):
     )
     assert status == 0 and out.count("\n") == 1
     report = json.loads(out)
-    assert [picture["name"] for picture in report["images"]] == [str(path), "100x50"]
+    assert [image["name"] for image in report["images"]] == [str(path), "100x50"]
     assert (report["images"][0]["columns"], report["images"][0]["rows"]) == (2, 1)
     assert report["text_tokens"] == 20 and list(report["kv_cache"]) == ["1b", "8b"]
 

@@ -102,14 +102,14 @@ def test_a_video_file_gives_the_frames_asked_for(tmp_path):
         seen.append(footage)
         return [3, 0, 13, 39, 13, 25]
 
-    pictures = read_frames(str(path), choose)
-    assert numbers(pictures) == [3, 0, 13, 39, 13, 25]
+    images = read_frames(str(path), choose)
+    assert numbers(images) == [3, 0, 13, 39, 13, 25]
     assert (seen[0].total, seen[0].fps, seen[0].repeats) == (40, 10.0, True)
     everything = read_frames(str(path), lambda footage: range(footage.total))
     assert numbers(everything) == list(range(40))
     # Jumping to key frames gives the same pixels as decoding from the beginning, and bytes the same
     # as a path.
-    for index, jumped in zip([3, 0, 13, 39, 13, 25], pictures, strict=True):
+    for index, jumped in zip([3, 0, 13, 39, 13, 25], images, strict=True):
         np.testing.assert_array_equal(np.asarray(jumped), np.asarray(everything[index]))
     from_bytes = read_frames(path.read_bytes(), lambda footage: [25])
     np.testing.assert_array_equal(np.asarray(from_bytes[0]), np.asarray(everything[25]))
@@ -136,8 +136,8 @@ def test_a_gif(tmp_path):
     frames = [frame(number) for number in range(6)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=200)
     seen = []
-    pictures = read_frames(str(path), lambda footage: seen.append(footage) or [5, 1])
-    assert numbers(pictures) == [5, 1] and seen[0].total == 6 and seen[0].fps == pytest.approx(5)
+    images = read_frames(str(path), lambda footage: seen.append(footage) or [5, 1])
+    assert numbers(images) == [5, 1] and seen[0].total == 6 and seen[0].fps == pytest.approx(5)
     assert numbers(read_frames(path.read_bytes(), lambda footage: [2], name="a.gif")) == [2]
 
 

@@ -28,7 +28,7 @@ from internvl3_jax.sizes import SIZES
 from tests.support.batches import batch
 from tests.support.generation import PARAMS, RAGGED, make_run
 from tests.support.lora_setup import SETTINGS, config_of, drawn, start
-from tests.support.tiny_checkpoint import CONFIG, directory, picture, train_config
+from tests.support.tiny_checkpoint import CONFIG, directory, make_image, train_config
 
 PER_COLUMN = ("int8", "fp8")
 
@@ -278,7 +278,7 @@ def test_adapters_are_compared_with_their_base_before_it_is_quantized(lora_base,
         few = load(lora_base, adapters={"a": tmp_path / "run"}, weights="int8")
     assert not caplog.records
     chat = Chat(few, "a", max_new_tokens=6)
-    with_adapter = chat("What?", images=[picture(20, 20)])
+    with_adapter = chat("What?", images=[make_image(20, 20)])
     chat.use(None)
     assert isinstance(with_adapter, str) and isinstance(chat("What?"), str)
     other = load(lora_base)
@@ -304,7 +304,7 @@ def test_a_critic_scores_with_quantized_kernels():
     few = load(directory(), weights="int8", quantize_tower=True)
     plain = load(directory())
     plain.params = lora.merged(few.params)
-    question, images = "How many?", [picture(40, 20)]
+    question, images = "How many?", [make_image(40, 20)]
     solutions = ["1, 2\n\n1 + 2 = 3\n\nAnswer: 3", "7"]
     for ours, theirs in zip(
         Critic(few).score(question, images, solutions),

@@ -101,7 +101,7 @@ def make_model(scratch: str) -> None:
 
     shutil.copytree(tiny_checkpoint.directory(), pathlib.Path(scratch) / "model")
     for number in range(3):
-        tiny_checkpoint.picture(20 + 8 * number, 20, number).save(
+        tiny_checkpoint.make_image(20 + 8 * number, 20, number).save(
             pathlib.Path(scratch) / f"{number}.png"
         )
 

@@ -23,21 +23,21 @@ SHAPES = [
 ]
 
 
-def make_row(pictures=(), seed=0, text=4):
+def make_row(images=(), seed=0, text=4):
     """Returns a row of one sample: `text` tokens before, between and after its images.
 
     images: (tiles, V2PE delta in units) of each image.
     """
     rng = np.random.default_rng(seed)
     tokens, runs = list(rng.integers(0, IMAGE, text)), []
-    for tiles, _ in pictures:
+    for tiles, _ in images:
         runs.append((len(tokens), tiles * PER_TILE))
         tokens += [IMAGE] * runs[-1][1] + list(rng.integers(0, IMAGE, text))
     size = CONFIG.vision.image_size
-    shape = (1, sum(tiles for tiles, _ in pictures), size, size, 3)
+    shape = (1, sum(tiles for tiles, _ in images), size, size, 3)
     return {
         "tokens": np.asarray(tokens, np.int32)[None],
-        "positions": build_positions(len(tokens), runs, [delta for _, delta in pictures])[None],
+        "positions": build_positions(len(tokens), runs, [delta for _, delta in images])[None],
         "segments": np.ones((1, len(tokens)), np.int32),
         "tiles": rng.integers(0, 256, shape, dtype=np.uint8),
     }
@@ -68,9 +68,9 @@ def pad(row, tokens, tiles, filler):
     }
 
 
-def sample(pictures, seed, average="square", source=0):
+def sample(images, seed, average="square", source=0):
     """Returns a row of one sample with targets; about a third of its tokens is supervised."""
-    row = make_row(pictures, seed)
+    row = make_row(images, seed)
     rng = np.random.default_rng(seed)
     targets = np.append(row["tokens"][0, 1:], 0).astype(np.int32)
     trained = (

@@ -4,10 +4,10 @@ import functools
 
 from internvl3_jax import Chat, load
 from tests.support import tiny_checkpoint
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 LIMIT = 12  # short answers keep prompt and answer in the smallest buckets
-WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)  # 3 tiles and a thumbnail; 1 tile
+WIDE, SMALL = make_image(40, 16, 1), make_image(16, 16, 2)  # 3 tiles and a thumbnail; 1 tile
 
 
 @functools.cache

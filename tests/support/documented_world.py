@@ -53,7 +53,7 @@ def vision_model(path: pathlib.Path) -> None:
     write_tower(path, "bare")
 
 
-def picture(number: int = 0) -> Callable[[pathlib.Path], None]:
+def image_file(number: int = 0) -> Callable[[pathlib.Path], None]:
     def make(path: pathlib.Path) -> None:
         from PIL import Image
 
@@ -70,7 +70,7 @@ def lines(*rows: dict) -> Callable[[pathlib.Path], None]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for number, (name, _) in enumerate(READ):
             if not (path.parent / name).exists():
-                picture(number)(path.parent / name)
+                image_file(number)(path.parent / name)
 
     return make
 
@@ -136,13 +136,13 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "checkpoints/visualprm-8b": model,
     "checkpoints/new-2b": model,
     "runs/sft-2b": run,
-    "cat.jpg": picture(),
-    "a.png": picture(0),
-    "b.png": picture(1),
-    "cubes.png": picture(),
-    "chart.png": picture(),
-    "receipt.jpg": picture(),
-    "invoice.png": picture(),
+    "cat.jpg": image_file(),
+    "a.png": image_file(0),
+    "b.png": image_file(1),
+    "cubes.png": image_file(),
+    "chart.png": image_file(),
+    "receipt.jpg": image_file(),
+    "invoice.png": image_file(),
     "prompt.txt": lambda path: path.write_text(f"<image>\n{READ_QUESTION}\n"),
     "rows.jsonl": lines(*ROWS),
     "meta.json": meta("rows.jsonl"),

@@ -25,16 +25,16 @@ def make_run(rows=1, limit=20, seeds=None, **sampling) -> GenerationConfig:
     return GenerationConfig(limit, Sampling(**sampling), seeds or (0,) * rows, "none")
 
 
-def make_prompt(pictures=(), seed=0, text=5) -> Prompt:
+def make_prompt(images=(), seed=0, text=5) -> Prompt:
     """`text` tokens before, between and after images of noise, given as (tiles, delta in units)."""
     rng = np.random.default_rng(seed)
     tokens, runs, tiles = list(rng.integers(0, IMAGE, text)), [], []
     size = CONFIG.vision.image_size
-    for count, _ in pictures:
+    for count, _ in images:
         runs.append((len(tokens), count * PER_TILE))
         tokens += [IMAGE] * runs[-1][1] + list(rng.integers(0, IMAGE, text))
         tiles.append(rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8))
-    positions = build_positions(len(tokens), runs, [delta for _, delta in pictures])
+    positions = build_positions(len(tokens), runs, [delta for _, delta in images])
     return Prompt(np.asarray(tokens, np.int32), positions, runs, tiles)
 
 

@@ -72,7 +72,7 @@ def data_config(source: str, **changes) -> DataConfig:
     )
 
 
-def picture(width: int = 20, height: int = 20, seed: int = 0) -> Image.Image:
+def make_image(width: int = 20, height: int = 20, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -153,6 +153,6 @@ def one_source(folder, rows, **entry):
     return RowSource(read_meta(write_meta(folder, a={"rows": rows} | entry))[0])
 
 
-def numbers(pictures):
+def numbers(images):
     """Which frames these are, by their grey value."""
-    return [round(np.asarray(picture).mean() / 4) for picture in pictures]
+    return [round(np.asarray(image).mean() / 4) for image in images]

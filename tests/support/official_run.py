@@ -5,14 +5,14 @@ micro-batches.
 import dataclasses
 
 from internvl3_jax.config import EvalConfig
-from tests.support.official_data import picture, turns, write_meta
+from tests.support.official_data import make_image, turns, write_meta
 from tests.support.tiny_checkpoint import changed, train_config
 
 
 def write_official(folder) -> str:
     """Writes a meta JSON of a text source and of one whose images are augmented (recompressed)."""
     for number in range(3):
-        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
+        make_image(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     text = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(8)]
     seen = [
         {"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")}

@@ -3,7 +3,7 @@
 import dataclasses
 
 from internvl3_jax.config import LossConfig
-from tests.support.official_data import picture, write_meta
+from tests.support.official_data import make_image, write_meta
 from tests.support.tiny_checkpoint import train_config
 
 LOSS = LossConfig(kind="mpo")
@@ -12,7 +12,7 @@ PAIRS = 3
 
 def write_pairs(folder) -> str:
     for number in range(3):
-        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
+        make_image(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     seen = [
         {
             "image": f"{n % 3}.png",

@@ -110,6 +110,6 @@ def as_prompt(config, batch, tiles_per_image, deltas=None):
         for start, tiles in zip(starts, tiles_per_image, strict=True)
     ]
     cuts = np.cumsum(tiles_per_image)[:-1] if tiles_per_image else []
-    pictures = np.split(batch["tiles"][0], cuts) if tiles_per_image else []
+    tiles = np.split(batch["tiles"][0], cuts) if tiles_per_image else []
     deltas = [UNITS] * len(runs) if deltas is None else deltas
-    return Prompt(tokens, build_positions(len(tokens), runs, deltas), runs, pictures)
+    return Prompt(tokens, build_positions(len(tokens), runs, deltas), runs, tiles)

@@ -124,7 +124,7 @@ def changed(config: TrainConfig, **changes) -> TrainConfig:
     )
 
 
-def picture(width: int, height: int, seed: int = 0):
+def make_image(width: int, height: int, seed: int = 0):
     """Returns a PIL image of noise."""
     from PIL import Image
 

@@ -97,7 +97,7 @@ def _adapter(corpus: pathlib.Path) -> None:
 def _data(folder: pathlib.Path) -> None:
     from tests.support.official_data import (
         encoded,
-        picture,
+        make_image,
         turns,
         write_meta,
         write_tar,
@@ -106,7 +106,7 @@ def _data(folder: pathlib.Path) -> None:
 
     folder.mkdir()
     for number in range(3):
-        picture(20 + 8 * number, 20, number).save(folder / f"{number}.png")
+        make_image(20 + 8 * number, 20, number).save(folder / f"{number}.png")
     text = [{"id": n, "conversations": turns(f"Say {n}.", f"It is {n}.")} for n in range(6)]
     seen = [
         {"id": n, "image": f"{n % 3}.png", "conversations": turns("What is it?", f"Noise {n}.")}
@@ -117,7 +117,7 @@ def _data(folder: pathlib.Path) -> None:
         row = {"image": f"{number}.png", "conversations": turns("What?", "Noise.")}
         packed |= {
             f"{number}.json": json.dumps(row).encode(),
-            f"{number}.png": encoded(picture(20, 20, number)),
+            f"{number}.png": encoded(make_image(20, 20, number)),
         }
     write_tar(folder / "packed.tar", packed)
     entries = {
@@ -151,8 +151,8 @@ def _requests(folder: pathlib.Path) -> None:
     from tests.support import tiny_checkpoint
 
     folder.mkdir()
-    tiny_checkpoint.picture(40, 16, 1).save(folder / "wide.png")
-    tiny_checkpoint.picture(16, 16, 2).save(folder / "small.png")
+    tiny_checkpoint.make_image(40, 16, 1).save(folder / "wide.png")
+    tiny_checkpoint.make_image(16, 16, 2).save(folder / "small.png")
     rows = [
         {"prompt": "Read.", "image": "wide.png", "id": "a"},
         {"prompt": "How many?"},
@@ -166,7 +166,7 @@ def _questions(folder: pathlib.Path) -> None:
     from tests.support import tiny_checkpoint
 
     folder.mkdir()
-    tiny_checkpoint.picture(16, 16, 2).save(folder / "small.png")
+    tiny_checkpoint.make_image(16, 16, 2).save(folder / "small.png")
     rows = [
         {"question": text, "image": "small.png", "id": number}
         for number, text in enumerate(("Read.", "Say hi."), 1)
@@ -176,10 +176,10 @@ def _questions(folder: pathlib.Path) -> None:
 
 def _images(folder: pathlib.Path) -> None:
     """Writes an image of each format that Pillow can write here."""
-    from tests.support.official_data import picture
+    from tests.support.official_data import make_image
 
     folder.mkdir()
-    image = picture(48, 32, 5)
+    image = make_image(48, 32, 5)
     for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif", "ppm", "tga", "ico", "jp2"):
         try:
             image.save(folder / f"good.{suffix}")

@@ -266,7 +266,7 @@ def open_released(
     files = travelling_files(directory)
     if "config.json" not in files:
         raise FileNotFoundError(f"{directory} has no config.json")
-    values, pictures = (
+    values, preprocessor = (
         read_json(files, "config.json", directory),
         preprocessor_config(files, directory),
     )
@@ -284,9 +284,9 @@ def open_released(
         )
     token = tokenizer.token_id("<IMG_CONTEXT>")
     config = from_hf(
-        values, image_token_id=token, has_head=head, preprocessor_config=pictures, place=place
+        values, image_token_id=token, has_head=head, preprocessor_config=preprocessor, place=place
     )
-    processor = processor_from_hf(values, pictures, place)
+    processor = processor_from_hf(values, preprocessor, place)
     if processor.template not in TEMPLATES:
         raise ConversionError(
             f"{place}config.json: template {excerpt(processor.template)} is unknown; supported: "
