@@ -34,7 +34,7 @@ from tests.support.tiny_checkpoint import (
 )
 
 ROOT = pathlib.Path(infer.__file__).parent
-STEPS, SAVE_EVERY = 12, 3
+STEPS, SAVE_EVERY = 6, 2
 _numbers = itertools.count()
 
 
@@ -230,23 +230,30 @@ def command(store, tmp_path_factory):
     return start
 
 
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    """Folder of a run in one piece, on this machine's disk."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with command(folder) as whole:
+        (ended,) = whole.end(400)
+    assert ended.status == 0, ended.out
+    return folder
+
+
 def log_of(workdir) -> list[tuple]:
-    text = remote_files.read_bytes(workdir / "log.jsonl", max_bytes=1 << 20).decode()
+    path = workdir / "log.jsonl"
+    is_local = isinstance(path, pathlib.Path)
+    text = path.read_bytes() if is_local else remote_files.read_bytes(path, max_bytes=1 << 20)
     rows = [json.loads(line) for line in text.splitlines()]
     return [(row["step"], row["batch"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def test_a_killed_run_is_resumed_in_object_storage(command, root):
+def test_a_killed_run_is_resumed_in_object_storage(command, undisturbed, root):
     """Killed after a save, then resumed by two processes: all steps once, with the numbers of an
     undisturbed run.
     """
-    with command(f"{root}/whole") as whole:
-        (ended,) = whole.end(400)
-    assert ended.status == 0, ended.out
-    expected = log_of(as_path(root) / "whole")
+    expected = log_of(undisturbed)
     assert [row[0] for row in expected] == list(range(1, STEPS + 1))
-    assert remote_files.exists(as_path(root) / "whole/loss.png")
-
     with command(f"{root}/run") as killed:
         killed.wait_for(0, lambda line: line.startswith(f"step {2 * SAVE_EVERY + 1}/"))
         killed.running[0].send_signal(signal.SIGKILL)
@@ -263,7 +270,8 @@ def test_a_killed_run_is_resumed_in_object_storage(command, root):
     log = log_of(as_path(root) / "run")
     assert [row[:2] for row in log] == [row[:2] for row in expected]
     np.testing.assert_allclose([row[2:] for row in log], [row[2:] for row in expected], rtol=1e-5)
-    params, others = load(f"{root}/whole").params, load(f"{root}/run").params
+    assert remote_files.exists(as_path(root) / "run/loss.png")
+    params, others = load(undisturbed).params, load(f"{root}/run").params
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, others
     )
@@ -272,7 +280,7 @@ def test_a_killed_run_is_resumed_in_object_storage(command, root):
 # --- requests ------------------------------------------------------------------------------------
 
 
-def test_requests_and_answers_in_object_storage(root, tmp_path):
+def test_requests_and_answers_in_object_storage(ask, root, tmp_path):
     tiny_checkpoint.make_image(40, 16, 1).save(tmp_path / "wide.png")
     rows = [
         {"prompt": "Read.", "image": "wide.png"},
@@ -284,18 +292,12 @@ def test_requests_and_answers_in_object_storage(root, tmp_path):
     remote_files.write_bytes(
         path / "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
     )
-    line = [
-        sys.executable,
-        str(ROOT / "infer.py"),
-        f"--checkpoint={directory()}",
-        f"--requests={root}/q.jsonl",
-    ]
-    line += [
-        f"--output={root}/a.jsonl",
-        "--max_new_tokens=3",
-        "--compilation_cache=",
-        "--batch_size=1",
-    ]
+    settings = {
+        "requests": f"{root}/q.jsonl",
+        "output": f"{root}/a.jsonl",
+        "max_new_tokens": 3,
+        "batch_size": 1,
+    }
 
     def answers() -> list[dict]:
         return [
@@ -303,21 +305,17 @@ def test_requests_and_answers_in_object_storage(root, tmp_path):
             for row in remote_files.read_bytes(path / "a.jsonl", max_bytes=1 << 20).splitlines()
         ]
 
-    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    ask(**settings)
     whole = answers()
     assert [row["prompt"] for row in whole] == ["Read.", "How many?", "hi"] and whole[0][
         "tiles"
     ] == whole[2]["tiles"]
     torn = "".join(json.dumps(row) + "\n" for row in whole[:1]) + '{"id": 2, "pro'
     remote_files.write_bytes(path / "a.jsonl", torn.encode())
-    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    ask(**settings)
     assert [row["text"] for row in answers()] == [row["text"] for row in whole]
-    other = subprocess.run(
-        [*line, "--system=Talk like a pirate."], capture_output=True, text=True, timeout=400
-    )
-    assert other.returncode == 1 and "system" in other.stderr
+    with pytest.raises(SystemExit, match="system is None in the file"):
+        ask(**settings, system="Talk like a pirate.")
 
 
 def test_what_cannot_be_reached_is_one_line(store, tmp_path):
