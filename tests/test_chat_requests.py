@@ -30,9 +30,9 @@ def test_many_are_answered_as_one_by_one(chat, options):
     text, _ = free_answer()
     options = options | {"stop": [text[5:7]]}
     chat("Before.")
-    before = list(chat.messages), chat._cached
+    before = list(chat.messages), chat.last
     together = chat.answer_many(REQUESTS, **options)
-    assert (chat.messages, chat._cached) == before
+    assert (chat.messages, chat.last) == before
     for (question, images), answer in zip(REQUESTS, together, strict=True):
         chat.reset()
         assert chat(question, images=images, **options) == answer.text

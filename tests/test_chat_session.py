@@ -181,7 +181,7 @@ def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
             broken = dict(kept["language"])
             broken["head"] = jax.tree.map(lambda leaf, value=value: leaf * value, broken["head"])
             generator.base = generator.params = kept | {"language": broken}
-            chat.engines = Engines(generator)
+            chat.engines, chat._own = Engines(generator), Engines(generator)
             for options in (
                 {},
                 {"temperature": 1.0},
@@ -193,7 +193,7 @@ def test_logits_that_are_not_finite_are_an_error_and_no_noise(chat):
                     chat.answer_many([("a", []), ("b", [])], **options)
     finally:
         generator.base = generator.params = kept
-        chat.engines = Engines(generator)
+        chat.engines, chat._own = Engines(generator), Engines(generator)
     assert chat.messages == messages
 
 
@@ -229,10 +229,10 @@ def test_compilation_is_timed_apart():
     clock.progress = progress
     chat("hi", images=[SMALL])
     first = chat.last
-    assert lines == ["vision tower", "prefill", "decode"]
+    assert lines == ["vision tower", "prefill", "first token", "decode"]
     parts = first.compile_seconds + first.first_token_seconds
     assert 0 < first.compile_seconds < first.seconds and parts <= first.seconds
     chat.reset()
     chat("hi", images=[SMALL])
-    assert chat.last.compile_seconds == 0.0 and len(lines) == 3
+    assert chat.last.compile_seconds == 0.0 and len(lines) == 4
     assert chat.last.token_ids == first.token_ids

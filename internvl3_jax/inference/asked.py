@@ -1,6 +1,6 @@
 """Questions to an engine, whose answers are read as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.data.text.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ class Asked:
       scaling: of the rope.
       seed: of the sampling, in place of that of the options.
       is_greedy: decode greedily, whatever the options say.
+      watch: has been running since the question; None starts one.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Asked:
         scaling: str,
         seed: int,
         is_greedy: bool = False,
+        watch: Stopwatch | None = None,
     ):
         self._engine, self._prompt, self._options = engine, prompt, options
         self._streamer = TextStreamer(tokenizer, options.stop)
-        self._watch = Stopwatch(engine.generator.compile_clock)
+        self._watch = watch or Stopwatch(engine.generator.compile_clock)
+        self._new = ""
         temperature = resolve_temperature(options.temperature, options.thinking)
         sampling = RowSampling(
             temperature=0.0 if is_greedy else temperature,
@@ -54,12 +57,26 @@ class Asked:
     def _read(self, piece: Piece) -> None:
         if piece.ids:
             self._watch.first_token()
-        self._streamer.read(piece.ids)
+        self._new += self._streamer.read(piece.ids)
         if piece.finish is not None:
-            self._streamer.finish()
+            self._new += self._streamer.finish()
             self._watch.stop()
         elif self._streamer.ended:
             self._engine.cancel(self.ticket)
+
+    def stream(self) -> Iterator[str]:
+        """Yields the text as it comes. Nobody else may step the engine. A caller that leaves
+        before the end ends the request.
+        """
+        try:
+            while self.ticket.finish is None:
+                self._engine.step()
+                piece, self._new = self._new, ""
+                yield piece
+        finally:
+            if self.ticket.finish is None:
+                self._engine.cancel(self.ticket)
+                self._engine.run()
 
     def answer(self, keep_start: bool = False) -> Answer:
         """Returns the answer of a finished request. keep_start: as of `text_fields`.
@@ -100,6 +117,11 @@ class Engines:
             self._engine = None  # frees its memory first
             self._engine, self._rows = Engine(self._generator, rows), rows
         return self._engine
+
+    def forget(self) -> None:
+        """As of `Engine`."""
+        if self._engine is not None:
+            self._engine.forget()
 
 
 def run_all(engine: Engine, asked: Sequence[Asked], keep_start: bool = False) -> list[Answer]:

@@ -105,7 +105,7 @@ class Chat:
             checkpoint.adapters,
             cache,
         )
-        self.engines = Engines(self.generator)
+        self.engines, self._own = Engines(self.generator), Engines(self.generator)
         self.use(adapter)
 
     def __repr__(self) -> str:
@@ -138,7 +138,12 @@ class Chat:
         self.deltas: list[int] = []
         self.last: Answer | None = None
         self._turns: list[tuple[int, int]] = []  # messages and images before each turn
+        self._forget()
+
+    def _forget(self) -> None:
+        """Makes nothing of what was run so far usable for the next answer."""
         self._cached: PromptCache | None = None
+        self._own.forget()
 
     def undo(self) -> None:
         """Takes back the last question, its images and its answer.
@@ -186,18 +191,21 @@ class Chat:
         prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas)
         config = options.generation_config((options.seed,), self._scaling(options, deltas))
         self.generator.check_context_length(prompt, config)
-        # 2) Reuse the beginning that is in the cache, whose buffers are donated.
-        max_position = self.generator.config.language.max_position
-        cached, self._cached = self._cached, None
-        keep = cached.reusable(prompt, config.scaling, max_position) if cached else 0
-        cache = cached.state.cache if keep else None
-        # 3) Answer.
-        run = DirectRun(self.generator, [prompt], config, options, self.tokenizer, watch)
-        for (piece,) in run.stream(cache, keep):
-            yield piece
-        # 4) The turn is complete: it enters the conversation.
-        self.last = dataclasses.replace(run.answer(), reused_tokens=keep)
-        self._cached = PromptCache.after(run.state, prompt, self.last.token_ids, config.scaling)
+        # 2) Answer, from where the cache of the conversation ends.
+        if options.prompt_lookup:
+            cached, self._cached = self._cached, None
+            run = DirectRun(
+                self.generator, [prompt], config, options, self.tokenizer, watch, cached
+            )
+            for (piece,) in run.stream():
+                yield piece
+            self.last, self._cached = run.answer(), run.cached()
+        else:
+            engine = self._own.with_rows(1)
+            asked = self.ask(engine, prompt, options, scaling=config.scaling, watch=watch)
+            yield from asked.stream()
+            self.last = asked.answer()
+        # 3) The turn is complete: it enters the conversation.
         if self.last.finish == "reasoning":
             return
         self._turns.append((len(self.messages), len(self.tiles)))
@@ -302,18 +310,33 @@ class Chat:
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
     def ask(
-        self, engine: Engine, prompt: Prompt, options: Options, k: int = 0, is_greedy: bool = False
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        options: Options,
+        k: int = 0,
+        *,
+        is_greedy: bool = False,
+        scaling: str | None = None,
+        watch: Stopwatch | None = None,
     ) -> Asked:
-        """Gives a prompt of `prepare` to an engine. k: number of its answer, added to the seed."""
+        """Gives a prompt to an engine, with the adapter that is on.
+
+        Args:
+          k: number of its answer, which is added to the seed.
+          scaling: of the rope; None: that of a prompt of `prepare`.
+          is_greedy, watch: as of `Asked`.
+        """
         return Asked(
             engine,
             prompt,
             options,
             self.tokenizer,
             adapter=self._adapter,
-            scaling=self._scaling(options, []),
+            scaling=self._scaling(options, []) if scaling is None else scaling,
             seed=(options.seed + k) % 2**32,
             is_greedy=is_greedy,
+            watch=watch,
         )
 
     def _scaling(self, options: Options, deltas: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Answers in one batch without an engine: conversations, and answers whose tokens are guessed."""
+"""Answers in one batch without an engine: those whose tokens are guessed (`prompt_lookup`)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,8 +9,8 @@ from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.options import Options
 from internvl3_jax.inference.programs import DecodeState
+from internvl3_jax.inference.prompt_cache import PromptCache
 from internvl3_jax.inference.text_stream import TextStreamer
-from internvl3_jax.model import kv_cache
 
 
 class DirectRun:
@@ -20,6 +20,7 @@ class DirectRun:
       prompts: each is run once for all of its answers.
       config: with one seed per answer.
       watch: has been running since the question; None starts one.
+      cached: of an earlier run of one prompt; its buffers are donated.
 
     Attributes:
       state: of the decode loop, once it has begun.
@@ -33,19 +34,23 @@ class DirectRun:
         options: Options,
         tokenizer: Tokenizer,
         watch: Stopwatch | None = None,
+        cached: PromptCache | None = None,
     ):
+        max_position = generator.config.language.max_position
+        self._keep, self._cache = 0, None
+        if cached is not None:
+            self._keep = cached.reusable(prompts[0], config.scaling, max_position)
+            self._cache = cached.state.cache if self._keep else None
         self.state: DecodeState | None = None
         self._generator, self._prompts = generator, prompts
         self._config, self._options = config, options
         self._watch = watch or Stopwatch(generator.compile_clock)
         self._streamers = [TextStreamer(tokenizer, options.stop) for _ in config.seeds]
 
-    def stream(self, cache: kv_cache.Cache | None = None, keep: int = 0) -> Iterator[list[str]]:
-        """Yields the new text of each answer until all have ended, then what was held back.
-
-        The arguments are those of `Generator.start`.
-        """
-        self.state = self._generator.start(self._prompts, self._config, cache, keep)
+    def stream(self) -> Iterator[list[str]]:
+        """Yields the new text of each answer until all have ended, then what was held back."""
+        cache, self._cache = self._cache, None
+        self.state = self._generator.start(self._prompts, self._config, cache, self._keep)
         streamers = self._streamers
         for pieces in self._generator.stream(self.state, self._config):
             self._watch.first_token()
@@ -73,6 +78,12 @@ class DirectRun:
             tiles=[len(tiles) for tiles in prompt.tiles],
             seconds=watch.seconds,
             first_token_seconds=watch.first_token_seconds,
+            reused_tokens=self._keep,
             compile_seconds=watch.compile_seconds,
             model_runs=len(ids) - 1 if lookup is None else int(lookup.num_runs[row]),
         )
+
+    def cached(self) -> PromptCache:
+        """Returns the cache after the answer to one prompt."""
+        ids, scaling = self._streamers[0].ids, self._config.scaling
+        return PromptCache.after(self.state, self._prompts[0], ids, scaling)

@@ -21,7 +21,7 @@ def turns(chat, script, reuse):
     answers = []
     for question, images, options in script:
         if not reuse:
-            chat._cached = None
+            chat._forget()
         chat(question, images=images, **options)
         answers.append(chat.last)
     return answers

@@ -16,7 +16,7 @@ from internvl3_jax.inference.engine.image_store import Features
 from internvl3_jax.inference.engine.request import Request
 from internvl3_jax.inference.engine.row_sampling import NO_TOKEN, RowSettings
 from internvl3_jax.inference.engine.rows import is_stretched
-from internvl3_jax.inference.engine.sizes import Sizes
+from internvl3_jax.inference.engine.sizes import FixedSizes, GrowingSizes
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model import kv_cache, lora
 from internvl3_jax.positions import next_position
@@ -30,15 +30,19 @@ TILES = {True: (8, 4, 2, 1), False: (16, 8, 4, 2, 1)}
 class Device:
     """Calls the programs on the parameters of a `Generator`.
 
+    Args:
+      capacity: slots of each row.
+      grows: whether `grow` may be called.
+
     Attributes:
       settings: of the rows, on the host; call `settings_changed` after a change.
     """
 
-    def __init__(self, generator: Generator, rows: int, capacity: int):
+    def __init__(self, generator: Generator, rows: int, capacity: int, grows: bool):
         self.generator, self.config = generator, generator.config
         self.model, self.dtype = generator.model, generator.dtype
         self.on_cpu = model_programs.on_cpu()
-        self.sizes = Sizes(CHUNKS[self.on_cpu], capacity)
+        self.sizes = GrowingSizes(capacity) if grows else FixedSizes(CHUNKS[self.on_cpu], capacity)
         self.rows = rows
         self.settings = RowSettings.empty(rows)
         self._device_settings: RowSettings | None = None
@@ -152,7 +156,7 @@ class Device:
             "adapter": np.int32(self.numbers[request.adapter]),
             "rope": np.int32(highest if is_stretched(request, self.config.language) else 0),
         }
-        with self._calling("prompt", start == 0, size, kv_cache.num_slots(cache)):
+        with self._calling("prefill", start == 0, size, kv_cache.num_slots(cache)):
             return prompt_programs.run_chunk(
                 self.model,
                 start == 0,
@@ -232,7 +236,7 @@ class Device:
 
     def clear_row(self, row: int) -> None:
         """Zeroes the cache of a row whose numbers are not finite: a masked NaN still spreads."""
-        empty = self.prompt_cache(self.sizes.prompt_slots[-1], None)
+        empty = self.prompt_cache(self.sizes.capacity, None)
         with self.generator.mesh_context():
             self.cache = jax.tree.map(
                 lambda x, y: prompt_programs.insert_row(x, y, np.int32(row)), self.cache, empty
@@ -249,7 +253,7 @@ class Device:
         """Starts a block of tokens. slots: that the live rows have at its end."""
         is_plain = not self.on_cpu and self.settings.is_plain()
         num_read = self.sizes.for_reading(slots)
-        with self._calling("tokens", is_plain, num_read):
+        with self._calling("decode", is_plain, num_read, self.sizes.capacity):
             block, self.state, self.cache = programs.decode_block(
                 self.model,
                 is_plain,
@@ -268,7 +272,7 @@ class Device:
             for layer in self.cache:
                 for name in layer:
                     layer[name] = prompt_programs.grow(layer[name], capacity)
-        self.sizes = dataclasses.replace(self.sizes, capacity=capacity)
+        self.sizes = GrowingSizes(capacity)
 
     # --- all programs -----------------------------------------------------------------------------
 
@@ -317,7 +321,7 @@ class Device:
         return self._device_settings
 
     def _calling(self, program: str, *key):
-        return self.generator.calling(f"engine: {program}", self.rows, *key)
+        return self.generator.calling(program, "engine", self.rows, *key)
 
 
 def _vision_part(params: dict) -> dict:

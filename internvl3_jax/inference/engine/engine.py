@@ -62,12 +62,11 @@ class Engine:
     ):
         self.generator, self.max_length = generator, max_length
         self.failed: BaseException | None = None
-        self._device = Device(generator, rows, max_length or _FIRST_CAPACITY)
+        grows = max_length is None
+        self._device = Device(generator, rows, max_length or _FIRST_CAPACITY, grows)
         self._store = ImageStore(image_bytes)
         self._queue = RequestQueue(max_queue)
-        self._scheduler = Scheduler(
-            self._device, self._queue, self._store, grows=max_length is None
-        )
+        self._scheduler = Scheduler(self._device, self._queue, self._store, grows)
 
     @classmethod
     def of(cls, checkpoint, cache: str | None = None, **arguments) -> "Engine":
@@ -115,6 +114,10 @@ class Engine:
         if self.max_length is None:
             raise ValueError("warm_up needs an engine with max_length, up to which it compiles")
         self._device.warm_up()
+        self.forget()
+
+    def forget(self) -> None:
+        """Makes what the rows hold of earlier prompts unusable for later ones."""
         for row in self._scheduler.rows:
             row.content = None
 

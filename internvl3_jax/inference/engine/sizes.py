@@ -2,14 +2,43 @@
 
 import dataclasses
 
+from internvl3_jax.inference.prompt_batch import bucket
+
 # A chunk may have this share of padding before two smaller chunks are taken.
 _MOST_PADDING = 0.25
 _SMALLEST = 128  # slots of the shortest cache
+_LARGEST = 4096  # tokens of the largest chunk of rows that grow
+
+
+class GrowingSizes:
+    """Sizes for rows that grow: a prompt is one chunk, and a block reads all slots. So the first
+    answers need few programs, whatever their lengths.
+
+    Args:
+      capacity: slots of each row.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+
+    def chunks_of(self, length: int, start: int = 0) -> list[tuple[int, int]]:
+        """Returns (start, size) of the chunks of tokens `start` to `length`."""
+        starts = range(start, length, _LARGEST)
+        return [(first, min(bucket(length - first), _LARGEST)) for first in starts]
+
+    def for_reading(self, slots: int) -> int:
+        """Returns how many slots a block reads."""
+        return self.capacity
+
+    def for_prompt(self, length: int, start: int) -> int:
+        """Returns the slots of the cache of one prompt."""
+        last, size = self.chunks_of(length, start)[-1]
+        return bucket(last + size)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Chunks of prompts and lengths of caches.
+class FixedSizes:
+    """Sizes for rows of a fixed length, whose programs are all compiled beforehand.
 
     Attributes:
       chunks: tokens of a chunk, ascending.
