@@ -3,6 +3,8 @@ r"""Asks a multimodal model.
     python infer.py --checkpoint DIR_OR_HUB_ID --image cat.jpg --prompt "What is in the image?"
     python infer.py --checkpoint DIR_OR_HUB_ID --image a.jpg --image b.jpg \
         --prompt "Image-1: <image>\nImage-2: <image>\nWhat differs?"
+    python infer.py --checkpoint DIR_OR_HUB_ID --video clip.mp4 --prompt "What happens?"
+    python infer.py --checkpoint DIR_OR_HUB_ID --pdf paper.pdf --pages 2-5 --prompt "Summarize."
     python infer.py --checkpoint DIR_OR_HUB_ID --prompt @question.txt   # or --prompt - for stdin
     python infer.py --checkpoint DIR_OR_HUB_ID                # a conversation; try /help
     python infer.py --checkpoint BASE --adapter a=runs/a --adapter b=peft_dir --use b
@@ -17,7 +19,8 @@ r"""Asks a multimodal model.
 it is.
 
 A line of --requests is {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY}; image and id may be
-missing, and relative paths start at the file's directory. Also "expected", "task", "label",
+missing, "video" and "document" may be there (docs/inference.md), and relative paths start at the
+file's directory. Also "expected", "task", "label",
 "category", "source", "answer" and "extra" may be there; the answer repeats them. Answers go to
 --output in the order of the requests. A stopped run resumes with the same command; it is refused if
 the model, the settings, the requests or their images have changed (OUTPUT.settings.json has the
@@ -30,7 +33,7 @@ import functools
 
 from absl import flags, logging
 
-from internvl3_jax.inference import answer_flags
+from internvl3_jax.inference import answer_flags, media_flags
 from internvl3_jax.io import command_line
 from internvl3_jax.io.command_line import UsageError
 from internvl3_jax.parallel import host_flags
@@ -83,7 +86,7 @@ def main(argv):
         elif choose:
             terminal.ask_best(choose, prompt, FLAGS.image)
         elif prompt is not None:
-            terminal.ask(chat, prompt, FLAGS.image)
+            terminal.ask(chat, prompt, *media_flags.inputs())
         else:
             Conversation(chat, terminal.ask).run()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from internvl3_jax.data.batch import Batch, Prompt, make_prompt
+    from internvl3_jax.data.media.inputs import Document, Video
     from internvl3_jax.inference.answer import Answer
     from internvl3_jax.inference.chat import Chat
     from internvl3_jax.inference.options import Options
@@ -43,6 +44,7 @@ __all__ = [
     "Critic",
     "CriticOptions",
     "DataConfig",
+    "Document",
     "EvalConfig",
     "InternVL",
     "LoggingConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "Prompt",
     "StepScores",
     "TrainConfig",
+    "Video",
     "best_of_many",
     "best_of_n",
     "load",
@@ -77,6 +80,7 @@ _MODULES = {
         "TrainConfig",
     ),
     "data.batch": ("Batch", "Prompt", "make_prompt"),
+    "data.media.inputs": ("Document", "Video"),
     "inference.answer": ("Answer",),
     "inference.chat": ("Chat",),
     "inference.options": ("Options",),

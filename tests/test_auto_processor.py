@@ -17,6 +17,8 @@ from internvl3_jax import Chat, load
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import cut_images, make_prompt
 from internvl3_jax.data.media.images import open_image
+from internvl3_jax.data.media.tiles import cut_tiles
+from internvl3_jax.data.text.media_tags import frame_lines, place_media
 
 pytestmark = pytest.mark.torchvision
 MODEL = pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_digits"
@@ -50,6 +52,12 @@ def their_inputs(processor, question):
     )
 
 
+def normalized(checkpoint, tiles):
+    """Tiles as the model sees them, channels first as transformers has them."""
+    mean, std = np.float32(checkpoint.config.vision.mean), np.float32(checkpoint.config.vision.std)
+    return ((np.concatenate(tiles).astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+
+
 @pytest.mark.parametrize(
     "question", QUESTIONS, ids=lambda question: f"{question['id']}-{question['task']}"
 )
@@ -65,9 +73,7 @@ def test_ids_pixels_and_answers(exported, question):
     )
     assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()
 
-    mean, std = np.float32(checkpoint.config.vision.mean), np.float32(checkpoint.config.vision.std)
-    ours = ((np.concatenate(tiles).astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
-    theirs = inputs["pixel_values"].numpy()
+    ours, theirs = normalized(checkpoint, tiles), inputs["pixel_values"].numpy()
     assert theirs.shape == ours.shape
     # Another bicubic filter than Pillow's: a few levels of 255 apart where the image has edges.
     assert np.abs(theirs - ours).mean() < 0.02 and np.abs(theirs - ours).max() < 0.35
@@ -76,3 +82,36 @@ def test_ids_pixels_and_answers(exported, question):
     text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
     answer = Chat(checkpoint, max_new_tokens=96)(question["prompt"], images=images)
     assert text.split("<|im_end|>")[0].strip() == answer
+
+
+def test_ids_and_pixels_of_videos(exported):
+    """Two videos of frames that both sides are given: one tile each, "Frame1: " and so on."""
+    _, processor, _ = exported
+    checkpoint = load(MODEL)
+    pictures = [open_image(MODEL / question["image"][0]) for question in QUESTIONS[:5]]
+    videos = [
+        [image.resize((96, 64)) for image in pictures[:3]],
+        [image.resize((96, 64)) for image in pictures[2:5]],
+    ]
+    parts = [
+        {"type": "video", "video": [np.asarray(image) for image in frames]} for frames in videos
+    ]
+    content = [parts[0], {"type": "text", "text": "And\n"}, parts[1]]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": "What moves?"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    lines = [frame_lines(len(frames), "Frame{}: ") for frames in videos]
+    text, _ = place_media("<video>\nAnd\n<video>\nWhat moves?", 0, lines, [])
+    tiles = [cut_tiles(image, checkpoint.processor, 1) for frames in videos for image in frames]
+    messages = [{"role": "user", "content": text}]
+    prompt = make_prompt(
+        messages, tiles, checkpoint.tokenizer, checkpoint.processor, [UNITS] * len(tiles)
+    )
+    assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()
+    theirs, ours = inputs["pixel_values"].numpy(), normalized(checkpoint, tiles)
+    assert theirs.shape == ours.shape
+    assert np.abs(theirs - ours).mean() < 0.02 and np.abs(theirs - ours).max() < 0.35

@@ -12,6 +12,7 @@ from PIL import Image
 
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.media.tiles import cut_tiles, image_limit
+from internvl3_jax.data.plan import Plan
 from internvl3_jax.data.text.chat_template import Encoded, encode_chat
 from internvl3_jax.positions import build_positions
 
@@ -133,12 +134,16 @@ class Prompt:
       positions: i32[T], in units of 1/256.
       runs: (first token, number of tokens) of each image.
       tiles: u8[n,S,S,3] of each image.
+      sizes: Width and height of each image before it was tiled, as far as known.
+      plan: What was chosen so that videos and documents fit; None without them.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     runs: list[tuple[int, int]]
     tiles: list[np.ndarray]
+    sizes: Sequence[tuple[int, int]] = ()
+    plan: Plan | None = None
 
 
 def make_prompt(

@@ -1,11 +1,13 @@
 """Computes the cost of images without a model: tiles, tokens, positions and key/value cache.
 
     python -m internvl3_jax.data.tokens IMAGE_OR_SIZE... [--max_tiles 12] [--delta 1/4]
+        [--video FILE] [--num_frames 16] [--pdf FILE] [--pages 2-5]
         [--size 1b,8b] [--text_tokens 64] [--json]
 
-Each argument is an image file or a size such as 1920x1080. All of them together make one prompt.
-Each image may have --max_tiles tiles, as at inference; with --tiles shared all images together, as
-in training.
+Each argument is an image file or a size such as 1920x1080. All of them, the videos and the PDFs
+together make one prompt. Each image may have --max_tiles tiles, as at inference; with --tiles
+shared all images together, as in training. With a video or a PDF, what is not given is chosen as at
+inference (data/plan.py), and the label of a frame or page counts as text.
 """
 
 import dataclasses
@@ -25,7 +27,9 @@ from rich.table import Table
 from internvl3_jax import cli
 from internvl3_jax.config import TILE_RULES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 from internvl3_jax.data.media.images import MAX_PIXELS, ImageError, open_image
+from internvl3_jax.data.media.inputs import Document, Opened, OpenedDocument, OpenedVideo, Video
 from internvl3_jax.data.media.tiles import grid_tiles, image_grid, image_limit
+from internvl3_jax.data.media_tokens import plan_media
 from internvl3_jax.io import command_line
 from internvl3_jax.io.terminal import one_line
 from internvl3_jax.positions import parse_delta
@@ -83,6 +87,14 @@ def image_cost(
     )
 
 
+def frame_cost(count: int, tiles: int, processor: ProcessorConfig, delta: int) -> ImageCost:
+    """Computes the cost of `count` frames of `tiles` tiles each; width, height and grid are 0."""
+    visual = tiles * processor.tokens_per_tile
+    positions = -(-visual * delta // UNITS) + 2
+    values = (tiles, visual, visual + 2, positions)
+    return ImageCost(0, 0, 0, 0, *(count * value for value in values))
+
+
 def cache_bytes_per_token(language: LanguageConfig, bytes_per_value: int = 2) -> int:
     """Returns the bytes of one token's keys and values in all layers, by default in bfloat16."""
     return 2 * language.num_layers * language.num_kv_heads * language.head_dim * bytes_per_value
@@ -96,13 +108,19 @@ def prompt_report(
     text_tokens: int,
     tiles: str = "per image",
     max_total_tiles: int = 0,
+    media: Sequence[Opened] = (),
+    is_open: Sequence[str] = (),
 ) -> dict:
     """Computes the cost of one prompt with all images (name, width, height), as --json prints it.
 
-    tiles, max_total_tiles: As in `ProcessorConfig`.
+    Args:
+      tiles, max_total_tiles: As in `ProcessorConfig`.
+      media: Videos and documents.
+      is_open: Which of "max_tiles" and "delta" are chosen as at inference, if there are any.
 
     Raises:
       ValueError: A model size is unknown, or the sizes cut images differently (tiny and others).
+      PlanError: The videos and documents do not fit.
     """
     models = [_model(size) for size in model_sizes]
     processor = _common_processor(models, model_sizes)
@@ -110,7 +128,30 @@ def prompt_report(
         processor, max_tiles=max_tiles, tiles=tiles, max_total_tiles=max_total_tiles
     )
     limit = image_limit(processor, len(named_sizes))
-    costs = [image_cost(width, height, processor, limit, delta) for _, width, height in named_sizes]
+    plan, rows = None, []
+    if media:
+        planned = plan_media(
+            [size for _, *size in named_sizes],
+            [item for item in media if isinstance(item, OpenedVideo)],
+            [item for item in media if isinstance(item, OpenedDocument)],
+            processor,
+            models[0].language,
+            max_tiles=None if "max_tiles" in is_open else max_tiles,
+            delta=None if "delta" in is_open else delta,
+            text_tokens=text_tokens,
+        )
+        plan, limit, delta = planned.choice.plan, planned.choice.max_tiles, planned.choice.deltas[0]
+        text_tokens += planned.label_tokens
+        named_sizes = [*named_sizes, *planned.pages]
+        rows = [
+            (f"{name}, {count} frames", frame_cost(count, each, processor, delta))
+            for name, count, each in planned.frames
+        ]
+    rows = [
+        (name, image_cost(width, height, processor, limit, delta))
+        for name, width, height in named_sizes
+    ] + rows
+    costs = [cost for _, cost in rows]
     prompt_tokens = text_tokens + sum(cost.tokens for cost in costs)
     positions = text_tokens + sum(cost.positions for cost in costs)
     caches = {
@@ -127,10 +168,8 @@ def prompt_report(
         "max_tiles": max_tiles,
         "max_total_tiles": max_total_tiles,
         "max_tiles_per_image": limit,
-        "images": [
-            {"name": name} | dataclasses.asdict(cost)
-            for (name, _, _), cost in zip(named_sizes, costs, strict=True)
-        ],
+        "images": [{"name": name} | dataclasses.asdict(cost) for name, cost in rows],
+        "plan": plan and dataclasses.asdict(plan) | {"line": plan.line()},
         "text_tokens": text_tokens,
         "prompt_tokens": prompt_tokens,
         "positions": positions,
@@ -164,7 +203,8 @@ def print_report(report: dict) -> None:
     for heading in ("pixels", "grid", "tiles", "visual tokens", "tokens", "positions"):
         images.add_column(heading, justify="right")
     for cost in report["images"]:
-        pixels, grid = f"{cost['width']} x {cost['height']}", f"{cost['columns']} x {cost['rows']}"
+        sides = ("width", "height"), ("columns", "rows")
+        pixels, grid = (f"{cost[a]} x {cost[b]}" if cost[a] else "" for a, b in sides)
         counts = (cost["tiles"], cost["visual_tokens"], cost["tokens"], cost["positions"])
         images.add_row(one_line(cost["name"]), pixels, grid, *(f"{count:,}" for count in counts))
     text = f"{report['text_tokens']:,}"
@@ -184,7 +224,9 @@ def print_report(report: dict) -> None:
         f"tile rule: {report['max_tiles']} tiles {RULE_IN_WORDS[report['tile_rule']]}{total}, "
         f"thumbnails apart"
     )
-    console.print(f"positions: at delta {report['delta']}\n")
+    console.print(f"positions: at delta {report['delta']}")
+    plan = f"plan: {report['plan']['line']}\n" if report["plan"] else ""
+    console.print(plan, soft_wrap=True)
 
     caches = Table("model", box=style, pad_edge=False)
     for heading in ("KV cache (bf16)", "per token", "of its context"):
@@ -245,6 +287,12 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "delta", "1", "Position step of a visual token, such as 1/4.", flag_values=values
     )
+    flags.DEFINE_multi_string("video", [], "Video; may be repeated.", flag_values=values)
+    flags.DEFINE_integer(
+        "num_frames", None, "Frames of each video; default: up to 32.", 1, flag_values=values
+    )
+    flags.DEFINE_multi_string("pdf", [], "PDF; may be repeated.", flag_values=values)
+    flags.DEFINE_string("pages", None, "Pages of each PDF, such as 2-5,8.", flag_values=values)
     flags.DEFINE_string(
         "size",
         "all",
@@ -264,7 +312,7 @@ def main(argv: Sequence[str]) -> int:
     values = _define_flags()
     try:
         arguments = values(argv)[1:]
-        if values.help or not arguments:
+        if values.help or not (arguments or values.video or values.pdf):
             print(
                 cli.as_typed(f"{__doc__}\n{values.module_help(sys.modules[__name__])}"),
                 file=sys.stdout if values.help else sys.stderr,
@@ -274,9 +322,14 @@ def main(argv: Sequence[str]) -> int:
         delta = parse_delta(values.delta)
         limits = {"max_pixels": values.max_image_pixels, "allow_truncated": values.allow_truncated}
         named_sizes = [_image_size(name, limits) for name in arguments]
+        media = [
+            *(OpenedVideo(Video(path, values.num_frames)) for path in values.video),
+            *(OpenedDocument(Document(path, values.pages)) for path in values.pdf),
+        ]
+        is_open = [name for name in ("max_tiles", "delta") if values[name].using_default_value]
         rule = values.tiles.replace("_", " ")
         limits = values.max_tiles, delta, values.text_tokens, rule, values.max_total_tiles
-        report = prompt_report(named_sizes, model_sizes, *limits)
+        report = prompt_report(named_sizes, model_sizes, *limits, media, is_open)
     except (flags.Error, ImageError, ValueError) as error:
         print(f"tokens: {error}", file=sys.stderr)
         return 2

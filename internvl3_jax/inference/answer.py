@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from internvl3_jax.data.plan import Plan
 from internvl3_jax.data.text.reasoning import split_reasoning
 from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.options import Options
@@ -28,6 +29,7 @@ class Answer:
       model_runs: runs of the model for the tokens after the first; with `prompt_lookup` one run may
         give several.
       reasoning: what came before the answer, between <think> and </think>; None if nothing did.
+      plan: frames, tiles and delta that were chosen for videos and documents; None without them.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Answer:
     compile_seconds: float = 0.0
     model_runs: int = 0
     reasoning: str | None = None
+    plan: Plan | None = None
 
     @property
     def seconds_per_token(self) -> float:

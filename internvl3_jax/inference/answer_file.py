@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from internvl3_jax.inference.output_path import check_output_path, path_beside
-from internvl3_jax.inference.requests import image_hashes
+from internvl3_jax.inference.requests import image_hashes, paths_of
 from internvl3_jax.inference.resumable import ROW_START, Rows, read_own_rows
 from internvl3_jax.io import jsonl, remote_files, safe_files, strict_json
 from internvl3_jax.io.remote_files import as_path, is_remote
@@ -177,7 +177,7 @@ def read_answers(
         )
     for number, (row, request) in enumerate(zip(rows, requests, strict=False), 1):
         asked = request["asked"]
-        names = ("id", "prompt", "image") if "run" in row else ("id", "prompt")
+        names = ("id", "prompt", "image", "video", "document") if "run" in row else ("id", "prompt")
         if any(row.get(key) != asked.get(key) for key in names):
             raise JsonError(
                 f"{name} holds answers to other questions than were asked (line {number} is of id "
@@ -197,9 +197,8 @@ def _check_images(row: dict, request: dict, where: str, advice: str) -> None:
     recorded = row.get("image_sha256")
     if recorded is None or "error" in row:
         return
-    for image, old, new in zip(
-        request["image"], recorded, image_hashes(request["image"]), strict=False
-    ):
+    paths = paths_of(request)
+    for image, old, new in zip(paths, recorded, image_hashes(paths), strict=False):
         if new != old:
             raise JsonError(
                 f"{where} (id {excerpt(row['id'])}) was answered for another image: "

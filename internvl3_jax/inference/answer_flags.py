@@ -5,9 +5,11 @@ and `best_of_many`.
 from absl import flags
 
 from internvl3_jax.data import critic_format
+from internvl3_jax.inference import media_flags
 from internvl3_jax.io.command_line import UsageError
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(media_flags)
 
 # --- the model ------------------------------------------------------------------------------------
 flags.DEFINE_string(
@@ -222,6 +224,7 @@ SECTIONS = {
         "max_image_pixels",
         "allow_truncated",
     ],
+    "Videos and documents": list(media_flags.NAMES),
     "Many questions": ["requests", "output", "batch_size", "on_error", "retry_errors"],
     "Best of N": ["best_of", "critic", "majority", "aggregate", "max_steps", "critic_system"],
     "Devices": [
@@ -256,6 +259,7 @@ def check_flags() -> None:
     if FLAGS.quantize_tower and not FLAGS.weights:
         raise UsageError("--quantize_tower is about --weights; give that, too, such as int8")
     _check_best_of()
+    media_flags.check()
     if FLAGS.hosts and FLAGS.prompt is None and not FLAGS.requests:
         raise UsageError("--hosts needs --prompt or --requests: a conversation is with one host")
 
@@ -284,7 +288,7 @@ def chat_options() -> dict:
     from internvl3_jax.inference.options import resolve_system, resolve_temperature
 
     names = ("max_new_tokens", "top_p", "top_k", "seed", "prompt_lookup", "thinking")
-    return {name: FLAGS[name].value for name in (*names, *IMAGE_FLAGS)} | {
+    return {name: FLAGS[name].value for name in (*names, *IMAGE_FLAGS, "cache_gib")} | {
         "temperature": resolve_temperature(FLAGS.temperature, FLAGS.thinking),
         "system": resolve_system(FLAGS.system, FLAGS.thinking),
         "stop": tuple(FLAGS.stop),
@@ -312,7 +316,7 @@ def best_of_options() -> dict:
 
 def asked_settings() -> dict:
     """Returns what the answers depend on, as far as the flags say it."""
-    settings = chat_options()
+    settings = chat_options() | media_flags.settings()
     if FLAGS.cache:  # answers of before it was an option were made without it
         settings |= {"cache": FLAGS.cache}
     if FLAGS.best_of:

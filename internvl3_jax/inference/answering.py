@@ -15,10 +15,11 @@ from jax.experimental import multihost_utils
 from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import to_dict
+from internvl3_jax.data.batch import Prompt
 from internvl3_jax.inference.answer_file import AnswerFile
 from internvl3_jax.inference.asked import Asked
 from internvl3_jax.inference.chat import Answer, Chat
-from internvl3_jax.inference.requests import image_hashes, name_of
+from internvl3_jax.inference.requests import image_hashes, name_of, paths_of
 from internvl3_jax.io.terminal import one_line, printable
 from internvl3_jax.parallel import multihost
 
@@ -28,8 +29,12 @@ FIELDS = ("text", "token_ids", "prompt_tokens", "tiles", "seconds", "finish")
 
 def as_json(answer: Answer) -> dict:
     """Returns the fields of an answer that --json and --requests write."""
-    reasoning = {} if answer.reasoning is None else {"reasoning": answer.reasoning}
-    return {name: getattr(answer, name) for name in FIELDS} | reasoning
+    fields = {name: getattr(answer, name) for name in FIELDS}
+    if answer.reasoning is not None:
+        fields["reasoning"] = answer.reasoning
+    if answer.plan is not None:
+        fields["plan"] = dataclasses.asdict(answer.plan)
+    return fields
 
 
 def weights_hash(checkpoint, adapter: str | None = None) -> str:
@@ -135,9 +140,7 @@ class Answerer:
         prompts, results = {}, {}
         for index, request in enumerate(batch):
             try:
-                prompts[index] = self.chat.prepare(
-                    request["prompt"], request["image"], where=name_of(request)
-                )
+                prompts[index] = self._prompt(request)
             except (ValueError, OSError) as error:
                 results[index] = self._error_row(request, error)
         if self.hosts:
@@ -145,6 +148,13 @@ class Answerer:
                 first, {"requests that cannot be read": str(sorted(results))}, seconds=3600
             )
         return prompts, results
+
+    def _prompt(self, request: dict) -> Prompt:
+        videos, documents = request["video"], request["document"]
+        if self.choose and (videos or documents):
+            raise ValueError("--best_of takes images alone; ask this without it")
+        inputs = request["image"], videos, documents
+        return self.chat.prepare(request["prompt"], *inputs, where=name_of(request))
 
     def _one_by_one(self, batch: Sequence[dict], prompts: dict) -> dict[int, dict]:
         results = {}
@@ -196,7 +206,9 @@ def with_name(name: str, error: Exception) -> str:
 
 
 def _image_fields(request: dict) -> dict:
-    return {"image_sha256": image_hashes(request["image"])} if request["image"] else {}
+    """Returns hashes of the images, then of the videos and the documents."""
+    paths = paths_of(request)
+    return {"image_sha256": image_hashes(paths)} if paths else {}
 
 
 def answer_file(

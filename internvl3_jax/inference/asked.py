@@ -97,6 +97,7 @@ class Asked:
             reused_tokens=self.ticket.reused_tokens,
             compile_seconds=watch.compile_seconds,
             model_runs=len(ids) - 1,
+            plan=self._prompt.plan,
         )
 
 

@@ -11,23 +11,22 @@ answers to each.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import numpy as np
 
 from internvl3_jax.data.batch import Prompt, make_prompt
-from internvl3_jax.data.text.chat_template import insert_missing_tags
+from internvl3_jax.data.plan import Plan
 from internvl3_jax.inference.answer import Answer, Stopwatch, cut_reasoning
 from internvl3_jax.inference.asked import Asked, Engines, run_all
 from internvl3_jax.inference.direct_run import DirectRun
 from internvl3_jax.inference.engine.engine import Engine
 from internvl3_jax.inference.generator import Generator
-from internvl3_jax.inference.options import OptionChanges, Options, units
+from internvl3_jax.inference.options import OptionChanges, Options
 from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
-from internvl3_jax.inference.turn import image_tiles, system_messages, user_message
+from internvl3_jax.inference.turn import Turn, TurnReader
 from internvl3_jax.io.terminal import excerpt
-from internvl3_jax.positions import rope_scaling
 
 
 class Chat:
@@ -42,6 +41,7 @@ class Chat:
 
     Attributes:
       last: the last `Answer`; None before the first.
+      on_plan: called with the `Plan` of a question with videos or documents, before its answer.
 
     Raises:
       TypeError: `checkpoint` is a path, for example.
@@ -68,32 +68,18 @@ class Chat:
         max_total_tiles: int | None = None,
         max_image_pixels: int | None = None,
         allow_truncated: bool = False,
+        cache_gib: float | None = None,
         system: str | None = None,
         thinking: bool = False,
     ):
+        arguments = locals()
         if not hasattr(checkpoint, "params"):
             is_path = isinstance(checkpoint, str | os.PathLike)
             given = excerpt(checkpoint) if is_path else type(checkpoint).__name__
             raise TypeError(
                 f"Chat needs what internvl3_jax.load returns, not {given}; write Chat(load(...))"
             )
-        self.options = Options(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            prompt_lookup=prompt_lookup,
-            stop=stop,
-            delta=delta,
-            max_tiles=max_tiles,
-            tiles=tiles,
-            max_total_tiles=max_total_tiles,
-            max_image_pixels=max_image_pixels,
-            allow_truncated=allow_truncated,
-            system=system,
-            thinking=thinking,
-        )
+        self.options = Options(**{name: arguments[name] for name in OptionChanges.__annotations__})
         if cache not in (None, "int8"):
             raise ValueError(f"cache is {excerpt(cache)}; it must be int8, or None")
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
@@ -106,6 +92,8 @@ class Chat:
             cache,
         )
         self.engines, self._own = Engines(self.generator), Engines(self.generator)
+        self._reader = TurnReader(checkpoint, self.generator.cache_dtype)
+        self.on_plan: Callable[[Plan], None] | None = None
         self.use(adapter)
 
     def __repr__(self) -> str:
@@ -136,6 +124,7 @@ class Chat:
         self.messages: list[dict] = []
         self.tiles: list[np.ndarray] = []  # of each image so far
         self.deltas: list[int] = []
+        self.sizes: list[tuple[int, int]] = []  # in pixels
         self.last: Answer | None = None
         self._turns: list[tuple[int, int]] = []  # messages and images before each turn
         self._forget()
@@ -154,28 +143,36 @@ class Chat:
         if not self._turns:
             raise ValueError("the conversation is empty: there is no question to take back")
         messages, images = self._turns.pop()
-        del self.messages[messages:], self.tiles[images:], self.deltas[images:]
+        for kept in (self.tiles, self.deltas, self.sizes):
+            del kept[images:]
+        del self.messages[messages:]
         self.last = None
 
-    def __call__(self, question: str, images=(), **options: Unpack[OptionChanges]) -> str:
+    def __call__(
+        self, question: str, images=(), videos=(), documents=(), **options: Unpack[OptionChanges]
+    ) -> str:
         """Returns the answer as text.
 
         Args:
-          question: a text; `<image>` in it marks the places of the images.
+          question: a text; `<image>`, `<video>` and `<document>` in it mark the places.
           images: one image or a list of them, each a path (a str is one path), bytes, an array
             u8[H,W,3] or a PIL image.
+          videos: one or a list, each a path, bytes or a `Video` with its settings.
+          documents: one PDF or a list, each a path, bytes or a `Document` with its settings.
           options: as of `Options`, for this answer alone.
 
         Raises:
           ValueError: the reasoning was cut off, so that there is no answer.
         """
-        for _ in self.stream(question, images, **options):
+        for _ in self.stream(question, images, videos, documents, **options):
             pass
         if self.last.finish == "reasoning":
             raise ValueError(f"{cut_reasoning(self.last)}; raise max_new_tokens")
         return self.last.text
 
-    def stream(self, question: str, images=(), **options: Unpack[OptionChanges]) -> Iterator[str]:
+    def stream(
+        self, question: str, images=(), videos=(), documents=(), **options: Unpack[OptionChanges]
+    ) -> Iterator[str]:
         """Yields the answer piece by piece; `self.last` is the whole `Answer` afterwards.
 
         A turn that fails, that has no answer after its reasoning, or that the caller leaves before
@@ -184,12 +181,11 @@ class Chat:
         watch = Stopwatch(self.generator.compile_clock)
         options = self.options.with_changes(options)
         # 1) The conversation so far and the question, as one prompt.
-        tiles, deltas = image_tiles(images, self.processor, options)
-        question = insert_missing_tags([user_message(question)], len(tiles))
-        messages = (self.messages or system_messages(options)) + question
-        tiles, deltas = self.tiles + tiles, self.deltas + deltas
-        prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas)
-        config = options.generation_config((options.seed,), self._scaling(options, deltas))
+        earlier = self.messages, self.tiles, self.deltas
+        turn = self._reader.read(question, (images, videos, documents), options, earlier)
+        tiles, deltas = self.tiles + turn.tiles, self.deltas + turn.deltas
+        prompt = self._prompt(turn, tiles, deltas, self.sizes)
+        config = options.generation_config((options.seed,), self._reader.scaling(options, deltas))
         self.generator.check_context_length(prompt, config)
         # 2) Answer, from where the cache of the conversation ends.
         if options.prompt_lookup:
@@ -209,13 +205,15 @@ class Chat:
         if self.last.finish == "reasoning":
             return
         self._turns.append((len(self.messages), len(self.tiles)))
-        self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
-        self.tiles, self.deltas = tiles, deltas
+        self.messages = [*turn.messages, {"role": "assistant", "content": self.last.text}]
+        self.tiles, self.deltas, self.sizes = tiles, deltas, list(prompt.sizes)
 
     def prepare(
         self,
         question: str,
         images=(),
+        videos=(),
+        documents=(),
         *,
         where: str = "",
         answer_prefix: str = "",
@@ -225,25 +223,31 @@ class Chat:
         `candidates`.
 
         Args:
-          question, images: as of a call.
+          question, images, videos, documents: as of a call.
           where: what errors call the question.
           answer_prefix: text that its answer begins with.
 
         Raises:
           ChatError: the text or its tags do not fit.
-          ImageError: an image cannot be read.
-          ContextError: the prompt is too long.
+          ImageError, VideoError, DocumentError: an input cannot be read.
+          ContextError, PlanError: the prompt is too long.
         """
         options = self.options.with_changes(options)
-        tiles, deltas = image_tiles(images, self.processor, options, where)
-        messages = insert_missing_tags([user_message(question)], len(tiles), where)
-        messages = system_messages(options) + messages
-        prompt = make_prompt(messages, tiles, self.tokenizer, self.processor, deltas, where)
+        turn = self._reader.read(question, (images, videos, documents), options, where=where)
+        prompt = self._prompt(turn, turn.tiles, turn.deltas, where=where)
         if answer_prefix:
             prompt = extend_prompt(prompt, self.tokenizer.encode(answer_prefix, special=False))
-        config = options.generation_config((options.seed,), self._scaling(options, []))
+        scaling = self._reader.scaling(options, turn.deltas)
+        config = options.generation_config((options.seed,), scaling)
         self.generator.check_context_length(prompt, config, where)
         return prompt
+
+    def _prompt(self, turn: Turn, tiles, deltas, sizes=(), where: str = "") -> Prompt:
+        """Makes the prompt of a turn. tiles, deltas: of the conversation with it; sizes: before."""
+        if turn.plan and self.on_plan:
+            self.on_plan(turn.plan)
+        prompt = make_prompt(turn.messages, tiles, self.tokenizer, self.processor, deltas, where)
+        return dataclasses.replace(prompt, sizes=[*sizes, *turn.sizes], plan=turn.plan)
 
     def answer_many(
         self, requests: Sequence[tuple[str, Any] | Prompt], **options: Unpack[OptionChanges]
@@ -293,9 +297,8 @@ class Chat:
         options = self.options.with_changes(options)
         if options.prompt_lookup:
             seeds = tuple((options.seed + k) % 2**32 for k in range(n)) * len(prompts)
-            config = options.generation_config(
-                seeds, self._scaling(options, []), greedy_every=n if greedy_first else 0
-            )
+            scaling = self._reader.batch_scaling(options, prompts)
+            config = options.generation_config(seeds, scaling, n if greedy_first else 0)
             run = DirectRun(self.generator, prompts, config, options, self.tokenizer)
             answers = run.answers(bool(answer_prefixes))
             return [answers[start : start + n] for start in range(0, len(answers), n)]
@@ -333,13 +336,8 @@ class Chat:
             options,
             self.tokenizer,
             adapter=self._adapter,
-            scaling=self._scaling(options, []) if scaling is None else scaling,
+            scaling=scaling or self._reader.batch_scaling(options, [prompt]),
             seed=(options.seed + k) % 2**32,
             is_greedy=is_greedy,
             watch=watch,
         )
-
-    def _scaling(self, options: Options, deltas: Sequence[int]) -> str:
-        """Returns the rope scaling. deltas: V2PE units of the images of the conversation."""
-        current = [self.processor.delta] if options.delta is None else units(options.delta)
-        return rope_scaling(self.generator.config.language, [*current, *deltas])

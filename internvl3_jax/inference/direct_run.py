@@ -81,6 +81,7 @@ class DirectRun:
             reused_tokens=self._keep,
             compile_seconds=watch.compile_seconds,
             model_runs=len(ids) - 1 if lookup is None else int(lookup.num_runs[row]),
+            plan=prompt.plan,
         )
 
     def cached(self) -> PromptCache:

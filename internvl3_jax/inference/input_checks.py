@@ -4,8 +4,9 @@ import os
 import sys
 
 from internvl3_jax.data.media.images import open_image
-from internvl3_jax.data.text.chat_template import IMAGE_TAG
-from internvl3_jax.inference import answer_flags, loading, prompts
+from internvl3_jax.data.media.inputs import Limits, OpenedDocument, OpenedVideo
+from internvl3_jax.data.text.media_tags import TAGS
+from internvl3_jax.inference import answer_flags, loading, media_flags, prompts
 from internvl3_jax.inference.options import Options, resolve_temperature
 from internvl3_jax.inference.requests import check_requests, read_requests, tag_remarks
 from internvl3_jax.io.checkpoint_paths import check_exists
@@ -27,12 +28,19 @@ def check_inputs(flags) -> tuple[list[dict] | None, str | None]:
     flags.image = [os.path.expanduser(image) for image in flags.image]
     for image in flags.image:
         open_image(image, max_pixels=flags.max_image_pixels, allow_truncated=flags.allow_truncated)
+    _, videos, documents = media_flags.inputs()
+    limits = Limits(max_pixels=flags.max_image_pixels, allow_truncated=flags.allow_truncated)
+    for video in videos:
+        OpenedVideo(video, limits)
+    for document in documents:
+        OpenedDocument(document, limits)
     prompt = None if flags.prompt is None else prompts.read_prompt(flags.prompt)
     if prompt is not None:
-        _check_prompt(prompt, len(flags.image), len(flags.delta))
+        counts = len(flags.image), len(videos), len(documents)
+        _check_prompt(prompt, counts, len(flags.delta))
     if not flags.requests:
         return None, prompt
-    requests = read_requests(flags.requests)
+    requests = read_requests(flags.requests, *media_flags.of_requests())
     check_requests(requests, flags.on_error)
     if remark := tag_remarks(requests):
         _note(remark)
@@ -57,16 +65,18 @@ def _remark_sampling(flags) -> None:
         _note(f"--{unused[0]} has no effect at temperature 0, which is greedy decoding")
 
 
-def _check_prompt(prompt: str, num_images: int, num_deltas: int) -> None:
-    """Compares the prompt's tags and the deltas with the images."""
-    if 0 < (tags := prompt.count(IMAGE_TAG)) < num_images:
+def _check_prompt(prompt: str, counts: tuple[int, int, int], num_deltas: int) -> None:
+    """Compares the prompt's tags and the deltas with the images, videos and documents."""
+    for (kind, tag), count in zip(TAGS.items(), counts, strict=True):
+        if 0 < (tags := prompt.count(tag)) < count:
+            raise ValueError(
+                f"{count} {kind}s, but {tags} {tag} tags in --prompt; write one for each, or none"
+            )
+    if num_deltas > 1 and num_deltas != sum(counts):
         raise ValueError(
-            f"{num_images} images, but {tags} {IMAGE_TAG} tags in --prompt; write one for each, "
-            "or none"
+            f"{num_deltas} deltas for {sum(counts)} images; give one, or one per image"
         )
-    if num_deltas > 1 and num_deltas != num_images:
-        raise ValueError(f"{num_deltas} deltas for {num_images} images; give one, or one per image")
-    if remark := prompts.tag_remark(prompt, num_images):
+    if remark := prompts.tag_remark(prompt, *counts):
         _note(f"--prompt: {remark}")
 
 

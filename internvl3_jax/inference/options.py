@@ -39,6 +39,8 @@ class Options:
       max_total_tiles: largest number of tiles of all images of a turn; 0 is no limit.
       max_image_pixels: larger images are refused; 0 is no limit. None: PIL.Image.MAX_IMAGE_PIXELS.
       allow_truncated: use images whose end is missing; the missing part is gray.
+      cache_gib: GiB that the cache of the prompt and its answer may have; tiles, and frames of
+        videos, that do not fit are left out. None is no limit.
       system: system message in place of the checkpoint's; None keeps that, or with `thinking` takes
         THINKING_SYSTEM.
       thinking: ask the model to reason before it answers (InternVL3.5).
@@ -60,6 +62,7 @@ class Options:
     max_total_tiles: int | None = None
     max_image_pixels: int | None = None
     allow_truncated: bool = False
+    cache_gib: float | None = None
     system: str | None = None
     thinking: bool = False
 
@@ -75,6 +78,10 @@ class Options:
         for name in ("max_total_tiles", "max_image_pixels"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_int(name, getattr(self, name), 0))
+        if self.cache_gib is not None:
+            self.cache_gib = _check_float("cache_gib", self.cache_gib)
+            if not 0 < self.cache_gib < math.inf:
+                raise ValueError(f"cache_gib is {self.cache_gib}; it must be above 0, in GiB")
         for name in ("prompt_lookup", "allow_truncated", "thinking"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
@@ -128,6 +135,7 @@ class OptionChanges(TypedDict, total=False):
     max_total_tiles: int | None
     max_image_pixels: int | None
     allow_truncated: bool
+    cache_gib: float | None
     system: str | None
     thinking: bool
 

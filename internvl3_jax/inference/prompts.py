@@ -7,10 +7,10 @@ import re
 import sys
 
 from internvl3_jax.data.text.chat_template import IMAGE_TAG
+from internvl3_jax.data.text.media_tags import DOCUMENT_TAG, VIDEO_TAG
 from internvl3_jax.io import safe_files, strict_json
 
 MAX_BYTES = 16 << 20  # of a prompt
-VIDEO_TAG = "<video>"
 # LaTeX commands that begin with n keep their backslash, so that formulas can be typed.
 _LATEX = (
     "abla|atural|e|earrow|eg|eq|ew|ewline|exists|geq|i|leq|mid|olimits|oindent|onumber|ot|otin|"
@@ -44,17 +44,20 @@ def read_prompt(argument: str) -> str:
     return unescape(argument.removeprefix("\\") if argument.startswith("\\@") else argument)
 
 
-def tag_remark(prompt: str, num_images: int) -> str:
-    """Returns a remark about <image> and <video> tags that the model gets as text; "" if there are
-    none.
+def tag_remark(prompt: str, images: int, videos: int = 0, documents: int = 0) -> str:
+    """Returns a remark about tags that the model gets as text, since there are fewer images, videos
+    or documents; "" if there are none.
     """
-    tags = prompt.count(IMAGE_TAG)
-    if tags > num_images:
-        counted = f"{num_images} image{'s' if num_images > 1 else ''} for {tags} {IMAGE_TAG}"
-        subject = f"{counted}: the last" if num_images else f"no image for {IMAGE_TAG}: it"
-        return f"{subject} is sent to the model as text"
-    if VIDEO_TAG in prompt:
-        return f"{VIDEO_TAG} is sent to the model as text; give the frames of a video as images"
+    for kind, tag, count in (
+        ("image", IMAGE_TAG, images),
+        ("video", VIDEO_TAG, videos),
+        ("document", DOCUMENT_TAG, documents),
+    ):
+        tags = prompt.count(tag)
+        if tags > count and (count or tag != DOCUMENT_TAG):
+            counted = f"{count} {kind}{'s' if count > 1 else ''} for {tags} {tag}"
+            subject = f"{counted}: the last" if count else f"no {kind} for {tag}: it"
+            return f"{subject} is sent to the model as text"
     return ""
 
 

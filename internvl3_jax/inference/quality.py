@@ -292,6 +292,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     requests = read_requests(options.requests)[: options.max_prompts] if options.requests else None
+    for request in requests or ():
+        if request["video"] or request["document"]:
+            raise ValueError(f"{request['where']}: only images are compared; leave this line out")
     reference, dtype = options.reference or options.checkpoint, options.dtype or default_dtype()
     weights = {"weights": options.weights, "quantize_tower": options.quantize_tower}
     quality = measure(

@@ -1,6 +1,8 @@
 """Reads the JSONL file of infer.py --requests.
 
     {"prompt": TEXT, "image": PATH or [PATHS], "id": ANY, "expected": ANY, "extra": ANY, ...}
+    {"prompt": TEXT, "video": PATH, {"path": PATH, "clip": [3, 9.5], ...}, or a list of these}
+    {"prompt": TEXT, "document": PATH, {"path": PATH, "pages": "2-5", ...}, or a list of these}
 
 Only the prompt is required. Relative paths start at the directory of the file. The keys in `KEPT`
 are not interpreted; the answer repeats them, and "extra" has room for anything else.
@@ -11,7 +13,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from internvl3_jax.data.text.chat_template import IMAGE_TAG
+from internvl3_jax.data.media.inputs import Document, Video
+from internvl3_jax.data.text.media_tags import TAGS
 from internvl3_jax.inference.prompts import tag_remark
 from internvl3_jax.io import jsonl, remote_files, safe_files, strict_json
 from internvl3_jax.io.remote_files import as_path, is_remote
@@ -39,19 +42,35 @@ ALIASES = {
     "max_tokens": "--max_new_tokens",
     "max_new_tokens": "--max_new_tokens",
     "stop": "--stop",
-    "video": "the frames as image",
-    "videos": "the frames as image",
+    "videos": "video",
+    "documents": "document",
+    "pdf": "document",
+    "clip": 'a key of the video, as {"path": ..., "clip": [start, end]},',
+    "pages": 'a key of the document, as {"path": ..., "pages": "2-5"},',
+}
+# Further keys of a video and a document.
+MEDIA = {
+    "video": (Video, ("clip", "num_frames", "fps", "tiles", "label")),
+    "document": (Document, ("pages", "dpi")),
 }
 MAX_IMAGE_BYTES = 4 << 30
 
 
-def read_requests(path: str | os.PathLike) -> list[dict]:
+def read_requests(
+    path: str | os.PathLike,
+    video_settings: dict | None = None,
+    document_settings: dict | None = None,
+) -> list[dict]:
     """Reads the requests of a file. Whether their images can be opened is not checked.
+
+    Args:
+      video_settings, document_settings: of videos and documents that do not say otherwise.
 
     Returns:
       A dict per request with
         prompt: the text;
         image: list of paths, relative ones completed with the directory of the file;
+        video, document: lists of `Video` and `Document`;
         id: by default the line number;
         where: "FILE line N", for messages;
         asked: what the answer repeats of the line: id, prompt, image and the keys in `KEPT`.
@@ -60,9 +79,10 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
       FileError: a line is no request; the message names file and line.
     """
     path = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path))
+    settings = {"video": video_settings or {}, "document": document_settings or {}}
     requests = []
     for row in jsonl.read_objects(path):
-        refuse_unknown(row, ("prompt", "image", "id", *KEPT))
+        refuse_unknown(row, ("prompt", "image", "video", "document", "id", *KEPT))
         prompt = row.get("prompt", str)
         images = row.get("image", (str, list), [])
         images = [images] if isinstance(images, str) else images
@@ -73,16 +93,13 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
             )
         refuse_data(row, images)
         request_id = row.values.get("id", int(row.where.rpartition(" ")[2]))
-        kept = {
-            name: row.values[name] for name in ("image", *KEPT) if row.values.get(name) is not None
-        }
+        names = ("image", *MEDIA, *KEPT)
+        kept = {name: row.values[name] for name in names if row.values.get(name) is not None}
         requests.append(
             {
                 "prompt": prompt,
-                "image": [
-                    image if is_remote(image) else str(path.parent / os.path.expanduser(image))
-                    for image in images
-                ],
+                "image": [_complete(image, path.parent) for image in images],
+                **{kind: _read_media(row, kind, path.parent, settings[kind]) for kind in settings},
                 "id": request_id,
                 "where": row.where,
                 "asked": {"id": request_id, "prompt": prompt} | kept,
@@ -91,6 +108,37 @@ def read_requests(path: str | os.PathLike) -> list[dict]:
     if not requests:
         raise JsonError(f"{one_line(str(path))}: has no requests")
     return requests
+
+
+def _complete(name: str, folder: pathlib.Path) -> str:
+    return name if is_remote(name) else str(folder / os.path.expanduser(name))
+
+
+def _read_media(
+    row: strict_json.Object, kind: str, folder: pathlib.Path, settings: dict
+) -> list[Video] | list[Document]:
+    """Reads the videos or documents of a request."""
+    given = row.get(kind, (str, dict, list), [])
+    made, keys = MEDIA[kind]
+    items = []
+    for item in given if isinstance(given, list) else [given]:
+        item = {"path": item} if isinstance(item, str) else item
+        if not isinstance(item, dict) or not isinstance(item.get("path"), str) or not item["path"]:
+            raise JsonError(
+                f"{row.where}: {kind} is {excerpt(given)}; expected a path, an object with path, "
+                "or a list of these"
+            )
+        for name in item:
+            if name not in ("path", *keys):
+                near = strict_json.suggestion(name, keys) or f"; there are {', '.join(keys)}"
+                raise JsonError(f"{row.where}: unknown key {excerpt(name)} of {kind}{near}")
+        refuse_data(row, [item["path"]], kind)
+        values = settings | {name: value for name, value in item.items() if name != "path"}
+        try:
+            items.append(made(_complete(item["path"], folder), **values))
+        except ValueError as error:
+            raise JsonError(f"{row.where}: {kind}: {error}") from error
+    return items
 
 
 def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
@@ -110,11 +158,11 @@ def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
             )
 
 
-def refuse_data(row: strict_json.Object, images: Sequence[str]) -> None:
+def refuse_data(row: strict_json.Object, images: Sequence[str], kind: str = "image") -> None:
     """Raises JsonError for an image that is written into the line in place of its path."""
     if written := [image for image in images if image.startswith("data:")]:
         raise JsonError(
-            f"{row.where}: image is {excerpt(written[0])}, which holds the data itself; save it as "
+            f"{row.where}: {kind} is {excerpt(written[0])}, which holds the data itself; save it as "
             "a file and give its path"
         )
 
@@ -129,15 +177,16 @@ def check_requests(requests: Sequence[dict], on_error: str) -> None:
     """
     missing = []
     for request in requests:
-        tags, images = request["prompt"].count(IMAGE_TAG), len(request["image"])
-        if on_error == "stop" and 0 < tags < images:
-            raise ValueError(
-                f"{name_of(request)}: {images} images, but {tags} {IMAGE_TAG} tags; write one "
-                "for each, or none"
-            )
-        if absent := [image for image in request["image"] if not _exists(image)]:
+        for kind, tag in TAGS.items():
+            tags, count = request["prompt"].count(tag), len(request[kind])
+            if on_error == "stop" and 0 < tags < count:
+                raise ValueError(
+                    f"{name_of(request)}: {count} {kind}s, but {tags} {tag} tags; write one "
+                    "for each, or none"
+                )
+        if absent := [path for path in paths_of(request) if not _exists(path)]:
             missing.append(f"{name_of(request)}: {one_line(absent[0])} does not exist")
-    with_images = sum(bool(request["image"]) for request in requests)
+    with_images = sum(bool(paths_of(request)) for request in requests)
     if missing and (on_error == "stop" or len(missing) == with_images):
         more = f", and so for {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}{more}; relative paths start at the folder of the requests")
@@ -155,10 +204,16 @@ def tag_remarks(requests: Sequence[dict]) -> str:
     remarks = [
         f"{name_of(request)}: {remark}"
         for request in requests
-        if (remark := tag_remark(request["prompt"], len(request["image"])))
+        if (remark := tag_remark(request["prompt"], *(len(request[kind]) for kind in TAGS)))
     ]
     more = f", and so for {len(remarks) - 1} more" if len(remarks) > 1 else ""
     return f"{remarks[0]}{more}" if remarks else ""
+
+
+def paths_of(request: dict) -> list[str]:
+    """Returns the paths of all images, videos and documents of a request."""
+    media = [item.source for kind in MEDIA for item in request[kind]]
+    return [*request["image"], *media]
 
 
 def image_hashes(images: Sequence[str]) -> list[str | None]:

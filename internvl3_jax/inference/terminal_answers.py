@@ -25,9 +25,10 @@ class TerminalAnswers:
     json: bool = False
     stats: bool = False
 
-    def ask(self, chat: Chat, question: str, images: Sequence[str]) -> None:
-        """Prints the answer to the next question of a conversation."""
-        for piece in self._pieces(chat, question, images):
+    def ask(self, chat: Chat, question: str, images: Sequence[str], *media) -> None:
+        """Prints the answer to the next question of a conversation. media: videos, documents."""
+        chat.on_plan = lambda plan: note(f"note: {plan.line()}")
+        for piece in self._pieces(chat, question, images, *media):
             if not self.json:
                 print(printable(piece), end="", flush=True)
         answer = chat.last
@@ -56,12 +57,12 @@ class TerminalAnswers:
         if self.stats:
             note(choice.table())
 
-    def _pieces(self, chat: Chat, question: str, images: Sequence[str]) -> Iterator[str]:
+    def _pieces(self, chat: Chat, question: str, *inputs) -> Iterator[str]:
         """Yields the text, with a line on stderr whenever a program is compiled."""
         clock = chat.generator.compile_clock
         clock.progress = lambda program: progress_line(f"compiling {program}")
         known = clock.num_programs
-        pieces = chat.stream(question, images)
+        pieces = chat.stream(question, *inputs)
         first = next(pieces, "")
         # The decode loop is probably compiled next: its line must not come behind the first token.
         yield first + next(pieces, "") if clock.num_programs > known else first

@@ -1,42 +1,281 @@
-"""The parts of one turn of a conversation: messages, and images cut into tiles."""
+"""The parts of one turn of a conversation: its messages, and its images cut into tiles.
+
+Images alone are cut by the checkpoint's rule. A turn with a video or a document, or with a budget
+for the cache, is planned before that (data/plan.py).
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import UInt8
+from PIL import Image
 
-from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.batch import cut_images
+from internvl3_jax.config import UNITS, LanguageConfig
+from internvl3_jax.data.batch import Prompt, cut_images
+from internvl3_jax.data.media.documents import DocumentError
 from internvl3_jax.data.media.images import ImageError
-from internvl3_jax.data.text.chat_template import ChatError
-from internvl3_jax.inference.given_images import open_images
+from internvl3_jax.data.media.inputs import (
+    Document,
+    Limits,
+    Opened,
+    OpenedDocument,
+    OpenedImage,
+    OpenedVideo,
+    Video,
+)
+from internvl3_jax.data.media.tiles import cut_tiles
+from internvl3_jax.data.media.video_file import VideoError
+from internvl3_jax.data.plan import Plan, PlanError, Room, plan_prompt
+from internvl3_jax.data.text.chat_template import ChatError, encode_chat, insert_missing_tags
+from internvl3_jax.data.text.media_tags import frame_lines, place_media
+from internvl3_jax.inference.given_images import as_list, open_images
 from internvl3_jax.inference.options import Options, resolve_system, units
+from internvl3_jax.inference.programs import TOKENS_PER_CALL
+from internvl3_jax.inference.prompt_batch import LENGTH_BUCKETS, bucket
+from internvl3_jax.io.safe_files import FileError
+from internvl3_jax.positions import build_positions, next_position, rope_scaling
+
+# images, videos and documents of a question, as of `Chat`
+Inputs = tuple
 
 
-def image_tiles(
-    images, processor: ProcessorConfig, options: Options, where: str = ""
-) -> tuple[list[np.ndarray], list[int]]:
-    """Returns the tiles u8[n,S,S,3] and the V2PE units of each image of one turn.
+@dataclasses.dataclass
+class Turn:
+    """A question, ready to become a prompt.
+
+    Attributes:
+      messages: of the whole conversation; the last one is the question.
+      tiles: of each new image, frame and page, in the order of their places.
+      deltas: V2PE units of each.
+      images: each as it was opened, RGB.
+      plan: what was chosen so that it fits; None for images alone.
+    """
+
+    messages: list[dict]
+    tiles: list[UInt8[np.ndarray, "n S S 3"]]
+    deltas: list[int]
+    images: list[Image.Image]
+    plan: Plan | None = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each image, before it was tiled."""
+        return [image.size for image in self.images]
+
+
+class TurnReader:
+    """Reads questions with their images, videos and documents.
 
     Args:
-      images: as of `Chat`.
-      where: what errors call the question.
-
-    Raises:
-      ImageError: an image cannot be read.
-      ChatError: there are neither one delta nor as many as images.
+      checkpoint: with the tokenizer, the processor, and the positions that the model knows.
+      cache_dtype: of keys and values.
+      limits: what is refused of videos and documents.
     """
-    try:
-        opened = open_images(images, processor, options)
-    except ImageError as error:
-        raise ImageError(f"{where}: {error}" if where else str(error)) from error
-    deltas = [processor.delta] if options.delta is None else units(options.delta)
-    if len(deltas) == 1:
-        deltas = deltas * len(opened)
-    if len(deltas) != len(opened):
-        raise ChatError(
-            f"{where + ': ' if where else ''}{len(deltas)} deltas for {len(opened)} images; give "
-            "one, or one per image"
+
+    def __init__(self, checkpoint, cache_dtype: DTypeLike, limits: Limits | None = None):
+        self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
+        self.language = checkpoint.config.language
+        self.slot_bytes = slot_bytes(self.language, cache_dtype)
+        self.limits = limits or Limits()
+
+    def read(
+        self,
+        question: str,
+        inputs: Inputs,
+        options: Options,
+        earlier: tuple[list, list, list] = ((), (), ()),
+        where: str = "",
+    ) -> Turn:
+        """Reads a question.
+
+        Args:
+          earlier: messages, tiles and deltas of the turns before it.
+          where: what errors call the question.
+
+        Raises:
+          ImageError, VideoError, DocumentError, FileError: an input cannot be read.
+          ChatError: the tags do not fit, or there are neither one delta nor as many as inputs.
+          PlanError: the prompt does not fit.
+        """
+        messages = list(earlier[0]) or system_messages(options)
+        with _named(where):
+            opened = self._open(inputs, options)
+        deltas = _given_deltas(options, len(opened), where)
+        images = [item.image for item in opened if isinstance(item, OpenedImage)]
+        if len(images) == len(opened) and not options.cache_gib:
+            messages += insert_missing_tags([user_message(question)], len(images), where)
+            limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
+            tiles = cut_images(images, self.processor, options.max_tiles, **limits)
+            deltas = deltas or [self.processor.delta] * len(images)
+            return Turn(messages, tiles, deltas, images)
+        with _named(where):
+            return self._planned(question, opened, deltas, options, messages, earlier[1:], where)
+
+    def scaling(self, options: Options, deltas: Sequence[int]) -> str:
+        """Returns the rope scaling. deltas: V2PE units of the images of the conversation."""
+        current = [self.processor.delta] if options.delta is None else units(options.delta)
+        return rope_scaling(self.language, [*current, *deltas])
+
+    def batch_scaling(self, options: Options, prompts: Sequence[Prompt]) -> str:
+        """Returns the rope scaling of prompts that run together.
+
+        Raises:
+          ValueError: they need different ones. Up to the positions that the model was trained for
+            there is no difference between them.
+        """
+        planned = [units(prompt.plan.delta) if prompt.plan else [] for prompt in prompts]
+        scalings = [self.scaling(options, deltas) for deltas in planned]
+        if len(set(scalings)) < 2:
+            return scalings[0]
+        for prompt, scaling in zip(prompts, scalings, strict=True):
+            last = next_position(prompt.positions) // UNITS + options.max_new_tokens
+            if scaling != "none" and last > self.language.max_position:
+                raise ValueError(
+                    "a planned delta and a prompt beyond the trained positions cannot run in one "
+                    "batch; ask them one by one"
+                )
+        return "none"
+
+    def _open(self, inputs: Inputs, options: Options) -> list[Opened]:
+        images, videos, documents = inputs
+        limits = dataclasses.replace(
+            self.limits,
+            max_pixels=options.max_image_pixels,
+            allow_truncated=options.allow_truncated,
         )
-    limits = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
-    return cut_images(opened, processor, options.max_tiles, **limits), deltas
+        return [
+            *map(OpenedImage, open_images(images, self.processor, options)),
+            *(OpenedVideo(_as(Video, video), limits) for video in _listed(Video, videos)),
+            *(OpenedDocument(_as(Document, item), limits) for item in _listed(Document, documents)),
+        ]
+
+    def _planned(
+        self,
+        question: str,
+        opened: Sequence[Opened],
+        deltas: Sequence[int],
+        options: Options,
+        messages: list[dict],
+        earlier: tuple[Sequence, Sequence],
+        where: str,
+    ) -> Turn:
+        processor = dataclasses.replace(
+            self.processor,
+            tiles=options.tiles or self.processor.tiles,
+            max_total_tiles=self.processor.max_total_tiles
+            if options.max_total_tiles is None
+            else options.max_total_tiles,
+        )
+
+        def placed(frames: int) -> tuple[list[dict], list[int]]:
+            text, places = self._place(question, opened, frames, where)
+            count = sum(len(item.tiles(processor, 1, frames)) for item in opened)
+            return messages + insert_missing_tags([user_message(text)], count, where), places
+
+        def measure(frames: int) -> tuple[int, int]:
+            count = sum(len(item.tiles(processor, 1, frames)) for item in opened)
+            encoded = encode_chat(
+                placed(frames)[0],
+                [*map(len, earlier[0]), *[1] * count],
+                self.tokenizer,
+                processor,
+                add_generation_prompt=True,
+                where=where,
+            )
+            all_units = [*earlier[1], *[UNITS] * count]
+            positions = build_positions(len(encoded.tokens), encoded.runs, all_units)
+            return len(encoded.tokens), next_position(positions) // UNITS
+
+        room = Room(
+            self.language, options.max_new_tokens, self._max_tokens(options), earlier[1], measure
+        )
+        choice = plan_prompt(opened, processor, room, options.max_tiles, deltas)
+        chat, places = placed(choice.frames)
+        turn = Turn(chat, [], [], [], choice.plan)
+        for index in places:
+            item = opened[index]
+            images = item.images(processor, choice.max_tiles, choice.frames)
+            limit = item.video.tiles if isinstance(item, OpenedVideo) else choice.max_tiles
+            turn.images += images
+            turn.tiles += [cut_tiles(image, processor, limit) for image in images]
+            turn.deltas += [choice.deltas[index]] * len(images)
+        return turn
+
+    def _place(
+        self, question: str, opened: Sequence[Opened], frames: int, where: str
+    ) -> tuple[str, list[int]]:
+        """Returns the question with a tag for each image, frame and page, and the indices of
+        `opened` in the order of their places.
+        """
+        of_kind = {
+            kind: [index for index, item in enumerate(opened) if isinstance(item, cls)]
+            for kind, cls in (
+                ("image", OpenedImage),
+                ("video", OpenedVideo),
+                ("document", OpenedDocument),
+            )
+        }
+        videos = [opened[index] for index in of_kind["video"]]
+        lines = [
+            frame_lines(item.shown(frames), item.video.label or self.processor.frame_label)
+            for item in videos
+        ]
+        pages = [len(opened[index].pdf.pages) for index in of_kind["document"]]
+        text, places = place_media(question, len(of_kind["image"]), lines, pages, where)
+        return text, [of_kind[kind][number] for kind, number in places]
+
+    def _max_tokens(self, options: Options) -> int | None:
+        """Returns the longest prompt whose cache, with the answer, is within its budget."""
+        if not options.cache_gib:
+            return None
+        slots = int(options.cache_gib * (1 << 30) // self.slot_bytes)
+        more = options.max_new_tokens + TOKENS_PER_CALL
+        known = [length for length in LENGTH_BUCKETS if length + more <= LENGTH_BUCKETS[-1]]
+        return max((length for length in known if bucket(length + more) <= slots), default=0)
+
+
+def slot_bytes(language: LanguageConfig, dtype) -> int:
+    """Returns the bytes of one token in the cache of all layers; int8 has a scale per vector."""
+    vector = language.head_dim * np.dtype(dtype).itemsize
+    vector += 4 * (np.dtype(dtype) == np.int8)
+    return 2 * language.num_layers * language.num_kv_heads * vector
+
+
+def _given_deltas(options: Options, count: int, where: str) -> list[int] | None:
+    """Returns the units of each input; None if the caller gave none."""
+    if options.delta is None:
+        return None
+    deltas = units(options.delta)
+    if len(deltas) == 1:
+        deltas = deltas * count
+    if len(deltas) != count:
+        raise ChatError(
+            f"{where + ': ' if where else ''}{len(deltas)} deltas for {count} images; give one, or "
+            "one per image (a video or document counts as one)"
+        )
+    return deltas
+
+
+def _listed(kind: type, inputs) -> list:
+    return [inputs] if isinstance(inputs, kind) else as_list(inputs)
+
+
+def _as(kind: type, item):
+    return item if isinstance(item, kind) else kind(item)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the name of the question in front of errors about its inputs."""
+    try:
+        yield
+    except (ImageError, VideoError, DocumentError, PlanError, FileError) as error:
+        if not where:
+            raise
+        raise type(error)(f"{where}: {error}") from error
 
 
 def user_message(text: str) -> dict:

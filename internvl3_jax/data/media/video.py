@@ -50,8 +50,9 @@ class Footage:
     repeats: bool
 
 
-# Returns the indices of the wanted frames, in any order and with repetitions.
-Choose = Callable[[Footage], Sequence[int]]
+# Returns the indices of the wanted frames, in any order and with repetitions. None: nothing is
+# decoded.
+Choose = Callable[[Footage], Sequence[int] | None]
 
 
 def training_frames(
@@ -82,6 +83,13 @@ def draw_frames(total: int, count: int, rng: np.random.Generator) -> list[int]:
 
 def middle_frames(footage: Footage, count: int, clip=None) -> list[int]:
     """Returns the middle of each of `count` equal segments of the video or clip, for evaluation."""
+    first, last = frame_range(footage, clip)
+    segment = (last - first) / count
+    return [int(first + segment / 2 + np.round(segment * k)) for k in range(count)]
+
+
+def frame_range(footage: Footage, clip=None) -> tuple[int, int]:
+    """Returns the first and the last frame between which `middle_frames` chooses."""
     first, last = 0, footage.total - 1
     if clip is not None:
         start, end, fps = _clip_seconds(footage, clip)
@@ -91,8 +99,7 @@ def middle_frames(footage: Footage, count: int, clip=None) -> list[int]:
                 f"clip {list(clip)} begins after the end of the video, at "
                 f"{footage.total / fps:.1f} s"
             )
-    segment = (last - first) / count
-    return [int(first + segment / 2 + np.round(segment * k)) for k in range(count)]
+    return first, last
 
 
 def _clip_seconds(footage: Footage, clip) -> tuple[float, float, float]:
@@ -132,6 +139,7 @@ def read_frames(
     name: str = "",
     max_pixels: int | None = MAX_PIXELS,
     allow_truncated: bool = False,
+    most_frames: int = MOST_FRAMES,
 ) -> list[Image.Image]:
     """Reads the frames that `choose` picks as RGB images, in its order.
 
@@ -141,13 +149,14 @@ def read_frames(
       name: What errors call it, by default the path; its suffix tells a GIF from other files.
       max_pixels: Frames with more are refused; 0 and None are no limit.
       allow_truncated: Whether a file whose end is missing is used up to there.
+      most_frames: Videos with more are refused.
 
     Raises:
       VideoError, ImageError, FileError: The video cannot be used.
     """
     name = name or (video if isinstance(video, str) else f"video of {len(video)} bytes")
     is_gif, name = name.lower().endswith(".gif"), short_name(name)
-    limits = max_pixels, allow_truncated
+    limits = max_pixels, allow_truncated, most_frames
     try:
         if isinstance(video, str) and _is_folder(video):
             return _read_folder(video, choose, *limits)
@@ -162,6 +171,15 @@ def read_frames(
         )
     except VideoError as error:
         raise VideoError(f"{name}: {error}") from error
+
+
+def probe(video: str | bytes, name: str = "", **limits) -> Footage:
+    """Returns the properties of a video without decoding its frames. Takes and raises what
+    `read_frames` does.
+    """
+    seen = []
+    read_frames(video, seen.append, name, **limits)
+    return seen[0]
 
 
 def _is_folder(path: str) -> bool:
@@ -185,11 +203,13 @@ def _check_path(path: str) -> None:
 
 
 def _read_folder(
-    folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool
+    folder: str, choose: Choose, max_pixels: int | None, allow_truncated: bool, most_frames: int
 ) -> list[Image.Image]:
     names = [name for name in list_folder(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not names:
         raise VideoError(f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    if len(names) > most_frames:
+        raise VideoError(f"has more than {most_frames:,} frames; cut it into parts")
     paths = [
         join(folder, names[index]) for index in _checked(choose, Footage(len(names), None, False))
     ]
@@ -201,16 +221,21 @@ def _read_folder(
 
 
 def _read_gif(
-    video: str | bytes, choose: Choose, name: str, max_pixels: int | None, truncated: bool
+    video: str | bytes,
+    choose: Choose,
+    name: str,
+    max_pixels: int | None,
+    truncated: bool,
+    most_frames: int,
 ) -> list[Image.Image]:
     source = io.BytesIO(video) if isinstance(video, bytes) else video
     try:
         with pillow.allows(True, truncated), Image.open(source, formats=("GIF",)) as gif:
             check_pixels(gif.width, gif.height, max_pixels, name)
-            frames = itertools.islice(ImageSequence.Iterator(gif), MOST_FRAMES + 1)
+            frames = itertools.islice(ImageSequence.Iterator(gif), most_frames + 1)
             seconds = [frame.info.get("duration", 0) / 1000 for frame in frames]
-            if len(seconds) > MOST_FRAMES:
-                raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
+            if len(seconds) > most_frames:
+                raise VideoError(f"has more than {most_frames:,} frames; cut it into parts")
             total = len(seconds)
             wanted = _checked(
                 choose, Footage(total, total / sum(seconds) if sum(seconds) > 0 else None, False)
@@ -227,7 +252,10 @@ def _read_gif(
 
 
 def _checked(choose: Choose, footage: Footage) -> list[int]:
-    wanted = [int(index) for index in choose(footage)]
+    chosen = choose(footage)
+    if chosen is None:
+        return []
+    wanted = [int(index) for index in chosen]
     wrong = [index for index in wanted if not 0 <= index < footage.total]
     if wrong or not wanted:
         raise VideoError(f"frames {wrong or wanted} were asked of {footage.total}")

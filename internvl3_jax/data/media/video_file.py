@@ -47,15 +47,18 @@ def read_file(
     name: str,
     max_pixels: int | None = MAX_PIXELS,
     allow_truncated: bool = False,
+    most_frames: int = MOST_FRAMES,
 ) -> list[Image.Image]:
     """Reads the frames that `choose` picks as RGB images, in its order.
 
     Args:
       video: Path of a regular file, or its bytes.
-      choose: Takes (number of frames, frames per second on average or None); returns indices.
+      choose: Takes (number of frames, frames per second on average or None); returns indices. If it
+        returns none, nothing is decoded.
       name: What warnings and ImageError call the file.
       max_pixels: Frames with more are refused; 0 and None are no limit.
       allow_truncated: Whether a file whose end is missing is used up to there.
+      most_frames: Files with more are refused.
 
     Raises:
       VideoError: The video cannot be used; the message does not name it.
@@ -65,7 +68,7 @@ def read_file(
         import av
     except ImportError as error:
         raise VideoError("videos need PyAV: pip install -e '.[video]'") from error
-    file = VideoFile(av, video, name, max_pixels, allow_truncated)
+    file = VideoFile(av, video, name, max_pixels, allow_truncated, most_frames)
     try:
         with file.open() as container:
             stream = file.stream(container)
@@ -84,7 +87,8 @@ def read_file(
             images = file.by_time(distinct, times, keys)
         else:
             images = dict.fromkeys(distinct)
-            file.numbers(images)
+            if distinct:
+                file.numbers(images)
     except av.FFmpegError as error:
         raise VideoError(
             f"cannot be decoded ({error.strerror}); the file is damaged, incomplete or no video"
@@ -96,10 +100,17 @@ class VideoFile:
     """A video file, which is opened for each pass over its packets."""
 
     def __init__(
-        self, av, video: str | bytes, name: str, max_pixels: int | None, allow_truncated: bool
+        self,
+        av,
+        video: str | bytes,
+        name: str,
+        max_pixels: int | None,
+        allow_truncated: bool,
+        most_frames: int = MOST_FRAMES,
     ):
         self.av, self.video, self.name = av, video, name
         self.max_pixels, self.allow_truncated = max_pixels, allow_truncated
+        self.most_frames = most_frames
 
     def open(self):
         """Opens the file as a PyAV container."""
@@ -162,8 +173,8 @@ class VideoFile:
         for packet in self.packets(container, stream):
             if is_counted(packet):
                 packets.append((packet.pts, packet.is_keyframe, packet.is_corrupt))
-            if len(packets) > MOST_FRAMES:
-                raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
+            if len(packets) > self.most_frames:
+                raise VideoError(f"has more than {self.most_frames:,} frames; cut it into parts")
         times = [time for time, _, _ in packets]
         keys = sorted(time for time, is_key, _ in packets if is_key and time is not None)
         if (
@@ -208,8 +219,10 @@ class VideoFile:
         numbers = []
         with self.open() as container:
             for number, frame in enumerate(self._frames(container, self.stream(container))):
-                if number >= MOST_FRAMES:
-                    raise VideoError(f"has more than {MOST_FRAMES:,} frames; cut it into parts")
+                if number >= self.most_frames:
+                    raise VideoError(
+                        f"has more than {self.most_frames:,} frames; cut it into parts"
+                    )
                 numbers.append(number)
                 if number in wanted:
                     wanted[number] = self._image(frame)

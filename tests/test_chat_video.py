@@ -1,0 +1,357 @@
+"""Videos in questions: the frames and ids of InternVL's quick start and of transformers' processor,
+through Chat, infer.py, its requests, and the program that counts tokens.
+"""
+
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+
+from internvl3_jax import Chat, load
+from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.batch import make_prompt
+from internvl3_jax.data.media.inputs import (
+    Limits,
+    OpenedVideo,
+    Video,
+    video_images,
+)
+from internvl3_jax.data.media.video import Footage, VideoError, middle_frames, probe, read_frames
+from internvl3_jax.data.text.chat_template import ChatError
+from internvl3_jax.data.text.media_tags import frame_lines, place_media
+from internvl3_jax.data.tokens import main as tokens_main
+from tests.support import tiny_checkpoint
+from tests.support.infer_flags import fail
+from tests.support.official_data import encoded, frame, numbers, write_video
+from tests.support.tiny_checkpoint import PROCESSOR, picture
+
+QUESTION = "What moves?"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder with long.mp4 (40 frames, 10 a second), short.mp4 (6) and a.gif (5)."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_video(folder / "long.mp4", 40)
+    write_video(folder / "short.mp4", 6)
+    frames = [frame(number) for number in range(5)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(load(tiny_checkpoint.directory()), max_new_tokens=4)
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+def official_indices(bound, fps, total, num_segments):
+    """The rule of `get_index` in InternVL's quick start, index by index."""
+    first, last = 0, total - 1
+    if bound:
+        first = max(0, round(bound[0] * fps))
+        last = min(round(bound[1] * fps), last)
+    length = float(last - first) / num_segments
+    return [int(first + length / 2 + np.round(length * k)) for k in range(num_segments)]
+
+
+def test_frames_are_those_of_the_quick_start():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        total, count = int(rng.integers(1, 5000)), int(rng.integers(1, 65))
+        fps = float(rng.choice([10, 23.976, 25, 29.97, 30, 60]))
+        bound = None
+        if rng.random() < 0.5:
+            start = float(rng.random() * total / fps * 0.9)
+            bound = [start, start + 0.1 + float(rng.random() * total / fps)]
+        footage = Footage(total, fps, True)
+        try:
+            ours = middle_frames(footage, count, bound)
+        except VideoError:
+            assert round(bound[0] * fps) > total - 1
+            continue
+        assert ours == official_indices(bound, fps, total, count)
+
+
+def shown(clips, name="long.mp4", **settings):
+    opened = OpenedVideo(Video(str(clips / name), **settings))
+    return numbers(opened.images(PROCESSOR, 1, opened.frames)), opened
+
+
+def test_the_number_of_frames(clips):
+    frames, opened = shown(clips, num_frames=8)
+    assert frames == official_indices(None, 10, 40, 8) and opened.is_fixed
+    # A short video repeats frames if their number was asked for, as in the quick start.
+    assert shown(clips, "short.mp4", num_frames=8)[0] == official_indices(None, 10, 6, 8)
+    frames, opened = shown(clips, "short.mp4")
+    assert frames == official_indices(None, 10, 6, 6) and not opened.is_fixed
+    assert len(shown(clips)[0]) == 32
+    # Frames per second give their number; the segments stay the rule.
+    assert shown(clips, fps=2)[0] == official_indices(None, 10, 40, 8)
+    assert shown(clips, fps=2, num_frames=5)[0] == official_indices(None, 10, 40, 5)
+    assert shown(clips, fps=2, clip=(1, 3))[0] == official_indices([1, 3], 10, 40, 4)
+    assert shown(clips, clip=(1, 3), num_frames=3)[0] == official_indices([1, 3], 10, 40, 3)
+    assert len(shown(clips, clip=(1, 2))[0]) == 11
+    assert shown(clips, "a.gif", num_frames=3)[0] == official_indices(None, 5, 5, 3)
+
+
+def test_a_probe_decodes_nothing(clips, monkeypatch):
+    from internvl3_jax.data.media import video_file
+
+    monkeypatch.setattr(video_file.VideoFile, "_image", None)
+    assert probe(str(clips / "long.mp4")) == Footage(40, 10.0, True)
+    assert probe((clips / "a.gif").read_bytes(), "a.gif").total == 5
+
+
+# --- text and ids --------------------------------------------------------------------------------
+
+
+def test_a_video_is_the_same_as_its_frames(chat, clips):
+    """Ids, tiles and answer are those of a question with the frames as images."""
+    path = str(clips / "long.mp4")
+    frames = read_frames(path, lambda footage: official_indices(None, 10, 40, 5))
+    text = "".join(f"Frame-{n}: <image>\n" for n in range(1, 6)) + QUESTION
+    by_frames = chat.prepare(text, frames, max_tiles=1)
+    for question in (QUESTION, f"<video>\n{QUESTION}", f"<video>{QUESTION}"):
+        prompt = chat.prepare(question, videos=Video(path, 5))
+        assert prompt.tokens.tolist() == by_frames.tokens.tolist()
+        assert (prompt.positions == by_frames.positions).all()
+        assert all(map(np.array_equal, prompt.tiles, by_frames.tiles))
+    assert prompt.plan.frames == ((5, 40),) and by_frames.plan is None
+    assert prompt.plan.tokens == len(prompt.tokens)
+    chat.reset()
+    assert chat(QUESTION, videos=Video(path, 5)) == chat.answer_many([by_frames])[0].text
+    assert chat.last.plan == prompt.plan and chat.last.tiles == [1] * 5
+    assert chat.sizes == [(64, 48)] * 5
+
+
+def test_ids_of_transformers_processor(tokenizer, transformers_tokenizer):
+    """Its text for videos, with the label of its processor; the template puts <video>\\n."""
+    from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+    processor = ProcessorConfig(
+        image_size=16, tokens_per_tile=3, system_message=None, frame_label="Frame{}: "
+    )
+    them = types.SimpleNamespace(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        image_token="<IMG_CONTEXT>",
+        image_seq_length=3,
+    )
+    question, videos = "<video>\nFirst.\n<video>\nWhich is longer?", (2, 12)
+    theirs = question
+    for index in range(2):
+        frames = {"pixel_values_videos": [np.zeros((count, 3, 16, 16)) for count in videos]}
+        lines = InternVLProcessor.replace_video_token(them, frames, index)
+        theirs = theirs.replace("<video>", lines, 1)
+    theirs = f"<|im_start|>user\n{theirs}<|im_end|>\n<|im_start|>assistant\n"
+
+    lines = [frame_lines(count, processor.frame_label) for count in videos]
+    text, places = place_media(question, 0, lines, [])
+    tiles = [np.zeros((1, 16, 16, 3), np.uint8)] * sum(videos)
+    messages = [{"role": "user", "content": text}]
+    prompt = make_prompt(messages, tiles, tokenizer, processor, [256] * sum(videos))
+    assert places == [("video", 0), ("video", 1)]
+    assert prompt.tokens.tolist() == transformers_tokenizer(theirs).input_ids
+
+
+def test_where_media_are_placed():
+    video = [frame_lines(2, "Frame{}: ")]
+    frames = "Frame1: <image>\nFrame2: <image>\n"
+    place = place_media
+    # Without tags: images, videos, documents, then the text.
+    assert place("Q", 0, video, []) == (f"{frames}Q", [("video", 0)])
+    assert place("Q", 0, [], [1]) == ("<image>\nQ", [("document", 0)])
+    assert place("Q", 0, [], [2])[0] == "Image-1: <image>\nImage-2: <image>\nQ"
+    text, places = place("Q", 1, video, [2])
+    assert text == f"Image-1: <image>\n{frames}Image-2: <image>\nImage-3: <image>\nQ"
+    assert places == [("image", 0), ("video", 0), ("document", 0)]
+    # At their tags, in any order.
+    text, places = place("a <document>b <image> c <video>\n\nd", 1, video, [2])
+    assert text == f"a Image-2: <image>\nImage-3: <image>\nb <image> c {frames}\nd"
+    assert places == [("document", 0), ("image", 0), ("video", 0)]
+    # More tags than inputs are text, as <image> is without images.
+    assert place("<video>x<video>", 0, video, [])[0] == f"{frames}x<video>"
+    assert place("x<document>", 0, video, [])[0] == f"{frames}x<document>"
+    with pytest.raises(ChatError, match=r"2 videos, but 1 <video> tags; write one for each"):
+        place("<video>", 0, video * 2, [])
+    with pytest.raises(ChatError, match=r"at: 0 images, but one <image> more before the place"):
+        place("<image> <video>", 0, video, [], "at")
+    assert place("<video> <image>", 0, video, [])[0] == f"{frames} <image>"
+
+
+def test_a_video_in_a_conversation(chat, clips):
+    """A later turn with an image, tags that are text, and taking it back."""
+    chat.reset()
+    chat("How many digits?", images=[picture(16, 16)])
+    chat("<video>\nAnd here, in SVG's <image>?", videos=[str(clips / "short.mp4")])
+    assert chat.last.tiles == [1] * 7 and chat.last.reused_tokens > 0
+    assert len(chat.deltas) == len(chat.sizes) == 7
+    chat("And now?", images=[picture(40, 16)])
+    assert chat.last.tiles == [1] * 7 + [4]
+    chat.undo()
+    chat.undo()
+    assert len(chat.tiles) == len(chat.sizes) == 1
+    chat.reset()
+
+
+def test_the_label_is_the_checkpoints_or_as_asked(chat, clips):
+    path = str(clips / "short.mp4")
+    chat.reset()
+    chat(QUESTION, videos=Video(path, 2, label="Frame{}: "))
+    assert chat.messages[0]["content"] == f"Frame1: <image>\nFrame2: <image>\n{QUESTION}"
+    _, text = video_images(Video(path, 2), ProcessorConfig())
+    assert text == "Frame-1: <image>\nFrame-2: <image>\n"
+    with pytest.raises(ValueError, match="must have {} once"):
+        Video(path, label="Frame: ")
+
+
+def test_frames_of_several_tiles_have_thumbnails(chat, clips):
+    prompt = chat.prepare(QUESTION, videos=Video(str(clips / "short.mp4"), 2, tiles=4))
+    alone = chat.prepare("<image>", [frame(0)], max_tiles=4)
+    assert [len(tiles) for tiles in prompt.tiles] == [len(alone.tiles[0])] * 2 != [1, 1]
+
+
+def test_one_delta_for_each_input(chat, clips):
+    path = str(clips / "short.mp4")
+    prompt = chat.prepare(QUESTION, [picture(16, 16)], Video(path, 2), delta=["1", "1/4"])
+    steps = [np.diff(prompt.positions[start : start + 2])[0] for start, _ in prompt.runs]
+    assert steps == [256, 64, 64] and prompt.plan.delta == ("1", "1/4")
+    with pytest.raises(ChatError, match="2 deltas for 3 images; .*a video or document counts as"):
+        chat.prepare(QUESTION, [], [path] * 3, delta=["1", "1/4"])
+
+
+def test_a_smaller_delta_is_the_batchs_too(chat, clips):
+    """A plan with a delta below 1 answers alike alone and among others."""
+    language = chat.generator.config.language
+    many = Video(str(clips / "long.mp4"), 120)
+    prompt = chat.prepare(QUESTION, videos=many)
+    assert prompt.plan.changed == ("delta",) and prompt.plan.position <= language.max_position
+    (alone,), (together, _) = chat.answer_many([prompt]), chat.answer_many([prompt, ("hi", [])])
+    assert alone.token_ids == together.token_ids
+
+
+# --- limits and errors ---------------------------------------------------------------------------
+
+
+def test_limits_hold_before_frames_are_decoded(clips, monkeypatch):
+    from internvl3_jax.data.media import inputs
+
+    monkeypatch.setattr(inputs, "read_frames", None)
+    path, data = str(clips / "long.mp4"), (clips / "long.mp4").read_bytes()
+    for limits, reason in [
+        (Limits(max_bytes=100), r"bytes are more than 100"),
+        (Limits(max_seconds=3), r"4 s are more than 3"),
+        (Limits(max_video_frames=39), r"has more than 39 frames"),
+        (Limits(max_pixels=64 * 47), r"64 x 48 pixels are more than 3,008"),
+        (Limits(max_frames=7), r"8 frames are more than 7"),
+    ]:
+        for source in (path, data):
+            with pytest.raises(ValueError, match=reason):
+                OpenedVideo(Video(source, 8), limits)
+    assert OpenedVideo(Video(path), Limits(max_frames=7)).frames == 7
+
+
+@pytest.mark.parametrize("name", ["cut.mp4", "text.mp4", "gone.mp4", "empty.mp4"])
+def test_damaged_videos_are_one_line(chat, clips, tmp_path, name):
+    data = {"cut.mp4": (clips / "long.mp4").read_bytes()[:900], "text.mp4": b"no" * 99}
+    if name != "gone.mp4":
+        (tmp_path / name).write_bytes(data.get(name, b""))
+    with pytest.raises(VideoError, match=f"^ask: .*{name}: ") as caught:
+        chat.prepare(QUESTION, videos=str(tmp_path / name), where="ask")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_out_of_range():
+    for settings in ({"num_frames": 0}, {"num_frames": 1.5}, {"fps": 0}, {"tiles": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} is "):
+            Video("a.mp4", **settings)
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+
+def refused(ask, capsys, **values) -> str:
+    """Returns the message of wrong flags (status 2, on stderr) or of wrong inputs."""
+    with pytest.raises(SystemExit) as stopped:
+        ask(**values)
+    return capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code
+
+
+def test_infer_says_what_it_shows(ask, clips, capsys):
+    settings = {"video": [str(clips / "long.mp4"), str(clips / "short.mp4")], "prompt": QUESTION}
+    out, err = ask(**settings, num_frames=3, json=True)
+    answer = json.loads(out)
+    assert answer["tiles"] == [1] * 6 and answer["plan"]["frames"] == [[3, 40], [3, 6]]
+    assert "note: 3 of 40 frames of video 1, 3 of 6 frames of video 2, delta 1: " in err
+    assert answer["plan"]["tokens"] == answer["prompt_tokens"]
+    clip = json.loads(ask(**settings, clip=["1-2", "0-0.4"], fps=5, json=True).out)
+    assert clip["plan"]["frames"] == [[5, 40], [2, 6]]
+    assert "cache has room" in ask(**settings, cache_gib=0.001).err
+    for flags, reason in [
+        ({"clip": ["3"]}, "--clip is '3'; write START-END"),
+        ({"clip": ["0-1"] * 3}, "3 --clip for 2 inputs"),
+        ({"delta": ["1", "1/2", "1/4"]}, "3 deltas for 2 images"),
+        ({"prompt": "<video>"}, "2 videos, but 1 <video> tags in --prompt"),
+        ({"frame_label": "x"}, "--frame_label: .*must have {} once"),
+        ({"best_of": 2, "majority": True}, "--best_of takes images alone"),
+        ({"prompt": None}, "--video and --pdf need --prompt"),
+        ({"video": [], "fps": 2.0}, "--fps is about --video"),
+        ({"video": ["gone.mp4"]}, "gone.mp4: no such file"),
+        ({"cache_gib": 1e-5}, "the prompt does not fit: .*cache has room for"),
+        ({"cache_gib": -1.0}, "cache_gib is -1.0; it must be above 0"),
+    ]:
+        assert re.search(reason, refused(ask, capsys, **settings | flags)), flags
+    assert "no video for <video>: it is sent" in ask(prompt="<video>").err
+
+
+def test_requests_with_videos(ask, clips):
+    rows = [
+        {"prompt": QUESTION, "video": "long.mp4"},
+        {"prompt": "hi"},
+        {"prompt": QUESTION, "video": [{"path": "long.mp4", "clip": [1, 2], "num_frames": 2}]},
+        {"prompt": QUESTION, "video": "gone.mp4"},
+    ]
+    path, output = clips / "requests.jsonl", clips / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"requests": str(path), "output": str(output), "num_frames": 4}
+    assert "1 of 4 requests could not be answered" in fail(ask, **settings)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [len(answer.get("tiles", ())) for answer in answers] == [4, 0, 2, 0]
+    assert "gone.mp4: no such file" in answers[3]["error"]
+    assert answers[2]["video"] == rows[2]["video"] and len(answers[0]["image_sha256"]) == 1
+    assert answers[2]["plan"]["frames"] == [[2, 40]]
+    # Another video under the name is not taken for the one that was answered.
+    write_video(clips / "long.mp4", 39)
+    assert "was answered for another image" in fail(ask, **settings)
+    write_video(clips / "long.mp4", 40)
+    for row, reason in [
+        ({"video": 3}, "video is the number 3"),
+        ({"video": {"path": "a", "clips": 1}}, "unknown key 'clips' of video; did you mean 'clip'"),
+        ({"video": {"path": "a", "num_frames": 0}}, "video: num_frames is 0"),
+        ({"videos": "a"}, "did you mean 'video'"),
+        ({"video": {"clip": [0, 1]}}, "expected a path, an object with path"),
+    ]:
+        path.write_text(json.dumps({"prompt": "x"} | row))
+        assert reason in fail(ask, **settings)
+
+
+def test_the_program_that_counts_tokens(capsys, clips, tokenizer, tmp_path):
+    encoded(picture(1600, 1200)) and picture(1600, 1200).save(tmp_path / "a.png")
+    arguments = ["tokens", str(tmp_path / "a.png"), "--video", str(clips / "long.mp4")]
+    assert tokens_main([*arguments, "--json", "--text_tokens", "0", "--size", "1b"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    # The text of the labels, by the tokenizer itself.
+    text = "<image>\n" + frame_lines(32, "Frame-{}: ")
+    count = len(tokenizer.encode(text.replace("<image>", "<img>")))
+    assert report["prompt_tokens"] == (13 + 32) * 256 + 33 + count - 1
+    assert report["plan"]["frames"] == [[32, 40]] and report["plan"]["delta"] == "1"
+    assert tokens_main([*arguments, "--num_frames", "300", "--size", "8b"]) == 0
+    out = capsys.readouterr().out
+    assert "long.mp4, 300 frames" in out and "delta 1/4" in out and "delta reduced to fit" in out
+    assert tokens_main([*arguments, "--num_frames", "300", "--delta", "1"]) == 2
+    assert "the prompt does not fit" in capsys.readouterr().err
