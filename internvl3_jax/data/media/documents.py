@@ -25,6 +25,9 @@ MAX_PAGES = 100  # of one document in a prompt
 # A page of an extreme aspect is rendered with at most this many times the pixels of its tiles.
 MOST_EXCESS = 4
 
+# Sides are rounded up, and sizes are float32: without this a side of 448 pixels may become 449.
+_DOWN = 1 - 1e-6
+
 _pdfium_lock = threading.Lock()
 
 
@@ -71,8 +74,6 @@ class PdfFile:
             )
         with _pdfium_lock, self._opened() as pdf:
             count = len(pdf)
-            if not count:
-                raise DocumentError(f"{self.name}: has no pages")
             self.pages = parse_pages(pages, count, self.name)
             if len(self.pages) > max_pages:
                 raise DocumentError(
@@ -146,12 +147,14 @@ class _Opened:
         try:
             self.pdf = self.pdfium.PdfDocument(self.data)
         except self.pdfium.PdfiumError as error:
-            if "password" in str(error).lower():
+            # PDFium keeps the error of an earlier file if it reports none of its own.
+            if error.err_code == self.pdfium.raw.FPDF_ERR_PASSWORD and b"/Encrypt" in self.data:
                 raise DocumentError(
                     f"{self.name}: is encrypted; save a copy without a password"
                 ) from error
             raise DocumentError(
-                f"{self.name}: is damaged or incomplete; fetch it again, or print it to a new PDF"
+                f"{self.name}: is damaged, incomplete or without pages; fetch it again, or print it "
+                "to a new PDF"
             ) from error
         return self.pdf
 
@@ -230,7 +233,7 @@ def _page_scale(
 ) -> float:
     """Returns the pixels of a point."""
     if dpi is not None:
-        return dpi / POINTS_PER_INCH
+        return dpi / POINTS_PER_INCH * _DOWN
     # The grid of a large image of this aspect: between equally near ones, that of more tiles.
     enlarge = max_tiles * processor.image_size / min(width, height)
     columns, rows = image_grid(
@@ -238,4 +241,4 @@ def _page_scale(
     )
     grid = columns * processor.image_size, rows * processor.image_size
     most = math.sqrt(MOST_EXCESS * grid[0] * grid[1] / (width * height))
-    return min(max(grid[0] / width, grid[1] / height), most)
+    return min(max(grid[0] / width, grid[1] / height), most) * _DOWN
