@@ -5,6 +5,7 @@ r"""Asks a multimodal model.
         --prompt "Image-1: <image>\nImage-2: <image>\nWhat differs?"
     python infer.py --checkpoint DIR_OR_HUB_ID --video clip.mp4 --prompt "What happens?"
     python infer.py --checkpoint DIR_OR_HUB_ID --pdf paper.pdf --pages 2-5 --prompt "Summarize."
+    python infer.py --checkpoint DIR_OR_HUB_ID --image a.jpg --prompt "Where is ...?" --draw out.png
     python infer.py --checkpoint DIR_OR_HUB_ID --prompt @question.txt   # or --prompt - for stdin
     python infer.py --checkpoint DIR_OR_HUB_ID                # a conversation; try /help
     python infer.py --checkpoint BASE --adapter a=runs/a --adapter b=peft_dir --use b
@@ -68,7 +69,7 @@ def main(argv):
         choose, critic_settings = open_chooser(checkpoint, chat) if FLAGS.best_of else (None, {})
 
         # 3) A file of requests, one question, or a conversation.
-        terminal = TerminalAnswers(FLAGS.json, FLAGS.stats)
+        terminal = TerminalAnswers(FLAGS.json, FLAGS.stats, FLAGS.draw, FLAGS.draw_tiles)
         if requests is not None:
             answerer = answering.Answerer(
                 chat, choose, FLAGS.best_of or 1, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts

@@ -12,6 +12,7 @@ import pytest
 from internvl3_jax import Chat, load
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.batch import make_prompt
+from internvl3_jax.data.boxes import ShownImage
 from internvl3_jax.data.media.inputs import (
     Limits,
     OpenedVideo,
@@ -126,7 +127,7 @@ def test_a_video_is_the_same_as_its_frames(chat, clips):
     chat.reset()
     assert chat(QUESTION, videos=Video(path, 5)) == chat.answer_many([by_frames])[0].text
     assert chat.last.plan == prompt.plan and chat.last.tiles == [1] * 5
-    assert chat.sizes == [(64, 48)] * 5
+    assert chat.shown == [[ShownImage(64, 48, f"Frame-{n}") for n in range(1, 6)]]
 
 
 def test_ids_of_transformers_processor(tokenizer, transformers_tokenizer):
@@ -190,12 +191,12 @@ def test_a_video_in_a_conversation(chat, clips):
     chat("How many digits?", images=[picture(16, 16)])
     chat("<video>\nAnd here, in SVG's <image>?", videos=[str(clips / "short.mp4")])
     assert chat.last.tiles == [1] * 7 and chat.last.reused_tokens > 0
-    assert len(chat.deltas) == len(chat.sizes) == 7
+    assert len(chat.deltas) == 7 and [len(shown) for shown in chat.shown] == [1, 6]
     chat("And now?", images=[picture(40, 16)])
     assert chat.last.tiles == [1] * 7 + [4]
     chat.undo()
     chat.undo()
-    assert len(chat.tiles) == len(chat.sizes) == 1
+    assert len(chat.tiles) == len(chat.shown) == 1
     chat.reset()
 
 

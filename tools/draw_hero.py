@@ -6,7 +6,6 @@ python tools/draw_hero.py
 
 import json
 import pathlib
-import re
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,13 +36,9 @@ def main() -> None:
 
     axes = figure.add_subplot(left)
     show(axes, image, f"image, {image.width} x {image.height}")
-    box = [int(side) for side in re.search(r"\[\[(.*?)\]\]", answer.text)[1].split(",")]
-    scale = (image.width / 1000, image.height / 1000)
-    corner, size = (
-        (box[0] * scale[0], box[1] * scale[1]),
-        ((box[2] - box[0]) * scale[0], (box[3] - box[1]) * scale[1]),
-    )
-    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=ACCENT, linewidth=3))
+    left_x, top, right_x, bottom = answer.boxes[0].pixels
+    size = right_x - left_x, bottom - top
+    axes.add_patch(Rectangle((left_x, top), *size, fill=False, edgecolor=ACCENT, linewidth=3))
 
     columns = min(len(tiles), 3)
     grid = middle.subgridspec(-(-len(tiles) // columns), columns, wspace=0.12, hspace=0.25)

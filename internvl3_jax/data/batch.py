@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.data.boxes import ShownImage
 from internvl3_jax.data.media.tiles import cut_tiles, image_limit
 from internvl3_jax.data.plan import Plan
 from internvl3_jax.data.text.chat_template import Encoded, encode_chat
@@ -134,7 +135,7 @@ class Prompt:
       positions: i32[T], in units of 1/256.
       runs: (first token, number of tokens) of each image.
       tiles: u8[n,S,S,3] of each image.
-      sizes: Width and height of each image before it was tiled, as far as known.
+      shown: The images that the question is about, as far as known: its own, or the last ones.
       plan: What was chosen so that videos and documents fit; None without them.
     """
 
@@ -142,7 +143,7 @@ class Prompt:
     positions: np.ndarray
     runs: list[tuple[int, int]]
     tiles: list[np.ndarray]
-    sizes: Sequence[tuple[int, int]] = ()
+    shown: Sequence[ShownImage] = ()
     plan: Plan | None = None
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from internvl3_jax.data.boxes import Box, ShownImage, parse_boxes
 from internvl3_jax.data.plan import Plan
 from internvl3_jax.data.text.reasoning import split_reasoning
 from internvl3_jax.inference.compile_clock import CompileClock
@@ -30,6 +31,7 @@ class Answer:
         give several.
       reasoning: what came before the answer, between <think> and </think>; None if nothing did.
       plan: frames, tiles and delta that were chosen for videos and documents; None without them.
+      boxes: boxes, quadrangles and points that the text names, malformed ones included.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Answer:
     model_runs: int = 0
     reasoning: str | None = None
     plan: Plan | None = None
+    boxes: list[Box] = dataclasses.field(default_factory=list)
 
     @property
     def seconds_per_token(self) -> float:
@@ -54,13 +57,18 @@ class Answer:
 
 
 def text_fields(
-    streamer: TextStreamer, options: Options, stop_ids: Sequence[int], keep_start: bool
+    streamer: TextStreamer,
+    options: Options,
+    stop_ids: Sequence[int],
+    keep_start: bool,
+    shown: Sequence[ShownImage] = (),
 ) -> dict:
-    """Returns the fields `text`, `reasoning` and `finish` of an `Answer`.
+    """Returns the fields `text`, `reasoning`, `finish` and `boxes` of an `Answer`.
 
     Args:
       stop_ids: ids of the stop tokens.
       keep_start: keep the space that the text begins with.
+      shown: images that the boxes may be on.
     """
     ids = streamer.ids
     stopped = streamer.ended or (ids and ids[-1] in stop_ids)
@@ -68,7 +76,8 @@ def text_fields(
     text = streamer.text.rstrip() if keep_start else streamer.text.strip()
     parts = split_reasoning(text, options.thinking)
     finish = "reasoning" if parts.is_cut else finish
-    return {"text": parts.answer, "reasoning": parts.reasoning, "finish": finish}
+    boxes = parse_boxes(parts.answer, shown)
+    return {"text": parts.answer, "reasoning": parts.reasoning, "finish": finish, "boxes": boxes}
 
 
 def cut_reasoning(answer: Answer) -> str:

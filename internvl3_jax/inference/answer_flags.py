@@ -205,7 +205,7 @@ SECTIONS = {
         "cache",
         "system",
     ],
-    "Question": ["prompt", "image", "json", "stats"],
+    "Question": ["prompt", "image", "json", "stats", *media_flags.BOX_NAMES],
     "Answer": [
         "max_new_tokens",
         "thinking",

@@ -32,6 +32,8 @@ def as_json(answer: Answer) -> dict:
     fields = {name: getattr(answer, name) for name in FIELDS}
     if answer.reasoning is not None:
         fields["reasoning"] = answer.reasoning
+    if answer.boxes:
+        fields["boxes"] = [dataclasses.asdict(box) for box in answer.boxes]
     if answer.plan is not None:
         fields["plan"] = dataclasses.asdict(answer.plan)
     return fields

@@ -88,7 +88,9 @@ class Asked:
             raise self.ticket.error
         ids, watch = self._streamer.ids, self._watch
         return Answer(
-            **text_fields(self._streamer, self._options, self._engine.stop_ids, keep_start),
+            **text_fields(
+                self._streamer, self._options, self._engine.stop_ids, keep_start, self._prompt.shown
+            ),
             token_ids=ids,
             prompt_tokens=len(self._prompt.tokens),
             tiles=[len(tiles) for tiles in self._prompt.tiles],

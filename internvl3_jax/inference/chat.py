@@ -17,7 +17,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from internvl3_jax.data.batch import Prompt, make_prompt
-from internvl3_jax.data.plan import Plan
+from internvl3_jax.data.boxes import ShownImage
 from internvl3_jax.inference.answer import Answer, Stopwatch, cut_reasoning
 from internvl3_jax.inference.asked import Asked, Engines, run_all
 from internvl3_jax.inference.direct_run import DirectRun
@@ -41,7 +41,7 @@ class Chat:
 
     Attributes:
       last: the last `Answer`; None before the first.
-      on_plan: called with the `Plan` of a question with videos or documents, before its answer.
+      on_turn: called with the `Turn` of a question, its images and its plan, before its answer.
 
     Raises:
       TypeError: `checkpoint` is a path, for example.
@@ -93,7 +93,7 @@ class Chat:
         )
         self.engines, self._own = Engines(self.generator), Engines(self.generator)
         self._reader = TurnReader(checkpoint, self.generator.cache_dtype)
-        self.on_plan: Callable[[Plan], None] | None = None
+        self.on_turn: Callable[[Turn], None] | None = None
         self.use(adapter)
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ class Chat:
         self.messages: list[dict] = []
         self.tiles: list[np.ndarray] = []  # of each image so far
         self.deltas: list[int] = []
-        self.sizes: list[tuple[int, int]] = []  # in pixels
+        self.shown: list[list[ShownImage]] = []  # what boxes of each turn's answer are about
         self.last: Answer | None = None
         self._turns: list[tuple[int, int]] = []  # messages and images before each turn
         self._forget()
@@ -143,9 +143,7 @@ class Chat:
         if not self._turns:
             raise ValueError("the conversation is empty: there is no question to take back")
         messages, images = self._turns.pop()
-        for kept in (self.tiles, self.deltas, self.sizes):
-            del kept[images:]
-        del self.messages[messages:]
+        del self.messages[messages:], self.tiles[images:], self.deltas[images:], self.shown[-1:]
         self.last = None
 
     def __call__(
@@ -184,7 +182,7 @@ class Chat:
         earlier = self.messages, self.tiles, self.deltas
         turn = self._reader.read(question, (images, videos, documents), options, earlier)
         tiles, deltas = self.tiles + turn.tiles, self.deltas + turn.deltas
-        prompt = self._prompt(turn, tiles, deltas, self.sizes)
+        prompt = self._prompt(turn, tiles, deltas)
         config = options.generation_config((options.seed,), self._reader.scaling(options, deltas))
         self.generator.check_context_length(prompt, config)
         # 2) Answer, from where the cache of the conversation ends.
@@ -206,7 +204,8 @@ class Chat:
             return
         self._turns.append((len(self.messages), len(self.tiles)))
         self.messages = [*turn.messages, {"role": "assistant", "content": self.last.text}]
-        self.tiles, self.deltas, self.sizes = tiles, deltas, list(prompt.sizes)
+        self.tiles, self.deltas = tiles, deltas
+        self.shown.append(prompt.shown)
 
     def prepare(
         self,
@@ -242,12 +241,13 @@ class Chat:
         self.generator.check_context_length(prompt, config, where)
         return prompt
 
-    def _prompt(self, turn: Turn, tiles, deltas, sizes=(), where: str = "") -> Prompt:
-        """Makes the prompt of a turn. tiles, deltas: of the conversation with it; sizes: before."""
-        if turn.plan and self.on_plan:
-            self.on_plan(turn.plan)
+    def _prompt(self, turn: Turn, tiles, deltas, where: str = "") -> Prompt:
+        """Makes the prompt of a turn. tiles, deltas: of the conversation with it."""
+        if self.on_turn:
+            self.on_turn(turn)
         prompt = make_prompt(turn.messages, tiles, self.tokenizer, self.processor, deltas, where)
-        return dataclasses.replace(prompt, sizes=[*sizes, *turn.sizes], plan=turn.plan)
+        shown = turn.shown or (self.shown[-1] if tiles else [])
+        return dataclasses.replace(prompt, shown=shown, plan=turn.plan)
 
     def answer_many(
         self, requests: Sequence[tuple[str, Any] | Prompt], **options: Unpack[OptionChanges]

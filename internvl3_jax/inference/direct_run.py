@@ -72,7 +72,9 @@ class DirectRun:
         prompt = self._prompts[row * len(self._prompts) // len(self._streamers)]
         ids, lookup = streamer.ids, self.state.lookup
         return Answer(
-            **text_fields(streamer, self._options, self._generator.stop_ids, keep_start),
+            **text_fields(
+                streamer, self._options, self._generator.stop_ids, keep_start, prompt.shown
+            ),
             token_ids=ids,
             prompt_tokens=len(prompt.tokens),
             tiles=[len(tiles) for tiles in prompt.tiles],

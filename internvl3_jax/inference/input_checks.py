@@ -1,6 +1,7 @@
 """Checks of infer.py's inputs before a model is loaded."""
 
 import os
+import pathlib
 import sys
 
 from internvl3_jax.data.media.images import open_image
@@ -8,6 +9,7 @@ from internvl3_jax.data.media.inputs import Limits, OpenedDocument, OpenedVideo
 from internvl3_jax.data.text.media_tags import TAGS
 from internvl3_jax.inference import answer_flags, loading, media_flags, prompts
 from internvl3_jax.inference.options import Options, resolve_temperature
+from internvl3_jax.inference.output_path import check_output_path
 from internvl3_jax.inference.requests import check_requests, read_requests, tag_remarks
 from internvl3_jax.io.checkpoint_paths import check_exists
 from internvl3_jax.io.terminal import printable
@@ -28,6 +30,9 @@ def check_inputs(flags) -> tuple[list[dict] | None, str | None]:
     flags.image = [os.path.expanduser(image) for image in flags.image]
     for image in flags.image:
         open_image(image, max_pixels=flags.max_image_pixels, allow_truncated=flags.allow_truncated)
+    if flags.draw:
+        inputs = [*flags.image, *flags.video, *flags.pdf]
+        check_output_path(pathlib.Path(os.path.expanduser(flags.draw)), inputs, "--draw")
     _, videos, documents = media_flags.inputs()
     limits = Limits(max_pixels=flags.max_image_pixels, allow_truncated=flags.allow_truncated)
     for video in videos:

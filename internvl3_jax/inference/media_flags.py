@@ -1,5 +1,8 @@
-"""The flags of infer.py about videos and documents, and the inputs of a question that they name."""
+"""The flags of infer.py about videos, documents and boxes, and the inputs of a question that they
+name.
+"""
 
+import pathlib
 import re
 from collections.abc import Sequence
 
@@ -54,10 +57,20 @@ flags.DEFINE_float(
     "if the prompt needs more.",
 )
 
+flags.DEFINE_string(
+    "draw",
+    None,
+    "Image file for the question's image with the boxes of the answer; of several images those "
+    "with boxes, as NAME-1.png and so on.",
+)
+flags.DEFINE_bool("draw_tiles", False, "With --draw, draw the grid of tiles, too.")
+
 NAMES = (
     *("video", "num_frames", "fps", "clip", "frame_tiles", "frame_label"),
     *("pdf", "pages", "dpi", "cache_gib"),
 )
+BOX_NAMES = ("draw", "draw_tiles")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _VIDEO_FLAGS = ("num_frames", "fps", "clip", "frame_tiles", "frame_label")
 _PDF_FLAGS = ("pages", "dpi")
 
@@ -83,8 +96,20 @@ def check() -> None:
             check_label(FLAGS.frame_label)
         except ValueError as error:
             raise UsageError(f"--frame_label: {error}") from error
+    _check_draw()
     _per_input("clip", FLAGS.video)
     _per_input("pages", FLAGS.pdf)
+
+
+def _check_draw() -> None:
+    if FLAGS.draw_tiles and not FLAGS.draw:
+        raise UsageError("--draw_tiles is about --draw; give that, too")
+    if not FLAGS.draw:
+        return
+    if FLAGS.prompt is None or FLAGS.best_of or not (FLAGS.image or FLAGS.video or FLAGS.pdf):
+        raise UsageError("--draw is about one answer to --prompt, with an image")
+    if pathlib.Path(FLAGS.draw).suffix.lower() not in IMAGE_ENDINGS:
+        raise UsageError(f"--draw is {FLAGS.draw!r}; end it with {', '.join(IMAGE_ENDINGS)}")
 
 
 def of_requests() -> tuple[dict, dict]:

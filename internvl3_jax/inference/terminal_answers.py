@@ -3,12 +3,16 @@ stderr.
 """
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 from internvl3_jax.inference.answer import cut_reasoning
 from internvl3_jax.inference.answering import as_json, note
 from internvl3_jax.inference.chat import Answer, Chat
+from internvl3_jax.inference.draw_answer import draw_answer
 from internvl3_jax.inference.progress import progress_line
+from internvl3_jax.inference.turn import Turn
 from internvl3_jax.io import jsonl
 from internvl3_jax.io.terminal import printable
 
@@ -20,19 +24,28 @@ class TerminalAnswers:
     Attributes:
       json: print one JSON object per answer instead of the text.
       stats: print times and token counts to stderr.
+      draw: file for the image with the answer's boxes; None: none is written.
+      draw_tiles: with `draw`, draw the grid of tiles, too.
     """
 
     json: bool = False
     stats: bool = False
+    draw: str | None = None
+    draw_tiles: bool = False
 
     def ask(self, chat: Chat, question: str, images: Sequence[str], *media) -> None:
         """Prints the answer to the next question of a conversation. media: videos, documents."""
-        chat.on_plan = lambda plan: note(f"note: {plan.line()}")
+        turns = []
+        chat.on_turn = lambda turn: self._show_plan(turns, turn)
         for piece in self._pieces(chat, question, images, *media):
             if not self.json:
                 print(printable(piece), end="", flush=True)
         answer = chat.last
         print(jsonl.dumps(as_json(answer)) if self.json else "", flush=True)
+        if self.draw:
+            path, images = pathlib.Path(os.path.expanduser(self.draw)), turns[-1].images
+            for line in draw_answer(answer, images, chat.processor, path, self.draw_tiles):
+                note(f"note: {line}")
         if self.stats:
             note(stats_line(answer))
         if answer.finish == "reasoning":
@@ -45,6 +58,13 @@ class TerminalAnswers:
                 f"the answer was cut off after {len(answer.token_ids)} tokens; --max_new_tokens "
                 "allows more"
             )
+
+    def _show_plan(self, turns: list[Turn], turn: Turn) -> None:
+        """Prints the plan of a question, and keeps its images if they are drawn."""
+        if self.draw:
+            turns.append(turn)
+        if turn.plan:
+            note(f"note: {turn.plan.line()}")
 
     def ask_best(
         self, choose: Callable[[list], list], question: str, images: Sequence[str]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from internvl3_jax.config import UNITS, LanguageConfig
 from internvl3_jax.data.batch import Prompt, cut_images
+from internvl3_jax.data.boxes import ShownImage, labels_of
 from internvl3_jax.data.media.documents import DocumentError
 from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.media.inputs import (
@@ -61,9 +62,12 @@ class Turn:
     plan: Plan | None = None
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of each image, before it was tiled."""
-        return [image.size for image in self.images]
+    def shown(self) -> list[ShownImage]:
+        """Returns the sizes of the images before they were tiled, and their labels."""
+        labels = labels_of(self.messages[-1]["content"], len(self.images))
+        return [
+            ShownImage(*image.size, label) for image, label in zip(self.images, labels, strict=True)
+        ]
 
 
 class TurnReader:
