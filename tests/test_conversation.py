@@ -12,7 +12,11 @@ from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.conversation import Conversation, image_paths
 from internvl3_jax.inference.options import Options
 from internvl3_jax.inference.terminal_answers import TerminalAnswers
+from tests.support.official_data import write_video
+from tests.support.pdfs import plain_pdf, write
 from tests.support.tiny_checkpoint import PROCESSOR, make_image
+
+PAGE = plain_pdf("/MediaBox [0 0 100 100]")
 
 
 class Model:
@@ -109,9 +113,21 @@ def test_commands(monkeypatch, capsys):
         None,
     ]
     err = capsys.readouterr().err
-    assert "there is no command /imge; did you mean '/image'?; there are /image, /images" in err
+    assert "there is no command /imge; did you mean '/image'?; there are /image, /video" in err
     assert err.count("note: no image for <image>: it is sent to the model as text\n") == 1
     assert "/image needs a path" in err and "no images" in err and "/quit leaves" in err
+
+
+def test_videos_and_pdfs_wait_for_the_next_question(monkeypatch, capsys, tmp_path):
+    video, pdf = str(write_video(tmp_path / "a.mp4", 4)), write(tmp_path / "a.pdf", PAGE)
+    asked = []
+    lines = [f"/video {video}", f"/pdf {pdf}", "/images", "What?", "And?"]
+    lines += ["/video", f"/pdf {video}", f"/video {pdf}", f"/pdf {pdf}", "/forget", "Now?"]
+    talk(monkeypatch, lines, lambda chat, *inputs: asked.append(list(inputs)))
+    assert asked == [["What?", [], [video], [pdf]], ["And?", []], ["Now?", []]]
+    err = capsys.readouterr().err
+    assert f"{video}\n{pdf}\n" in err and "/video needs a path, such as /video clip.mp4" in err
+    assert "a.mp4: is no PDF" in err and "a.pdf: cannot be decoded" in err
 
 
 def test_an_image_is_looked_at_at_once(monkeypatch, capsys, tmp_path):

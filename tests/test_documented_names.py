@@ -66,7 +66,9 @@ def check_program(command: Command, arguments: list[str]) -> None:
     assert path, f"{command}: there is no {name}"
     source = path.read_text(encoding="utf-8")
     if name == "infer.py":
-        source += (ROOT / "internvl3_jax/inference/answer_flags.py").read_text(encoding="utf-8")
+        for module in ("answer_flags", "media_flags"):
+            more = ROOT / f"internvl3_jax/inference/{module}.py"
+            source += more.read_text(encoding="utf-8")
     if path.name == "__main__.py":
         source += "".join(other.read_text(encoding="utf-8") for other in path.parent.glob("*.py"))
     for flag in {word.split("=")[0] for word in rest if re.match(r"--?\w", word)} - ANYWHERE:

@@ -49,7 +49,8 @@ def test_the_pages_install_what_training_needs():
     """The line of docs/training.md is README's, and there is one without any extra: the two that
     are tried below.
     """
-    assert installations() == [(), ("quant",), ("storage",), ("logging", "video")]
+    one = [("documents",), ("quant",), ("storage",), ("video",)]
+    assert installations() == [(), *one, ("logging", "video")]
     written = [
         set(LINE.findall((ROOT / page).read_text())) for page in ("README.md", "docs/training.md")
     ]

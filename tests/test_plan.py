@@ -69,8 +69,7 @@ def test_what_fits_is_as_the_official_code_has_it():
     assert plan.changed == () and (plan.tokens, plan.position) == cost(inputs, 32, 12, UNITS)
     assert plan.line() == (
         "32 of 1000 frames of the video, 3 pages of the document, at most 12 tiles an image, "
-        f"delta 1: {plan.tokens:,} tokens; the longest answer ends at position {plan.position:,} "
-        "of 65,536"
+        f"delta 1: {plan.tokens:,} tokens, the answer up to position {plan.position:,} of 65,536"
     )
 
 

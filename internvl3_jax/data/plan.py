@@ -66,7 +66,7 @@ class Plan:
         delta = self.delta if isinstance(self.delta, str) else ", ".join(self.delta)
         parts.append(f"delta {delta}")
         text = (
-            f"{', '.join(parts)}: {self.tokens:,} tokens; the longest answer ends at position "
+            f"{', '.join(parts)}: {self.tokens:,} tokens, the answer up to position "
             f"{self.position:,} of {self.max_position:,}"
         )
         if self.max_tokens is not None:

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from internvl3_jax.data.media.inputs import Document, OpenedDocument, OpenedVideo, Video
 from internvl3_jax.inference.chat import Chat
 from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.prompts import tag_remark, unescape
@@ -14,8 +15,10 @@ from internvl3_jax.io.terminal import one_line, printable
 
 COMMANDS = {
     "/image PATH": "show an image with the next question; may be repeated",
-    "/images": "list the images that wait for the next question",
-    "/forget": "take back the images that wait",
+    "/video PATH": "show a video with the next question; may be repeated",
+    "/pdf PATH": "show the pages of a PDF with the next question; may be repeated",
+    "/images": "list the images, videos and PDFs that wait for the next question",
+    "/forget": "take them back",
     "/undo": "take back the last question and its answer",
     "/reset": "begin a new conversation",
     "/adapter NAME": "begin a new conversation with another adapter; without a name, with none",
@@ -37,14 +40,19 @@ class Conversation:
 
     Args:
       chat: the model.
-      ask: prints the answer to (chat, question, images).
+      ask: prints the answer to (chat, question, images), with videos and documents behind them if
+        there are any.
 
     Attributes:
-      images: paths that wait for the next question.
+      images, videos, documents: paths that wait for the next question.
     """
 
-    def __init__(self, chat: Chat, ask: Callable[[Chat, str, list[str]], None]):
-        self.chat, self.ask, self.images = chat, ask, []
+    def __init__(self, chat: Chat, ask: Callable[..., None]):
+        self.chat, self.ask = chat, ask
+        self._forget()
+
+    def _forget(self) -> None:
+        self.images, self.videos, self.documents = [], [], []
 
     def run(self) -> None:
         """Reads lines until they end. An error in one ends that turn, not the conversation.
@@ -88,10 +96,11 @@ class Conversation:
         if question.lower() in ("quit", "exit"):
             raise ValueError("/quit leaves; with a space and more words it is asked")
         if question:
-            if remark := tag_remark(question, len(self.images)):
+            media = self.videos, self.documents
+            if remark := tag_remark(question, len(self.images), *map(len, media)):
                 print(f"note: {remark}", file=sys.stderr)
-            self.ask(self.chat, question, self.images)
-            self.images = []
+            self.ask(self.chat, question, self.images, *(media if any(media) else ()))
+            self._forget()
         return True
 
     def _command(self, line: str) -> bool:
@@ -103,16 +112,17 @@ class Conversation:
             print(HELP, file=sys.stderr)
         elif command == "/reset":
             self.chat.reset()
-            self.images = []
+            self._forget()
         elif command == "/undo":
             self.chat.undo()
             print("the last question is taken back", file=sys.stderr)
         elif command == "/forget":
-            self.images = []
+            self._forget()
         elif command == "/images":
-            print("\n".join(map(one_line, self.images)) or "no images", file=sys.stderr)
-        elif command == "/image":
-            self._add_images(argument)
+            waiting = [*self.images, *self.videos, *self.documents]
+            print("\n".join(map(one_line, waiting)) or "no images", file=sys.stderr)
+        elif command in ("/image", "/video", "/pdf"):
+            self._add(command, argument)
         elif command == "/adapter":
             self.chat.use(argument or None)
         else:
@@ -122,14 +132,24 @@ class Conversation:
             )
         return True
 
-    def _add_images(self, argument: str) -> None:
-        """Opens the images at once, so that a wrong path does not spoil a question."""
+    def _add(self, command: str, argument: str) -> None:
+        """Opens the files at once, so that a wrong path does not spoil a question."""
+        waiting, example = {
+            "/image": (self.images, "cat.png"),
+            "/video": (self.videos, "clip.mp4"),
+            "/pdf": (self.documents, "paper.pdf"),
+        }[command]
         if not argument:
-            raise ValueError("/image needs a path, such as /image cat.png")
+            raise ValueError(f"{command} needs a path, such as {command} {example}")
         paths = image_paths(argument)
         for path in paths:
-            open_images(path, self.chat.processor, self.chat.options)
-        self.images += paths
+            if command == "/image":
+                open_images(path, self.chat.processor, self.chat.options)
+            elif command == "/video":
+                OpenedVideo(Video(path))
+            else:
+                OpenedDocument(Document(path))
+        waiting += paths
 
 
 def image_paths(text: str) -> list[str]:

@@ -64,6 +64,24 @@ def image_file(number: int = 0) -> Callable[[pathlib.Path], None]:
     return make
 
 
+def video(path: pathlib.Path) -> None:
+    from tests.support.official_data import write_video
+
+    write_video(path, 100)
+
+
+def pdf(path: pathlib.Path) -> None:
+    """Writes a PDF of six A4 pages with a number each."""
+    from PIL import Image
+
+    from tests.support.pdfs import image_pdf, write
+
+    with Image.open(MODEL / "pictures" / READ[0][0]) as image:
+        page = Image.new("RGB", (595, 842), "white")
+        page.paste(image, (100, 100))
+    write(path, image_pdf([page] * 6))
+
+
 def lines(*rows: dict) -> Callable[[pathlib.Path], None]:
     def make(path: pathlib.Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +161,8 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "chart.png": image_file(),
     "receipt.jpg": image_file(),
     "invoice.png": image_file(),
+    "clip.mp4": video,
+    "paper.pdf": pdf,
     "prompt.txt": lambda path: path.write_text(f"<image>\n{READ_QUESTION}\n"),
     "rows.jsonl": lines(*ROWS),
     "meta.json": meta("rows.jsonl"),
