@@ -26,7 +26,8 @@ ACTIONS = (
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _PART = re.compile(
     r"<ref>(?P<ref>.*?)</ref>"
-    r"|<(?P<tag>box|quad|point)>(?P<body>.*?)(?:</(?P=tag)>|(?P<open>$|(?=<(?:ref|box|quad|point)>)))"
+    r"|<(?P<tag>box|quad|point)>(?P<body>.*?)"
+    r"(?:</(?P=tag)>|(?P<open>$|(?=<(?:ref|box|quad|point)>)))"
     rf"|\b(?P<action>{ACTIONS})\(\s*x\s*=\s*(?P<x>{_NUMBER})\s*,\s*y\s*=\s*(?P<y>{_NUMBER})",
     re.DOTALL,
 )

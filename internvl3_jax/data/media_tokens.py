@@ -27,8 +27,7 @@ class Planned:
 
 def plan_media(
     image_sizes: Sequence[tuple[int, int]],
-    videos: Sequence[OpenedVideo],
-    documents: Sequence[OpenedDocument],
+    media: Sequence[OpenedVideo | OpenedDocument],
     processor: ProcessorConfig,
     language: LanguageConfig,
     *,
@@ -40,13 +39,16 @@ def plan_media(
 
     Args:
       image_sizes: of the images beside them.
+      media: videos and documents.
       max_tiles, delta: None leaves them open.
       text_tokens: of the question.
 
     Raises:
       PlanError: it does not fit.
     """
-    images = [OpenedImage(size=size) for size in image_sizes]
+    images = [OpenedImage(size=tuple(size)) for size in image_sizes]
+    videos = [item for item in media if isinstance(item, OpenedVideo)]
+    documents = [item for item in media if isinstance(item, OpenedDocument)]
     inputs = [*images, *videos, *documents]
     tiled = len(images) + sum(len(item.pdf.pages) for item in documents)
 

@@ -159,7 +159,7 @@ def plan_prompt(
     steps = [processor.delta, *(d for d in reversed(DELTAS) if d < processor.delta)]
     steps = [[step] * len(inputs) for step in steps] if deltas is None else [list(deltas)]
 
-    # 2) The most frames that fit with the fewest tiles, then the most tiles, then the largest delta.
+    # 2) The most frames that fit at all, with them the most tiles, and then the largest delta.
     def fits(frames: int, limit: int) -> bool:
         return any(search.fits(frames, limit, units) for units in steps)
 

@@ -130,16 +130,11 @@ def prompt_report(
     limit = image_limit(processor, len(named_sizes))
     plan, rows = None, []
     if media:
-        planned = plan_media(
-            [size for _, *size in named_sizes],
-            [item for item in media if isinstance(item, OpenedVideo)],
-            [item for item in media if isinstance(item, OpenedDocument)],
-            processor,
-            models[0].language,
-            max_tiles=None if "max_tiles" in is_open else max_tiles,
-            delta=None if "delta" in is_open else delta,
-            text_tokens=text_tokens,
-        )
+        sizes = [size for _, *size in named_sizes]
+        given = {"max_tiles": max_tiles, "delta": delta}
+        given |= dict.fromkeys(is_open)
+        language = models[0].language
+        planned = plan_media(sizes, media, processor, language, **given, text_tokens=text_tokens)
         plan, limit, delta = planned.choice.plan, planned.choice.max_tiles, planned.choice.deltas[0]
         text_tokens += planned.label_tokens
         named_sizes = [*named_sizes, *planned.pages]
@@ -148,20 +143,11 @@ def prompt_report(
             for name, count, each in planned.frames
         ]
     rows = [
-        (name, image_cost(width, height, processor, limit, delta))
-        for name, width, height in named_sizes
+        (name, image_cost(*size, processor, limit, delta)) for name, *size in named_sizes
     ] + rows
     costs = [cost for _, cost in rows]
     prompt_tokens = text_tokens + sum(cost.tokens for cost in costs)
     positions = text_tokens + sum(cost.positions for cost in costs)
-    caches = {
-        size: {
-            "bytes_per_token": cache_bytes_per_token(model.language),
-            "bytes": prompt_tokens * cache_bytes_per_token(model.language),
-            "max_position": model.language.max_position,
-        }
-        for size, model in zip(model_sizes, models, strict=True)
-    }
     return {
         "delta": str(Fraction(delta, UNITS)),
         "tile_rule": tiles,
@@ -173,7 +159,18 @@ def prompt_report(
         "text_tokens": text_tokens,
         "prompt_tokens": prompt_tokens,
         "positions": positions,
-        "kv_cache": caches,
+        "kv_cache": {
+            size: _cache(model.language, prompt_tokens)
+            for size, model in zip(model_sizes, models, strict=True)
+        },
+    }
+
+
+def _cache(language: LanguageConfig, tokens: int) -> dict:
+    return {
+        "bytes_per_token": cache_bytes_per_token(language),
+        "bytes": tokens * cache_bytes_per_token(language),
+        "max_position": language.max_position,
     }
 
 

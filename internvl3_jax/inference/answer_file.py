@@ -177,7 +177,9 @@ def read_answers(
         )
     for number, (row, request) in enumerate(zip(rows, requests, strict=False), 1):
         asked = request["asked"]
-        names = ("id", "prompt", "image", "video", "document") if "run" in row else ("id", "prompt")
+        names = ("id", "prompt")
+        if "run" in row:
+            names += ("image", "video", "document")
         if any(row.get(key) != asked.get(key) for key in names):
             raise JsonError(
                 f"{name} holds answers to other questions than were asked (line {number} is of id "

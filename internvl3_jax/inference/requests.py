@@ -162,8 +162,8 @@ def refuse_data(row: strict_json.Object, images: Sequence[str], kind: str = "ima
     """Raises JsonError for an image that is written into the line in place of its path."""
     if written := [image for image in images if image.startswith("data:")]:
         raise JsonError(
-            f"{row.where}: {kind} is {excerpt(written[0])}, which holds the data itself; save it as "
-            "a file and give its path"
+            f"{row.where}: {kind} is {excerpt(written[0])}, which holds the data itself; save it "
+            "as a file and give its path"
         )
 
 

@@ -153,8 +153,8 @@ class _Opened:
                     f"{self.name}: is encrypted; save a copy without a password"
                 ) from error
             raise DocumentError(
-                f"{self.name}: is damaged, incomplete or without pages; fetch it again, or print it "
-                "to a new PDF"
+                f"{self.name}: is damaged, incomplete or without pages; fetch it again, or print "
+                "it to a new PDF"
             ) from error
         return self.pdf
 

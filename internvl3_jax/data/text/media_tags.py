@@ -56,19 +56,7 @@ def place_media(
     expected = {"image": images, "video": len(videos), "document": len(documents)}
     alone = images + sum(documents) == 1
     # 1) The kinds that the text does not place come first.
-    start = ""
-    for kind, count in expected.items():
-        tags = text.count(TAGS[kind])
-        if 0 < tags < count:
-            raise ChatError(
-                f"{at}{count} {kind}s, but {tags} {TAGS[kind]} tags; write one for each, or none"
-            )
-        if tags:
-            continue
-        if kind == "image" and not alone:
-            start += page_lines(count)
-        else:
-            start += f"{TAGS[kind]}\n" * count
+    start = _tags_before(text, expected, alone, at)
     # 2) Lines in place of the tags.
     pages = [images + 1]
     for count in documents:
@@ -92,6 +80,24 @@ def place_media(
         after_lines = kind != "image"
         used[kind] += 1
     return "".join(parts), places
+
+
+def _tags_before(text: str, expected: dict[str, int], alone: bool, at: str) -> str:
+    """Returns the tags of the kinds that have none in a text."""
+    start = ""
+    for kind, count in expected.items():
+        tags = text.count(TAGS[kind])
+        if 0 < tags < count:
+            raise ChatError(
+                f"{at}{count} {kind}s, but {tags} {TAGS[kind]} tags; write one for each, or none"
+            )
+        if tags:
+            continue
+        if kind == "image" and not alone:
+            start += page_lines(count)
+        else:
+            start += f"{TAGS[kind]}\n" * count
+    return start
 
 
 def _lines(kind, index, videos, documents, pages, alone) -> str:
