@@ -11,6 +11,7 @@ from internvl3_jax import Chat, load
 from internvl3_jax.config import ProcessorConfig
 from internvl3_jax.data.batch import make_prompt
 from internvl3_jax.data.boxes import ShownImage
+from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.media.inputs import (
     Limits,
     OpenedVideo,
@@ -22,6 +23,7 @@ from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.data.text.media_tags import frame_lines, place_media
 from tests.support import tiny_checkpoint
 from tests.support.official_data import frame, numbers, write_video
+from tests.support.pdfs import damaged
 from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 QUESTION = "What moves?"
@@ -261,6 +263,20 @@ def test_damaged_videos_are_one_line(chat, clips, tmp_path, name):
     with pytest.raises(VideoError, match=f"^ask: .*{name}: ") as caught:
         chat.prepare(QUESTION, videos=str(tmp_path / name), where="ask")
     assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_is_one_line(clips):
+    """Read as a server reads the bytes of a stranger. Frames of a damaged part may be replaced."""
+    outcomes = set()
+    for data in damaged((clips / "long.mp4").read_bytes(), 200):
+        try:
+            images, text = video_images(Video(data, 3), PROCESSOR)
+            assert len(images) == text.count("<image>") == 3
+            outcomes.add("read")
+        except (VideoError, ImageError) as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_settings_out_of_range():

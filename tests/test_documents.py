@@ -20,6 +20,7 @@ from internvl3_jax.data.media.documents import (
     page_pixels,
     parse_pages,
 )
+from internvl3_jax.data.media.images import ImageError
 from internvl3_jax.data.media.inputs import (
     UNTRUSTED,
     Limits,
@@ -30,7 +31,7 @@ from internvl3_jax.data.media.tiles import image_grid
 from internvl3_jax.data.tokens import main as tokens_main
 from tests.support import tiny_checkpoint
 from tests.support.infer_flags import fail
-from tests.support.pdfs import encrypted_pdf, image_pdf, plain_pdf, write
+from tests.support.pdfs import damaged, encrypted_pdf, image_pdf, plain_pdf, write
 from tests.support.tiny_checkpoint import PROCESSOR, picture
 
 RELEASED = ProcessorConfig()
@@ -209,6 +210,20 @@ def test_what_cannot_be_read_is_one_line(chat, tmp_path, name):
         with pytest.raises(DocumentError, match=reason) as caught:
             chat.prepare(QUESTION, documents=Document(source), where="ask")
         assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_is_one_line():
+    """Read as a server reads the bytes of a stranger."""
+    outcomes = set()
+    for data in damaged(PDF, 200):
+        try:
+            images, text = document_images(data, PROCESSOR)
+            assert len(images) == text.count("<image>")
+            outcomes.add("read")
+        except (DocumentError, ImageError) as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_missing_files_and_libraries(tmp_path, monkeypatch, pdf):

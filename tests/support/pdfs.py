@@ -1,9 +1,10 @@
-"""Writes small PDFs: pages that are images, empty ones, encrypted ones."""
+"""Writes small PDFs: pages that are images, empty ones, encrypted ones; damages files."""
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from PIL import Image
 
 
@@ -51,3 +52,19 @@ def encrypted_pdf() -> bytes:
 def write(path: pathlib.Path, data: bytes) -> str:
     path.write_bytes(data)
     return str(path)
+
+
+def damaged(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
+    """Yields copies of a file with bytes changed, cut out, or missing at the end."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = np.frombuffer(data, np.uint8).copy()
+        way = rng.integers(4)
+        if way == 0:
+            changed = changed[: rng.integers(1, len(changed))]
+        elif way == 1:
+            start = int(rng.integers(len(changed) - 1))
+            changed = np.delete(changed, slice(start, start + int(rng.integers(1, 900))))
+        places = rng.integers(0, len(changed), int(rng.choice([1, 3, 30, 300])))
+        changed[places] = rng.integers(0, 256, len(places))
+        yield changed.tobytes()

@@ -152,14 +152,19 @@ class _Opened:
                 raise DocumentError(
                     f"{self.name}: is encrypted; save a copy without a password"
                 ) from error
-            raise DocumentError(
-                f"{self.name}: is damaged, incomplete or without pages; fetch it again, or print "
-                "it to a new PDF"
-            ) from error
+            raise self._damaged() from error
         return self.pdf
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         self.pdf.close()
+        if isinstance(error, self.pdfium.PdfiumError):  # such as for a page that is not there
+            raise self._damaged() from error
+
+    def _damaged(self) -> DocumentError:
+        return DocumentError(
+            f"{self.name}: is damaged, incomplete or without pages; fetch it again, or print it to "
+            "a new PDF"
+        )
 
 
 def _read(path: str | os.PathLike, max_bytes: int) -> bytes:

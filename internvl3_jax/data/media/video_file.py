@@ -121,7 +121,9 @@ class VideoFile:
             else f"file:{os.fspath(self.video)}"
         )
         return self.av.open(
-            source, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+            source,
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
+            metadata_errors="replace",  # texts of damaged files, or of another encoding
         )
 
     def stream(self, container):
