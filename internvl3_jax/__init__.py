@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from internvl3_jax.data.batch import Batch, Prompt, make_prompt
-    from internvl3_jax.data.media.inputs import Document, Video
+    from internvl3_jax.data.media.given import Document, Video
     from internvl3_jax.inference.answer import Answer
     from internvl3_jax.inference.chat import Chat
     from internvl3_jax.inference.options import Options
@@ -80,7 +80,7 @@ _MODULES = {
         "TrainConfig",
     ),
     "data.batch": ("Batch", "Prompt", "make_prompt"),
-    "data.media.inputs": ("Document", "Video"),
+    "data.media.given": ("Document", "Video"),
     "inference.answer": ("Answer",),
     "inference.chat": ("Chat",),
     "inference.options": ("Options",),

@@ -75,9 +75,9 @@ WRONG = {
         ("hi", {"a.png": 1}),
         {},
         ChatError,
-        "give one image or a list of them",
+        "images is .*; give one or a list: paths, bytes, arrays or PIL images",
     ),
-    "images is a number": (("hi", 5), {}, ChatError, "images is 5; give one image"),
+    "images is a number": (("hi", 5), {}, ChatError, "images is 5; give one or a list"),
     "no such image": (
         ("hi", ["nowhere/cat.png"]),
         {},

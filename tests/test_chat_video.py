@@ -8,19 +8,16 @@ import numpy as np
 import pytest
 
 from internvl3_jax import Chat, load
-from internvl3_jax.config import ProcessorConfig
+from internvl3_jax.config import UNITS, ProcessorConfig
 from internvl3_jax.data.batch import make_prompt
 from internvl3_jax.data.boxes import ShownImage
+from internvl3_jax.data.media.given import Limits, Video
 from internvl3_jax.data.media.images import ImageError
-from internvl3_jax.data.media.inputs import (
-    Limits,
-    OpenedVideo,
-    Video,
-    video_images,
-)
+from internvl3_jax.data.media.inputs import OpenedVideo, video_images
 from internvl3_jax.data.media.video import Footage, VideoError, middle_frames, probe, read_frames
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.data.text.media_tags import frame_lines, place_media
+from internvl3_jax.positions import next_position
 from tests.support import tiny_checkpoint
 from tests.support.official_data import frame, numbers, write_video
 from tests.support.pdfs import damaged
@@ -213,6 +210,8 @@ def test_frames_of_several_tiles_have_thumbnails(chat, clips):
     prompt = chat.prepare(QUESTION, videos=Video(str(clips / "short.mp4"), 2, tiles=4))
     alone = chat.prepare("<image>", [frame(0)], max_tiles=4)
     assert [len(tiles) for tiles in prompt.tiles] == [len(alone.tiles[0])] * 2 != [1, 1]
+    last = next_position(prompt.positions) // UNITS + chat.options.max_new_tokens
+    assert (prompt.plan.tokens, prompt.plan.position) == (len(prompt.tokens), last)
 
 
 def test_one_delta_for_each_input(chat, clips):
@@ -277,6 +276,19 @@ def test_damage_anywhere_is_one_line(clips):
             assert "\n" not in str(error)
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+def test_what_a_video_can_be(chat, clips):
+    expected = chat.prepare(QUESTION, videos=Video(str(clips / "short.mp4"))).tokens.tolist()
+    with open(clips / "short.mp4", "rb") as file:
+        for source in (clips / "short.mp4", file, bytearray((clips / "short.mp4").read_bytes())):
+            assert chat.prepare(QUESTION, videos=[source]).tokens.tolist() == expected
+    with pytest.raises(ChatError, match="videos is 3; give one or a list: paths, bytes, or a Vid"):
+        chat.prepare(QUESTION, videos=3)
+    with pytest.raises(ValueError, match=r"video is of type Image; .*frames as images"):
+        chat.prepare(QUESTION, videos=[frame(1)])
+    with pytest.raises(ValueError, match=r"document is of type int; give a path or the bytes"):
+        chat.prepare(QUESTION, documents=[3])
 
 
 def test_settings_out_of_range():

@@ -20,13 +20,9 @@ from internvl3_jax.data.media.documents import (
     page_pixels,
     parse_pages,
 )
+from internvl3_jax.data.media.given import UNTRUSTED, Limits
 from internvl3_jax.data.media.images import ImageError
-from internvl3_jax.data.media.inputs import (
-    UNTRUSTED,
-    Limits,
-    OpenedDocument,
-    document_images,
-)
+from internvl3_jax.data.media.inputs import OpenedDocument, document_images
 from internvl3_jax.data.media.tiles import image_grid
 from internvl3_jax.data.tokens import main as tokens_main
 from tests.support import tiny_checkpoint

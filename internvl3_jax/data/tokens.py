@@ -26,8 +26,9 @@ from rich.table import Table
 
 from internvl3_jax import cli
 from internvl3_jax.config import TILE_RULES, UNITS, LanguageConfig, ModelConfig, ProcessorConfig
+from internvl3_jax.data.media.given import Document, Video
 from internvl3_jax.data.media.images import MAX_PIXELS, ImageError, open_image
-from internvl3_jax.data.media.inputs import Document, Opened, OpenedDocument, OpenedVideo, Video
+from internvl3_jax.data.media.inputs import Opened, OpenedDocument, OpenedVideo
 from internvl3_jax.data.media.tiles import grid_tiles, image_grid, image_limit
 from internvl3_jax.data.media_tokens import plan_media
 from internvl3_jax.io import command_line

@@ -6,7 +6,8 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from internvl3_jax.data.media.inputs import Document, OpenedDocument, OpenedVideo, Video
+from internvl3_jax.data.media.given import Document, Video
+from internvl3_jax.data.media.inputs import OpenedDocument, OpenedVideo
 from internvl3_jax.inference.chat import Chat
 from internvl3_jax.inference.given_images import open_images
 from internvl3_jax.inference.prompts import tag_remark, unescape

@@ -12,8 +12,8 @@ from internvl3_jax.io.terminal import excerpt
 _SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 
 
-def as_list(images) -> list:
-    """Returns images as a list: of None, one image, or several.
+def as_list(images, kind: str = "images") -> list:
+    """Returns images, videos or documents as a list: of None, one of them, or several.
 
     Raises:
       ChatError: it is none of these.
@@ -25,8 +25,8 @@ def as_list(images) -> list:
         return [images]
     if isinstance(images, dict) or not hasattr(images, "__iter__"):
         raise ChatError(
-            f"images is {excerpt(images)}; give one image or a list of them: paths, bytes, arrays "
-            "or PIL images"
+            f"{kind} is {excerpt(images)}; give one or a list: paths, bytes"
+            + (", arrays or PIL images" if kind == "images" else f", or a {kind[:-1].title()}")
         )
     return list(images)
 

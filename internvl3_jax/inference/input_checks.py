@@ -4,8 +4,9 @@ import os
 import pathlib
 import sys
 
+from internvl3_jax.data.media.given import Limits
 from internvl3_jax.data.media.images import open_image
-from internvl3_jax.data.media.inputs import Limits, OpenedDocument, OpenedVideo
+from internvl3_jax.data.media.inputs import OpenedDocument, OpenedVideo
 from internvl3_jax.data.text.media_tags import TAGS
 from internvl3_jax.inference import answer_flags, loading, media_flags, prompts
 from internvl3_jax.inference.options import Options, resolve_temperature

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from internvl3_jax.data.media.inputs import Document, Video, check_label
+from internvl3_jax.data.media.given import Document, Video, check_label
 from internvl3_jax.io.command_line import UsageError
 
 FLAGS = flags.FLAGS

@@ -13,7 +13,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from internvl3_jax.data.media.inputs import Document, Video
+from internvl3_jax.data.media.given import Document, Video
 from internvl3_jax.data.text.media_tags import TAGS
 from internvl3_jax.inference.prompts import tag_remark
 from internvl3_jax.io import jsonl, remote_files, safe_files, strict_json

@@ -17,16 +17,9 @@ from internvl3_jax.config import UNITS, LanguageConfig
 from internvl3_jax.data.batch import Prompt, cut_images
 from internvl3_jax.data.boxes import ShownImage, labels_of
 from internvl3_jax.data.media.documents import DocumentError
+from internvl3_jax.data.media.given import LOCAL, Document, Limits, Video
 from internvl3_jax.data.media.images import ImageError
-from internvl3_jax.data.media.inputs import (
-    Document,
-    Limits,
-    Opened,
-    OpenedDocument,
-    OpenedImage,
-    OpenedVideo,
-    Video,
-)
+from internvl3_jax.data.media.inputs import Opened, OpenedDocument, OpenedImage, OpenedVideo
 from internvl3_jax.data.media.tiles import cut_tiles
 from internvl3_jax.data.media.video_file import VideoError
 from internvl3_jax.data.plan import Plan, PlanError, Room, plan_prompt
@@ -79,11 +72,11 @@ class TurnReader:
       limits: what is refused of videos and documents.
     """
 
-    def __init__(self, checkpoint, cache_dtype: DTypeLike, limits: Limits | None = None):
+    def __init__(self, checkpoint, cache_dtype: DTypeLike, limits: Limits = LOCAL):
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         self.language = checkpoint.config.language
         self.slot_bytes = slot_bytes(self.language, cache_dtype)
-        self.limits = limits or Limits()
+        self.limits = limits
 
     def read(
         self,
@@ -181,24 +174,15 @@ class TurnReader:
 
         def measure(frames: int) -> tuple[int, int]:
             count = sum(len(item.tiles(processor, 1, frames)) for item in opened)
-            encoded = encode_chat(
-                placed(frames)[0],
-                [*map(len, earlier[0]), *[1] * count],
-                self.tokenizer,
-                processor,
-                add_generation_prompt=True,
-                where=where,
-            )
-            all_units = [*earlier[1], *[UNITS] * count]
-            positions = build_positions(len(encoded.tokens), encoded.runs, all_units)
-            return len(encoded.tokens), next_position(positions) // UNITS
+            counts, deltas = [*map(len, earlier[0]), *[1] * count], [*earlier[1], *[UNITS] * count]
+            return self._measure(placed(frames)[0], counts, deltas, where)
 
         room = Room(
             self.language, options.max_new_tokens, self._max_tokens(options), earlier[1], measure
         )
         choice = plan_prompt(opened, processor, room, options.max_tiles, deltas)
         chat, places = placed(choice.frames)
-        turn = Turn(chat, [], [], [], choice.plan)
+        turn = Turn(chat, [], [], [])
         for index in places:
             item = opened[index]
             images = item.images(processor, choice.max_tiles, choice.frames)
@@ -206,7 +190,22 @@ class TurnReader:
             turn.images += images
             turn.tiles += [cut_tiles(image, processor, limit) for image in images]
             turn.deltas += [choice.deltas[index]] * len(images)
+        # Frames of several tiles were counted with as many as they may have.
+        counts, deltas = [*map(len, earlier[0]), *map(len, turn.tiles)], [*earlier[1], *turn.deltas]
+        tokens, position = self._measure(chat, counts, deltas, where)
+        position += options.max_new_tokens
+        turn.plan = dataclasses.replace(choice.plan, tokens=tokens, position=position)
         return turn
+
+    def _measure(
+        self, chat: list[dict], counts: Sequence[int], deltas: Sequence[int], where: str
+    ) -> tuple[int, int]:
+        """Returns the tokens of a conversation, and the position after it. counts: of tiles."""
+        encoded = encode_chat(
+            chat, counts, self.tokenizer, self.processor, add_generation_prompt=True, where=where
+        )
+        positions = build_positions(len(encoded.tokens), encoded.runs, deltas)
+        return len(encoded.tokens), next_position(positions) // UNITS
 
     def _place(
         self, question: str, opened: Sequence[Opened], frames: int, where: str
@@ -264,7 +263,7 @@ def _given_deltas(options: Options, count: int, where: str) -> list[int] | None:
 
 
 def _listed(kind: type, inputs) -> list:
-    return [inputs] if isinstance(inputs, kind) else as_list(inputs)
+    return [inputs] if isinstance(inputs, kind) else as_list(inputs, f"{kind.__name__.lower()}s")
 
 
 def _as(kind: type, item):

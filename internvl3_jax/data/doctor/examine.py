@@ -18,8 +18,8 @@ from internvl3_jax.data.pairs import PairError
 from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.sources.mixture import Selection
 from internvl3_jax.data.sources.row_fields import is_empty_answer
-from internvl3_jax.data.sources.row_turns import VIDEO_TAG
 from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message
+from internvl3_jax.data.text.media_tags import VIDEO_TAG
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.data.truncation import TooLong
 from internvl3_jax.io.terminal import one_line

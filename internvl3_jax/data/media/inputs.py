@@ -9,15 +9,22 @@ limited before anything is decoded. Decoders are C libraries: a process of its o
 their time and memory.
 """
 
-import dataclasses
 import math
 import os
-from collections.abc import Sequence
 
 from PIL import Image
 
 from internvl3_jax.config import ProcessorConfig
-from internvl3_jax.data.media.documents import MAX_PAGES, PdfFile, page_pixels
+from internvl3_jax.data.media.documents import PdfFile, page_pixels
+from internvl3_jax.data.media.given import (
+    DEFAULT_FRAMES,
+    LOCAL,
+    UNTRUSTED,
+    Data,
+    Document,
+    Limits,
+    Video,
+)
 from internvl3_jax.data.media.tiles import count_tiles, image_limit
 from internvl3_jax.data.media.video import (
     Footage,
@@ -27,115 +34,10 @@ from internvl3_jax.data.media.video import (
     probe,
     read_frames,
 )
-from internvl3_jax.data.media.video_file import MOST_FRAMES
 from internvl3_jax.data.text.media_tags import frame_lines, page_lines
 from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.safe_files import open_regular
-from internvl3_jax.io.terminal import excerpt, short_name
-
-DEFAULT_FRAMES = 32  # of a video, as `load_video` of InternVL's quick start
-MOST_SHOWN_FRAMES = 4096
-
-Data = str | os.PathLike | bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What is refused before it is decoded.
-
-    Attributes:
-      max_bytes: of a file.
-      max_pixels: of an image, a frame or a rendered page; None: as of `open_image`, 0: no limit.
-      max_pages: pages of a document that are shown.
-      max_frames: frames of a video that are shown.
-      max_video_frames: frames that a video has.
-      max_seconds: duration of a video, if it says its frame rate.
-      allow_truncated: use files whose end is missing.
-    """
-
-    max_bytes: int = 4 << 30
-    max_pixels: int | None = None
-    max_pages: int = MAX_PAGES
-    max_frames: int = MOST_SHOWN_FRAMES
-    max_video_frames: int = MOST_FRAMES
-    max_seconds: float = math.inf
-    allow_truncated: bool = False
-
-
-UNTRUSTED = Limits(
-    max_bytes=64 << 20,
-    max_pixels=16 << 20,
-    max_pages=32,
-    max_frames=128,
-    max_video_frames=60 * 3600,
-    max_seconds=3600,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """A video, and which of its frames are shown.
-
-    Attributes:
-      source: path of a file, of a GIF or of a folder with one image per frame, or the bytes of a
-        file.
-      num_frames: how many frames; a shorter video repeats some, as in InternVL's code. None: up to
-        DEFAULT_FRAMES, fewer if the video has fewer or the prompt has no room for them.
-      fps: as many frames as the video has seconds times this, at most `num_frames`.
-      clip: (start, end) in seconds.
-      tiles: largest number of tiles of a frame; 1 in InternVL's quick start and training.
-      label: text before each frame, with {} for its number; None: as of the checkpoint.
-
-    Raises:
-      ValueError: a value is out of range.
-    """
-
-    source: Data
-    num_frames: int | None = None
-    fps: float | None = None
-    clip: tuple[float, float] | None = None
-    tiles: int = 1
-    label: str | None = None
-
-    def __post_init__(self):
-        for name in ("num_frames", "tiles"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole and value >= 1) and not (name == "num_frames" and value is None):
-                raise ValueError(f"{name} is {excerpt(value)}; it must be a number from 1")
-        number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
-        if self.fps is not None and not (number and 0 < self.fps < math.inf):
-            raise ValueError(f"fps is {excerpt(self.fps)}; it must be a number above 0")
-        if self.label is not None:
-            check_label(self.label)
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A PDF, and which of its pages are shown.
-
-    Attributes:
-      source: path or bytes of the file.
-      pages: a text such as "2-5,8" or "3-", or a list of numbers from 1; None is all.
-      dpi: resolution; None renders as many pixels as the tiles of the page have.
-
-    Raises:
-      ValueError: `dpi` is out of range.
-    """
-
-    source: Data
-    pages: str | Sequence[int] | None = None
-    dpi: float | None = None
-
-    def __post_init__(self):
-        number = isinstance(self.dpi, int | float) and not isinstance(self.dpi, bool)
-        if self.dpi is not None and not (number and 1 <= self.dpi <= 4800):
-            raise ValueError(f"dpi is {excerpt(self.dpi)}; it must be from 1 to 4800")
-
-
-def check_label(label: str) -> None:
-    """Raises ValueError unless a frame label has one {} and no <image>."""
-    ProcessorConfig(frame_label=label)
+from internvl3_jax.io.terminal import short_name
 
 
 class OpenedImage:
@@ -167,11 +69,11 @@ class OpenedVideo:
       is_fixed: whether the caller gave that number.
     """
 
-    def __init__(self, video: Video, limits: Limits = Limits()):
+    def __init__(self, video: Video, limits: Limits = LOCAL):
         self.video, self.limits = video, limits
         source = video.source
-        is_bytes = isinstance(source, bytes | bytearray | memoryview)
-        self._source = bytes(source) if is_bytes else os.path.expanduser(os.fspath(source))
+        is_bytes = isinstance(source, bytes)
+        self._source = source if is_bytes else os.path.expanduser(os.fspath(source))
         ending = ".gif" if is_bytes and self._source[:4] == b"GIF8" else ""
         self.name = f"video of {len(source)} bytes{ending}" if is_bytes else self._source
         _check_bytes(self._source, self.name, limits.max_bytes)
@@ -249,10 +151,10 @@ class OpenedDocument:
       pdf: the file, with the numbers and sizes of the pages.
     """
 
-    def __init__(self, document: Document, limits: Limits = Limits()):
+    def __init__(self, document: Document, limits: Limits = LOCAL):
         self.document, self.limits = document, limits
         source = document.source
-        if not isinstance(source, bytes | bytearray | memoryview):
+        if not isinstance(source, bytes):
             source = os.path.expanduser(os.fspath(source))
         self.pdf = PdfFile(
             source, document.pages, max_bytes=limits.max_bytes, max_pages=limits.max_pages

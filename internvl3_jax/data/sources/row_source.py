@@ -34,9 +34,10 @@ from internvl3_jax.data.sources.row_fields import (
     read_pair,
 )
 from internvl3_jax.data.sources.row_paths import locate
-from internvl3_jax.data.sources.row_turns import VIDEO_TAG, Turns, read_turns
+from internvl3_jax.data.sources.row_turns import Turns, read_turns
 from internvl3_jax.data.sources.rows import RowError, Rows
-from internvl3_jax.data.text.chat_template import IMAGE_TAG, Message, insert_missing_tags
+from internvl3_jax.data.text.chat_template import Message, insert_missing_tags
+from internvl3_jax.data.text.media_tags import VIDEO_TAG, frame_lines
 
 
 @dataclasses.dataclass
@@ -204,8 +205,5 @@ def insert_frames(messages: list[Message], count: int, label: str) -> list[Messa
     if tags > 1 or (tags and VIDEO_TAG not in text):
         raise RowError(f"{tags} {VIDEO_TAG} tags; expected one, in the first human turn")
     before, _, after = text.partition(VIDEO_TAG) if tags else ("", "", text)
-    lines = "".join(
-        f"{label.replace('{}', str(number))}{IMAGE_TAG}\n" for number in range(1, count + 1)
-    )
-    content = before + lines + after.removeprefix("\n")
+    content = before + frame_lines(count, label) + after.removeprefix("\n")
     return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]

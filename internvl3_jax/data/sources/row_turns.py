@@ -20,10 +20,10 @@ from internvl3_jax.data.sources.row_fields import (
 )
 from internvl3_jax.data.sources.rows import RowError
 from internvl3_jax.data.text.chat_template import IMAGE_TAG, OFFICIAL_ROLES, Message
+from internvl3_jax.data.text.media_tags import VIDEO_TAG
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import excerpt, one_line
 
-VIDEO_TAG = "<video>"
 TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 
 _ROLES = {**OFFICIAL_ROLES, "user": "user", "assistant": "assistant"}
