@@ -50,6 +50,7 @@ def main(argv):
     # Imported here, since jax takes seconds to import.
     from internvl3_jax import Chat
     from internvl3_jax.inference import answering, input_checks, loading
+    from internvl3_jax.inference.answerer import Answerer
     from internvl3_jax.inference.conversation import Conversation
     from internvl3_jax.inference.terminal_answers import TerminalAnswers
 
@@ -71,7 +72,7 @@ def main(argv):
         # 3) A file of requests, one question, or a conversation.
         terminal = TerminalAnswers(FLAGS.json, FLAGS.stats, FLAGS.draw, FLAGS.draw_tiles)
         if requests is not None:
-            answerer = answering.Answerer(
+            answerer = Answerer(
                 chat, choose, FLAGS.best_of or 1, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts
             )
             settings = answer_flags.asked_settings() | critic_settings

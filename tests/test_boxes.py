@@ -13,7 +13,7 @@ from internvl3_jax.data.boxes import Box, ShownImage, labels_of, parse_boxes
 from internvl3_jax.data.media import drawing
 from internvl3_jax.data.media.drawing import COLORS, contrast, draw_boxes, draw_tiles, text_color
 from internvl3_jax.inference.answer import Answer
-from internvl3_jax.inference.answering import as_json
+from internvl3_jax.inference.answerer import as_json
 from internvl3_jax.inference.draw_answer import draw_answer
 from tests.support.documented_world import MODEL
 

@@ -205,3 +205,70 @@ def test_an_image_that_changed_meanwhile_is_refused(ask, requests):
     error = fail(ask, **settings)
     assert f"{output} line 1 (id 'first') was answered for another image: " in error
     assert output.read_text() == "\n".join(lines[:3]) + "\n"
+
+
+# --- options of one request ----------------------------------------------------------------------
+
+
+def test_requests_have_options_of_their_own(ask, requests):
+    """Each answer is the one that the command gives with these options."""
+    own = [
+        {"max_new_tokens": 3},
+        {"max_tiles": 1, "delta": "1/4"},
+        {"temperature": 1.0, "seed": 7, "top_k": 5},
+        {"system": "Answer briefly.", "max_new_tokens": 20},
+    ]
+    image = str(requests.with_name("wide.png"))
+    lines = [{"prompt": "Read the number.", "image": image} | options for options in own]
+    path = requests.with_name("own.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = requests.with_name("own_answers.jsonl")
+    settings = {"requests": str(path), "output": str(output)}
+    ask(**settings, batch_size=2)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    for row, line, options in zip(rows, lines, own, strict=True):
+        assert {name: row[name] for name in line} == line
+        flags = options | ({"delta": [options["delta"]]} if "delta" in options else {})
+        alone = json.loads(ask(prompt="Read the number.", image=[image], json=True, **flags).out)
+        assert (row["token_ids"], row["tiles"]) == (alone["token_ids"], alone["tiles"])
+    assert [row["tiles"] for row in rows] == [[4], [1], [4], [4]]
+    # Answers to other options are not taken for these.
+    lines[1]["delta"] = "1/8"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "answers to other questions than were asked (line 2" in fail(ask, **settings)
+
+
+def test_wrong_options_of_one_request_are_its_error(ask, requests):
+    lines = [
+        {"prompt": "a", "temperature": -1},
+        {"prompt": "b", "max_new_tokens": "many"},
+        {"prompt": "c", "max_new_tokens": 2},
+    ]
+    path = requests.with_name("wrong.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = requests.with_name("wrong_answers.jsonl")
+    settings = {"requests": str(path), "output": str(output)}
+    assert "2 of 3 requests could not be answered" in fail(ask, **settings)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "wrong.jsonl line 1 (id 1): temperature is -1" in rows[0]["error"]
+    assert "max_new_tokens is 'many'; it must be a whole number" in rows[1]["error"]
+    assert len(rows[2]["token_ids"]) == 2
+    more = settings | {"output": str(requests.with_name("best.jsonl")), "best_of": 2}
+    assert "temperature of one request go with neither --best_of nor --prompt_lookup" in fail(
+        ask, **more, majority=True, on_error="stop"
+    )
+
+
+def test_a_long_answer_holds_nothing_up(ask, requests):
+    """Rows that end are taken by the next requests; the order of the output stays."""
+    lines = [
+        {"prompt": f"number {number}", "max_new_tokens": 60 if number == 0 else 2}
+        for number in range(12)
+    ]
+    path = requests.with_name("mixed.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = requests.with_name("mixed_answers.jsonl")
+    ask(requests=str(path), output=str(output), batch_size=2)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(1, 13))
+    assert [len(row["token_ids"]) for row in rows] == [60] + 11 * [2]

@@ -10,7 +10,8 @@ from internvl3_jax import Chat, load
 from internvl3_jax.checkpoints.hf.assemble import ConversionError
 from internvl3_jax.data.text.reasoning import THINKING_SYSTEM, split_reasoning
 from internvl3_jax.inference import asked
-from internvl3_jax.inference.answering import as_json, totals
+from internvl3_jax.inference.answerer import as_json
+from internvl3_jax.inference.answering import totals
 from internvl3_jax.inference.engine.request import Request
 from internvl3_jax.inference.terminal_answers import TerminalAnswers
 from internvl3_jax.model import lora

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from internvl3_jax.inference.output_path import check_output_path, path_beside
-from internvl3_jax.inference.requests import image_hashes, paths_of
+from internvl3_jax.inference.requests import OPTIONS, image_hashes, paths_of
 from internvl3_jax.inference.resumable import ROW_START, Rows, read_own_rows
 from internvl3_jax.io import jsonl, remote_files, safe_files, strict_json
 from internvl3_jax.io.remote_files import as_path, is_remote
@@ -179,7 +179,7 @@ def read_answers(
         asked = request["asked"]
         names = ("id", "prompt")
         if "run" in row:
-            names += ("image", "video", "document")
+            names += ("image", "video", "document", *OPTIONS)
         if any(row.get(key) != asked.get(key) for key in names):
             raise JsonError(
                 f"{name} holds answers to other questions than were asked (line {number} is of id "

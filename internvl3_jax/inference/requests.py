@@ -4,8 +4,9 @@
     {"prompt": TEXT, "video": PATH, {"path": PATH, "clip": [3, 9.5], ...}, or a list of these}
     {"prompt": TEXT, "document": PATH, {"path": PATH, "pages": "2-5", ...}, or a list of these}
 
-Only the prompt is required. Relative paths start at the directory of the file. The keys in `KEPT`
-are not interpreted; the answer repeats them, and "extra" has room for anything else.
+Only the prompt is required. Relative paths start at the directory of the file. The keys in `OPTIONS`
+are for this request alone. Those in `KEPT` are not interpreted; the answer repeats them, and
+"extra" has room for anything else.
 """
 
 import hashlib
@@ -22,6 +23,9 @@ from internvl3_jax.io.safe_files import FileError
 from internvl3_jax.io.strict_json import JsonError
 from internvl3_jax.io.terminal import excerpt, one_line
 
+# Options of one request, in place of the command's: fields of `Options`.
+OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "delta", "max_tiles")
+OPTIONS += ("max_total_tiles", "system", "thinking")
 KEPT = ("expected", "answer", "label", "task", "category", "source", "extra")
 # Keys of other programs, and what they are called here.
 ALIASES = {
@@ -40,6 +44,7 @@ ALIASES = {
     "system": "--system",
     "temperature": "--temperature",
     "max_tokens": "--max_new_tokens",
+    "max_completion_tokens": "--max_new_tokens",
     "max_new_tokens": "--max_new_tokens",
     "stop": "--stop",
     "videos": "video",
@@ -71,6 +76,7 @@ def read_requests(
         prompt: the text;
         image: list of paths, relative ones completed with the directory of the file;
         video, document: lists of `Video` and `Document`;
+        options: those of the request alone, not checked;
         id: by default the line number;
         where: "FILE line N", for messages;
         asked: what the answer repeats of the line: id, prompt, image and the keys in `KEPT`.
@@ -82,7 +88,7 @@ def read_requests(
     settings = {"video": video_settings or {}, "document": document_settings or {}}
     requests = []
     for row in jsonl.read_objects(path):
-        refuse_unknown(row, ("prompt", "image", "video", "document", "id", *KEPT))
+        refuse_unknown(row, ("prompt", "image", "video", "document", "id", *OPTIONS, *KEPT))
         prompt = row.get("prompt", str)
         images = row.get("image", (str, list), [])
         images = [images] if isinstance(images, str) else images
@@ -93,13 +99,14 @@ def read_requests(
             )
         refuse_data(row, images)
         request_id = row.values.get("id", int(row.where.rpartition(" ")[2]))
-        names = ("image", *MEDIA, *KEPT)
+        names = ("image", *MEDIA, *OPTIONS, *KEPT)
         kept = {name: row.values[name] for name in names if row.values.get(name) is not None}
         requests.append(
             {
                 "prompt": prompt,
                 "image": [_complete(image, path.parent) for image in images],
                 **{kind: _read_media(row, kind, path.parent, settings[kind]) for kind in settings},
+                "options": {name: kept[name] for name in OPTIONS if name in kept},
                 "id": request_id,
                 "where": row.where,
                 "asked": {"id": request_id, "prompt": prompt} | kept,
@@ -148,6 +155,8 @@ def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
     for name in row.values:
         if name not in known:
             meant = ALIASES.get(name, "prompt" if name == "prompt" else None)
+            if meant is not None and meant.removeprefix("--") in known:
+                meant = meant.removeprefix("--")
             # What is a prompt in a request is a question in a file of questions.
             if meant == "prompt" and meant not in known:
                 meant = "question"

@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 from internvl3_jax.inference.answer import cut_reasoning
-from internvl3_jax.inference.answering import as_json, note
+from internvl3_jax.inference.answerer import as_json
+from internvl3_jax.inference.answering import note
 from internvl3_jax.inference.chat import Answer, Chat
 from internvl3_jax.inference.draw_answer import draw_answer
 from internvl3_jax.inference.progress import progress_line

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from internvl3_jax.inference.answering import with_name
+from internvl3_jax.inference.answerer import with_name
 from internvl3_jax.inference.resumable import Rows, read_rows
 from internvl3_jax.io import jsonl
 from internvl3_jax.io.terminal import one_line
