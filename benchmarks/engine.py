@@ -60,15 +60,16 @@ def fixed_batches(generator: Generator, requests: list[Request], rows: int) -> l
         longest = max(request.max_new_tokens for request in batch)
         run = GenerationConfig(longest, Sampling(), (0,) * len(batch), "none")
         found = generator.generate([request.prompt for request in batch], run)
-        answers += [ids[: request.max_new_tokens] for ids, request in zip(found, batch, strict=True)]
+        answers += [
+            ids[: request.max_new_tokens] for ids, request in zip(found, batch, strict=True)
+        ]
     return answers
 
 
 def by_engine(engine: Engine, requests: list[Request]) -> list[list[int]]:
     tickets = [engine.submit(request) for request in requests]
     engine.run()
-    for row in engine._scheduler.rows:  # no prompt is found again in the next round
-        row.content = None
+    engine.forget()  # no prompt is found again in the next round
     return [ticket.ids for ticket in tickets]
 
 

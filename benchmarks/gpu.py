@@ -48,6 +48,7 @@ PARTS = (
     Part("torch 8b", f"{PACKAGE}.torch_inference", "8b", 60),
     Part("compile 1b measuring", f"{PACKAGE}.compiling", "1b", 60, OWN_AUTOTUNE),
     Part("compile 1b loading", f"{PACKAGE}.compiling", "1b", 45, OWN_AUTOTUNE),
+    Part("engine 1b", f"{PACKAGE}.engine", "1b", 150),
     Part("train 2b", f"{PACKAGE}.training", "2b", 70),
     Part("torch train 2b", f"{PACKAGE}.torch_training", "2b", 50),
     Part("torch compiled 1b", f"{PACKAGE}.torch_compiled", "1b", 150),

@@ -20,6 +20,7 @@ PARTS = {
     "train 1b",
     "torch train 1b",
     "compile 1b measuring",
+    "engine 1b",
     "torch compiled 1b",
 }
 BROKEN = """
