@@ -33,8 +33,9 @@ SLOW = """
 train train_refused train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs
 generate generate_ends engine engine_settings engine_models engine_hosts elastic sharding attention
 attention_meshes step benchmarks infer_hosts distributed optimizer frozen infer infer_requests lora
-chat_session chat_turns chat_requests chat_video infer_media thinking peft peft_refused critic best_of_n preference
-preference_example process_reward process_labels make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora gpu_benchmark
+chat_session chat_turns chat_requests chat_video infer_media thinking peft peft_refused critic
+best_of_n preference preference_example process_reward process_labels make_pairs miniature digits
+notebook fit fit_memory fit_compiled fit_lora gpu_benchmark
 documented_commands documented_names quantize weights stored_weights quality int8_cache internlm2
 fuzz convert compose convert_damage convert_sources sampling shapes launch launch_clusters install
 kill

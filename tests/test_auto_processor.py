@@ -88,10 +88,10 @@ def test_ids_and_pixels_of_videos(exported):
     """Two videos of frames that both sides are given: one tile each, "Frame1: " and so on."""
     _, processor, _ = exported
     checkpoint = load(MODEL)
-    pictures = [open_image(MODEL / question["image"][0]) for question in QUESTIONS[:5]]
+    images = [open_image(MODEL / question["image"][0]) for question in QUESTIONS[:5]]
     videos = [
-        [image.resize((96, 64)) for image in pictures[:3]],
-        [image.resize((96, 64)) for image in pictures[2:5]],
+        [image.resize((96, 64)) for image in images[:3]],
+        [image.resize((96, 64)) for image in images[2:5]],
     ]
     parts = [
         {"type": "video", "video": [np.asarray(image) for image in frames]} for frames in videos

@@ -169,12 +169,12 @@ def test_answers_have_boxes_in_pixels(located):
 
 def test_infer_draws_the_answer(ask, capsys, tmp_path):
     target = tmp_path / "out.png"
-    picture = str(MODEL / "pictures" / "10_locate.png")
-    question = {"checkpoint": str(MODEL), "image": [picture], "prompt": LOCATE}
+    image_path = str(MODEL / "pictures" / "10_locate.png")
+    question = {"checkpoint": str(MODEL), "image": [image_path], "prompt": LOCATE}
     out, err = ask(**question, max_new_tokens=64, json=True, draw=str(target), draw_tiles=True)
     (box,) = json.loads(out)["boxes"]
     assert err.startswith("note: 1 box drawn at 4 times its size: ") and target.exists()
-    drawn, plain = Image.open(target), Image.open(picture).convert("RGB")
+    drawn, plain = Image.open(target), Image.open(image_path).convert("RGB")
     assert drawn.size == (4 * plain.width, 4 * plain.height)
     changed = np.abs(np.asarray(drawn).astype(int) - np.asarray(plain.resize(drawn.size))) > 60
     rows, columns = np.nonzero(changed.any(-1))

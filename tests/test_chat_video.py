@@ -21,7 +21,7 @@ from internvl3_jax.positions import next_position
 from tests.support import tiny_checkpoint
 from tests.support.official_data import frame, numbers, write_video
 from tests.support.pdfs import damaged
-from tests.support.tiny_checkpoint import PROCESSOR, picture
+from tests.support.tiny_checkpoint import PROCESSOR, make_image
 
 QUESTION = "What moves?"
 
@@ -183,11 +183,11 @@ def test_where_media_are_placed():
 def test_a_video_in_a_conversation(chat, clips):
     """A later turn with an image, tags that are text, and taking it back."""
     chat.reset()
-    chat("How many digits?", images=[picture(16, 16)])
+    chat("How many digits?", images=[make_image(16, 16)])
     chat("<video>\nAnd here, in SVG's <image>?", videos=[str(clips / "short.mp4")])
     assert chat.last.tiles == [1] * 7 and chat.last.reused_tokens > 0
     assert len(chat.deltas) == 7 and [len(shown) for shown in chat.shown] == [1, 6]
-    chat("And now?", images=[picture(40, 16)])
+    chat("And now?", images=[make_image(40, 16)])
     assert chat.last.tiles == [1] * 7 + [4]
     chat.undo()
     chat.undo()
@@ -216,7 +216,7 @@ def test_frames_of_several_tiles_have_thumbnails(chat, clips):
 
 def test_one_delta_for_each_input(chat, clips):
     path = str(clips / "short.mp4")
-    prompt = chat.prepare(QUESTION, [picture(16, 16)], Video(path, 2), delta=["1", "1/4"])
+    prompt = chat.prepare(QUESTION, [make_image(16, 16)], Video(path, 2), delta=["1", "1/4"])
     steps = [np.diff(prompt.positions[start : start + 2])[0] for start, _ in prompt.runs]
     assert steps == [256, 64, 64] and prompt.plan.delta == ("1", "1/4")
     with pytest.raises(ChatError, match="2 deltas for 3 images; .*a video or document counts as"):

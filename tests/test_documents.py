@@ -28,7 +28,7 @@ from internvl3_jax.data.tokens import main as tokens_main
 from tests.support import tiny_checkpoint
 from tests.support.infer_flags import fail
 from tests.support.pdfs import damaged, encrypted_pdf, image_pdf, plain_pdf, write
-from tests.support.tiny_checkpoint import PROCESSOR, picture
+from tests.support.tiny_checkpoint import PROCESSOR, make_image
 
 RELEASED = ProcessorConfig()
 COLORS = ["red", "lime", "blue", "white", "black", "yellow"]
@@ -171,7 +171,7 @@ def test_a_document_is_the_same_as_its_pages(chat, pdf):
 
 
 def test_many_pages_take_a_smaller_delta_and_then_fewer_tiles(chat):
-    pages = image_pdf([picture(100, 100, seed) for seed in range(95)])
+    pages = image_pdf([make_image(100, 100, seed) for seed in range(95)])
     prompt = chat.prepare(QUESTION, documents=pages, max_tiles=4)
     assert prompt.plan.changed == ("delta",) and prompt.plan.delta != "1"
     limit = chat.generator.config.language.max_position

@@ -9,7 +9,7 @@ from internvl3_jax.data.text.media_tags import frame_lines
 from internvl3_jax.data.tokens import main as tokens_main
 from tests.support.infer_flags import fail
 from tests.support.official_data import write_video
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 QUESTION = "What moves?"
 
@@ -89,7 +89,7 @@ def test_requests_with_videos(ask, clips):
 
 
 def test_the_program_that_counts_tokens(capsys, clips, tokenizer, tmp_path):
-    picture(1600, 1200).save(tmp_path / "a.png")
+    make_image(1600, 1200).save(tmp_path / "a.png")
     arguments = ["tokens", str(tmp_path / "a.png"), "--video", str(clips / "long.mp4")]
     assert tokens_main([*arguments, "--json", "--text_tokens", "0", "--size", "1b"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -246,7 +246,7 @@ class Chat:
         if self.on_turn:
             self.on_turn(turn)
         prompt = make_prompt(turn.messages, tiles, self.tokenizer, self.processor, deltas, where)
-        shown = turn.shown or (self.shown[-1] if tiles else [])
+        shown = turn.shown or (self.shown[-1] if tiles and self.shown else [])
         return dataclasses.replace(prompt, shown=shown, plan=turn.plan)
 
     def answer_many(
