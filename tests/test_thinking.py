@@ -43,20 +43,15 @@ def thinker(converted):
 
 
 def script(chat, monkeypatch, *texts, stop=True):
-    """Makes the model say these texts, one per row of a batch, with a stop token after them."""
+    """Makes the model say these texts, one per answer, with a stop token after them, or cut off."""
     stops = [chat.tokenizer.token_id("<|im_end|>")] if stop else []
     rows = [chat.tokenizer.encode(text) + stops for text in texts]
-
-    def stream(state, config):
-        for index in range(max(map(len, rows))):
-            yield [row[index : index + 1] for row in rows]
-
-    monkeypatch.setattr(chat.generator, "stream", stream)
-    # The same of an engine, whose rows are the requests in their order.
     left, vocabulary = itertools.cycle(rows), chat.generator.config.language.vocab_size
 
     def constrained(*arguments):
-        return Request(*arguments, constraint=OneAfterAnother(next(left), vocabulary))
+        ids = next(left)
+        request = Request(*arguments, constraint=OneAfterAnother(ids, vocabulary))
+        return request if stop else dataclasses.replace(request, max_new_tokens=len(ids))
 
     monkeypatch.setattr(asked, "Request", constrained)
 

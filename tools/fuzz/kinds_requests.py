@@ -112,8 +112,18 @@ def request_cases(rng: random.Random) -> Iterator[Case]:
         "imgae": ('"wide.png"',),
         "promt": ('"x"',),
         "videos": ('["x.mp4"]',),
-        "temperature": ("5",),
-        "max_new_tokens": ("5",),
+        "temperature": ("-1", '"hot"', "[]", "true", "1e999", "NaN"),
+        "max_new_tokens": ("0", "-1", "1.5", '"many"', "true", "1e30", "99999999999"),
+        "top_p": ("0", "2", '"all"'),
+        "top_k": ("-1", "1.5", '"all"'),
+        "seed": ("-1", "4294967296", "1.5"),
+        "stop": ("5", '[""]', "[5]", '""'),
+        "delta": ('"1/3"', "0", '"x"', "[]", "{}", "true"),
+        "max_tiles": ("0", "1e9", '"all"'),
+        "max_total_tiles": ("-1", '"all"'),
+        "system": ("5", "[]"),
+        "thinking": ("5", '"yes"'),
+        "max_tokens": ("5",),
     }
     for key, texts in wrong.items():
         for text in texts:
