@@ -215,7 +215,10 @@ def decode_block(
 
     # The block works on the slots that it reads: copied once, not in each step.
     whole, cache = cache, jax.tree.map(lambda x: x[:, :, :num_read], cache)
-    first_slots = jax.tree.map(lambda x: x[:, :, :1], cache)
+    # The barrier makes them now: read after the loop they would keep a copy of the whole cache.
+    cache, first_slots = jax.lax.optimization_barrier(
+        (cache, jax.tree.map(lambda x: x[:, :, :1], cache))
+    )
     block = empty_block(rows)
     if is_plain and not on_cpu():
         loop = jax.lax.fori_loop(
@@ -232,6 +235,8 @@ def decode_block(
     def restore(whole, part, first):
         own = live.reshape((-1,) + (1,) * (part.ndim - 1))
         part = part.at[:, :, :1].set(jnp.where(own, part[:, :, :1], first))
+        if part.shape == whole.shape:  # then the loop has worked in place
+            return part
         return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
     cache = jax.tree.map(restore, whole, cache, first_slots)
