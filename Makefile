@@ -38,7 +38,7 @@ make_venv = echo "Setting up $(1) with Python $(2) ..." && \
 install = $(1)/bin/python $(PIP_INSTALL) --constraint requirements/constraints-$(2).txt $(3)
 
 .PHONY: help setup demo notebook docs lint format lock clean smoke
-.PHONY: test test-fast test-full test-docs test-install test-processor test-trl
+.PHONY: test test-fast test-full test-docs test-install test-processor test-serve test-trl
 
 help:
 	@echo "make demo             install, convert the shipped small model, and ask it about images"
@@ -48,12 +48,13 @@ help:
 	@echo
 	@echo "make test-fast        unit and parity tests, in under 4 minutes on two cores"
 	@echo "make test             lint, smoke tests on every Python found, then all tests below but"
-	@echo "                      test-processor and test-trl"
+	@echo "                      test-processor, test-serve and test-trl"
 	@echo "make smoke            smoke tests, on every Python but that of the other tests"
 	@echo "make test-full        all tests that need no environment of their own"
 	@echo "make test-install     documented installations and the wheel, in empty environments"
 	@echo "make test-docs        every command of the longer pages, on the small model"
 	@echo "make test-processor   exported models in transformers' AutoProcessor; installs torchvision"
+	@echo "make test-serve       the server under load, killed and restarted, for some minutes"
 	@echo "make test-trl         losses of MPO against trl 0.24; installs pandas and datasets"
 	@echo
 	@echo "make lint             ruff check and ruff format --check; make format fixes what it can"
@@ -94,6 +95,9 @@ test-install: .venv-test/.installed
 
 test-processor: .venv-processor/.installed
 	.venv-processor/bin/python -m pytest -m torchvision tests/test_auto_processor.py
+
+test-serve: .venv-test/.installed
+	$(PYTEST) -m serve_load tests/test_serve_load.py
 
 # In a folder of its own, since trl pins packages of the other tests.
 test-trl: .venv-test/.installed
@@ -146,8 +150,8 @@ format: .venv-test/.installed
 
 # [dev] without PyTorch, of which PyPI has no CPU build for every Python; three packages that it needs
 # take its place. peft needs PyTorch, too: only its name and version are added.
-LOCKED = '.[internlm,logging,notebook,quant,smoke,storage,video]' transformers ruff beartype \
-	jinja2 networkx sympy gcp-storage-emulator 'moto[s3]' flask flask-cors
+LOCKED = '.[internlm,logging,notebook,quant,serve,smoke,storage,video]' transformers ruff beartype \
+	openai jinja2 networkx sympy gcp-storage-emulator 'moto[s3]' flask flask-cors
 PEFT = accelerate==1.15.0 peft==0.21.2
 # Python 3.11 has jax up to 0.10, and 3.13 gets the newest. 3.12 is pinned between them, so that
 # each jax is tested.

@@ -27,6 +27,7 @@ ROOMS = [
     "training",
     "reward",
     "fit",
+    "serve",
 ]
 # Host code: worker processes of the data pipeline import it, and none of them may start an
 # accelerator.
@@ -56,6 +57,14 @@ WITHOUT_JAX |= {
     "reward.answer_matching",
     "reward.expressions",
     "reward.matchers",
+    "serve.answer_text",
+    "serve.arguments",
+    "serve.body",
+    "serve.errors",
+    "serve.fetch",
+    "serve.files",
+    "serve.grammar_fields",
+    "serve.media",
     "training.settings",
 }
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}

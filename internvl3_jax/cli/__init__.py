@@ -6,6 +6,7 @@
     internvl3-fit        python -m internvl3_jax.fit
     internvl3-doctor     python -m internvl3_jax.data.doctor
     internvl3-tokens     python -m internvl3_jax.data.tokens
+    internvl3-serve      python -m internvl3_jax.serve
 
 train.py, infer.py, convert/ and configs/ are at the top of the repository. A wheel has them in this
 folder instead (hatch_build.py copies them), so that site-packages gets no such top-level names.
@@ -23,6 +24,7 @@ COMMANDS = {
     "internvl3-fit": "python -m internvl3_jax.fit",
     "internvl3-doctor": "python -m internvl3_jax.data.doctor",
     "internvl3-tokens": "python -m internvl3_jax.data.tokens",
+    "internvl3-serve": "python -m internvl3_jax.serve",
 }
 _HERE = pathlib.Path(__file__).resolve().parent
 _script = False  # whether a console script was started
@@ -83,6 +85,10 @@ def doctor() -> None:
 
 def tokens() -> None:
     _run("internvl3_jax.data.tokens")
+
+
+def serve() -> None:
+    _run("internvl3_jax.serve")
 
 
 def _run(program: str) -> None:

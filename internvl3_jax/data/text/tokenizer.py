@@ -208,6 +208,17 @@ class Tokenizer:
         """Decodes ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return self._backend.decode([int(id) for id in ids], skip_special)
 
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes that each id stands for in a text, a control token those of its
+        spelling; b"" for an id without a token.
+        """
+        return self._backend.token_bytes()
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return self._control_ids
+
     def stream(self, skip_special: bool = True) -> "TextStream":
         """Returns a decoder of ids that arrive one by one; see TextStream."""
         return TextStream(lambda ids: self.decode(ids, skip_special))

@@ -1,9 +1,11 @@
 """The two libraries behind a `Tokenizer`, with one interface: tokenizers and sentencepiece.
 
 Attributes `added`, the added tokens by content with "id" and "special" (control tokens), and
-`vocab_size`; methods `token_id`, `encode`, `decode`, `own_pieces` and `automatic_bos`.
+`vocab_size`; methods `token_id`, `encode`, `decode`, `token_bytes`, `own_pieces` and
+`automatic_bos`.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -58,6 +60,17 @@ class HuggingFaceBackend:
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes that each id stands for in a text; b"" for an id without a token."""
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        parts = [part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part]
+        as_bytes = _of_byte_level if "ByteLevel" in parts else _of_sentencepiece
+        pieces = map(self._tokenizer.id_to_token, range(self.vocab_size))
+        return [
+            b"" if piece is None else piece.encode() if piece in self.added else as_bytes(piece)
+            for piece in pieces
+        ]
 
     def own_pieces(self, ids: Iterable[int]) -> list[str]:
         return []
@@ -132,6 +145,18 @@ class SentencePieceBackend:
                 run = []
         return text + self._model.decode(run)
 
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes that each id stands for in a text; b"" for an id without a token."""
+        size = self._model.get_piece_size()
+        return [
+            self._tokens[id][0].encode()
+            if id in self._tokens
+            else _of_sentencepiece(self._model.id_to_piece(id))
+            if id < size
+            else b""
+            for id in range(self.vocab_size)
+        ]
+
     def own_pieces(self, ids: Iterable[int]) -> list[str]:
         """Returns the model file's names of ids: InternLM2's <|im_end|> is [UNUSED_TOKEN_145]."""
         return [self._model.id_to_piece(id) for id in ids if id < self._model.get_piece_size()]
@@ -145,3 +170,26 @@ def any_of(tokens: Iterable[str]) -> re.Pattern:
     return re.compile(
         "(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")"
     )
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Returns the byte that each letter of a byte-level vocabulary stands for (GPT-2's encoder.py):
+    printable bytes are themselves, the others follow from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+def _of_byte_level(piece: str) -> bytes:
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[letter] for letter in piece)
+
+
+def _of_sentencepiece(piece: str) -> bytes:
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace("\u2581", " ").encode()

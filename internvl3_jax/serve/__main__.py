@@ -1,0 +1,109 @@
+"""Runs the server: `python -m internvl3_jax.serve --checkpoint DIR`."""
+
+import argparse
+import logging
+import os
+import pathlib
+import sys
+
+from internvl3_jax.io import command_line
+from internvl3_jax.io.safe_files import reason
+from internvl3_jax.serve import arguments
+
+# Names of this machine, for requests that come without a key.
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Loads the model and serves; returns the exit status."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("internvl3_jax.serve").setLevel(logging.INFO)
+    # 1) What can be checked before a model is loaded.
+    try:
+        from internvl3_jax.serve import running
+    except ImportError as error:
+        raise ValueError(
+            f"the server needs further packages ({reason(error)}); in a clone of this repository: "
+            "pip install -e '.[serve]'"
+        ) from error
+    from internvl3_jax.inference import loading
+    from internvl3_jax.inference.engine.engine import Engine
+    from internvl3_jax.serve.service import Service, log
+
+    chat_options, limits, sources = _settings(options)
+    loading.named_adapters(options.adapter)
+    loading.check_cache(options.compilation_cache)
+    bound = running.bind(options.host, options.port)
+    # 2) The model and its engine.
+    loading.use_compilation_cache(options.compilation_cache)
+    mesh = loading.make_mesh(options.devices, options.fsdp, hosts=False)
+    names = ("verify", "accept_fingerprint", "allow_nonfinite", "weights", "quantize_tower")
+    checkpoint = loading.open_checkpoint(
+        options.checkpoint,
+        dtype=options.dtype,
+        mesh=mesh,
+        adapters=options.adapter,
+        **{name: getattr(options, name) for name in names},
+    )
+    engine = Engine.of(
+        checkpoint,
+        options.cache,
+        rows=options.rows,
+        max_length=options.max_length,
+        max_queue=options.max_queue,
+        image_bytes=options.image_cache_mb << 20,
+    )
+    service = Service(
+        checkpoint,
+        engine,
+        name=options.model_name or pathlib.PurePath(options.checkpoint).name,
+        options=chat_options,
+        limits=limits,
+        sources=sources,
+        api_key=options.api_key,
+        hosts=_LOCAL if options.api_key is None and arguments.is_loopback(options.host) else (),
+        log_prompts=options.log_prompts,
+        workers=min(16, os.cpu_count() or 1),
+    )
+    checkpoint.params = None  # the engine has its own
+    if not options.no_warm_up:
+        engine.warm_up()
+    # 3) Serve.
+    log.info("models %s on %s", ", ".join(service.models), running.address(bound))
+    return running.Runner(service, bound, options.drain_seconds).run()
+
+
+def _settings(options: argparse.Namespace):
+    """Returns the `Options`, `Limits` and `Sources` of the command line."""
+    from internvl3_jax.inference.options import Options
+    from internvl3_jax.serve.fetch import Fetcher
+    from internvl3_jax.serve.limits import Limits
+    from internvl3_jax.serve.media import Sources
+
+    names = ("system", "thinking", "max_tiles", "tiles", "max_total_tiles", "allow_truncated")
+    chat_options = Options(
+        max_new_tokens=options.max_new_tokens,
+        delta=None if options.delta is None else [options.delta],
+        **{name: getattr(options, name) for name in names},
+    )
+    limits = Limits(
+        body_bytes=options.max_body_mb << 20,
+        body_seconds=options.max_body_seconds,
+        seconds=options.max_seconds,
+        messages=options.max_messages,
+        images=options.max_images,
+        tiles=options.max_request_tiles,
+        image_pixels=options.max_image_pixels,
+        answers=options.max_n,
+        new_tokens=options.max_new_tokens,
+        held_bytes=options.max_held_mb << 20,
+    )
+    hosts = frozenset(host.lower() for host in options.allow_hosts)
+    fetcher = Fetcher(hosts, limits.body_bytes, private=options.allow_private_hosts)
+    return chat_options, limits, Sources(tuple(options.roots), fetcher, limits.body_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.call(lambda: main(arguments.parse()), ImportError))

@@ -1,0 +1,92 @@
+"""Reads images: data URLs, files below allowed folders, addresses of allowed hosts."""
+
+import base64
+import binascii
+import dataclasses
+import pathlib
+import re
+import urllib.parse
+
+from internvl3_jax.io.terminal import excerpt
+from internvl3_jax.serve.errors import ApiError
+from internvl3_jax.serve.fetch import Fetcher
+from internvl3_jax.serve.files import read_below
+
+_DATA = re.compile(r"data:(?P<type>[\w.+/-]*)(?P<parameters>(;[^,;]*)*),", re.ASCII)
+_SCHEME = re.compile(r"([a-zA-Z][\w+.-]*):", re.ASCII)
+# Of base64 without "data:...,": longer than paths, and of its letters alone.
+_BARE = re.compile(r"[A-Za-z0-9+/_\-\s]{256,}={0,2}\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where images may come from.
+
+    Attributes:
+      roots: folders whose files may be read, absolute and without links.
+      fetcher: for addresses.
+      max_bytes: of an image.
+    """
+
+    roots: tuple[pathlib.Path, ...] = ()
+    fetcher: Fetcher = Fetcher()
+    max_bytes: int = 32 << 20
+
+    def read(self, url: str, name: str) -> bytes:
+        """Returns the bytes of an image.
+
+        Args:
+          url: data URL, address or path.
+          name: its field, for errors.
+
+        Raises:
+          ApiError: it cannot be read, or is not allowed.
+        """
+        try:
+            return self._read(url)
+        except ApiError as error:
+            error.message, error.param = f"{name}: {error.message}", name
+            raise
+
+    def _read(self, url: str) -> bytes:
+        scheme = _SCHEME.match(url)
+        kind = scheme[1].lower() if scheme else "file"
+        if kind == "data":
+            return decode_data_url(url)
+        if kind in ("http", "https"):
+            return self.fetcher.fetch(url)
+        if kind == "file":
+            if _BARE.fullmatch(url):
+                raise ApiError(
+                    "is base64 without its beginning; write data:image/png;base64, in front of it"
+                )
+            return read_below(url, self.roots, self.max_bytes)
+        raise ApiError(
+            f"{excerpt(url)} begins with {excerpt(kind)}; expected data:, https:, http: or file:"
+        )
+
+
+def decode_data_url(url: str) -> bytes:
+    """Returns the bytes of a data URL (RFC 2397) in base64.
+
+    Raises:
+      ApiError: it is no data URL of an image in base64.
+    """
+    match = _DATA.match(url[:1000])
+    if match is None:
+        raise ApiError("is no data URL; write data:image/png;base64, and the image in base64")
+    kind = match["type"].lower()
+    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
+        raise ApiError(f"is of the type {excerpt(kind)}; expected an image, such as image/png")
+    if not match["parameters"].lower().endswith(";base64"):
+        raise ApiError("is a data URL without base64; write data:image/png;base64,...")
+    text = url[match.end() :]
+    if "%" in text:
+        text = urllib.parse.unquote(text)
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(f"is not base64 ({error}); encode the file's bytes") from error
+    if not data:
+        raise ApiError("is an empty image; encode the file's bytes")
+    return data

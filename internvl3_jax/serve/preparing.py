@@ -1,0 +1,166 @@
+"""Makes requests to the engine of a checked request: images, prompt, room, grammar. Runs in worker
+threads.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from internvl3_jax.config import UNITS
+from internvl3_jax.data.batch import Prompt, make_prompt
+from internvl3_jax.data.media.images import ImageError, open_image
+from internvl3_jax.data.media.tiles import count_tiles, cut_tiles, image_limit
+from internvl3_jax.data.text.chat_template import ChatError
+from internvl3_jax.data.text.tokenizer_files import TokenizerError
+from internvl3_jax.inference.engine.request import Request
+from internvl3_jax.inference.options import resolve_system, units
+from internvl3_jax.positions import next_position, rope_scaling
+from internvl3_jax.serve.chat_request import ChatRequest
+from internvl3_jax.serve.errors import ApiError
+from internvl3_jax.serve.limits import Hold
+from internvl3_jax.serve.messages import ImagePart, Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the engine is asked.
+
+    Attributes:
+      requests: one per answer.
+      stop_ids: of the requests.
+    """
+
+    requests: Sequence[Request]
+    stop_ids: tuple[int, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.requests[0].prompt.tokens)
+
+
+def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Prepared:
+    """Reads and cuts the images, and makes one request per answer.
+
+    Args:
+      adapter: that is put on.
+      service: of `Service`.
+      hold: takes the bytes of the tiles.
+
+    Raises:
+      ApiError: an image, the conversation or the grammar cannot be used.
+    """
+    prompt, scaling = _prompt(asked, service, hold)
+    max_new_tokens = _max_new_tokens(asked, prompt, scaling, service)
+    stop_ids = tuple(dict.fromkeys((*service.engine.stop_ids, *asked.stop_ids)))
+    grammar = asked.grammar and service.vocabulary.constraint(asked.grammar)
+    requests = []
+    for number in range(asked.n):
+        seed = (asked.sampling.seed + number) % 2**32
+        requests.append(
+            Request(
+                prompt=prompt,
+                sampling=dataclasses.replace(asked.sampling, seed=seed),
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+                scaling=scaling,
+                adapter=adapter,
+                top_logprobs=asked.top_logprobs,
+                constraint=grammar and grammar.copy(),
+            )
+        )
+    return Prepared(requests, stop_ids)
+
+
+def _prompt(asked: ChatRequest, service, hold: Hold) -> tuple[Prompt, str]:
+    """Returns the prompt and its rope scaling."""
+    parts = [image for turn in asked.turns for image in turn.images]
+    default = [service.processor.delta]
+    deltas = default if asked.deltas is None else units(list(asked.deltas))
+    given = deltas
+    if len(deltas) == 1:
+        deltas = deltas * len(parts)
+    if len(deltas) != len(parts):
+        raise ApiError(
+            f"{len(deltas)} deltas for {len(parts)} images; give one, or one per image",
+            param="delta",
+        )
+    tiles, left = [], service.limits.tiles
+    for turn in asked.turns:
+        cut = _turn_tiles(turn, asked, service, hold, left)
+        tiles, left = tiles + cut, left - sum(map(len, cut))
+    messages = [turn.message for turn in asked.turns]
+    system = resolve_system(asked.options.system, asked.options.thinking)
+    if messages[0]["role"] != "system" and system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    try:
+        prompt = make_prompt(messages, tiles, service.tokenizer, service.processor, deltas)
+    except (ChatError, TokenizerError) as error:
+        raise ApiError(f"messages: {error}", param="messages") from error
+    return prompt, rope_scaling(service.language, given)
+
+
+def _turn_tiles(turn: Turn, asked: ChatRequest, service, hold: Hold, left: int) -> list[np.ndarray]:
+    """Returns the tiles u8[n,S,S,3] of each image of a message.
+
+    Each image is cut before the next one is opened, since opened ones are large.
+
+    Args:
+      left: how many tiles the request may still have.
+    """
+    processor, options = service.processor, asked.options
+    changes = {"tiles": options.tiles, "max_total_tiles": options.max_total_tiles}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    shared = dataclasses.replace(processor, **changes)
+    limit = image_limit(shared, len(turn.images), options.max_tiles)
+    cut = []
+    for image in turn.images:
+        tiles = _tiles(image, min(limit, image.max_tiles or limit), shared, service, left, hold)
+        left -= len(tiles)
+        cut.append(tiles)
+    return cut
+
+
+def _tiles(part: ImagePart, limit: int, processor, service, left: int, hold: Hold) -> np.ndarray:
+    data = service.sources.read(part.url, part.name)
+    try:
+        image = open_image(
+            data,
+            apply_exif=processor.apply_exif,
+            name=part.name,
+            max_pixels=service.limits.image_pixels,
+            allow_truncated=service.options.allow_truncated,
+        )
+    except ImageError as error:
+        raise ApiError(str(error), param=part.name, code="invalid_image") from error
+    count = count_tiles(image.width, image.height, processor, limit)
+    if count > left:
+        raise ApiError(
+            f"{part.name}: the images have more than {service.limits.tiles:,} tiles "
+            "(--max_request_tiles); send fewer images, or set max_tiles, max_total_tiles or detail",
+            param=part.name,
+            code="too_many_tiles",
+        )
+    hold.add(count * 3 * processor.image_size**2)
+    return cut_tiles(image, processor, limit)
+
+
+def _max_new_tokens(asked: ChatRequest, prompt: Prompt, scaling: str, service) -> int:
+    """Returns the longest answer: what is asked, or the server's limit as far as there is room."""
+    language = service.language
+    factor = language.rope_factor if scaling == "dynamic" else 1
+    positions = int(language.max_position * factor) - next_position(prompt.positions) // UNITS
+    room = min(service.engine.max_length - len(prompt.tokens), positions)
+    wanted = asked.max_new_tokens or min(service.limits.new_tokens, room)
+    if room < 1 or wanted > room:
+        most = min(service.engine.max_length, int(language.max_position * factor))
+        raise ApiError(
+            f"the prompt has {len(prompt.tokens):,} tokens and leaves room for {max(0, room):,} of "
+            f"the context of {most:,}"
+            + (f"; {wanted:,} are asked for" if wanted > 0 else "")
+            + ". Use fewer images, a lower max_tiles or max_total_tiles, a delta below 1 or a lower"
+            " max_completion_tokens",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    return wanted
