@@ -152,7 +152,7 @@ def test_data_urls():
 class Pages(http.server.BaseHTTPRequestHandler):
     """Some answers that a server may give."""
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         getattr(self, self.path.strip("/").split("?")[0])()
 
     def log_message(self, *_):

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 
+from internvl3_jax.inference.progress import progress_line
 from internvl3_jax.io import command_line
 from internvl3_jax.io.safe_files import reason
 from internvl3_jax.serve import arguments
@@ -23,20 +24,31 @@ def main(options: argparse.Namespace) -> int:
     # 1) What can be checked before a model is loaded.
     try:
         from internvl3_jax.serve import running
+        from internvl3_jax.serve.service import log
     except ImportError as error:
         raise ValueError(
             f"the server needs further packages ({reason(error)}); in a clone of this repository: "
             "pip install -e '.[serve]'"
         ) from error
     from internvl3_jax.inference import loading
-    from internvl3_jax.inference.engine.engine import Engine
-    from internvl3_jax.serve.service import Service, log
 
-    chat_options, limits, sources = _settings(options)
+    settings = _settings(options)
     loading.named_adapters(options.adapter)
     loading.check_cache(options.compilation_cache)
-    bound = running.bind(options.host, options.port)
-    # 2) The model and its engine.
+    with running.bind(options.host, options.port) as bound:
+        # 2) The model and its engine.
+        service = _load(options, settings)
+        # 3) Serve.
+        log.info("models %s on %s", ", ".join(service.models), running.address(bound))
+        return running.Runner(service, bound, options.drain_seconds).run()
+
+
+def _load(options: argparse.Namespace, settings: dict):
+    """Returns the `Service` of a checkpoint, whose programs are compiled."""
+    from internvl3_jax.inference import loading
+    from internvl3_jax.inference.engine.engine import Engine
+    from internvl3_jax.serve.service import Service
+
     loading.use_compilation_cache(options.compilation_cache)
     mesh = loading.make_mesh(options.devices, options.fsdp, hosts=False)
     names = ("verify", "accept_fingerprint", "allow_nonfinite", "weights", "quantize_tower")
@@ -55,28 +67,24 @@ def main(options: argparse.Namespace) -> int:
         max_queue=options.max_queue,
         image_bytes=options.image_cache_mb << 20,
     )
-    service = Service(
+    checkpoint.params = None  # the engine has its own
+    if not options.no_warm_up:
+        with progress_line("compiling"):
+            engine.warm_up()
+    return Service(
         checkpoint,
         engine,
         name=options.model_name or pathlib.PurePath(options.checkpoint).name,
-        options=chat_options,
-        limits=limits,
-        sources=sources,
         api_key=options.api_key,
         hosts=_LOCAL if options.api_key is None and arguments.is_loopback(options.host) else (),
         log_prompts=options.log_prompts,
         workers=min(16, os.cpu_count() or 1),
+        **settings,
     )
-    checkpoint.params = None  # the engine has its own
-    if not options.no_warm_up:
-        engine.warm_up()
-    # 3) Serve.
-    log.info("models %s on %s", ", ".join(service.models), running.address(bound))
-    return running.Runner(service, bound, options.drain_seconds).run()
 
 
-def _settings(options: argparse.Namespace):
-    """Returns the `Options`, `Limits` and `Sources` of the command line."""
+def _settings(options: argparse.Namespace) -> dict:
+    """Returns `options`, `limits` and `sources` of `Service`."""
     from internvl3_jax.inference.options import Options
     from internvl3_jax.serve.fetch import Fetcher
     from internvl3_jax.serve.limits import Limits
@@ -102,7 +110,8 @@ def _settings(options: argparse.Namespace):
     )
     hosts = frozenset(host.lower() for host in options.allow_hosts)
     fetcher = Fetcher(hosts, limits.body_bytes, private=options.allow_private_hosts)
-    return chat_options, limits, Sources(tuple(options.roots), fetcher, limits.body_bytes)
+    sources = Sources(tuple(options.roots), fetcher, limits.body_bytes)
+    return {"options": chat_options, "limits": limits, "sources": sources}
 
 
 if __name__ == "__main__":
