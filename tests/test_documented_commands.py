@@ -132,7 +132,8 @@ BEFORE = {
 # A LoRA run and a PEFT directory take a training: docs/lora.md's commands make both, and its
 # snippet runs behind them.
 BEHIND_COMMANDS = {"docs/lora.md"}
-SNIPPETS = [page for page in pages() if snippets(page)]
+ELSEWHERE = {"docs/serving.md"}  # asks a server: tests/test_serve_documented.py
+SNIPPETS = [page for page in pages() if snippets(page) and page not in ELSEWHERE]
 
 
 def run_snippets(page: str, runner: Runner, folder: pathlib.Path) -> None:

@@ -56,6 +56,11 @@ NOT_RUN = (
     ),
     (r"^python examples/", "half an hour; tests of their own run their parts"),
     (r"^python -m internvl3_jax\.fit$", "named, not called"),
+    (
+        r"^python -m internvl3_jax\.serve",
+        "runs until a signal; tests/test_serve_documented.py starts it and asks it as the page does",
+    ),
+    (r"^python run\.py --api-mode", "VLMEvalKit's, which downloads its data"),
     (r"^python (-m )?tools[./]", "many runs of the programs; tests of their own run a few"),
 )
 # Commands whose files later ones of the same page make: they run at its end, with the name linked

@@ -12,6 +12,8 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 
+from tests.support import compilation_cache
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "tiny_digits"
 _QUICK = ["--rows=4", "--max_length=512", "--no_warm_up", "--verify=none", "--drain_seconds=60"]
@@ -24,20 +26,22 @@ class ServerProcess:
     Args:
       flags: further ones.
       before: Python code that runs in the process first.
+      folder: in which it runs.
 
     Attributes:
       url: of the server.
     """
 
-    def __init__(self, flags: Sequence[str] = (), before: str = "", port: int = 0):
+    def __init__(self, flags: Sequence[str] = (), before: str = "", folder: pathlib.Path = ROOT):
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")
-        command = [f"--checkpoint={MODEL}", f"--port={port}", *_QUICK, *flags]
+        cache = f"--compilation_cache={compilation_cache.FOLDER}"
+        command = [f"--checkpoint={MODEL}", "--port=0", cache, *_QUICK, *flags]
         code = f"{before}\nimport sys; sys.argv = ['serve', *{command!r}]\n{_RUN}"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=folder,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
         )
         self.url = ""
