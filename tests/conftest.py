@@ -37,7 +37,7 @@ chat_session chat_turns chat_requests chat_video infer_media thinking peft peft_
 best_of_n preference preference_example process_reward process_labels make_pairs miniature digits
 notebook fit fit_memory fit_compiled fit_lora gpu_benchmark
 documented_commands documented_names quantize weights stored_weights quality int8_cache internlm2
-serve serve_process serve_load serve_streams
+serve serve_engine serve_process serve_documented serve_load serve_streams
 fuzz convert compose convert_damage convert_sources sampling shapes launch launch_clusters install
 kill
 """.split()

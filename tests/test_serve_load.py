@@ -137,10 +137,17 @@ class Load:
                     self.wrong.append((text, expected))
 
 
+async def ask_once(url: str, questions) -> None:
+    """Asks each question once, so that its programs are compiled."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", timeout=600) as client:
+        for asked, expected in questions:
+            assert await ask(client, asked, stream=False, leave=False) == expected
+
+
 @pytest.mark.serve_load
-def test_for_minutes(questions, tmp_path):
+def test_for_minutes(questions):
     """All answers are right, before and after each kill; memory does not grow without end."""
-    flags = [f"--allow_files={MODEL}", "--max_queue=48", "--compilation_cache", str(tmp_path)]
+    flags = [f"--allow_files={MODEL}", "--max_queue=48"]
     load_ = Load(questions)
     sizes: list[tuple[int, int]] = []
 
@@ -151,6 +158,7 @@ def test_for_minutes(questions, tmp_path):
             server = ServerProcess(flags)
             try:
                 await asyncio.to_thread(server.wait_until_ready)
+                await ask_once(server.url, questions)
                 load_.url = server.url
                 clients = clients or [
                     asyncio.create_task(load_.run_client(number)) for number in range(CLIENTS)
