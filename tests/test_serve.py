@@ -108,9 +108,9 @@ def test_a_conversation_is_that_of_chat(client, chat):
 
 def test_options_of_images(client, chat):
     """Tiles, thumbnails, V2PE steps and the system message are those of `Chat`."""
-    from tests.support.tiny_checkpoint import picture
+    from tests.support.tiny_checkpoint import make_image
 
-    images = [picture(96, 32, 1), picture(64, 64, 2)]
+    images = [make_image(96, 32, 1), make_image(64, 64, 2)]
     changes = [
         {},
         {"max_tiles": 2},

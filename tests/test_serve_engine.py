@@ -16,7 +16,7 @@ from tests.support import lora_setup, tiny_checkpoint
 from tests.support.live_server import parts, serving, user
 
 LIMIT = 6
-IMAGE = tiny_checkpoint.picture(16, 16, 2)
+IMAGE = tiny_checkpoint.make_image(16, 16, 2)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_limits():
         larger = live.post({"messages": user("x" * 30_000)})
         assert larger.status == 413
         assert live.post({"messages": user("Hi"), "n": 3}).status == 400
-        wide = live_server.tiny_checkpoint.picture(40, 16)
+        wide = live_server.tiny_checkpoint.make_image(40, 16)
         many = live.post({"messages": user(live_server.parts("Hi", wide)), "max_tiles": 12})
         assert many.status == 400 and "--max_request_tiles" in many.error["message"]
         # The server's own limit of tokens.
@@ -119,7 +119,9 @@ def test_limits():
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n"
                 b"Content-Type: application/json\r\n\r\n{"
             )
-            received = connection.recv(1 << 16)
+            received = b""
+            while piece := connection.recv(1 << 16):
+                received += piece
         assert received.startswith(b"HTTP/1.1 408") and b"did not arrive" in received
         assert live.service.budget.held == 0
 

@@ -102,6 +102,8 @@ def _settings(options: argparse.Namespace) -> dict:
         seconds=options.max_seconds,
         messages=options.max_messages,
         images=options.max_images,
+        frames=options.max_frames,
+        pages=options.max_pages,
         tiles=options.max_request_tiles,
         image_pixels=options.max_image_pixels,
         answers=options.max_n,

@@ -224,7 +224,9 @@ def _add_limits(group) -> None:
         ("max_body_mb", _COUNT, 32, "of a body, and of an image"),
         ("max_held_mb", _COUNT, 4096, "bodies and tiles of all requests together"),
         ("max_messages", _COUNT, 256, "messages of a request"),
-        ("max_images", _FROM_ZERO, 64, "images of a request"),
+        ("max_images", _FROM_ZERO, 64, "images, videos and PDFs of a request"),
+        ("max_frames", _COUNT, 64, "frames of a video"),
+        ("max_pages", _COUNT, 32, "pages of a PDF"),
         ("max_request_tiles", _COUNT, 256, "tiles of a request, thumbnails included"),
         ("max_n", _COUNT, 16, "answers to a request"),
     )

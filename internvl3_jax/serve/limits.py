@@ -15,7 +15,8 @@ class Limits:
       body_seconds: until the body has arrived.
       seconds: from the body to the end of the answer.
       messages: of the conversation.
-      images: of the conversation.
+      images: of the conversation; a video or a PDF counts as one.
+      frames, pages: of one video, of one PDF.
       tiles: of all images, thumbnails included.
       image_pixels: of one image; None: PIL.Image.MAX_IMAGE_PIXELS.
       answers: largest `n`.
@@ -28,6 +29,8 @@ class Limits:
     seconds: float = 600.0
     messages: int = 256
     images: int = 64
+    frames: int = 64
+    pages: int = 32
     tiles: int = 256
     image_pixels: int | None = None
     answers: int = 16

@@ -1,4 +1,4 @@
-"""Reads images: data URLs, files below allowed folders, addresses of allowed hosts."""
+"""Reads images, videos and PDFs: data URLs, files below allowed folders, addresses of allowed hosts."""
 
 import base64
 import binascii
@@ -32,54 +32,59 @@ class Sources:
     fetcher: Fetcher = Fetcher()
     max_bytes: int = 32 << 20
 
-    def read(self, url: str, name: str) -> bytes:
-        """Returns the bytes of an image.
+    def read(self, url: str, name: str, kind: str = "image/png") -> bytes:
+        """Returns the bytes of an image, a video or a document.
 
         Args:
           url: data URL, address or path.
           name: its field, for errors.
+          kind: media type of an example.
 
         Raises:
           ApiError: it cannot be read, or is not allowed.
         """
         try:
-            return self._read(url)
+            return self._read(url, kind)
         except ApiError as error:
             error.message, error.param = f"{name}: {error.message}", name
             raise
 
-    def _read(self, url: str) -> bytes:
-        scheme = _SCHEME.match(url)
-        kind = scheme[1].lower() if scheme else "file"
-        if kind == "data":
-            return decode_data_url(url)
-        if kind in ("http", "https"):
+    def _read(self, url: str, kind: str) -> bytes:
+        match = _SCHEME.match(url)
+        scheme = match[1].lower() if match else "file"
+        if scheme == "data":
+            return decode_data_url(url, kind)
+        if scheme in ("http", "https"):
             return self.fetcher.fetch(url)
-        if kind == "file":
+        if scheme == "file":
             if _BARE.fullmatch(url):
                 raise ApiError(
-                    "is base64 without its beginning; write data:image/png;base64, in front of it"
+                    f"is base64 without its beginning; write data:{kind};base64, in front of it"
                 )
             return read_below(url, self.roots, self.max_bytes)
         raise ApiError(
-            f"{excerpt(url)} begins with {excerpt(kind)}; expected data:, https:, http: or file:"
+            f"{excerpt(url)} begins with {excerpt(scheme)}; expected data:, https:, http: or file:"
         )
 
 
-def decode_data_url(url: str) -> bytes:
+def decode_data_url(url: str, kind: str = "image/png") -> bytes:
     """Returns the bytes of a data URL (RFC 2397) in base64.
 
+    kind: media type of an example; the URL's must be of its group, such as image/.
+
     Raises:
-      ApiError: it is no data URL of an image in base64.
+      ApiError: it is no such data URL.
     """
     match = _DATA.match(url[:1000])
     if match is None:
-        raise ApiError("is no data URL; write data:image/png;base64, and the image in base64")
-    kind = match["type"].lower()
-    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise ApiError(f"is of the type {excerpt(kind)}; expected an image, such as image/png")
+        raise ApiError(f"is no data URL; write data:{kind};base64, and the file in base64")
+    given, group = match["type"].lower(), kind.split("/")[0]
+    # A GIF is an image, or a video.
+    fits = given.startswith(f"{group}/") or given in ("", "application/octet-stream")
+    if not fits and not (group == "video" and given == "image/gif"):
+        raise ApiError(f"is of the type {excerpt(given)}; expected one such as {kind}")
     if not match["parameters"].lower().endswith(";base64"):
-        raise ApiError("is a data URL without base64; write data:image/png;base64,...")
+        raise ApiError(f"is a data URL without base64; write data:{kind};base64,...")
     text = url[match.end() :]
     if "%" in text:
         text = urllib.parse.unquote(text)
@@ -88,5 +93,5 @@ def decode_data_url(url: str) -> bytes:
     except (binascii.Error, ValueError) as error:
         raise ApiError(f"is not base64 ({error}); encode the file's bytes") from error
     if not data:
-        raise ApiError("is an empty image; encode the file's bytes")
+        raise ApiError("is an empty file; encode the file's bytes")
     return data

@@ -1,9 +1,9 @@
-r"""Reads the messages of a request: texts and the places of their images.
+r"""Reads the messages of a request: texts and the places of their images, videos and PDFs.
 
 A user message of parts becomes one text, as `Chat` asks it:
 
 - its texts, joined by line breaks;
-- `<image>` in them marks the places of its images, if it occurs;
+- `<image>`, `<video>` and `<document>` in them mark the places, if one of them occurs;
 - otherwise images stand in front (`<image>\n`, or `Image-1: <image>\n` and so on), as the model was
   trained, also if a client puts them behind the text;
 - an image with text before and behind it stays where it is, on a line of its own.
@@ -12,46 +12,44 @@ A user message of parts becomes one text, as `Chat` asks it:
 import dataclasses
 from collections.abc import Sequence
 
-from internvl3_jax.data.text.chat_template import (
-    IMAGE_TAG,
-    ChatError,
-    Message,
-    insert_missing_tags,
-)
-from internvl3_jax.inference.options import MAX_TILES
+from internvl3_jax.data.text.chat_template import ChatError, Message, insert_missing_tags
+from internvl3_jax.data.text.media_tags import TAGS
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.serve.body import Fields
 from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.limits import Limits
+from internvl3_jax.serve.parts import DocumentPart, ImagePart, Media, VideoPart, read_parts
 
 # Of messages, without effect: names, and what an earlier answer had.
 _IGNORED = ("name", "annotations", "reasoning_content", "reasoning", "refusal", "id", "status")
 _NEUTRAL = {"tool_calls": ([],), "function_call": (), "audio": (), "tool_call_id": ()}
-_DETAILS = ("auto", "low", "high")
+_TAG_OF = {
+    ImagePart: TAGS["image"],
+    VideoPart: TAGS["video"],
+    DocumentPart: TAGS["document"],
+}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagePart:
-    """An image of a message.
+class Turn:
+    """A message as the chat template takes it, and its images in the order of their tags.
 
     Attributes:
-      url: data URL, address or path.
-      name: its field, for errors.
-      max_tiles: its own limit of tiles; None: that of the request.
+      message: with videos or documents, without the tags of what the text does not place.
+      media: images, videos and documents.
     """
 
-    url: str
-    name: str
-    max_tiles: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """A message as the chat template takes it, and its images in the order of their tags."""
-
     message: Message
-    images: tuple[ImagePart, ...] = ()
+    media: tuple[Media, ...] = ()
+
+    @property
+    def images(self) -> list[ImagePart]:
+        return [part for part in self.media if isinstance(part, ImagePart)]
+
+    @property
+    def has_images_alone(self) -> bool:
+        return len(self.images) == len(self.media)
 
 
 def read_messages(values: list, limits: Limits) -> list[Turn]:
@@ -71,10 +69,11 @@ def read_messages(values: list, limits: Limits) -> list[Turn]:
     turns = [
         _read_message(Fields(value, f"messages[{index}]")) for index, value in enumerate(values)
     ]
-    images = sum(len(turn.images) for turn in turns)
-    if images > limits.images:
+    media = sum(len(turn.media) for turn in turns)
+    if media > limits.images:
         raise ApiError(
-            f"messages has {images:,} images; this server takes {limits.images:,} (--max_images)",
+            f"messages has {media:,} images, videos and files; this server takes "
+            f"{limits.images:,} (--max_images)",
             param="messages",
         )
     return turns
@@ -91,98 +90,35 @@ def _read_message(fields: Fields) -> Turn:
     content = fields.get("content", (str, list))
     fields.finish(_IGNORED, _NEUTRAL)
     name = fields.name("content")
-    parts = [content] if isinstance(content, str) else _read_parts(content, name)
-    images = tuple(part for part in parts if isinstance(part, ImagePart))
+    parts = [content] if isinstance(content, str) else read_parts(content, name)
+    media = tuple(part for part in parts if not isinstance(part, str))
     if role != "user":
-        if images:
+        if media:
             raise ApiError(
-                f"{images[0].name} is an image in a {role} message; only the user's have images",
-                param=images[0].name,
+                f"{media[0].name} is in a {role} message; only the user's have images",
+                param=media[0].name,
             )
         return Turn({"role": _ROLES[role], "content": "\n".join(parts)})
-    return Turn(_user_message(parts, len(images), name), images)
-
-
-def _user_message(parts: Sequence[str | ImagePart], n_images: int, name: str) -> Message:
-    texts = [part for part in parts if isinstance(part, str)]
-    tagged = any(IMAGE_TAG in text for text in texts)
-    places = [index for index, part in enumerate(parts) if isinstance(part, ImagePart)]
-    within = any(
-        any(isinstance(part, str) for part in parts[:place])
-        and any(isinstance(part, str) for part in parts[place:])
-        for place in places
-    )
-    if within and not tagged:
-        texts = [part if isinstance(part, str) else IMAGE_TAG for part in parts]
-    message = {"role": "user", "content": "\n".join(texts)}
+    message = {"role": "user", "content": _joined(parts)}
+    if any(not isinstance(part, ImagePart) for part in media):
+        return Turn(message, media)
     try:
-        return insert_missing_tags([message], n_images)[0]
+        return Turn(insert_missing_tags([message], len(media))[0], media)
     except ChatError as error:
         raise ApiError(f"{name}: {error}", param=name) from error
 
 
-def _read_parts(values: list, name: str) -> list[str | ImagePart]:
-    if not values:
-        raise ApiError(f"{name} is an empty list; give at least one part", param=name)
-    return [_read_part(Fields(value, f"{name}[{index}]")) for index, value in enumerate(values)]
-
-
-def _read_part(fields: Fields) -> str | ImagePart:
-    kind = fields.get("type", str)
-    if kind in ("text", "input_text"):
-        text = fields.get("text", str)
-        fields.finish()
-        return text
-    if kind == "image_url":
-        return _read_image(fields)
-    if kind in _LATER:
-        raise ApiError(
-            f"{fields.path} is of type {kind}, which this server does not take yet; {_LATER[kind]}",
-            param=fields.path,
-            code="unsupported_part",
-        )
-    raise ApiError(
-        f"{fields.name('type')} is {excerpt(kind)}; expected text or image_url",
-        param=fields.name("type"),
-        code="unsupported_part",
+def _joined(parts: Sequence[str | Media]) -> str:
+    """Joins texts by line breaks, with a tag in place of each image that stands between texts."""
+    texts = [part for part in parts if isinstance(part, str)]
+    if any(tag in text for text in texts for tag in TAGS.values()):
+        return "\n".join(texts)
+    within = any(
+        any(isinstance(part, str) for part in parts[:place])
+        and any(isinstance(part, str) for part in parts[place:])
+        for place, part in enumerate(parts)
+        if not isinstance(part, str)
     )
-
-
-# Parts that have no decoder yet, and what to send in their place.
-_LATER = {
-    "video_url": "send its frames as images",
-    "file": "send its pages as images",
-    "input_file": "send its pages as images",
-    "input_image": "send it as image_url, as in chat completions",
-    "input_audio": "the model has no audio",
-}
-
-
-def _read_image(fields: Fields) -> ImagePart:
-    name = fields.name("image_url")
-    value = fields.get("image_url", (dict, str))
-    fields.finish(("uuid",))
-    if isinstance(value, str):
-        value = {"url": value}
-    image = Fields(value, name)
-    url = image.get("url", str, low=1)
-    detail = image.get("detail", str, "auto", choices=_DETAILS)
-    max_tiles = image.get("max_tiles", int, None, low=1, high=MAX_TILES)
-    # LMDeploy's name.
-    patch = image.get("max_dynamic_patch", int, None, low=1, high=MAX_TILES)
-    image.finish()
-    if max_tiles is not None and patch is not None:
-        raise ApiError(
-            f"{name} has max_tiles and max_dynamic_patch, which mean the same; give one",
-            param=image.name("max_dynamic_patch"),
-        )
-    max_tiles = patch if max_tiles is None else max_tiles
-    if detail == "low":
-        if max_tiles not in (None, 1):
-            raise ApiError(
-                f"{name} has detail low, which is one tile, and max_tiles {max_tiles}; leave one "
-                "out",
-                param=image.name("detail"),
-            )
-        max_tiles = 1
-    return ImagePart(url, image.name("url"), max_tiles)
+    if within:
+        texts = [part if isinstance(part, str) else _TAG_OF[type(part)] for part in parts]
+    return "\n".join(texts)

@@ -19,7 +19,9 @@ from internvl3_jax.positions import next_position, rope_scaling
 from internvl3_jax.serve.chat_request import ChatRequest
 from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.limits import Hold
-from internvl3_jax.serve.messages import ImagePart, Turn
+from internvl3_jax.serve.messages import Turn
+from internvl3_jax.serve.parts import ImagePart
+from internvl3_jax.serve.planned import planned_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +76,49 @@ def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Pre
 
 def _prompt(asked: ChatRequest, service, hold: Hold) -> tuple[Prompt, str]:
     """Returns the prompt and its rope scaling."""
-    parts = [image for turn in asked.turns for image in turn.images]
-    default = [service.processor.delta]
-    deltas = default if asked.deltas is None else units(list(asked.deltas))
-    given = deltas
-    if len(deltas) == 1:
-        deltas = deltas * len(parts)
-    if len(deltas) != len(parts):
-        raise ApiError(
-            f"{len(deltas)} deltas for {len(parts)} images; give one, or one per image",
-            param="delta",
-        )
-    tiles, left = [], service.limits.tiles
-    for turn in asked.turns:
-        cut = _turn_tiles(turn, asked, service, hold, left)
-        tiles, left = tiles + cut, left - sum(map(len, cut))
-    messages = [turn.message for turn in asked.turns]
+    given = _deltas(asked, service)
     system = resolve_system(asked.options.system, asked.options.thinking)
-    if messages[0]["role"] != "system" and system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
+    messages, tiles, deltas = [], [], []
+    if asked.turns[0].message["role"] != "system" and system is not None:
+        messages.append({"role": "system", "content": system})
+    left = service.limits.tiles
+    for number, turn in enumerate(asked.turns):
+        own, given = given[: len(turn.media)], given[len(turn.media) :]
+        if turn.has_images_alone:
+            messages.append(turn.message)
+            new = _turn_tiles(turn, asked, service, hold, left)
+            deltas += own
+        else:
+            earlier = messages, tiles, deltas
+            name = f"messages[{number}].content"
+            read = planned_turn(turn, asked, service, earlier, own if asked.deltas else None, name)
+            _check_tiles(sum(map(len, read.tiles)), left, name, service)
+            hold.add(sum(part.nbytes for part in read.tiles))
+            messages, new, deltas = read.messages, read.tiles, deltas + read.deltas
+        tiles, left = tiles + new, left - sum(map(len, new))
     try:
         prompt = make_prompt(messages, tiles, service.tokenizer, service.processor, deltas)
     except (ChatError, TokenizerError) as error:
         raise ApiError(f"messages: {error}", param="messages") from error
-    return prompt, rope_scaling(service.language, given)
+    current = [service.processor.delta] if asked.deltas is None else units(list(asked.deltas))
+    return prompt, rope_scaling(service.language, [*current, *deltas])
+
+
+def _deltas(asked: ChatRequest, service) -> list[int]:
+    """Returns the V2PE units of each image, video and document."""
+    count = sum(len(turn.media) for turn in asked.turns)
+    if asked.deltas is None:
+        return [service.processor.delta] * count
+    deltas = units(list(asked.deltas))
+    if len(deltas) == 1:
+        return deltas * count
+    if len(deltas) != count:
+        raise ApiError(
+            f"{len(deltas)} deltas for {count} images; give one, or one per image (a video or "
+            "file counts as one)",
+            param="delta",
+        )
+    return deltas
 
 
 def _turn_tiles(turn: Turn, asked: ChatRequest, service, hold: Hold, left: int) -> list[np.ndarray]:
@@ -134,15 +155,20 @@ def _tiles(part: ImagePart, limit: int, processor, service, left: int, hold: Hol
     except ImageError as error:
         raise ApiError(str(error), param=part.name, code="invalid_image") from error
     count = count_tiles(image.width, image.height, processor, limit)
-    if count > left:
-        raise ApiError(
-            f"{part.name}: the images have more than {service.limits.tiles:,} tiles "
-            "(--max_request_tiles); send fewer images, or set max_tiles, max_total_tiles or detail",
-            param=part.name,
-            code="too_many_tiles",
-        )
+    _check_tiles(count, left, part.name, service)
     hold.add(count * 3 * processor.image_size**2)
     return cut_tiles(image, processor, limit)
+
+
+def _check_tiles(count: int, left: int, name: str, service) -> None:
+    if count > left:
+        raise ApiError(
+            f"{name}: the images have more than {service.limits.tiles:,} tiles "
+            "(--max_request_tiles); send fewer images, or set max_tiles, max_total_tiles, detail "
+            "or num_frames",
+            param=name,
+            code="too_many_tiles",
+        )
 
 
 def _max_new_tokens(asked: ChatRequest, prompt: Prompt, scaling: str, service) -> int:

@@ -57,6 +57,7 @@ class Service:
         workers: int = 4,
     ):
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
+        self.config = checkpoint.config
         self.language = checkpoint.config.language
         self.engine, self.name = engine, name
         self.adapters = tuple(checkpoint.adapters)

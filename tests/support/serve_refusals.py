@@ -8,10 +8,10 @@ import zlib
 from PIL import Image
 
 from tests.support.live_server import data_url, user
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 HI = user("Hi")
-IMAGE = data_url(picture(16, 16))
+IMAGE = data_url(make_image(16, 16))
 
 
 def chat(**fields) -> dict:
@@ -116,7 +116,7 @@ MESSAGES = [
 
 PARTS = [
     ("no type", part(text="x"), 400, "type is missing", "messages[0].content[0].type"),
-    ("unknown type", part(type="picture"), 400, "expected text or image_url", None),
+    ("unknown type", part(type="picture"), 400, "expected text, image_url", None),
     ("text without text", part(type="text"), 400, "text is missing", None),
     ("number as text", part(type="text", text=1), 400, "a text", None),
     ("text with more", part(type="text", text="x", url="y"), 400, "no field", None),
@@ -190,10 +190,10 @@ URLS = [
     ("base64 alone", shown(IMAGE.split(",")[1] * 20), 400, "without its beginning", None),
     ("data without", shown("data:"), 400, "no data URL", None),
     ("data without base64", shown("data:image/png,xyz"), 400, "without base64", None),
-    ("data of text", shown(in_base64(b"x", "text/html")), 400, "expected an image", None),
+    ("data of text", shown(in_base64(b"x", "text/html")), 400, "such as image/png", None),
     ("wrong base64", shown("data:image/png;base64,@@@@"), 400, "not base64", None),
     ("cut base64", shown("data:image/png;base64,abcde"), 400, "not base64", None),
-    ("empty base64", shown("data:image/png;base64,"), 400, "empty image", None),
+    ("empty base64", shown("data:image/png;base64,"), 400, "empty file", None),
     ("letters of no alphabet", shown("data:image/png;base64,éé"), 400, "not base64", None),
     ("no image", shown(in_base64(b"hello")), 400, "not an image", None),
     ("a web page", shown(in_base64(b"<!DOCTYPE html>")), 400, "web page", None),
