@@ -23,6 +23,7 @@ WORKERS ?= 2
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+, := ,
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 PYTEST = .venv-test/bin/python -m pytest
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile
@@ -37,11 +38,12 @@ make_venv = echo "Setting up $(1) with Python $(2) ..." && \
 # $(call install,FOLDER,VERSION,ARGUMENTS)
 install = $(1)/bin/python $(PIP_INSTALL) --constraint requirements/constraints-$(2).txt $(3)
 
-.PHONY: help setup demo notebook docs lint format lock clean smoke
-.PHONY: test test-fast test-full test-docs test-install test-processor test-serve test-trl
+.PHONY: help setup demo demo-web notebook docs lint format lock clean smoke
+.PHONY: test test-fast test-full test-docs test-install test-processor test-serve test-trl test-browser
 
 help:
 	@echo "make demo             install, convert the shipped small model, and ask it about images"
+	@echo "make demo-web         the same model on a page, in a browser"
 	@echo "make setup            install into .venv, nothing else"
 	@echo "make notebook         run the notebooks and keep their outputs"
 	@echo "make docs             build the documentation as a website, into site/"
@@ -57,6 +59,7 @@ help:
 	@echo "make test-serve       the server under load, killed and restarted, for some minutes"
 	@echo "make test-trl         losses of MPO against trl 0.24; installs pandas and datasets"
 	@echo
+	@echo "make test-browser     the page in Chromium, which must be installed with its driver"
 	@echo "make lint             ruff check and ruff format --check; make format fixes what it can"
 	@echo "make lock             resolve requirements/constraints-*.txt again, for every Python found"
 	@echo "make clean            remove virtual environments, caches and build folders"
@@ -65,6 +68,10 @@ setup: .venv/.installed
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
+
+demo-web: .venv/.installed
+	$(call install,.venv,$(PYTHON),--editable '.[demo$(,)serve]')
+	.venv/bin/python examples/demo_web.py
 
 notebook: .venv/.installed
 	$(call install,.venv,$(PYTHON),--editable '.[notebook]')
@@ -104,6 +111,11 @@ test-trl: .venv-test/.installed
 	@.venv-test/bin/python $(PIP_INSTALL) --target .venv-trl --no-deps --upgrade trl==0.24.0
 	@.venv-test/bin/python $(PIP_INSTALL) --target .venv-trl --upgrade pandas datasets
 	PYTHONPATH=.venv-trl $(PYTEST) -m trl tests/test_preference.py
+
+# SCREENSHOTS=DIR keeps images of the page.
+test-browser: .venv-test/.installed
+	@.venv-test/bin/python $(PIP_INSTALL) selenium
+	$(PYTEST) -m browser tests/test_browser.py
 
 smoke:
 	@$(if $(SMOKE_PYTHONS),$(MAKE) --no-print-directory $(SMOKE_PYTHONS:%=smoke-%),\

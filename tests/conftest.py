@@ -42,7 +42,11 @@ fuzz convert compose convert_damage convert_sources sampling shapes launch launc
 kill
 """.split()
 # Their commands need more than the tests' environment.
+<<<<<<< HEAD
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu", "serve_load"}
+=======
+OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu", "browser"}
+>>>>>>> a16ad66 (A page: ask about images in a browser, with tiles, positions, boxes and the critic's choice)
 
 
 def pytest_collection_modifyitems(items):

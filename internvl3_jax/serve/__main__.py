@@ -1,6 +1,7 @@
 """Runs the server: `python -m internvl3_jax.serve --checkpoint DIR`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
@@ -25,41 +26,56 @@ def main(options: argparse.Namespace) -> int:
     try:
         from internvl3_jax.serve import running
         from internvl3_jax.serve.service import log
+        from internvl3_jax.serve.web import Page, read_examples
     except ImportError as error:
         raise ValueError(
             f"the server needs further packages ({reason(error)}); in a clone of this repository: "
             "pip install -e '.[serve]'"
         ) from error
     from internvl3_jax.inference import loading
+    from internvl3_jax.parallel import multihost
 
     settings = _settings(options)
     loading.named_adapters(options.adapter)
     loading.check_cache(options.compilation_cache)
-    with running.bind(options.host, options.port) as bound:
-        # 2) The model and its engine.
-        service = _load(options, settings)
+    examples = read_examples(options.web_examples) if options.web_examples else ()
+    if options.hosts:
+        loading.join_hosts(options.coordinator, options.processes, options.process)
+    with multihost.abort_together(), contextlib.ExitStack() as stack:
+        # 2) The model and its engine. The hosts but the first follow it.
+        if not multihost.is_first():
+            engine, _, _ = _load(options)
+            engine.follow()
+            return 0
+        bound = stack.enter_context(running.bind(options.host, options.port))
+        engine, checkpoint, critic = _load(options)
         # 3) Serve.
+        service = _service(options, checkpoint, engine, settings)
+        page = Page(examples, critic) if options.web else None
         log.info("models %s on %s", ", ".join(service.models), running.address(bound))
-        return running.Runner(service, bound, options.drain_seconds).run()
+        if page is not None:
+            log.info("the page is %s/", running.address(bound))
+        status = running.Runner(service, bound, options.drain_seconds, page).run()
+        engine.close()
+        return status
 
 
-def _load(options: argparse.Namespace, settings: dict):
-    """Returns the `Service` of a checkpoint, whose programs are compiled."""
+def _load(options: argparse.Namespace) -> tuple:
+    """Returns an engine whose programs are compiled, its checkpoint, and the page's critic."""
+    from internvl3_jax import Critic
     from internvl3_jax.inference import loading
     from internvl3_jax.inference.engine.engine import Engine
-    from internvl3_jax.serve.service import Service
+    from internvl3_jax.inference.engine.lockstep import LockstepEngine
 
     loading.use_compilation_cache(options.compilation_cache)
-    mesh = loading.make_mesh(options.devices, options.fsdp, hosts=False)
     names = ("verify", "accept_fingerprint", "allow_nonfinite", "weights", "quantize_tower")
+    load_options = {name: getattr(options, name) for name in names}
+    load_options["mesh"] = loading.make_mesh(options.devices, options.fsdp, options.hosts)
+    load_options["dtype"] = options.dtype
     checkpoint = loading.open_checkpoint(
-        options.checkpoint,
-        dtype=options.dtype,
-        mesh=mesh,
-        adapters=options.adapter,
-        **{name: getattr(options, name) for name in names},
+        options.checkpoint, adapters=options.adapter, **load_options
     )
-    engine = Engine.of(
+    engine = (LockstepEngine if options.hosts else Engine).of(
         checkpoint,
         options.cache,
         rows=options.rows,
@@ -67,10 +83,21 @@ def _load(options: argparse.Namespace, settings: dict):
         max_queue=options.max_queue,
         image_bytes=options.image_cache_mb << 20,
     )
+    critic = None
+    if options.critic == options.checkpoint:
+        critic = Critic(checkpoint, engine.generator)
+    elif options.critic is not None:
+        critic = Critic(loading.open_checkpoint(options.critic, **load_options))
     checkpoint.params = None  # the engine has its own
     if not options.no_warm_up:
         with progress_line("compiling"):
             engine.warm_up()
+    return engine, checkpoint, critic
+
+
+def _service(options: argparse.Namespace, checkpoint, engine, settings: dict):
+    from internvl3_jax.serve.service import Service
+
     return Service(
         checkpoint,
         engine,

@@ -17,14 +17,18 @@ from internvl3_jax.serve import metrics
 from internvl3_jax.serve.chat_endpoint import ChatCall
 from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.service import Service
+from internvl3_jax.serve.web import Page, add_page
 
 
-def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
+def make_app(
+    service: Service, on_failure: Callable[[], None] = lambda: None, page: Page | None = None
+) -> FastAPI:
     """Returns the application.
 
     Args:
       service: whose engine is started when the application starts, and stopped at its end.
       on_failure: called by the event loop after the engine has failed.
+      page: for people with a browser; None: there is none.
     """
 
     @contextlib.asynccontextmanager
@@ -71,6 +75,8 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
     async def all_metrics() -> Response:
         return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
+    if page is not None:
+        add_page(app, v1, service, page)
     app.include_router(v1)
     app.add_exception_handler(ApiError, _respond)
     app.add_exception_handler(HTTPException, _respond_http)

@@ -28,6 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("internvl3_jax.serve", description=DESCRIPTION)
     _add_model(parser.add_argument_group("Model"))
     _add_answers(parser.add_argument_group("Answers, where a request does not say otherwise"))
+    _add_page(parser.add_argument_group("Page"))
     _add_network(parser.add_argument_group("Network"))
     _add_engine(parser.add_argument_group("Engine"))
     _add_limits(parser.add_argument_group("Limits"))
@@ -42,6 +43,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if options.quantize_tower and not options.weights:
         parser.error("--quantize_tower is about --weights; give that, too, such as int8")
+    for name in ("web_examples", "critic"):
+        if getattr(options, name) is not None and not options.web:
+            parser.error(f"--{name} is about --web; give that, too")
+    if options.hosts and options.critic is not None:
+        parser.error("--critic runs on one host; leave it or --hosts out")
+    if options.coordinator and not options.hosts:
+        parser.error("--coordinator is about --hosts; give that, too")
     if options.allow_private_hosts and not options.allow_hosts:
         parser.error("--allow_private_hosts is about --allow_hosts; give that, too")
     options.roots = [_root(path, parser) for path in options.allow_files]
@@ -153,6 +161,23 @@ def _add_answers(group) -> None:
     )
 
 
+def _add_page(group) -> None:
+    group.add_argument(
+        "--web", action="store_true", help="serve a page for people with a browser, at /"
+    )
+    group.add_argument(
+        "--web_examples",
+        type=expanded,
+        metavar="FILE",
+        help="with --web: JSONL file of questions (prompt, image) that the page offers",
+    )
+    group.add_argument(
+        "--critic",
+        metavar="DIR",
+        help="with --web: checkpoint that chooses among several answers; may be that of --checkpoint",
+    )
+
+
 def _add_network(group) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     group.add_argument(
@@ -246,6 +271,16 @@ def _add_devices(group) -> None:
         "--devices", type=_COUNT, default=None, help="to shard the model over (tensor parallelism)"
     )
     group.add_argument("--fsdp", type=_COUNT, default=1, help="of --devices, as of infer.py")
+    group.add_argument(
+        "--hosts",
+        action="store_true",
+        help="use all devices of all hosts; each runs this command, and the first one serves",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="with --hosts, where no launcher says it"
+    )
+    group.add_argument("--processes", type=_COUNT, help="with --coordinator: their number")
+    group.add_argument("--process", type=_FROM_ZERO, help="with --coordinator: this one's number")
     group.add_argument(
         "--compilation_cache",
         default="~/.cache/internvl3_jax/xla",

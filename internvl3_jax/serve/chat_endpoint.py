@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -65,15 +65,7 @@ class ChatCall:
     async def _begin(self, stack: contextlib.ExitStack) -> None:
         """Reads and prepares the request and puts it into the engine; `stack` takes it out."""
         service = self._service
-        service.check_ready()
-        hold = Hold(service.budget)
-        stack.callback(hold.close)
-        data = await self._read_body(hold)
-        self._began = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        preparing = functools.partial(self._prepare, data, hold)
-        await self._connected(loop.run_in_executor(service.pool, preparing))
-        service.metrics.preparing.observe(time.perf_counter() - self._began)
+        await self._receive(stack)
         service.check_ready()
         self._pending = Pending(service.engine, self._prepared.requests)
         service.enter(self._pending)
@@ -90,6 +82,21 @@ class ChatCall:
             )
             for _ in range(asked.n)
         ]
+
+    async def _receive(self, stack: contextlib.ExitStack) -> None:
+        """Reads and prepares the request."""
+        service = self._service
+        service.check_ready()
+        hold = Hold(service.budget)
+        stack.callback(hold.close)
+        data = await self._read_body(hold)
+        self._began = time.perf_counter()
+        preparing = functools.partial(self._prepare, data, hold)
+        await self._connected(self._run_in_pool(preparing))
+        service.metrics.preparing.observe(time.perf_counter() - self._began)
+
+    def _run_in_pool(self, function: Callable) -> asyncio.Future:
+        return asyncio.get_running_loop().run_in_executor(self._service.pool, function)
 
     def _left(self) -> float:
         return self._service.limits.seconds - (time.perf_counter() - self._began)

@@ -10,7 +10,7 @@ import numpy as np
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt, make_prompt
 from internvl3_jax.data.media.images import ImageError, open_image
-from internvl3_jax.data.media.tiles import count_tiles, cut_tiles, image_limit
+from internvl3_jax.data.media.tiles import count_tiles, cut_tiles, image_grid, image_limit
 from internvl3_jax.data.text.chat_template import ChatError
 from internvl3_jax.data.text.tokenizer_files import TokenizerError
 from internvl3_jax.inference.engine.request import Request
@@ -31,10 +31,12 @@ class Prepared:
     Attributes:
       requests: one per answer.
       stop_ids: of the requests.
+      grids: columns and rows of the tiles of each image.
     """
 
     requests: Sequence[Request]
     stop_ids: tuple[int, ...]
+    grids: Sequence[tuple[int, int]]
 
     @property
     def prompt_tokens(self) -> int:
@@ -52,7 +54,8 @@ def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Pre
     Raises:
       ApiError: an image, the conversation or the grammar cannot be used.
     """
-    prompt, scaling = _prompt(asked, service, hold)
+    grids: list[tuple[int, int]] = []
+    prompt, scaling = _prompt(asked, service, hold, grids)
     max_new_tokens = _max_new_tokens(asked, prompt, scaling, service)
     stop_ids = tuple(dict.fromkeys((*service.engine.stop_ids, *asked.stop_ids)))
     grammar = asked.grammar and service.vocabulary.constraint(asked.grammar)
@@ -71,11 +74,15 @@ def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Pre
                 constraint=grammar and grammar.copy(),
             )
         )
-    return Prepared(requests, stop_ids)
+    return Prepared(requests, stop_ids, grids)
 
 
-def _prompt(asked: ChatRequest, service, hold: Hold) -> tuple[Prompt, str]:
-    """Returns the prompt and its rope scaling."""
+def _prompt(
+    asked: ChatRequest, service, hold: Hold, grids: list[tuple[int, int]]
+) -> tuple[Prompt, str]:
+    """Returns the prompt and its rope scaling; adds the grid of each image to `grids`, but for those
+    beside a video or document.
+    """
     given = _deltas(asked, service)
     system = resolve_system(asked.options.system, asked.options.thinking)
     messages, tiles, deltas = [], [], []
@@ -86,7 +93,7 @@ def _prompt(asked: ChatRequest, service, hold: Hold) -> tuple[Prompt, str]:
         own, given = given[: len(turn.media)], given[len(turn.media) :]
         if turn.has_images_alone:
             messages.append(turn.message)
-            new = _turn_tiles(turn, asked, service, hold, left)
+            new = _turn_tiles(turn, asked, service, hold, left, grids)
             deltas += own
         else:
             earlier = messages, tiles, deltas
@@ -121,7 +128,14 @@ def _deltas(asked: ChatRequest, service) -> list[int]:
     return deltas
 
 
-def _turn_tiles(turn: Turn, asked: ChatRequest, service, hold: Hold, left: int) -> list[np.ndarray]:
+def _turn_tiles(
+    turn: Turn,
+    asked: ChatRequest,
+    service,
+    hold: Hold,
+    left: int,
+    grids: list[tuple[int, int]],
+) -> list[np.ndarray]:
     """Returns the tiles u8[n,S,S,3] of each image of a message.
 
     Each image is cut before the next one is opened, since opened ones are large.
@@ -136,13 +150,22 @@ def _turn_tiles(turn: Turn, asked: ChatRequest, service, hold: Hold, left: int) 
     limit = image_limit(shared, len(turn.images), options.max_tiles)
     cut = []
     for image in turn.images:
-        tiles = _tiles(image, min(limit, image.max_tiles or limit), shared, service, left, hold)
+        most = min(limit, image.max_tiles or limit)
+        tiles = _tiles(image, most, shared, service, left, hold, grids)
         left -= len(tiles)
         cut.append(tiles)
     return cut
 
 
-def _tiles(part: ImagePart, limit: int, processor, service, left: int, hold: Hold) -> np.ndarray:
+def _tiles(
+    part: ImagePart,
+    limit: int,
+    processor,
+    service,
+    left: int,
+    hold: Hold,
+    grids: list[tuple[int, int]],
+) -> np.ndarray:
     data = service.sources.read(part.url, part.name)
     try:
         image = open_image(
@@ -157,6 +180,7 @@ def _tiles(part: ImagePart, limit: int, processor, service, left: int, hold: Hol
     count = count_tiles(image.width, image.height, processor, limit)
     _check_tiles(count, left, part.name, service)
     hold.add(count * 3 * processor.image_size**2)
+    grids.append(image_grid(image.width, image.height, processor, limit))
     return cut_tiles(image, processor, limit)
 
 

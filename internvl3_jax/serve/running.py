@@ -19,6 +19,7 @@ import uvicorn
 from internvl3_jax.serve.app import make_app
 from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.service import Service, log
+from internvl3_jax.serve.web import Page
 
 FAILED = 1
 # Seconds for responses to leave after their requests were ended.
@@ -68,12 +69,19 @@ class Runner:
 
     Args:
       drain_seconds: for running requests after SIGTERM.
+      page: of `make_app`.
     """
 
-    def __init__(self, service: Service, bound: socket.socket, drain_seconds: float = 60.0):
+    def __init__(
+        self,
+        service: Service,
+        bound: socket.socket,
+        drain_seconds: float = 60.0,
+        page: Page | None = None,
+    ):
         self._service, self._bound, self._drain_seconds = service, bound, drain_seconds
         config = uvicorn.Config(
-            make_app(service, self._on_failure),
+            make_app(service, self._on_failure, page),
             http="h11",
             ws="none",
             lifespan="on",

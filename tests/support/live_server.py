@@ -15,6 +15,7 @@ from internvl3_jax import load
 from internvl3_jax.checkpoints.checkpoint import Checkpoint
 from internvl3_jax.serve.running import Runner, address, bind
 from internvl3_jax.serve.service import Service
+from internvl3_jax.serve.web import Page
 from tests.support import tiny_checkpoint
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -49,12 +50,12 @@ class Live:
       status: of its end.
     """
 
-    def __init__(self, service: Service, drain_seconds: float):
+    def __init__(self, service: Service, drain_seconds: float, page: Page | None = None):
         self.service = service
         self._bound = bind("127.0.0.1", 0)
         self.url = address(self._bound)
         self.port = self._bound.getsockname()[1]
-        self.runner = Runner(service, self._bound, drain_seconds)
+        self.runner = Runner(service, self._bound, drain_seconds, page)
         self.status: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run)
@@ -132,12 +133,13 @@ def fetch(request: urllib.request.Request) -> Response:
 
 
 @contextlib.contextmanager
-def serving(engine, *, drain_seconds: float = 20.0, **settings) -> Iterator[Live]:
+def serving(
+    engine, *, drain_seconds: float = 20.0, page: Page | None = None, **settings
+) -> Iterator[Live]:
     """A server of an engine on the tiny checkpoint, until the end of the block."""
     settings = {"name": NAME} | settings
-    live = Live(
-        Service(settings.pop("checkpoint", checkpoint()), engine, **settings), drain_seconds
-    )
+    service = Service(settings.pop("checkpoint", checkpoint()), engine, **settings)
+    live = Live(service, drain_seconds, page)
     live.start()
     try:
         yield live
