@@ -15,11 +15,11 @@ from internvl3_jax.serve import arguments, web
 from internvl3_jax.serve.limits import Limits
 from tests.support import tiny_checkpoint
 from tests.support.live_server import checkpoint, parts, scripted, serving, user
-from tests.support.tiny_checkpoint import picture
+from tests.support.tiny_checkpoint import make_image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUESTIONS = ROOT / "examples" / "tiny_digits" / "questions.jsonl"
-WIDE, SMALL = picture(40, 16, 1), picture(16, 16, 2)
+WIDE, SMALL = make_image(40, 16, 1), make_image(16, 16, 2)
 
 
 @pytest.fixture(scope="module")

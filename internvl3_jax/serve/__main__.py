@@ -32,6 +32,8 @@ def main(options: argparse.Namespace) -> int:
             f"the server needs further packages ({reason(error)}); in a clone of this repository: "
             "pip install -e '.[serve]'"
         ) from error
+    import jax
+
     from internvl3_jax.inference import loading
     from internvl3_jax.parallel import multihost
 
@@ -43,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
         loading.join_hosts(options.coordinator, options.processes, options.process)
     with multihost.abort_together(), contextlib.ExitStack() as stack:
         # 2) The model and its engine. The hosts but the first follow it.
-        if not multihost.is_first():
+        if jax.process_index():
             engine, _, _ = _load(options)
             engine.follow()
             return 0

@@ -277,10 +277,13 @@ def _add_devices(group) -> None:
         help="use all devices of all hosts; each runs this command, and the first one serves",
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="with --hosts, where no launcher says it"
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help="of process 0, with --hosts; not needed on Cloud TPU, SLURM, Open MPI, Kubernetes",
     )
-    group.add_argument("--processes", type=_COUNT, help="with --coordinator: their number")
-    group.add_argument("--process", type=_FROM_ZERO, help="with --coordinator: this one's number")
+    group.add_argument("--processes", type=int, default=-1, help="with --coordinator: their number")
+    group.add_argument("--process", type=int, default=-1, help="with --coordinator: this one")
     group.add_argument(
         "--compilation_cache",
         default="~/.cache/internvl3_jax/xla",

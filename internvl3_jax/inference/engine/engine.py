@@ -150,6 +150,9 @@ class Engine:
         """Waits until there is something to do; returns whether there is."""
         return self._queue.wait_for(self._scheduler.has_work, seconds)
 
+    def close(self) -> None:
+        """Ends what runs elsewhere, of an engine of several hosts. No request may be open."""
+
     # --- the engine's thread ----------------------------------------------------------------------
 
     def run(self) -> None:
