@@ -64,10 +64,10 @@ def main(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> tuple:
     """Returns an engine whose programs are compiled, its checkpoint, and the page's critic."""
-    from internvl3_jax import Critic
     from internvl3_jax.inference import loading
     from internvl3_jax.inference.engine.engine import Engine
     from internvl3_jax.inference.engine.lockstep import LockstepEngine
+    from internvl3_jax.reward.critic import Critic
 
     loading.use_compilation_cache(options.compilation_cache)
     names = ("verify", "accept_fingerprint", "allow_nonfinite", "weights", "quantize_tower")
