@@ -212,3 +212,23 @@ def test_a_file_that_is_no_image_is_said(page, tmp_path):
     page.one("#files").send_keys(str(path))
     page.until(lambda: page.shown("#notice"))
     assert page.one("#notice").text == "note.png is no image that this browser can open"
+
+
+def test_a_pdf_and_a_video_are_asked_about(page, tmp_path):
+    from PIL import Image
+
+    from tests.support import documented_world
+
+    images = [Image.open(MODEL / "pictures" / name) for name in ("01_read.png", "02_read.png")]
+    images = [image.convert("RGB").resize((160, 80)) for image in images]
+    images[0].save(tmp_path / "pages.pdf", save_all=True, append_images=images[1:])
+    documented_world.video(tmp_path / "clip.mp4")
+    for name in ("pages.pdf", "clip.mp4"):
+        page.one("#clear").click()
+        page.one("#files").send_keys(str(tmp_path / name))
+        page.until(lambda: page.shown("#counts") or page.shown("#notice"))
+        assert page.one("#notice").text == ""
+        assert int(page.all("#counts td")[0].text) >= 2
+        page.ask("How many digits are there?")
+        (text,) = page.answers()
+        assert text
