@@ -86,6 +86,12 @@ WRONG = {
     ),
     "deltas": (("hi", [SMALL]), {"delta": ["1", "1/2"]}, ChatError, "2 deltas for 1 images"),
     "delta": (("hi", [SMALL]), {"delta": "1/3"}, ValueError, "'1/3' is not a multiple of 1/256"),
+    "no delta": (
+        ("hi", [SMALL]),
+        {"delta": []},
+        ValueError,
+        r"delta is \[\]; give one, or one for",
+    ),
     "context": (("number " * 2100, []), {}, ContextError, "the model knows 2,048"),
     "temperature": (
         ("hi", []),

@@ -182,4 +182,6 @@ def _check_stop(stop) -> tuple[str, ...]:
 def units(delta: str | float | Sequence) -> list[int]:
     """Returns the V2PE units (1/256) of one delta or of a list of them."""
     deltas = delta if isinstance(delta, list | tuple) else [delta]
+    if not deltas:
+        raise ValueError(f"delta is {delta}; give one, or one for each image")
     return [parse_delta(value) for value in deltas]
