@@ -26,6 +26,7 @@ ROOMS = [
     "inference",
     "training",
     "reward",
+    "evaluate",
     "fit",
     "serve",
 ]
@@ -66,6 +67,18 @@ WITHOUT_JAX |= {
     "serve.grammar_fields",
     "serve.media",
     "training.settings",
+}
+WITHOUT_JAX |= {
+    "evaluate.card",
+    "evaluate.frames",
+    "evaluate.loaders",
+    "evaluate.marks",
+    "evaluate.metrics",
+    "evaluate.prompts",
+    "evaluate.scorers",
+    "evaluate.tables",
+    "evaluate.task",
+    "evaluate.task_table",
 }
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Modules of model/ops/ that the models call; any other is a kernel, which ops/attention.py picks.

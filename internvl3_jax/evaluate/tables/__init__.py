@@ -1,0 +1,1 @@
+"""The rows of task_table.py, by group of the card."""
