@@ -55,6 +55,8 @@ def build(task: Task, row: Row, images: int, reasoning: bool = False) -> str:
     if task.prompt in VIDEO:
         return VIDEO[task.prompt](row, images)
     text = IMAGE[task.prompt](row, reasoning, images)
+    if task.prompt == "given":
+        return text
     if task.prompt == "muirbench":
         return numbered("Image", images, always=True) + text
     return numbered("Image", images) + text
@@ -147,6 +149,7 @@ IMAGE: dict[str, Callable[[Row, bool, int], str]] = {
     "mme_realworld": _mme_realworld,
     "own_word": lambda row, reasoning, images: f"{row.question} {WORD}",
     "own_bare": lambda row, reasoning, images: row.question,
+    "given": lambda row, reasoning, images: row.question,
     "own_options": _own_options,
     "own_detail": lambda row, reasoning, images: f"{row.question} Answer this question in detail.",
     "mantis": _mantis,

@@ -28,7 +28,8 @@ class Task:
       exact: key of EXACTNESS.
       program: whose protocol it is: "own", "kit", or "official".
       max_tiles: of an image.
-      share: how several images share it: "kit" or "own".
+      share: how several images share it: "kit", "own", or "model": as the checkpoint says, which
+        also has the number of tiles.
       max_new_tokens: longest answer.
       frames: numbers of frames; the best one is the card's. Empty: no video.
       frame_rule: of frames.py.

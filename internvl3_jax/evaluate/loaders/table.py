@@ -120,12 +120,12 @@ class Table:
             Record(self, number, offset, values)
             for number, (offset, values) in enumerate(self._read(), 1)
         ]
+        if not self.records:
+            raise FileError(f"{self.name}: has no rows; was it downloaded completely?")
         for column in columns:
             known = self.columns
             if column not in known and not (column == "image" and "image_path" in known):
                 raise FileError(f"{self.name}: has no column {column}; it has {', '.join(known)}")
-        if not self.records:
-            raise FileError(f"{self.name}: has no rows; was it downloaded completely?")
 
     @functools.cached_property
     def by_index(self) -> dict[str, Record]:
