@@ -6,6 +6,7 @@ from internvl3_jax.evaluate import card, marks, metrics, prompts, task_table
 from internvl3_jax.evaluate.loaders.registry import LOADERS
 from internvl3_jax.evaluate.task import EXACTNESS, Row
 from internvl3_jax.evaluate.task_table import TASKS, find_tasks
+from internvl3_jax.evaluate.variant import Variant
 
 pytestmark = pytest.mark.smoke
 
@@ -69,6 +70,7 @@ def test_every_column_of_the_card_has_one_task():
 def test_names_of_the_table_mean_something(task):
     assert task.loader in LOADERS and task.metric in metrics.METRICS
     assert task.scorer in marks.SCORERS and task.exact in EXACTNESS
+    assert Variant(task).options()["max_new_tokens"] == task.max_new_tokens
     assert (task.prompt in prompts.VIDEO) == bool(task.frames or task.frame_rule)
     assert (task.prompt in prompts.IMAGE) != (task.prompt in prompts.VIDEO)
     # What is not scored here becomes a file for those who score it.

@@ -98,13 +98,13 @@ def as_table(report: Mapping) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for task in report["tasks"]:
-        for column in task["card"]:
+        for column in _columns(task):
             cells = [
                 column,
                 _run_text(task),
                 _number(task["scores"].get(column)) or task["problem"],
-                _number(task["card"][column]),
-                _signed(task["difference"][column]),
+                _number(task["card"].get(column)),
+                _signed(task["difference"].get(column)),
                 f"{task['answered']} of {task['rows']}"
                 if task["answered"] < task["rows"]
                 else str(task["rows"]),
@@ -119,6 +119,12 @@ def as_table(report: Mapping) -> str:
         cells += [_number(group["card"]), _signed(group["difference"]), "", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *_remarks(report)]) + "\n"
+
+
+def _columns(task: Mapping) -> list[str]:
+    """Returns the columns of a task or, of one whose metric names them itself, all scores."""
+    named = any(column in task["scores"] for column in task["card"])
+    return list(task["card"] if named or not task["scores"] else task["scores"])
 
 
 def _run_text(task: Mapping) -> str:
