@@ -7,6 +7,8 @@ from internvl3_jax.evaluate.loaders.registry import LOADERS
 from internvl3_jax.evaluate.task import EXACTNESS, Row
 from internvl3_jax.evaluate.task_table import TASKS, find_tasks
 from internvl3_jax.evaluate.variant import Variant
+from tests.support.documents import ROOT
+from tests.support.evaluate_page import task_table as table_of_the_page
 
 pytestmark = pytest.mark.smoke
 
@@ -129,6 +131,13 @@ def test_names_of_tasks_and_groups():
 def test_known_files_have_a_digest():
     files = [name for task in TASKS.values() if task.program == "kit" for name in task.files]
     assert {name for name in files if name.endswith(".tsv")} <= set(task_table.KNOWN_MD5)
+
+
+def test_the_page_has_every_task():
+    """docs/evaluation.md has the table that tests/support/evaluate_page.py makes."""
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert table_of_the_page() in page
+    assert all(f"`{name}`" in page for name in [*TASKS, *card.GROUPS])
 
 
 # --- prompts ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Reading, tiling, prompts and generation are those of training and inference. Eve
 """
 
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 
@@ -18,9 +17,9 @@ from internvl3_jax.data.batch import Prompt, make_prompt
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the clone
 
-from examples.tiny_digits.recipe.data import iou
 from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.sources.catalog import open_sources
+from internvl3_jax.evaluate.scorers.boxes import text_or_box
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.sampling import Sampling
@@ -110,18 +109,7 @@ def answer(checkpoint: Checkpoint, generator: Generator, prompts: Sequence[Promp
 
 
 def is_right(expected: str, answered: str) -> bool:
-    """Compares the texts or, if a box is expected, the names and the boxes (IoU >= 0.5, as in
-    RefCOCO).
+    """Compares as internvl3_jax.evaluate does: texts or, if a box is expected, names and boxes (IoU
+    >= 0.5, as in RefCOCO).
     """
-    expected_box, answered_box = _box(expected), _box(answered)
-    if expected_box is None:
-        return expected == answered
-    if answered_box is None or expected_box[0] != answered_box[0]:
-        return False
-    return iou(expected_box[1], answered_box[1]) >= 0.5
-
-
-def _box(text: str) -> tuple[str, tuple[int, ...]] | None:
-    """Returns (name, box) of a text that ends with a box, else None."""
-    match = re.search(r"<ref>([^<]*)</ref><box>\[\[(\d+), (\d+), (\d+), (\d+)\]\]</box>$", text)
-    return (match[1], tuple(map(int, match.groups()[1:]))) if match else None
+    return text_or_box(answered, expected)

@@ -5,6 +5,7 @@
     internvl3-convert    python -m convert
     internvl3-fit        python -m internvl3_jax.fit
     internvl3-doctor     python -m internvl3_jax.data.doctor
+    internvl3-eval       python -m internvl3_jax.evaluate
     internvl3-tokens     python -m internvl3_jax.data.tokens
     internvl3-serve      python -m internvl3_jax.serve
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "internvl3-convert": "python -m convert",
     "internvl3-fit": "python -m internvl3_jax.fit",
     "internvl3-doctor": "python -m internvl3_jax.data.doctor",
+    "internvl3-eval": "python -m internvl3_jax.evaluate",
     "internvl3-tokens": "python -m internvl3_jax.data.tokens",
     "internvl3-serve": "python -m internvl3_jax.serve",
 }
@@ -81,6 +83,10 @@ def fit() -> None:
 
 def doctor() -> None:
     _run("internvl3_jax.data.doctor")
+
+
+def evaluate() -> None:
+    _run("internvl3_jax.evaluate")
 
 
 def tokens() -> None:

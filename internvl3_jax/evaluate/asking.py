@@ -52,7 +52,9 @@ def answer(chat: Chat, questions: Sequence[Question], options: dict, choose=None
     if choose is not None:
         pairs = [(question.text, question.images) for question in questions]
         names = [question.name for question in questions]
-        return [choice.as_json() for choice in choose(pairs, names=names, **options)]
+        chosen = choose(pairs, names=names, **options)
+        finished = [{"finish": choice.candidates[choice.best].finish} for choice in chosen]
+        return [choice.as_json() | more for choice, more in zip(chosen, finished, strict=True)]
     asked = [
         chat.prepare(question.text, question.images, where=question.name, **options)
         for question in questions

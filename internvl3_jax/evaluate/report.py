@@ -157,7 +157,7 @@ def _remarks(report: Mapping) -> list[str]:
     for note in dict.fromkeys((task["task"], task["note"]) for task in report["tasks"]):
         lines += [f"- {note[0]}: {note[1]}"] if note[1] else []
     for task in report["tasks"]:
-        more = {name: value for name, value in task["scores"].items() if name not in task["card"]}
+        more = {name: value for name, value in task["scores"].items() if name not in _columns(task)}
         if more:
             listed = ", ".join(f"{name} {_number(value)}" for name, value in more.items())
             lines.append(f"- {task['run']}: {listed}")

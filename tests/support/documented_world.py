@@ -133,6 +133,15 @@ QUESTIONS = [
 ]
 ANSWERED = [row | {"answer": answer} for row, (_, answer) in zip(QUESTIONS, READ, strict=True)]
 
+
+def card_data(path: pathlib.Path) -> None:
+    """Writes made-up files of some benchmarks of the model card."""
+    from internvl3_jax.evaluate.task_table import find_tasks
+    from tests.support import evaluate_world
+
+    evaluate_world.build(path, find_tasks(["mmstar", "pope", "mathvista", "mlvu"]))
+
+
 # What makes the file of each name in the pages. Files that a page's own commands make are in MADE.
 FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "DIR": model,
@@ -154,6 +163,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "checkpoints/visualprm-8b": model,
     "checkpoints/new-2b": model,
     "runs/sft-2b": run,
+    "card_data": card_data,
     "cat.jpg": image_file(),
     "a.png": image_file(0),
     "b.png": image_file(1),

@@ -56,10 +56,11 @@ def write_pope(folder: pathlib.Path, task: Task) -> None:
 
 
 def write_mme(folder: pathlib.Path, task: Task) -> None:
-    for name in ("color", "count"):
+    for path in task.files:
+        name = pathlib.Path(path).stem
         _images(folder, f"mme/MME_Benchmark_release_version/{name}")
         lines = [f"{n // 2}.png\tIs it {n}?\t{'No' if n % 2 else 'Yes'}" for n in range(ROWS)]
-        save(folder / "mme" / "Your_Results" / f"{name}.txt", "\n".join(lines) + "\n")
+        save(folder / path, "\n".join(lines) + "\n")
 
 
 def write_mmbench(folder: pathlib.Path, task: Task) -> None:

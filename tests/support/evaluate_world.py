@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
+from internvl3_jax.evaluate.loaders.videos import MVBENCH
 from internvl3_jax.evaluate.task import Row, Task
 from tests.support import evaluate_own as own
 from tests.support.evaluate_rows import (
@@ -179,22 +180,21 @@ def make(path: pathlib.Path) -> pathlib.Path:
 
 
 def write_mvbench(folder: pathlib.Path, task: Task) -> None:
-    for name, extra, video in (
-        ("action_antonym", {}, "ssv2_video/clip.mp4"),
-        ("action_sequence", {"start": 0.5, "end": 2.0}, "star/Charades_v1_480/clip.mp4"),
-        ("episodic_reasoning", {"start": 0.0, "end": 1.0}, "tvqa/frames_fps3_hq/clip"),
-    ):
-        place = folder / "MVBench" / "video" / video
-        if video.endswith("mp4"):
-            write_video(make(place), 30)
+    frame = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE)).save(frame, "JPEG")
+    clip = write_video(make(folder / "clip.mp4"), 30).read_bytes()
+    for number, (name, (place, has_clip)) in enumerate(MVBENCH.items()):
+        video = folder / "MVBench" / "video" / place / "clip"
+        if name == "episodic_reasoning":
+            for count in range(1, 8):
+                save(video / f"{count:05d}.jpg", frame.getvalue())
         else:
-            for number in range(1, 8):
-                data = io.BytesIO()
-                Image.new("RGB", (SIZE, SIZE)).save(data, "JPEG")
-                save(place / f"{number:05d}.jpg", data.getvalue())
-        question = {"video": place.name, "question": "What?", "candidates": list(OPTIONS.values())}
-        rows = [question | extra | {"answer": OPTIONS[letter(number)]} for number in range(2)]
-        save(folder / "MVBench" / "json" / f"{name}.json", json.dumps(rows))
+            video = video.with_suffix(".mp4")
+            save(video, clip)
+        row = {"video": video.name, "question": "What?", "candidates": list(OPTIONS.values())}
+        row |= {"start": 0.5, "end": 2.0} if has_clip else {}
+        row |= {"answer": OPTIONS[letter(number)]}
+        save(folder / "MVBench" / "json" / f"{name}.json", json.dumps([row]))
 
 
 # --- all of them ----------------------------------------------------------------------------------

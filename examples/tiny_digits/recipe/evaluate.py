@@ -2,7 +2,8 @@
 
     python examples/tiny_digits/recipe/evaluate.py runs/tiny_digits
 
-Prompts and generation are those of inference.
+The questions are written to RUN/held_out/PER_TASK and run as any benchmark, by
+internvl3_jax.evaluate; its answers and report are in step_STEP of that folder.
 """
 
 import argparse
@@ -17,16 +18,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from examples.tiny_digits.recipe import data
-from internvl3_jax import Checkpoint, load
-from internvl3_jax.data.batch import cut_images, make_prompt
-from internvl3_jax.inference.generation_config import GenerationConfig
-from internvl3_jax.inference.generator import Generator
-from internvl3_jax.inference.sampling import Sampling
-from internvl3_jax.io import safe_files
+from internvl3_jax import Chat, Checkpoint
+from internvl3_jax.evaluate import asking, command
+from internvl3_jax.evaluate.task_table import TASKS
+from internvl3_jax.io import jsonl, safe_files
 from internvl3_jax.training.run_log import LOG, read_rows
 
 _BATCH = 50
-_LIMIT = 96  # tokens; the longest answer names five boxes
+_TASK = TASKS["requests"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,17 +37,36 @@ def main(arguments: list[str] | None = None) -> None:
         "--per_task", type=int, default=500, help="questions per task (%(default)s)"
     )
     options = parser.parse_args(arguments)
-    try:
-        scores = evaluate(load(options.run), options.per_task)
-        write(options.run, scores, options.per_task)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(
-        "\n".join(
-            ["unseen handwriting"]
-            + [f"  {name:<8} {100 * value:6.2f} %" for name, value in scores.items()]
-        )
+    step = last_row(options.run)["step"]
+    folder = options.run / "held_out" / str(options.per_task)
+    results, questions = folder / f"step_{step}", data.held_out(options.per_task)
+    write_questions(folder, questions)
+    status = command.main(
+        ["--checkpoint", str(options.run), "--data", str(folder), "--tasks", _TASK.name]
+        + ["--output", str(results), "--batch_size", str(_BATCH)]
     )
+    if status:
+        sys.exit(status)
+    rows = jsonl.read_objects(results / "answers" / f"{_TASK.name}.jsonl")
+    scores = score(questions, [row.get("text", str) for row in rows])
+    write(options.run, scores, options.per_task)
+    print(f"digits read: {100 * scores['digit']:.2f} %")
+
+
+def write_questions(folder: pathlib.Path, questions: list[data.Question]) -> None:
+    """Writes questions.jsonl and its images, in the form of infer.py --requests."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, question in enumerate(questions):
+        names = [f"pictures/{number}_{place}.png" for place in range(len(question.images))]
+        for name, image in zip(names, question.images, strict=True):
+            image.save(folder / name)
+        text = question.messages[0]["content"]
+        lines.append(
+            {"id": number, "task": question.task, "prompt": text, "image": names}
+            | {"expected": question.answer}
+        )
+    jsonl.rewrite(folder / _TASK.files[0], [jsonl.dumps(line) for line in lines])
 
 
 def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) -> dict[str, float]:
@@ -57,20 +75,17 @@ def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) ->
 
     delta: V2PE step in units of 1/256; None is the processor's.
     """
-    processor, tokenizer = checkpoint.processor, checkpoint.tokenizer
-    stop_ids = [tokenizer.token_id(token) for token in processor.stop_tokens]
-    generator = Generator(checkpoint.config, jax.device_get(checkpoint.params), stop_ids=stop_ids)
-    questions = data.held_out(per_task)
+    chat, questions = Chat(checkpoint), data.held_out(per_task)
+    options = {"max_new_tokens": _TASK.max_new_tokens}
+    options |= {} if delta is None else {"delta": f"{delta}/256"}
+    asked = [
+        asking.Question(question.messages[0]["content"], question.images, f"question {number}")
+        for number, question in enumerate(questions)
+    ]
     answers = []
-    for start in range(0, len(questions), _BATCH):
-        prompts = [
-            _prompt(question, tokenizer, processor, delta)
-            for question in questions[start : start + _BATCH]
-        ]
-        run = GenerationConfig(
-            _LIMIT, Sampling(), (0,) * len(prompts), checkpoint.config.language.rope_scaling
-        )
-        answers += [tokenizer.decode(ids).strip() for ids in generator.generate(prompts, run)]
+    for start in range(0, len(asked), _BATCH):
+        rows = asking.answer(chat, asked[start : start + _BATCH], options)
+        answers += [row["text"] for row in rows]
     return score(questions, answers)
 
 
@@ -95,7 +110,7 @@ def score(questions: list[data.Question], answers: list[str]) -> dict[str, float
 
 def write(run: pathlib.Path, scores: dict[str, float], per_task: int) -> None:
     """Writes RUN/report.json: scores, steps, seconds, machine and versions."""
-    last = [row for row in read_rows(run / LOG) if "loss" in row][-1]
+    last = last_row(run)
     report = {
         "held_out": {name: round(value, 4) for name, value in scores.items()},
         "questions_per_task": per_task,
@@ -108,15 +123,9 @@ def write(run: pathlib.Path, scores: dict[str, float], per_task: int) -> None:
     safe_files.replace(run / "report.json", json.dumps(report, indent=1) + "\n")
 
 
-def _prompt(question: data.Question, tokenizer, processor, delta: int | None):
-    units = [processor.delta if delta is None else delta] * len(question.images)
-    return make_prompt(
-        question.messages[:-1],
-        cut_images(question.images, processor),
-        tokenizer,
-        processor,
-        units,
-    )
+def last_row(run: pathlib.Path) -> dict:
+    """Returns the last row of the run's log that has a loss."""
+    return [row for row in read_rows(run / LOG) if "loss" in row][-1]
 
 
 if __name__ == "__main__":

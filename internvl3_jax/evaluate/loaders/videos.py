@@ -146,7 +146,7 @@ _SETS: dict[str, tuple[tuple[str, ...], Callable, Callable]] = {
 
 def load_mvbench(task: Task, data: pathlib.Path) -> Loaded:
     """Reads the 20 JSON lists of MVBench."""
-    paths, rows = find_files(data, task.files), []
+    paths, rows = find_files(data, [f"MVBench/json/{name}.json" for name in MVBENCH]), []
     for path in paths:
         folder, has_clip = MVBENCH[path.stem]
         listed = strict_json.read(path)

@@ -84,7 +84,13 @@ COMPREHENSIVE = [
         "mme",
         "MME",
         "comprehensive",
-        "mme/Your_Results/*.txt",
+        tuple(
+            f"mme/Your_Results/{name}.txt"
+            for name in (
+                "OCR artwork celebrity code_reasoning color commonsense_reasoning count existence "
+                "landmark numerical_calculation position posters scene text_translation"
+            ).split()
+        ),
         "mme",
         "own_word",
         scorer="mme",
