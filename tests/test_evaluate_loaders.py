@@ -134,7 +134,6 @@ def test_images_as_paths(tmp_path):
             lambda text: text.replace("\n1\t0\t", "\n1\t9\t"),
             "row 2 .*column image is '9'; expected",
         ),
-        (lambda text: text.replace("\n1\t0\t", "\n1\t\t"), r"row 2 \(index 1\): column image is e"),
         (
             lambda text: text.replace("\tB\n", "\tQ\n"),
             r"row 2 .*column answer is 'Q'; expected one",
@@ -158,6 +157,14 @@ def test_damaged_images_are_named(tmp_path):
     rows = mmstar(tmp_path, lambda text: text.replace("\n3\tiVBOR", "\n3\t*VBOR"))
     with pytest.raises(FileError, match=r"row 4 \(index 3\): column image is '\*VBOR.* not base64"):
         rows[3].load_images()
+
+
+def test_rows_without_an_image_are_left_out_and_counted(tmp_path):
+    world.build(tmp_path, [TASKS["mmstar"]])
+    path = tmp_path / "MMStar.tsv"
+    path.write_text(path.read_text().replace("\n1\t0\t", "\n1\t\t"))
+    loaded = load(TASKS["mmstar"], tmp_path)
+    assert [row.id for row in loaded.rows] == list("02345") and loaded.imageless == 1
 
 
 def test_a_table_that_is_no_text(tmp_path):

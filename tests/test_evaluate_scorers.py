@@ -85,6 +85,11 @@ def box_centre(text: str):
     return text if found is None else list(found)
 
 
+def hallusion(rows) -> list[float]:
+    """In the vectors the second part of the index is the category."""
+    return yes_no.hallusion([(index, index.split("_")[1], right) for index, right in rows])
+
+
 def refcoco(*arguments) -> list:
     return list(boxes.refcoco(*arguments))
 
@@ -116,7 +121,7 @@ FUNCTIONS = {
     "mme_score": yes_no.mme_score,
     "pope_f1": yes_no.pope_f1,
     "yes_no": yes_no.yes_no,
-    "hallusion": yes_no.hallusion,
+    "hallusion": hallusion,
     "mathvista_vlmevalkit": mathematics.mathvista_vlmevalkit,
     "mathvista_normalize": mathvista_normalize,
     "final_answer": mathematics.final_answer,
@@ -153,7 +158,7 @@ REMARKS = {
     ),
     "mvbench": (r"kit: (.*)", functools.partial(options.mvbench, kit=True)),
     "refcoco": (r"box (\[.*?\])", lambda *a: boxes.read_box(*a[:3]).tolist()),
-    "hallusion": (r"mean (.*)", lambda rows: sum(yes_no.hallusion(rows)) / 3),
+    "hallusion": (r"mean (.*)", lambda rows: sum(hallusion(rows)) / 3),
     "vcr": (r"best run: (.*)", lambda text, covered: short.vcr(text, covered, tokenize)[2]),
 }
 

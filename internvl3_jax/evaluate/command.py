@@ -138,6 +138,11 @@ def run(options: argparse.Namespace) -> int:
             return 0
         safe_files.replace(options.output / MODEL_FILE, json.dumps(model, indent=1) + "\n")
     results = []
+    left_out += [
+        f"{name}: {data.imageless} rows without an image, as in VLMEvalKit"
+        for name, data in loaded.items()
+        if data.imageless
+    ]
     for variant in runs:
         data, given = loaded[variant.task.name], answers[variant.name]
         result = scoring.score(variant, data, given, files[variant.task.name])

@@ -145,10 +145,14 @@ def pope(task: Task, rows, answers, marks) -> Scores:
 
 def hallusion(task: Task, rows, answers, marks) -> Scores:
     """Returns the mean of aAcc, fAcc and qAcc."""
-    scores = yes_no.hallusion([(row.id, bool(m.value)) for row, m in zip(rows, marks, strict=True)])
-    return {task.columns[0]: _mean(scores)} | dict(
-        zip(("aAcc", "fAcc", "qAcc"), scores, strict=True)
+    scores = yes_no.hallusion(
+        [
+            (row.id, row.values["l2-category"], bool(mark.value))
+            for row, mark in zip(rows, marks, strict=True)
+        ]
     )
+    names = ("aAcc", "fAcc", "qAcc")
+    return {task.columns[0]: _mean(scores)} | dict(zip(names, scores, strict=True))
 
 
 def crpe(task: Task, rows, answers, marks) -> Scores:

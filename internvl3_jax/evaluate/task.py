@@ -93,10 +93,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """The rows of a task, and the files that they come from."""
+    """The rows of a task, and the files that they come from.
+
+    Attributes:
+      imageless: number of rows that are left out because they have no image.
+    """
 
     rows: list[Row]
     files: tuple[str, ...]
+    imageless: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,7 @@ _KIT: dict[str, Callable[[], list[dict]]] = {
     "WildVision": lambda: table_rows(claude3_sonnet="A car."),
     "HallusionBench": lambda: table_rows(
         index=lambda n: f"VD_chart_x_0_{n % 2}_{n // 2}",
+        **{"l2-category": "chart"},
         answer=lambda n: "Yes" if n % 2 else "No",
     ),
     "CRPE_RELATION": lambda: table_rows(

@@ -16,7 +16,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def load(task: Task, data: pathlib.Path) -> Loaded:
-    """Reads the tables of a task.
+    """Reads the tables of a task. As in the kit, rows without an image are left out.
 
     Arguments of the task:
       kind: "options" (a letter of the row's options), "text", "list" (a printed list of texts),
@@ -27,16 +27,18 @@ def load(task: Task, data: pathlib.Path) -> Loaded:
       letters: of the columns of options; "" for none.
     """
     paths = find_files(data, task.files)
-    rows = [row for path in paths for row in _rows(task, path, prefixed=len(paths) > 1)]
+    found = [_rows(task, path, prefixed=len(paths) > 1) for path in paths]
+    rows = [row for kept, _ in found for row in kept]
     if not rows:
         raise FileError(
             f"{paths[0].name}: no row has the split {task.arguments.get('split')!r}; is it the "
             "right file?"
         )
-    return Loaded(rows, tuple(map(str, paths)))
+    return Loaded(rows, tuple(map(str, paths)), sum(imageless for _, imageless in found))
 
 
-def _rows(task: Task, path: pathlib.Path, prefixed: bool) -> list[Row]:
+def _rows(task: Task, path: pathlib.Path, prefixed: bool) -> tuple[list[Row], int]:
+    """Returns the rows of one table, and how many have no image."""
     arguments = task.arguments
     kind, letters = arguments.get("kind", "text"), arguments.get("letters", _LETTERS)
     more = (*arguments.get("columns", ()), *arguments.get("lists", ()))
@@ -45,9 +47,12 @@ def _rows(task: Task, path: pathlib.Path, prefixed: bool) -> list[Row]:
     needed += ["split"] if "split" in arguments else []
     table = Table(path, needed)
     references = table.by_index  # also refuses an index that occurs twice
-    rows = []
+    rows, imageless = [], 0
     for record in references.values():
         if "split" in arguments and record.values["split"] != arguments["split"]:
+            continue
+        if record.is_imageless:
+            imageless += 1
             continue
         options = record.options(letters)
         values = dict(record.values)
@@ -69,7 +74,7 @@ def _rows(task: Task, path: pathlib.Path, prefixed: bool) -> list[Row]:
                 check=record.check,
             )
         )
-    return rows
+    return rows, imageless
 
 
 def _doubled_first(record: Record) -> Callable[[], list]:

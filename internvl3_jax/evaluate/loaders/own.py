@@ -98,7 +98,7 @@ def load_pope(task: Task, data: pathlib.Path) -> Loaded:
             raise JsonError(f"{line.where}: category {category} has more questions than labels")
         rows.append(
             Row(
-                id=f"{line.get('question_id', (int, str))}",
+                id=f"{category}:{line.get('question_id', (int, str))}",
                 where=line.where,
                 question=line.get("text", str).strip(),
                 answer=labels[category][used[category]],

@@ -46,6 +46,12 @@ class Record:
         index = f" (index {excerpt(values['index'])[1:-1]})" if "index" in values else ""
         self.where = f"{table.name} row {number}{index}"
 
+    @property
+    def is_imageless(self) -> bool:
+        """Whether the table has images, and this row none."""
+        has_path = self.present("image_path") is not None
+        return "image" in self.table.columns and not self.has_image and not has_path
+
     def get(self, column: str) -> str:
         """Returns a text; FileError if it is empty."""
         value = self.values.get(column, "")

@@ -70,18 +70,18 @@ def yes_no(text: str) -> str:
     return "Yes" if "yes" in words else "No"
 
 
-def hallusion(rows: Sequence[tuple[str, bool]]) -> list[float]:
+def hallusion(rows: Sequence[tuple[str, str, bool]]) -> list[float]:
     """Returns [aAcc, fAcc, qAcc] of HallusionBench in percent: of questions, of figures and of
     questions about all their figures.
 
     Args:
-      rows: (index, whether the answer is right). Of the index's parts, counted from 0, the second
-        part is the category, and parts 3, 4 and 5 are set, figure and question.
+      rows: (index, l2-category, whether the answer is right). Parts 3, 4 and 5 of the index,
+        counted from 0, are set, figure and question.
     """
     figures, questions = {}, {}
-    for index, right in rows:
+    for index, category, right in rows:
         parts = index.split("_")
-        figures.setdefault((parts[1], parts[3], parts[4]), []).append(right)
-        questions.setdefault((parts[1], parts[3], parts[5]), []).append(right)
-    groups = [[[right] for _, right in rows], figures.values(), questions.values()]
+        figures.setdefault((category, parts[3], parts[4]), []).append(right)
+        questions.setdefault((category, parts[3], parts[5]), []).append(right)
+    groups = [[[right] for *_, right in rows], figures.values(), questions.values()]
     return [100 * float(np.mean([all(group) for group in kind])) for kind in groups]

@@ -159,7 +159,7 @@ HALLUCINATION = [
         prompt="yes_or_no",
         scorer="hallusion",
         metric="hallusion",
-        arguments={"kind": "yes_or_no", "letters": ""},
+        arguments={"kind": "yes_or_no", "letters": "", "columns": ("l2-category",)},
     ),
     own(
         "mmhal",
