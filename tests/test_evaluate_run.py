@@ -1,6 +1,5 @@
 """`python -m internvl3_jax.evaluate` with the digits model: answers, resuming, scores, report."""
 
-import dataclasses
 import json
 import pathlib
 import zipfile
@@ -8,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from internvl3_jax.evaluate import asking, card, command, report, scoring, task_table
+from internvl3_jax.evaluate import asking, card, command, report, scoring
 from internvl3_jax.evaluate.loaders import mantis
 from internvl3_jax.evaluate.task_table import TASKS
 from internvl3_jax.evaluate.variant import Variant, variants
@@ -20,15 +19,6 @@ NAMES = (
     "mmstar mlvu mvbench mantis docvqa pope mme mmbench_en mmiu mirb refcoco_val mmvet2 mmhal "
     "requests"
 ).split()
-
-
-@pytest.fixture
-def short_answers(monkeypatch):
-    """Answers of at most four tokens, and rows for Mantis without pyarrow."""
-    short = {name: dataclasses.replace(task, max_new_tokens=4) for name, task in TASKS.items()}
-    monkeypatch.setattr(task_table, "TASKS", short)
-    monkeypatch.setattr(command, "TASKS", short)
-    monkeypatch.setattr(mantis, "read_parquet", lambda path: world.MANTIS)
 
 
 def evaluate(data, output, names, *more: str) -> int:
@@ -49,12 +39,14 @@ def read_report(output) -> dict:
     return json.loads((output / "report.json").read_text())
 
 
-def test_every_loader_end_to_end(tmp_path, short_answers, capsys):
+def test_every_loader_end_to_end(tmp_path, monkeypatch, capsys):
     """Six rows of each are answered by the model; what is to be sent elsewhere is written."""
     data = world.build(tmp_path / "data", [TASKS[name] for name in NAMES])
     output = tmp_path / "output"
+    monkeypatch.setattr(mantis, "read_parquet", lambda path: world.MANTIS)
     # batches of one size, so that few programs are compiled
     more = ["--frames", "2", "--card", "1B", "--limit", "6", "--batch_size", "6"]
+    more += ["--max_new_tokens", "4"]
     assert evaluate(data, output, NAMES, *more) == 0
     printed = capsys.readouterr().out
     found = {task["task"]: task for task in read_report(output)["tasks"]}

@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="ask for reasoning in the reasoning tasks; auto: above 2B, as for the card (auto)",
     )
+    how.add_argument(
+        "--max_new_tokens", type=int, help="longest answer, where the task's limit is higher"
+    )
     how.add_argument("--best_of", type=int, help="answers that --critic chooses among; the card: 8")
     how.add_argument("--critic", help="checkpoint of the critic")
     model = parser.add_argument_group("Model")
@@ -105,7 +108,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("give --checkpoint, or --rescore for answers that are there already")
     if bool(options.best_of) != bool(options.critic) and not options.rescore:
         raise UsageError("--best_of N and --critic DIR go together")
-    for name in ("limit", "best_of", "batch_size"):
+    for name in ("limit", "best_of", "batch_size", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1")

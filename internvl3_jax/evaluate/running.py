@@ -55,6 +55,7 @@ def answer_all(
             options.reasoning,
             size,
             options.best_of,
+            options.max_new_tokens,
         )
         model = {
             "checkpoint": str(options.checkpoint),
@@ -65,6 +66,7 @@ def answer_all(
             "deltas": options.delta,
             "best_of": options.best_of,
             "critic": options.critic,
+            "max_new_tokens": options.max_new_tokens,
         }
         chat, choose = Chat(checkpoint), None
         if options.best_of:

@@ -18,6 +18,7 @@ class Variant:
       frames: of a video; None for images.
       reasoning: whether the prompt asks for reasoning.
       best_of: number of answers that a critic chooses among; None: one answer.
+      most_tokens: of an answer, where it is less than the task's limit; None: the task's.
     """
 
     task: Task
@@ -25,6 +26,7 @@ class Variant:
     frames: int | None = None
     reasoning: bool = False
     best_of: int | None = None
+    most_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -43,7 +45,8 @@ class Variant:
             "own": {"tiles": "shared", "max_total_tiles": 0, "max_tiles": self.task.max_tiles},
             "model": {},
         }
-        options = {"max_new_tokens": self.task.max_new_tokens} | tiles[self.task.share]
+        tokens = min(self.task.max_new_tokens, self.most_tokens or self.task.max_new_tokens)
+        options = {"max_new_tokens": tokens} | tiles[self.task.share]
         return options | ({"delta": self.delta} if self.delta else {})
 
     def settings(self) -> dict:
@@ -64,6 +67,7 @@ def variants(
     reasoning: str = "auto",
     size: str | None = None,
     best_of: int | None = None,
+    most_tokens: int | None = None,
 ) -> list[Variant]:
     """Returns the runs of tasks, one for each delta and number of frames.
 
@@ -79,7 +83,9 @@ def variants(
         asked = (asked or best_of is not None) and task.reasons
         counts = (tuple(frames) or task.frames) if task.frames else (None,)
         found += [
-            Variant(task, delta, count, asked, best_of) for delta in deltas for count in counts
+            Variant(task, delta, count, asked, best_of, most_tokens)
+            for delta in deltas
+            for count in counts
         ]
     return found
 

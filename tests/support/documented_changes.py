@@ -28,7 +28,7 @@ ADDED = {
     "--config.data.text_fraction=-1",
     "train.py": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "internvl3_jax.training.make_reference": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
-    "internvl3_jax.evaluate": "--limit=2",
+    "internvl3_jax.evaluate": "--limit=2 --max_new_tokens=4",
     "infer.py": "--max_new_tokens=4",
     "internvl3_jax.reward.make_pairs": "--max_new_tokens=8 --samples=2",
     "internvl3_jax.reward.make_process_labels": "--max_new_tokens=8 --solutions=1 --continuations=2",
