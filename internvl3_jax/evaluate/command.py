@@ -21,7 +21,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from internvl3_jax.evaluate import card, report, scoring, submissions
+from internvl3_jax.evaluate import card, judging, report, scoring, submissions
 from internvl3_jax.evaluate.loaders.places import has_files
 from internvl3_jax.evaluate.loaders.registry import LOADERS
 from internvl3_jax.evaluate.task import EXACTNESS, Loaded, Task
@@ -93,9 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         default="~/.cache/internvl3_jax/xla",
         help="directory that keeps compiled programs; empty: none (%(default)s)",
     )
-    parser.add_argument_group("Report").add_argument(
+    more = parser.add_argument_group("Report")
+    more.add_argument(
         "--card", choices=card.SIZES, help="row of the card to compare with (by the model's sizes)"
     )
+    more.add_argument(
+        "--judge", help="address of a server with OpenAI's interface, up to /v1, for judged tasks"
+    )
+    more.add_argument("--judge_model", help="its model")
     return parser
 
 
@@ -108,6 +113,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("give --checkpoint, or --rescore for answers that are there already")
     if bool(options.best_of) != bool(options.critic) and not options.rescore:
         raise UsageError("--best_of N and --critic DIR go together")
+    if bool(options.judge) != bool(options.judge_model):
+        raise UsageError("--judge URL and --judge_model NAME go together")
     for name in ("limit", "best_of", "batch_size", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -150,6 +157,12 @@ def run(options: argparse.Namespace) -> int:
         data, given = loaded[variant.task.name], answers[variant.name]
         result = scoring.score(variant, data, given, files[variant.task.name])
         result.written = submissions.write(result, data, given, options.output / "submit")
+        if options.judge and variant.task.name in judging.RULES:
+            path = options.output / "judge" / f"{variant.name}.jsonl"
+            judge = judging.Judge(options.judge, options.judge_model)
+            score = judging.judged(judge, variant.task.name, data, given, path)
+            result.scores = {variant.task.columns[0]: score}
+            result.problem = f"marks of {judge.model}, not the card's judge"
         results.append(result)
     found = report.as_json(results, model | {"left_out": left_out})
     print(report.as_table(found), end="")

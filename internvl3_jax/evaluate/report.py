@@ -161,6 +161,8 @@ def _remarks(report: Mapping) -> list[str]:
         if more:
             listed = ", ".join(f"{name} {_number(value)}" for name, value in more.items())
             lines.append(f"- {task['run']}: {listed}")
+        if task["problem"] and task["scores"]:
+            lines.append(f"- {task['run']}: {task['problem']}")
         if task["written"]:
             lines.append(f"- {task['run']}: {pathlib.Path(task['written']).name} is to be scored")
     lines += [f"- left out: {text}" for text in report.get("left_out", ())]
