@@ -2,41 +2,22 @@
 
 import json
 import pathlib
-import zipfile
-from xml.etree import ElementTree
 
 import pytest
 
-from internvl3_jax.evaluate import asking, card, command, report, scoring
+from internvl3_jax.evaluate import asking, card, command
 from internvl3_jax.evaluate.loaders import mantis
 from internvl3_jax.evaluate.task_table import TASKS
 from internvl3_jax.evaluate.variant import Variant, variants
+from internvl3_jax.reward.best_of_n import Candidate, Choice
 from tests.support import evaluate_world as world
+from tests.support.evaluate_runs import StandIn, evaluate, read_report, rescore
 
-MODEL = str(pathlib.Path(__file__).parent.parent / "examples" / "tiny_digits")
 # One task of every loader.
 NAMES = (
     "mmstar mlvu mvbench mantis docvqa pope mme mmbench_en mmiu mirb refcoco_val mmvet2 mmhal "
     "requests"
 ).split()
-
-
-def evaluate(data, output, names, *more: str) -> int:
-    return command.main(
-        ["--checkpoint", MODEL, "--data", str(data), "--tasks", ",".join(names)]
-        + ["--output", str(output), "--compilation_cache", "", *more]
-    )
-
-
-def rescore(data, output, names, *more: str) -> int:
-    return command.main(
-        ["--rescore", "--data", str(data), "--tasks", ",".join(names), "--output", str(output)]
-        + list(more)
-    )
-
-
-def read_report(output) -> dict:
-    return json.loads((output / "report.json").read_text())
 
 
 def test_every_loader_end_to_end(tmp_path, monkeypatch, capsys):
@@ -75,34 +56,6 @@ def test_every_loader_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 # --- with answers of a stand-in -------------------------------------------------------------------
-
-
-class StandIn:
-    """In place of `asking.answer`: right answers, and a record of what was asked."""
-
-    def __init__(self, monkeypatch, stop_after: int | None = None, wrong: tuple[str, ...] = ()):
-        self.asked, self.options, self.stop_after, self.wrong = [], [], stop_after, wrong
-        self.rows = {}
-        monkeypatch.setattr(asking, "answer", self)
-        make_question = asking.make_question
-
-        def remember(variant, row):
-            self.rows[row.where] = (variant, row)
-            return make_question(variant, row)
-
-        monkeypatch.setattr(asking, "make_question", remember)
-
-    def __call__(self, chat, questions, options, choose=None):
-        if self.stop_after is not None and len(self.asked) >= self.stop_after:
-            raise KeyboardInterrupt
-        self.asked += [question.name for question in questions]
-        self.options += [options] * len(questions)
-        return [{"text": self.text(question.name), "finish": "stop"} for question in questions]
-
-    def text(self, name: str) -> str:
-        variant, row = self.rows[name]
-        wrong = row.id in self.wrong or (variant.frames and variant.frames < 32)
-        return "?" if wrong else world.right_answer(variant.task, row)
 
 
 def test_a_stopped_run_asks_nothing_twice(tmp_path, monkeypatch, capsys):
@@ -203,25 +156,6 @@ def test_a_group_leaves_out_what_has_no_files(tmp_path, monkeypatch, capsys):
     assert "no task of ocr has its files in" in capsys.readouterr().err
 
 
-def test_a_whole_group_has_an_overall(tmp_path, monkeypatch):
-    names = ["blink", "mmt", "muirbench", "mantis", "mmiu", "mirb"]
-    data = world.build(tmp_path / "data", [TASKS[name] for name in names])
-    monkeypatch.setattr(mantis, "read_parquet", lambda path: world.MANTIS)
-    StandIn(monkeypatch)
-    assert evaluate(data, tmp_path / "output", ["multi_image"], "--card", "38B") == 0
-    (group,) = read_report(tmp_path / "output")["groups"]
-    assert group == {
-        "group": "multi_image",
-        "delta": "1",
-        "overall": 100.0,
-        "card": 66.2,
-        "difference": pytest.approx(33.8),
-    }
-    assert "| **Several images** | delta 1 | 100.00 | 66.20 | +33.80 |" in (
-        (tmp_path / "output" / "report.md").read_text()
-    )
-
-
 def test_reasoning_as_in_the_cards_runs():
     tasks = [TASKS["mmmu"], TASKS["mmstar"]]
     for size, mode, best_of, expected in (
@@ -237,61 +171,36 @@ def test_reasoning_as_in_the_cards_runs():
     assert Variant(TASKS["mmmu"], "1/4", None, True, 8).name == "mmmu.reasoning.best_of_8.delta_1_4"
 
 
-def test_files_for_servers_and_judges(tmp_path, monkeypatch):
-    names = ["docvqa", "infovqa", "mmbench_cn", "mmbench_v11", "mmvet2", "mmhal", "mmvet"]
-    data = world.build(tmp_path / "data", [TASKS[name] for name in names])
+def test_one_of_several_answers_is_chosen():
+    """The seam to the model hands questions, images and options on, and says how it ended."""
+
+    def choose(pairs, names, **options):
+        assert (pairs, names, options) == ([("a?", ["b.png"])], ["row 1"], {"max_tiles": 6})
+        candidates = [Candidate("x", "x", 1), Candidate("y", "y", 1, finish="length")]
+        return [Choice(candidates, 1, 10, [1], 4, 0.5)]
+
+    question = asking.Question("a?", ["b.png"], "row 1")
+    (row,) = asking.answer(None, [question], {"max_tiles": 6}, choose)
+    assert (row["text"], row["finish"], row["best"], row["new_tokens"]) == ("y", "length", 1, 4)
+
+
+def test_a_row_that_cannot_be_asked_is_named(tmp_path, monkeypatch, capsys):
+    """What was answered before it stays."""
+    data, output = world.build(tmp_path / "data", [TASKS["mmstar"]]), tmp_path / "output"
+    text = (data / "MMStar.tsv").read_text()
+    (data / "MMStar.tsv").write_text(text.replace("\n5\tiVBOR", "\n5\tiVB0R"))
     StandIn(monkeypatch)
-    monkeypatch.setattr(world, "right_answer", lambda task, row: "B. a dog")
-    assert evaluate(data, tmp_path / "output", names) == 0
-    folder = tmp_path / "output" / "submit"
-    docvqa = json.loads((folder / "docvqa_test.json").read_text())
-    assert docvqa[3] == {"questionId": 3, "answer": "B. a dog"} and len(docvqa) == 6
-    infovqa = json.loads((folder / "infographicsvqa_test.json").read_text())
-    assert set(infovqa[0]) == {"question", "questionId", "answer", "annotation"}
-    assert json.loads((folder / "mm-vet-v2.json").read_text())["v2_5"] == "B. a dog"
-    mmhal = json.loads((folder / "mmhal.json").read_text())
-    assert mmhal[2] == {"question": "What 2?", "answer": "x", "model_answer": "B. a dog"}
-    table = cells(folder / "mmbench_test_cn_20231003.xlsx")
-    assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
-    assert table[1][6] == "B" and table[1][0] == "0"
-    table = cells(folder / "internvl3_jax_MMBench_TEST_EN_V11.xlsx")
-    assert table[0][-1] == "prediction" and "image" not in table[0] and table[6][-1] == "B. a dog"
-    assert (folder / "internvl3_jax_MMVet.xlsx").is_file()
+    monkeypatch.setattr(asking, "answer", refuse_unreadable)
+    more = ["--batch_size", "2", "--max_new_tokens", "4"]
+    assert evaluate(data, output, ["mmstar"], *more) == 1
+    assert "MMStar.tsv row 6 (index 5)" in capsys.readouterr().err
+    assert len((output / "answers" / "mmstar.jsonl").read_text().splitlines()) == 4
 
 
-def cells(path) -> list[list[str]]:
-    """The cells of a workbook as text."""
-    with zipfile.ZipFile(path) as file:
-        sheet = ElementTree.fromstring(file.read("xl/worksheets/sheet1.xml"))
-    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-    return [
-        ["".join(cell.itertext()) for cell in row.iter(f"{space}c")]
-        for row in sheet.iter(f"{space}row")
-    ]
-
-
-def test_the_published_file_is_recognized(tmp_path, monkeypatch):
-    data = world.build(tmp_path / "data", [TASKS["mmstar"]])
-    path = str(data / "MMStar.tsv")
-    ((name, (digest, known)),) = scoring.digests([path]).items()
-    assert (name, known) == ("MMStar.tsv", False)
-    monkeypatch.setitem(scoring.KNOWN_MD5, "MMStar.tsv", digest)
-    assert scoring.digests([path]) == {"MMStar.tsv": (digest, True)}
-
-
-def test_the_picture_shows_groups_and_steps():
-    results = [
-        scoring.Result(Variant(TASKS["mme"], delta), {"MME": 2415.4}, 1, 1, 0.0, 0.0, {})
-        for delta in (None, "1/4")
-    ]
-    found = report.as_json(results, {"card": "8B", "delta": 256, "left_out": []})
-    from internvl3_jax.evaluate.picture import _rows, draw
-
-    assert _rows(found) == [
-        ("MME (delta 1)", pytest.approx(80.51, abs=0.01), pytest.approx(80.51, abs=0.01)),
-        ("MME (delta 1/4)", pytest.approx(80.51, abs=0.01), pytest.approx(80.51, abs=0.01)),
-    ]
-    assert draw(found).startswith(b"\x89PNG") and draw(found | {"tasks": [], "groups": []}) is None
+def refuse_unreadable(chat, questions, options, choose=None):
+    for question in questions:
+        chat.prepare(question.text, question.images, where=question.name, **options)
+    return [{"text": "A", "finish": "stop"} for _ in questions]
 
 
 @pytest.mark.parametrize(

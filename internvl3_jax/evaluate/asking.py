@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 from internvl3_jax.evaluate import frames, prompts
@@ -78,15 +79,22 @@ def make_question(variant: Variant, row: Row) -> Question:
 
 @dataclasses.dataclass
 class TaskAnswerer:
-    """Answers the rows of a task; has what `answering.answer_file` needs of an `Answerer`."""
+    """Answers the rows of a task; has what `answering.answer_file` needs of an `Answerer`.
+
+    While a batch is answered, a thread reads the images of the next one.
+    """
 
     chat: Chat
     variant: Variant
-    total: int
+    data: Sequence[Row]
     batch_size: int = 8
     hosts: bool = False
     choose: Callable[..., list] | None = None
     _began: tuple[float, int] | None = None
+    _reader: futures.ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: futures.ThreadPoolExecutor(1)
+    )
+    _ahead: dict[int, futures.Future] = dataclasses.field(default_factory=dict)
     _noted: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -100,12 +108,28 @@ class TaskAnswerer:
           ValueError: a question cannot be asked. What has been answered stays in the file.
         """
         self._note(first)
-        asked = [make_question(self.variant, request["row"]) for request in batch]
+        asked = self._questions(first - 1)[: len(batch)]
         found = answer(self.chat, asked, self.variant.options(), self.choose)
         return [
             request["asked"] | {"input": question.text} | row
             for request, question, row in zip(batch, asked, found, strict=True)
         ]
+
+    def _questions(self, start: int) -> list[Question]:
+        """Returns the questions of the batch that begins at row `start`; reads the next ones."""
+        if start not in self._ahead:
+            self._read(start)
+        asked = self._ahead.pop(start).result()
+        following = start + self.requests_per_batch
+        if following < len(self.data):
+            self._read(following)
+        return asked
+
+    def _read(self, start: int) -> None:
+        rows = self.data[start : start + self.requests_per_batch]
+        self._ahead[start] = self._reader.submit(
+            lambda: [make_question(self.variant, row) for row in rows]
+        )
 
     def _note(self, first: int) -> None:
         """Prints how much is done and how long the rest takes, once a minute."""
@@ -116,9 +140,9 @@ class TaskAnswerer:
             return
         self._noted = now
         each = (now - self._began[0]) / (first - self._began[1])
-        minutes = each * (self.total - first + 1) / 60
+        minutes = each * (len(self.data) - first + 1) / 60
         answering.note(
-            f"{self.variant.name}: {first - 1} of {self.total} answered, {minutes:.0f} min left"
+            f"{self.variant.name}: {first - 1} of {len(self.data)} answered, {minutes:.0f} min left"
         )
 
 

@@ -64,8 +64,8 @@ RULES = {
     "charxiv_reasoning": Rule(f"{_CORRECT}or Score: 0 if not.", _last_number(1)),
     "charxiv_descriptive": Rule(f"{_CORRECT}or Score: 0 if not.", _last_number(1)),
     "mmvet": Rule(
-        "Grade the answer by the reference, where <AND> joins parts that must all be there and <OR> "
-        "alternatives. End with the line Score: X, from 0.0 (wrong) to 1.0 (right).",
+        "Grade the answer by the reference, where <AND> joins parts that must all be there, and "
+        "<OR> alternatives. End with the line Score: X, from 0.0 (wrong) to 1.0 (right).",
         _last_number(1),
     ),
     "mmbench_video": Rule(
