@@ -1,12 +1,14 @@
-"""Asks a model the questions of a task: in batches, resumed after a kill.
+"""Asks a model the questions of a task: many at once, resumed after a kill.
 
 `answer` is the one place where a model is run.
 """
 
+import collections
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -16,6 +18,8 @@ from internvl3_jax.evaluate.task import Row
 from internvl3_jax.evaluate.variant import Variant
 from internvl3_jax.inference import answering
 from internvl3_jax.inference.answer_file import AnswerFile
+from internvl3_jax.inference.answerer import as_json
+from internvl3_jax.inference.asked import Asked
 from internvl3_jax.inference.chat import Chat
 
 _NOTE_SECONDS = 60  # between two lines about the progress, where stderr is no terminal
@@ -36,32 +40,62 @@ class Question:
     name: str
 
 
-def answer(chat: Chat, questions: Sequence[Question], options: dict, choose=None) -> list[dict]:
-    """Answers questions that share their options.
+def answer(chat: Chat, questions: Iterable[Question], options: dict, rows: int) -> Iterator[dict]:
+    """Yields the answers to questions in their order. One enters when another one has ended.
 
     Args:
       options: of `Chat`, for all of them.
-      choose: as of `Answerer`: chooses the best of several answers.
+      rows: answers that decode together.
 
-    Returns:
-      A dict for each question, with "text", "prompt_tokens", "new_tokens", "tiles", "seconds" and
-      "finish".
+    Yields:
+      A dict with "text", "prompt_tokens", "new_tokens", "tiles", "seconds" and "finish".
 
     Raises:
-      ValueError, OSError: a question cannot be asked; the message names it.
+      ValueError, OSError: a question cannot be asked, after the answers to those before it; the
+        message names it.
     """
-    if choose is not None:
-        pairs = [(question.text, question.images) for question in questions]
-        names = [question.name for question in questions]
-        chosen = choose(pairs, names=names, **options)
-        finished = [{"finish": choice.candidates[choice.best].finish} for choice in chosen]
-        return [choice.as_json() | more for choice, more in zip(chosen, finished, strict=True)]
-    asked = [
-        chat.prepare(question.text, question.images, where=question.name, **options)
-        for question in questions
+    engine, waiting, problem = chat.engines.with_rows(rows), iter(questions), None
+    changed = chat.options.with_changes(options)
+    asked: collections.deque[Asked] = collections.deque()
+    while True:
+        # As many again as decode are ready to enter.
+        while problem is None and _num_open(asked) < 2 * rows:
+            try:
+                question = next(waiting, None)
+                if question is None:
+                    break
+                prompt = chat.prepare(
+                    question.text, question.images, where=question.name, **options
+                )
+            except (ValueError, OSError) as error:
+                problem = error
+            else:
+                asked.append(chat.ask(engine, prompt, changed))
+        if not asked:
+            break
+        if asked[0].ticket.finish is None:
+            engine.step()
+        while asked and asked[0].ticket.finish is not None:
+            row = as_json(asked.popleft().answer())
+            yield row | {"new_tokens": len(row.pop("token_ids"))}
+    if problem is not None:
+        raise problem
+
+
+def _num_open(asked: Iterable[Asked]) -> int:
+    return sum(one.ticket.finish is None for one in asked)
+
+
+def choose_best(choose: Callable[..., list], questions: Sequence[Question], options: dict):
+    """Returns the best of several answers to each question, as dicts.
+
+    choose: as of `Answerer`.
+    """
+    pairs = [(question.text, question.images) for question in questions]
+    chosen = choose(pairs, names=[question.name for question in questions], **options)
+    return [
+        choice.as_json() | {"finish": choice.candidates[choice.best].finish} for choice in chosen
     ]
-    rows = map(answering.as_json, chat.answer_many(asked, **options))
-    return [row | {"new_tokens": len(row.pop("token_ids"))} for row in rows]
 
 
 def make_question(variant: Variant, row: Row) -> Question:
@@ -77,25 +111,40 @@ def make_question(variant: Variant, row: Row) -> Question:
     return Question(text, images, row.where)
 
 
+def questions_ahead(variant: Variant, rows: Sequence[Row], ahead: int) -> Iterator[Question]:
+    """Yields the questions of rows; a thread reads the images of the next `ahead` ones."""
+    with futures.ThreadPoolExecutor(1) as reader:
+        read: collections.deque[futures.Future] = collections.deque()
+        left = iter(rows)
+        try:
+            while True:
+                for row in itertools.islice(left, ahead - len(read)):
+                    read.append(reader.submit(make_question, variant, row))
+                if not read:
+                    return
+                yield read.popleft().result()
+        finally:
+            for future in read:
+                future.cancel()
+
+
 @dataclasses.dataclass
 class TaskAnswerer:
-    """Answers the rows of a task; has what `answering.answer_file` needs of an `Answerer`.
-
-    While a batch is answered, a thread reads the images of the next one.
-    """
+    """Answers the rows of a task; has what `answering.answer_file` needs of an `Answerer`."""
 
     chat: Chat
     variant: Variant
-    data: Sequence[Row]
+    total: int
     batch_size: int = 8
     hosts: bool = False
     choose: Callable[..., list] | None = None
     _began: tuple[float, int] | None = None
-    _reader: futures.ThreadPoolExecutor = dataclasses.field(
-        default_factory=lambda: futures.ThreadPoolExecutor(1)
-    )
-    _ahead: dict[int, futures.Future] = dataclasses.field(default_factory=dict)
     _noted: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether questions enter one by one."""
+        return self.choose is None
 
     @property
     def requests_per_batch(self) -> int:
@@ -105,31 +154,34 @@ class TaskAnswerer:
         """Returns the output's rows of some requests. first: number of the first one, from 1.
 
         Raises:
-          ValueError: a question cannot be asked. What has been answered stays in the file.
+          ValueError, OSError: a question cannot be asked.
         """
         self._note(first)
-        asked = self._questions(first - 1)[: len(batch)]
-        found = answer(self.chat, asked, self.variant.options(), self.choose)
+        asked = [make_question(self.variant, request["row"]) for request in batch]
+        found = choose_best(self.choose, asked, self.variant.options())
         return [
             request["asked"] | {"input": question.text} | row
             for request, question, row in zip(batch, asked, found, strict=True)
         ]
 
-    def _questions(self, start: int) -> list[Question]:
-        """Returns the questions of the batch that begins at row `start`; reads the next ones."""
-        if start not in self._ahead:
-            self._read(start)
-        asked = self._ahead.pop(start).result()
-        following = start + self.requests_per_batch
-        if following < len(self.data):
-            self._read(following)
-        return asked
+    def stream(self, requests: Sequence[dict], first: int) -> Iterator[list[dict]]:
+        """Yields the output's rows one by one, in the order of the requests.
 
-    def _read(self, start: int) -> None:
-        rows = self.data[start : start + self.requests_per_batch]
-        self._ahead[start] = self._reader.submit(
-            lambda: [make_question(self.variant, row) for row in rows]
-        )
+        Raises:
+          ValueError, OSError: a question cannot be asked.
+        """
+        texts: list[str] = []
+
+        def remembered() -> Iterator[Question]:
+            rows = [request["row"] for request in requests]
+            for question in questions_ahead(self.variant, rows, self.batch_size):
+                texts.append(question.text)
+                yield question
+
+        found = answer(self.chat, remembered(), self.variant.options(), self.batch_size)
+        for number, (request, row) in enumerate(zip(requests, found, strict=True)):
+            self._note(first + number)
+            yield [request["asked"] | {"input": texts[number]} | row]
 
     def _note(self, first: int) -> None:
         """Prints how much is done and how long the rest takes, once a minute."""
@@ -140,9 +192,9 @@ class TaskAnswerer:
             return
         self._noted = now
         each = (now - self._began[0]) / (first - self._began[1])
-        minutes = each * (len(self.data) - first + 1) / 60
+        minutes = each * (self.total - first + 1) / 60
         answering.note(
-            f"{self.variant.name}: {first - 1} of {len(self.data)} answered, {minutes:.0f} min left"
+            f"{self.variant.name}: {first - 1} of {self.total} answered, {minutes:.0f} min left"
         )
 
 
@@ -152,6 +204,9 @@ def requests_of(rows: Sequence[Row]) -> list[dict]:
         {
             "prompt": row.question,
             "image": [],
+            "video": [],
+            "document": [],
+            "options": {},
             "id": row.id,
             "where": row.where,
             "asked": {"id": row.id, "prompt": row.question},

@@ -236,8 +236,10 @@ def _stored(options: argparse.Namespace, variant: Variant, loaded: Loaded) -> li
     """Returns the answers of a file, after checking that they answer these rows."""
     from internvl3_jax.inference.answer_file import read_answers
 
+    names = ("image", "video", "document")
     requests = [
-        {"image": [], "asked": {"id": row.id, "prompt": row.question}} for row in loaded.rows
+        dict.fromkeys(names, []) | {"asked": {"id": row.id, "prompt": row.question}}
+        for row in loaded.rows
     ]
     rows = read_answers(os.fspath(answers_path(options.output, variant)), requests).rows
     return rows[: options.limit]

@@ -77,7 +77,7 @@ def answer_all(
         for run in runs:
             rows = loaded[run.task.name].rows[: options.limit]
             answerer = asking.TaskAnswerer(
-                chat, run, rows, options.batch_size, options.hosts, choose
+                chat, run, len(rows), options.batch_size, options.hosts, choose
             )
             digests = {name: digest for name, (digest, _) in files[run.task.name].items()}
             answering.note(f"{run.name}: {len(rows)} questions")

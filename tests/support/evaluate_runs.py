@@ -42,12 +42,13 @@ class StandIn:
 
         monkeypatch.setattr(asking, "make_question", remember)
 
-    def __call__(self, chat, questions, options, choose=None):
-        if self.stop_after is not None and len(self.asked) >= self.stop_after:
-            raise KeyboardInterrupt
-        self.asked += [question.name for question in questions]
-        self.options += [options] * len(questions)
-        return [{"text": self.text(question.name), "finish": "stop"} for question in questions]
+    def __call__(self, chat, questions, options, rows):
+        for question in questions:
+            if self.stop_after is not None and len(self.asked) >= self.stop_after:
+                raise KeyboardInterrupt
+            self.asked.append(question.name)
+            self.options.append(options)
+            yield {"text": self.text(question.name), "finish": "stop"}
 
     def text(self, name: str) -> str:
         variant, row = self.rows[name]

@@ -82,11 +82,8 @@ def evaluate(checkpoint: Checkpoint, per_task: int, delta: int | None = None) ->
         asking.Question(question.messages[0]["content"], question.images, f"question {number}")
         for number, question in enumerate(questions)
     ]
-    answers = []
-    for start in range(0, len(asked), _BATCH):
-        rows = asking.answer(chat, asked[start : start + _BATCH], options)
-        answers += [row["text"] for row in rows]
-    return score(questions, answers)
+    answers = asking.answer(chat, asked, options, _BATCH)
+    return score(questions, [row["text"] for row in answers])
 
 
 def score(questions: list[data.Question], answers: list[str]) -> dict[str, float]:
