@@ -3,16 +3,20 @@ partial file is named with its row and column.
 """
 
 import dataclasses
+import io
 import json
 import re
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from internvl3_jax.evaluate import asking, marks, metrics, prompts
 from internvl3_jax.evaluate.command import load
 from internvl3_jax.evaluate.loaders import mantis, places, table, videos
 from internvl3_jax.evaluate.scorers import short
+from internvl3_jax.evaluate.stored import as_jpeg, as_stored
 from internvl3_jax.evaluate.task_table import TASKS
 from internvl3_jax.evaluate.variant import Variant
 from internvl3_jax.io.safe_files import FileError
@@ -81,9 +85,25 @@ def test_images_lists_and_references(tmp_path):
     task = TASKS["blink"]
     rows = load(task, world.build(tmp_path, [task])).rows
     assert [len(row.load_images()) for row in rows] == [1, 1, 2, 1, 1, 1]
-    assert rows[1].load_images() == rows[0].load_images() == [world.picture(0)]
+    assert rows[1].load_images() == rows[0].load_images() == [as_jpeg(world.picture(0), "")]
     assert rows[2].load_images() == [world.picture(0), world.picture(1)]
-    assert rows[4].load_images() == [world.picture(4)]
+    assert rows[4].load_images() == [as_jpeg(world.picture(4), "")]
+
+
+def test_images_are_stored_as_in_the_kit():
+    """As image.save("x.jpg") does: Pillow's quality 75; gray stays gray; names give the format."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    for mode in ("RGB", "L", "RGBA", "P"):
+        image, png, jpeg = Image.fromarray(pixels).convert(mode), io.BytesIO(), io.BytesIO()
+        image.save(png, "PNG")
+        (image.convert("RGB") if mode in ("RGBA", "P") else image).save(jpeg, "JPEG")
+        stored = as_jpeg(png.getvalue(), "x")
+        assert stored == jpeg.getvalue()
+        assert as_stored([png.getvalue()], [], "x") == [stored]
+        two = [png.getvalue()] * 2
+        assert as_stored(two, ["a.png", "b.jpg"], "x") == [png.getvalue(), stored]
+        assert as_stored(two, [], "x") == two
+    assert as_stored(["a.png"], ["a.png"], "x") == ["a.png"]
 
 
 def test_fields_with_line_breaks_quotes_and_missing_options(tmp_path):
@@ -101,7 +121,7 @@ def test_fields_with_line_breaks_quotes_and_missing_options(tmp_path):
     world.write_table(tmp_path / "MMStar.tsv", rows)
     first, second = load(TASKS["mmstar"], tmp_path).rows
     assert first.question == 'A "b"\tc\nd?' and first.options == {"A": "x"}
-    assert second.options == {"B": "y"} and second.load_images() == [world.picture(1)]
+    assert second.options == {"B": "y"} and second.load_images() == [as_jpeg(world.picture(1), "")]
 
 
 def test_images_as_paths(tmp_path):

@@ -76,6 +76,7 @@ WITHOUT_JAX |= {
     "evaluate.metrics",
     "evaluate.prompts",
     "evaluate.scorers",
+    "evaluate.stored",
     "evaluate.tables",
     "evaluate.task",
     "evaluate.task_table",

@@ -9,6 +9,7 @@ from PIL import Image
 from internvl3_jax.data.media.images import open_image
 from internvl3_jax.evaluate.loaders.places import find_files
 from internvl3_jax.evaluate.loaders.table import Record, Table
+from internvl3_jax.evaluate.stored import as_stored
 from internvl3_jax.evaluate.task import Loaded, Row, Task
 from internvl3_jax.io.safe_files import FileError
 
@@ -70,18 +71,22 @@ def _rows(task: Task, path: pathlib.Path, prefixed: bool) -> tuple[list[Row], in
                 answer=_ANSWERS[kind](record, options),
                 options=options,
                 values=values | {"columns": table.columns},
-                load_images=_doubled_first(record) if kind == "mmmu" else record.images,
+                load_images=_doubled_first(record) if kind == "mmmu" else _stored(record),
                 check=record.check,
             )
         )
     return rows, imageless
 
 
+def _stored(record: Record) -> Callable[[], list]:
+    return lambda: as_stored(record.images(), record.names(), record.where)
+
+
 def _doubled_first(record: Record) -> Callable[[], list]:
     """MMMU: the kit enlarges the first image to twice its size before it is cut into tiles."""
 
     def load_images() -> list:
-        first, *rest = record.images()
+        first, *rest = _stored(record)()
         image = open_image(io.BytesIO(first) if isinstance(first, bytes) else first)
         size = (2 * image.width, 2 * image.height)
         return [image.resize(size, Image.Resampling.BILINEAR), *rest]

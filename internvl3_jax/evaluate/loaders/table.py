@@ -102,6 +102,10 @@ class Record:
         """Returns the bytes of the row's images, or their paths."""
         return self.table.images(self)
 
+    def names(self) -> list[str]:
+        """Returns the names in image_path; [] if the table has none."""
+        return _listed(self.values["image_path"]) if self.present("image_path") else []
+
     def check(self) -> None:
         """Raises FileError if the row has no image, or one that does not exist."""
         self.table.source(self)
