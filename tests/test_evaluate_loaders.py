@@ -17,6 +17,7 @@ from internvl3_jax.evaluate.command import load
 from internvl3_jax.evaluate.loaders import mantis, places, table, videos
 from internvl3_jax.evaluate.scorers import short
 from internvl3_jax.evaluate.stored import as_jpeg, as_stored
+from internvl3_jax.evaluate.task import Row
 from internvl3_jax.evaluate.task_table import TASKS
 from internvl3_jax.evaluate.variant import Variant
 from internvl3_jax.io.safe_files import FileError
@@ -59,6 +60,40 @@ def test_right_answers_get_the_highest_score_and_others_less(task, tmp_path):
 def scores_of(task, rows, answers) -> dict:
     found = [marks.mark(task.scorer, row, text) for row, text in zip(rows, answers, strict=True)]
     return metrics.METRICS[task.metric](task, rows, answers, found)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "values", "text", "value", "readable"),
+    [
+        ("mathvista", "14", {"answer_type": "integer"}, "So.\nAnswer: \\boxed{14.0}", 1, True),
+        ("mathvista", "14", {"answer_type": "integer"}, "It is 14.5", 0, True),
+        ("mathvista", "1.2", {"answer_type": "float"}, "1.2 m", 1, True),
+        ("mathvista", "1000", {"answer_type": "integer"}, "\\boxed{1,000}", 1, True),
+        ("mathvista", "14", {"answer_type": "integer"}, "2 or 3", 0, False),
+        ("mathvista", "[1, 2]", {"answer_type": "list"}, "[1, 2]", 0, True),
+        ("mathvision", "1/2", {"choices": []}, "so \\boxed{\\frac{1}{2}}.", 1, True),
+        ("mathvision", "B", {"choices": ["3", "8"]}, "Answer: \\boxed{B}", 1, True),
+        ("mathvision", "3", {"choices": []}, "I think\nthat it is hard.", 0, False),
+        ("mathverse", "2\\sqrt{3}", {}, "\\boxed{2\\sqrt{3}}", 1, True),
+        ("dynamath", "3.142", {"answer_type": "float"}, "Long.\n\\boxed{3.1416}", 1, True),
+        ("dynamath", "B", {"answer_type": "multiple choice"}, "...\nAnswer: \\boxed{B}", 1, True),
+        ("wemath", "C", {}, "Long.\nAnswer: \\boxed{C}", 1, True),
+        ("wemath", "C", {}, "Nothing\nis said.", 0, False),
+        ("logicvista", "A, C", {}, "Long.\nAnswer: \\boxed{C, A}", 1, True),
+    ],
+)
+def test_final_answers_after_reasoning(scorer, answer, values, text, value, readable):
+    values = {"question_type": "free_form"} | values
+    found = marks.mark(scorer, Row("1", "x", "?", answer=answer, values=values), text)
+    assert (found.value, found.readable) == (value, readable)
+
+
+def test_a_library_that_a_rule_needs_is_missed_before_the_model_is_asked(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match="pip install spacy"):
+        marks.check("vcr")
+    marks.check("vqa_accuracy")
 
 
 def test_mme_and_wemath_count_as_they_do(tmp_path):

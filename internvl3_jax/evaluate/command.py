@@ -21,7 +21,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from internvl3_jax.evaluate import card, judging, report, scoring, submissions
+from internvl3_jax.evaluate import card, judging, marks, report, scoring, submissions
 from internvl3_jax.evaluate.loaders.places import has_files
 from internvl3_jax.evaluate.loaders.registry import LOADERS
 from internvl3_jax.evaluate.task import EXACTNESS, Loaded, Task
@@ -133,6 +133,8 @@ def run(options: argparse.Namespace) -> int:
     check(options)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     tasks, left_out = present_tasks(names, options.data)
+    for task in tasks:
+        marks.check(task.scorer)
     loaded = {task.name: load(task, options.data) for task in tasks}
     files = {name: scoring.digests(data.files) for name, data in loaded.items()}
     (options.output / "answers").mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,12 @@ def mark(scorer: str, row: Row, answer: str) -> Mark:
     return SCORERS[scorer](row, answer)
 
 
+def check(scorer: str) -> None:
+    """Raises ValueError if a library is missing that a rule needs."""
+    if scorer == "vcr":
+        _tokenizer()
+
+
 def _right(is_right, read=None, readable: bool = True) -> Mark:
     return Mark(float(is_right), read, readable)
 
@@ -175,22 +181,16 @@ def _mathvista(row: Row, answer: str) -> Mark:
         choices = letters.options_of([str(choice) for choice in values["choices"]])
         read = letters.option_letter(stated, choices) or letters.option_letter(answer, choices)
         return _right(read == values["answer_option"], read, read is not None)
-    kind = {"integer": int, "float": float}.get(values["answer_type"])
-    if kind is None:
-        return _right(False, stated)
-    number = _number(stated, whole=kind is int)
-    return _right(
-        number is not None and kind(number) == kind(row.answer), number, number is not None
-    )
+    if values["answer_type"] not in ("integer", "float"):
+        return _right(False, stated)  # the kit compares such an answer with "None"
+    number = _only_number(stated)
+    return _right(number is not None and number == float(row.answer), number, number is not None)
 
 
-def _number(text: str, whole: bool) -> str | None:
-    """Returns the only number of a text without separators; None if there is none or several."""
-    found = {number.replace(",", "") for number in _NUMBER.findall(text)}
-    if len(found) != 1:
-        return None
-    number = found.pop()
-    return number.split(".")[0] or "0" if whole and float(number).is_integer() else number
+def _only_number(text: str) -> float | None:
+    """Returns the only number of a text, without separators; None if there is none or several."""
+    found = {float(number.replace(",", "")) for number in _NUMBER.findall(text)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _mathvision(row: Row, answer: str) -> Mark:
