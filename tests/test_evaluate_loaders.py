@@ -169,6 +169,13 @@ def test_images_as_paths(tmp_path):
     (tmp_path / "MMStar.tsv").write_text("\n".join("\t".join(line) for line in fields) + "\n")
     rows = load(TASKS["mmstar"], tmp_path).rows
     assert rows[3].load_images() == [str(tmp_path / "images" / "MMStar" / "3.png")]
+    # The kit's own name for such a table, and a table in a folder of its own.
+    (tmp_path / "MMStar.tsv").rename(tmp_path / "MMStar_local.tsv")
+    rows = load(TASKS["mmstar"], tmp_path).rows
+    assert rows[3].load_images() == [str(tmp_path / "images" / "MMStar" / "3.png")]
+    world.build(tmp_path / "MMStar", [TASKS["mmstar"]])
+    assert load(TASKS["mmstar"], tmp_path).files == (str(tmp_path / "MMStar" / "MMStar.tsv"),)
+    (tmp_path / "MMStar" / "MMStar.tsv").unlink()
     (tmp_path / "images" / "MMStar" / "3.png").unlink()
     with pytest.raises(FileError, match=r"row 4 \(index 3\): column image_path: there is no 3.png"):
         load(TASKS["mmstar"], tmp_path)

@@ -10,13 +10,16 @@ from internvl3_jax.io.terminal import one_line
 def find_files(data: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
     """Returns the files of these names below a directory; a name may have a * in it.
 
+    A table may also be in a folder of its own name, with its videos, or be VLMEvalKit's form with
+    the images in files, NAME_local.tsv.
+
     Raises:
       FileError: one is missing.
     """
     found = []
     for name in names:
-        paths = sorted(data.glob(name)) if "*" in name else [data / name]
-        if not paths or not all(path.is_file() for path in paths):
+        paths = _existing(data, name)
+        if not paths:
             raise FileError(
                 f"{one_line(str(data / name))}: no such file; --data is the folder that holds it "
                 "(docs/evaluation.md lists the files of each task; nothing is downloaded)"
@@ -27,7 +30,17 @@ def find_files(data: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
 
 def has_files(data: pathlib.Path, names: Sequence[str]) -> bool:
     """Returns whether all files of a task are there."""
-    return all(any(data.glob(name)) if "*" in name else (data / name).is_file() for name in names)
+    return all(_existing(data, name) for name in names)
+
+
+def _existing(data: pathlib.Path, name: str) -> list[pathlib.Path]:
+    if "*" in name:
+        return sorted(path for path in data.glob(name) if path.is_file())
+    places = [data / name]
+    if name.endswith(".tsv"):
+        stem = pathlib.Path(name).stem
+        places += [data / stem / name, (data / name).with_name(f"{stem}_local.tsv")]
+    return [path for path in places if path.is_file()][:1]
 
 
 def image_path(data: pathlib.Path, written: str, where: str, folder: str = "") -> str:
