@@ -116,7 +116,7 @@ class Composed:
 
     def _vocabulary(self, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         checked, source = self.language
-        key = row.keys("internvl", None)[0]
+        key = row.keys("internvl", ())[0]
         name = checked.names.get(key) or checked.names["language_model.model.embed_tokens.weight"]
         rows = source.read(name)[: self.known_rows]
         if not checked.allow_nonfinite:

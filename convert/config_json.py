@@ -4,12 +4,13 @@ The keys that are read back by name alone are in checkpoints/hf/keys.py; here ar
 constants that other readers expect.
 """
 
-from internvl3_jax.checkpoints.hf.keys import LANGUAGE, VISION, write_keys
+from internvl3_jax.checkpoints.hf.keys import EXPERTS, LANGUAGE, NUMBER_OF_EXPERTS, VISION, write_keys
 from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internlm3": "InternLM3ForCausalLM",
 }
@@ -65,27 +66,33 @@ def _language(language: LanguageConfig, dtype: str, token_ids: dict) -> dict:
             "rope_type": "dynamic",
             "type": "dynamic",
         }
-    if language.qk_norm != (language.family == "qwen3"):
+    is_qwen3 = language.family in ("qwen3", "qwen3_moe")
+    if language.qk_norm != is_qwen3:
         raise ValueError(
             f"language.qk_norm is {language.qk_norm} and language.family {language.family!r}: "
             "Qwen3 has norms of q and k, and no other family has; set them so"
         )
-    if language.family == "qwen3":
+    if is_qwen3:
         values["attention_bias"] = _one_attention_bias(language, "Qwen3")
+    if language.num_experts:
+        values |= dict.fromkeys(NUMBER_OF_EXPERTS, language.num_experts)
+        values |= write_keys(language, EXPERTS)
+        values |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        values |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
     if language.family == "qwen2":
         if (language.qkv_bias, language.o_bias, language.mlp_bias) != (True, False, False):
             raise ValueError(
                 "language.qkv_bias, o_bias and mlp_bias: Qwen2 has biases in q, k and v and "
                 "nowhere else; set them so, or choose another language.family"
             )
-    if language.family in ("qwen2", "qwen3"):
+    if is_qwen3 or language.family == "qwen2":
         values |= {
             "use_sliding_window": False,
             "sliding_window": None,
             "max_window_layers": language.num_layers,
         }
     heads_differ = language.head_dim * language.num_heads != language.hidden_size
-    if heads_differ or language.family in ("qwen3", "internlm3"):
+    if heads_differ or is_qwen3 or language.family == "internlm3":
         values["head_dim"] = language.head_dim
     return values
 

@@ -19,12 +19,12 @@ from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.assemble import (
     DTYPES,
     ConversionError,
-    layer_numbers,
     layer_tensors,
     padded_shape,
+    stacked_indices,
 )
 from internvl3_jax.checkpoints.hf.internlm2 import FileWriter, file_tensors
-from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, layers_of, source_shape
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, source_shape, stacked_axes
 from internvl3_jax.checkpoints.hf.released import Hashes, Released
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsWriter
 from internvl3_jax.checkpoints.manifest import Manifest
@@ -90,9 +90,9 @@ class SafetensorsSink:
         self.writer = FileWriter(writer, self.config, layout)
 
     def add(self, row: Row, leaf: np.ndarray) -> None:
-        for layer in layer_numbers(row, self.config):
-            tensors = layer_tensors(self.config, row, leaf, layer, self.layout)
-            for key, tensor in zip(row.keys(self.layout, layer), tensors, strict=True):
+        for index in stacked_indices(row, self.config):
+            tensors = layer_tensors(self.config, row, leaf, index, self.layout)
+            for key, tensor in zip(row.keys(self.layout, index), tensors, strict=True):
                 self.writer.write(key, tensor)
         if row.target == "language/embedding" and self.unties:
             self.add(
@@ -127,14 +127,15 @@ def planned(config: ModelConfig, layout: str) -> list[tuple[str, tuple[int, ...]
     """Returns (name, shape) of all tensors, grouped by layer so that shards hold full layers."""
     planned = []
     for _, rows in itertools.groupby(
-        active_rows(config), lambda row: (row.target.split("/")[0], layers_of(row, config))
+        active_rows(config), lambda row: (row.target.split("/")[0], stacked_axes(row, config)[:1])
     ):
         rows = list(rows)
-        for layer in layer_numbers(rows[0], config):
+        for layer in np.ndindex(*stacked_axes(rows[0], config)[:1]):
             planned += [
                 (key, source_shape(row, config, layout))
                 for row in rows
-                for key in row.keys(layout, layer)
+                for expert in np.ndindex(*stacked_axes(row, config)[1:])
+                for key in row.keys(layout, layer + expert)
             ]
     return planned
 

@@ -61,7 +61,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LanguageConfig:
-    """Decoder. Qwen2.5, Qwen3, InternLM2 and InternLM3 differ by numbers and flags only."""
+    """Decoder. Qwen2.5, Qwen3, InternLM2 and InternLM3 differ by numbers and flags only.
+
+    With experts, each layer has a mixture of them in place of its MLP (Qwen3 MoE).
+    """
 
     # Number of tokens of the tokenizer, special tokens included.
     vocab_size: int
@@ -96,7 +99,16 @@ class LanguageConfig:
     qk_norm: bool = False
     # Whether the output head shares the embedding's weights.
     tie_embeddings: bool = False
-    # Architecture and tensor names in an exported model: "qwen2", "qwen3", "internlm2"
+    # Experts of a layer. 0 means an MLP, and the next three fields have no effect.
+    num_experts: int = 0
+    # Experts that each token takes part in.
+    experts_per_token: int = 0
+    # Width of an expert's gated MLP; intermediate_size is then that of layers without experts,
+    # of which the released models have none.
+    expert_size: int = 0
+    # Whether the weights of a token's experts are divided by their sum.
+    normalize_experts: bool = True
+    # Architecture and tensor names in an exported model: "qwen2", "qwen3", "qwen3_moe", "internlm2"
     # or "internlm3".
     family: str = "qwen2"
     # The vocabulary is padded to a multiple of this inside the model; exports cut the padding.
@@ -240,6 +252,26 @@ def validate(config: ModelConfig) -> None:
             language.head_dim % 2 == 0,
             "language.head_dim",
             f"{language.head_dim} is odd; rotary embedding needs pairs",
+        ),
+        (
+            (language.num_experts > 0) == (language.family == "qwen3_moe"),
+            "language.num_experts",
+            f"{language.num_experts} with the family {language.family!r}; experts are Qwen3's, "
+            "of the family 'qwen3_moe'",
+        ),
+        (
+            not language.num_experts
+            or 1 <= language.experts_per_token <= language.num_experts
+            and language.expert_size > 0,
+            "language.experts_per_token",
+            f"{language.experts_per_token} of {language.num_experts} experts of width "
+            f"{language.expert_size}; a token has at least one and at most all, and width is "
+            "positive",
+        ),
+        (
+            not (language.num_experts and language.mlp_bias),
+            "language.mlp_bias",
+            "experts have no biases",
         ),
         (
             0 <= config.image_token_id < language.vocab_size,

@@ -66,6 +66,14 @@ def _qwen3(hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size) 
     )
 
 
+def _experts(hidden_size, num_layers, num_heads, intermediate_size, expert_size) -> LanguageConfig:
+    """Returns a Qwen3 decoder with 128 experts in each layer, of which a token takes part in 8."""
+    dense = _qwen3(hidden_size, num_layers, num_heads, 4, intermediate_size)
+    return dataclasses.replace(
+        dense, num_experts=128, experts_per_token=8, expert_size=expert_size, family="qwen3_moe"
+    )
+
+
 def _internlm2(
     hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size
 ) -> LanguageConfig:
@@ -169,7 +177,7 @@ def _sizes_2_5(internvl3: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
 
 
 def _sizes_3_5() -> dict[str, ModelConfig]:
-    """Returns the dense sizes of InternVL3.5."""
+    """Returns InternVL3.5: dense decoders and mixtures of experts."""
     small, large = _vit_300m(), _vit_6b()
     return {
         "3.5-1b": _model(small, _qwen3(1024, 28, 16, 8, 3072), _QWEN3_IMAGE),
@@ -178,6 +186,8 @@ def _sizes_3_5() -> dict[str, ModelConfig]:
         "3.5-8b": _model(small, _qwen3(4096, 36, 32, 8, 12288), _QWEN3_IMAGE),
         "3.5-14b": _model(small, _qwen3(5120, 40, 40, 8, 17408), _QWEN3_IMAGE),
         "3.5-38b": _model(large, _qwen3(5120, 64, 64, 8, 25600), _QWEN3_IMAGE),
+        "3.5-30b-a3b": _model(small, _experts(2048, 48, 32, 6144, 768), _QWEN3_IMAGE),
+        "3.5-241b-a28b": _model(large, _experts(4096, 94, 64, 12288, 1536), _QWEN3_IMAGE),
     }
 
 

@@ -28,7 +28,12 @@ from tests.support.parity import (
     pixels,
     torch_logits,
 )
-from tests.support.torch_reference import build_reference, original_config, original_state_dict
+from tests.support.torch_reference import (
+    build_reference,
+    in_files,
+    original_config,
+    original_state_dict,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -41,6 +46,8 @@ FAMILIES = [
     ("300m", "qwen3", False),
     ("6b", "qwen3", False),
     ("300m", "qwen3", True),
+    ("300m", "qwen3_moe", False),
+    ("6b", "qwen3_moe", True),
 ]
 
 
@@ -121,14 +128,13 @@ def test_gradients(family):
     ids = torch.from_numpy(batch["tokens"].astype(np.int64))
     reference.zero_grad()
     loss_gradients(lambda: reference(input_ids=ids, pixel_values=values).logits, batch, weights)
-    expected = params_from_tensors(
-        config,
-        {
-            name: tensor.grad.numpy()
-            for name, tensor in reference.named_parameters()
-            if tensor.grad is not None
-        },
-    )
+    gradients = {
+        name: tensor.grad
+        for name, tensor in reference.named_parameters()
+        if tensor.grad is not None
+    }
+    gradients = {name: tensor.numpy() for name, tensor in in_files(gradients).items()}
+    expected = params_from_tensors(config, gradients)
     assert_gradients(config, params, batch, weights, expected)
 
 
@@ -156,7 +162,9 @@ def test_greedy_tokens(family):
 
 
 @pytest.mark.parametrize(
-    "family", [*FAMILIES[:4], FAMILIES[5]], ids=lambda family: "-".join(map(str, family))
+    "family",
+    [*FAMILIES[:4], FAMILIES[5], FAMILIES[8]],
+    ids=lambda family: "-".join(map(str, family)),
 )
 def test_ragged_batch_is_one_by_one(family):
     """Rows of different lengths, with and without images, against transformers' left-padded rows
@@ -174,7 +182,7 @@ def test_ragged_batch_is_one_by_one(family):
     assert together == alone
 
 
-@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_matches(side, llm):
     """A padded batch in transformers and the same rows here give the same logits at the real
@@ -204,7 +212,7 @@ def test_padding_matches(side, llm):
     np.testing.assert_allclose(ours[mask > 0], theirs[mask > 0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3", "qwen3_moe"])
 def test_packed_rows_are_separate_rows(llm):
     reference, config, params = pair(llm=llm)
     rows = [make_row(config, tiles, seed=i)[0] for i, tiles in enumerate([(1,), (), (2, 1)])]
@@ -223,9 +231,10 @@ def test_packed_rows_are_separate_rows(llm):
     np.testing.assert_allclose(ours, np.concatenate(theirs), **TOLERANCE)
 
 
-def test_a_released_file_of_qwen3_converts_to_the_same_model():
+@pytest.mark.parametrize("llm", ["qwen3", "qwen3_moe"])
+def test_a_released_file_of_qwen3_converts_to_the_same_model(llm):
     """The original layout of the same weights: no head_dim, id or tying by default."""
-    reference, config, params = pair("300m", "qwen3")
+    reference, config, params = pair("300m", llm)
     original = from_hf(original_config(reference), image_token_id=120, has_head=True)
     assert original.language == config.language and config.language.head_dim == 12
     assert (config.language.qk_norm, config.language.rope_theta) == (True, 5e5)
@@ -302,7 +311,7 @@ def test_pixel_shuffle_order():
     assert ours[1, 2, 1, 13] == x[1, 5, 2, 3]
 
 
-@pytest.mark.parametrize("llm", ["internlm3", "qwen3"])
+@pytest.mark.parametrize("llm", ["internlm3", "qwen3", "qwen3_moe"])
 def test_scanned_and_unrolled_layouts_agree(llm):
     _, config, params = pair("6b", llm, False)
     batch, _ = make_row(config, (2,), seed=5)

@@ -176,14 +176,11 @@ def _unstacked(layers: Mapping, count: int) -> dict:
 def _fuse(layers: Mapping, config: ModelConfig) -> dict:
     """Fuses adapters: the a are concatenated, and each b is placed at its own columns."""
     language = config.language
-    q, k = (heads * language.head_dim for heads in (language.num_heads, language.num_kv_heads))
-    widths = {
-        "q": q,
-        "k": k,
-        "v": k,
-        "gate": language.intermediate_size,
-        "up": language.intermediate_size,
-    }
+    q, k = language.q_width, language.kv_width
+    inner = language.expert_size if language.num_experts else language.intermediate_size
+    widths = {"q": q, "k": k, "v": k, "gate": inner, "up": inner}
+    if "experts" in layers:
+        layers = layers | {"experts": _fuse(layers["experts"], config)}
     fused = {name: adapter for name, adapter in layers.items() if name not in widths}
     for target, sources in _FUSED.items():
         present = [name for name in sources if name in layers]

@@ -94,7 +94,10 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "rope_scaling": one_of("none", "dynamic"),
         "rope_factor": _from(*ROPE_FACTOR),
         "max_position": _COUNT,
-        "family": one_of("qwen2", "qwen3", "internlm2", "internlm3"),
+        "num_experts": _from(0, 65_536),
+        "experts_per_token": _from(0, 65_536),
+        "expert_size": _from(0, 2**24),
+        "family": one_of("qwen2", "qwen3", "qwen3_moe", "internlm2", "internlm3"),
         "vocab_multiple": _from(1, 2**20),
     },
     "ModelConfig": {

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
+from internvl3_jax.model.experts import STATISTICS, Experts
+from internvl3_jax.model.head import Head, head_logits
 from internvl3_jax.model.ops.attention import (
     MASKED,
     Mask,
@@ -30,9 +32,8 @@ from internvl3_jax.model.ops.attention import (
     int8_attention,
 )
 from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
-from internvl3_jax.model.ops.linear import Dense, as_two_rows, decoding_dot, is_decoding
+from internvl3_jax.model.ops.linear import Dense, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
-from internvl3_jax.model.ops.quantize import is_quantized, scale_columns, split_scales
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables
 from internvl3_jax.parallel.collectives import constrain, platform
@@ -40,7 +41,7 @@ from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU MLP.
+    """Pre-norm attention, and a SwiGLU MLP or a mixture of them.
 
     Attributes:
       fused: q/k/v, and gate/up, are one kernel each.
@@ -65,14 +66,19 @@ class DecoderLayer(nn.Module):
         # The input products, in one of the two layouts, and the output products.
         if self.fused:
             self.qkv = dense(config.q_width + 2 * config.kv_width, config.qkv_bias)
-            self.gate_up = dense(2 * config.intermediate_size, config.mlp_bias)
         else:
             self.q = dense(config.q_width, config.qkv_bias)
             self.k = dense(config.kv_width, config.qkv_bias)
             self.v = dense(config.kv_width, config.qkv_bias)
+        self.o = dense(config.hidden_size, config.o_bias)
+        if config.num_experts:
+            self.experts = Experts(config, dtype, self.fused)
+            return
+        if self.fused:
+            self.gate_up = dense(2 * config.intermediate_size, config.mlp_bias)
+        else:
             self.gate = dense(config.intermediate_size, config.mlp_bias)
             self.up = dense(config.intermediate_size, config.mlp_bias)
-        self.o = dense(config.hidden_size, config.o_bias)
         self.down = dense(config.hidden_size, config.mlp_bias)
 
     def __call__(
@@ -93,7 +99,7 @@ class DecoderLayer(nn.Module):
         x = checkpoint_name(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
         attended, layer_cache = self.attend(self.input_norm(x), rope, mask, slots, layer_cache)
         x = x + attended
-        x = x + self.mlp(self.post_norm(x))
+        x = x + self.mlp(self.post_norm(x), mask)
         self.sow("intermediates", "block", x)
         return x, layer_cache
 
@@ -132,7 +138,9 @@ class DecoderLayer(nn.Module):
         out = attention(q, k, v, mask, self.attention)
         return self.o(out.reshape(*x.shape[:2], config.q_width)), layer_cache
 
-    def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def mlp(self, x: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B T D"]:
+        if self.config.num_experts:
+            return self.experts(x, mask.q_segments)
         if self.fused:
             gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         else:
@@ -184,7 +192,7 @@ class Decoder(nn.Module):
         else:
             self.layers = nn.scan(
                 remat(DecoderLayer, self.remat, self.scan_unroll),
-                variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+                variable_axes={"params": 0, "lora": 0, "intermediates": 0, STATISTICS: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=config.num_layers,
@@ -293,39 +301,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Returns logits; those of the vocabulary's padding are -1e30."""
-        kernel, scales = split_scales(self.head_kernel())
-
-        def head(hidden, kernel):
-            return jnp.dot(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-
-        if is_decoding(hidden):
-            # Weight-stationary, as in ops/linear.py.
-            hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)
-            product = as_two_rows if scales is None else decoding_dot
-            logits = product(head, hidden, kernel)
-        else:
-            logits = head(hidden, kernel)
-        if scales is not None:
-            logits = scale_columns(logits, scales)
+        logits = head_logits(hidden, self.head_kernel(), self.dtype)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         in_vocab = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
         return jnp.where(in_vocab[None, None], logits, MASKED)
-
-
-class Head(nn.Module):
-    """Holds the output kernel [D,V]; a chunked loss takes the kernel itself."""
-
-    width: int
-    features: int
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "D V"] | Mapping[str, Array]:
-        # A quantized kernel is a subtree, which `self.param` would not accept.
-        if self.has_variable("params", "kernel"):
-            if is_quantized(stored := self.get_variable("params", "kernel")):
-                return stored
-        return self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.features))
 
 
 def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
@@ -341,10 +321,13 @@ def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
         layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])
         if not fused:
             return layer
-        for target, sources in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
-            parts = [layer.pop(name) for name in sources]
-            layer[target] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+        fuse(layer, "qkv", ("q", "k", "v"))
+        fuse(layer.get("experts", layer), "gate_up", ("gate", "up"))
         return layer
+
+    def fuse(layer, target, sources):
+        parts = [layer.pop(name) for name in sources]
+        layer[target] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
 
     rest = {name: value for name, value in params.items() if name != "layers"}
     return rest | {f"layer_{index}": layer_params(index) for index in range(config.num_layers)}

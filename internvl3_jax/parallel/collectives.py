@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from internvl3_jax.parallel.sharding import BATCH_AXES, RULES, SHARDED_AXES
+from internvl3_jax.parallel.sharding import BATCH_AXES, RULES, SHARDED_AXES, spec
 
 
 def axis_size(*axes: str) -> int:
@@ -130,6 +130,16 @@ def matmul_weight_stationary(
     rows = ("slice", "data")
     product = jnp.matmul(constrain(x, rows, None, in_axis), weight, preferred_element_type=dtype)
     return constrain(product, rows, None, out_axis)
+
+
+def stored_spec(path: str, shape: tuple[int, ...]) -> jax.P:
+    """Returns the PartitionSpec of the parameter at `path`, one entry per dimension.
+
+    Nothing is sharded where no sharding rule or no mesh applies.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    none = (None,) * len(shape)
+    return jax.P(*none) if mesh.empty or _rule(path) is None else spec(path, shape, mesh)
 
 
 def _rule(path: str) -> tuple | None:

@@ -39,7 +39,7 @@ TILE_AXES = BATCH_AXES + ROW_AXES  # the tiles of all rows, concatenated
 SHARDED_AXES = ("context", "fsdp")
 
 # Path of a parameter -> the mesh axes of its last dimensions. Where context and fsdp together do
-# not divide a dimension, fsdp alone must. Leading dimensions (the layers) are not sharded. Vectors
+# not divide a dimension, fsdp alone must. Leading dimensions (layers, experts) are not sharded. Vectors
 # are replicated: all of them together are smaller than one matrix.
 WIDTH = SHARDED_AXES
 _MATRICES = (
@@ -48,6 +48,9 @@ _MATRICES = (
     (r"projector/(fc1|fc2)", (WIDTH, "tensor")),
     (r"language/layers?(_\d+)?/(q|k|v|qkv|gate|up|gate_up)", (WIDTH, "tensor")),
     (r"language/layers?(_\d+)?/(o|down)", ("tensor", WIDTH)),
+    (r"language/layers?(_\d+)?/experts/router", (WIDTH, None)),
+    (r"language/layers?(_\d+)?/experts/(gate|up|gate_up)", (WIDTH, "tensor")),
+    (r"language/layers?(_\d+)?/experts/down", ("tensor", WIDTH)),
 )
 RULES: tuple[tuple[str, tuple], ...] = (
     (r"vision/(class_embedding|position_embedding)", ()),

@@ -15,7 +15,7 @@ from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.positions import build_positions
-from tests.support.torch_reference import build_reference
+from tests.support.torch_reference import build_reference, in_files
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -26,7 +26,7 @@ def pair(vit="300m", llm="qwen2", tied=False):
     reference, hf = build_reference(vit, llm, tied)
     config = from_hf(hf)
     params = params_from_tensors(
-        config, {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+        config, {name: tensor.numpy() for name, tensor in in_files(reference.state_dict()).items()}
     )
     return reference, config, params
 

@@ -50,6 +50,21 @@ TEXT = {
         "attention_bias": False,
         "use_sliding_window": False,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "max_position_embeddings": 40960,
+        "head_dim": 12,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "internlm3": {
         "model_type": "internlm3",
         "rms_norm_eps": 1e-5,
@@ -60,6 +75,10 @@ TEXT = {
         "mlp_bias": False,
     },
 }
+
+# Keys of config.json about experts.
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+EXPERTS += ("decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef")
 
 
 def build_reference(
@@ -77,7 +96,7 @@ def build_reference(
 
     Args:
       vit: "300m" (LayerNorm, qkv bias) or "6b" (RMSNorm, q/k norm, no qkv bias, five heads).
-      llm: "qwen2", "qwen3" or "internlm3".
+      llm: "qwen2", "qwen3", "qwen3_moe" or "internlm3".
       tied: whether the output head shares the embedding.
       vision, text: fields of vision_config and text_config to replace.
       overrides: top-level fields of InternVLConfig to replace.
@@ -170,7 +189,7 @@ def original_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors under the names of the original repositories; a tied head is written out,
     as that code never ties.
     """
-    source = model.state_dict()
+    source = in_files(model.state_dict())
     tensors = {}
     head = source.get("lm_head.weight", source["model.language_model.embed_tokens.weight"])
     tensors["language_model.lm_head.weight"] = head.clone()
@@ -201,6 +220,23 @@ def original_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             }
         )
     return tensors
+
+
+def in_files(tensors: dict) -> dict:
+    """Renames tensors in memory to those of the files, which have the experts one by one."""
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        if not stem.endswith("mlp.experts"):
+            found[name] = tensor
+        elif kind == "gate_up_proj":
+            for expert, both in enumerate(tensor):
+                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
+                    found[f"{stem}.{expert}.{part}.weight"] = half
+        else:
+            for expert, down in enumerate(tensor):
+                found[f"{stem}.{expert}.{kind}.weight"] = down
+    return found
 
 
 def _original_block(block: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -239,7 +275,12 @@ def original_config(model: torch.nn.Module) -> dict:
     kind = rope["rope_type"]
     llm_config = {
         "architectures": [
-            {"qwen2": "Qwen2", "qwen3": "Qwen3", "internlm3": "InternLM3"}[text.model_type]
+            {
+                "qwen2": "Qwen2",
+                "qwen3": "Qwen3",
+                "qwen3_moe": "Qwen3Moe",
+                "internlm3": "InternLM3",
+            }[text.model_type]
             + "ForCausalLM"
         ],
         "bos_token_id": 151643,
@@ -266,7 +307,9 @@ def original_config(model: torch.nn.Module) -> dict:
         "use_cache",
     ]
     llm_config |= {name: getattr(text, name) for name in names}
-    if text.model_type == "qwen3":
+    if text.model_type == "qwen3_moe":
+        llm_config |= {name: getattr(text, name) for name in EXPERTS}
+    if text.model_type.startswith("qwen3"):
         llm_config |= {"head_dim": text.head_dim, "attention_bias": text.attention_bias}
     if text.model_type == "internlm3":
         llm_config |= {

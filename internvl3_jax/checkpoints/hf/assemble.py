@@ -20,9 +20,9 @@ from internvl3_jax.checkpoints.hf.mapping import (
     canonical_key,
     file_name,
     from_leaf,
-    layers_of,
     leaf_shape,
     source_shape,
+    stacked_axes,
     to_leaf,
 )
 from internvl3_jax.checkpoints.hf.values import (
@@ -165,14 +165,13 @@ def plan(
 
 
 def _all_keys(row: Row, config: ModelConfig, layout: str):
-    for layer in layer_numbers(row, config):
-        yield from row.keys(layout, layer)
+    for index in stacked_indices(row, config):
+        yield from row.keys(layout, index)
 
 
-def layer_numbers(row: Row, config: ModelConfig):
-    """Returns the layers that a leaf stacks, [None] for a leaf without layers."""
-    layers = layers_of(row, config)
-    return [None] if layers is None else range(layers)
+def stacked_indices(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
+    """Returns the indices of what a leaf stacks: (layer,) or (layer, expert) each, else one ()."""
+    return list(np.ndindex(*stacked_axes(row, config)))
 
 
 def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapping) -> None:
@@ -212,10 +211,10 @@ def _common_dtype(dtypes: dict[str, str], dtype: str | None, problems: dict) -> 
     return common
 
 
-def read_tensors(plan: Plan, source: Source, row: Row, layer: int | None) -> list[np.ndarray]:
-    """Reads the tensors of one layer of a leaf, in the plan's dtype."""
+def read_tensors(plan: Plan, source: Source, row: Row, index: tuple[int, ...]) -> list[np.ndarray]:
+    """Reads the tensors of one index of a leaf, in the plan's dtype."""
     tensors = []
-    for key in row.keys(plan.layout, layer):
+    for key in row.keys(plan.layout, index):
         name = plan.names[key]
         tensor = source.read(name)
         if not plan.allow_nonfinite and nonfinite(tensor):
@@ -225,14 +224,13 @@ def read_tensors(plan: Plan, source: Source, row: Row, layer: int | None) -> lis
 
 
 def padded_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """Returns the shape of a full leaf: layers first, vocabulary padded."""
+    """Returns the shape of a full leaf: layers and experts first, vocabulary padded."""
     shape = leaf_shape(row, config)
     padded = config.language.padded_vocab_size
     shape = tuple(
         padded if axis == "V" else size for axis, size in zip(row.shape.split(), shape, strict=True)
     )
-    layers = layers_of(row, config)
-    return shape if layers is None else (layers, *shape)
+    return (*stacked_axes(row, config), *shape)
 
 
 def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
@@ -246,19 +244,18 @@ def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
 def fill_leaf(
     plan: Plan, source: Source, row: Row, out: np.ndarray, visit: Callable | None = None
 ) -> None:
-    """Reads a leaf layer by layer into `out`.
+    """Reads a leaf layer by layer, and expert by expert, into `out`.
 
-    `visit(key, tensors)` is called for each layer; the key is the name in the original layout.
+    `visit(key, tensors)` is called for each; the key is the name in the original layout.
     """
     inside = vocabulary_slice(row, plan.config)
     if "V" in row.shape.split():
         out[...] = 0
-    for layer in layer_numbers(row, plan.config):
-        tensors = read_tensors(plan, source, row, layer)
-        place = out if layer is None else out[layer]
-        copy(bits(to_leaf(row, tensors, plan.config)), bits(place)[inside])
+    for index in stacked_indices(row, plan.config):
+        tensors = read_tensors(plan, source, row, index)
+        copy(bits(to_leaf(row, tensors, plan.config)), bits(out[index])[inside])
         if visit:
-            visit(row.keys("internvl", layer)[0], tensors)
+            visit(row.keys("internvl", index)[0], tensors)
 
 
 def copy(value: np.ndarray, out: np.ndarray) -> None:
@@ -306,17 +303,17 @@ def check_params(config: ModelConfig, leaves: Mapping[str, object]) -> None:
 
 def leaf_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layout: str):
     """Yields (name, tensor) of one leaf in a layout."""
-    for layer in layer_numbers(row, config):
+    for index in stacked_indices(row, config):
         yield from zip(
-            row.keys(layout, layer), layer_tensors(config, row, leaf, layer, layout), strict=True
+            row.keys(layout, index), layer_tensors(config, row, leaf, index, layout), strict=True
         )
 
 
 def layer_tensors(
-    config: ModelConfig, row: Row, leaf: np.ndarray, layer: int | None, layout: str
+    config: ModelConfig, row: Row, leaf: np.ndarray, index: tuple[int, ...], layout: str
 ) -> list[np.ndarray]:
-    """Returns the tensors of one layer of a leaf in a layout."""
-    value = np.asarray(leaf if layer is None else leaf[layer])[vocabulary_slice(row, config)]
+    """Returns the tensors of one index of a leaf in a layout."""
+    value = np.asarray(leaf[index])[vocabulary_slice(row, config)]
     return from_leaf(row, value, config, layout)
 
 

@@ -75,6 +75,15 @@ LANGUAGE = (
 )
 
 
+# Those of Qwen3's mixture of experts, but for their number, which has two names.
+NUMBER_OF_EXPERTS = "num_experts", "num_local_experts"  # before transformers 5, and since
+EXPERTS = (
+    Key("experts_per_token", "num_experts_per_tok", int, {"low": 1, "high": 65_536}),
+    Key("expert_size", "moe_intermediate_size", int, CHANNELS),
+    Key("normalize_experts", "norm_topk_prob", bool),
+)
+
+
 def read_keys(fields: Fields, keys: Iterable[Key]) -> dict:
     """Returns our fields from a JSON object; JsonError names a key that is missing or wrong."""
     # key.kind() because JSON may have 1 for 1.0.

@@ -1,7 +1,9 @@
-"""Reads the decoder's part of a released config.json: Qwen2, Qwen3, InternLM2 or InternLM3."""
+"""Reads the decoder's part of a released config.json: Qwen2, Qwen3 with or without experts,
+InternLM2 or InternLM3.
+"""
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
-from internvl3_jax.checkpoints.hf.keys import EPSILON, LANGUAGE, bounds, read_keys
+from internvl3_jax.checkpoints.hf.keys import EPSILON, EXPERTS, LANGUAGE, NUMBER_OF_EXPERTS, bounds, read_keys
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.io import limits
 from internvl3_jax.io.strict_json import JsonError
@@ -17,7 +19,9 @@ def read_language(
     """
     fields = Fields(values, where)
     fields.expect(
-        "model_type", "qwen2", "qwen3", "internlm2", "internlm3", "llama", default="absent"
+        "model_type",
+        *("qwen2", "qwen3", "qwen3_moe", "internlm2", "internlm3", "llama"),
+        default="absent",
     )
     family = "internlm3" if values["model_type"] == "llama" else values["model_type"]
     fields.expect("hidden_act", "silu")
@@ -37,7 +41,8 @@ def read_language(
     if heads % sizes["num_kv_heads"]:
         fields.refuse("num_key_value_heads", f"it does not divide num_attention_heads {heads}")
     # Qwen3's heads together are not as wide as the model, so its file must say how wide they are.
-    required = {} if family == "qwen3" else {"default": None}
+    is_qwen3 = family in ("qwen3", "qwen3_moe")
+    required = {} if is_qwen3 else {"default": None}
     head_dim = fields.get("head_dim", int, **required, low=2, high=1 << 14)
     if head_dim is None and hidden % heads:
         fields.refuse(
@@ -46,7 +51,7 @@ def read_language(
         )
     theta, scaling, factor = _rope(fields, sizes["max_position"])
     fields.get("tie_word_embeddings", bool, None)
-    eps = {"default": 1e-6} if family in ("qwen2", "qwen3") else {}
+    eps = {"default": 1e-6} if is_qwen3 or family == "qwen2" else {}
     language = LanguageConfig(
         **sizes,
         head_dim=head_dim or hidden // heads,
@@ -57,19 +62,36 @@ def read_language(
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=is_qwen3,
         tie_embeddings=tied,
+        **_experts(fields, family, layers),
         family=family,
     )
     fields.finish(LANGUAGE_IGNORED)
     return language
 
 
+def _experts(fields: Fields, family: str, layers: int) -> dict:
+    """Returns the fields of a mixture of experts, which is in every layer or in none."""
+    if family != "qwen3_moe":
+        return {}
+    number = fields.same(NUMBER_OF_EXPERTS, int, low=1, high=65_536)
+    experts = {"num_experts": number} | read_keys(fields, EXPERTS)
+    if experts["experts_per_token"] > experts["num_experts"]:
+        fields.refuse("num_experts_per_tok", f"there are {experts['num_experts']} experts")
+    fields.expect("decoder_sparse_step", 1)
+    fields.expect("mlp_only_layers", [])
+    # Of training: this project has a setting of its own (loss.balance_weight).
+    fields.get("router_aux_loss_coef", float, None)
+    fields.get("output_router_logits", bool, None)
+    return experts
+
+
 def _biases(fields: Fields, family: str) -> tuple[bool, bool, bool]:
     """Returns whether q, k and v, o, and the MLP have biases."""
     if family == "qwen2":
         return True, False, False
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         fields.expect("bias", False)
         # One flag for q, k, v and o, which no released model sets.
         bias = fields.get("attention_bias", bool, False)

@@ -3,11 +3,11 @@
 It is used in both directions. A row has a leaf of the tree, the shape of one layer, its name in
 either layout, and how the values are rearranged. A layout may store a leaf in several tensors (q, k
 and v of the vision tower in transformers), joined along their first axis. `{}` is the layer's
-number.
+number, and a second one the expert's: a leaf of experts stacks both.
 
 Shapes are of one layer, without the vocabulary's padding (see assemble.py). Vision tower: C width,
 M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q
-and K widths of queries and keys, H width of a head. Projector: S width after pixel shuffle.
+and K widths of queries and keys, H width of a head, E experts, I width of one. Projector: S width after pixel shuffle.
 """
 
 import dataclasses
@@ -37,10 +37,14 @@ class Row:
     hf: tuple[str, ...]
     when: str = ""
 
-    def keys(self, layout: str, layer: int | None) -> tuple[str, ...]:
-        """Returns the names of this leaf's tensors in a layout (of one layer)."""
+    def keys(self, layout: str, index: tuple) -> tuple[str, ...]:
+        """Returns the names of this leaf's tensors in a layout.
+
+        Args:
+          index: () for a leaf without layers, (layer,), or (layer, expert).
+        """
         patterns = (self.internvl,) if layout == "internvl" else self.hf
-        return tuple(pattern.format(layer) for pattern in patterns)
+        return tuple(pattern.format(*index) for pattern in patterns)
 
 
 # A block starts with the prefixes of our leaf and of its names in the original layout and in
@@ -107,12 +111,18 @@ language/layers/ language_model.model.layers.{}.self_attn. model.language_model.
   k_norm/scale  H  VECTOR  k_norm.weight  k_norm.weight  language_qk_norm
 
 language/layers/  language_model.model.layers.{}.mlp.  model.language_model.layers.{}.mlp.
-  gate/kernel  D,F  LINEAR  gate_proj.weight  gate_proj.weight
+  gate/kernel  D,F  LINEAR  gate_proj.weight  gate_proj.weight  mlp
   gate/bias    F    VECTOR  gate_proj.bias    gate_proj.bias    mlp_bias
-  up/kernel    D,F  LINEAR  up_proj.weight    up_proj.weight
+  up/kernel    D,F  LINEAR  up_proj.weight    up_proj.weight    mlp
   up/bias      F    VECTOR  up_proj.bias      up_proj.bias      mlp_bias
-  down/kernel  F,D  LINEAR  down_proj.weight  down_proj.weight
+  down/kernel  F,D  LINEAR  down_proj.weight  down_proj.weight  mlp
   down/bias    D    VECTOR  down_proj.bias    down_proj.bias    mlp_bias
+
+language/layers/experts/ language_model.model.layers.{}.mlp. model.language_model.layers.{}.mlp.
+  router/kernel  D,E  LINEAR  gate.weight                  gate.weight                  experts
+  gate/kernel    D,I  LINEAR  experts.{}.gate_proj.weight  experts.{}.gate_proj.weight  experts
+  up/kernel      D,I  LINEAR  experts.{}.up_proj.weight    experts.{}.up_proj.weight    experts
+  down/kernel    I,D  LINEAR  experts.{}.down_proj.weight  experts.{}.down_proj.weight  experts
 """
 
 
@@ -211,18 +221,21 @@ def active_rows(config: ModelConfig) -> list[Row]:
         "language_qkv_bias": language.qkv_bias,
         "language_qk_norm": language.qk_norm,
         "o_bias": language.o_bias,
+        "mlp": not language.num_experts,
         "mlp_bias": language.mlp_bias,
+        "experts": language.num_experts > 0,
     }
     return [row for row in TABLE if flags[row.when]]
 
 
-def layers_of(row: Row, config: ModelConfig) -> int | None:
-    """Returns the number of layers on a leaf's first axis, None for a leaf without layers."""
+def stacked_axes(row: Row, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the sizes of the axes that a leaf stacks: (), (layers,) or (layers, experts)."""
     if "/layers/" not in row.target:
-        return None
-    return (
-        config.vision.num_layers if row.target.startswith("vision/") else config.language.num_layers
-    )
+        return ()
+    if row.target.startswith("vision/"):
+        return (config.vision.num_layers,)
+    experts = (config.language.num_experts,) * (row.internvl.count("{}") - 1)
+    return (config.language.num_layers, *experts)
 
 
 def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
@@ -238,6 +251,8 @@ def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
         "D": language.hidden_size,
         "F": language.intermediate_size,
         "H": language.head_dim,
+        "E": language.num_experts,
+        "I": language.expert_size,
         "Q": language.num_heads * language.head_dim,
         "K": language.num_kv_heads * language.head_dim,
         "V": language.vocab_size,
@@ -283,7 +298,7 @@ def from_leaf(row: Row, leaf: np.ndarray, config: ModelConfig, layout: str) -> l
         patch = config.vision.patch_size
         leaf = leaf.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
     shape = source_shape(row, config, layout)
-    parts = len(row.keys(layout, 0))
+    parts = 1 if layout == "internvl" else len(row.hf)
     return [
         np.ascontiguousarray(bits(part)).view(leaf.dtype).reshape(shape)
         for part in np.split(leaf, parts)

@@ -22,16 +22,16 @@ from internvl3_jax.checkpoints.hf.assemble import (
     ConversionError,
     Plan,
     fill_leaf,
-    layer_numbers,
     padded_shape,
+    stacked_indices,
 )
 from internvl3_jax.checkpoints.hf.mapping import (
     Row,
     active_rows,
     canonical_key,
-    layers_of,
     leaf_shape,
     source_shape,
+    stacked_axes,
 )
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS, Settings, ends_with, settings_of
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
@@ -113,8 +113,8 @@ def read_peft(
     layers = {}
     for row in active_rows(model):
         modules = [
-            [named.factors.get(key) for key in row.keys(named.layout, layer)]
-            for layer in layer_numbers(row, model)
+            [named.factors.get(key) for key in row.keys(named.layout, index)]
+            for index in stacked_indices(row, model)
         ]
         if any(any(layer) for layer in modules):
             factors = [
@@ -134,8 +134,8 @@ def _check_complete(
     missing = []
     for row in active_rows(model):
         adapts = lora.LINEAR.fullmatch(row.target.removesuffix("/kernel"))
-        for layer in layer_numbers(row, model):
-            for key in row.keys(named.layout, layer):
+        for index in stacked_indices(row, model):
+            for key in row.keys(named.layout, index):
                 module = module_of(key)
                 if (
                     adapts
@@ -159,8 +159,8 @@ def _match(names, model: ModelConfig, layout: str) -> _Named:
     rows = {
         key: row
         for row in active_rows(model)
-        for layer in layer_numbers(row, model)
-        for key in row.keys(layout, layer)
+        for index in stacked_indices(row, model)
+        for key in row.keys(layout, index)
     }
     named = _Named(layout, collections.defaultdict(dict), {}, [])
     for name in names:
@@ -212,13 +212,16 @@ def _factors(
 
 
 def _stacked(layers: list, row: Row, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Stacks the factors of all layers: {"a": [L, in, r], "b": [L, r, out]}, zeros where absent."""
+    """Stacks the factors of all layers, and experts: {"a": [L, in, r], "b": [L, r, out]}, zeros
+    where absent.
+    """
     rows, columns = leaf_shape(row, model)
     joined = [_joined(modules, rows, columns) for modules in layers]
     rank = max(a.shape[1] for a, _ in joined)
     a = np.stack([np.pad(a, ((0, 0), (0, rank - a.shape[1]))) for a, _ in joined])
     b = np.stack([np.pad(b, ((0, rank - b.shape[0]), (0, 0))) for _, b in joined])
-    return {"a": a, "b": b} if layers_of(row, model) is not None else {"a": a[0], "b": b[0]}
+    axes = stacked_axes(row, model)
+    return {"a": a.reshape(*axes, *a.shape[1:]), "b": b.reshape(*axes, *b.shape[1:])}
 
 
 def _joined(modules: list, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +248,9 @@ def _whole(directory: pathlib.Path, source, named: _Named, model: ModelConfig) -
         {},
     )
     for row in active_rows(model):
-        keys = [key for layer in layer_numbers(row, model) for key in row.keys(named.layout, layer)]
+        keys = [
+            key for index in stacked_indices(row, model) for key in row.keys(named.layout, index)
+        ]
         if not any(key in named.whole for key in keys):
             continue
         if missing := [key for key in keys if key not in named.whole]:

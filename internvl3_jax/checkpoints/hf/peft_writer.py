@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from safetensors.numpy import save_file
 
-from internvl3_jax.checkpoints.hf.assemble import ConversionError, layer_numbers, leaf_tensors
+from internvl3_jax.checkpoints.hf.assemble import ConversionError, leaf_tensors, stacked_indices
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
 from internvl3_jax.checkpoints.hf.peft import PREFIX, check_names, module_of
 from internvl3_jax.checkpoints.hf.peft_settings import WEIGHTS
@@ -16,6 +16,8 @@ from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import LoraConfig, ModelConfig
 from internvl3_jax.io.checkpoint_paths import PEFT
 from internvl3_jax.model import lora
+
+_NO_NUMBERS = "", ""  # in place of those of layer and expert
 
 
 def write_peft(
@@ -42,9 +44,9 @@ def write_peft(
     for path, (a, b) in _pairs(own[lora.SUBTREE]).items():
         row = rows[f"{path}/kernel"]
         ranks[row] = a.shape[-1]
-        for layer in layer_numbers(row, model):
-            modules = [name.removesuffix(".weight") for name in row.keys(layout, layer)]
-            down, up = (part if layer is None else part[layer] for part in (a, b))
+        for index in stacked_indices(row, model):
+            modules = [name.removesuffix(".weight") for name in row.keys(layout, index)]
+            down, up = a[index], b[index]
             for module, columns in zip(modules, np.split(up, len(modules), axis=1), strict=True):
                 tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(down.T)
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(columns.T)
@@ -83,8 +85,8 @@ def _whole_tensors(
         tensors |= dict(leaf_tensors(model, rows[path], np.asarray(leaf, np.float32), layout))
     modules = {module_of(name) for name in tensors}
     for row in active_rows(model):
-        for layer in layer_numbers(row, model):
-            for name in row.keys(layout, layer):
+        for index in stacked_indices(row, model):
+            for name in row.keys(layout, index):
                 if module_of(name) in modules and name not in tensors:
                     raise ConversionError(
                         f"PEFT saves full modules: {module_of(name)} was trained except for "
@@ -100,7 +102,7 @@ def _config(
         _suffix(name): rank
         for row, rank in ranks.items()
         if rank != config.rank
-        for name in row.keys(layout, "")
+        for name in row.keys(layout, _NO_NUMBERS)
     }
     root = math.sqrt if config.rslora else float
     return {
@@ -111,7 +113,9 @@ def _config(
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": sorted({_suffix(name) for row in ranks for name in row.keys(layout, "")}),
+        "target_modules": sorted(
+            {_suffix(name) for row in ranks for name in row.keys(layout, _NO_NUMBERS)}
+        ),
         "modules_to_save": sorted({module_of(name) for name in whole}) or None,
         "rank_pattern": other,
         "alpha_pattern": {name: lora.scale(config) * root(rank) for name, rank in other.items()},

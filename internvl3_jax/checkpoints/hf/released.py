@@ -27,11 +27,11 @@ from internvl3_jax.checkpoints.hf.assemble import (
     copy,
     fill_leaf,
     has_head,
-    layer_numbers,
     layer_tensors,
     padded_shape,
     plan,
     read_tensors,
+    stacked_indices,
 )
 from internvl3_jax.checkpoints.hf.config import from_hf, layout_of, processor_from_hf
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
@@ -81,9 +81,9 @@ class Hashes(dict):
 
     def add_leaf(self, config: ModelConfig, row: Row, leaf: np.ndarray) -> None:
         """Adds all tensors of one leaf."""
-        for layer in layer_numbers(row, config):
+        for index in stacked_indices(row, config):
             self.add(
-                row.keys("internvl", layer)[0], layer_tensors(config, row, leaf, layer, "internvl")
+                row.keys("internvl", index)[0], layer_tensors(config, row, leaf, index, "internvl")
             )
 
 
@@ -116,9 +116,9 @@ class Released:
         return out
 
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
-        for layer in layer_numbers(row, self.config):
+        for index in stacked_indices(row, self.config):
             hashes.add(
-                row.keys("internvl", layer)[0], read_tensors(self.checked, self.tensors, row, layer)
+                row.keys("internvl", index)[0], read_tensors(self.checked, self.tensors, row, index)
             )
 
     def params(
@@ -167,21 +167,20 @@ def _fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.n
     """
     for out in parts.values():
         out[...] = 0  # the vocabulary's padding
-    for layer in layer_numbers(row, plan.config):
-        wanted = (
-            parts
-            if layer is None
-            else {key: out for key, out in parts.items() if key[0][0] <= layer < key[0][1]}
-        )
+    for index in stacked_indices(row, plan.config):
+        wanted = {
+            key: out
+            for key, out in parts.items()
+            if all(start <= at < stop for at, (start, stop) in zip(index, key, strict=False))
+        }
         value = (
-            bits(to_leaf(row, read_tensors(plan, source, row, layer), plan.config))
+            bits(to_leaf(row, read_tensors(plan, source, row, index), plan.config))
             if wanted
             else None
         )
         for key, out in wanted.items():
-            place, bounds = (
-                (bits(out), key) if layer is None else (bits(out)[layer - key[0][0]], key[1:])
-            )
+            inside = tuple(at - start for at, (start, _) in zip(index, key, strict=False))
+            place, bounds = bits(out)[inside], key[len(index) :]
             ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
             taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
             if all(part.start < part.stop for part in taken):
