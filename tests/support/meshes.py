@@ -17,10 +17,18 @@ LANGUAGE_14 = dataclasses.replace(CONFIG.language, hidden_size=64, num_heads=14,
 LANGUAGE_QWEN3 = dataclasses.replace(
     CONFIG.language, head_dim=12, qkv_bias=False, qk_norm=True, family="qwen3"
 )
+LANGUAGE_EXPERTS = dataclasses.replace(
+    LANGUAGE_QWEN3,
+    num_experts=6,
+    experts_per_token=2,
+    expert_size=24,
+    family="qwen3_moe",
+)
 STYLES = {
     "300m": CONFIG,
     "6b": dataclasses.replace(CONFIG, vision=VISION_6B, language=LANGUAGE_14),
     "qwen3": dataclasses.replace(CONFIG, language=LANGUAGE_QWEN3),
+    "qwen3_moe": dataclasses.replace(CONFIG, language=LANGUAGE_EXPERTS),
 }
 MESHES = {
     "data": MeshConfig(data=8, fsdp=1),

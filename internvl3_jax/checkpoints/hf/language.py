@@ -3,7 +3,14 @@ InternLM2 or InternLM3.
 """
 
 from internvl3_jax.checkpoints.hf.fields import LANGUAGE_IGNORED, Fields
-from internvl3_jax.checkpoints.hf.keys import EPSILON, EXPERTS, LANGUAGE, NUMBER_OF_EXPERTS, bounds, read_keys
+from internvl3_jax.checkpoints.hf.keys import (
+    EPSILON,
+    EXPERTS,
+    LANGUAGE,
+    NUMBER_OF_EXPERTS,
+    bounds,
+    read_keys,
+)
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.io import limits
 from internvl3_jax.io.strict_json import JsonError

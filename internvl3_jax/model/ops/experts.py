@@ -95,7 +95,7 @@ def dispatch(x: Float[Array, "tokens D"], groups: Groups, count: int) -> Float[A
     Args:
       count: Experts of a token.
     """
-    return x.at[groups.pairs // count].get(mode="fill", fill_value=0)
+    return jnp.take(x, groups.pairs // count, axis=0, mode="fill", fill_value=0)
 
 
 def _dispatch_forward(x, groups, count):
@@ -123,7 +123,7 @@ def _collect(rows: Float[Array, "rows D"], groups: Groups) -> Float[Array, "pair
 
 
 def _collect_backward(groups, slope):
-    return slope.at[groups.pairs].get(mode="fill", fill_value=0), None
+    return jnp.take(slope, groups.pairs, axis=0, mode="fill", fill_value=0), None
 
 
 _collect.defvjp(lambda rows, groups: (_collect(rows, groups), groups), _collect_backward)

@@ -26,7 +26,7 @@ _TILE = 64  # rows of a column that share a scale in NF4
 
 
 def quantize(kernel: Float[Array, "*L d_in d_out"], kind: str) -> dict[str, Array]:
-    """Quantizes a kernel, stacked ones layer by layer: the intermediates are several times a layer.
+    """Quantizes a kernel, stacked ones matrix by matrix: the intermediates are several times that.
 
     Args:
       kind: One of FORMATS.
@@ -41,7 +41,7 @@ def quantize(kernel: Float[Array, "*L d_in d_out"], kind: str) -> dict[str, Arra
     quantize_layer = _quantize_nf4 if kind == "nf4" else _quantize_columns
     if kernel.ndim == 2:
         return quantize_layer(kernel, kind)
-    return jax.lax.map(lambda layer: quantize_layer(layer, kind), kernel)
+    return jax.lax.map(lambda layer: quantize(layer, kind), kernel)
 
 
 def _quantize_columns(kernel: Float[Array, "d_in d_out"], kind: str) -> dict[str, Array]:
