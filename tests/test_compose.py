@@ -30,6 +30,7 @@ def bf16_mean(rows: np.ndarray) -> np.ndarray:
         ("bare", "1b", True),
         ("bare", "3.5-4b", True),  # untied, although the base ties
         ("prefixed", "38b", False),
+        ("bare", "3.5-30b-a3b", False),
         ("internvl", "9b", False),
         ("hf", "38b", True),
     ],

@@ -92,7 +92,12 @@ def test_round_trip_is_bit_exact(size, layout, tmp_path):
 
 @pytest.mark.parametrize(
     ("vit", "llm", "tied"),
-    [("300m", "qwen2", True), ("6b", "internlm3", False), ("300m", "qwen3", False)],
+    [
+        ("300m", "qwen2", True),
+        ("6b", "internlm3", False),
+        ("300m", "qwen3", False),
+        ("300m", "qwen3_moe", False),
+    ],
 )
 def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
     reference, _ = torch_reference.build_reference(

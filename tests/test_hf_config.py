@@ -8,7 +8,7 @@ from convert.config_json import to_hf
 from internvl3_jax.checkpoints.hf.config import from_hf, processor_from_hf
 from internvl3_jax.config import ModelConfig, ProcessorConfig
 from internvl3_jax.sizes import SIZES
-from tests.support.released_configs import HF, INTERNLM3, ORIGINAL, QWEN3, changed
+from tests.support.released_configs import EXPERTS, HF, INTERNLM3, ORIGINAL, QWEN3, changed
 
 pytestmark = pytest.mark.smoke
 
@@ -43,6 +43,19 @@ def test_qwen3_config_is_the_3_5_8b_model(theta):
     )
     original = changed(ORIGINAL, "llm_config", text)
     assert from_hf(original, image_token_id=151671, has_head=True) == with_drop_path(expected)
+    transformers = changed(changed(HF, "text_config", text), "image_token_id", 151671)
+    assert from_hf(transformers, has_head=True) == expected
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_qwen3_moe_config_is_the_3_5_30b_model(normalize):
+    """The number of experts has another name since transformers 5."""
+    text = changed(EXPERTS, "norm_topk_prob", normalize)
+    language = dataclasses.replace(SIZES["3.5-30b-a3b"].language, normalize_experts=normalize)
+    expected = dataclasses.replace(SIZES["3.5-30b-a3b"], language=language)
+    original = changed(ORIGINAL, "llm_config", text)
+    assert from_hf(original, image_token_id=151671, has_head=True) == with_drop_path(expected)
+    text = changed(changed(text, "num_experts", changed), "num_local_experts", 128)
     transformers = changed(changed(HF, "text_config", text), "image_token_id", 151671)
     assert from_hf(transformers, has_head=True) == expected
 
@@ -108,14 +121,23 @@ def test_the_original_layout_never_ties_a_model_with_a_head():
 
 
 ORIGINAL_QWEN3 = changed(ORIGINAL, "llm_config", QWEN3)
+ORIGINAL_EXPERTS = changed(ORIGINAL, "llm_config", EXPERTS)
 REFUSED = [
     (ORIGINAL_QWEN3, "llm_config.head_dim", changed),
     (ORIGINAL_QWEN3, "llm_config.head_dim", "128"),
     (ORIGINAL_QWEN3, "llm_config.attention_bias", "no"),
     (ORIGINAL_QWEN3, "llm_config.bias", True),
     (ORIGINAL_QWEN3, "llm_config.rope_theta", changed),
-    (ORIGINAL_QWEN3, "llm_config.model_type", "qwen3_moe"),
     (ORIGINAL_QWEN3, "llm_config.model_type", "gpt_oss"),
+    (ORIGINAL_QWEN3, "llm_config.decoder_sparse_step", 1),
+    (ORIGINAL_EXPERTS, "llm_config.num_experts", changed),
+    (ORIGINAL_EXPERTS, "llm_config.mlp_only_layers", [0]),
+    (ORIGINAL_EXPERTS, "llm_config.decoder_sparse_step", 2),
+    (ORIGINAL_EXPERTS, "llm_config.num_local_experts", 64),
+    (ORIGINAL_EXPERTS, "llm_config.num_experts_per_tok", 129),
+    (ORIGINAL_EXPERTS, "llm_config.norm_topk_prob", changed),
+    (ORIGINAL_EXPERTS, "llm_config.moe_intermediate_size", 0),
+    (ORIGINAL_EXPERTS, "llm_config.head_dim", changed),
     (ORIGINAL_QWEN3, "llm_config.mlp_only_layers", []),
     (ORIGINAL_QWEN3, "flash_relative_threshold", 0.5),
     (ORIGINAL, "model_type", "llava"),

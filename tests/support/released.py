@@ -27,7 +27,7 @@ from internvl3_jax.sizes import SIZES
 
 RELEASED = (
     *("1b", "2b", "8b", "9b", "14b", "38b", "78b"),
-    *("2.5-4b", "3.5-1b", "3.5-4b", "3.5-8b", "3.5-38b"),
+    *("2.5-4b", "3.5-1b", "3.5-4b", "3.5-8b", "3.5-38b", "3.5-30b-a3b"),
 )
 VOCABULARY = 463  # three rows more than the tokenizer has tokens: 448 + 12
 IMAGE_TOKEN_ID = 453
@@ -56,6 +56,8 @@ def reduce(size: str) -> ModelConfig:
         head_dim=6 if model.language.qk_norm else 4,
         intermediate_size=38,
     )
+    if language.num_experts:
+        language = dataclasses.replace(language, num_experts=5, experts_per_token=2, expert_size=14)
     return dataclasses.replace(
         model, vision=vision, language=language, image_token_id=IMAGE_TOKEN_ID
     )

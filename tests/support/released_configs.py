@@ -196,6 +196,27 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# The llm_config of InternVL3.5-30B-A3B, by the fields of its class. The original layout says
+# num_experts, transformers 5 num_local_experts.
+EXPERTS = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "layer_types": ["full_attention"] * 48,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
 # The llm_config of InternVL2.5-8B and of VisualPRM.
 INTERNLM2 = {
     "_name_or_path": "internlm/internlm2_5-7b-chat",
