@@ -43,7 +43,7 @@ def test_every_matrix_is_split_over_all_of_fsdp_and_tensor(size, sizes):
         parts = jax.NamedSharding(mesh, spec).shard_shape(leaf.shape)
         share = np.prod(parts) / leaf.size
         if path[-1].key == "kernel" or name == "language/embedding":
-            whole_rows = name == "vision/patch_embedding/kernel"
+            whole_rows = name == "vision/patch_embedding/kernel" or "/router/" in name
             members = mesh.shape["fsdp"] * (1 if whole_rows else mesh.shape["tensor"])
             assert share <= 1 / members, (name, spec)
 
@@ -186,6 +186,11 @@ def descend(style, values, mesh, **settings):
         ("6b", "tensor only", 1),
         ("6b", "all", 2),
         ("qwen3", "all", 2),
+        ("qwen3_moe", "fsdp", 1),
+        ("qwen3_moe", "slices", 1),
+        ("qwen3_moe", "tensor only", 1),
+        ("qwen3_moe", "context", 2),
+        ("qwen3_moe", "all", 2),
     ],
 )
 def test_every_mesh_is_one_device(style, name, micro_batches):

@@ -71,7 +71,9 @@ def collectives(text: str, devices: int) -> list[Collectives]:
             if kind not in KINDS:
                 continue
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = (kind, channel[1], loop) if channel else (kind, instruction.name)
+            # All collectives of jax's shard_map have channel 1.
+            is_own = channel and channel[1] != "1"
+            key = (kind, channel[1], loop) if is_own else (kind, instruction.name)
             if key in seen:
                 continue
             seen.add(key)

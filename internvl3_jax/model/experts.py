@@ -65,16 +65,17 @@ class Experts(nn.Module):
         Args:
           segments: Sample of each token; 0 is padding, which the statistics leave out.
         """
-        config = self.config
         logits = self.router(x)
         self.sow("intermediates", "router_logits", logits)
-        weights, chosen = route(logits, config.experts_per_token, config.normalize_experts)
-        if self.is_mutable_collection(STATISTICS):
-            for name, value in statistics(logits, chosen, segments).items():
-                self.sow(STATISTICS, name, value)
         names = ("gate_up", "down") if self.fused else ("gate", "up", "down")
         kernels = {name: getattr(self, name)() for name in names}
-        return _over_mesh(x.astype(self.dtype), weights, chosen, kernels, config.num_experts)
+        counts = self.is_mutable_collection(STATISTICS)
+        y, found = _over_mesh(
+            self.config, x.astype(self.dtype), logits, segments if counts else None, kernels, counts
+        )
+        for name, value in found.items():
+            self.sow(STATISTICS, name, value)
+        return y
 
 
 class ExpertKernel(nn.Module):
@@ -126,8 +127,14 @@ def statistics(logits, chosen, segments) -> dict[str, Array]:
 # --- the experts' MLPs ---------------------------------------------------------------------------
 
 
-def _over_mesh(x, weights, chosen, kernels: Mapping, num_experts: int):
-    """Calls `_mlp` on the tokens of each device, or once where there is no mesh."""
+def _over_mesh(config: LanguageConfig, x, logits, segments, kernels: Mapping, counts: bool):
+    """Calls `_mlp` on the tokens of each device, or once where there is no mesh.
+
+    Tokens are routed there, too: the compiler would gather all logits for it.
+
+    Returns:
+      The experts' output, and the `statistics` if `counts`, else {}.
+    """
     leaves, specs = (
         {
             name: {leaf: pair[index] for leaf, pair in kernel.items()}
@@ -137,35 +144,44 @@ def _over_mesh(x, weights, chosen, kernels: Mapping, num_experts: int):
     )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return _mlp(x, weights, chosen, leaves, num_experts)
+        routed = route(logits, config.experts_per_token, config.normalize_experts)
+        found = statistics(logits, routed[1], segments) if counts else {}
+        return _mlp(x, *routed, leaves, config.num_experts), found
 
     # Decoding: rows over slice and data, the width over the axes that shard the kernels'.
     decoding = is_decoding(x) and "kernel/nf4" not in leaves["down"]
+    width, scatter = None, x.shape[1] % axis_size("context", "tensor") == 0
     if decoding:
         rows, tokens = dividing(x.shape[0], ("slice", "data")), None
         width = next(spec for name, spec in specs["down"].items() if name != "kernel/scales")[-1]
-        inside = functools.partial(_mlp, num_experts=num_experts, sums=(width, "tensor"))
+        inside = functools.partial(_mlp, sums=(width, "tensor"))
         out = jax.P(rows, None, width)
     else:
         rows, tokens = dividing(x.shape[0], BATCH_AXES), dividing(x.shape[1], ("context",))
-        width, scatter = None, x.shape[1] % axis_size("context", "tensor") == 0
-        inside = functools.partial(_gathered_mlp, specs, num_experts, scatter)
+        inside = functools.partial(_gathered_mlp, specs, scatter)
         out = jax.P(rows, (*(tokens or ()), "tensor") if scatter else tokens)
-    routes = jax.P(rows, tokens)
+    place = jax.P(rows, tokens)
+
+    def on_device(x, logits, segments, leaves):
+        routed = route(logits, config.experts_per_token, config.normalize_experts)
+        found = statistics(logits, routed[1], segments) if counts else {}
+        found = jax.tree.map(lambda y: _summed(y, (*(rows or ()), *(tokens or ()))), found)
+        return inside(x, *routed, leaves, config.num_experts), found
+
     return jax.shard_map(
-        inside,
-        in_specs=(jax.P(rows, tokens, width), routes, routes, specs),
-        out_specs=out,
+        on_device,
+        in_specs=(jax.P(rows, tokens, width), place, place, specs),
+        out_specs=(out, jax.P()),
         check_vma=False,
-    )(x, weights, chosen, leaves)
+    )(x, logits, segments, leaves)
 
 
-def _gathered_mlp(specs, num_experts: int, scatter: bool, x, weights, chosen, leaves):
+def _gathered_mlp(specs, scatter: bool, x, weights, chosen, leaves, num_experts: int):
     """All-gathers the kernels' widths and returns `_mlp`, its tokens scattered over tensor."""
 
     def gather(leaf, spec):
         for axis, names in enumerate(spec):
-            if names not in (None, "tensor"):
+            if names not in (None, "tensor") and (names := _several(names)):
                 leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
         return leaf
 
@@ -177,9 +193,9 @@ def _gathered_mlp(specs, num_experts: int, scatter: bool, x, weights, chosen, le
         for name, kernel in leaves.items()
     }
     y = _mlp(x, weights, chosen, leaves, num_experts)
-    if scatter:
+    if scatter and axis_size("tensor") > 1:
         return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
-    return jax.lax.psum(y, "tensor")
+    return _summed(y, "tensor")
 
 
 def _mlp(x, weights, chosen, leaves: Mapping, num_experts: int, sums: tuple = (None, None)):
@@ -196,19 +212,16 @@ def _mlp(x, weights, chosen, leaves: Mapping, num_experts: int, sums: tuple = (N
             y = y + product(inner, kernel["b"].astype(x.dtype), groups)
         return y
 
-    def summed(y, axes):
-        return y if axes is None else jax.lax.psum(y, axes)
-
     count = chosen.shape[-1]
     groups = group(chosen.reshape(-1, count), num_experts)
     rows = dispatch(x.reshape(-1, x.shape[-1]), groups, count)
     if "gate_up" in leaves:
-        gate, up = jnp.split(summed(linear(rows, leaves["gate_up"]), sums[0]), 2, axis=-1)
+        gate, up = jnp.split(_summed(linear(rows, leaves["gate_up"]), sums[0]), 2, axis=-1)
     else:
-        gate, up = summed(tuple(linear(rows, leaves[name]) for name in ("gate", "up")), sums[0])
+        gate, up = _summed(tuple(linear(rows, leaves[name]) for name in ("gate", "up")), sums[0])
     rows = linear(nn.silu(gate) * up, leaves["down"])
     y = combine(rows, weights.reshape(-1, count), groups)
-    return summed(y, sums[1]).reshape(x.shape)
+    return _summed(y, sums[1]).reshape(x.shape)
 
 
 def _kernel(leaves: Mapping, dtype: DTypeLike):
@@ -220,6 +233,17 @@ def _kernel(leaves: Mapping, dtype: DTypeLike):
         for name, leaf in leaves.items()
         if name.startswith("kernel/")
     }
+
+
+def _summed(y, axes: str | tuple[str, ...] | None):
+    names = _several(axes)
+    return jax.lax.psum(y, names) if names else y
+
+
+def _several(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the axes along which there are several devices."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(name for name in names if axis_size(name) > 1)
 
 
 def _cast(name: str, leaf: Array, dtype: DTypeLike) -> Array:
