@@ -4,7 +4,13 @@ The keys that are read back by name alone are in checkpoints/hf/keys.py; here ar
 constants that other readers expect.
 """
 
-from internvl3_jax.checkpoints.hf.keys import EXPERTS, LANGUAGE, NUMBER_OF_EXPERTS, VISION, write_keys
+from internvl3_jax.checkpoints.hf.keys import (
+    EXPERTS,
+    LANGUAGE,
+    NUMBER_OF_EXPERTS,
+    VISION,
+    write_keys,
+)
 from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 
 ARCHITECTURES = {

@@ -175,6 +175,9 @@ class LossConfig:
 
     # "sft" (next-token cross-entropy) or "mpo".
     kind: str = "sft"
+    # Weight of the loss that balances the experts of a decoder that has them, such as the 0.001 of
+    # Qwen3's files (router_aux_loss_coef). 0 leaves it out.
+    balance_weight: float = 0.0
     # Weight of the preference loss, DPO.
     preference_weight: float = 0.8
     # Weight of the quality loss, BCO.

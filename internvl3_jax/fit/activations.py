@@ -17,6 +17,22 @@ def array_bytes(device: PerDevice, rows: int, width: int, size: int | None = Non
     return tiled((rows, width), size) if device.tpu else rows * width * size
 
 
+def inner_bytes(device: PerDevice) -> int:
+    """Returns the bytes of an array of the MLP's width, of all experts of all tokens."""
+    language, tensor = device.config.model.language, device.tensor
+    if not language.num_experts:
+        return array_bytes(device, device.tokens, language.intermediate_size // tensor)
+    rows = device.tokens * language.experts_per_token
+    return array_bytes(device, rows, language.expert_size // tensor)
+
+
+def dispatched_bytes(device: PerDevice) -> int:
+    """Returns the bytes of an array with the tokens that experts take; 0 without experts."""
+    language = device.config.model.language
+    rows = device.tokens * language.experts_per_token * (language.num_experts > 0)
+    return array_bytes(device, rows, language.hidden_size)
+
+
 def heads_per_device(device: PerDevice) -> tuple[int, int]:
     """Returns the decoder's query heads and key heads per device, padding and repeats included.
 

@@ -128,6 +128,7 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
     params = generation_params(config, mesh, requests)
     cache = shard_bytes(cache_shapes(config, mesh, requests))
     decoder = shard_bytes(params["language"])
+    unread = shard_bytes(_experts(params["language"])) * _unchosen(config, requests.rows)
     tower = shard_bytes(params["vision"]) + shard_bytes(params["projector"])
 
     # Rows and tiles of a device; what does not divide is replicated.
@@ -161,9 +162,22 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
         read={
             "encode": tower,
             "prefill": decoder,
-            "decode": programs.TOKENS_PER_CALL * (decoder + mean_cache),
+            "decode": programs.TOKENS_PER_CALL * (decoder - unread + mean_cache),
         },
     )
+
+
+def _experts(decoder: dict) -> list:
+    """Returns the experts' kernels of all layers."""
+    return [layer["experts"] for layer in decoder.values() if "experts" in layer]
+
+
+def _unchosen(config: TrainConfig, rows: int) -> float:
+    """Returns the share of experts that none of `rows` tokens chooses, where all are as likely."""
+    language = config.model.language
+    if not language.num_experts:
+        return 0.0
+    return (1 - language.experts_per_token / language.num_experts) ** rows
 
 
 def _quantized(requests: Requests) -> str:
@@ -208,7 +222,11 @@ def _layer_work(config: TrainConfig, tokens: int, tensor: int) -> int:
     language = config.model.language
     width = language.hidden_size
     attention = (2 * language.num_heads + 2 * language.num_kv_heads) * language.head_dim // tensor
-    values = tokens * (3 * width + attention + 2 * language.intermediate_size // tensor)
+    mlp = 2 * language.intermediate_size // tensor
+    if language.num_experts:  # the tokens that experts take, their halves and their outputs
+        chosen = language.experts_per_token
+        mlp = chosen * (2 * width + 3 * language.expert_size // tensor)
+    values = tokens * (3 * width + attention + mlp)
     return values * _itemsize(config)
 
 

@@ -18,7 +18,9 @@ import math
 from internvl3_jax.fit.activations import (
     LANES,
     array_bytes,
+    dispatched_bytes,
     heads_per_device,
+    inner_bytes,
     itemsize,
     row_sum_bytes,
     tower_array_bytes,
@@ -163,13 +165,13 @@ def _decoder_saved(device: PerDevice) -> int:
     queries, keys = (
         array_bytes(device, tokens * count, language.head_dim) for count in (heads, key_heads)
     )
-    hidden = array_bytes(device, tokens, language.intermediate_size // tensor)
+    hidden, dispatched = inner_bytes(device), dispatched_bytes(device)
     sums = 4 * tokens * heads
     kept = {
         "full": 0,
         "offload": 0,
         "attention": 2 * queries + 2 * keys + sums,
-        "dots": queries + 2 * keys + stream + 2 * hidden + (0 if device.tpu else queries + sums),
+        "dots": queries + 2 * keys + stream + (0 if device.tpu else queries + sums),
         # Three float32 arrays of each norm, its result and attention's; six arrays of the MLP's
         # width; every kernel as it is used.
         "none": 14 * stream
@@ -179,6 +181,10 @@ def _decoder_saved(device: PerDevice) -> int:
         + 6 * hidden
         + _used(device, "language/layers/"),
     }
+    if language.num_experts:
+        kept["none"] += 2 * dispatched
+    else:
+        kept["dots"] += 2 * hidden
     if language.qk_norm:
         # What the norms of q and k take, next to what attention takes.
         kept["none"] += queries + keys
@@ -298,11 +304,13 @@ def _decoder_work(device: PerDevice) -> int:
     """Returns the work of a decoder layer's backward pass.
 
     It has both halves of the MLP, their product and a gradient; attention's arrays; the stream and
-    its gradients; kernels all-gathered ahead, and their gradients before they are scattered.
+    its gradients; kernels all-gathered ahead, and their gradients before they are scattered. With
+    experts also the tokens that they take, their outputs, and the gradients of both; and all
+    kernels of the layer at once, with their gradients.
     """
     language = device.config.model.language
     heads, key_heads = heads_per_device(device)
-    mlp = 4 * array_bytes(device, device.tokens, language.intermediate_size // device.tensor)
+    mlp = 4 * inner_bytes(device) + 4 * dispatched_bytes(device)
     attention = array_bytes(
         device, device.tokens * (2 * heads + 2 * key_heads), language.head_dim
     ) + row_sum_bytes(device, device.tokens * heads)
@@ -312,12 +320,12 @@ def _decoder_work(device: PerDevice) -> int:
     stream = array_bytes(device, device.tokens, width) + 2 * array_bytes(
         device, device.tokens // device.tensor, width
     )
-    matrix = language.hidden_size * language.intermediate_size // device.tensor
-    matrices = (
-        (4 if device.trains("language/layers/") else 2) * matrix * itemsize(device)
-        if device.shards > 1
-        else 0
-    )
+    inner, held = language.intermediate_size, (4 if device.trains("language/layers/") else 2)
+    if language.num_experts:
+        inner = language.num_experts * language.expert_size
+        held = 6 if device.trains("language/layers/experts/") else 3
+    matrix = language.hidden_size * inner // device.tensor
+    matrices = held * matrix * itemsize(device) if device.shards > 1 else 0
     if device.config.lora.quantize != "none":
         # gate and up as they are used, and one of them while it is dequantized
         matrices += 2 * matrix * itemsize(device) + 4 * matrix

@@ -205,10 +205,21 @@ def _reference(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     return {"reference": passes * body + (1 + passes) * counts["trained_tokens"] * forward.head}
 
 
+def _used_adapters(device: PerDevice) -> float:
+    """Returns the elements of the decoder's adapters that a token uses."""
+    language = device.config.model.language
+    unused = device.adapters("language/layers/experts/")
+    if language.num_experts:
+        unused *= 1 - language.experts_per_token / language.num_experts
+    return device.adapters("language/") - unused
+
+
 def _decoder(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
     """Returns the FLOPs of the decoder and the head."""
     language, policy = device.config.model.language, device.config.remat_language
     width, ff = language.hidden_size, language.intermediate_size
+    if language.num_experts:
+        ff = language.experts_per_token * language.expert_size
     heads, keys = language.num_heads * language.head_dim, language.num_kv_heads * language.head_dim
     kernels = {
         "qkv": width * (heads + 2 * keys),
@@ -233,7 +244,7 @@ def _decoder(device: PerDevice, counts: dict[str, int]) -> dict[str, float]:
         "decoder": language.num_layers * passes * dense,
         "decoder, recomputed": language.num_layers * (recomputed + scores_again * attention),
         "decoder, attention": language.num_layers * attention * (1 + _BACKWARD[device.tpu] / 2),
-        "decoder's adapters": 6 * counts["tokens"] * device.adapters("language/"),
+        "decoder's adapters": 6 * counts["tokens"] * _used_adapters(device),
         "head": (3 if device.trains(head) else 2)
         * counts["trained_tokens"]
         * 2

@@ -161,6 +161,7 @@ LIMITS: dict[str, dict[str, Rule]] = {
     },
     "LossConfig": {
         "kind": one_of("sft", "mpo"),
+        "balance_weight": _RATE,
         "preference_weight": _RATE,
         "quality_weight": _RATE,
         "generation_weight": _RATE,

@@ -3,7 +3,7 @@
 A linear layer with kernel W computes y = x @ W + scale * (x @ a @ b), of which only a and b are
 trained. The adapters are a subtree "lora" of the parameters, which mirrors the paths of their
 layers. a f32[in,R] is random and b f32[R,out] is zero, so a model starts as its base. Stacked
-layers have stacked adapters.
+layers have stacked adapters, and experts one each.
 
     params["language"]["layers"]["q"]["kernel"]             [L,in,out], frozen, possibly quantized
     params["lora"]["language"]["layers"]["q"]["a"], ["b"]   [L,in,R], [L,R,out], trained
@@ -31,7 +31,9 @@ from internvl3_jax.param_tree import match_paths, path_name
 
 SUBTREE = "lora"
 # Layers that can have an adapter.
-LINEAR = re.compile(r"(?:vision|language)/layers/\w+|projector/fc[12]")
+LINEAR = re.compile(r"(?:vision|language)/layers/(?:experts/)?\w+|projector/fc[12]")
+_EXPERTS = re.compile(r"language/layers/experts/(gate|up|down)")
+_ROUTER = "language/layers/experts/router/kernel"  # stays as it is: near ties decide
 
 
 # --- configuration -------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def freeze_base(config: TrainConfig) -> TrainConfig:
 def linear_layers(params: Mapping) -> dict[str, tuple[int, ...]]:
     """Returns path -> shape of the kernel, of every layer that can have an adapter.
 
-    Shapes are [L,in,out] or [in,out]. The tree must not be quantized.
+    Shapes are [L,in,out], [L,E,in,out] of experts, or [in,out]. The tree must not be quantized.
     """
     kernels = {
         path.removesuffix("/kernel"): leaf
@@ -103,6 +105,11 @@ def targets(params: Mapping, config: LoraConfig) -> dict[str, tuple[int, ...]]:
         for pattern in config.targets
         for path in match_paths(pattern, layers, "lora.targets", "linear layer")
     }
+    if config.dropout and (experts := sorted(filter(_EXPERTS.fullmatch, chosen))):
+        raise ValueError(
+            f"lora.dropout is {config.dropout} and lora.targets matches {experts[0]}; adapters of "
+            "experts have no dropout, so set lora.dropout to 0 or adapt other layers"
+        )
     for pattern in config.full:
         paths = match_paths(pattern, _flatten(params), "lora.full")
         if both := sorted(chosen & {path.removesuffix("/kernel") for path in paths}):
@@ -149,7 +156,8 @@ def prepare_base_leaf(path: str, leaf: Array, config: LoraConfig) -> Array | dic
     """
     if any(re.fullmatch(pattern, path) for pattern in config.full):
         return leaf.astype(jnp.float32)
-    if config.quantize != "none" and path.endswith("/kernel") and "/layers/" in path:
+    is_matrix = path.endswith("/kernel") and "/layers/" in path and path != _ROUTER
+    if config.quantize != "none" and is_matrix:
         return _quantize(leaf, config.quantize)
     return leaf
 
@@ -233,9 +241,12 @@ def merged_leaf(
             total = total + jnp.matmul(adapter["a"], adapter["b"], precision="highest")
         return total.astype(dtype)
 
-    if jax.tree.leaves(kernel)[0].ndim == 2:
-        return merge_layer(kernel, adapter)
-    return jax.lax.map(lambda pair: merge_layer(*pair), (kernel, adapter))
+    def merge(kernel, adapter):
+        if jax.tree.leaves(kernel)[0].ndim == 2:
+            return merge_layer(kernel, adapter)
+        return jax.lax.map(lambda pair: merge(*pair), (kernel, adapter))
+
+    return merge(kernel, adapter)
 
 
 def expected_zero_grads(trainable: Mapping) -> list:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from internvl3_jax.model.ops.quantize import FORMATS, PER_COLUMN, is_quantized, library, quantize
 from internvl3_jax.parallel.sharding import spec
 
-_DECODER = re.compile(r"language/layers/(q|k|v|o|gate|up|down)/kernel")
+_DECODER = re.compile(r"language/layers/((experts/)?(gate|up|down)|q|k|v|o)/kernel")
 _HEAD = re.compile(r"language/head/kernel")
 _TOWER = re.compile(r"vision/layers/(qkv|proj|fc1|fc2)/kernel")
 _PROJECTOR = re.compile(r"projector/fc[12]/kernel")

@@ -49,6 +49,11 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             check(config)
         except ValueError as error:
             yield str(error)
+    if config.loss.balance_weight and not config.model.language.num_experts:
+        yield (
+            f"loss.balance_weight is {config.loss.balance_weight}, but the decoder has no experts "
+            f"to balance; set it to 0"
+        )
     if data.rows % data.shards:
         yield f"data.rows is {data.rows}; it must be a multiple of data.shards ({data.shards})"
     if data.rows % config.micro_batches:

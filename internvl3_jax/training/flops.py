@@ -2,14 +2,15 @@
 
 A multiply-add counts as two. Matrix products, attention and the patch embedding count; norms,
 activations and recomputation do not. Attention in the decoder counts the pairs of query and key
-that the causal mask of each segment leaves, in the tower all pairs of a tile.
+that the causal mask of each segment leaves, in the tower all pairs of a tile. Of a mixture of
+experts, those count that a token uses.
 """
 
 import dataclasses
 
 import numpy as np
 
-from internvl3_jax.config import ModelConfig
+from internvl3_jax.config import LanguageConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def forward_flops(config: ModelConfig) -> Forward:
         * (2 * language.num_heads + 2 * language.num_kv_heads)
         * language.head_dim
     )
-    matrices = attention + 3 * language.hidden_size * language.intermediate_size
+    matrices = attention + mlp_params(language)
     return Forward(
         vision_tile=embedding + vision.num_layers * layer,
         projector_tile=projector,
@@ -47,6 +48,15 @@ def forward_flops(config: ModelConfig) -> Forward:
         language_pair=4 * language.num_layers * language.num_heads * language.head_dim,
         head=2 * language.hidden_size * language.vocab_size,
     )
+
+
+def mlp_params(language: LanguageConfig) -> int:
+    """Returns the parameters of a layer's MLP, or those of router and experts that a token uses."""
+    width = language.hidden_size
+    if not language.num_experts:
+        return 3 * width * language.intermediate_size
+    chosen = language.experts_per_token * 3 * width * language.expert_size
+    return chosen + width * language.num_experts
 
 
 def batch_counts(batch, config: ModelConfig) -> dict[str, int]:

@@ -3,6 +3,7 @@
 loss, loss/SOURCE, loss_preference, ...   means over the steps since the row before
 grad_norm, grad_norm_vision, ...          before clipping
 reward_margin, reward_accuracy, ...       under MPO
+expert_load/NUMBER, expert_load_max, ...  share of the tokens that chose an expert; 1 is even
 learning_rate                             of the row's step
 step_seconds                              wall time of a step without evaluations, in seconds
 input_wait                                share of it that the step waited for data
@@ -20,7 +21,7 @@ import numpy as np
 
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.parallel.data_shards import DataShards, total
-from internvl3_jax.training import flops
+from internvl3_jax.training import balance, flops
 from internvl3_jax.training.hardware import chip_of
 from internvl3_jax.training.optimizer import make_schedule
 
@@ -109,6 +110,8 @@ class MetricsAggregator:
                 self.config.model, counts, self.vision_trained, bool(self.config.lora.rank)
             )
             values["mfu"] = needed / seconds / peak
+        if "expert_choices" in metrics:
+            values |= balance.loads(metrics["expert_choices"].sum(axis=0))
         if len(self.sources) > 1:
             losses, weights = (
                 metrics["source_loss"].sum(axis=0),

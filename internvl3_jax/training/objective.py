@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from internvl3_jax.config import LoraConfig, LossConfig, TrainConfig
 from internvl3_jax.model import lora
+from internvl3_jax.model.experts import STATISTICS
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.positions import rope_scaling
 from internvl3_jax.training import mpo
+from internvl3_jax.training.balance import balance_loss, statistics_of
 from internvl3_jax.training.losses import chunked_cross_entropy
 
 
@@ -31,12 +33,18 @@ class BatchTotals(NamedTuple):
 
     weight: Float32[Array, ""]  # sum of the loss weights
     pairs: Float32[Array, ""]  # number of pairs
+    tokens: Float32[Array, ""]  # number of tokens without padding
 
 
 def batch_totals(batch: Mapping) -> BatchTotals:
     """Returns the totals of a full batch, whose axes B and T may be sharded."""
     answers = batch["answers"].max(axis=1) if "answers" in batch else jnp.zeros((), jnp.int32)
-    return BatchTotals(batch["loss_weights"].sum(), (answers.sum() / 2).astype(jnp.float32))
+    pairs = (answers.sum() / 2).astype(jnp.float32)
+    return BatchTotals(batch["loss_weights"].sum(), pairs, _num_tokens(batch))
+
+
+def _num_tokens(batch: Mapping) -> Float32[Array, ""]:
+    return (batch["segments"] > 0).sum().astype(jnp.float32)
 
 
 def make_loss(
@@ -54,6 +62,7 @@ def make_loss(
         "scaling": rope_scaling(config.model.language, config.data.deltas),
         "adapters": config.lora,
         "drop_path": drop_path,
+        "balance": config.loss.balance_weight,
     }
     if config.loss.kind == "sft":
         return SftLoss(model, **options)
@@ -73,6 +82,8 @@ class SftLoss:
       scaling: Rope scaling; None takes the model's.
       adapters: Settings of the LoRA adapters in the parameters, if there are any.
       drop_path: Whether the vision tower drops paths.
+      balance: Weight of the loss that balances experts. A decoder with experts also reports
+        loss_balance and expert_choices f32[L,E], the tokens that chose each expert.
     """
 
     model: InternVL
@@ -81,15 +92,18 @@ class SftLoss:
     scaling: str | None = None
     adapters: LoraConfig | None = None
     drop_path: bool = True
+    balance: float = 0.0
 
     def init(self) -> mpo.RewardShift | tuple:
         """Returns the first loss state."""
         return ()
 
     def __call__(self, params, batch, key, loss_state, totals: BatchTotals, ref_params=None):
-        hidden, kernel = self.outputs(params, batch, key)
+        hidden, kernel, routing = self.routed_outputs(params, batch, key)
         total, losses = self.token_losses(hidden, kernel, batch, batch["loss_weights"])
-        return total / totals.weight, (self.by_source(batch, losses), loss_state)
+        balance, metrics = self.balance_terms(routing, batch, totals)
+        metrics |= self.by_source(batch, losses)
+        return total / totals.weight + balance, (metrics, loss_state)
 
     def finish(self, loss_state, metrics: dict):
         """Returns the loss state after an update, and metrics to add.
@@ -107,13 +121,38 @@ class SftLoss:
         Args:
           key: Seeds drop path and dropout; None disables both.
         """
+        return self._outputs(params, batch, key)[:2]
+
+    def routed_outputs(self, params: Mapping, batch: Mapping, key: PRNGKeyArray | None):
+        """Returns `outputs`, and the statistics of the routers where experts are trained.
+
+        The statistics are {} without a key, or without experts.
+        """
+        counts = key is not None and self.model.config.language.num_experts > 0
+        return self._outputs(params, batch, key, [STATISTICS] if counts else False)
+
+    def balance_terms(self, routing: Mapping, batch: Mapping, totals: BatchTotals):
+        """Returns the micro-batch's share of the loss that balances experts, and metrics.
+
+        Loads are balanced within each micro-batch, which counts by its tokens.
+        """
+        if not routing:
+            return 0.0, {}
+        tokens = _num_tokens(batch)
+        loss = balance_loss(**routing, tokens=tokens) * tokens / totals.tokens
+        metrics = {"loss_balance": loss, "expert_choices": routing["chosen"]}
+        return self.balance * loss, jax.lax.stop_gradient(metrics)
+
+    def _outputs(self, params, batch, key, mutable=False):
         variables = lora.variables(params, self.adapters, training=key is not None)
         rngs = None if key is None else {"drop_path": key, "dropout": jax.random.fold_in(key, 1)}
         deterministic = key is None or not self.drop_path
-        hidden = self.model.apply(
-            variables, batch, deterministic, self.scaling, rngs=rngs, method=InternVL.hidden
-        )
-        return hidden, self.model.apply(variables, method=InternVL.head_kernel)
+        arguments = batch, deterministic, self.scaling
+        options = {"rngs": rngs, "method": InternVL.hidden, "mutable": mutable}
+        found = self.model.apply(variables, *arguments, **options)
+        hidden, state = found if mutable else (found, None)
+        kernel = self.model.apply(variables, method=InternVL.head_kernel)
+        return hidden, kernel, statistics_of(state) if mutable else {}
 
     def token_losses(
         self,
@@ -167,7 +206,7 @@ class MpoLoss(SftLoss):
     ):
         # Log-probabilities of both models, and rewards
         config, answers = self.config, batch["answers"]
-        hidden, kernel = self.outputs(params, batch, key)
+        hidden, kernel, routing = self.routed_outputs(params, batch, key)
         policy = self.log_probabilities(hidden, kernel, batch)
         reference = self.ref_logps(params, ref_params, batch)
         present = answers.max(axis=1)[:, None] > 2 * jnp.arange(self.pairs)[None]
@@ -202,7 +241,8 @@ class MpoLoss(SftLoss):
 
         # The value is the loss, the gradient that of the surrogate.
         loss = loss + surrogate - jax.lax.stop_gradient(surrogate)
-        return loss, (metrics | self.by_source(batch, losses), loss_state)
+        balance, more = self.balance_terms(routing, batch, totals)
+        return loss + balance, (metrics | more | self.by_source(batch, losses), loss_state)
 
     def finish(self, loss_state: mpo.RewardShift, metrics: dict):
         used = {"reward_shift": loss_state.mean}

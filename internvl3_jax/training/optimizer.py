@@ -158,22 +158,22 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns Muon (Jordan et al. 2024) on every matrix of [L,in,out], scaled by its shape."""
+    """Returns Muon (Jordan et al. 2024) on every matrix of [...,in,out], scaled by its shape."""
     orthogonal = scale_by_muon(
         mu_dtype=config.moment_dtype,
         weight_dimension_numbers=lambda tree: jax.tree.map(
-            lambda _: MuonDimensionNumbers(1, 2), tree
+            lambda leaf: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), tree
         ),
     )
     return optax.chain(
         orthogonal,
-        optax.stateless_with_tree_map(lambda x, _: x * max(1.0, x.shape[2] / x.shape[1]) ** 0.5),
+        optax.stateless_with_tree_map(lambda x, _: x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5),
     )
 
 
 def is_stacked_matrix(leaf) -> bool:
-    """Returns whether Muon takes a leaf: the matrices of all layers, [L,in,out]."""
-    return leaf.ndim == 3
+    """Returns whether Muon takes a leaf: the matrices of all layers, [L,in,out] or [L,E,in,out]."""
+    return leaf.ndim >= 3
 
 
 def _is_decayed(tree):

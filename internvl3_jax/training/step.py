@@ -11,6 +11,8 @@ f32[] unless another shape is given:
     finite           bool[], whether loss and gradients are
     zero_gradient    i32[], index in `trained_paths` of the first leaf with an unexpected zero
                      gradient, or -1
+    loss_balance,    of a decoder with experts; the second is f32[layers,experts], the tokens that
+    expert_choices   chose each
     source_loss,     f32[num_sources], if the loss reports sources
     source_weight
 """
