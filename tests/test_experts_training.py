@@ -212,11 +212,11 @@ def test_decoding_over_a_mesh(weights):
             for path, leaf in storage.by_path(params).items()
         }
         params = storage.nest(leaves)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     sharded = jax.device_put(params, sharding.param_shardings(params, mesh))
     prompts = [as_prompt(CONFIG, make_row(CONFIG, (1,), seed=i)[0], (1,)) for i in range(2)]
     answers = [
-        Generator(CONFIG, tree).generate(prompts, greedy(6, 2, CONFIG))
+        Generator(CONFIG, tree).generate(prompts, greedy(3, 2, CONFIG))
         for tree in (params, sharded)
     ]
     assert answers[0] == answers[1]

@@ -40,6 +40,15 @@ def test_a_product_costs_two_operations_a_weight_and_row(size):
     assert forward.head == 2 * language.hidden_size * language.vocab_size
 
 
+# Parameters of the decoder that a token uses, as published: 3.35 and 22.19 billion.
+@pytest.mark.parametrize(("size", "active"), [("3.5-30b-a3b", 3.35e9), ("3.5-241b-a28b", 22.19e9)])
+def test_of_experts_those_count_that_a_token_uses(size, active):
+    language = SIZES[size].language
+    tables = 2 * language.vocab_size * language.hidden_size
+    used = forward_flops(SIZES[size]).language_token / 2 + tables
+    assert used == pytest.approx(active, rel=2e-3)
+
+
 def example_batch():
     """Two rows: samples of 3 and 2 tokens and one of padding; a sample of 6 tokens with a tile of
     four visual tokens.

@@ -169,7 +169,11 @@ def needed(config: TrainConfig, topology: Topology, requests: Requests) -> Need:
 
 def _experts(decoder: dict) -> list:
     """Returns the experts' kernels of all layers."""
-    return [layer["experts"] for layer in decoder.values() if "experts" in layer]
+    return [
+        layer["experts"]
+        for name, layer in decoder.items()
+        if name.startswith("layer_") and "experts" in layer
+    ]
 
 
 def _unchosen(config: TrainConfig, rows: int) -> float:
