@@ -27,6 +27,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 PYTEST = .venv-test/bin/python -m pytest
 PARALLEL = --numprocesses $(WORKERS) --dist loadfile
+# The long files begin first.
+WHOLE = $(PYTEST) $(PARALLEL) --no-loadscope-reorder --max-worker-restart 0 --durations 10
 INPUTS = pyproject.toml hatch_build.py $(wildcard requirements/constraints-*.txt)
 # Byte-compiling takes half of an installation's time. The tests' environments leave it to the first
 # import, which therefore must be allowed to write .pyc files.
@@ -81,15 +83,15 @@ docs: .venv/.installed
 	$(call install,.venv,$(PYTHON),--editable '.[docs]')
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-# test-full comes last, so that its summary is the last output.
+# One call for all of it keeps every process busy to the end. It comes last, so that its summary is
+# the last output.
 test: lint
 	@$(MAKE) --no-print-directory smoke
-	@$(MAKE) --no-print-directory test-install
-	@$(MAKE) --no-print-directory test-docs
-	@$(MAKE) --no-print-directory test-full
+	$(WHOLE) -m "not torchvision and not tpu_compiler and not trl and not gpu and not browser \
+		and not serve_load"
 
 test-full: .venv-test/.installed
-	$(PYTEST) $(PARALLEL) --no-loadscope-reorder --max-worker-restart 0 --durations 10
+	$(WHOLE)
 
 test-fast: .venv-test/.installed
 	$(PYTEST) $(PARALLEL) -m fast
@@ -122,7 +124,7 @@ smoke:
 		echo "No Python but $(TEST_PYTHON) found.")
 
 smoke-%: .venv-smoke-%/.installed
-	.venv-smoke-$*/bin/python -m pytest -m smoke
+	.venv-smoke-$*/bin/python -m pytest $(PARALLEL) -m smoke
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

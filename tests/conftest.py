@@ -30,15 +30,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Files that train, start programs or compile large ones, longest first: they begin first, so that
 # none is left for one worker at the end, and `make test-fast` does without them.
 SLOW = """
-train train_refused train_hosts agreed_step pairs_run object_storage lora_run lora_base pairs
-generate generate_ends engine engine_settings engine_models engine_hosts elastic sharding
-attention attention_meshes step benchmarks infer_hosts distributed optimizer frozen infer
-infer_requests lora chat_session chat_turns chat_requests chat_video infer_media thinking peft
-peft_refused critic best_of_n preference preference_example process_reward process_labels
-make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora gpu_benchmark
-documented_commands documented_names quantize weights stored_weights quality int8_cache internlm2
-serve serve_engine serve_hosts web serve_process serve_documented serve_load serve_streams fuzz
-convert compose convert_damage convert_sources sampling shapes launch launch_clusters install kill
+documented_commands install train train_refused train_hosts agreed_step pairs_run object_storage
+lora_run lora_base pairs generate generate_ends engine engine_settings engine_models engine_hosts
+elastic sharding attention attention_meshes step benchmarks infer_hosts distributed optimizer
+frozen infer infer_requests lora chat_session chat_turns chat_requests chat_video infer_media
+thinking peft peft_refused critic best_of_n preference preference_example process_reward
+process_labels make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora
+gpu_benchmark documented_names quantize weights stored_weights quality int8_cache internlm2 serve
+serve_engine serve_hosts web serve_process serve_documented serve_load serve_streams fuzz convert
+compose convert_damage convert_sources sampling shapes launch launch_clusters kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu", "serve_load"}
