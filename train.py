@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from internvl3_jax import cli
 from internvl3_jax.checkpoints.fingerprint import fingerprint
-from internvl3_jax.checkpoints.hf.released import travelling_files
+from internvl3_jax.checkpoints.hf.released import companion_files
 from internvl3_jax.checkpoints.verification import agreed_step
 from internvl3_jax.config import TrainConfig
 from internvl3_jax.data.loader import BatchLoader, HostBatch
@@ -193,7 +193,7 @@ def setup(
         print(format_table(component_table(state.params, config.optimizer)), flush=True)
     ref_params = reference_model.load_reference(config, mesh, state)
     # The initial checkpoint's tokenizer and config files go into every step, for exports.
-    files = travelling_files(resolve_checkpoint(config.init_from)) if config.init_from else {}
+    files = companion_files(resolve_checkpoint(config.init_from)) if config.init_from else {}
     files |= tokenizer.files()
 
     # Logging and saving

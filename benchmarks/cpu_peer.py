@@ -87,7 +87,7 @@ def run(directory: pathlib.Path, settings: Settings) -> dict:
         for side, results in sides.items():
             say(f"round {number + 1} of {settings.rounds}: {side}")
             results.append({"load_average": os.getloadavg()[0]} | start_role(side, directory))
-    cases = {name: summarise(name, sides) for name in CASES}
+    cases = {name: summarize(name, sides) for name in CASES}
     memory = {
         name: {
             side: round(max(result[name] for result in results) / 2**30, 3)
@@ -125,7 +125,7 @@ def start_role(role: str, directory: pathlib.Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(case: str, sides: dict) -> dict:
+def summarize(case: str, sides: dict) -> dict:
     """Minimum and median over all rounds in ms, of PyTorch with the better of its two caches; how
     many times faster ours is.
     """

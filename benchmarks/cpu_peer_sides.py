@@ -95,7 +95,7 @@ def random_tensor(name: str, shape, generator):
 def make_inputs(
     image_token_id: int, visual_tokens: int, size: int, vocabulary: int
 ) -> tuple[np.ndarray, ...]:
-    """(ids with a image i32[T], ids without one i32[T], tile u8[1,S,S,3]); T is the same for
+    """(ids with an image i32[T], ids without one i32[T], tile u8[1,S,S,3]); T is the same for
     both.
     """
     rng = np.random.default_rng(0)

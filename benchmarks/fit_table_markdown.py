@@ -29,13 +29,13 @@ def line(row: dict) -> str:
 
 def markdown(rows: list[dict]) -> str:
     return "\n\n".join(
-        [training(rows), generation(rows), "Not compiled; by the analysis alone:", analysed(rows)]
+        [training(rows), generation(rows), "Not compiled; by the analysis alone:", analyzed(rows)]
     )
 
 
 def generation(rows: list[dict]) -> str:
-    """Peaks are of all that lies on a device, so with the parameters that a program does not use.
-    Floors are without the network.
+    """Returns the table of generation. Peaks count everything on a device, also parameters that a
+    program does not use. Lower bounds of the time leave out the network.
     """
     programs = ("encode", "prefill", "decode")
     columns = [
@@ -86,7 +86,7 @@ def training(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def analysed(rows: list[dict]) -> str:
+def analyzed(rows: list[dict]) -> str:
     """What no compiler was asked about. Network floors are the analysis' own."""
     columns = [*SETTING, "peak / available GiB", "s/step, floor", "MFU at most"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -1,11 +1,14 @@
 """What one device needs to train each size with adapters: `python -m internvl3_jax.fit` by the
 devices' own compilers.
 
-    python benchmarks/lora_table.py                  goes on where it was; an hour or two, one compilation at a time
-    python benchmarks/lora_table.py --only h100      rows whose name begins so: KIND:SIZE:BASE, such as v5e:8b:nf4
-    python benchmarks/lora_table.py --markdown       prints the tables of results/lora_table.json; nothing is compiled
+    python benchmarks/lora_table.py               resumes; compiles one program at a time for an
+                                                  hour or two
+    python benchmarks/lora_table.py --only h100   rows whose name begins so: KIND:SIZE:BASE, such
+                                                  as v5e:8b:nf4
+    python benchmarks/lora_table.py --markdown    prints the tables of results/lora_table.json and
+                                                  compiles nothing
 
-One row of 4,096 tokens and 13 tiles (a image of twelve and its thumbnail), everything recomputed
+One row of 4,096 tokens and 13 tiles (an image of twelve and its thumbnail), everything recomputed
 (remat "full"), adapters of rank 16 on all of the decoder's layers, the base in bfloat16, in 8 bits
 or in 4. A GPU's compiler gives the peak of what does not fit as well, so every size is asked for; a
 TPU's is asked for the largest that the analysis thinks fits, and for smaller ones while it refuses.

@@ -36,7 +36,7 @@ def model_config(options):
 
 
 def make_batch(config, options) -> dict:
-    """A `Batch`: in each row a image of all its tiles, then text, every other token of which is
+    """A `Batch`: in each row an image of all its tiles, then text, every other token of which is
     trained.
     """
     rng = np.random.default_rng(0)

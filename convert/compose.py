@@ -28,7 +28,7 @@ from internvl3_jax.checkpoints.hf.config import layout_of, read_vision
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
 from internvl3_jax.checkpoints.hf.language import read_language
 from internvl3_jax.checkpoints.hf.mapping import Row, bits
-from internvl3_jax.checkpoints.hf.released import Hashes, allocate, read_json, travelling_files
+from internvl3_jax.checkpoints.hf.released import Hashes, allocate, companion_files, read_json
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
 from internvl3_jax.checkpoints.hf.values import refuse_nonfinite
 from internvl3_jax.config import ModelConfig, ProcessorConfig, VisionConfig
@@ -149,7 +149,7 @@ def open_parts(
       FileNotFoundError, ValueError, ConversionError: it names the file, key or tensor.
     """
     tower_config, layout, tower = _open_tower(vision)
-    files = travelling_files(llm)
+    files = companion_files(llm)
     values = read_json(files, "config.json", llm)
     if values is None:
         raise FileNotFoundError(
@@ -196,7 +196,7 @@ def open_parts(
 
 def _open_tower(directory: pathlib.Path) -> tuple[VisionConfig, str, SafetensorsSource]:
     """Returns (configuration, layout, tensors of the tower under that layout's names)."""
-    values = read_json(travelling_files(directory), "config.json", directory)
+    values = read_json(companion_files(directory), "config.json", directory)
     place = f"{directory}/"
     if values is None:
         raise FileNotFoundError(

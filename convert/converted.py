@@ -9,7 +9,7 @@ from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast, check_params
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
-from internvl3_jax.checkpoints.hf.released import Hashes, check_vocabulary, travelling_files
+from internvl3_jax.checkpoints.hf.released import Hashes, check_vocabulary, companion_files
 from internvl3_jax.checkpoints.hf.values import nonfinite, refuse_nonfinite
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig
@@ -83,7 +83,7 @@ def open_converted(
     )
     target = DTYPES[dtype or names[0]]
     hashes = manifest.hashes if [target.name] == names else {}
-    files = travelling_files(directory)
+    files = companion_files(directory)
     return Converted(
         directory,
         manifest.model,

@@ -276,7 +276,7 @@ def validate(config: ModelConfig) -> None:
         (
             0 <= config.image_token_id < language.vocab_size,
             "image_token_id",
-            f"{config.image_token_id} lies outside the vocabulary",
+            f"{config.image_token_id} is outside the vocabulary",
         ),
     ]
     for holds, field, problem in checks:

@@ -16,7 +16,7 @@ from tests.support.qwen_tokenizer import ADDED_IDS, random_texts
 
 
 def reference(messages, tiles, transformers_tokenizer, system):
-    """Ids and trained mask: each block is one string with the image tokens in it, tokenised by
+    """Ids and trained mask: each block is one string with the image tokens in it, tokenized by
     itself.
     """
     tiles = iter(tiles)

@@ -36,7 +36,7 @@ def test_pieces_join_to_the_text(chat, images):
 
 
 def test_a_call_is_the_joined_stream(chat, tmp_path):
-    """A image is a path, bytes, an array or a PIL image; <image> is put in front where the
+    """An image is a path, bytes, an array or a PIL image; <image> is put in front where the
     question has none.
     """
     WIDE.save(tmp_path / "wide.png")

@@ -256,7 +256,7 @@ WRONG_DESCRIPTIONS = {
     "processor": {"processor": None},
     "base": {"base": {"path": 3}},
     "format": {"format": "1"},
-    "unknown": {"colour": 3},
+    "unknown": {"color": 3},
 }
 
 

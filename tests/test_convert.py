@@ -28,7 +28,7 @@ from internvl3_jax.checkpoints.hf.assemble import (
     tensors_from_params,
 )
 from internvl3_jax.checkpoints.hf.mapping import TABLE, active_rows
-from internvl3_jax.checkpoints.hf.released import travelling_files
+from internvl3_jax.checkpoints.hf.released import companion_files
 from internvl3_jax.checkpoints.hf.safetensors import INDEX
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ProcessorConfig, from_dict, to_dict
@@ -338,7 +338,7 @@ def test_config_survives_json(tmp_path):
 
 @pytest.mark.parametrize("layout", ["vocab", "json"])
 def test_real_tokenizer_is_the_same_in_transformers(layout, tmp_path):
-    files = travelling_files(write_qwen_tokenizer(tmp_path / "released", layout))
+    files = companion_files(write_qwen_tokenizer(tmp_path / "released", layout))
     ours = Tokenizer.from_files(files)
     (tmp_path / "hf").mkdir()
     for name, content in export_files(

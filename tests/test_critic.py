@@ -163,7 +163,7 @@ def test_scores_are_those_of_a_forward_pass_for_each_solution(images):
     assert len({scores.score for scores in found}) == len(SOLUTIONS)
 
 
-def test_a_solution_does_not_see_its_neighbours():
+def test_a_solution_does_not_see_its_neighbors():
     together = tiny_critic().score(QUESTION, [make_image(20, 20)], SOLUTIONS)
     alone = [
         tiny_critic().score(QUESTION, [make_image(20, 20)], [solution])[0] for solution in SOLUTIONS

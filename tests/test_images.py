@@ -73,7 +73,7 @@ def test_transparency_is_dropped_not_blended():
 
 
 @pytest.mark.parametrize("transparency", [5, bytes(range(256))])
-def test_palette_with_transparency_keeps_its_colours_and_does_not_warn(transparency):
+def test_palette_with_transparency_keeps_its_colors_and_does_not_warn(transparency):
     image = noise().quantize(64)
     data = encoded(image, transparency=transparency)
     with Image.open(io.BytesIO(data)) as lazy:
@@ -92,7 +92,7 @@ def test_transparent_palette_image_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("source", ["PNG", "TIFF", "PPM", "array", "PIL"])
-def test_16_bit_grey_keeps_the_high_byte(source):
+def test_16_bit_gray_keeps_the_high_byte(source):
     values = np.array([[0, 1, 255, 256, 511], [512, 4095, 32768, 65280, 65535]], np.uint16)
     image = Image.fromarray(values)
     given = {"array": values, "PIL": image}.get(source)
@@ -101,7 +101,7 @@ def test_16_bit_grey_keeps_the_high_byte(source):
     assert_same(open_image(given), expected)
 
 
-def test_16_bit_big_endian_grey():
+def test_16_bit_big_endian_gray():
     values = np.array([[256, 65535, 511]], np.uint16)
     image = Image.frombytes("I;16B", (3, 1), values.astype(">u2").tobytes())
     assert_same(
@@ -190,7 +190,7 @@ def test_exif_orientation_is_ignored_unless_asked_for(file_format, orientation):
     assert_same(open_image(data), turned if file_format == "TIFF" else stored)
 
 
-def test_exif_orientation_of_16_bit_grey():
+def test_exif_orientation_of_16_bit_gray():
     values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 256
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -183,7 +183,7 @@ def test_a_conversation_ends_with_its_input(ask, monkeypatch):
 
 
 def test_the_program_fails_with_one_line(image_folder):
-    """A image that is not there: no answer, no traceback, not even of a library."""
+    """An image that is not there: no answer, no traceback, not even of a library."""
     flags = [
         "--checkpoint",
         tiny_checkpoint.directory(),

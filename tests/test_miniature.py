@@ -38,7 +38,7 @@ def example():
 
 @functools.cache
 def drawing(vendor: str, thing: str) -> Image.Image:
-    """Blots of one colour, another for each thing and vendor."""
+    """Blots of one color, another for each thing and vendor."""
     pixels = np.random.default_rng([*vendor.encode(), *thing.encode()]).integers(
         0, 256, (8, 8, 3), dtype=np.uint8
     )

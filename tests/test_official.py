@@ -111,8 +111,8 @@ def test_a_video_tag_belongs_to_the_first_human_turn():
 
 def test_a_frame_label_is_text_but_for_its_number():
     messages = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A"}]
-    labelled = insert_frames(messages, 2, "{0} %s {a} {}} ")
-    assert labelled[0]["content"] == "{0} %s {a} 1} <image>\n{0} %s {a} 2} <image>\nWhat?"
+    labeled = insert_frames(messages, 2, "{0} %s {a} {}} ")
+    assert labeled[0]["content"] == "{0} %s {a} 1} <image>\n{0} %s {a} 2} <image>\nWhat?"
     for label in ("Frame: ", "{}-{}: ", "{0}: ", "Frame-{}<image>: "):
         with pytest.raises(ValueError, match="processor.frame_label is .*must have {} once"):
             ProcessorConfig(frame_label=label)

@@ -243,7 +243,7 @@ def test_rows_of_the_pipeline_are_consistent():
 
 
 def test_each_image_draws_its_delta():
-    """All of 1, 1/2 and 1/4 occur; within a image the steps are equal, whatever the tile."""
+    """All of 1, 1/2 and 1/4 occur; within an image the steps are equal, whatever the tile."""
     drawn = set()
     for row in first_rows():
         for part in segments_of(row):

@@ -117,7 +117,7 @@ def test_overflow_is_an_error():
         build_positions(LAST_WHOLE + 2, [], [])
     with pytest.raises(ValueError, match="beyond"):
         next_position(positions[-1:])
-    # The same number of tokens fits where a image takes smaller steps.
+    # The same number of tokens fits where an image takes smaller steps.
     assert build_positions(LAST_WHOLE + 2, [(5, 256)], [128])[-1] < LAST_WHOLE * UNITS
 
 

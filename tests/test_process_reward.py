@@ -41,7 +41,7 @@ def data(example, tmp_path_factory):
         patch.setattr(example.run, "TAUGHT_TEXT", 12)
         example.run.make_data(folder, 12, 5)
     rows = []
-    for line in (folder / "labelled_solved.jsonl").read_text().splitlines():
+    for line in (folder / "labeled_solved.jsonl").read_text().splitlines():
         row = json.loads(line)
         question, answer = (turn["value"] for turn in row["conversations"])
         steps = split_steps(answer)
@@ -96,7 +96,7 @@ def test_the_teacher_is_wrong_about_two_digits(example):
 
 
 def test_questions(data):
-    for name, count in (("taught", 12), ("labelled", 12), ("test", 5)):
+    for name, count in (("taught", 12), ("labeled", 12), ("test", 5)):
         questions = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
         solved = [
             json.loads(line) for line in (data / f"{name}_solved.jsonl").read_text().splitlines()

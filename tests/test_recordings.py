@@ -15,7 +15,7 @@ from tests.support.official_data import frame, numbers
 
 
 def scene(number, width=64, height=48):
-    """A frame without symmetry that tells its number by its grey value."""
+    """A frame without symmetry that tells its number by its gray value."""
     pixels = np.full((height, width, 3), 4 * number, np.uint8)
     pixels[: height // 4, : width // 2] = 255
     pixels[: height // 2, : width // 8] = (255, 0, 0)

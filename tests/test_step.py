@@ -154,7 +154,7 @@ def test_an_unknown_policy_is_named():
 # --- who learns from whom ------------------------------------------------------------------------
 
 
-def test_a_sample_learns_nothing_from_its_neighbours():
+def test_a_sample_learns_nothing_from_its_neighbors():
     """The gradient of one sample's loss by the tiles and by the words of the others in its row is
     exactly zero.
     """

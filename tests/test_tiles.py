@@ -64,7 +64,7 @@ def cut_by_hand(image, side, limit, thumbnail=True):
 
 
 def noise(width, height, seed=0):
-    """A image with structure at every scale, so that any change of filter or order shows."""
+    """An image with structure at every scale, so that any change of filter or order shows."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 120, width)[None, :, None] + np.linspace(0, 100, height)[:, None, None]
     pixels = ramp + rng.integers(0, 36, (height, width, 3))

@@ -143,7 +143,7 @@ def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
     jax.tree.map(np.testing.assert_array_equal, whole, spread)
 
 
-def test_preference_optimisation_on_two_processes_is_that_on_one(start, tmp_path):
+def test_preference_optimization_on_two_processes_is_that_on_one(start, tmp_path):
     """Policy, reference and held-out pairs over the devices of both."""
     config = f"pairs_config({write_pairs(tmp_path)!r}, {str(tiny_checkpoint.directory())!r})"
     finish(start(tmp_path / "one", 1, 1, config=config))

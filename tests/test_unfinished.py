@@ -27,7 +27,7 @@ def names(directory) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
 
 
-def test_neighbours_stay(tmp_path):
+def test_neighbors_stay(tmp_path):
     for name in ("a.old", "a.partial", ".a.0123abcd.partial", ".a.0123abcd.replaced"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").write_text("my only copy")

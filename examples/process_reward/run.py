@@ -88,14 +88,14 @@ def main() -> None:
     print(summarize(folder))
 
 
-def make_data(folder: pathlib.Path, labelled: int, questions: int) -> None:
+def make_data(folder: pathlib.Path, labeled: int, questions: int) -> None:
     """Writes questions, solutions and meta JSONs, unless they exist."""
     if (folder / "critic.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     task.write_text(folder / "taught_text.jsonl", TAUGHT_TEXT, seed=0)
     task.write_questions(folder, "taught", TAUGHT, "train", seed=0)
-    task.write_questions(folder, "labelled", labelled, "train", seed=0)
+    task.write_questions(folder, "labeled", labeled, "train", seed=0)
     task.write_questions(folder, "test", questions, "test", seed=0)
     sources = {"text": "taught_text.jsonl", "pictures": "taught_solved.jsonl"}
     write_meta(folder / "policy.json", sources)
@@ -103,7 +103,7 @@ def make_data(folder: pathlib.Path, labelled: int, questions: int) -> None:
 
 
 def label(folder: pathlib.Path) -> None:
-    names = {"checkpoint": "policy", "questions": "labelled.jsonl", "output": "labels.jsonl"}
+    names = {"checkpoint": "policy", "questions": "labeled.jsonl", "output": "labels.jsonl"}
     flags = [f"--{name}={folder / file}" for name, file in names.items()]
     # No system message: its 945 characters would be most of what so small a model reads.
     flags += [f"--max_new_tokens={LIMIT}", "--system=none"]

@@ -258,7 +258,7 @@ def _known(path: str):
 
 
 def _similar_fields(path: str) -> list[str]:
-    """Returns the dotted fields that a misspelt or misplaced name may mean, at most three."""
+    """Returns the dotted fields that a misspelled or misplaced name may mean, at most three."""
     group, _, name = path.rpartition(".")
     is_group = dataclasses.is_dataclass(_type_of(group))
 

@@ -154,5 +154,5 @@ def one_source(folder, rows, **entry):
 
 
 def numbers(images):
-    """Which frames these are, by their grey value."""
+    """Which frames these are, by their gray value."""
     return [round(np.asarray(image).mean() / 4) for image in images]

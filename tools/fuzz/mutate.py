@@ -137,7 +137,7 @@ def value_changes(
                 # Removing a setting that is off, and off by default, changes nothing.
                 off = value_at(document, path) in (False, None, [], {}, "none")
                 yield (
-                    f"{name} misspelt",
+                    f"{name} misspelled",
                     "either" if off else "refuse",
                     edit_json(file, _rename(path)),
                 )

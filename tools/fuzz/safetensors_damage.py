@@ -106,7 +106,7 @@ def damaged_entries(tensor: str) -> Iterator[tuple[str, Callable]]:
         yield f"data_offsets {json.dumps(value)}", set_entry(tensor, data_offsets=value)
     yield "missing", edit_header(lambda header: header.pop(tensor) and None)
     yield (
-        "misspelt",
+        "misspelled",
         edit_header(
             lambda header: header.update({tensor.replace("weight", "wieght"): header.pop(tensor)})
         ),

@@ -49,7 +49,7 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 # Files beside the tokenizer's. The Python files are the original layout's model code, to which its
 # config.json points.
-TRAVELLING = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -201,12 +201,12 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
     return leaf
 
 
-def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
+def companion_files(directory: pathlib.Path) -> dict[str, bytes]:
     """Returns name -> content of a model's files beside the weights.
 
     FileError as in `model_files.read_file`.
     """
-    patterns = (*FILES, *TRAVELLING)  # glob would skip a dangling link
+    patterns = (*FILES, *COMPANIONS)  # glob would skip a dangling link
     names = [
         name
         for name in sorted(entry.name for entry in directory.iterdir())
@@ -221,7 +221,7 @@ def travelling_files(directory: pathlib.Path) -> dict[str, bytes]:
 
 def _passed_over(path: pathlib.Path) -> bool:
     """Returns whether a folder matches only a pattern, as LICENSES; otherwise it is an error."""
-    return path.is_dir() and path.name not in (*FILES, *TRAVELLING)
+    return path.is_dir() and path.name not in (*FILES, *COMPANIONS)
 
 
 def read_json(
@@ -262,7 +262,7 @@ def open_released(
       accept_fingerprint: accept files of an export that differ from when it was written.
       allow_nonfinite: accept NaN and infinities when reading.
     """
-    files = travelling_files(directory)
+    files = companion_files(directory)
     if "config.json" not in files:
         raise FileNotFoundError(f"{directory} has no config.json")
     values, preprocessor = (
