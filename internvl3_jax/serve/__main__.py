@@ -138,6 +138,7 @@ def _settings(options: argparse.Namespace) -> dict:
         answers=options.max_n,
         new_tokens=options.max_new_tokens,
         held_bytes=options.max_held_mb << 20,
+        step_seconds=options.max_step_seconds,
     )
     hosts = frozenset(host.lower() for host in options.allow_hosts)
     fetcher = Fetcher(hosts, limits.body_bytes, private=options.allow_private_hosts)

@@ -68,7 +68,7 @@ def make_app(
 
     @app.get("/health")
     async def health() -> dict:
-        service.check_ready()
+        service.check_health()
         return {"status": "ok"}
 
     @app.get("/metrics")

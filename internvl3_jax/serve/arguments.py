@@ -246,6 +246,7 @@ def _add_limits(group) -> None:
         ("max_seconds", _SECONDS, 600.0, "for a request"),
         ("max_body_seconds", _SECONDS, 60.0, "until a body has arrived"),
         ("drain_seconds", _SECONDS, 60.0, "for running requests after SIGTERM"),
+        ("max_step_seconds", _SECONDS, 600.0, "for a round of the engine; then /health says 503"),
         ("max_body_mb", _COUNT, 32, "of a body, and of an image"),
         ("max_held_mb", _COUNT, 4096, "bodies and tiles of all requests together"),
         ("max_messages", _COUNT, 256, "messages of a request"),

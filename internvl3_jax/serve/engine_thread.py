@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
@@ -20,11 +21,18 @@ class EngineThread:
     def __init__(self, engine, on_failure: Callable[[BaseException], None]):
         self._engine, self._on_failure = engine, on_failure
         self._stopping = threading.Event()
+        self._began: float | None = None  # the round that runs
         # A daemon: a step that hangs does not keep the process.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def seconds_in_round(self) -> float:
+        """How long the round of the engine that runs now has taken; 0.0 if none runs."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def stop(self, seconds: float = 10.0) -> bool:
         """Returns whether the thread has ended within some seconds."""
@@ -35,7 +43,10 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                if not self._engine.step():
+                self._began = time.monotonic()
+                goes_on = self._engine.step()
+                self._began = None
+                if not goes_on:
                     self._engine.wait(_IDLE)
         except BaseException as error:
             # Nobody waits for this thread: whatever ends it is reported.

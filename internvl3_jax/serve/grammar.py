@@ -1,7 +1,7 @@
 """Answers that match a grammar, by llguidance: which tokens may come next.
 
 JSON may have white space between its parts, but not without end: a model that prefers white space
-would never finish.
+would never finish. `oneOf` is read as `anyOf`.
 """
 
 import json
@@ -17,6 +17,9 @@ from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.grammar_fields import GrammarText
 
 _WHITESPACE = r"[ \n\t]{0,16}"
+_LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+_TRIED = 2  # tokens
+_ENDS = ("NoExtension", "NoExtensionBias", "EndOfSentence")
 
 
 class Vocabulary:
@@ -49,10 +52,13 @@ class Vocabulary:
             compiled = _compile(grammar)
         except ValueError as error:
             raise _refused(grammar, str(error)) from error
-        matcher = llguidance.LLMatcher(self.library, compiled, log_level=0)
-        if matcher.is_error():
-            raise _refused(grammar, matcher.get_error())
-        return GrammarConstraint(self, matcher, grammar.field)
+        matcher = llguidance.LLMatcher(self.library, compiled, log_level=0, limits=_LIMITS)
+        constraint = GrammarConstraint(self, matcher, grammar.field)
+        try:
+            constraint.copy().try_out()
+        except ValueError as error:
+            raise _refused(grammar, str(error)) from error
+        return constraint
 
 
 class _Library:
@@ -86,12 +92,12 @@ class GrammarConstraint:
           ValueError: the grammar became too complex.
         """
         allowed = np.zeros(self._vocabulary.size, bool)
-        if self._matcher.is_error():
-            raise ValueError(f"{self._field}: {self._matcher.get_error()}; simplify it")
-        if self._matcher.is_stopped():
+        # The mask may show that nothing can follow.
+        bits = b"" if self._is_complete() else self._matcher.compute_bitmask()
+        if self._is_complete():
             allowed[list(self._vocabulary.stop_ids)] = True
             return allowed
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = np.frombuffer(bits, np.uint8)
         flags = np.unpackbits(bits, bitorder="little").astype(bool)
         count = min(len(flags), len(allowed))
         allowed[:count] = flags[:count]
@@ -102,12 +108,43 @@ class GrammarConstraint:
         if token not in self._vocabulary.stop_ids:
             self._matcher.consume_token(token)
 
+    def try_out(self) -> None:
+        """Takes some tokens. A grammar may take seconds until it turns out too complex: this is
+        called in a worker thread, so that the engine's thread does not have to wait.
+
+        Raises:
+          ValueError: the grammar is none, nothing matches it, or it is too complex.
+        """
+        for _ in range(_TRIED):
+            may_end = self._matcher.is_accepting()
+            allowed = self.allowed()
+            allowed[list(self._vocabulary.stop_ids)] = False
+            if not allowed.any():
+                if may_end:
+                    return
+                raise ValueError(f"{self._field}: no text matches it; simplify it")
+            self.accept(int(np.argmax(allowed)))
+        self._is_complete()
+
+    def _is_complete(self) -> bool:
+        """Returns whether nothing can follow.
+
+        Raises:
+          ValueError: the grammar is none, or became too complex.
+        """
+        if not self._matcher.is_stopped():
+            return False
+        if self._matcher.stop_reason() in _ENDS:
+            return True
+        reason = self._matcher.get_error().split("\n<")[0]  # what follows is of its inside
+        raise ValueError(f"{self._field}: {reason}; simplify it")
+
 
 def _compile(grammar: GrammarText) -> str:
     if grammar.kind == "json":
         json.loads(grammar.text)  # its errors say where
         return llguidance.LLMatcher.grammar_from_json_schema(
-            grammar.text, overrides={"whitespace_pattern": _WHITESPACE}
+            grammar.text, overrides={"whitespace_pattern": _WHITESPACE, "coerce_one_of": True}
         )
     if grammar.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(grammar.text)
@@ -118,6 +155,7 @@ def _compile(grammar: GrammarText) -> str:
 
 
 def _refused(grammar: GrammarText, reason: str) -> ApiError:
+    reason = reason.removeprefix(f"{grammar.field}: ").removesuffix("; simplify it")
     reason = one_line(" ".join(reason.split()))[:300]
     return ApiError(
         f"{grammar.field} cannot be used ({reason}); correct or simplify it",

@@ -8,7 +8,7 @@ from internvl3_jax.serve.errors import ApiError, busy
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits of the server. All are of one request but `held_bytes`.
+    """Limits of the server. All are of one request but the last two.
 
     Attributes:
       body_bytes: of the body, images in base64 included.
@@ -22,6 +22,7 @@ class Limits:
       answers: largest `n`.
       new_tokens: of an answer for which the request gives no limit.
       held_bytes: bodies and tiles of all requests together.
+      step_seconds: of a round of the engine, compilation included; after that it is called stuck.
     """
 
     body_bytes: int = 32 << 20
@@ -36,6 +37,7 @@ class Limits:
     answers: int = 16
     new_tokens: int = 1024
     held_bytes: int = 4 << 30
+    step_seconds: float = 600.0
 
 
 class Budget:

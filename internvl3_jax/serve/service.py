@@ -127,6 +127,18 @@ class Service:
                 headers={"Retry-After": "5"},
             )
 
+    def check_health(self) -> None:
+        """Raises ApiError if no request can be answered now, or if a round does not end."""
+        self.check_ready()
+        seconds = self._thread.seconds_in_round if self._thread is not None else 0.0
+        if seconds > self.limits.step_seconds:
+            raise ApiError(
+                f"a round of the engine has taken {seconds:,.0f} s; restart the server if it goes "
+                "on (--max_step_seconds)",
+                503,
+                code="engine_stuck",
+            )
+
     # --- requests ---------------------------------------------------------------------------------
 
     def token_bytes(self, token: int) -> bytes:

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from tests.support import tiny_checkpoint
 from tests.support.scripted_engine import ScriptedEngine
 
 NAME = "tiny"
+HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 @functools.cache
@@ -34,6 +36,19 @@ def stop_id() -> int:
 
 def ids_of(text: str, *, stop: bool = True) -> list[int]:
     return checkpoint().tokenizer.encode(text, special=False) + [stop_id()] * stop
+
+
+def long_answer() -> list[int]:
+    """Ids of a text of 1,500 letters, without a stop id."""
+    return ids_of("0123456789" * 150, stop=False)
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    """Waits for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.01)
 
 
 def scripted(text: str = "ok", **settings) -> ScriptedEngine:
