@@ -38,8 +38,8 @@ thinking peft peft_refused critic best_of_n preference preference_example proces
 process_labels make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora
 gpu_benchmark evaluate_run documented_names quantize weights stored_weights quality int8_cache
 internlm2 serve serve_engine serve_hosts web serve_process serve_documented serve_load
-serve_streams fuzz convert compose convert_damage convert_sources sampling shapes launch
-launch_clusters kill
+serve_streams serve_ends serve_grammar fuzz convert compose convert_damage convert_sources
+sampling shapes launch launch_clusters kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu", "serve_load"}
