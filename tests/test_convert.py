@@ -91,22 +91,13 @@ def test_round_trip_is_bit_exact(size, layout, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vit", "llm", "tied"),
-    [
-        ("300m", "qwen2", True),
-        ("6b", "internlm3", False),
-        ("300m", "qwen3", False),
-        ("300m", "qwen3_moe", False),
-    ],
+    "family", ["300m qwen2 tied", "6b internlm3", "300m qwen3", "300m qwen3_moe"]
 )
-def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
+def test_transformers_model_survives_every_way(family, tmp_path):
+    vit, llm, *tied = family.split()
+    options = {"text": {"vocab_size": VOCABULARY}, "image_token_id": IMAGE_TOKEN_ID}
     reference, _ = torch_reference.build_reference(
-        vit,
-        llm,
-        tied,
-        text={"vocab_size": VOCABULARY},
-        image_token_id=IMAGE_TOKEN_ID,
-        dtype=torch.bfloat16,
+        vit, llm, bool(tied), dtype=torch.bfloat16, **options
     )
     expected = {name: tensor.view(torch.int16) for name, tensor in reference.state_dict().items()}
     for layout in ("hf", "internvl"):
@@ -119,7 +110,7 @@ def test_transformers_model_survives_every_way(vit, llm, tied, tmp_path):
             tmp_path / f"{layout}-hf", output_loading_info=True
         )
         assert not any(report.values()), report
-        assert loaded.config.tie_word_embeddings is (tied and layout == "hf")
+        assert loaded.config.tie_word_embeddings is (bool(tied) and layout == "hf")
         found = {name: tensor.view(torch.int16) for name, tensor in loaded.state_dict().items()}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)

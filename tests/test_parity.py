@@ -17,6 +17,7 @@ from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.projector import pixel_shuffle
 from internvl3_jax.model.vision import VisionTower, interpolate_positions
+from tests.support.expert_names import in_files
 from tests.support.parity import (
     TOLERANCE,
     as_prompt,
@@ -30,7 +31,6 @@ from tests.support.parity import (
 )
 from tests.support.torch_reference import (
     build_reference,
-    in_files,
     original_config,
     original_state_dict,
 )

@@ -15,7 +15,8 @@ from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.positions import build_positions
-from tests.support.torch_reference import build_reference, in_files
+from tests.support.expert_names import in_files
+from tests.support.torch_reference import build_reference
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 

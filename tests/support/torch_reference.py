@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from tests.support.expert_names import in_files
+
 VISION = {
     "300m": {
         "hidden_size": 32,
@@ -220,23 +222,6 @@ def original_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             }
         )
     return tensors
-
-
-def in_files(tensors: dict) -> dict:
-    """Renames tensors in memory to those of the files, which have the experts one by one."""
-    found = {}
-    for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
-        if not stem.endswith("mlp.experts"):
-            found[name] = tensor
-        elif kind == "gate_up_proj":
-            for expert, both in enumerate(tensor):
-                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
-                    found[f"{stem}.{expert}.{part}.weight"] = half
-        else:
-            for expert, down in enumerate(tensor):
-                found[f"{stem}.{expert}.{kind}.weight"] = down
-    return found
 
 
 def _original_block(block: torch.nn.Module) -> dict[str, torch.Tensor]:
