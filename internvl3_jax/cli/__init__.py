@@ -8,6 +8,7 @@
     internvl3-eval       python -m internvl3_jax.evaluate
     internvl3-tokens     python -m internvl3_jax.data.tokens
     internvl3-serve      python -m internvl3_jax.serve
+    internvl3-parity     python -m internvl3_jax.parity
 
 train.py, infer.py, convert/ and configs/ are at the top of the repository. A wheel has them in this
 folder instead (hatch_build.py copies them), so that site-packages gets no such top-level names.
@@ -27,6 +28,7 @@ COMMANDS = {
     "internvl3-eval": "python -m internvl3_jax.evaluate",
     "internvl3-tokens": "python -m internvl3_jax.data.tokens",
     "internvl3-serve": "python -m internvl3_jax.serve",
+    "internvl3-parity": "python -m internvl3_jax.parity",
 }
 _HERE = pathlib.Path(__file__).resolve().parent
 _script = False  # whether a console script was started
@@ -95,6 +97,10 @@ def tokens() -> None:
 
 def serve() -> None:
     _run("internvl3_jax.serve")
+
+
+def parity() -> None:
+    _run("internvl3_jax.parity")
 
 
 def _run(program: str) -> None:
