@@ -19,6 +19,7 @@ from internvl3_jax import cli
 from internvl3_jax.parity.check import check_model
 from internvl3_jax.parity.compare import TOLERANCES
 from internvl3_jax.parity.folder import PackedModel, PackError, read_manifest
+from internvl3_jax.parity.tiny_config import FAMILIES
 
 ENGINES = ("jax", "transformers", "http", "command")
 LAYOUTS = ("internvl", "hf")
@@ -39,6 +40,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     pack.add_argument(
         "--dtype", choices=tuple(TOLERANCES), default="float32", help="of --checkpoint's run"
     )
+    pack.add_argument(
+        "--family",
+        action="append",
+        default=[],
+        choices=tuple(FAMILIES),
+        help="one of the tiny models; repeatable; default: all",
+    )
     pack.add_argument("--seed", type=int, default=0, help="of the weights and images")
     check = commands.add_parser("check", help="compare an engine", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path, metavar="DIR", help="the pack")
@@ -58,6 +66,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for engine, flag in (("http", "url"), ("command", "command")):
             if (options.engine == engine) != bool(getattr(options, flag)):
                 parser.error(f"--engine {engine} and --{flag} belong together")
+    elif options.family and options.checkpoint:
+        parser.error("--family is for tiny models; leave it out with --checkpoint")
     elif options.dtype != "float32" and not options.checkpoint:
         parser.error("--dtype is for --checkpoint; tiny models are computed in float32")
     return options
@@ -75,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 def pack(options: argparse.Namespace) -> int:
     from internvl3_jax.parity.pack import write_pack
 
-    models = write_pack(options.output, options.checkpoint, options.dtype, options.seed)
+    families = tuple(options.family or FAMILIES)
+    models = write_pack(options.output, options.checkpoint, options.dtype, options.seed, families)
     for model in models:
         print(f"{model.name}: {model.dtype}, {len(model.cases)} cases")
     print(f"{options.output}: written")

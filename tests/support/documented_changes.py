@@ -30,6 +30,7 @@ ADDED = {
     "internvl3_jax.training.make_reference": f"--config.steps=2 --config.optimizer.warmup_steps=0 {SMALL_DATA}",
     "internvl3_jax.evaluate": "--limit=2 --max_new_tokens=4",
     "infer.py": "--max_new_tokens=4",
+    "internvl3_jax.parity pack --output pack_dir": "--family internvl3_5",
     "internvl3_jax.reward.make_pairs": "--max_new_tokens=8 --samples=2",
     "internvl3_jax.reward.make_process_labels": "--max_new_tokens=8 --solutions=1 --continuations=2",
 }
@@ -54,6 +55,10 @@ NOT_RUN = (
     (
         r"^python benchmarks/",
         "minutes to hours; tests/test_benchmarks.py and others run their smallest forms",
+    ),
+    (
+        r"^python -m internvl3_jax\.parity check .*--engine http",
+        "needs a server; tests/test_parity_pack.py asks one",
     ),
     (r"^python examples/", "half an hour; tests of their own run their parts"),
     (r"^python -m internvl3_jax\.fit$", "named, not called"),

@@ -31,6 +31,19 @@ def qwen3_model(path: pathlib.Path) -> None:
     write(path)
 
 
+def transformers_model(path: pathlib.Path) -> None:
+    """Writes the digits model in the layout of transformers."""
+    from convert.open import open_model
+    from convert.run import convert
+
+    convert(open_model(MODEL), path, to="hf")
+
+
+def parity_engine(path: pathlib.Path) -> None:
+    """Writes the program of `check --engine command`."""
+    shutil.copy(ROOT / "tests" / "support" / "parity_engine.py", path)
+
+
 def run(path: pathlib.Path) -> None:
     """Writes a training run that has only the weights of its newest step."""
     from convert.open import open_model
@@ -146,6 +159,8 @@ def card_data(path: pathlib.Path) -> None:
 FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "DIR": model,
     "CHECKPOINT": model,
+    "HF_DIR": transformers_model,
+    "my_engine.py": parity_engine,
     "SRC": model,
     "CRITIC_DIR": model,
     "QWEN_DIR": language_model,
