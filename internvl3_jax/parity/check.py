@@ -5,8 +5,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from internvl3_jax.parity.causes import HINTS, causes_of, explain
 from internvl3_jax.parity.compare import (
     STAGES,
@@ -105,11 +103,11 @@ def compare_case(case: Case, found: dict | None, dtype: str) -> CaseResult:
     if found is None:
         return CaseResult(case.name, [], is_left_out=True)
     tolerance = TOLERANCES[dtype]
-    golden, found = derived(case.stages, case.top), derived(found, case.top)
-    if "logprobs" in found and "logits" not in found:
-        # A server names tokens by their text, so only the values are compared, in order.
-        golden["logprobs"] = np.sort(golden["logprobs"])[::-1]
-    faults = {name: derived(stages, case.top) for name, stages in case.faults.items()}
+    # A server names tokens by their text, so only the values are compared, in order.
+    by_value = "logprobs" in found and "logits" not in found
+    golden = derived(case.stages, case.top, by_value)
+    found = derived(found, case.top)
+    faults = {name: derived(stages, case.top, by_value) for name, stages in case.faults.items()}
     case = dataclasses.replace(case, stages=golden, faults=faults)
     compared = [stage for stage in STAGES if stage in found and stage in golden]
     judged, notes = dict(found), []

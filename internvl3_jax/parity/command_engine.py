@@ -14,6 +14,7 @@ with one line on its standard output:
     {"error": text}                                                    may have "output", too
 """
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -58,6 +59,7 @@ class CommandEngine:
         np.savez(inputs, **{name: case.stages[name] for name in _INPUTS if name in case.stages})
         request = case.request
         self._send(
+            case.name,
             {
                 "case": case.name,
                 "checkpoint": self.checkpoint,
@@ -68,21 +70,24 @@ class CommandEngine:
                 "max_new_tokens": request.max_new_tokens,
                 "inputs": str(inputs),
                 "output": str(output),
-            }
+            },
         )
         return self._stages(case.name)
 
-    def _send(self, request: dict) -> None:
+    def _send(self, case: str, request: dict) -> None:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise PackError(f"{self.command!r} has ended; its messages are above") from error
+            raise PackError(self._ended(case)) from error
+
+    def _ended(self, case: str) -> str:
+        return f"{self.command!r} ended at case {case!r}; its messages are above"
 
     def _stages(self, case: str) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise PackError(f"{self.command!r} ended at case {case!r}; its messages are above")
+            raise PackError(self._ended(case))
         try:
             answer = json.loads(line)
             if not isinstance(answer, dict):
@@ -106,7 +111,8 @@ class CommandEngine:
 
     def close(self) -> None:
         """Ends the program: its input ends, and it has ten seconds."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

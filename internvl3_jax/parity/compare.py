@@ -109,8 +109,13 @@ def first_difference(found: dict, golden: dict, tolerance: float) -> Difference 
     return None
 
 
-def derived(stages: dict, top: list[list]) -> dict:
-    """Adds the stages that follow from others: `prompt_tokens`, and `logprobs` of `top`."""
+def derived(stages: dict, top: list[list], by_value: bool = False) -> dict:
+    """Adds the stages that follow from others: `prompt_tokens`, and `logprobs`.
+
+    Args:
+      top: rows [id, ...] of the tokens whose log-probabilities are meant.
+      by_value: as many of the largest log-probabilities instead, in descending order.
+    """
     more = {}
     if "token_ids" in stages:
         more["prompt_tokens"] = np.asarray(len(stages["token_ids"]))
@@ -118,5 +123,6 @@ def derived(stages: dict, top: list[list]) -> dict:
         logits = np.asarray(stages["logits"], np.float64)
         shifted = logits - logits.max()
         logprobs = shifted - np.log(np.exp(shifted).sum())
-        more["logprobs"] = logprobs[[row[0] for row in top]]
+        ids = [row[0] for row in top]
+        more["logprobs"] = np.sort(logprobs)[::-1][: len(ids)] if by_value else logprobs[ids]
     return more | stages
