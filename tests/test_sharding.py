@@ -196,6 +196,12 @@ def descend(style, values, mesh, **settings):
 def test_every_mesh_is_one_device(style, name, micro_batches):
     params, metrics, _ = on_mesh(style, name, micro_batches)
     wanted_params, wanted_metrics, _ = expected(style)
+    if micro_batches > 1 and style == "qwen3_moe":
+        # Experts are balanced within each micro-batch, so the value depends on their rows.
+        metrics, wanted_metrics = (
+            {name: value for name, value in found.items() if name != "loss_balance"}
+            for found in (metrics, wanted_metrics)
+        )
     assert_close((params, metrics), (wanted_params, wanted_metrics))
 
 
