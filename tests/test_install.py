@@ -49,8 +49,8 @@ def test_the_pages_install_what_training_needs():
     """The line of docs/training.md is README's, and there is one without any extra: the two that
     are tried below.
     """
-    one = [("documents",), ("quant",), ("storage",), ("video",)]
-    assert installations() == [(), *one, ("logging", "video")]
+    one = [(name,) for name in ("documents", "quant", "serve", "storage", "video")]
+    assert installations() == [(), *one, ("documents", "video"), ("logging", "video")]
     written = [
         set(LINE.findall((ROOT / page).read_text())) for page in ("README.md", "docs/training.md")
     ]
