@@ -66,6 +66,7 @@ NOT_RUN = (
         r"^python -m internvl3_jax\.serve",
         "runs until a signal; tests/test_serve_documented.py starts it and asks it as the page does",
     ),
+    (r"^curl ", "asks a server; tests/test_serve_documented.py runs it with one"),
     (r"^python run\.py --api-mode", "VLMEvalKit's, which downloads its data"),
     (r"^python (-m )?tools[./]", "many runs of the programs; tests of their own run a few"),
 )
