@@ -149,6 +149,20 @@ def test_rows_without_finite_logits_fail_alone():
     assert again.ids == alone(2, 20) and more.ids == alone(3, 20)
 
 
+def test_an_error_of_who_asked_ends_that_request_and_is_kept():
+    engine = shared_engine()
+
+    def fail(piece):
+        raise OSError("the client has left")
+
+    left = engine.submit(Request(RAGGED[1], max_new_tokens=20), fail)
+    at_its_end = engine.submit(Request(RAGGED[1], max_new_tokens=1), fail)
+    (other,) = ask(engine, Request(RAGGED[2], max_new_tokens=20))
+    assert (left.finish, at_its_end.finish) == ("error", "length")
+    assert str(left.error) == str(at_its_end.error) == "the client has left"
+    assert other.ids == alone(2, 20)
+
+
 def test_requests_are_checked_when_they_are_submitted():
     engine = shared_engine()
     for request, message in [

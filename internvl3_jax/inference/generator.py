@@ -1,5 +1,4 @@
-"""Generation: images to features, prompts into the cache (prefill), then a decode loop on the
-device.
+"""Generation: images to features, prompts into the cache (prefill), then a decode loop.
 
 Rows are right-padded: the tokens of a row are in cache slots 0, 1, 2 ... and a query attends only
 to slots up to its own. So neither padding nor a longer neighbor changes what a row computes.

@@ -6,6 +6,7 @@ cancelled; as all else follows from the results, which every host has, they then
 
 import dataclasses
 import functools
+import logging
 import pickle
 import threading
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from internvl3_jax.inference.engine.engine import Engine
 from internvl3_jax.inference.engine.request import Piece, QueueFullError, Request, Ticket
 from internvl3_jax.inference.engine.rows import digests_of
 from internvl3_jax.parallel.announcements import Announcements
+
+log = logging.getLogger(__name__)
 
 
 class LockstepEngine(Engine):
@@ -60,10 +63,13 @@ class LockstepEngine(Engine):
         return ticket
 
     def _tell(self, ticket: Ticket, on_piece: Callable[[Piece], None], piece: Piece) -> None:
-        """Gives a piece to who asked. The other hosts do not see an error of that: it cancels."""
+        """Gives a piece to who asked. The other hosts do not see an error of that: it is logged, and
+        the request is cancelled on all of them.
+        """
         try:
             on_piece(piece)
         except Exception:
+            log.exception("who asked did not take a piece of the answer; the request is cancelled")
             self.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:

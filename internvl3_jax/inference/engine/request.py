@@ -125,7 +125,7 @@ class Piece:
     Attributes:
       ids: new token ids; the stop id is the last one if it was sampled.
       logprobs: of each id, if they were asked for.
-      finish: None while the answer goes on; "stop", "length", "cancelled" or "error".
+      finish: None before the end; "stop", "length", "cancelled" or "error".
       error: of "error": what happened to this request.
     """
 

@@ -240,7 +240,8 @@ class Scheduler:
     def _finish(self, ticket: Ticket, piece: Piece) -> None:
         ticket.finish, ticket.error = piece.finish, piece.error
         self.stats.finished += 1
-        _tell(ticket, piece)
+        error = _tell(ticket, piece)
+        ticket.error = ticket.error or error
 
     def _cancel(self) -> None:
         entering = [] if self._run is None else self._run.tickets
