@@ -86,6 +86,9 @@ def main() -> None:
     parser.add_argument("--no_images", action="store_true")
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
+    output = options.output or RESULTS / f"engine_{options.size}.json"
+    if not is_own(output):
+        parser.error(f"{output} exists and is not of this program; name another file")
 
     config = SIZES[options.size]
     if options.layers:
@@ -132,7 +135,17 @@ def main() -> None:
     }
     text = json.dumps(result, indent=1)
     print(text)
-    (options.output or RESULTS / f"engine_{options.size}.json").write_text(text + "\n")
+    output.write_text(text + "\n")
+
+
+def is_own(path: pathlib.Path) -> bool:
+    """Returns whether the file may be replaced: it does not exist, or this program wrote it."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return {"equal_answers", "ratio_of_the_best"} <= set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":
