@@ -77,4 +77,4 @@ def test_fields_exist():
     """The fields that the page calls ignored, or accepted with one value, are."""
     assert {"user", "metadata", "store", "service_tier", "parallel_tool_calls"} <= set(IGNORED)
     assert "reasoning_effort" in IGNORED
-    assert NEUTRAL["tools"] == ([],) and NEUTRAL["best_of"] == (1,)
+    assert NEUTRAL["tools"] == ([],) and NEUTRAL["use_beam_search"] == (False,)

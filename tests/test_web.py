@@ -10,6 +10,7 @@ from internvl3_jax import Critic, load
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.media.tiles import cut_tiles
 from internvl3_jax.inference.engine.engine import Engine
+from internvl3_jax.inference.generator import ContextError
 from internvl3_jax.positions import build_positions
 from internvl3_jax.serve import arguments, web
 from internvl3_jax.serve.limits import Limits
@@ -20,14 +21,15 @@ from tests.support.tiny_checkpoint import make_image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUESTIONS = ROOT / "examples" / "tiny_digits" / "questions.jsonl"
 WIDE, SMALL = make_image(40, 16, 1), make_image(16, 16, 2)
+VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
 
 
 @pytest.fixture(scope="module")
 def page():
     engine = Engine.of(checkpoint(), rows=4, max_length=512)
     critic = Critic(load(tiny_checkpoint.directory()), engine.generator)
-    offered = web.Page(web.read_examples(QUESTIONS), critic)
-    with serving(engine, page=offered) as live:
+    offered = web.Page(web.read_examples(QUESTIONS))
+    with serving(engine, page=offered, critic=critic) as live:
         yield live
 
 
@@ -110,10 +112,47 @@ def test_the_critic_chooses(page):
     assert choice["best"] == totals.index(max(totals))
 
 
+def test_the_critics_best_answers_are_returned(page):
+    sampled = {
+        "messages": user(parts("Read the number.", SMALL)),
+        "temperature": 1.0,
+        "seed": 3,
+        "max_tokens": 8,
+    }
+    candidates = page.post(sampled | {"n": 4}, "/v1/internvl/best_of").json["candidates"]
+    answer = page.post(sampled | {"n": 2, "best_of": 4}).json
+    expected = sorted(candidates, key=lambda candidate: -candidate["score"])[:2]
+    assert len({candidate["text"] for candidate in candidates}) > 2
+    for index, (choice, candidate) in enumerate(zip(answer["choices"], expected, strict=True)):
+        assert choice["index"] == index
+        assert choice["message"]["content"] == candidate["text"]
+        assert choice["critic"]["score"] == pytest.approx(candidate["score"], abs=1e-5)
+        assert choice["critic"]["steps"] == candidate["steps"]
+    # All four were generated; as many as are asked for are not chosen among.
+    plain = page.post(sampled | {"n": 4}).json
+    assert answer["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+    assert page.post(sampled | {"n": 4, "best_of": 4}).json["choices"] == plain["choices"]
+
+
 def test_the_critic_takes_one_question(page):
     messages = [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]
     answer = page.post({"messages": messages, "n": 2}, "/v1/internvl/best_of")
     assert answer.status == 400 and "one question" in answer.error["message"]
+    for change in ({"messages": messages}, {"messages": user([VIDEO])}):
+        answer = page.post({"best_of": 2, "temperature": 1.0} | change)
+        assert answer.status == 400 and "the critic" in answer.error["message"]
+    # Without a question to the critic, a conversation is answered.
+    assert page.post({"messages": messages, "best_of": 1, "max_tokens": 2}).status == 200
+
+
+def test_an_answer_that_the_critic_cannot_read_is_said(page, monkeypatch):
+    def refuse(*_):
+        raise ContextError("solution 1 has 9,999 tokens")
+
+    monkeypatch.setattr(page.service.critic._critic, "score", refuse)
+    body = {"messages": user("hi"), "best_of": 2, "temperature": 1.0, "max_tokens": 2}
+    answer = page.post(body)
+    assert answer.status == 400 and "solution 1 has 9,999" in answer.error["message"]
 
 
 def test_a_server_without_a_page_or_critic():
@@ -148,7 +187,6 @@ def test_examples_are_read_from_a_file(tmp_path):
 
 
 def test_options_of_the_page_need_the_page(capsys):
-    for flag in ("--critic=DIR", "--web_examples=FILE"):
-        with pytest.raises(SystemExit):
-            arguments.parse(["--checkpoint=DIR", flag])
-        assert f"{flag.partition('=')[0]} is about --web" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        arguments.parse(["--checkpoint=DIR", "--web_examples=FILE"])
+    assert "--web_examples is about --web" in capsys.readouterr().err

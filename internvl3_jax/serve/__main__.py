@@ -52,8 +52,8 @@ def main(options: argparse.Namespace) -> int:
         bound = stack.enter_context(running.bind(options.host, options.port))
         engine, checkpoint, critic = _load(options)
         # 3) Serve.
-        service = _service(options, checkpoint, engine, settings)
-        page = Page(examples, critic) if options.web else None
+        service = _service(options, checkpoint, engine, settings | {"critic": critic})
+        page = Page(examples) if options.web else None
         log.info("models %s on %s", ", ".join(service.models), running.address(bound))
         if page is not None:
             log.info("the page is %s/", running.address(bound))
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> tuple:
-    """Returns an engine whose programs are compiled, its checkpoint, and the page's critic."""
+    """Returns an engine whose programs are compiled, its checkpoint, and a critic."""
     from internvl3_jax.inference import loading
     from internvl3_jax.inference.engine.engine import Engine
     from internvl3_jax.inference.engine.lockstep import LockstepEngine

@@ -43,9 +43,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if options.quantize_tower and not options.weights:
         parser.error("--quantize_tower is about --weights; give that, too, such as int8")
-    for name in ("web_examples", "critic"):
-        if getattr(options, name) is not None and not options.web:
-            parser.error(f"--{name} is about --web; give that, too")
+    if options.web_examples is not None and not options.web:
+        parser.error("--web_examples is about --web; give that, too")
     if options.hosts and options.critic is not None:
         parser.error("--critic runs on one host; leave it or --hosts out")
     if options.coordinator and not options.hosts:
@@ -159,6 +158,12 @@ def _add_answers(group) -> None:
     group.add_argument(
         "--allow_truncated", action="store_true", help="accept images whose end is missing"
     )
+    group.add_argument(
+        "--critic",
+        metavar="DIR",
+        help="checkpoint that chooses among the answers to a request with best_of; may be that of "
+        "--checkpoint",
+    )
 
 
 def _add_page(group) -> None:
@@ -170,11 +175,6 @@ def _add_page(group) -> None:
         type=expanded,
         metavar="FILE",
         help="with --web: JSONL file of questions (prompt, image) that the page offers",
-    )
-    group.add_argument(
-        "--critic",
-        metavar="DIR",
-        help="with --web: checkpoint that chooses among several answers; may be that of --checkpoint",
     )
 
 

@@ -14,6 +14,7 @@ from internvl3_jax.io.terminal import printable
 from internvl3_jax.serve import body, replies
 from internvl3_jax.serve.chat_request import ChatRequest, read_chat_request
 from internvl3_jax.serve.choice import Choice, Delta
+from internvl3_jax.serve.critic_scores import the_question
 from internvl3_jax.serve.errors import ApiError, server_error
 from internvl3_jax.serve.event_stream import ClientLeftError, EventStream, while_connected
 from internvl3_jax.serve.limits import Hold
@@ -147,6 +148,14 @@ class ChatCall:
         vocab_size = service.tokenizer.vocab_size
         asked = read_chat_request(fields, service.limits, service.options, vocab_size)
         adapter = service.adapter_of(asked.model)
+        if asked.num_best is not None:
+            if service.critic is None:
+                raise ApiError(
+                    "this server has no critic to choose with; start it with --critic DIR, or "
+                    "leave best_of out",
+                    param="best_of",
+                )
+            the_question(asked)
         self._prepared = prepare(asked, adapter, service, hold)
         self._asked = asked
         if service.log_prompts:
@@ -158,7 +167,18 @@ class ChatCall:
     async def _whole(self, reply: Reply) -> dict:
         async for _ in self._deltas():
             pass
-        return reply.completion(self._choices, self._usage())
+        if self._asked.num_best is None:
+            return reply.completion(self._choices, self._usage())
+        scored = await self._score()
+        best = sorted(range(len(scored)), key=lambda index: -scored[index]["score"])
+        best = best[: self._asked.num_best]
+        choices, scores = zip(*((self._choices[i], scored[i]) for i in best), strict=True)
+        return reply.completion(choices, self._usage(), scores)
+
+    async def _score(self) -> list[dict]:
+        texts = [choice.text.content for choice in self._choices]
+        score = functools.partial(self._service.critic.score, self._asked, texts)
+        return await self._connected(self._run_in_pool(score))
 
     async def _chunks(self, reply: Reply) -> AsyncGenerator[dict, None]:
         extra = {"usage": None} if self._asked.include_usage else {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from internvl3_jax.config import TILE_RULES
 from internvl3_jax.inference.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, RowSampling
 from internvl3_jax.inference.options import MAX_TILES, Options, resolve_temperature
+from internvl3_jax.inference.sampling import MIN_TEMPERATURE
 from internvl3_jax.io.terminal import excerpt
 from internvl3_jax.serve.body import Fields, invalid
 from internvl3_jax.serve.errors import ApiError
@@ -51,7 +52,6 @@ NEUTRAL = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "ignore_eos": (False,),
@@ -84,6 +84,7 @@ class ChatRequest:
       deltas: V2PE steps, one or one per image of the conversation; None is the checkpoint's.
       sampling: of the first answer; the others have the following seeds.
       n: number of answers.
+      num_best: how many of them are returned, chosen by the critic; None: all, in their order.
       max_new_tokens: None is the server's, as far as there is room.
       stop_ids: of further stop tokens.
       top_logprobs: None: no log-probabilities.
@@ -96,6 +97,7 @@ class ChatRequest:
     deltas: Sequence[str | float] | None
     sampling: RowSampling
     n: int = 1
+    num_best: int | None = None
     max_new_tokens: int | None = None
     stop_ids: tuple[int, ...] = ()
     top_logprobs: int | None = None
@@ -118,13 +120,15 @@ def read_chat_request(
     """
     thinking = _read_thinking(fields, defaults.thinking)
     stream = fields.get("stream", bool, False)
+    n, num_best = _read_n(fields, limits, stream)
     read = ChatRequest(
         model=fields.get("model", str, None),
         turns=read_messages(fields.get("messages", list), limits),
         options=_read_options(fields, defaults, thinking),
         deltas=_read_deltas(fields, defaults),
         sampling=_read_sampling(fields, resolve_temperature(None, thinking), vocab_size),
-        n=fields.get("n", int, 1, low=1, high=limits.answers),
+        n=n,
+        num_best=num_best,
         max_new_tokens=_read_max_tokens(fields),
         stop_ids=_read_stop_ids(fields, vocab_size),
         top_logprobs=_read_logprobs(fields),
@@ -133,6 +137,11 @@ def read_chat_request(
         include_usage=_read_stream_options(fields, stream),
     )
     fields.finish(IGNORED, NEUTRAL)
+    if num_best is not None and read.sampling.temperature < MIN_TEMPERATURE:
+        raise ApiError(
+            "best_of needs different answers; give a temperature above 0, such as 0.7",
+            param="best_of",
+        )
     if read.grammar is not None and thinking:
         raise ApiError(
             f"{read.grammar.field} and thinking do not go together: the reasoning would have to "
@@ -241,6 +250,25 @@ def _read_biases(fields: Fields, vocab_size: int) -> Mapping[int, float]:
             )
         biases[int(token)] = float(bias)
     return biases
+
+
+def _read_n(fields: Fields, limits: Limits, stream: bool) -> tuple[int, int | None]:
+    """Returns the number of answers, and how many of them are returned (`ChatRequest.num_best`)."""
+    n = fields.get("n", int, 1, low=1, high=limits.answers)
+    best_of = fields.get("best_of", int, None, low=1, high=limits.answers)
+    if best_of is None or best_of == n:
+        return n, None
+    if best_of < n:
+        raise ApiError(
+            f"best_of is {best_of} and n is {n}; the n best are returned, so that best_of must not "
+            "be less",
+            param="best_of",
+        )
+    if stream:
+        raise ApiError(
+            "best_of is known only when all answers have ended; leave out stream", param="best_of"
+        )
+    return best_of, n
 
 
 def _read_max_tokens(fields: Fields) -> int | None:

@@ -25,11 +25,18 @@ class Reply:
             "choices": choices,
         }
 
-    def completion(self, choices: Sequence[Choice], usage: dict) -> dict:
-        """Returns the whole response."""
-        return self._object(
-            "chat.completion", [_choice(index, choice) for index, choice in enumerate(choices)]
-        ) | {"usage": usage}
+    def completion(
+        self, choices: Sequence[Choice], usage: dict, scores: Sequence[dict] | None = None
+    ) -> dict:
+        """Returns the whole response.
+
+        Args:
+          scores: what the critic says about each answer.
+        """
+        written = [_choice(index, choice) for index, choice in enumerate(choices)]
+        for choice, own in zip(written, scores or (), strict=scores is not None):
+            choice["critic"] = own
+        return self._object("chat.completion", written) | {"usage": usage}
 
     def first(self, index: int) -> dict:
         """Returns the chunk that an answer begins with."""

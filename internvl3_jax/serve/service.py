@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from internvl3_jax.inference.options import Options
 from internvl3_jax.io.strict_json import suggestion
 from internvl3_jax.io.terminal import excerpt
+from internvl3_jax.serve.critic_scores import CriticScores
 from internvl3_jax.serve.engine_thread import EngineThread
 from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.grammar import Vocabulary
@@ -32,6 +33,7 @@ class Service:
       options: of answers, where a request does not give its own.
       limits: of requests.
       sources: where images may come from.
+      critic: of `internvl3_jax.Critic`, which chooses among several answers; or None.
       api_key: that requests must have; None: no key.
       hosts: what a request's Host header may say; none: anything.
       log_prompts: write the texts of requests and answers to the log.
@@ -51,6 +53,7 @@ class Service:
         options: Options | None = None,
         limits: Limits | None = None,
         sources: Sources | None = None,
+        critic=None,
         api_key: str | None = None,
         hosts: Sequence[str] = (),
         log_prompts: bool = False,
@@ -68,6 +71,7 @@ class Service:
             )
         self.options = options or Options()
         self.limits, self.sources = limits or Limits(), sources or Sources()
+        self.critic = None if critic is None else CriticScores(critic, self.sources)
         self.hosts, self.log_prompts = tuple(hosts), log_prompts
         self.vocabulary = Vocabulary(self.tokenizer, self.language.vocab_size, engine.stop_ids)
         self.metrics = Metrics(engine)

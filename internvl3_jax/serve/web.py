@@ -4,7 +4,7 @@
     GET  /page/NAME            its scripts, style and examples
     GET  /page/settings.json   models, limits, deltas
     POST /v1/internvl/count    tiles, tokens and positions of a request, which is not answered
-    POST /v1/internvl/best_of  n answers to one question, scored by the critic (--critic)
+    POST /v1/internvl/best_of  n answers to one question, with the critic's scores (--critic)
 
 The bodies are those of /v1/chat/completions. Nothing is loaded from other hosts.
 """
@@ -16,7 +16,6 @@ import importlib.resources
 import mimetypes
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -27,6 +26,7 @@ from internvl3_jax.data.media.tiles import grid_tiles
 from internvl3_jax.data.text.chat_template import IMAGE_TAG
 from internvl3_jax.io import strict_json
 from internvl3_jax.positions import build_positions, next_position
+from internvl3_jax.serve import critic_scores
 from internvl3_jax.serve.chat_endpoint import LEFT, ChatCall
 from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.service import Service
@@ -76,16 +76,14 @@ class Page:
 
     Attributes:
       examples: questions.
-      critic: of `internvl3_jax.Critic`, which chooses among several answers; or None.
     """
 
     examples: Sequence[Example] = ()
-    critic: Any = None
 
 
 def add_page(app: FastAPI, v1: APIRouter, service: Service, page: Page) -> None:
     """Adds the page to the application, and its calls to the part that asks for the key."""
-    examples, critic = page.examples, page.critic
+    examples = page.examples
     folder = importlib.resources.files("internvl3_jax.serve") / "page"
 
     @app.get("/")
@@ -94,7 +92,7 @@ def add_page(app: FastAPI, v1: APIRouter, service: Service, page: Page) -> None:
 
     @app.get("/page/settings.json")
     async def settings() -> Response:
-        values = _settings(service, examples, critic is not None)
+        values = _settings(service, examples)
         return JSONResponse(values, headers={"Cache-Control": "no-store"})
 
     @app.get("/page/examples/{number}")
@@ -115,9 +113,9 @@ def add_page(app: FastAPI, v1: APIRouter, service: Service, page: Page) -> None:
 
     @v1.post("/internvl/best_of")
     async def best_of(request: Request) -> Response:
-        if critic is None:
+        if service.critic is None:
             raise ApiError("this server has no critic; start it with --critic DIR", 404)
-        return await BestOfCall(service, request, critic).respond()
+        return await BestOfCall(service, request).respond()
 
 
 def _file(path) -> Response:
@@ -126,7 +124,7 @@ def _file(path) -> Response:
     return Response(path.read_bytes(), media_type=kind, headers=headers)
 
 
-def _settings(service: Service, examples: Sequence[Example], has_critic: bool) -> dict:
+def _settings(service: Service, examples: Sequence[Example]) -> dict:
     processor, limits = service.processor, service.limits
     return {
         "models": service.models,
@@ -135,7 +133,7 @@ def _settings(service: Service, examples: Sequence[Example], has_critic: bool) -
         "max_n": min(8, limits.answers),
         "delta": str(fractions.Fraction(processor.delta, UNITS)),
         "deltas": list(DELTAS),
-        "has_critic": has_critic,
+        "has_critic": service.critic is not None,
         "examples": [
             {"image": f"page/examples/{number}", "question": example.question}
             for number, example in enumerate(examples)
@@ -183,41 +181,17 @@ class CountCall(ChatCall):
 
 
 class BestOfCall(ChatCall):
-    """One call of /v1/internvl/best_of.
-
-    Args:
-      critic: scores the answers.
-    """
-
-    def __init__(self, service: Service, request: Request, critic):
-        super().__init__(service, request)
-        self._critic = critic
+    """One call of /v1/internvl/best_of."""
 
     async def _whole(self, reply) -> dict:
-        turns = [turn for turn in self._asked.turns if turn.message["role"] == "user"]
-        if len(turns) != 1 or len(self._asked.turns) > 2:
-            raise ApiError(
-                "best_of takes one question; begin a new conversation for it", param="messages"
-            )
+        critic_scores.the_question(self._asked)
         completion = await super()._whole(reply)
-        texts = [choice.text.content for choice in self._choices]
-        scored = await self._connected(self._run_in_pool(lambda: self._score(turns[0], texts)))
-        totals = [scores.score for scores in scored]
+        scored = await self._score()
         return {
-            "best": int(np.argmax(totals)),
+            "best": int(np.argmax([scores["score"] for scores in scored])),
             "candidates": [
-                {
-                    "text": text,
-                    "score": scores.score,
-                    "steps": scores.steps,
-                    "scores": scores.scores,
-                }
-                for text, scores in zip(texts, scored, strict=True)
+                {"text": choice.text.content} | scores
+                for choice, scores in zip(self._choices, scored, strict=True)
             ],
             "usage": completion["usage"],
         }
-
-    def _score(self, turn, texts: list[str]) -> list:
-        sources = self._service.sources
-        images = [sources.read(part.url, part.name) for part in turn.images]
-        return self._critic.score(turn.message["content"], images, texts)

@@ -274,7 +274,12 @@ VALUES = [
     ("tools", chat(tools=[{"type": "function"}]), 400, "supports only", "tools"),
     ("tool choice", chat(tool_choice="required"), 400, "supports only", "tool_choice"),
     ("audio out", chat(modalities=["text", "audio"]), 400, "supports only", "modalities"),
-    ("best_of", chat(best_of=4), 400, "supports only 1", "best_of"),
+    ("best_of", chat(best_of=4, temperature=1), 400, "--critic DIR", "best_of"),
+    ("greedy best_of", chat(best_of=4), 400, "a temperature above 0", "best_of"),
+    ("best_of below n", chat(best_of=2, n=3), 400, "must not be less", "best_of"),
+    ("streamed best_of", chat(best_of=2, stream=True), 400, "leave out stream", "best_of"),
+    ("best_of as text", chat(best_of="2"), 400, "best_of", "best_of"),
+    ("many answers", chat(best_of=10_000, temperature=1), 400, "best_of", "best_of"),
     ("beam search", chat(use_beam_search=True), 400, "supports only False", "use_beam_search"),
     ("prefill", chat(continue_final_message=True), 400, "", "continue_final_message"),
 ]
