@@ -241,6 +241,32 @@ def test_long_prompts_enter_in_chunks_between_blocks():
     assert running.ids == generator().generate([RAGGED[1]], make_run(1, 200))[0]
 
 
+def test_a_block_ends_when_a_waiting_request_can_enter():
+    """A row whose answer has ended is not idle for the rest of a block."""
+    engine = shared_engine()
+    forget(engine)
+    decoded = []
+    read = engine._scheduler._read
+
+    def counted():
+        started = engine._scheduler._unread[0]
+        read()
+        if not started.is_first:
+            decoded.append((int(started.block.count), started.until_free))
+
+    engine._scheduler._read = counted
+    try:
+        limits = (20, 6, 20, 9)  # three rows: the last request enters after the second answer
+        requests = [Request(RAGGED[k], max_new_tokens=limit) for k, limit in enumerate(limits)]
+        tickets = ask(engine, *requests)
+    finally:
+        del engine._scheduler._read
+    for index, (ticket, limit) in enumerate(zip(tickets, limits, strict=True)):
+        assert ticket.ids == alone(index, 20)[:limit]
+    # The 5 steps that the second answer needs after its first token, then what the longest needs.
+    assert decoded == [(5, True), (14, False)]
+
+
 def test_rows_grow_with_their_content():
     engine = Engine(generator(), rows=2)
     assert engine._device.sizes.capacity == 512
@@ -290,9 +316,9 @@ def test_a_block_reads_no_more_slots_than_its_longest_row():
     engine, read = Engine(generator(), rows=2, max_length=1024), []
     decode = engine._device.decode
 
-    def note(group, count, slots):
+    def note(group, count, slots, until_free):
         read.append(engine._device.sizes.for_reading(slots))
-        return decode(group, count, slots)
+        return decode(group, count, slots, until_free)
 
     engine._device.decode = note
     ask(engine, Request(RAGGED[1], max_new_tokens=130))

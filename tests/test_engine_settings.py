@@ -8,6 +8,7 @@ import pytest
 
 from internvl3_jax.inference.engine import programs
 from internvl3_jax.inference.engine.engine import Engine
+from internvl3_jax.inference.engine.lockstep import LockstepEngine
 from internvl3_jax.inference.engine.request import QueueFullError, Request, RowSampling
 from internvl3_jax.inference.generator import ContextError, Generator
 from internvl3_jax.inference.sampling import NotFiniteError
@@ -206,6 +207,27 @@ def test_a_failed_engine_tells_its_requests():
     assert [ticket.finish for ticket in tickets] == ["error", "error"]
     with pytest.raises(RuntimeError, match="the engine has failed"):
         engine.submit(Request(RAGGED[0], max_new_tokens=20))
+
+
+def test_on_several_hosts_an_error_of_one_ends_the_engine():
+    """The others, which may not have met it, would wait for this host in the next program."""
+    for isolates in (True, False):
+        engine = Engine(generator(), rows=1, max_length=LENGTH)
+        engine._scheduler.isolates_errors = isolates
+        ticket = engine.submit(Request(RAGGED[0], max_new_tokens=2))
+
+        def fail(*_):
+            raise MemoryError("no memory on this host")
+
+        engine._device.run_chunk = fail
+        if isolates:
+            engine.run()
+        else:
+            with pytest.raises(MemoryError, match="no memory on this host"):
+                engine.run()
+        assert ticket.finish == "error"
+        assert isinstance(ticket.error, MemoryError)
+    assert LockstepEngine(generator(), rows=1)._scheduler.isolates_errors is False
 
 
 # --- accelerators ------------------------------------------------------------------------------------

@@ -249,8 +249,13 @@ class Device:
             new = programs.set_bias(histories.bias, np.int32(row), bias)
         self.state.histories = dataclasses.replace(histories, bias=new)
 
-    def decode(self, group: str | None, count: int, slots: int) -> programs.Block:
-        """Starts a block of tokens. slots: that the live rows have at its end."""
+    def decode(self, group: str | None, count: int, slots: int, until_free: bool) -> programs.Block:
+        """Starts a block of tokens.
+
+        Args:
+          slots: that the live rows have at its end.
+          until_free: as of `programs.decode_block`.
+        """
         is_plain = not self.on_cpu and self.settings.is_plain()
         num_read = self.sizes.for_reading(slots)
         with self._calling("decode", is_plain, num_read, self.sizes.capacity):
@@ -263,6 +268,7 @@ class Device:
                 self.cache,
                 self._settings_on_device(),
                 np.int32(count),
+                np.bool_(until_free),
             )
         return block
 
@@ -304,7 +310,7 @@ class Device:
                 self.settings.is_live[0], self.settings.limit[0] = True, 1
                 self.settings.temperature[0] = temperature
                 self.settings_changed()
-                self.decode(None, 1, slots)
+                self.decode(None, 1, slots, until_free=False)
         self.settings = RowSettings.empty(self.rows)
         self.settings_changed()
         jax.block_until_ready(self.cache)

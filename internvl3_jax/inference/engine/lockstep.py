@@ -30,6 +30,7 @@ class LockstepEngine(Engine):
 
     def __init__(self, *arguments, max_queue: int = 1 << 30, **settings):
         super().__init__(*arguments, **settings)
+        self._scheduler.isolates_errors = False
         self._max_waiting = max_queue
         self._announcements = Announcements()
         self._changed = threading.Condition()

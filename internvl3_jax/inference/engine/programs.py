@@ -61,12 +61,14 @@ class Block:
     Attributes:
       tokens: i32[B,n].
       chosen: f32[B,n]; top f32[B,n,20]; top_ids i32[B,n,20]: as of `Logprobs`.
+      count: i32[], tokens of each row that were decoded, at most n.
     """
 
     tokens: Any
     chosen: Any
     top: Any
     top_ids: Any
+    count: Any
 
 
 def rope_lengths(
@@ -123,7 +125,11 @@ def start_row(
         return jax.lax.dynamic_update_slice(x, y.astype(x.dtype), (row, *(0,) * (x.ndim - 1)))
 
     block = Block(
-        token[:, None], logprobs.chosen[:, None], logprobs.top[:, None], logprobs.top_ids[:, None]
+        token[:, None],
+        logprobs.chosen[:, None],
+        logprobs.top[:, None],
+        logprobs.top_ids[:, None],
+        jnp.int32(1),
     )
     return _replicated(block), jax.tree.map(write, state, new)
 
@@ -149,6 +155,7 @@ def decode_block(
     cache: kv_cache.Cache,
     settings: RowSettings,
     count: Int32[Array, ""],
+    until_free: Bool[Array, ""],
 ) -> tuple[Block, RowState, kv_cache.Cache]:
     """Decodes up to BLOCK tokens of every live row without the host.
 
@@ -157,6 +164,7 @@ def decode_block(
         loop then has a fixed trip count, which needs no synchronization with the host.
       num_read: slots that the block reads; no live row has more at its end.
       count: how many tokens, at most BLOCK. The fixed loop always runs BLOCK times.
+      until_free: end once a row's answer has ended, except in the fixed loop.
 
     Returns:
       (the tokens; those after a row's last one repeat it, the new state, the cache)
@@ -225,12 +233,18 @@ def decode_block(
             0, BLOCK, lambda index, loop: step(index, *loop), (block, state, cache)
         )
     else:
-        _, *loop = jax.lax.while_loop(
-            lambda loop: (loop[0] < count) & ~loop[2].done.all(),
-            lambda loop: (loop[0] + 1, *step(*loop)),
-            (0, block, state, cache),
+        was_done = state.done
+
+        def is_on(loop):
+            done = loop[2].done
+            is_free = (done & ~was_done).any()
+            return (loop[0] < count) & ~done.all() & ~(until_free & is_free)
+
+        count, *loop = jax.lax.while_loop(
+            is_on, lambda loop: (loop[0] + 1, *step(*loop)), (0, block, state, cache)
         )
     block, state, cache = loop
+    block = dataclasses.replace(block, count=jnp.int32(count))
 
     def restore(whole, part, first):
         own = live.reshape((-1,) + (1,) * (part.ndim - 1))
@@ -251,6 +265,7 @@ def empty_block(rows: int) -> Block:
         jnp.zeros((rows, BLOCK)),
         jnp.zeros(top),
         jnp.zeros(top, jnp.int32),
+        jnp.int32(0),
     )
 
 

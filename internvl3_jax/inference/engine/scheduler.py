@@ -30,13 +30,15 @@ class Started:
       tickets: of the rows that took part.
       block: the tokens; those of one row only, if it is a first token.
       is_first: whether it is one.
-      count: tokens of each row that are used.
+      counts: tokens of each row that are used.
+      until_free: whether the block may have ended earlier.
     """
 
     tickets: dict[int, Ticket]
     block: Block
     is_first: bool
-    count: int
+    counts: dict[int, int]
+    until_free: bool = False
 
 
 class Scheduler:
@@ -44,11 +46,16 @@ class Scheduler:
 
     Args:
       grows: rows become longer where a request needs it.
+
+    Attributes:
+      isolates_errors: an error while a prompt runs ends its requests only. False: it ends the engine,
+        because other hosts may not have met it and would wait for this one.
     """
 
     def __init__(self, device: Device, queue: RequestQueue, store: ImageStore, grows: bool):
         self.rows = [Row() for _ in range(device.rows)]
         self.stats = EngineStats()
+        self.isolates_errors = True
         self._device, self._queue, self._store, self._grows = device, queue, store, grows
         self._config = device.config.language
         self._run: PromptRun | None = None  # the prompt that enters
@@ -106,6 +113,8 @@ class Scheduler:
             try:
                 budget -= run.step()
             except Exception as error:
+                if not self.isolates_errors:
+                    raise
                 # The run has a cache of its own: the rows are as they were.
                 self._run = None
                 for index, ticket in zip(run.rows, run.tickets, strict=True):
@@ -162,7 +171,7 @@ class Scheduler:
             block = self._device.start_row(index, request, run.group, run.hidden, run.cache, bias)
             row.content = Content.of(request, ticket.digests, self._config)
             row.next_slot, row.started = len(request.prompt.tokens), 1
-            self._unread.append(Started({index: ticket}, block, True, 1))
+            self._unread.append(Started({index: ticket}, block, True, {index: 1}))
         while self._unread and self._reads_every_token():
             self._read()
 
@@ -177,22 +186,33 @@ class Scheduler:
             return False
         if self._reads_every_token():
             count = 1
+        counts = {index: min(count, number) for index, number in left.items()}
         # A row writes one slot further after its last token.
-        slots = max(self.rows[index].next_slot + min(count, left[index]) + 1 for index in live)
+        slots = max(self.rows[index].next_slot + counts[index] + 1 for index in live)
         slots = min(slots, self._device.sizes.capacity)
-        block = self._device.decode(self._group, count, slots)
+        # A block that is read at once may end when a waiting request can enter.
+        until_free = len(self._queue) > 0 and not self._device.generator.calls_ahead
+        block = self._device.decode(self._group, count, slots, until_free)
         self.stats.blocks += 1
         for index in live:
-            row, advance = self.rows[index], min(count, left[index])
-            row.next_slot, row.started = row.next_slot + advance, row.started + advance
-            row.used = self._rounds
-        self._unread.append(Started(live, block, False, count))
+            self._advance(index, counts[index])
+            self.rows[index].used = self._rounds
+        self._unread.append(Started(live, block, False, counts, until_free))
         return True
+
+    def _advance(self, index: int, count: int) -> None:
+        row = self.rows[index]
+        row.next_slot, row.started = row.next_slot + count, row.started + count
 
     def _read(self) -> None:
         """Reads the oldest block, and gives each request its tokens."""
         started = self._unread.popleft()
-        block, count = started.block, started.count
+        block, counts = started.block, started.counts
+        if started.until_free:
+            decoded = int(block.count)
+            for index, count in counts.items():
+                self._advance(index, min(count, decoded) - count)
+                counts[index] = min(count, decoded)
         tokens = np.asarray(block.tokens)
         logprobs = None
         if any(ticket.request.top_logprobs is not None for ticket in started.tickets.values()):
@@ -200,7 +220,7 @@ class Scheduler:
         for index, ticket in started.tickets.items():
             if ticket.finish is not None:
                 continue
-            place = 0 if started.is_first else index
+            place, count = 0 if started.is_first else index, counts[index]
             own_logprobs = None if logprobs is None else [x[place, :count] for x in logprobs]
             piece = new_tokens(ticket, tokens[place, :count].tolist(), own_logprobs)
             ticket.ids += piece.ids
