@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
@@ -322,8 +321,7 @@ class Device:
     def _settings_on_device(self) -> RowSettings:
         if self._device_settings is None:
             # Copies: a CPU's arrays may share the memory of numpy's, which change.
-            copies = jax.tree.map(np.copy, self.settings)
-            self._device_settings = jax.tree.map(jnp.asarray, copies)
+            self._device_settings = jax.device_put(jax.tree.map(np.copy, self.settings))
         return self._device_settings
 
     def _calling(self, program: str, *key):
