@@ -39,7 +39,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def write_random(directory: pathlib.Path, size: str) -> None:
-    """A released model of full size in the original layout, tensor by tensor."""
+    """Writes a released model of full size in the original layout, tensor by tensor."""
     model = SIZES[size]
     directory.mkdir()
     # The weights do not depend on the tokenizer; a small one keeps the benchmark independent of

@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def run(directory: pathlib.Path, settings: Settings) -> dict:
-    """All rounds, then the report."""
+    """Runs all rounds, then prints the report."""
     (directory / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
     say(f"writing random weights to {directory}")
     start_role("weights", directory)
@@ -126,8 +126,8 @@ def start_role(role: str, directory: pathlib.Path) -> dict:
 
 
 def summarize(case: str, sides: dict) -> dict:
-    """Minimum and median over all rounds in ms, of PyTorch with the better of its two caches; how
-    many times faster ours is.
+    """Returns minimum and median over all rounds in ms, of PyTorch with the better of its two
+    caches; how many times faster ours is.
     """
     summary = {}
     for side, results in sides.items():

@@ -38,8 +38,8 @@ def main() -> None:
 
 
 def make_weights(directory: pathlib.Path, settings: Settings) -> dict:
-    """config.json, tokenizer and random weights in transformers' layout; names and shapes are those
-    of transformers itself.
+    """Writes config.json, tokenizer and random weights in transformers' layout; names and shapes
+    are those of transformers itself.
     """
     import torch
     from safetensors.torch import save_file
@@ -95,8 +95,8 @@ def random_tensor(name: str, shape, generator):
 def make_inputs(
     image_token_id: int, visual_tokens: int, size: int, vocabulary: int
 ) -> tuple[np.ndarray, ...]:
-    """(ids with an image i32[T], ids without one i32[T], tile u8[1,S,S,3]); T is the same for
-    both.
+    """Returns (ids with an image i32[T], ids without one i32[T], tile u8[1,S,S,3]); T is the same
+    for both.
     """
     rng = np.random.default_rng(0)
     text = rng.integers(image_token_id + 100, vocabulary, visual_tokens + TEXT_TOKENS).astype(
@@ -270,8 +270,8 @@ def timed(cases: dict, settings: Settings) -> dict:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held since its start or `reset_peak`, pages of mapped files
-    included.
+    """Returns the most memory that this process has held since its start or `reset_peak`, pages of
+    mapped files included.
     """
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

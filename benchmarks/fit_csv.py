@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def text(rows: list[dict]) -> str:
-    """The CSV file; compiled rows first."""
+    """Returns the text of the CSV file, compiled rows first."""
     compiled = [row for row in rows if "peak" in row.get("compiler", {})]
     analytic = [row for row in rows if "error" not in row and is_analytic(row)]
     out = io.StringIO()
@@ -56,7 +56,7 @@ def setting(row: dict) -> list[str]:
 
 
 def memory(row: dict) -> list[str]:
-    """Peak from, peak GiB, available GiB, fits, error of the analysis in percent."""
+    """Returns peak from, peak GiB, available GiB, fits, error of the analysis in percent."""
     peak = row["analysis"]["peak"]
     if is_analytic(row):
         available, fits, error = parse(row["topology"]).chip.usable, row["status"] == 0, ""

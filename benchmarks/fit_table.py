@@ -185,7 +185,7 @@ def attempts(name: str):
 
 
 def by_analysis(name: str) -> dict:
-    """The fastest setting that fits by the analysis, or the smallest."""
+    """Returns the fastest setting that fits by the analysis, or the smallest."""
     stage, size, topology = name.split(":", 2)
     found, _, smallest = search(config(stage, size), parse(topology))
     flags = flags_text((found or [smallest])[0].flags)
@@ -195,13 +195,13 @@ def by_analysis(name: str) -> dict:
 
 
 def config(stage: str, size: str):
-    """Of configs/STAGE.py."""
+    """Returns the configuration of configs/STAGE.py."""
     sys.path.insert(0, str(ROOT))
     return __import__(f"configs.{stage}", fromlist=["get_config"]).get_config(size)
 
 
 def ask(name: str, arguments: str) -> dict:
-    """One run of the command, in a process of its own."""
+    """Runs the command once, in a process of its own."""
     command = f"python -m internvl3_jax.fit {arguments}"
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

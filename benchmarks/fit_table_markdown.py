@@ -87,7 +87,7 @@ def training(rows: list[dict]) -> str:
 
 
 def analyzed(rows: list[dict]) -> str:
-    """What no compiler was asked about. Network floors are the analysis' own."""
+    """Returns the rows that no compiler was asked about, with the analysis' network bounds."""
     columns = [*SETTING, "peak / available GiB", "s/step, floor", "MFU at most"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -102,7 +102,7 @@ def analyzed(rows: list[dict]) -> str:
 
 
 def setting_text(row: dict) -> str:
-    """The first cells of a row."""
+    """Returns the first cells of a row."""
     stage, size, topology = row["name"].split(":", 2)
     flags = dict(
         part.removeprefix("--config.").split("=") for part in row["command"].split() if "=" in part

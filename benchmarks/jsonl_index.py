@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def write_rows(path: str, rows: int) -> None:
-    """Every row has an image; the text is 100 to 700 characters."""
+    """Writes rows that each have an image; the text is 100 to 700 characters."""
     words = "the picture shows a street with cars and people in front of an old house ".split()
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):

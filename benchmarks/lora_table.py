@@ -88,8 +88,8 @@ def main() -> None:
 
 
 def largest_on(kind: str, base: str, row: Callable[[str, str, str], dict | None]) -> dict | None:
-    """The row of the largest size that the compiler accepts for one chip; row(kind, size, base)
-    compiles it, or knows it.
+    """Returns the row of the largest size that the compiler accepts for one chip; row(kind, size,
+    base) compiles it, or knows it.
     """
     for size in reversed(SIZES):
         if (
@@ -102,7 +102,7 @@ def largest_on(kind: str, base: str, row: Callable[[str, str, str], dict | None]
 
 
 def thinks_it_fits(kind: str, size: str, base: str) -> bool:
-    """Whether the analysis does."""
+    """Returns whether the analysis does."""
     sys.path.insert(0, str(ROOT))
     from configs.lora import get_config
 
@@ -137,7 +137,7 @@ def by_size(rows: dict) -> str:
 
 
 def by_card(rows: dict) -> str:
-    """The largest size of which nine tenths of a card hold the peak."""
+    """Returns the largest size of which nine tenths of a card hold the peak."""
 
     def largest(base: str, card: int) -> str:
         fits = [size for size in SIZES if peak_of(rows, size, base) <= 0.9e9 * card]
@@ -155,7 +155,7 @@ def peak_of(rows: dict, size: str, base: str) -> float:
 
 
 def by_chip(rows: dict) -> str:
-    """The largest size that a TPU's compiler accepts for one chip, with its peak."""
+    """Returns the largest size that a TPU's compiler accepts for one chip, with its peak."""
 
     def cell(kind: str, base: str) -> str:
         found = largest_on(kind, base, lambda *name: rows.get(":".join(name)))

@@ -85,8 +85,8 @@ def main() -> None:
 
 
 def measure(language, tokens: int, device) -> dict[str, int | None]:
-    """Peak bytes of loss and gradients of each function; None where the compiler says that the
-    device has less.
+    """Returns the peak bytes of loss and gradients of each function; None where the compiler says
+    that the device has less.
     """
     vocabulary, padded = language.vocab_size, language.padded_vocab_size
 

@@ -30,7 +30,7 @@ MIXTURES = {"pictures": (0.3, 0.6, 0.1, 0.0), "video": (0.25, 0.57, 0.1, 0.08)}
 
 
 def stream(count: int, shares, seed: int) -> np.ndarray:
-    """i64[count,2]: tokens and tiles of each sample."""
+    """Returns i64[count,2]: tokens and tiles of each sample."""
     rng, processor = np.random.default_rng(seed), ProcessorConfig(tiles="shared")
     sizes = np.zeros((count, 2), np.int64)
     for number, kind in enumerate(rng.choice(4, count, p=shares)):
@@ -60,7 +60,7 @@ RULES = {"balanced": choose, "first_fit": first_fit}
 
 
 def ours(sizes: np.ndarray, rule: str, buffer: int) -> list[np.ndarray]:
-    """Size of each row, tokens and tiles, while the stream lasts."""
+    """Yields the size of each row, tokens and tiles, while the stream lasts."""
     budgets, waiting, rows, taken = np.array([TOKENS, TILES]), [], [], 0
     while True:
         more = buffer - len(waiting)

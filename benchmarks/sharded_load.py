@@ -109,7 +109,7 @@ def together(options, path: pathlib.Path) -> list[dict]:
 
 
 def load_part(options, path: str, number: str, coordinator: str) -> dict:
-    """One process: loads its part, and checks that it is the part that it should have."""
+    """Loads the part of one process, and checks that it is the part that it should have."""
     import jax
     from cpu_peer_sides import peak_bytes, reset_peak
 

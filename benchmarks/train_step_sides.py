@@ -36,8 +36,8 @@ def model_config(options):
 
 
 def make_batch(config, options) -> dict:
-    """A `Batch`: in each row an image of all its tiles, then text, every other token of which is
-    trained.
+    """Returns a `Batch`: in each row an image of all its tiles, then text, every other token of
+    which is trained.
     """
     rng = np.random.default_rng(0)
     rows, visual, size = (
@@ -128,7 +128,9 @@ def measure_jax(options) -> dict:
 
 
 def matmul_speed(size: int = 2048) -> float:
-    """FLOP/s of a square float32 product, the best of five: the peak that MFU refers to."""
+    """Returns the FLOP/s of a square float32 product, the best of five: the peak that MFU refers
+    to.
+    """
     import jax
 
     x = jax.random.normal(jax.random.key(0), (size, size))
@@ -137,8 +139,8 @@ def matmul_speed(size: int = 2048) -> float:
 
 
 def time_parts(model, optimizer, state, batch, options) -> dict[str, float]:
-    """Median seconds of each part compiled by itself; a backward pass is a forward and backward one
-    less a forward one.
+    """Returns the median seconds of each part compiled by itself; a backward pass is a forward and
+    backward one less a forward one.
     """
     import jax
     import jax.numpy as jnp

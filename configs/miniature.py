@@ -34,7 +34,7 @@ VOCABULARY, IMAGE_TOKEN = 1024, 1017
 
 
 def get_config(stage: str = "pretrain") -> TrainConfig:
-    """stage: "pretrain" or "sft"."""
+    """Returns the recipe of a stage, "pretrain" or "sft"."""
     if stage not in STEPS:
         raise ValueError(
             f"configs/miniature.py has the stages {' and '.join(STEPS)}, not {stage!r}"

@@ -21,7 +21,7 @@ STEPS = 150
 
 
 def get_config(loss: str = "mpo") -> TrainConfig:
-    """loss: "mpo" or "generation"."""
+    """Returns the recipe with a loss, "mpo" or "generation"."""
     if loss not in LOSSES:
         raise ValueError(
             f"configs/preference.py has the losses {' and '.join(LOSSES)}, not {loss!r}"

@@ -27,7 +27,7 @@ STAGES = {"policy": ("examples/tiny_digits", 300), "critic": (f"{DATA}/policy", 
 
 
 def get_config(stage: str = "policy") -> TrainConfig:
-    """stage: "policy" or "critic"."""
+    """Returns the recipe of a stage, "policy" or "critic"."""
     if stage not in STAGES:
         raise ValueError(
             f"configs/process_reward.py has the stages {' and '.join(STAGES)}, not {stage!r}"

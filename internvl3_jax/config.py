@@ -114,12 +114,12 @@ class DataConfig:
 
     @property
     def max_samples(self) -> int | None:
-        """Highest number of samples, or pairs, in a packed row; None is no limit."""
+        """Returns the highest number of samples, or pairs, in a packed row; None is no limit."""
         return self.pairs_per_row if self.pairs else self.samples_per_row or None
 
     @property
     def max_segments(self) -> int:
-        """Highest number of segments in a packed row, one per answer of a pair; 0 is no limit."""
+        """Returns the highest number of segments in a packed row, one per answer; 0 is no limit."""
         return 2 * self.pairs_per_row if self.pairs else self.samples_per_row
 
 

@@ -147,7 +147,7 @@ class ModelConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Visual tokens of one tile."""
+        """Returns the number of visual tokens of one tile."""
         return (self.vision.grid // self.downsample) ** 2
 
     def __post_init__(self):

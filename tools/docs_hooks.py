@@ -64,12 +64,12 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def in_repository(source: str, target: str) -> str:
-    """Path in the repository of a link in the file `source`."""
+    """Returns the path in the repository of a link in the file `source`."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), target.split("#")[0]))
 
 
 def site_path(path: str) -> str:
-    """Name on the site of a file of the repository, whether the site has it or not."""
+    """Returns the name on the site of a file of the repository, whether the site has it or not."""
     if path == "docs/README.md":
         return "index.md"
     pages = {source: name for name, source in PAGES.items()}

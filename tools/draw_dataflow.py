@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def draw() -> str:
-    """The SVG document."""
+    """Returns the SVG document."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
         ' aria-labelledby="title">',
@@ -114,7 +114,7 @@ def arrow(*points: tuple[float, float]) -> str:
 
 
 def unshuffle(center: int, y: int) -> list[str]:
-    """Four neighboring patches become one token."""
+    """Draws four neighboring patches that become one token."""
     side, left = 13, center - 62
     squares = [
         f'<rect x="{left + 15 * column}" y="{y + 15 * row}" width="{side}" height="{side}"'
@@ -130,14 +130,16 @@ def unshuffle(center: int, y: int) -> list[str]:
 
 
 def feature_path() -> list[str]:
-    """From the projector down to the merge, whose image tokens the features replace."""
+    """Draws the arrow from the projector down to the merge, whose image tokens the features
+    replace.
+    """
     x, merge = column(4) + BOX_WIDTH // 2, column(2) + BOX_WIDTH // 2
     line = arrow((x, 110), (x, 176), (merge, 176), (merge, 193))
     return [line, text(merge - 12, 170, "visual features", 12, color=GRAY, anchor="end")]
 
 
 def positions(x: int, y: int) -> list[str]:
-    """The tokens of a short prompt, their positions, and these on a ruler."""
+    """Draws the tokens of a short prompt, their positions, and these on a ruler."""
     cell, count = 64, len(PROMPT)
     images = [(PROMPT.index(""), PROMPT.count(""))]
     values = build_positions(count, images, [parse_delta(DELTA)]) / UNITS

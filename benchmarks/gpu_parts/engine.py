@@ -78,7 +78,7 @@ class EngineBench:
         return values | {"ratio": ratio, "peak_gib_so_far": jax_peak_gib()}
 
     def one(self) -> dict:
-        """One request alone in all rows: its first token, and each further one."""
+        """Times one request alone in all rows: its first token, and each further one."""
         request = dataclasses.replace(self.requests[1], max_new_tokens=self.longest)
         self._times(request)  # compiles what is left
         began, first, *_, last = self._times(request)
@@ -89,7 +89,7 @@ class EngineBench:
         }
 
     def _times(self, request: Request) -> list[float]:
-        """When a request was submitted, and when each of its pieces came."""
+        """Returns when a request was submitted, and when each of its pieces came."""
         self.engine.forget()
         times = [time.perf_counter()]
         self.engine.submit(request, lambda piece: times.append(time.perf_counter()))

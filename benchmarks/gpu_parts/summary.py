@@ -55,7 +55,7 @@ def _ceiling(good: dict, case: str, name: str) -> float | None:
 
 
 def _ratios(good: dict) -> list[str]:
-    """Ours, PyTorch's best, their ratio, and the share of the ceiling that ours reaches."""
+    """Returns ours, PyTorch's best, their ratio, and the share of the ceiling that ours reaches."""
     matmul = _ceiling(good, "matmul 8192", "tflop_s") or _ceiling(good, "matmul 256", "tflop_s")
     read_speed = _ceiling(good, "read", "tb_s")
     rows = []

@@ -47,13 +47,13 @@ def digit_turns(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]
 
 
 def thing_turns(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
-    """Two of: what, how many, where."""
+    """Returns two of these questions: what, how many, where."""
     tasks = rng.permutation(["what", "count", "where"])[:2]
     return [make_turn(str(task), scene, int(rng.integers(len(scene.names)))) for task in tasks]
 
 
 def find_digit(rng: np.random.Generator, numbers: list, others: list, count: int) -> dict:
-    """A search for the one image of a digit among `count` images."""
+    """Returns a search for the one image of a digit among `count` images."""
     chosen = [others[int(rng.integers(len(others)))] for _ in range(count)]
     place = int(rng.integers(count))
     chosen[place] = numbers[int(rng.integers(len(numbers)))]
@@ -64,7 +64,9 @@ def find_digit(rng: np.random.Generator, numbers: list, others: list, count: int
 
 
 def words_row(rng: np.random.Generator, names: list[str]) -> dict:
-    """A question without an image: how many words there are, or which of two numbers is larger."""
+    """Returns a question without an image: how many words there are, or which of two numbers is
+    larger.
+    """
     if rng.random() < 0.5:
         question = digits.compare_in_words(rng)
         return make_row([(question.messages[0]["content"], question.answer)], [], "words")

@@ -70,7 +70,7 @@ def as_text(results: dict) -> str:
 
 
 def tasks_table(results: dict) -> str:
-    """Every task at delta 1, by variant."""
+    """Returns every task at delta 1, by variant."""
     scores = [run["held_out"]["1"] for runs in results.values() for run in runs]
     counts = sorted({task["questions"] for tasks in scores for task in tasks.values()})
     rows = []
@@ -83,7 +83,7 @@ def tasks_table(results: dict) -> str:
 
 
 def means_table(results: dict) -> str:
-    """The mean over the tasks with images, by variant and delta."""
+    """Returns the mean over the tasks with images, by variant and delta."""
     rows = []
     for name, runs in results.items():
         cells = []
@@ -99,7 +99,9 @@ def means_table(results: dict) -> str:
 
 
 def long_table(results: dict) -> str:
-    """The search among more and more images, by variant and delta, below the prompts' positions."""
+    """Returns the search among more and more images, by variant and delta, below the prompts'
+    positions.
+    """
     first = next(iter(results.values()))[0]["long"]
     rows = []
     for delta in DELTAS:
@@ -118,7 +120,7 @@ def long_table(results: dict) -> str:
 
 
 def cost_table(results: dict) -> str:
-    """Steps, time, and the eval loss of the text after each stage."""
+    """Returns steps, time, and the eval loss of the text after each stage."""
     rows = []
     for name, runs in results.items():
         for stage in STAGES:
@@ -180,7 +182,7 @@ def draw(path: pathlib.Path, results: dict) -> None:
 
 
 def draw_losses(axes, name: str, runs: list[dict], source: str, line: dict) -> None:
-    """One line per seed; the first has the label."""
+    """Draws one line per seed; the first has the label."""
     for index, run in enumerate(runs):
         points = [
             (row["step"], row[f"eval_loss/{source}"])
@@ -193,7 +195,7 @@ def draw_losses(axes, name: str, runs: list[dict], source: str, line: dict) -> N
 
 
 def draw_search(axes, label: str, runs: list[dict], delta: str, line: dict) -> None:
-    """The mean over the seeds, with a band from the lowest to the highest."""
+    """Draws the mean over the seeds, with a band from the lowest to the highest."""
     counts = image_counts(runs[0]["long"][delta])
     shares = [[100 * task["right"] for task in run["long"][delta].values()] for run in runs]
     by_count = list(zip(*shares, strict=True))

@@ -81,7 +81,9 @@ def main() -> None:
 
 
 def run_seed(folder: pathlib.Path, seed: int, options: argparse.Namespace) -> None:
-    """Data, the policy, its pairs, both trainings on them, and the answers of all three models."""
+    """Makes data, the policy, its pairs, both trainings on them, and the answers of all three
+    models.
+    """
     settings = {"data.tokenizer": DIGITS_MODEL, "seed": seed, "data.seed": seed}
     if options.steps is not None:
         settings |= {"steps": options.steps, "optimizer.warmup_steps": 1}

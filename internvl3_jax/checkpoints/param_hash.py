@@ -52,7 +52,7 @@ def _checksum(leaf):
 
 
 def _mix(x):
-    """A bijection of u32 that mixes all bits: the finalizer of MurmurHash3."""
+    """Mixes all bits of a u32, one to one: the finalizer of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

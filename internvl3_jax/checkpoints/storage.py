@@ -211,12 +211,12 @@ def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
 
 
 def nest(leaves: Mapping[str, object]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}"""
+    """Nests a flat dict: {"a/b": x} -> {"a": {"b": x}}"""
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def by_path(tree: Mapping) -> dict[str, object]:
-    """{"a": {"b": x}} -> {"a/b": x}"""
+    """Flattens a nested dict: {"a": {"b": x}} -> {"a/b": x}"""
     return traverse_util.flatten_dict(tree, sep="/")
 
 

@@ -125,7 +125,7 @@ def agreed_step(run: str | os.PathLike, verify: str = "full") -> int | None:
 
 
 def spans_all_processes(mesh: jax.sharding.Mesh | None) -> bool:
-    """Whether every process has devices of the mesh, so that all load a checkpoint onto it."""
+    """Returns whether every process has devices of the mesh, so that all load onto it."""
     if mesh is None:
         return False
     return len({device.process_index for device in mesh.devices.flat}) == jax.process_count()

@@ -143,7 +143,7 @@ class TaskAnswerer:
 
     @property
     def uses_engine(self) -> bool:
-        """Whether questions enter one by one."""
+        """Returns whether questions enter one by one."""
         return self.choose is None
 
     @property

@@ -38,7 +38,7 @@ class Result:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows were answered."""
+        """Returns whether all rows were answered."""
         return self.answered == self.rows
 
 

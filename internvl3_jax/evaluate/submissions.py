@@ -73,7 +73,7 @@ def mmvet2(rows: Sequence[Row], answers: Sequence[str]) -> bytes:
 
 
 def mmhal(rows: Sequence[Row], answers: Sequence[str]) -> bytes:
-    """The file's records without the image, with "model_answer", in their order."""
+    """Returns the file's records without the image, with "model_answer", in their order."""
     return _json(
         [
             row.values | {"question": row.question, "model_answer": answer}
@@ -83,7 +83,7 @@ def mmhal(rows: Sequence[Row], answers: Sequence[str]) -> bytes:
 
 
 def mmbench(rows: Sequence[Row], answers: Sequence[str]) -> bytes:
-    """The table of MMBench's server; what the own code reads of an answer is the prediction."""
+    """Returns the table of MMBench's server. The prediction is the choice read by our own code."""
     from internvl3_jax.evaluate.scorers.options import option_first
 
     columns = [name for name in rows[0].values["columns"] if name not in _MMBENCH_LEFT_OUT]

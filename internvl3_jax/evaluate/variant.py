@@ -30,7 +30,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The name of its files, such as mlvu.16_frames.delta_1_4."""
+        """Returns the name of its files, such as mlvu.16_frames.delta_1_4."""
         parts = [self.task.name]
         parts += [f"{self.frames}_frames"] if self.frames else []
         parts += ["reasoning"] if self.reasoning else []

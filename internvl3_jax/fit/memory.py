@@ -58,7 +58,7 @@ class Memory:
 
     @property
     def phase(self) -> str:
-        """The phase of the peak."""
+        """Returns the phase of the peak."""
         return max(self.work, key=self.work.get)
 
     @property

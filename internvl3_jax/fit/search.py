@@ -29,7 +29,7 @@ class Setting:
 
     @property
     def seconds(self) -> float:
-        """Estimated step time, by which settings are ranked.
+        """Returns the estimated step time, by which settings are ranked.
 
         The largest lower bound, a tenth of the others (which mostly overlap with it), and all of
         the blocking communication.

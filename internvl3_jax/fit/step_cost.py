@@ -66,17 +66,17 @@ class Times:
 
     @property
     def serial(self) -> float:
-        """The time if nothing overlaps."""
+        """Returns the time if nothing overlaps."""
         return self.compute + self.memory + self.network
 
     @property
     def limit(self) -> str:
-        """What the lower bound is of: "compute", "memory" or "network"."""
+        """Returns what sets the lower bound: "compute", "memory" or "network"."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
     @property
     def mfu(self) -> float:
-        """Upper bound of the model FLOPs utilization."""
+        """Returns an upper bound of the model FLOPs utilization."""
         return self.ideal / self.lower_bound
 
 

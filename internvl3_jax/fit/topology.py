@@ -51,7 +51,7 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """Number of devices."""
+        """Returns the number of devices."""
         return math.prod(self.sides) * TPUS.get(self.kind, 1)
 
     @property

@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def seconds_per_token(self) -> float:
-        """Of the tokens after the first, without compilation; 0.0 if there is only one."""
+        """Returns the time per token after the first, without compilation; 0.0 if there is none."""
         following = len(self.token_ids) - 1
         seconds = self.seconds - self.compile_seconds - self.first_token_seconds
         return max(0.0, seconds) / following if following > 0 else 0.0

@@ -51,7 +51,7 @@ class Answerer:
 
     @property
     def uses_engine(self) -> bool:
-        """Whether requests enter one by one, each with its own options."""
+        """Returns whether requests enter one by one, each with its own options."""
         return self.choose is None and not self.chat.options.prompt_lookup
 
     @property

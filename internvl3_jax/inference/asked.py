@@ -122,7 +122,7 @@ class Engines:
         return self._engine
 
     def forget(self) -> None:
-        """As of `Engine`."""
+        """Forgets stored prompts, as `Engine.forget` does."""
         if self._engine is not None:
             self._engine.forget()
 

@@ -39,7 +39,7 @@ class CompileClock:
 
     @property
     def num_programs(self) -> int:
-        """How many programs were called so far."""
+        """Returns how many programs were called so far."""
         return len(self._known)
 
     @contextlib.contextmanager

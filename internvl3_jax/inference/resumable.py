@@ -80,7 +80,7 @@ def read_rows(path: str | os.PathLike) -> Rows:
 
 
 def read_own_rows(path: str | os.PathLike, is_row: Callable[[dict], bool], noun: str) -> Rows:
-    """`read_rows`, with errors that say which rows were expected.
+    """Returns what `read_rows` does, with errors that say which rows were expected.
 
     Args:
       is_row: returns whether an object is such a row.

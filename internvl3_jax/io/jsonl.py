@@ -95,7 +95,7 @@ def whole_lines(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[
 
 
 def torn(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """What follows the last line break of a file."""
+    """Returns what follows the last line break of a file."""
     data = safe_files.read_bytes(path, max_bytes=max_bytes)
     return data[data.rfind(b"\n") + 1 :]
 

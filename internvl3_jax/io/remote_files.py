@@ -106,7 +106,7 @@ def named(path) -> Iterator[None]:
 
 
 def _tried(path, call: Callable):
-    """Calls, and retries network and server errors; a missing or forbidden object is final."""
+    """Calls a function, again after network and server errors; a missing object is final."""
     for left in reversed(range(_TRIES)):
         try:
             with named(path):

@@ -13,7 +13,7 @@ from internvl3_jax.model.ops.norms import make_norm
 def pixel_shuffle(
     x: Float[Array, "M rows columns C"], factor: int, version: str = "v2"
 ) -> Float[Array, "M rows2 columns2 C2"]:
-    """[M,R,Q,C] -> [M, R/f, Q/f, f*f*C]: each block of f x f patches becomes one token.
+    """Folds [M,R,Q,C] -> [M, R/f, Q/f, f*f*C]: each block of f x f patches becomes one token.
 
     Within a token the row of the block is the most significant index, then its column, then the
     channel, as in InternVL's `pixel_shuffle`.

@@ -196,7 +196,7 @@ def normalize(
 def patches(
     tiles: Float[Array, "M height width channels"], size: int
 ) -> Float[Array, "M patches values"]:
-    """[M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major.
+    """Cuts [M,H,W,3] -> [M, H/size * W/size, size*size*3], row-major.
 
     With a dense layer this is the patch convolution of InternVL's code as one product.
     """

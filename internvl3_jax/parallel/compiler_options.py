@@ -61,7 +61,7 @@ class Program:
     """
 
     def __init__(self, function: Callable, name: str, **arguments):
-        """arguments: Of `jax.jit`."""
+        """Wraps a function; `arguments` are those of `jax.jit`."""
         functools.update_wrapper(self, function)
         self._function, self._name, self._arguments = function, name, arguments
         self._jitted: dict[str, Callable] = {}

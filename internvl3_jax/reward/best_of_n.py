@@ -93,7 +93,7 @@ def best_of_n(
     n: int = 8,
     **options: Unpack[OptionChanges],
 ) -> Choice:
-    """`best_of_many` for one question. The conversation of `chat` does not change."""
+    """Runs `best_of_many` for one question. The conversation of `chat` does not change."""
     return best_of_many(chat, critic, [(question, images)], n, **options)[0]
 
 

@@ -30,7 +30,7 @@ class EngineThread:
 
     @property
     def seconds_in_round(self) -> float:
-        """How long the round of the engine that runs now has taken; 0.0 if none runs."""
+        """Returns how long the engine's current round has taken; 0.0 if none runs."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 

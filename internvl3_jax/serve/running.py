@@ -97,7 +97,7 @@ class Runner:
         self._overdue.daemon = True
 
     def run(self) -> int:
-        """Serves; returns the exit status."""
+        """Serves until the end and returns the exit status."""
         try:
             asyncio.run(self._serve())
             ended = self._service.stop()

@@ -27,7 +27,7 @@ class Console:
     """
 
     def __init__(self, steps: int, step: int, enabled: bool = True):
-        """step: Number of steps that are done already."""
+        """Prepares the bar. step: number of steps that are done already."""
         self.steps, self.enabled = steps, enabled
         self.started_at, self.first_step = time.perf_counter(), step
         self.eval_values: dict[str, float] = {}

@@ -29,7 +29,7 @@ class FiniteCheck:
     """Raises if the loss or gradients are not finite, naming the samples of the step."""
 
     def __init__(self, params: dict, optimizer: Optimizer, sources: list[str]):
-        """sources: Names of the data sources."""
+        """Remembers no step yet. sources: names of the data sources."""
         self.paths, self.sources, self.latest = trained_paths(params, optimizer), sources, None
 
     def add(self, step: int, metrics: dict, prepared: HostBatch) -> None:
@@ -96,7 +96,7 @@ class SkipLog:
     """Writes each new reason for which a sample was skipped, with the step that noted it."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
-        """step: Number of steps that are done already; later lines are dropped."""
+        """Opens the file. step: number of steps that are done already; later lines are dropped."""
         process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         self.path, self.known = workdir / f"skipped{process}.txt", set()
         if jax.process_index() == 0:

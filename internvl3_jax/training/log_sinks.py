@@ -83,7 +83,7 @@ class Mirror:
     """
 
     def __init__(self, remote, seconds: float = 60.0):
-        """seconds: Shortest time between two copies."""
+        """Makes the local folder. seconds: shortest time between two copies."""
         self.remote, self.seconds, self.copied_at = remote, seconds, time.monotonic()
         self.sizes: dict[str, int] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="internvl3_jax_")

@@ -92,7 +92,7 @@ def chunked_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _grouped(hidden, kernel, targets, weights, vocab_size, chunk):
-    """hidden [G,N,D], kernel [D,V], targets and weights [G,N] -> (f32[], f32[G,N])"""
+    """Maps hidden [G,N,D], kernel [D,V], targets and weights [G,N] -> (f32[], f32[G,N])"""
     losses, _, _ = _over_chunks(
         hidden, kernel, targets, weights, vocab_size, chunk, with_gradients=False
     )

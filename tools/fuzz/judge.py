@@ -27,7 +27,7 @@ class Verdict:
 
 
 def judge(outcome: Outcome, wanted: str) -> Verdict:
-    """wanted: the result of the undamaged input."""
+    """Judges an outcome. wanted: the result of the undamaged input."""
     said = outcome.err + outcome.out
     message = _message(outcome)
     if outcome.status is None:

@@ -110,7 +110,7 @@ def file_tensors(
 
 
 def _by_heads(tensor: np.ndarray, language: LanguageConfig) -> np.ndarray:
-    """[K * (G + 2) * d, ...] -> [K, G + 2, d, ...], a view."""
+    """Reshapes [K * (G + 2) * d, ...] -> [K, G + 2, d, ...], a view."""
     return tensor.reshape(language.num_kv_heads, -1, language.head_dim, *tensor.shape[1:])
 
 
@@ -129,5 +129,5 @@ def _rows(name: str, language: LanguageConfig) -> int:
 
 
 def _letter(name: str) -> str:
-    """language_model.model.layers.0.self_attn.q_proj.weight -> q"""
+    """Returns a projection's letter: language_model.model.layers.0.self_attn.q_proj.weight -> q"""
     return name.rsplit(".", 2)[-2][0]

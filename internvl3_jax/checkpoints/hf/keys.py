@@ -13,7 +13,7 @@ from internvl3_jax.io import limits
 
 
 def bounds(limit: tuple[float, float]) -> dict[str, float]:
-    """A range of io/limits.py as arguments of `Fields.get`."""
+    """Returns a range of io/limits.py as arguments of `Fields.get`."""
     return dict(zip(("low", "high"), limit, strict=True))
 
 

@@ -87,7 +87,7 @@ def claim_folder(folder: pathlib.Path) -> None:
 
 
 def _is_ours(folder: pathlib.Path, name: str) -> bool:
-    """Whether a file of the folder is part of a report; the image is if another file is."""
+    """Returns whether a file of the folder is part of a report; the image is if another file is."""
     if name == HISTOGRAM:
         return any(
             (folder / other).is_file() and _is_ours(folder, other) for other in (REPORT, ERRORS)

@@ -43,7 +43,7 @@ def _table(report: dict):
 
 
 def _errors(name: str, source: dict) -> Iterator[str]:
-    """One line for each reason of the first errors, with its rows."""
+    """Returns one line for each reason of the first errors, with its rows."""
     rows: dict[str, list[int]] = {}
     for error in source["first_errors"]:
         rows.setdefault(error["reason"], []).append(error["row"])

@@ -179,14 +179,14 @@ _FONT_SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 
 
 def _font_order(path: pathlib.Path) -> tuple:
-    """Upright sans serif of normal weight first."""
+    """Returns the sort key of a font: upright sans serif of normal weight comes first."""
     name = path.stem.lower()
     styled = any(style in name for style in ("bold", "oblique", "italic", "light", "mono", "cond"))
     return "sans" not in name, styled, str(path)
 
 
 def _has_all(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    """Whether no character of a text is drawn as the sign for a missing one."""
+    """Returns whether a font has a glyph for every character of a text."""
     absent = _bitmap(font, _ABSENT)
     return all(char.isspace() or _bitmap(font, char) != absent for char in text)
 

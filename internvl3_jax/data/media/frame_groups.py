@@ -117,7 +117,7 @@ def _skip_to(key: int, packets: Iterator) -> Iterator | None:
 
 
 def is_shown(packet) -> bool:
-    """Whether a packet has a time and holds a frame that players show.
+    """Returns whether a packet has a time and holds a frame that players show.
 
     Edit lists cut frames off, and VP8 and VP9 have packets whose frame is only referred to.
     """
@@ -125,7 +125,7 @@ def is_shown(packet) -> bool:
 
 
 def is_counted(packet) -> bool:
-    """As `is_shown`, also for a packet without a time."""
+    """Returns what `is_shown` returns, also for a packet without a time."""
     if not packet.size or packet.is_discard:
         return False
     codec, data = packet.stream.codec_context.name, memoryview(packet)

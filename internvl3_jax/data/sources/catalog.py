@@ -43,7 +43,7 @@ class Source(Protocol):
 
 
 def is_python(source: str) -> bool:
-    """Whether data.source is "package.module:function" and not a path."""
+    """Returns whether data.source is "package.module:function" and not a path."""
     return bool(_PYTHON.fullmatch(source))
 
 

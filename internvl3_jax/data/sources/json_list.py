@@ -19,7 +19,7 @@ _STRUCTURE[[ord("]"), ord("}")]] = -1
 
 
 def is_list(start: bytes) -> bool:
-    """Whether a file that starts with these bytes holds a JSON list."""
+    """Returns whether a file that starts with these bytes holds a JSON list."""
     return start.removeprefix(BOM).lstrip().startswith(b"[")
 
 

@@ -89,7 +89,7 @@ def read_sources(path: str) -> list[SourceSpec]:
 
 
 def holds_rows(path: str) -> bool:
-    """Whether a path names a file of rows and not a meta JSON.
+    """Returns whether a path names a file of rows and not a meta JSON.
 
     A .json file holds rows if it is a list, or if its first line alone is a row.
     """

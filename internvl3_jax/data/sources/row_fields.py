@@ -69,7 +69,7 @@ def check_keys(values: dict) -> None:
 
 
 def names_media(value) -> bool:
-    """Whether a value is the name of an image or video file, or a list of such names."""
+    """Returns whether a value is the name of an image or video file, or a list of such names."""
     if isinstance(value, dict):
         value = value.get("path") or value.get("url")
     if isinstance(value, list):
@@ -78,7 +78,7 @@ def names_media(value) -> bool:
 
 
 def _is_near(name: str) -> bool:
-    """Whether a name is a known one with two letters swapped, or one wrong, missing or added."""
+    """Returns whether a name is known but for two swapped letters, or one wrong, missing or added."""
     lower = name.lower()
     return any(
         sorted(lower) == sorted(known)
@@ -113,7 +113,7 @@ def check_text(text, what: str) -> None:
 
 
 def is_pair(values: dict) -> bool:
-    """Whether a row has two answers, or one of the two keys."""
+    """Returns whether a row has two answers, or one of the two keys."""
     return any(values.get(name) is not None for name in ("chosen", "rejected"))
 
 
@@ -220,7 +220,7 @@ def has_bytes(item) -> bool:
 
 
 def is_empty_answer(messages: Iterable[Message]) -> bool:
-    """Whether a turn of the assistant has no text, so that the model learns to say nothing."""
+    """Returns whether an assistant's turn has no text, so that the model learns to say nothing."""
     return any(
         message["role"] == "assistant" and not message["content"].strip() for message in messages
     )

@@ -68,7 +68,7 @@ def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str
 
 
 def _is_elsewhere(name: str) -> bool:
-    """Whether it is an address of another machine."""
+    """Returns whether a path is an address of another machine."""
     return is_remote(name) and "::" not in name and name.partition("://")[0].lower() not in _LOCAL
 
 

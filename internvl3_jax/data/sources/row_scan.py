@@ -25,7 +25,7 @@ MENTIONS = tuple(
 
 
 def has_images(row) -> bool:
-    """Whether a row has an image or a video, by its keys or as a part of a turn."""
+    """Returns whether a row has an image or a video, by its keys or as a part of a turn."""
     if not isinstance(row, dict):
         return False
     if any(row.get(name) for name in ("image", "video", "images", "videos")):
@@ -53,7 +53,7 @@ def scanner_of(path: str) -> Callable:
 
 
 def _scan_json(file, writer, path: str) -> None:
-    """A .json file is a list of rows or, as some data sets are published, has one on each line."""
+    """Scans a .json file: a list of rows or, as some data sets have it, a row on each line."""
     start = file.read(START)
     file.seek(0)
     (_scan_list if is_list(start) else _scan_lines)(file, writer, path)
@@ -109,7 +109,7 @@ def _content_end(file) -> int:
 
 
 def _lines_have_images(lines: bytes) -> bool:
-    """Whether any of these complete lines has an image. Only those that mention one are parsed."""
+    """Returns whether any complete line has an image; parses only those that mention one."""
     for mention in MENTIONS:
         place = lines.find(mention)
         while place >= 0:

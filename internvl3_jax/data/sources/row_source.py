@@ -90,12 +90,12 @@ class RowSource:
 
     @property
     def has_images(self) -> bool:
-        """Whether any row has an image or a video."""
+        """Returns whether any row has an image or a video."""
         return self.rows.has_images
 
     @property
     def identity(self) -> str:
-        """A short text that changes with the rows or the settings; images are not read for it."""
+        """Returns a short text that changes with rows or settings; images are not read for it."""
         spec = self.spec
         return (
             f"{self.rows.identity}, root {spec.written_root!r}, augment {spec.augment}, "

@@ -58,7 +58,7 @@ class Rows:
 
     @property
     def identity(self) -> str:
-        """A short text that changes with the rows or their order, not with the files' names."""
+        """Returns a short text that changes with rows or their order, not with the files' names."""
         digest = hashlib.sha256(
             " ".join(f"{len(file)} {file.digest}" for file in self.files).encode()
         )

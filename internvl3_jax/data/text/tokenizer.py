@@ -150,7 +150,9 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids with added tokens: 151,674 for the released Qwen2.5-based checkpoints."""
+        """Returns the number of ids with added tokens: 151,674 for the released Qwen2.5
+        checkpoints.
+        """
         return self._backend.vocab_size
 
     def files(self) -> dict[str, bytes]:

@@ -83,7 +83,7 @@ def _stored(record: Record) -> Callable[[], list]:
 
 
 def _doubled_first(record: Record) -> Callable[[], list]:
-    """MMMU: the kit enlarges the first image to twice its size before it is cut into tiles."""
+    """Doubles the size of MMMU's first image before it is cut into tiles, as the kit does."""
 
     def load_images() -> list:
         first, *rest = _stored(record)()

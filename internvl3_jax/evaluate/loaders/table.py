@@ -48,7 +48,7 @@ class Record:
 
     @property
     def is_imageless(self) -> bool:
-        """Whether the table has images, and this row none."""
+        """Returns whether the table has images, and this row none."""
         has_path = self.present("image_path") is not None
         return "image" in self.table.columns and not self.has_image and not has_path
 

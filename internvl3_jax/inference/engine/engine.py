@@ -91,12 +91,12 @@ class Engine:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer by the checkpoint's template."""
+        """Returns the ids that end an answer by the checkpoint's template."""
         return self.generator.stop_ids
 
     @property
     def stats(self) -> EngineStats:
-        """A copy of the counts."""
+        """Returns a copy of the counts."""
         return dataclasses.replace(
             self._scheduler.stats,
             running=sum(row.ticket is not None for row in self._scheduler.rows),

@@ -45,7 +45,7 @@ class LockstepEngine(Engine):
     def submit(
         self, request: Request, on_piece: Callable[[Piece], None] = lambda piece: None
     ) -> Ticket:
-        """As of `Engine`."""
+        """Submits a request, as `Engine.submit` does."""
         check_request(request, self.generator, self._device.numbers, self.max_length)
         if request.constraint is not None:
             request = dataclasses.replace(request, constraint=SharedConstraint(request.constraint))
@@ -74,13 +74,13 @@ class LockstepEngine(Engine):
             self.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """As of `Engine`."""
+        """Cancels a request, as `Engine.cancel` does."""
         with self._changed:
             self._leaving.append(ticket)
             self._changed.notify_all()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """As of `Engine`."""
+        """Waits as `Engine.wait` does."""
         with self._changed:
             return self._changed.wait_for(self._has_work, seconds)
 
@@ -88,7 +88,7 @@ class LockstepEngine(Engine):
         return bool(self._entering or self._leaving) or self._scheduler.has_work()
 
     def step(self) -> bool:
-        """As of `Engine`; the other hosts take the same step."""
+        """Runs a round, as `Engine.step` does; the other hosts take the same step."""
         with self._changed:
             entering, self._entering = self._entering, []
             leaving, self._leaving = self._leaving, []
@@ -159,7 +159,7 @@ class SharedConstraint:
         return {"_constraint": None, "_size": self._size}
 
     def allowed(self) -> np.ndarray:
-        """As of `TokenConstraint`. An error of the first host is one on every host."""
+        """Returns the allowed tokens. An error of the first host is one on every host."""
         error = None
         if self._constraint is None:
             allowed = np.zeros(self._size, bool)
@@ -174,7 +174,7 @@ class SharedConstraint:
         return np.asarray(multihost_utils.broadcast_one_to_all(allowed))
 
     def accept(self, token: int) -> None:
-        """As of `TokenConstraint`."""
+        """Takes a token of the answer, as `TokenConstraint.accept` does."""
         error = None
         if self._constraint is not None:
             try:

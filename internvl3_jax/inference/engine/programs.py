@@ -294,7 +294,7 @@ def _ends(token, num_sampled, settings: RowSettings) -> Bool[Array, " B"]:
 
 
 def _replicated(tree):
-    """All that the host reads is replicated over the mesh: every process needs the full arrays."""
+    """Replicates what the host reads over the mesh: every process needs the full arrays."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 

@@ -294,7 +294,7 @@ def _block_scores(q_block, info: _QueryBlocks, keys: _KeyBlocks, index):
 
 
 def _split(x, block: int, kv_heads: int):
-    """[B,T,N,...] -> [B*I, K, R, ...]; the last block is padded with zeros."""
+    """Splits [B,T,N,...] -> [B*I, K, R, ...]; the last block is padded with zeros."""
     batch, length, heads, *rest = x.shape
     block = min(block, length)
     x = jnp.pad(x, ((0, 0), (0, -length % block), *((0, 0),) * (x.ndim - 2)))
@@ -303,7 +303,7 @@ def _split(x, block: int, kv_heads: int):
 
 
 def _join(x, shape: tuple[int, int, int]):
-    """The inverse of `_split`: [B*I, K, R, ...] -> [B,T,N,...], `shape` is (B, T, N)."""
+    """Inverts `_split`: [B*I, K, R, ...] -> [B,T,N,...], `shape` is (B, T, N)."""
     batch, length, heads = shape
     kv_heads = x.shape[1]
     group = heads // kv_heads

@@ -112,13 +112,13 @@ def scale_columns(
 
 
 def _pack(codes: Shaped[Array, "d_in d_out"]) -> Shaped[Array, "d_packed d_out"]:
-    """u4[in,out] -> u8[in/2,out]; adjacent rows share a byte, so that rows can be sharded."""
+    """Packs u4[in,out] -> u8[in/2,out]; adjacent rows share a byte, so that rows can be sharded."""
     low, high = codes[0::2].astype(jnp.uint8), codes[1::2].astype(jnp.uint8)
     return low | (high << 4)
 
 
 def _unpack(packed: Shaped[Array, "*L d_packed d_out"]) -> Shaped[Array, "*L d_in d_out"]:
-    """u8[...,in/2,out] -> u4[...,in,out], the inverse of `_pack`."""
+    """Unpacks u8[...,in/2,out] -> u4[...,in,out], the inverse of `_pack`."""
     codes = jnp.stack([packed & 15, packed >> 4], axis=-2)
     shape = *packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]
     return codes.reshape(shape).astype(jnp.uint4)

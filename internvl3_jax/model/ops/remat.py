@@ -18,7 +18,7 @@ from jaxtyping import Array, Shaped
 
 
 def _is_cudnn_attention(primitive, *_, **__) -> bool:
-    """A policy that keeps the outputs of cuDNN's forward kernel, with its sums for the gradient.
+    """Keeps, as a policy, the outputs of cuDNN's forward kernel, with its sums for the gradient.
 
     jax gives those sums no name, and without them the kernel would run again. The kernel's output
     has no name either: what is named after it would be kept beside it.

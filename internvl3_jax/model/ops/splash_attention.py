@@ -77,7 +77,7 @@ def block_size(length: int) -> int:
 
 
 def _to_kernel(x, block: int):
-    """[B,T,N,H] -> [B,N,T,H], with T padded to whole blocks."""
+    """Transposes [B,T,N,H] -> [B,N,T,H], with T padded to whole blocks."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
 
