@@ -130,6 +130,10 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
             f"ps_version is {model.ps_version}: transformers computes pixel shuffle v2 only; "
             "export with --to internvl"
         )
+    if model.flash:
+        raise ValueError(
+            "flash is true: transformers has no Flash model; export with --to internvl"
+        )
     text = _language(language, dtype, token_ids)
     if language.family == "internlm2":  # not in transformers, which has the same network as Llama
         text |= {
@@ -221,6 +225,12 @@ def _original(
     if processor.system_message != "default":
         # The original class takes this wherever it exists; null would become the text "None".
         values["system_message"] = processor.system_message or ""
+    if model.flash:
+        values |= {
+            "flash_mode": True,
+            "flash_relative_threshold": model.flash_relative,
+            "flash_absolute_threshold": model.flash_absolute,
+        }
     if processor.delta != UNITS:
         values |= {"rope_pos_id_version": "v2pe_fix", "rope_pos_id_stride": processor.delta}
     return values | ({"auto_map": auto_map} if auto_map else {})

@@ -144,11 +144,23 @@ class ModelConfig:
     ps_version: str = "v2"
     # Added to the variance in the projector's LayerNorm.
     projector_norm_eps: float = 1e-5
+    # Whether the model has a visual resolution router (InternVL3.5-Flash), which compresses tiles
+    # to a quarter of their visual tokens, and the projector of such tiles.
+    flash: bool = False
+    # A tile is compressed if the router's probability for that is above this quantile of those of
+    # all tiles of the request, and at least the second number.
+    flash_relative: float = 0.0
+    flash_absolute: float = 0.0
 
     @property
     def tokens_per_tile(self) -> int:
         """Returns the number of visual tokens of one tile."""
         return (self.vision.grid // self.downsample) ** 2
+
+    @property
+    def tokens_per_compressed_tile(self) -> int:
+        """Visual tokens of a tile that the router compresses."""
+        return (self.vision.grid // self.downsample**2) ** 2
 
     def __post_init__(self):
         validate(self)
@@ -237,6 +249,17 @@ def validate(config: ModelConfig) -> None:
             vision.grid % config.downsample == 0,
             "downsample",
             f"{vision.grid} patches a side do not fold by {config.downsample}",
+        ),
+        (
+            not config.flash or vision.grid % config.downsample**2 == 0,
+            "flash",
+            f"{vision.grid} patches a side do not fold by {config.downsample**2}, as in a "
+            "compressed tile",
+        ),
+        (
+            not config.flash or vision.hidden_size % 16 == 0,
+            "flash",
+            f"the router has 16 heads, which do not divide the tower's width {vision.hidden_size}",
         ),
         (
             vision.hidden_size % vision.num_heads == 0,

@@ -105,6 +105,8 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "downsample": _from(1, 1_024),
         "ps_version": one_of("v1", "v2"),
         "projector_norm_eps": _from(*EPSILON),
+        "flash_relative": _SHARE,
+        "flash_absolute": _SHARE,
     },
     "ProcessorConfig": {
         "image_size": _from(1, 16_384),

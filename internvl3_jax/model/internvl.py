@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from internvl3_jax.config import ModelConfig
+from internvl3_jax.model.flash import Flash
 from internvl3_jax.model.kv_cache import Cache
 from internvl3_jax.model.language import Decoder
 from internvl3_jax.model.projector import Projector
@@ -66,6 +67,8 @@ class InternVL(nn.Module):
             self.attention_vision,
         )
         self.projector = Projector(self.config, self.dtype)
+        if self.config.flash:
+            self.flash = Flash(self.config, self.dtype)
         self.language = Decoder(
             self.config.language,
             self.dtype,
@@ -125,10 +128,32 @@ class InternVL(nn.Module):
     def encode(
         self, tiles: Shaped[Array, "M height width 3"], deterministic: bool = True
     ) -> Float[Array, "M tile_tokens D"]:
-        """Returns the visual tokens of tiles (uint8, or float already normalized)."""
-        patch = self.config.vision.patch_size
+        """Returns the visual tokens of tiles (uint8, or float already normalized).
+
+        No tile is compressed.
+        """
         x = self.vision(tiles, deterministic)
-        return self.projector(x, (tiles.shape[1] // patch, tiles.shape[2] // patch))
+        if self.config.flash and self.is_initializing():
+            self.flash(x, self._grid(tiles))
+        return self.projector(x, self._grid(tiles))
+
+    def encode_both(
+        self, tiles: Shaped[Array, "M height width 3"], deterministic: bool = True
+    ) -> tuple[
+        Float[Array, "M tile_tokens D"],
+        Float[Array, "M compressed_tokens D"],
+        Float32[Array, " M"],
+    ]:
+        """Returns the visual tokens of tiles, those of the tiles if they are compressed, and the
+        router's probability that they may be. Only of a model with a router (Flash).
+        """
+        x = self.vision(tiles, deterministic)
+        return self.projector(x, self._grid(tiles)), *self.flash(x, self._grid(tiles))
+
+    def _grid(self, tiles: Shaped[Array, "M height width 3"]) -> tuple[int, int]:
+        """Returns the rows and columns of patches of a tile."""
+        patch = self.config.vision.patch_size
+        return tiles.shape[1] // patch, tiles.shape[2] // patch
 
     def step(
         self,
@@ -203,7 +228,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:
-    """Returns the parameters of "vision", "projector" and "language".
+    """Returns the parameters of "vision", "projector", "language", and "flash" if there is a router.
 
     The rows that pad the vocabulary are not counted.
     """

@@ -46,6 +46,10 @@ _MATRICES = (
     (r"vision/layers?(_\d+)?/(qkv|proj|fc1)", (WIDTH, "tensor")),
     (r"vision/layers?(_\d+)?/fc2", ("tensor", WIDTH)),
     (r"projector/(fc1|fc2)", (WIDTH, "tensor")),
+    (r"flash/projector/(fc1|fc2|fc3)", (WIDTH, "tensor")),
+    (r"flash/pooling/attn\d/(qkv|out)", (WIDTH, "tensor")),
+    (r"flash/gating/block_\d/(fc1|fc2)", (WIDTH, "tensor")),
+    (r"flash/gating/gate", (WIDTH, None)),
     (r"language/layers?(_\d+)?/(q|k|v|qkv|gate|up|gate_up)", (WIDTH, "tensor")),
     (r"language/layers?(_\d+)?/(o|down)", ("tensor", WIDTH)),
     (r"language/layers?(_\d+)?/experts/router", (WIDTH, None)),
@@ -58,7 +62,8 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"language/embedding", ("tensor", WIDTH)),
     (r"language/head/kernel(/int8|/fp8)?", (WIDTH, "tensor")),
     (r"language/head/kernel/scales", (None, "tensor")),
-    (r"(vision|projector|language)/(.*/)?(bias|scale|layer_scale1|layer_scale2)", ()),
+    (r"flash/pooling/query", ()),
+    (r"(vision|projector|flash|language)/(.*/)?(bias|scale|layer_scale1|layer_scale2)", ()),
     # A linear layer: its kernel, the quantized kernel (ops/quantize.py), and the two factors of its
     # adapter (lora.py).
     *(

@@ -105,7 +105,9 @@ def from_hf(
         text, f"{where}.{name}", tied=_tied(top, Fields(text, f"{where}.{name}"), layout, has_head)
     )
     downsample = _downsample(top)
+    flash = {}
     if layout == "internvl":
+        flash = _flash(top)
         _original_fields(top, vision)
     else:
         top.expect("projector_hidden_act", "gelu")
@@ -119,11 +121,29 @@ def from_hf(
         ps_version=top.get("ps_version", str, "v1", choices=("v1", "v2"))
         if layout == "internvl"
         else "v2",
+        **flash,
     )
     if layout == "hf":
         top.expect("image_seq_length", model.tokens_per_tile)
     top.finish(TOP_IGNORED)
     return model
+
+
+def _flash(top: Fields) -> dict:
+    """Returns our fields of a Flash model; without `flash_mode` nothing may speak of one."""
+    thresholds = {
+        name: top.get(f"{name}_threshold", float, None, low=0, high=1)
+        for name in ("flash_relative", "flash_absolute")
+    }
+    if not top.get("flash_mode", bool, False):
+        for name, value in thresholds.items():
+            if value is not None:
+                top.refuse(f"{name}_threshold", "it is of Flash models, and flash_mode is not true")
+        return {}
+    for name, value in thresholds.items():
+        if value is None:
+            top.refuse(f"{name}_threshold", "a Flash model (flash_mode) needs a number from 0 to 1")
+    return {"flash": True} | {name: float(value) for name, value in thresholds.items()}
 
 
 def _downsample(top: Fields) -> int:

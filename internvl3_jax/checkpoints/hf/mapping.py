@@ -7,7 +7,8 @@ number, and a second one the expert's: a leaf of experts stacks both.
 
 Shapes are of one layer, without the vocabulary's padding (see assemble.py). Vision tower: C width,
 M inner width, P values of a patch, N positions. Decoder: D width, F inner width, V vocabulary, Q
-and K widths of queries and keys, H width of a head, E experts, I width of one. Projector: S width after pixel shuffle.
+and K widths of queries and keys, H width of a head, E experts, I width of one. Projector: S width after pixel shuffle;
+G that of compressed tiles.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import re
 
 import numpy as np
 
+from internvl3_jax.checkpoints.hf.flash_rows import flash_leaves
 from internvl3_jax.config import ModelConfig
 
 
@@ -42,7 +44,15 @@ class Row:
 
         Args:
           index: () for a leaf without layers, (layer,), or (layer, expert).
+
+        Raises:
+          ValueError: the layout has no such tensor.
         """
+        if layout == "hf" and not self.hf:
+            raise ValueError(
+                f"{self.target}: transformers has no Flash model, so its layout has no name for "
+                "this; use the original layout (internvl)"
+            )
         patterns = (self.internvl,) if layout == "internvl" else self.hf
         return tuple(pattern.format(*index) for pattern in patterns)
 
@@ -147,6 +157,10 @@ def _parse_table(text: str) -> list[Row]:
 
 
 TABLE = _parse_table(_TEXT)
+TABLE += [
+    Row(leaf, shape, Transform[transform], name, (), "flash")
+    for leaf, shape, transform, name in flash_leaves()
+]
 
 # Constants that some versions save with the weights; they are computed here.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|position_ids|relative_position_index)$")
@@ -224,6 +238,7 @@ def active_rows(config: ModelConfig) -> list[Row]:
         "mlp": not language.num_experts,
         "mlp_bias": language.mlp_bias,
         "experts": language.num_experts > 0,
+        "flash": config.flash,
     }
     return [row for row in TABLE if flags[row.when]]
 
@@ -246,6 +261,11 @@ def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
         "N": 1 + vision.grid**2,
         "C": vision.hidden_size,
         "3C": 3 * vision.hidden_size,
+        "4C": 4 * vision.hidden_size,
+        "G": config.downsample**4 * vision.hidden_size,
+        "2D": 2 * language.hidden_size,
+        "1": 1,
+        "2": 2,
         "M": vision.intermediate_size,
         "S": config.downsample**2 * vision.hidden_size,
         "D": language.hidden_size,
