@@ -11,6 +11,7 @@ from internvl3_jax.checkpoints.hf.keys import (
     VISION,
     write_keys,
 )
+from internvl3_jax.checkpoints.hf.mapping import check_layout
 from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig, ProcessorConfig
 
 ARCHITECTURES = {
@@ -130,10 +131,7 @@ def _transformers(model: ModelConfig, dtype: str, token_ids: dict) -> dict:
             f"ps_version is {model.ps_version}: transformers computes pixel shuffle v2 only; "
             "export with --to internvl"
         )
-    if model.flash:
-        raise ValueError(
-            "flash is true: transformers has no Flash model; export with --to internvl"
-        )
+    check_layout(model, "hf")
     text = _language(language, dtype, token_ids)
     if language.family == "internlm2":  # not in transformers, which has the same network as Llama
         text |= {

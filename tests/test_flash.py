@@ -1,12 +1,19 @@
 """The parts of InternVL3.5-Flash: the numbers of a restatement in torch, and the published counts."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 import torch
 
+from internvl3_jax.checkpoints.hf.assemble import (
+    ConversionError,
+    params_from_tensors,
+    tensors_from_params,
+)
+from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import ConfigError, MeshConfig
 from internvl3_jax.model.internvl import InternVL, abstract_params, count_params
@@ -14,6 +21,14 @@ from internvl3_jax.parallel.sharding import make_mesh, param_shardings
 from internvl3_jax.sizes import SIZES
 from tests.support.flash_reference import flash_pair
 from tests.support.parity import TOLERANCE, pixels
+from tests.support.released import (
+    convert,
+    params_of,
+    reduce,
+    same_tensors,
+    stored_tensors,
+    write_released,
+)
 
 
 def noise_tiles(config, count, seed=0):
@@ -81,6 +96,43 @@ def test_every_parameter_has_one_rule_of_sharding():
         if path.startswith("flash/") and path.endswith("kernel") and sharding.is_fully_replicated
     }
     assert not whole
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    model = dataclasses.replace(reduce("3.5-1b"), flash=True, flash_relative=0.1)
+    model = dataclasses.replace(model, flash_absolute=0.6)
+    released = write_released(tmp_path / "released", model, "internvl")
+    stored = json.loads((released / "config.json").read_text())
+    assert stored["flash_mode"] is True
+    assert (stored["flash_relative_threshold"], stored["flash_absolute_threshold"]) == (0.1, 0.6)
+    convert(released, tmp_path / "ours", verify=True)
+    assert Manifest.read(tmp_path / "ours").model == model
+    convert(tmp_path / "ours", tmp_path / "back", to="internvl", verify=True)
+    same_tensors(stored_tensors(released), stored_tensors(tmp_path / "back"))
+    convert(tmp_path / "back", tmp_path / "again", verify=True)
+    same_tensors(params_of(tmp_path / "ours"), params_of(tmp_path / "again"))
+    with pytest.raises(ValueError, match="transformers has no Flash model; use the original layou"):
+        convert(tmp_path / "ours", tmp_path / "hf", to="hf")
+
+
+def test_the_released_names_are_those_of_the_restatement():
+    model, tensors, config, params = flash_pair()
+    written = tensors_from_params(config, params, "internvl")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+
+
+def test_weights_and_config_that_contradict_each_other():
+    model, tensors, config, _ = flash_pair()
+    lacking = {name: tensor for name, tensor in tensors.items() if "attn4.in_proj" not in name}
+    with pytest.raises(ConversionError, match="(?s)missing.*attn4.in_proj_bias"):
+        params_from_tensors(config, lacking, "internvl")
+    plain = dataclasses.replace(config, flash=False)
+    with pytest.raises(ConversionError, match="(?s)unknown.*mlp2.0.weight"):
+        params_from_tensors(plain, {**tensors}, "internvl")
+    with pytest.raises(ValueError, match="transformers has no Flash model"):
+        tensors_from_params(config, {}, "hf")
 
 
 @pytest.mark.parametrize(

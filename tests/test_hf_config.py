@@ -121,6 +121,11 @@ def test_the_original_layout_never_ties_a_model_with_a_head():
 
 
 ORIGINAL_QWEN3 = changed(ORIGINAL, "llm_config", QWEN3)
+ORIGINAL_FLASH = ORIGINAL_QWEN3 | {
+    "flash_mode": True,
+    "flash_relative_threshold": 0.1,
+    "flash_absolute_threshold": 0.5,
+}
 ORIGINAL_EXPERTS = changed(ORIGINAL, "llm_config", EXPERTS)
 REFUSED = [
     (ORIGINAL_QWEN3, "llm_config.head_dim", changed),
@@ -140,6 +145,14 @@ REFUSED = [
     (ORIGINAL_EXPERTS, "llm_config.head_dim", changed),
     (ORIGINAL_QWEN3, "llm_config.mlp_only_layers", []),
     (ORIGINAL_QWEN3, "flash_relative_threshold", 0.5),
+    (ORIGINAL_FLASH, "flash_relative_threshold", changed),
+    (ORIGINAL_FLASH, "flash_absolute_threshold", changed),
+    (ORIGINAL_FLASH, "flash_absolute_threshold", 1.5),
+    (ORIGINAL_FLASH, "flash_absolute_threshold", "0.5"),
+    (ORIGINAL_FLASH, "flash_mode", "yes"),
+    (ORIGINAL_FLASH, "flash_mode", False),
+    (ORIGINAL_FLASH, "flash_threshold", 0.5),
+    (HF, "flash_mode", True),
     (ORIGINAL, "model_type", "llava"),
     (ORIGINAL, "select_layer", -4),
     (ORIGINAL, "pad2square", True),
@@ -185,6 +198,13 @@ def test_unsupported_unknown_and_contradictory_fields_are_named(config, path, va
     with pytest.raises(ValueError, match=path.split(".")[-1]):
         from_hf(config, image_token_id=151667, has_head=True)
         processor_from_hf(config)
+
+
+def test_the_thresholds_of_a_flash_model_come_from_its_file():
+    config = from_hf(ORIGINAL_FLASH, image_token_id=151667, has_head=True)
+    assert (config.flash, config.flash_relative, config.flash_absolute) == (True, 0.1, 0.5)
+    for plain in (ORIGINAL_QWEN3, changed(ORIGINAL_QWEN3, "flash_mode", False)):
+        assert not from_hf(plain, image_token_id=151667, has_head=True).flash
 
 
 def test_a_typo_gets_a_suggestion():

@@ -18,6 +18,7 @@ from internvl3_jax.checkpoints.hf.mapping import (
     active_rows,
     bits,
     canonical_key,
+    check_layout,
     file_name,
     from_leaf,
     leaf_shape,
@@ -125,9 +126,11 @@ def plan(
     Raises:
       ConversionError: it names tensors that are unknown, missing, duplicate, or of another shape or
         dtype.
+      ValueError: the layout has no names for the model's tensors.
     """
     infos = source.infos()
     layout = layout or detect_layout(infos)
+    check_layout(config, layout)
     # 1) Match the source's names with the table's keys.
     rows = [row for row in active_rows(config) if part is None or row.target.startswith(part + "/")]
     wanted = {key: row for row in rows for key in _all_keys(row, config, layout)}
@@ -319,6 +322,7 @@ def layer_tensors(
 
 def tensors_from_params(config: ModelConfig, params: Mapping, layout: str) -> dict[str, np.ndarray]:
     """Converts the parameter tree to a state dict of a layout, in host memory."""
+    check_layout(config, layout)
     leaves = by_path(params)
     check_params(config, leaves)
     return {

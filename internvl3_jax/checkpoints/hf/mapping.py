@@ -44,15 +44,7 @@ class Row:
 
         Args:
           index: () for a leaf without layers, (layer,), or (layer, expert).
-
-        Raises:
-          ValueError: the layout has no such tensor.
         """
-        if layout == "hf" and not self.hf:
-            raise ValueError(
-                f"{self.target}: transformers has no Flash model, so its layout has no name for "
-                "this; use the original layout (internvl)"
-            )
         patterns = (self.internvl,) if layout == "internvl" else self.hf
         return tuple(pattern.format(*index) for pattern in patterns)
 
@@ -221,6 +213,14 @@ def file_name(key: str, config: ModelConfig, layout: str) -> str:
     for internlm2, table in INTERNLM2_NAMES:
         key = key.replace(table, internlm2)
     return key
+
+
+def check_layout(config: ModelConfig, layout: str) -> None:
+    """Raises ValueError if a layout has no names for the model's tensors."""
+    if config.flash and layout == "hf":
+        raise ValueError(
+            "flash is true: transformers has no Flash model; use the original layout (internvl)"
+        )
 
 
 def active_rows(config: ModelConfig) -> list[Row]:
