@@ -126,7 +126,7 @@ def test_commands_run(chain, runner, tmp_path):
 
 # What a page's snippets need that stands in none of them.
 BEFORE = {
-    "README.md": "from tests.support import documented_world; batch = documented_world.batch()",
+    "docs/architecture.md": "from tests.support.documented_world import batch; batch = batch()",
     "docs/lora.md": "from internvl3_jax import Chat, load",
 }
 # A LoRA run and a PEFT directory take a training: docs/lora.md's commands make both, and its

@@ -221,7 +221,7 @@ def build(folder: pathlib.Path, page: str, text: str) -> pathlib.Path:
 
 
 def batch() -> dict:
-    """Returns README's `batch`: a row of eight tokens without images."""
+    """Returns docs/architecture.md's `batch`: a row of eight tokens without images."""
     import numpy as np
 
     tokens = np.arange(8, dtype=np.int32)[None]
