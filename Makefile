@@ -164,7 +164,7 @@ format: .venv-test/.installed
 
 # [dev] without PyTorch, of which PyPI has no CPU build for every Python; three packages that it needs
 # take its place. peft needs PyTorch, too: only its name and version are added.
-LOCKED = '.[documents,internlm,logging,notebook,quant,serve,smoke,storage,video]' transformers ruff beartype \
+LOCKED = '.[docs,documents,internlm,logging,notebook,quant,serve,smoke,storage,video]' transformers ruff beartype \
 	openai jinja2 networkx sympy gcp-storage-emulator 'moto[s3]' flask flask-cors
 PEFT = accelerate==1.15.0 peft==0.21.2
 # Python 3.11 has jax up to 0.10, and 3.13 gets the newest. 3.12 is pinned between them, so that
