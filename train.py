@@ -143,7 +143,7 @@ def fit(
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop needs. `ref_params` are MPO's; `key` seeds drop path and dropout."""
+    """State of a run. `ref_params` are MPO's; `key` seeds drop path and dropout."""
 
     config: TrainConfig
     workdir: pathlib.Path
@@ -240,7 +240,7 @@ def train(run: TrainingRun) -> TrainState:
             multihost.report_step(step)
 
             run.state, metrics = step_fn(run.state, batch, run.key, run.ref_params)
-            if step == 1:
+            if step == 1 and config.loss.kind == "mpo":
                 reference_model.check_start(config, metrics)
             run.meter.add(prepared, metrics)
             run.guard.add(step, metrics, prepared)
@@ -282,7 +282,7 @@ def next_batch(
 
 
 class Due(NamedTuple):
-    """What is done at a step."""
+    """Actions that are due at a step."""
 
     compare: bool  # the hosts compare what they train
     log: bool
@@ -307,7 +307,7 @@ def compile_step(run: TrainingRun, batch: dict, console: Console):
     console.say("compiling the train step ...")
     started_at = time.perf_counter()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-    num_sources = len(source_names(run.config.data))
+    num_sources = len(run.meter.sources)
     step_fn = make_step(run.config, run.model, run.optimizer, num_sources, shardings)
     compiled = step_fn.lower(run.state, batch, run.key, run.ref_params).compile()
     console.say(f"compiled in {time.perf_counter() - started_at:.1f} s")

@@ -17,7 +17,7 @@ from internvl3_jax.inference import programs
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model import vision
 from internvl3_jax.model.ops import linear, norms
-from internvl3_jax.model.ops.activation import gelu
+from internvl3_jax.model.ops.linear import gelu
 from internvl3_jax.model.vision import VisionTower
 from internvl3_jax.parallel.sharding import make_mesh
 from tests.support.generation import PARAMS, RAGGED, make_run

@@ -1,6 +1,7 @@
 """Measures how long the first call of each compiled program takes, apart from later ones."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterator
 
@@ -15,7 +16,10 @@ def _note_event(event: str, seconds: float, **_) -> None:
         _last_event = time.perf_counter()
 
 
-jax.monitoring.register_event_duration_secs_listener(_note_event)
+@functools.cache
+def _listen() -> None:
+    """Registers the listener, once."""
+    jax.monitoring.register_event_duration_secs_listener(_note_event)
 
 
 class CompileClock:
@@ -31,6 +35,7 @@ class CompileClock:
     """
 
     def __init__(self):
+        _listen()
         self.seconds = 0.0
         self.progress: Callable[[str], contextlib.AbstractContextManager] = lambda name: (
             contextlib.nullcontext()

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Float32, Int
 from internvl3_jax.config import LanguageConfig
 from internvl3_jax.model import kv_cache
 from internvl3_jax.model.experts import STATISTICS, Experts
-from internvl3_jax.model.head import Head, head_logits
 from internvl3_jax.model.ops.attention import (
     MASKED,
     Mask,
@@ -32,7 +31,7 @@ from internvl3_jax.model.ops.attention import (
     int8_attention,
 )
 from internvl3_jax.model.ops.context_parallel import from_zigzag, num_context_shards, to_zigzag
-from internvl3_jax.model.ops.linear import Dense, is_decoding
+from internvl3_jax.model.ops.linear import Dense, Head, head_logits, is_decoding
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables

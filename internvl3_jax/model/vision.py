@@ -11,9 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
 from internvl3_jax.config import VisionConfig
-from internvl3_jax.model.ops.activation import gelu
 from internvl3_jax.model.ops.attention import attention, padding_works
-from internvl3_jax.model.ops.linear import Dense
+from internvl3_jax.model.ops.linear import Dense, gelu
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.parallel.collectives import constrain, platform

@@ -47,6 +47,7 @@ class MetricsAggregator:
         self.schedule = make_schedule(
             config.optimizer, config.steps, config.optimizer.learning_rate
         )
+        self.peak = peak_flops()
         self.restart()
 
     def restart(self, has_batch: bool = False) -> None:
@@ -105,11 +106,11 @@ class MetricsAggregator:
             "tile_fill": counts["tiles"] / max(1, counts["tile_room"]),
             "memory_gib": _memory() / 2**30,
         }
-        if peak := peak_flops():
+        if self.peak:
             needed = flops.train_flops(
                 self.config.model, counts, self.vision_trained, bool(self.config.lora.rank)
             )
-            values["mfu"] = needed / seconds / peak
+            values["mfu"] = needed / seconds / self.peak
         if "expert_choices" in metrics:
             values |= balance.loads(metrics["expert_choices"].sum(axis=0))
         if len(self.sources) > 1:

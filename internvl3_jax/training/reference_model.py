@@ -96,13 +96,13 @@ def _check_table(config: TrainConfig, state: TrainState) -> None:
 
 
 def check_start(config: TrainConfig, metrics: dict) -> None:
-    """Checks the first update of a run, in which policy and reference model are the same.
+    """Checks the first update of an MPO run, in which policy and reference model are the same.
 
     Raises:
       ValueError: The preference and quality losses are not those of equal models.
     """
     loss = config.loss
-    if loss.kind != "mpo" or loss.ref_model or loss.drop_path or config.lora.dropout:
+    if loss.ref_model or loss.drop_path or config.lora.dropout:
         return
     expected = mpo.at_start(loss)
     measured = float(

@@ -86,7 +86,7 @@ WITHOUT_JAX |= {
 }
 JAX = {"chex", "flax", "jax", "jaxlib", "optax", "orbax"}
 # Modules of model/ops/ that the models call; any other is a kernel, which ops/attention.py picks.
-OPERATIONS = {"activation", "attention", "context_parallel", "linear", "norms", "quantize", "remat"}
+OPERATIONS = {"attention", "context_parallel", "linear", "norms", "quantize", "remat"}
 OPERATIONS |= {"experts", "fused_decode", "rope", "tpu_cache_write"}
 # Libraries that one room hides from the rest.
 HIDDEN_IN = {

@@ -1,4 +1,6 @@
-"""Linear layers whose kernel may be sharded, quantized (quantize.py) and adapted (lora.py)."""
+"""Linear layers whose kernel may be sharded, quantized (quantize.py) and adapted (lora.py); the
+output head; and the GELU between two layers.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,15 +11,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
-from internvl3_jax.model.ops.quantize import PER_COLUMN, dequantize, format_of, scale_columns
+from internvl3_jax.model.ops.quantize import (
+    PER_COLUMN,
+    dequantize,
+    format_of,
+    is_quantized,
+    scale_columns,
+    split_scales,
+)
 from internvl3_jax.parallel.collectives import (
     all_gather_weight,
     axis_size,
     barrier_after,
+    constrain,
     matmul_weight_stationary,
     platform,
 )
-from internvl3_jax.parallel.sharding import AXES
+from internvl3_jax.parallel.sharding import AXES, SHARDED_AXES
 
 _CPU_BLOCK = 2**18  # values that a CPU converts at once: 1 MiB in float32
 
@@ -99,7 +109,7 @@ class Dense(nn.Module):
         return self._split(jnp.dot(x, kernel))
 
     def _quantized(self, x, kernel: Mapping):
-        """Multiplies with a quantized kernel, which is moved between devices in its few bits.
+        """Multiplies with a quantized kernel, which is communicated as it is stored.
 
         A kernel with one scale per column enters the product as it is stored, so that the compiler
         converts it where the product reads it. The backward pass converts it again instead of
@@ -141,6 +151,52 @@ class Dense(nn.Module):
 
     def _all_gather(self, leaf, name: str, *prefix: str):
         return all_gather_weight(leaf, "/".join((*prefix, *self.path, name)))
+
+
+class Head(nn.Module):
+    """Holds the output kernel [D,V]; a chunked loss takes the kernel itself."""
+
+    width: int
+    features: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "D V"] | Mapping[str, Array]:
+        # A quantized kernel is a subtree, which `self.param` would not accept.
+        if self.has_variable("params", "kernel"):
+            if is_quantized(stored := self.get_variable("params", "kernel")):
+                return stored
+        return self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.features))
+
+
+def head_logits(
+    hidden: Float[Array, "B T D"],
+    stored: Float[Array, "D V"] | Mapping[str, Array],
+    dtype: DTypeLike,
+) -> Float32[Array, "B T V"]:
+    """Returns hidden times the stored kernel, computed in `dtype` and summed in float32."""
+    kernel, scales = split_scales(stored)
+
+    def head(hidden, kernel):
+        return jnp.dot(hidden, kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+    if is_decoding(hidden):
+        # Weight-stationary, as in `Dense`.
+        hidden = constrain(hidden, ("slice", "data"), None, SHARDED_AXES)
+        product = as_two_rows if scales is None else decoding_dot
+        logits = product(head, hidden, kernel)
+    else:
+        logits = head(hidden, kernel)
+    return logits if scales is None else scale_columns(logits, scales)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the exact GELU (Hendrycks and Gimpel 2016), computed in float32, in x's dtype.
+
+    With erf, as torch computes it. `jax.nn.gelu` takes erfc, which XLA computes in a kernel of its
+    own on GPUs.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def scaled_dot(
