@@ -1,5 +1,5 @@
-"""What opening a large JSONL file costs: seconds and memory of building its index, of opening it
-again, and random reads a second.
+"""Measures the cost of opening a large JSONL file: seconds and memory of building its index, of
+opening it again, and random reads a second.
 
     python benchmarks/jsonl_index.py                 2 million rows, 1 GB of disk
     python benchmarks/jsonl_index.py --rows 50000    smaller

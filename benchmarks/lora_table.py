@@ -1,5 +1,5 @@
-"""What one device needs to train each size with adapters: `python -m internvl3_jax.fit` by the
-devices' own compilers.
+"""Tabulates what one device needs to train each size with adapters: `python -m internvl3_jax.fit`
+by the devices' own compilers.
 
     python benchmarks/lora_table.py               resumes; compiles one program at a time for an
                                                   hour or two

@@ -1,4 +1,5 @@
-"""How full packed rows are: our rule, first fit and the reference's, on the same stream of sample sizes.
+"""Measures how full packed rows are: our rule, first fit and the reference's, on the same stream of
+sample sizes.
 
     python benchmarks/packing.py            writes results/packing.json
 

@@ -1,4 +1,4 @@
-"""What the recipes of the released sizes share.
+"""Settings that the recipes of the released sizes share.
 
 The argument of a recipe is a size, or a checkpoint that brings its own shapes:
 

@@ -14,7 +14,7 @@ from internvl3_jax.model.weights import format_in, quantize_leaf
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Which kernels of a checkpoint are written in fewer bits.
+    """Settings of a conversion to fewer bits.
 
     Attributes:
       weights: "int8", "fp8" or "nf4".

@@ -272,7 +272,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LoggingConfig:
-    """Where the run reports its progress besides WORKDIR/log.jsonl and the terminal."""
+    """Reports of a run's progress besides WORKDIR/log.jsonl and the terminal."""
 
     # Steps between rows of the log; the last step has one too.
     every: int = 20

@@ -168,7 +168,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ProcessorConfig:
-    """How images and messages become tiles and token ids.
+    """Settings by which images and messages become tiles and token ids.
 
     It is part of a checkpoint's fingerprint, since training and inference must agree on it.
     """

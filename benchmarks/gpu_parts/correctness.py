@@ -1,5 +1,5 @@
-"""Whether the card computes the same: attention and rope against float64, and the digits model's
-answers against those of a CPU.
+"""Checks that the card computes the same: attention and rope against float64, and the digits
+model's answers against those of a CPU.
 
 Each case's line has "ok". tests/test_gpu.py runs the same cases.
 """

@@ -1,4 +1,4 @@
-"""What a part of the GPU benchmark is, and the lines that it writes.
+"""Parts of the GPU benchmark, and the lines that they write.
 
 A part is a module with `cases(size, smoke)`, which returns functions by name. Each returns the
 values of one line of results.jsonl:

@@ -19,7 +19,7 @@ from internvl3_jax.model import weights
 
 @dataclasses.dataclass
 class Reading:
-    """How `load` reads a directory; the fields are its arguments."""
+    """Options with which `load` reads a directory; the fields are its arguments."""
 
     dtype: object
     mesh: jax.sharding.Mesh | None

@@ -1,4 +1,4 @@
-"""What Orbax says when a disk cannot be written to, in the system's own words and once."""
+"""Reports Orbax's errors about a disk in the system's own words, once."""
 
 import contextlib
 import errno

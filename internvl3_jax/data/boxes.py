@@ -52,7 +52,7 @@ class ShownImage:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """What an answer points at.
+    """A region or point that an answer names.
 
     Attributes:
       kind: "box", "quad" or "point".

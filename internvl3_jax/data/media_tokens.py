@@ -10,7 +10,7 @@ from internvl3_jax.data.plan import Choice, Room, plan_prompt
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What is shown of videos and documents.
+    """Frames and pages that are shown of videos and documents.
 
     Attributes:
       choice: frames, tiles and deltas.

@@ -31,7 +31,7 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a question shows, and what it takes.
+    """Frames, pages and tiles of a question, and the tokens that they take.
 
     Attributes:
       frames: (shown, all) of each video.
@@ -87,7 +87,7 @@ def _counted(count: int, noun: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What a prompt has to fit into.
+    """Room that a prompt has to fit into.
 
     Attributes:
       language: with the positions that the model knows.
@@ -113,7 +113,7 @@ class Room:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What `plan_prompt` chose.
+    """Numbers that `plan_prompt` chose.
 
     Attributes:
       frames: largest number of frames of a video whose number the caller left open.

@@ -27,7 +27,7 @@ _NOTE_SECONDS = 60  # between two lines about the progress, where stderr is no t
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What a model is asked.
+    """A question to a model.
 
     Attributes:
       text: with a place for each image.

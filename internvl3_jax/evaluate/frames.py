@@ -1,4 +1,6 @@
-"""Which frames of a video are shown: the rules of the programs that made the card's numbers."""
+"""Chooses the frames of a video that are shown, by the rules of the programs that made the card's
+numbers.
+"""
 
 import pathlib
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a benchmark's answers are judged.
+    """A rule by which a benchmark's answers are judged.
 
     Attributes:
       ask: what the judge is asked for.

@@ -1,4 +1,4 @@
-"""What an answer to a row is worth: the scoring rules of scorers/ on rows.
+"""Marks answers: the scoring rules of scorers/, applied to rows.
 
 With reasoning, a boxed or stated answer is read first. An answer that the rule cannot read is worth
 nothing and counted (`Mark.readable`); in the card's runs a language model read some of them.

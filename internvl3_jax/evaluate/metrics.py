@@ -1,4 +1,4 @@
-"""How the marks of a task become the card's numbers: one function for each way of averaging.
+"""Turns the marks of a task into the card's numbers: one function for each way of averaging.
 
 Each function of METRICS takes (task, rows, answers, marks) and returns name -> number, on the scale
 of the card. The names are the task's columns; further ones are subtotals for the report.

@@ -1,4 +1,4 @@
-"""How questions are asked: the texts of the programs that made the card's numbers.
+"""Prompts of the benchmarks: the texts of the programs that made the card's numbers.
 
 A prompt is a text with an <image> for each image. `build` makes it from a row and the number of its
 images or frames; the answer's form depends on every character.

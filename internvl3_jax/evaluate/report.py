@@ -1,4 +1,4 @@
-"""The report of a run: a table for people, report.json for programs, and a picture."""
+"""The report of a run: a table for people, report.json for programs, and an image."""
 
 import fractions
 import json

@@ -1,4 +1,4 @@
-"""From answers to the card's numbers: one result for each run of a task."""
+"""Computes the card's numbers from answers: one result for each run of a task."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from internvl3_jax.evaluate.variant import Variant
 
 @dataclasses.dataclass
 class Result:
-    """What came out of a run.
+    """Scores of a run.
 
     Attributes:
       scores: name -> number on the card's scale; columns first, then subtotals.

@@ -1,4 +1,4 @@
-"""What a task is, and a row of its data."""
+"""Tasks, rows of their data, and marks of answers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -106,7 +106,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What one answer is worth.
+    """The mark of one answer.
 
     Attributes:
       value: usually 0 or 1; None leaves the row out of the mean.

@@ -19,7 +19,7 @@ _OUT_OF_MEMORY = (
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are of one device.
+    """Results of compiling a program; bytes are of one device.
 
     Attributes:
       seconds: Time of the compilation.

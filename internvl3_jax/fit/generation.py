@@ -27,7 +27,7 @@ PROGRAMS = ("encode", "prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What generation needs on one device, by the analysis.
+    """Needs of generation on one device, by the analysis.
 
     Attributes:
       params: Bytes of the parameters.

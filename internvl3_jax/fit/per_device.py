@@ -24,7 +24,7 @@ from internvl3_jax.training.step import make_model, shardings_of
 
 @dataclasses.dataclass(frozen=True)
 class PerDevice:
-    """What one device has of a training run.
+    """One device's part of a training run.
 
     Attributes:
       mesh: Size of each axis.

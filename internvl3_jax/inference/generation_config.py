@@ -1,4 +1,4 @@
-"""How a batch is generated."""
+"""Settings of a batch's generation."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from internvl3_jax.inference.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How a batch is generated.
+    """Settings of a batch's generation.
 
     Attributes:
       max_new_tokens: tokens per answer.

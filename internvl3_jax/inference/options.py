@@ -21,7 +21,7 @@ CANDIDATE_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 
 @dataclasses.dataclass
 class Options:
-    """How a question is answered.
+    """Options with which a question is answered.
 
     Attributes:
       max_new_tokens: longest answer, in tokens.

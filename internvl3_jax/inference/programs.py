@@ -30,7 +30,7 @@ TOKENS_PER_CHUNK = 32_768  # tokens of prompts that run at once
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class DecodeState:
-    """What a decode loop carries from token to token.
+    """State of a decode loop, carried from token to token.
 
     Attributes:
       cache: keys and values of every token but the last sampled one.

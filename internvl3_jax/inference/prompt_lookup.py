@@ -38,7 +38,7 @@ _LENGTHS = (3, 2)  # of the tokens that are looked up, the first that is found
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Lookup:
-    """What prompt lookup adds to a `DecodeState`.
+    """State that prompt lookup adds to a `DecodeState`.
 
     Attributes:
       history: i32[B,S], the token of each slot, with the sampled one that has not been run.

@@ -67,7 +67,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How far a model is from the one in full.
+    """Distance of a quantized model from the unquantized one.
 
     Attributes:
       prompts: number of prompts.

@@ -21,7 +21,7 @@ class NotFiniteError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled.
+    """Settings by which tokens are sampled.
 
     Attributes:
       temperature: 0, or below `MIN_TEMPERATURE`, is greedy decoding, as by default in InternVL's

@@ -190,7 +190,7 @@ class TurnReader:
             turn.images += images
             turn.tiles += [cut_tiles(image, processor, limit) for image in images]
             turn.deltas += [choice.deltas[index]] * len(images)
-        # Frames of several tiles were counted with as many as they may have.
+        # Frames of several tiles were counted with the most that they may have.
         counts, deltas = [*map(len, earlier[0]), *map(len, turn.tiles)], [*earlier[1], *turn.deltas]
         tokens, position = self._measure(chat, counts, deltas, where)
         position += options.max_new_tokens

@@ -185,7 +185,7 @@ def _gathered_mlp(specs, scatter: bool, x, weights, chosen, leaves, num_experts:
                 leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
         return leaf
 
-    # Cast first: half as much travels.
+    # Cast first: half as many bytes are communicated.
     leaves = {
         name: {
             key: gather(_cast(key, leaf, x.dtype), specs[name][key]) for key, leaf in kernel.items()

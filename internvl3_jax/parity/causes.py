@@ -1,4 +1,4 @@
-"""What is usually wrong where an engine differs.
+"""Known faults of engines, by which a difference is explained.
 
 `CAUSES` are the known faults of other engines. The pack holds what each of them would give
 (faults.py), so that a cause is named because its numbers match. `HINTS` are for what matches none.

@@ -33,7 +33,7 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 
 @dataclasses.dataclass
 class Difference:
-    """How a stage differs.
+    """The difference of a stage.
 
     Attributes:
       error: max |a - b| / rms(b) of a float stage, inf for another shape; None of an exact stage.

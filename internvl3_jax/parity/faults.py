@@ -1,4 +1,4 @@
-"""What known faults of other engines would give: each is one change of a copy of ours.
+"""Computes what known faults would give: each is one change of a copy of this engine.
 
 A fault is a function (engine, root, request, prompt) -> stages, or None where it changes nothing.
 """

@@ -27,7 +27,7 @@ class PackError(ValueError):
 
 @dataclasses.dataclass
 class Request:
-    """What a user asks.
+    """A request of a user.
 
     Attributes:
       question: the text, without any tag.

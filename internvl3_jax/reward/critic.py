@@ -60,7 +60,7 @@ class StepScores:
 
 @dataclasses.dataclass
 class CriticOptions:
-    """How solutions are scored. The defaults are those of VisualPRM's `select_best_response`,
+    """Settings by which solutions are scored, by default as in VisualPRM's `select_best_response`,
     version soft_v2.
 
     Attributes:

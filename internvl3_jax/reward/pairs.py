@@ -21,7 +21,7 @@ from internvl3_jax.reward.questions import Question, is_correct
 
 @dataclasses.dataclass
 class PairSettings:
-    """How pairs are made. The defaults are those of InternVL's scripts.
+    """Settings by which pairs are made. The defaults are those of InternVL's scripts.
 
     Attributes:
       samples: answers to each question with a known answer.

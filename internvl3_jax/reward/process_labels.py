@@ -30,7 +30,7 @@ OFFICIAL_NAMES = {role: name for name, role in OFFICIAL_ROLES.items()}
 
 @dataclasses.dataclass
 class LabelSettings:
-    """How solutions are labeled. The defaults are those of the scripts of VisualPRM400K-v1.1.
+    """Settings by which solutions are labeled, by default as in the scripts of VisualPRM400K-v1.1.
 
     Attributes:
       solutions: of each question; equal ones are labeled once.

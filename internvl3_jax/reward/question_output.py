@@ -22,7 +22,7 @@ from internvl3_jax.reward.questions import Question
 
 
 class Result(NamedTuple):
-    """What was made of one question.
+    """Rows that were made of one question.
 
     Attributes:
       question: that was asked.

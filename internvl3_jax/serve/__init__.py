@@ -1,6 +1,7 @@
 """The OpenAI-compatible server: `python -m internvl3_jax.serve --checkpoint DIR`.
 
-flags.py, __main__.py    the command line
+arguments.py, __main__.py
+                         the command line
 app.py                   the ASGI application: `make_app`
 service.py               what all requests share: model, engine, limits, metrics
 body.py, chat_request.py, messages.py, grammar.py

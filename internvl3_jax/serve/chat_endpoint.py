@@ -211,7 +211,7 @@ class ChatCall:
     # --- the end ----------------------------------------------------------------------------------
 
     def _refusal(self, error: Exception) -> ApiError | None:
-        """Returns what the client is told about an error; None if it has left."""
+        """Returns the client's error message; None if the client has left."""
         if isinstance(error, ClientLeftError | ClientDisconnect):
             self._status = LEFT
             return None

@@ -11,7 +11,7 @@ from internvl3_jax.serve.answer_text import AnswerText
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What a piece adds to an answer.
+    """The text and tokens that a piece adds to an answer.
 
     Attributes:
       logprobs: entries as OpenAI returns them; None if they were not asked for.

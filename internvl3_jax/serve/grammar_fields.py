@@ -13,7 +13,7 @@ MAX_CHOICES = 1024
 
 @dataclasses.dataclass(frozen=True)
 class GrammarText:
-    """What an answer must match, as it was written.
+    """The grammar that an answer must match, as it was written.
 
     Attributes:
       kind: "json" (a schema), "regex", "choice" or "grammar" (Lark, as llguidance reads it).

@@ -1,4 +1,4 @@
-"""What one request may take, and what all of them together may hold."""
+"""Limits of one request, and of all requests together."""
 
 import dataclasses
 import threading
@@ -61,7 +61,7 @@ class Budget:
 
 
 class Hold:
-    """What one request holds of a budget, until `close`. Threads may share it."""
+    """The share of a budget that one request holds until `close`. Threads may share it."""
 
     def __init__(self, budget: Budget):
         self._budget, self._count, self._closed = budget, 0, False

@@ -20,7 +20,7 @@ _BARE = re.compile(r"[A-Za-z0-9+/_\-\s]{256,}={0,2}\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where images may come from.
+    """Sources that images may come from.
 
     Attributes:
       roots: folders whose files may be read, absolute and without links.

@@ -26,7 +26,7 @@ from internvl3_jax.serve.planned import planned_turn
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the engine is asked.
+    """Requests to the engine, prepared.
 
     Attributes:
       requests: one per answer.

@@ -10,7 +10,7 @@ from internvl3_jax.serve.choice import Choice, Delta
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What all objects of one response repeat."""
+    """Fields that all objects of one response repeat."""
 
     model: str
     id: str = dataclasses.field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")

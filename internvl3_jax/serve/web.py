@@ -72,7 +72,7 @@ def read_examples(path: pathlib.Path) -> list[Example]:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What the page offers.
+    """Contents of the page.
 
     Attributes:
       examples: questions.

@@ -1,4 +1,4 @@
-"""What a run remembers besides its arrays and data streams, and what it says at its end."""
+"""History of a run (seconds, losses, base) and the message at its end."""
 
 import dataclasses
 import math

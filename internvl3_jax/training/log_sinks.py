@@ -14,7 +14,7 @@ from internvl3_jax.io.remote_files import is_remote
 
 
 class Sink(NamedTuple):
-    """Where rows of the log go besides log.jsonl."""
+    """A receiver of the log's rows besides log.jsonl."""
 
     # (step, values)
     write: Callable[[int, dict], None]
@@ -53,8 +53,8 @@ def weights_and_biases(workdir: pathlib.Path, config: TrainConfig) -> Sink:
     """Opens the run in Weights & Biases that belongs to the directory, or a new one."""
     import wandb
 
-    # The id is kept in the directory, so that the run is resumed there too, and runs are told apart
-    # by their directory, not by the last part of its name. A kill may have left the file empty.
+    # The id is kept in the directory, so that the run is resumed there too. Runs differ by their
+    # directory, not by the last part of its name. A kill may have left the file empty.
     path = workdir / "wandb" / "id"
     if not path.is_file() or not path.read_text().strip():
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: log.jsonl, answers.jsonl and loss.png, and its progress on screen.
+"""Log of a run: log.jsonl, answers.jsonl, loss.png, and progress on the screen.
 
 WORKDIR/log.jsonl       one row per logged step and one per evaluation; metrics.py has the names
 WORKDIR/answers.jsonl   answers to questions of the evaluation data

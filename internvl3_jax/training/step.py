@@ -39,7 +39,7 @@ from internvl3_jax.training.optimizer import Optimizer, join
 
 
 class TrainState(NamedTuple):
-    """What an update changes."""
+    """State that an update changes."""
 
     step: Int32[Array, ""]  # number of updates done
     params: dict

@@ -22,7 +22,7 @@ from internvl3_jax.config import ModelConfig
 
 
 class Transform(enum.Enum):
-    """How a tensor of a file, joined if several, becomes a leaf. The inverse is derived."""
+    """Turns a tensor of a file, joined if several, into a leaf. The inverse is derived."""
 
     VECTOR = "as it is; leading axes of length 1 are dropped"
     LINEAR = "torch weight [out, in] -> kernel [in, out]"

@@ -20,7 +20,7 @@ Data = str | os.PathLike | bytes
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What is refused before it is decoded.
+    """Limits above which a file is refused before it is decoded.
 
     Attributes:
       max_bytes: of a file.

@@ -1,1 +1,1 @@
-"""Where training rows come from: meta JSON, JSONL files, tar archives, and how they are mixed."""
+"""Sources of training rows: meta JSON, JSONL files, tar archives, and their mixture."""

@@ -1,4 +1,4 @@
-"""Where the files of a benchmark are."""
+"""Finds the files of a benchmark."""
 
 import pathlib
 from collections.abc import Sequence

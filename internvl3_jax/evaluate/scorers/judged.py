@@ -1,4 +1,4 @@
-"""What a judge's text says: WildVision as VLMEvalKit, MMHal as InternVL's program."""
+"""Reads a judge's text: WildVision as VLMEvalKit, MMHal as InternVL's program."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is added to the logits of a row: the request's own biases, and a mask of allowed tokens."""
+"""Biases of a row's logits: those of the request, and a mask of allowed tokens."""
 
 import numpy as np
 from jaxtyping import Float

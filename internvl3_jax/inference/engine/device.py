@@ -91,7 +91,7 @@ class Device:
     def encode(
         self, tiles: UInt8[np.ndarray, "m S S 3"], adapter: str | None
     ) -> Float[Array, "m P D"]:
-        """Returns the features of tiles, as many as `TILES` has sizes for."""
+        """Returns the features of tiles, whose number is one of `TILES`."""
         params = self._vision[self.vision_of(adapter)]
         with self._calling("vision tower", len(tiles), self.vision_of(adapter)):
             return model_programs.encode_tiles(self.model, params, tiles)

@@ -34,7 +34,7 @@ BLOCK = 16  # tokens that a row decodes before the host looks at them
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class RowState:
-    """What the rows carry from token to token.
+    """State of the rows, carried from token to token.
 
     Attributes:
       token: i32[B], sampled and not yet run.

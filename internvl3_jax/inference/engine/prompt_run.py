@@ -1,5 +1,5 @@
-"""Runs one prompt in pieces, between which other answers go on: the tower for some of its tiles, or
-a chunk of its tokens.
+"""Runs one prompt in pieces, between which other answers continue: the tower for some of its tiles,
+or a chunk of its tokens.
 """
 
 from collections.abc import Sequence

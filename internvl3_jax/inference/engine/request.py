@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it returns."""
+"""Requests to the engine, and the pieces of answers that it returns."""
 
 import dataclasses
 import math
@@ -30,7 +30,8 @@ class TokenConstraint(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-    """How the tokens of one request are sampled. All of it is traced: no value compiles anything.
+    """Settings by which the tokens of one request are sampled. All of it is traced: no value
+    compiles anything.
 
     Attributes:
       temperature: 0 is greedy decoding.

@@ -95,7 +95,7 @@ class RowSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Histories:
-    """What the penalties and biases of rows depend on.
+    """State that the penalties and biases of rows depend on.
 
     Attributes:
       in_prompt: bool[B,V], whether the prompt has the token.

@@ -1,4 +1,4 @@
-"""What the rows of the cache hold: the prefix of a new prompt that is there need not be run again."""
+"""Contents of the cache's rows: a prefix of a new prompt that is in one is not run again."""
 
 import dataclasses
 import hashlib

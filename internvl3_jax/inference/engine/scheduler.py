@@ -24,7 +24,7 @@ PROMPT_TOKENS = 1024  # tokens of prompts and tiles between two blocks, if half 
 
 @dataclasses.dataclass
 class Started:
-    """What the device was given and the host has not read.
+    """Work that the device was given and the host has not read.
 
     Attributes:
       tickets: of the rows that took part.
@@ -269,7 +269,7 @@ class Scheduler:
             if ticket.finish is not None:
                 continue
             if is_waiting or ticket in entering:
-                # The run of a prompt goes on; its row is freed at its end.
+                # The run of a prompt continues; its row is freed at its end.
                 self._finish(ticket, Piece(finish="cancelled"))
             else:
                 index = next(i for i, row in enumerate(self.rows) if row.ticket is ticket)

@@ -142,7 +142,7 @@ def _rotate(shard, axis: str):
 
 
 class _QueryBlocks(NamedTuple):
-    """What blocks of queries know of their keys; the first dimension is B * I."""
+    """State of blocks of queries over their keys; the first dimension is B * I."""
 
     slots: jax.Array  # i32[B*I, c_q]
     segments: jax.Array | None  # i32[B*I, c_q]

@@ -119,7 +119,7 @@ def _is_one_hopper() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the products of a layer are divided over blocks; see fused_product.Split."""
+    """Division of a layer's products over blocks; see fused_product.Split."""
 
     qkv: object
     output: object

@@ -41,7 +41,7 @@ _RESULT = plgpu.Layout.TILED(
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a product [B,D] @ [D,F] is divided over blocks.
+    """Division of a product [B,D] @ [D,F] over blocks.
 
     Attributes:
       parts: Along D.
@@ -88,7 +88,7 @@ def _padded(window: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What one block prepares and multiplies, in inputs.
+    """Range of inputs that one block prepares and multiplies.
 
     Attributes:
       start: Of the window that it prepares; traced.

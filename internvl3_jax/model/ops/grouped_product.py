@@ -145,7 +145,7 @@ def _dot(x: Float[Array, "rows d_in"], kernel) -> Float[Array, "rows d_out"]:
     """Returns x @ kernel of one expert."""
     if not is_quantized(kernel):
         if len(x) == 1 and platform() == "gpu":
-            # A sum, which reads the kernel where it lies; a product would copy it first.
+            # A sum, which reads the kernel in place; a product would copy it first.
             return (x.astype(jnp.float32).T * kernel).sum(axis=0, keepdims=True).astype(x.dtype)
         return jnp.dot(x, kernel.astype(x.dtype))
     kind = format_of(kernel)
