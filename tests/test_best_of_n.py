@@ -181,7 +181,7 @@ def test_one_question_on_the_command_line(ask):
     assert ask(prompt="Read it.", best_of=3, majority=True)[0].strip()
 
 
-def test_a_file_of_questions_goes_on_where_it_stopped(ask, tmp_path):
+def test_a_file_of_questions_resumes_where_it_stopped(ask, tmp_path):
     requests, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     requests.write_text(
         "".join(json.dumps({"id": n, "prompt": f"What is {n}?"}) + "\n" for n in "abc")

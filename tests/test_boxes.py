@@ -200,7 +200,7 @@ def answer_of(text, images):
     return Answer(text, [], 0, [1] * len(images), 0, 0, boxes=parse_boxes(text, images))
 
 
-def test_several_images_are_drawn_beside_each_other(tmp_path):
+def test_several_images_are_drawn_side_by_side(tmp_path):
     images = [Image.new("RGB", (700, 100)), Image.new("RGB", (700, 200))]
     shown = [ShownImage(*image.size, f"Image-{n}") for n, image in enumerate(images, 1)]
     path, processor = tmp_path / "out.png", ProcessorConfig()

@@ -148,7 +148,7 @@ def test_damaged_description_is_named(saved):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_other_weights_beside_a_checkpoint_are_ignored_with_a_word(name, saved, caplog):
+def test_other_weights_in_a_checkpoint_are_ignored_with_a_note(name, saved, caplog):
     (saved / name).write_bytes(b"x")
     same_tensors(leaves(load(saved).params), leaves(random_params(MODEL)))
     assert f"{saved}: reading params/ and ignoring {name}" in caplog.text

@@ -177,7 +177,7 @@ def test_old_steps_are_deleted_but_never_the_newest_nor_what_others_put_there(tm
     assert "2 is damaged" in caplog.text
 
 
-def test_training_goes_on_while_a_step_is_saved(tmp_path):
+def test_training_continues_while_a_step_is_saved(tmp_path):
     params, opt_state = training_state(1)
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
     finish = steps.start_saving_training(tmp_path, 1, params, opt_state, extra={}, **OPTIONS)

@@ -243,7 +243,7 @@ def test_processor_settings_survive_an_export(tmp_path):
     )
 
 
-def test_model_code_travels_with_the_original_layout_only(tmp_path):
+def test_model_code_is_copied_with_the_original_layout_only(tmp_path):
     released = write_released(tmp_path / "released", reduce("1b"), "internvl")
     (released / "modeling_internvl_chat.py").write_text("class InternVLChatModel: ...\n")
     values = json.loads((released / "config.json").read_text()) | {

@@ -121,7 +121,7 @@ def test_indexes_are_read_strictly(content, message, tmp_path):
     assert INDEX in str(caught.value)
 
 
-def test_stale_shards_beside_the_weights_are_ignored_with_a_word(sound, tmp_path, caplog):
+def test_stale_shards_are_ignored_with_a_note(sound, tmp_path, caplog):
     shutil.copytree(sound, tmp_path / "released")
     tensors = load_file(sound / SINGLE)
     save_file(
@@ -160,7 +160,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     ],
     ids=["pointer", "page", "dangling", "pipe"],
 )
-def test_what_stands_for_a_file_is_named(make, message, name, sound, tmp_path):
+def test_what_replaces_a_file_is_named(make, message, name, sound, tmp_path):
     released = tmp_path / "released"
     shutil.copytree(sound, released)
     (released / name).unlink()

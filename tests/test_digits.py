@@ -105,7 +105,7 @@ def test_an_item_depends_on_its_number_alone():
     assert contents(DigitsSource(100, seed=4)[0]) != contents(DigitsSource(100, seed=3)[0])
 
 
-def test_held_out_questions_stay_the_same():
+def test_eval_questions_stay_the_same():
     first, second = digits.held_out(3), digits.held_out(5)
     assert [question.task for question in first] == [
         task for task in digits.TASKS for _ in range(3)

@@ -143,7 +143,7 @@ def test_bins_hold_whole_numbers():
     assert integer_bins(np.array([], np.int64)).tolist() == [-0.5, 0.5]
 
 
-def test_the_tile_rule_is_told_and_followed(tmp_path, tokens, capsys):
+def test_the_tile_rule_is_printed_and_followed(tmp_path, tokens, capsys):
     make_image(900, 450).save(tmp_path / "a.png")
     meta = write_meta(
         tmp_path,

@@ -71,7 +71,7 @@ def check_memory(state, memory):
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
 
 
-def test_a_run_goes_on_on_other_devices(tmp_path, monkeypatch):
+def test_a_run_resumes_on_other_devices(tmp_path, monkeypatch):
     config = official_config(write_official(tmp_path))
     data = dataclasses.replace(config.data, rows=8, shards=2, workers=0)
     config = changed(config, data=data, steps=STEPS, checkpoint__every=100, eval=EvalConfig())

@@ -76,7 +76,7 @@ def test_the_published_file_is_recognized(tmp_path, monkeypatch):
     assert scoring.digests([path]) == {"MMStar.tsv": (digest, True)}
 
 
-def test_the_picture_shows_groups_and_steps():
+def test_the_image_shows_groups_and_steps():
     results = [
         scoring.Result(Variant(TASKS["mme"], delta), {"MME": 2415.4}, 1, 1, 0.0, 0.0, {})
         for delta in (None, "1/4")

@@ -57,7 +57,7 @@ def test_a_topology_has_as_many_devices_as_its_name_says(text, count, near):
     "text",
     ["v5e", "v5e:16", "v5p:4x4", "v6e:4x4x4", "h100:8", "v4:2x2x2", "v5e:0x4", "v5e:4xa", ""],
 )
-def test_a_wrong_topology_is_told_what_one_looks_like(text):
+def test_an_error_about_a_topology_shows_a_right_one(text):
     with pytest.raises(ValueError, match=r"--topology is .*v5e:4x4, v5p:4x4x8"):
         parse(text)
 
@@ -208,7 +208,7 @@ def test_the_command_answers_without_a_compiler(tmp_path):
     assert row["analysis"]["peak"] < CHIPS["v5e"].usable and 0.5 < row["mfu_at_most"] < 1
 
 
-def test_what_does_not_fit_is_told_what_to_change():
+def test_a_run_that_does_not_fit_gets_advice():
     done = ask("--config", "configs/sft.py:8b", "--topology", "v5e:4x4", "--analytic")
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT" in done.stdout and "--config.micro_batches=32" in done.stdout

@@ -302,7 +302,7 @@ def test_what_can_be_seen_without_a_model_is_checked_before_one_is_read(
     assert re.search(reason, fail(ask, checkpoint=str(tmp_path / "no model"), **flags))
 
 
-def test_a_refused_output_leaves_nothing_beside_it(ask, tmp_path):
+def test_a_refused_output_leaves_no_other_file(ask, tmp_path):
     """A file of a checkpoint as --output, say: a lock there would make the checkpoint look changed."""
     (tmp_path / "requests.jsonl").write_text('{"prompt": "x"}\n')
     (tmp_path / "config.json").write_text('{"mine": 1}\n')

@@ -137,7 +137,7 @@ def test_several_devices_generate_the_same():
         )
 
 
-def test_a_conversation_goes_on_in_it():
+def test_a_conversation_continues_in_it():
     """The second turn reads the first one from the cache; several answers to a question copy it."""
     chat = Chat(load(directory(), weights="int8"), cache="int8", max_new_tokens=8)
     chat("What?", images=[make_image(20, 30)])

@@ -44,7 +44,7 @@ def save_other(directory, path):
     save_checkpoint(path, other.params, other.config, other.processor, files)
 
 
-def test_a_base_may_move_and_a_run_that_is_one_may_go_on(lora_base, tmp_path):
+def test_a_base_may_move_and_a_run_that_is_one_may_resume(lora_base, tmp_path):
     """It is known by its hash; of a training run the step is the base that was its newest then."""
     first = tmp_path / "sft" / "checkpoints" / "1"
     shutil.copytree(lora_base, first)
@@ -70,7 +70,7 @@ def test_a_base_may_move_and_a_run_that_is_one_may_go_on(lora_base, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "now"), [("nf4", "nf4"), ("none", "nf4"), ("int8", "none")])
-def test_an_adapter_goes_on_beside_other_bits_of_the_same_base(lora_base, tmp_path, before, now):
+def test_an_adapter_resumes_on_the_same_base_in_another_format(lora_base, tmp_path, before, now):
     settings = dataclasses.replace(ADAPTERS, quantize=before)
     trained = jax.device_get(
         start(short(lora_base, steps=1, param_dtype="bfloat16", lora=settings), tmp_path / "before")
@@ -129,7 +129,7 @@ def test_a_recipe_of_a_run_starts_from_its_merged_model(lora_run):
     assert finetune(str(lora_run[0])).init_from == str(resolve_checkpoint(lora_run[0]))
 
 
-def test_no_part_of_an_adapter_stands_still_for_ever():
+def test_dead_ranks_of_an_adapter_are_reinitialized():
     rng = np.random.default_rng(0)
     drawn, a, b = rng.normal(size=(3, 8, 2)), rng.normal(size=(3, 8, 2)), rng.normal(size=(3, 2, 4))
     a[1], b[1] = 0, 0  # a layer without an adapter

@@ -71,7 +71,7 @@ def test_it_opens_as_an_ordinary_model(lora_run):
     )
 
 
-def test_it_goes_on_bit_for_bit(lora_run, lora_base, tmp_path):
+def test_it_resumes_bit_for_bit(lora_run, lora_base, tmp_path):
     """From the step before the last; the adapters' dropout and the data go on where they were."""
     workdir, params = lora_run
     shutil.copytree(workdir, tmp_path / "run")
@@ -183,7 +183,7 @@ def test_a_run_is_merged_by_converting(lora_run, lora_base, tmp_path, capsys):
     np.testing.assert_array_equal(back, expected["language"]["embedding"][:rows])
 
 
-def test_a_run_beside_four_bits(lora_base, tmp_path):
+def test_a_run_on_a_four_bit_base(lora_base, tmp_path):
     """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
     config = config_of(
         lora_base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, checkpoint__every=2

@@ -142,7 +142,7 @@ def test_without_an_answer_the_second_half_is_made_blind():
     assert model.asked[1][2] == ["one two"]
 
 
-def test_it_goes_on_behind_the_last_finished_question(tmp_path):
+def test_it_resumes_after_the_last_finished_question(tmp_path):
     answers = {f"q{n}": ["Answer: 6", "Answer: 7"] if n % 2 else ["Answer: 7"] for n in range(6)}
     questions, settings = (
         [question(name) for name in answers],

@@ -114,7 +114,7 @@ def test_the_pipeline_reads_what_is_written(data, stage):
         )
 
 
-def test_every_held_out_and_long_row_can_be_used(example, data):
+def test_every_eval_and_long_row_can_be_used(example, data):
     settings = config(data, "sft")
     preparer = example.score.ExampleBuilder(
         settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")
@@ -132,7 +132,7 @@ def test_every_held_out_and_long_row_can_be_used(example, data):
                 assert meta == "held_out" or all(len(part) <= 4 for part in tiles)
 
 
-def test_nothing_held_out_is_trained_on(example, data):
+def test_no_eval_data_is_trained_on(example, data):
     trained, held_out = ({}, {})
     for metas, rows in ((("pretrain", "sft"), trained), (("held_out", "long"), held_out)):
         for meta in metas:

@@ -202,7 +202,7 @@ def test_paths_are_relative_to_the_meta_file(tmp_path, monkeypatch):
             RowSource(read_meta(write_meta(tmp_path / "metas", b=entry))[0])
 
 
-def test_a_length_that_disagrees_is_told(tmp_path):
+def test_a_length_that_disagrees_is_a_warning(tmp_path):
     meta = write_meta(
         tmp_path, a={"rows": [TEXT] * 3, "length": 3}, b={"rows": [TEXT] * 3, "length": 5}
     )

@@ -213,7 +213,7 @@ def assert_close(found, expected, tolerance):
     ],
     ids=["mpo", "preference alone", "quality alone"],
 )
-def test_loss_and_gradient_are_those_of_whole_logits(both, loss):
+def test_loss_and_gradient_are_those_of_full_logits(both, loss):
     batch = both[0]
     expected, slopes = jax.value_and_grad(lambda params: directly(params, batch, loss, None))(
         PARAMS

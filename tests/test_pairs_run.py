@@ -49,7 +49,7 @@ def run_config(folder, **changes):
     return changed(config, **(settings | changes))
 
 
-def test_a_run_prefers_what_was_chosen_and_goes_on_exactly(tmp_path):
+def test_a_run_prefers_what_was_chosen_and_resumes_exactly(tmp_path):
     """What is said of eval pairs goes the same way."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     config = run_config(tmp_path, eval=EvalConfig(every=6, batches=2, answers=2))

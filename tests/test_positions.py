@@ -94,7 +94,7 @@ def test_one_run_covers_all_tiles():
     assert positions[-1] == (tiles * per_tile // 4 + 1) * UNITS
 
 
-def test_text_after_a_partial_step_is_at_the_next_whole_position():
+def test_text_after_a_partial_step_is_at_the_next_integer_position():
     # 16 tokens at 1/256 end at 16/256 after <img>, so </img> is at 1 + 1 after it.
     positions = build_positions(20, [(1, 16)], [1])
     assert positions[16] == 16

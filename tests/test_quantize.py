@@ -77,7 +77,7 @@ def test_the_model_computes_with_the_matrices_that_are_kept(kind):
     )
 
 
-def test_training_beside_four_bits():
+def test_training_on_a_four_bit_base():
     """The same update as beside the unpacked matrices, which do not change; on devices that split
     them, too.
     """

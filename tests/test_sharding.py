@@ -90,7 +90,7 @@ def placed(tree, places):
 
 
 @pytest.mark.parametrize("width, axes", [(24, ("context", "fsdp")), (20, "fsdp")])
-def test_a_gradient_lies_where_its_parameter_does(width, axes):
+def test_a_gradient_is_sharded_as_its_parameter(width, axes):
     """Also where context and fsdp together do not divide the width, as of the 6B tower on 256
     devices.
     """

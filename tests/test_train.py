@@ -94,7 +94,7 @@ def test_a_run_leaves_what_it_should(whole_run):
     assert re.fullmatch(finished, out.splitlines()[-3])
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole_run, command, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(whole_run, command, tmp_path):
     """Killed after some checkpoints, started again: the losses of all steps and the final state are
     those of the whole run.
     """
@@ -236,7 +236,7 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def test_a_damaged_checkpoint_is_passed_over(whole_run, command, tmp_path):
+def test_a_damaged_checkpoint_is_skipped(whole_run, command, tmp_path):
     """With a message that says which file; the run goes on from the one before, to the same end."""
     run = tmp_path / "run"
     for name in ("config.json", "log.jsonl"):

@@ -109,14 +109,14 @@ def test_a_killed_process_ends_the_others(killed):
     assert latest_step(workdir) % SAVE_EVERY == 0, "what was complete is kept"
 
 
-def test_started_again_it_goes_on_exactly(killed, restarted, alone):
+def test_started_again_it_resumes_exactly(killed, restarted, alone):
     before, log = killed[1], log_of(restarted)
     assert log[: len(before)] == before, "steps that ran twice have the same bits"
     check_same(log, alone)
 
 
 @pytest.mark.parametrize("count, devices, mesh", [(1, 1, {}), (2, 4, {"data": 2, "context": 2})])
-def test_other_processes_go_on_from_its_checkpoint(
+def test_other_processes_resume_from_its_checkpoint(
     start, restarted, alone, tmp_path, count, devices, mesh
 ):
     """Saved by 4 processes x 2 devices; what was computed from it there is computed here."""
