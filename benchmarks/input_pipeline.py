@@ -1,5 +1,5 @@
 """Measures how fast the host prepares training data: samples and tiles a second, and how many cores
-a device needs beside it.
+a device needs for it.
 
     python benchmarks/input_pipeline.py            writes results/input_pipeline.json
 

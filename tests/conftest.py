@@ -161,7 +161,7 @@ def transformers_tokenizer(qwen_directory):
 
 @pytest.fixture
 def stubs(tmp_path):
-    """Call with programs and what each does in bash: they stand first on the returned environment's
+    """Call with programs and what each does in bash: they are first on the returned environment's
     PATH and note their calls.
     """
 

@@ -168,7 +168,7 @@ def test_a_query_without_keys_is_finite(function):
 
 
 def primitives(jaxpr) -> collections.Counter:
-    """How often each primitive stands in a program, its inner ones included."""
+    """Returns how often each primitive is in a program, its inner ones included."""
     found = collections.Counter()
     for equation in jaxpr.eqns:
         if not equation.outvars:  # left by the differentiation; the compiler drops it

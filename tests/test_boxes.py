@@ -88,8 +88,8 @@ def test_boxes_are_read(text, found):
         ("<box>[[500, 500, 900, 1200]]</box>", (320, 240, 576, 480), "reaches beyond the image"),
         ("<box>[[-100, 500, 900, 800]]</box>", (0, 240, 576, 384), "reaches beyond the image"),
         ("<box>[[750, 500, 500, 250]]</box>", (320, 120, 480, 240), "corners were exchanged"),
-        ("<box>[[1100, 0, 1200, 500]]</box>", None, "lies outside of the image"),
-        ("<point>1500 500</point>", None, "lies outside of the image"),
+        ("<box>[[1100, 0, 1200, 500]]</box>", None, "is outside of the image"),
+        ("<point>1500 500</point>", None, "is outside of the image"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )

@@ -1,4 +1,4 @@
-"""A run that stops on some devices and goes on on others: the same batches in the same order, the
+"""A run that stops on some devices and resumes on others: the same batches in the same order, the
 same losses.
 """
 
@@ -21,7 +21,7 @@ from tests.support.tiny_checkpoint import changed
 
 STEPS = 12
 # Devices, how they are used, the step after which the run is stopped there, and where the
-# optimizer's state lies meanwhile.
+# optimizer state is meanwhile.
 PLACES = [
     (8, MeshConfig(fsdp=4, tensor=2), 4, "device"),
     (2, MeshConfig(fsdp=1, context=2), 8, "pinned_host"),

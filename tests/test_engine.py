@@ -224,7 +224,7 @@ def test_features_of_images_are_kept_within_their_budget():
 
 
 def test_long_prompts_enter_in_chunks_between_blocks():
-    """A running answer goes on while a prompt of several chunks enters."""
+    """A running answer continues while a prompt of several chunks enters."""
     engine = Engine(generator(), rows=2, max_length=4096)
     text = make_prompt(seed=9, text=1200)
     running = engine.submit(Request(RAGGED[1], max_new_tokens=200))

@@ -134,7 +134,7 @@ def test_a_broken_constraint_ends_its_own_request():
 
 
 def test_rows_without_finite_logits_fail_alone():
-    """The other rows go on, and the row can be used again."""
+    """The other rows continue, and the row can be used again."""
     engine = shared_engine()
     for _ in range(3):
         bad, good = ask(

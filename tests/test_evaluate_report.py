@@ -1,4 +1,4 @@
-"""What a run of the evaluation writes: files for servers and judges, Overalls, the picture."""
+"""What a run of the evaluation writes: files for servers and judges, Overalls, the image."""
 
 import json
 import zipfile

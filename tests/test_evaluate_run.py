@@ -21,7 +21,7 @@ NAMES = (
 
 
 def test_every_loader_end_to_end(tmp_path, monkeypatch, capsys):
-    """Six rows of each are answered by the model; what is to be sent elsewhere is written."""
+    """Six rows of each are answered by the model; what is scored elsewhere is written."""
     data = world.build(tmp_path / "data", [TASKS[name] for name in NAMES])
     output = tmp_path / "output"
     monkeypatch.setattr(mantis, "read_parquet", lambda path: world.MANTIS)

@@ -142,7 +142,7 @@ FUNCTIONS = {
     "wildvision_verdict": lambda text: list(judged.wildvision_verdict(text)),
     "mmhal_reply": judged.mmhal_reply,
 }
-# What stands behind a vector -> (pattern, function).
+# What a vector's second half is -> (pattern, function).
 REMARKS = {
     "relaxed_accuracy": (
         r"right way round: (.*)",

@@ -148,7 +148,7 @@ def test_a_text_without_a_program_is_refused():
 def test_what_is_alive_at_the_peak():
     arrays = live_arrays.arrays_at_peak(TEXT)
     sizes = {array.source: array.bytes for array in arrays}
-    # Alive until it is copied, as the arguments are all along; its copy lies in another memory.
+    # Alive until it is copied, as the arguments are all along; its copy is in another memory.
     assert sizes["while/body/large"] == 1024 * 1024 * 4
     assert sizes["state.params['head']"] == 8 * 128 * 2
     assert sum(sizes.values()) < 1024 * 1024 * 4 + 64 * 128 * 2 * 3
@@ -219,7 +219,7 @@ def test_generation_compiles_for_devices_that_are_not_used():
 
 def test_decoding_moves_no_matrix():
     """Split over fsdp, a matrix stays: gathered, all layers would be gathered before the loop over
-    tokens and lie there side by side.
+    tokens and be there at once.
     """
     config, topology = tiny(**{"mesh.tensor": 2, "mesh.fsdp": 4}), parse("cpu:8")
     mesh = make_mesh(config.mesh, topology.devices())

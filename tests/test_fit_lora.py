@@ -1,4 +1,4 @@
-"""fit of LoRA and QLoRA: what is held, what is computed, what travels."""
+"""fit of LoRA and QLoRA: what is held, what is computed, what is communicated."""
 
 import dataclasses
 import importlib

@@ -75,7 +75,7 @@ def test_the_analysis_agrees_with_every_row_of_the_table():
 
 
 def test_the_analysis_agrees_with_every_program_of_generation():
-    """As above; what does not lie within 10 % is named in docs/fit.md."""
+    """As above; what is not within 10 % is named in docs/fit.md."""
     rows = [row for row in json.loads(TABLE.read_text()) if "decode" in row.get("compiler", {})]
     assert rows
     apart = {}

@@ -1,6 +1,6 @@
 """What a disk without room costs: one line with the file's name, and nothing of what was complete.
 
-A limit on the size of files stands for the full disk: the same calls fail, also those of C++
+A limit on the size of files replaces the full disk: the same calls fail, also those of C++
 libraries, and it needs no rights.
 """
 
@@ -60,7 +60,7 @@ def test_a_step_without_room_leaves_the_steps_before_it(tmp_path, capfd):
 
 
 def test_a_failed_save_is_removed_when_nothing_is_written_to_it_any_more(tmp_path, monkeypatch):
-    """The writes of the optimizer's state go on while those of the parameters have failed."""
+    """The writes of the optimizer state continue while those of the parameters have failed."""
 
     def start(path, tree):
         def wait():

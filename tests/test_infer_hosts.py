@@ -45,7 +45,7 @@ def run(lines: list[list[str]], devices: int) -> list[str]:
 
 
 def test_two_hosts_answer_as_one(folder):
-    """With candidates and a critic, going on behind a first answer that only the first host has to
+    """With candidates and a critic, resuming after a first answer that only the first host has to
     know of.
     """
     checkpoint = str(tiny_checkpoint.directory())

@@ -108,7 +108,7 @@ def test_a_file_of_questions_is_resumed(ask, requests):
         ),
         (
             '{"prompt": "hi", "zzz": []}',
-            "unknown key 'zzz'; what is to be kept beside the answer goes into extra",
+            "unknown key 'zzz'; put what the answer should repeat into extra",
         ),
         (
             '{"prompt": "<image>", "image": ["wide.png", "wide.png"]}',
@@ -126,7 +126,7 @@ def test_wrong_questions_are_named(ask, requests, line, message):
 
 
 def test_a_poisoned_request_fails_alone(ask, requests):
-    """Its error stands in its place, the status says so, and when it is fixed it can be asked
+    """Its error is in its place, the status says so, and when it is fixed it can be asked
     again.
     """
     broken = requests.with_name("broken.png")

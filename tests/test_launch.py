@@ -113,7 +113,7 @@ def test_the_page_names_every_file():
 
 
 def test_statuses_are_those_of_the_program():
-    """143 and 134 stand in the files as numbers."""
+    """143 and 134 are in the files as numbers."""
     assert (TERMINATED, EXIT_PEER_LOST) == (143, 134)
     for path in LAUNCH.glob("sky_*.yaml"):
         assert yaml.safe_load(path.read_text())["resources"]["job_recovery"][

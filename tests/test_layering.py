@@ -230,7 +230,7 @@ TEXT = {".py", ".md", ".toml", ".txt", ".ipynb", ".sh", ".cfg", ".yaml", ".yml",
 GENERATED = re.compile(
     r"^(\.git|\.venv.*|\..*_cache|\.ipynb_checkpoints|__pycache__|.*\.egg-info|build|dist|runs|checkpoints|demo_output)$"
 )
-# A folder that only its author has, at the start of an absolute path; nobody's clone lies beside a
+# A folder that only its author has, at the start of an absolute path; nobody's clone is beside a
 # folder named shared.
 PRIVATE = re.compile(r"(?<![\w.~$}>])/(?:work|root|home|Users|opt|tmp/dev)/\w|\.\./shared/")
 

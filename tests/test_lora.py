@@ -161,7 +161,7 @@ def test_a_may_stand_still_only_while_b_is_zero():
     _, after, metrics, _ = step_of(SETTINGS, params=new)
     assert int(metrics["zero_gradient"]) == -1
     assert by_path(after.params)["lora/language/layers/q/b"].any()
-    # A layer that nothing reaches: its adapter's a stands still although its b is not zero.
+    # A layer that nothing reaches: its adapter's a does not change although its b is not zero.
     dead = jax.tree.map(np.asarray, adapted())
     dead["vision"]["layers"]["layer_scale2"] = np.zeros_like(
         dead["vision"]["layers"]["layer_scale2"]

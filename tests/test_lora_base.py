@@ -1,5 +1,5 @@
-"""The base of a LoRA run: the same wherever it lies and in whatever bits, and what an adapter is
-not put on.
+"""The base of a LoRA run: the same wherever it is stored and in whatever format, and where an
+adapter is refused.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A LoRA run through train.py: what its checkpoints hold, how it goes on, what its base must be,
+"""A LoRA run through train.py: what its checkpoints hold, how it resumes, what its base must be,
 and what opens it.
 """
 
@@ -72,7 +72,7 @@ def test_it_opens_as_an_ordinary_model(lora_run):
 
 
 def test_it_resumes_bit_for_bit(lora_run, lora_base, tmp_path):
-    """From the step before the last; the adapters' dropout and the data go on where they were."""
+    """From the step before the last; the adapters' dropout and the data continue."""
     workdir, params = lora_run
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
@@ -184,7 +184,7 @@ def test_a_run_is_merged_by_converting(lora_run, lora_base, tmp_path, capsys):
 
 
 def test_a_run_on_a_four_bit_base(lora_base, tmp_path):
-    """Saves no base, goes on bit for bit, opens with the matrices that it was trained beside."""
+    """Saves no base, resumes bit for bit, opens with the kernels that it was trained on."""
     config = config_of(
         lora_base, lora=dataclasses.replace(LORA, quantize="nf4"), steps=3, checkpoint__every=2
     )

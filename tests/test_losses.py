@@ -209,8 +209,8 @@ def test_hidden_states_stay_on_their_device(shape, names):
 
 
 def test_groups_do_without_a_mesh_in_context():
-    """Where the rows are sharded and no mesh is set, `groups` says so; without it whole rows
-    travel, as the count tells.
+    """Where the rows are sharded and no mesh is set, `groups` says so; without it full rows are
+    communicated, as the count says.
     """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())

@@ -117,7 +117,7 @@ def test_a_row_is_the_mean_since_the_last():
 
 
 def test_the_log_and_tensorboard(tmp_path):
-    """Rows after the step at which a run goes on are dropped; TensorBoard's file holds the same
+    """Rows after the step at which a run resumes are dropped; TensorBoard's file holds the same
     values.
     """
     config = changed(train_config(), logging__tensorboard=True)
@@ -132,7 +132,7 @@ def test_the_log_and_tensorboard(tmp_path):
 
 
 def test_weights_and_biases_tells_runs_apart(tmp_path, monkeypatch):
-    """Two runs whose directories end alike are two runs there; one that goes on stays what it is."""
+    """Two runs whose directories end alike are two runs there; one that resumes stays what it is."""
     started, finished = [], []
     run = types.SimpleNamespace(
         log=lambda values, step: None, finish=lambda exit_code: finished.append(exit_code)

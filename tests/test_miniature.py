@@ -153,7 +153,7 @@ def test_no_eval_data_is_trained_on(example, data):
     ]
     assert chapters_of[1] <= {9, 19, 29, 39} and not chapters_of[0] & {9, 19, 29, 39}
     # Another hand's drawings are in the images of other_drawings alone; of the searches every
-    # image is held out.
+    # image is eval data.
     images = {
         image.split("/")[0]
         for part in rows_of(data, "long").values()

@@ -72,7 +72,7 @@ def test_tied_embeddings_save_one_matrix():
     assert "head" not in abstract_params(tied)["language"]
 
 
-# --- who sees whom -------------------------------------------------------------------------------
+# --- which tokens see which ----------------------------------------------------------------------
 
 
 LONGEST = 32  # tokens of the rows below, padding included
@@ -118,7 +118,7 @@ def test_a_token_sees_itself_and_what_comes_before():
 
 
 def test_order_decides_and_not_positions():
-    """Positions that stand still or go back hide nothing and show nothing."""
+    """Positions that repeat or go back hide nothing and show nothing."""
     row = make_row(text=LONGEST)
     row["positions"] = np.random.default_rng(0).integers(0, 6, (1, LONGEST), dtype=np.int32) * UNITS
     np.testing.assert_array_equal(influence(row), np.tril(np.ones((LONGEST, LONGEST), bool)))

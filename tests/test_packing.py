@@ -278,7 +278,7 @@ def test_batches_resume_from_their_json():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_sees_the_same_batches(processes):
-    """Four streams, read by one process or by several; and one goes on where several stopped."""
+    """Four streams, read by one process or by several; and one resumes where several stopped."""
     settings = {"shards": 4, "rows": 8}
     with batches(**settings) as alone:
         expected = list(itertools.islice(alone, 5))
@@ -298,7 +298,7 @@ def test_any_number_of_processes_sees_the_same_batches(processes):
 
 
 def test_an_error_comes_where_its_batch_would_have():
-    """And again at the next call, so that a loop that goes on does not hang."""
+    """And again at the next call, so that a loop that continues does not hang."""
     with batches(tokens_per_row=16) as stream:
         for _ in range(2):
             with pytest.raises(ValueError, match="a row holds 16"):

@@ -1,4 +1,4 @@
-"""MPO through train.py: from pairs in files to a run that goes on, with each kind of reference, and
+"""MPO through train.py: from pairs in files to a run that resumes, with each kind of reference, and
 what is said of eval pairs.
 """
 
@@ -84,7 +84,7 @@ def losses_of(workdir):
 
 
 def test_adapters_are_compared_with_their_base(tmp_path):
-    """Without a second model: as if the base were named as one. The run goes on exactly."""
+    """Without a second model: as if the base were named as one. The run resumes exactly."""
     adapters = LoraConfig(rank=2, alpha=8.0, targets=("language/layers/(q|v|down)",))
     config = lora.freeze_base(
         run_config(tmp_path, lora=adapters, steps=4, checkpoint=CheckpointConfig(every=2, keep=5))

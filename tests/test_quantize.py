@@ -78,7 +78,7 @@ def test_the_model_computes_with_the_matrices_that_are_kept(kind):
 
 
 def test_training_on_a_four_bit_base():
-    """The same update as beside the unpacked matrices, which do not change; on devices that split
+    """The same update as on the unpacked kernels, which do not change; on devices that split
     them, too.
     """
     settings, params = prepared("nf4")

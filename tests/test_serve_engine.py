@@ -92,7 +92,7 @@ def test_a_grammar_that_fails_fails_alone(live, monkeypatch):
 
 
 def test_parameters_that_are_not_finite(checkpoint):
-    """The request gets an error, and the server goes on."""
+    """The request gets an error, and the server continues."""
     params = jax.tree.map(lambda leaf: leaf, checkpoint.params)
     head = params["language"]["norm"]
     params["language"] = params["language"] | {

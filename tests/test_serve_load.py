@@ -97,7 +97,7 @@ def test_many_clients(checkpoint, questions):
 
 
 class Load:
-    """Clients that ask without end, and go on when the server is gone and back.
+    """Clients that ask without end, and continue when the server is gone and back.
 
     Attributes:
       url: of the server, which may change.

@@ -1,4 +1,4 @@
-"""The server refuses what it cannot answer: in OpenAI's form, with what to do, and goes on."""
+"""The server refuses what it cannot answer: in OpenAI's form, with what to do, and continues."""
 
 import contextlib
 import socket

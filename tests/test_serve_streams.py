@@ -200,8 +200,8 @@ def test_a_client_of_the_library_that_leaves(slow):
 
 
 def test_a_slow_reader_holds_nobody_up():
-    """The answer of a client that does not read is complete at once; others go on; its connection
-    ends with its time.
+    """The answer of a client that does not read is complete at once; others continue; its
+    connection ends with its time.
     """
     engine = ScriptedEngine([stop_id()], lambda request: long_answer(), rows=16)
     with serving(engine, limits=Limits(seconds=8.0)) as live:

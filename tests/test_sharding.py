@@ -205,7 +205,7 @@ def test_every_mesh_is_one_device(style, name, micro_batches):
     assert_close((params, metrics), (wanted_params, wanted_metrics))
 
 
-# --- what travels --------------------------------------------------------------------------------
+# --- what is communicated ------------------------------------------------------------------------
 
 
 def groups_of(line: str) -> set[tuple[int, ...]]:
@@ -229,7 +229,7 @@ def test_visual_features_stay_with_their_rows():
     a row exchange.
     """
     mesh = sharding.make_mesh(MESHES["all"])
-    # whole on every device: what travels is no parameter
+    # whole on every device: what is communicated is no parameter
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))
     values = sharding.global_batch(mesh, 8, widened(batch(8)), list(range(8)))
 
@@ -286,7 +286,7 @@ def test_fsdp_gathers_each_weight_once_and_scatters_its_gradient(style):
         for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
         if any(place.spec)
     ]
-    # Only the embedding rows that are looked up travel, not the table.
+    # Only the embedding rows that are looked up are communicated, not the table.
     table = shapes["language"]["embedding"].size * 4
     weights = (sum(split) - table) * 7 / 8
     assert weights <= received["all-gather"] <= 1.02 * weights

@@ -151,7 +151,7 @@ def test_an_unknown_policy_is_named():
         jax.eval_shape(InternVL(CONFIG, remat_vision="all").init, jax.random.key(0), batch())
 
 
-# --- who learns from whom ------------------------------------------------------------------------
+# --- which tokens are learned from ---------------------------------------------------------------
 
 
 def test_a_sample_learns_nothing_from_its_neighbors():

@@ -148,7 +148,7 @@ def test_pinned_grids():
 
 
 def test_equally_large_grids_are_never_equally_near():
-    """What makes the scan order within an area irrelevant: another grid always lies nearer to the
+    """What makes the scan order within an area irrelevant: another grid is always nearer to the
     point between the two.
     """
     for limit in range(1, 41):

@@ -1,5 +1,5 @@
-"""train.py as a program: what a run leaves behind; killed, stopped or damaged, it goes on bit for
-bit.
+"""train.py as a program: what a run leaves behind; killed, stopped or damaged, it resumes bit
+for bit.
 """
 
 import json
@@ -237,7 +237,7 @@ def processes_of(session: int) -> list[int]:
 
 
 def test_a_damaged_checkpoint_is_skipped(whole_run, command, tmp_path):
-    """With a message that says which file; the run goes on from the one before, to the same end."""
+    """With a message that says which file; the run resumes from the one before, to the same end."""
     run = tmp_path / "run"
     for name in ("config.json", "log.jsonl"):
         (run / name).parent.mkdir(exist_ok=True)

@@ -144,7 +144,7 @@ def test_its_checkpoint_has_the_same_bits_on_any_devices(restarted):
 
 
 def test_preference_optimization_on_two_processes_is_that_on_one(start, tmp_path):
-    """Policy, reference and held-out pairs over the devices of both."""
+    """Policy, reference and eval pairs over the devices of both."""
     config = f"pairs_config({write_pairs(tmp_path)!r}, {str(tiny_checkpoint.directory())!r})"
     finish(start(tmp_path / "one", 1, 1, config=config))
     finish(start(tmp_path / "two", 2, 2, "--config.mesh.context=2", config=config))

@@ -1,5 +1,5 @@
 """train.py in this process: saves that fail, official data, and what a run refuses to start from or
-to go on with.
+to resume.
 """
 
 import dataclasses

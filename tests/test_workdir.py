@@ -58,7 +58,7 @@ def test_a_home_directory_is_found(tmp_path, monkeypatch):
 
 
 def test_one_process_has_it_at_a_time(tmp_path):
-    """The second is told who has it; a holder that is killed leaves nothing behind."""
+    """The second names who has it; a holder that is killed leaves nothing behind."""
     place = tmp_path / "a [1] run"
     code = "import sys, time, pathlib; from internvl3_jax.training.workdir import held\nwith held(pathlib.Path(sys.argv[1])):\n"
     code += "    print('held', flush=True); time.sleep(600)"

@@ -4,7 +4,7 @@ what was never interrupted.
     python tools/kill.py training --kills 50
     python tools/kill.py requests --kills 50
 
-Training has worker processes, saves, evaluations and answers to held-out questions, and is slowed
+Training has worker processes, saves, evaluations and answers to eval questions, and is slowed
 so that a kill can hit each of them:
 while it starts, in a step, while a step's checkpoint is written, while it evaluates, at any time. A
 run is killed several times on its way, until it ends; then the log without times, answers.jsonl,

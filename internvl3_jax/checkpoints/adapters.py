@@ -174,7 +174,7 @@ def _unstacked(layers: Mapping, count: int) -> dict:
 
 
 def _fuse(layers: Mapping, config: ModelConfig) -> dict:
-    """Fuses adapters: the a are concatenated, and each b is placed at its own columns."""
+    """Fuses adapters: the a are concatenated, and each b gets columns of its own."""
     language = config.language
     q, k = language.q_width, language.kv_width
     inner = language.expert_size if language.num_experts else language.intermediate_size

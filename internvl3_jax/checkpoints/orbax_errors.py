@@ -11,8 +11,8 @@ from absl import logging as absl_logging
 
 from internvl3_jax.io.command_line import message
 
-# Seconds from a failed write to the removal of its directory. Writes of other arrays go on for some
-# milliseconds, which nobody can wait for, and would create files in it again.
+# Seconds from a failed write to the removal of its directory. Writes of other arrays continue
+# for some milliseconds, which nobody can wait for, and would create files in it again.
 SETTLE = 1.0
 _DISK = (
     errno.ENOSPC,

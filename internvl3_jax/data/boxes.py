@@ -61,7 +61,7 @@ class Box:
       image: number of the image among those of the question, from 1; None if there are several and
         the answer names none of them.
       pixels: x and y of the corners in that image, in turn, as floats within it; a box has its
-        upper left and its lower right corner. None without an image, or if it is malformed or lies
+        upper left and its lower right corner. None without an image, or if it is malformed or is
         outside.
       problem: what is wrong with it; "" if nothing is.
     """
@@ -174,7 +174,7 @@ def _located(box: Box, number: int, shown: ShownImage) -> Box:
         points = ordered
     xs, ys = points[::2], points[1::2]
     if max(xs) < 0 or max(ys) < 0 or min(xs) > sides[0] or min(ys) > sides[1]:
-        return dataclasses.replace(box, image=number, problem="lies outside of the image")
+        return dataclasses.replace(box, image=number, problem="is outside of the image")
     clipped = [min(max(value, 0.0), float(sides[n % 2])) for n, value in enumerate(points)]
     if clipped != points:
         problems.append("reaches beyond the image and is clipped")

@@ -164,7 +164,8 @@ def _remarks(report: Mapping) -> list[str]:
         if task["problem"] and task["scores"]:
             lines.append(f"- {task['run']}: {task['problem']}")
         if task["written"]:
-            lines.append(f"- {task['run']}: {pathlib.Path(task['written']).name} is to be scored")
+            name = pathlib.Path(task["written"]).name
+            lines.append(f"- {task['run']}: {name} can be scored elsewhere")
     lines += [f"- left out: {text}" for text in report.get("left_out", ())]
     return lines
 

@@ -34,7 +34,7 @@ def answer_all(
       files: task -> digests of its files.
 
     Returns:
-      (what is to be known of the model, the runs, run -> answers); None in place of the answers on
+      (facts about the model, the runs, run -> answers); None in place of the answers on
       all hosts but the first.
     """
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every load

@@ -25,7 +25,7 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_float(
-    "fps", None, "Show so many frames of a second, at most --num_frames.", lower_bound=0.0
+    "fps", None, "Show this many frames per second, at most --num_frames.", lower_bound=0.0
 )
 flags.DEFINE_multi_string(
     "clip", [], "Seconds of a video that are shown, such as 3-9.5; once, or once per video."

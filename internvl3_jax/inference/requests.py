@@ -163,7 +163,7 @@ def refuse_unknown(row: strict_json.Object, known: Sequence[str]) -> None:
             near = f"; did you mean {meant!r}?" if meant else strict_json.suggestion(name, known)
             raise JsonError(
                 f"{row.where}: unknown key {excerpt(name)}"
-                f"{near or '; what is to be kept beside the answer goes into extra'}"
+                f"{near or '; put what the answer should repeat into extra'}"
             )
 
 

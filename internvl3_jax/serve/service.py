@@ -137,8 +137,8 @@ class Service:
         seconds = self._thread.seconds_in_round if self._thread is not None else 0.0
         if seconds > self.limits.step_seconds:
             raise ApiError(
-                f"a round of the engine has taken {seconds:,.0f} s; restart the server if it goes "
-                "on (--max_step_seconds)",
+                f"a round of the engine has taken {seconds:,.0f} s; restart the server if it "
+                "continues (--max_step_seconds)",
                 503,
                 code="engine_stuck",
             )

@@ -36,7 +36,7 @@ class Component:
     Attributes:
       name: The component, or "all".
       parameters: Number of parameters, rows that pad the vocabulary included. A quantized kernel
-        counts as many as it had before.
+        counts the parameters that it had before.
       trained: How many of them the optimizer updates.
       rates: Lowest and highest learning rate at the schedule's peak; 0 where all is frozen.
       dtypes: Dtypes of the stored leaves.

@@ -1,7 +1,7 @@
 """Tiny random transformers models of every member of the family, and the two ways they are released
 on disk.
 
-`build_reference` randomises every parameter: transformers starts class and position embeddings at
+`build_reference` randomizes every parameter: transformers starts class and position embeddings at
 zero, biases at zero, norms and layer scales at constants, and a mapping error in any of them would
 go unseen. `save_reference(layout="internvl")` writes the original layout from its own list of
 names, independent of the table in internvl3_jax/checkpoints/hf/mapping.py, so that the two check

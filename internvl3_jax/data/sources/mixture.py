@@ -32,7 +32,7 @@ class Selection:
         self.source, self.rows = source, rows
         total = math.floor(rows * repeat + 1e-9)  # 0.7 * 10 is not 7 in binary
         removed = sorted(place for row in set(excluded) for place in range(row, total, rows))
-        # The number of remaining places before each removed one, which are then found by a search.
+        # The number of remaining rows before each removed one, which are then found by a search.
         self.before = np.asarray(removed, np.int64) - np.arange(len(removed))
         self.length = total - len(removed)
 

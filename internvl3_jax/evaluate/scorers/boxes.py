@@ -58,7 +58,7 @@ def stored_point(answer: str) -> str:
 
 
 def screenspot(text: str, reference: Sequence[float], size: Sequence[float]) -> float:
-    """Returns 100.0 if the point x=A, y=B lies in the box, else 0.0.
+    """Returns 100.0 if the point x=A, y=B is in the box, else 0.0.
 
     Args:
       text: of `stored_point`.

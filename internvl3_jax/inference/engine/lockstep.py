@@ -57,7 +57,7 @@ class LockstepEngine(Engine):
             waiting = len(self._queue) + len(self._entering)
             if waiting >= self._max_waiting:
                 raise QueueFullError(
-                    f"{waiting} requests are waiting, as many as there may be; ask again later"
+                    f"{waiting} requests are waiting, which is the limit; ask again later"
                 )
             self._entering.append(ticket)
             self._changed.notify_all()

@@ -37,8 +37,8 @@ class RequestQueue:
                 raise RuntimeError("the engine has failed") from self._closed
             if len(self._waiting) >= self.max_size:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, as many as there may be; ask "
-                    "again later"
+                    f"{len(self._waiting)} requests are waiting, which is the limit; ask again "
+                    "later"
                 )
             self._waiting.append(ticket)
             self._changed.notify_all()
