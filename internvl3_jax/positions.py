@@ -10,9 +10,9 @@ Worked example, two context tokens with delta 1/4 (64 units), positions in units
     units        0    256            320            384     768  1024
     number       0      1           1.25            1.5       3     4
 
-The first token is at 0. With p the position of <img>, the k-th context token (from 1) is at
-p + k * delta, and the token after the n context tokens (</img>) is at ceil(p + n * delta) + 1, so
-text is always at integer positions. Delta 1 gives exactly 0, 1, 2, ...
+The first token is at 0. Let p be the position of <img>. The k-th context token (from 1) is at
+p + k * delta. The token after the n context tokens (</img>) is at ceil(p + n * delta) + 1, so text
+is always at integer positions. Delta 1 gives exactly 0, 1, 2, ...
 
 Integers keep every position exact up to 8,388,607. float32 merges neighbors at delta 1/256 beyond
 65,536, bfloat16 from the start.

@@ -1,8 +1,8 @@
 """Images as VLMEvalKit stores them before the model sees them.
 
-In the state of spring 2025, which made the card's numbers, a row's only image and every frame of a
-video were written as JPEG with Pillow's defaults, whatever they were before; several images of a
-row went into files of the names in `image_path`, whose ending gives the format.
+The state of spring 2025 made the card's numbers. It wrote a row's only image and every frame of a
+video as JPEG with Pillow's defaults, whatever they were before. Several images of a row went into
+files of the names in `image_path`, whose ending gives the format.
 """
 
 import io

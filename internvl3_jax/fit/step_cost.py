@@ -2,9 +2,9 @@
 
 Times are lower bounds: they assume that each unit runs all the time at the rate of its data sheet.
 
-The FLOPs that the model needs are those of training/flops.py (three forward passes, attention over
-visible pairs), for full rows of one sample each, in which every text token is trained: the most
-that a batch of this size can need. The computed FLOPs add what remat recomputes, and what the
+The FLOPs that the model needs are those of training/flops.py: three forward passes, attention over
+visible pairs. They are for full rows of one sample each, in which every text token is trained, the
+most that a batch of this size can need. The computed FLOPs add what remat recomputes, and what the
 attention kernel computes twice.
 """
 

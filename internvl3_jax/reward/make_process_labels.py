@@ -1,5 +1,5 @@
 """Makes training data for a critic: solutions with + or - after every step, by whether the right
-answer can still be reached from there. As the data of VisualPRM (Wang et al. 2025).
+answer can still be reached from there. Follows the data of VisualPRM (Wang et al. 2025).
 
     python -m internvl3_jax.reward.make_process_labels --checkpoint DIR \\
         --questions questions.jsonl --output labels.jsonl
@@ -14,11 +14,11 @@ step above --threshold is a +. A continuation begins right after the last charac
 it may also continue the step. Unlike in VisualPRM's scripts, which give them 0, steps after one
 with score 0 are continued as well.
 
-Each line of --output is a conversation for train.py (list it in a meta JSON whose root is the
-questions' folder), with the scores of the steps and the number of texts without a stated answer
-("unstated"). OUTPUT.done has a line per finished question. Started again with the same model and
-settings, the program resumes after the last finished question. A question that cannot be asked, for
-a damaged image, say, has its error in OUTPUT.done; --on_error stop ends the run there.
+Each line of --output is a conversation for train.py; list the file in a meta JSON whose root is the
+questions' folder. A line also has the scores of the steps and the number of texts without a stated
+answer ("unstated"). OUTPUT.done has a line per finished question. Started again with the same model
+and settings, the program resumes after the last finished question. A question that cannot be asked,
+for a damaged image, say, has its error in OUTPUT.done; --on_error stop ends the run there.
 
 The status is 1 if no answer could be read, or if a question could not be asked.
 """

@@ -1,7 +1,7 @@
 """Fetches http and https addresses of allowed hosts, within limits.
 
-The name is resolved once, all its addresses are checked, and the connection goes to one of these
-addresses, so that a name cannot change its address in between (DNS rebinding). Proxies of the
+The name is resolved once, all its addresses are checked, and the connection goes to one of them. So
+a name cannot change its address in between (DNS rebinding). Proxies of the
 environment are not used. A redirect is followed only to the same host.
 """
 

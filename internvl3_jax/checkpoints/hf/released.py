@@ -1,9 +1,13 @@
 """Opens released safetensors directories, for loading and as the source of a conversion.
 
-The interface of a source: `config`, `processor`, `tokenizer`, `files` (name -> content of the files
-beside the weights), `dtype` (name), `hashes` (stored with it), `leaf(row, hashes)`, which reads one
-leaf of the parameter tree and adds the hashes of its tensors, and `hash_leaf(row, hashes)`, which
-only adds them.
+The interface of a source:
+
+    config, processor, tokenizer
+    files                      name -> content of the files other than the weights
+    dtype                      its name
+    hashes                     those stored with it
+    leaf(row, hashes)          reads a leaf of the parameter tree and adds its tensors' hashes
+    hash_leaf(row, hashes)     only adds the hashes
 """
 
 import dataclasses

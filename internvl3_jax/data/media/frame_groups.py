@@ -1,7 +1,7 @@
 """Decodes single frames of a video file, one group of images at a time.
 
 A group of images is a key frame with the frames that are decoded after it and shown before the
-next key frame. Every group is decoded from its own key frame and from no other packets, so that the
+next key frame. Every group is decoded from its own key frame and from no other packets. So the
 pixels of a frame do not depend on which other frames are wanted, even if the file is damaged.
 """
 

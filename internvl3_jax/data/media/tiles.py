@@ -2,9 +2,9 @@
 released model's code.
 
 The rule is that of `dynamic_preprocess` in the InternVL code
-(internvl_chat/internvl/train/dataset.py): the grid of at most `max_tiles` tiles whose aspect is
-nearest to the image's, one anisotropic bicubic resize by Pillow to the whole grid, tiles in
-reading order, and the whole image squeezed into one more tile at the end. Other bicubic filters
+(internvl_chat/internvl/train/dataset.py). The grid has at most `max_tiles` tiles and the aspect
+nearest to the image's. Pillow resizes the image to the full grid, bicubic and anisotropic. Tiles
+are in reading order, followed by the full image squeezed into one more tile. Other bicubic filters
 (torchvision, jax.image) give different pixels.
 """
 
