@@ -113,9 +113,10 @@ def test_commands(monkeypatch, capsys):
         None,
     ]
     err = capsys.readouterr().err
-    assert "there is no command /imge; did you mean '/image'?; there are /image, /video" in err
+    assert "there is no command /imge; did you mean '/image'? Commands: /image, /video" in err
     assert err.count("note: no image for <image>: it is sent to the model as text\n") == 1
-    assert "/image needs a path" in err and "no images" in err and "/quit leaves" in err
+    assert "/image needs a path" in err and "no images" in err
+    assert "write /quit to leave; a question of one word cannot be 'exit'" in err
 
 
 def test_videos_and_pdfs_wait_for_the_next_question(monkeypatch, capsys, tmp_path):

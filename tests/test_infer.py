@@ -164,7 +164,7 @@ def test_a_conversation(ask, monkeypatch, image_folder):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert errors[0] == f"error: nowhere.png: no such file in {os.getcwd()}; check the path"
     assert errors[1].startswith(
-        "error: there is no command /imge; did you mean '/image'?; there are /image, /video, /pdf"
+        "error: there is no command /imge; did you mean '/image'? Commands: /image, /video, /pdf"
     )
     assert errors[2].startswith("error: /quit leaves") and errors[3].startswith(
         "error: there is no adapter 'x'"

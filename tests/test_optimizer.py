@@ -68,7 +68,7 @@ def test_schedules(settings, expected):
     [
         (
             {"warmup_steps": 30},
-            r"optimizer.warmup_steps is 30; it must be between 0 and steps \(30\)",
+            r"optimizer.warmup_steps is 30; it must be between 0 and steps \(30\): set it, or opt",
         ),
         ({"name": "adam"}, "optimizer.name is 'adam'; it must be adafactor, adamw or muon"),
         ({"schedule": "linear"}, "optimizer.schedule is 'linear'; it must be cosine or wsd"),

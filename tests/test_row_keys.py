@@ -162,6 +162,8 @@ def test_keys_that_look_like_images_are_never_dropped(key):
             {"instruction": "a", "output": "b"},
             "conversations is None; expected a list of turns; it has instruction, output: write them",
         ),
+        ({"messages": None}, "messages is None; expected a list of turns"),
+        ({"conversations": [], "messages": []}, "messages is []; expected a list of turns"),
         ({"conversatoins": turns("a", "b")}, "did you mean 'conversations'?"),
         (
             {"messages": [{"role": "tool", "content": "a"}]},

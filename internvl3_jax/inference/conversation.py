@@ -95,7 +95,7 @@ class Conversation:
             return self._command(line.strip())
         question = unescape(line.strip())
         if question.lower() in ("quit", "exit"):
-            raise ValueError("/quit leaves; with a space and more words it is asked")
+            raise ValueError(f"write /quit to leave; a question of one word cannot be {question!r}")
         if question:
             media = self.videos, self.documents
             if remark := tag_remark(question, len(self.images), *map(len, media)):
@@ -128,8 +128,8 @@ class Conversation:
             self.chat.use(argument or None)
         else:
             raise ValueError(
-                f"there is no command {one_line(command)}{suggestion(command, NAMES)}; there are "
-                f"{', '.join(NAMES)}. A question that begins with / has a space before it"
+                f"there is no command {one_line(command)}{suggestion(command, NAMES) or '.'} "
+                f"Commands: {', '.join(NAMES)}. A question that begins with / has a space before it"
             )
         return True
 

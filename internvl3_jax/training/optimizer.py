@@ -90,7 +90,8 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
     warmup = warmup_steps(config, steps)
     if not 0 <= warmup < steps:
         raise ValueError(
-            f"optimizer.warmup_steps is {warmup}; it must be between 0 and steps ({steps})"
+            f"optimizer.warmup_steps is {warmup}; it must be between 0 and steps ({steps}): set it, "
+            f"or optimizer.warmup_fraction, which follows steps"
         )
     final = peak * config.final_lr_fraction
     if config.schedule == "cosine":

@@ -67,7 +67,8 @@ def read_turns(values: dict) -> Turns:
     names = [name for name in ("conversations", "messages") if values.get(name)]
     if len(names) > 1:
         raise RowError("has both conversations and messages; expected one of them")
-    name = names[0] if names else "conversations"
+    # An empty or null value of "messages" is named as such.
+    name = next((name for name in (*names, "messages") if name in values), "conversations")
     items = values.get(name)
     if not isinstance(items, list) or not items:
         others = sorted(set(values).intersection(_NO_TURNS))
@@ -76,7 +77,7 @@ def read_turns(values: dict) -> Turns:
             if others
             else suggestion("conversations", set(values) - {name})
         )
-        raise RowError(f"conversations is {excerpt(items)}; expected a list of turns{hint}")
+        raise RowError(f"{name} is {excerpt(items)}; expected a list of turns{hint}")
     turns = Turns(system_message(values))
     has_system_key = bool(turns.messages)
     for number, item in enumerate(items, 1):
