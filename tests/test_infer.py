@@ -166,7 +166,7 @@ def test_a_conversation(ask, monkeypatch, image_folder):
     assert errors[1].startswith(
         "error: there is no command /imge; did you mean '/image'? Commands: /image, /video, /pdf"
     )
-    assert errors[2].startswith("error: /quit leaves") and errors[3].startswith(
+    assert errors[2].startswith("error: write /quit to leave") and errors[3].startswith(
         "error: there is no adapter 'x'"
     )
     assert errors[4].startswith("error: the prompt of") and len(errors) == 5

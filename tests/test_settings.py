@@ -136,6 +136,8 @@ def test_all_wrong_settings_are_named_at_once():
 
 
 @pytest.mark.parametrize("changes, message", [
+    ({"eval.every": 5}, "eval.every is 5, but eval.source is empty; name the meta JSON"),
+    ({"eval.answers": 1}, "eval.answers is 1, but eval.source is empty"),
     ({"data.shards": 3}, r"data.rows is 2; it must be a multiple of data.shards \(3\)"),
     ({"micro_batches": 4}, r"micro_batches is 4; data.rows \(2\) must be a multiple of it"),
     ({"data.min_frames": 40}, "data.min_frames is 40; it must be at most data.max_frames"),
@@ -255,6 +257,8 @@ def test_values_are_read_by_their_fields_types(load):
     assert config.processor.system_message is None
     assert chosen.overrides["steps"] == (30, 12)
     assert "  steps = 12 (recipe: 30)\n" in chosen.overview(config)
+    chosen.overrides["seed"] = (0, 0)  # as in the recipe
+    assert "seed" not in chosen.overview(config)
 
 
 @pytest.mark.parametrize("argument, message", [

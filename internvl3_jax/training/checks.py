@@ -54,6 +54,12 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             f"loss.balance_weight is {config.loss.balance_weight}, but the decoder has no experts "
             f"to balance; set it to 0"
         )
+    for name in ("every", "answers"):
+        if (value := getattr(config.eval, name)) and not config.eval.source:
+            yield (
+                f"eval.{name} is {value}, but eval.source is empty; name the meta JSON of the "
+                f"evaluation data: --config.eval.source=eval.json"
+            )
     if data.rows % data.shards:
         yield f"data.rows is {data.rows}; it must be a multiple of data.shards ({data.shards})"
     if data.rows % config.micro_batches:

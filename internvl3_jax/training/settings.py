@@ -69,6 +69,7 @@ class Chosen:
         changes = [
             f"  {field} = {excerpt(value)} (recipe: {excerpt(old)})"
             for field, (old, value) in self.overrides.items()
+            if value != old
         ]
         steps = (
             f"  {config.steps:,} steps, of which {config.optimizer.warmup_steps:,} are warm-up; "
