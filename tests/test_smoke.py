@@ -27,6 +27,8 @@ MODULES = sorted(
 )
 PROGRAMS = {
     "convert": ["-m", "convert"],
+    "doctor": ["-m", "internvl3_jax.data.doctor"],
+    "evaluate": ["-m", "internvl3_jax.evaluate"],
     "tokens": ["-m", "internvl3_jax.data.tokens"],
     "infer.py": ["infer.py"],
     "train.py": ["train.py"],
@@ -87,3 +89,4 @@ def test_program_explains_itself(program):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "Traceback" not in done.stderr, done.stderr
     assert re.search(r"(?im)^usage|^flags:|^  -", done.stdout), f"{done.stdout}\n{done.stderr}"
+    assert "usage: __main__" not in done.stdout

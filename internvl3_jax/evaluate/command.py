@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_line.Parser(description=__doc__)
+    parser = command_line.Parser("evaluate", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the tasks and end")
     what = parser.add_argument_group("What is run")
     what.add_argument("--checkpoint", help="directory, training run, released directory or hub id")

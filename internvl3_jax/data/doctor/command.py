@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_line.Parser(description=__doc__)
+    parser = command_line.Parser("doctor", description=__doc__)
     flag = parser.add_argument
     flag("source", help="meta JSON, or a file of rows: .jsonl, .json, .tar, .array_record")
     flag(
