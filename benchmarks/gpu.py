@@ -1,4 +1,5 @@
-"""Measures this package on one NVIDIA GPU, beside PyTorch on the same card, and checks its numbers.
+"""Measures this package on one NVIDIA GPU, compares it with PyTorch on the same card, and checks
+its numbers.
 
     python benchmarks/gpu.py --output /tmp/gpu                     everything, at most 9 minutes
     python benchmarks/gpu.py --output /tmp/gpu                     again: what is still missing

@@ -29,7 +29,7 @@ DATA = "runs/miniature/data"
 PRETRAINED = "runs/miniature/native/pretrain"
 DELTAS = ("1", "1/2", "1/4", "1/8")
 STEPS = {"pretrain": 1300, "sft": 400}
-# Of the tokenizer that make_data.py writes.
+# From the tokenizer that make_data.py writes.
 VOCABULARY, IMAGE_TOKEN = 1024, 1017
 
 

@@ -1,4 +1,4 @@
-"""Writes the files beside the weights of an exported model."""
+"""Writes the files of an exported model other than the weights."""
 
 import json
 

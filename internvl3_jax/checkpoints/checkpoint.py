@@ -145,7 +145,7 @@ def load(
       dtype: of the parameters and of the computation; None keeps the stored one.
       mesh: from `sharding.make_mesh`; each device reads its shard of each parameter from the files.
         None puts all parameters on the default device.
-      accept_fingerprint: accept files beside the arrays that differ from when it was saved.
+      accept_fingerprint: accept files other than the arrays that differ from when it was saved.
       adapters: name -> LoRA run or PEFT directory, or one path, whose last part is the name. `Chat`
         chooses among them.
       base: where the base of a LoRA run is now.

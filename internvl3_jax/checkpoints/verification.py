@@ -36,7 +36,7 @@ def undamaged(
 
     Args:
       verify: how closely files are compared; see `integrity.damage`.
-      accept_fingerprint: whether files beside the weights may have changed.
+      accept_fingerprint: whether files other than the weights may have changed.
       together: whether all processes call this, so that each can hash a share of the files.
     """
 

@@ -38,7 +38,7 @@ def plan_media(
     """Plans a prompt with videos and documents, without room for an answer.
 
     Args:
-      image_sizes: of the images beside them.
+      image_sizes: of the images with them.
       media: videos and documents.
       max_tiles, delta: None leaves them open.
       text_tokens: of the question.

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser("evaluate", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the tasks and end")
-    what = parser.add_argument_group("What is run")
+    what = parser.add_argument_group("What to run")
     what.add_argument("--checkpoint", help="directory, training run, released directory or hub id")
     what.add_argument("--data", type=command_line.expanded, help="folder of the benchmarks' files")
     what.add_argument(
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--rescore", action="store_true", help="score the answers in OUTPUT again, without a model"
     )
-    how = parser.add_argument_group("How questions are asked")
+    how = parser.add_argument_group("How to ask")
     how.add_argument(
         "--delta", nargs="+", help="V2PE steps to compare, such as 1 1/4 (the checkpoint's own)"
     )

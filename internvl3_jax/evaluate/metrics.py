@@ -219,7 +219,7 @@ def dynamath_worst(rows: Sequence[tuple[str, float]]) -> Scores:
 
 
 def dynamath(task: Task, rows, answers, marks) -> Scores:
-    """Returns the worst case, and the average beside it."""
+    """Returns the worst case and the average."""
     scores = dynamath_worst(
         [(row.values["qid"], m.value) for row, m in zip(rows, marks, strict=True)]
     )
@@ -250,7 +250,7 @@ def wemath_scores(
 
 
 def wemath(task: Task, rows, answers, marks) -> Scores:
-    """Returns the strict score, and the loose one beside it."""
+    """Returns the strict and the loose score."""
     problems: dict[str, dict[str, float]] = {}
     for row, mark in zip(rows, marks, strict=True):
         problems.setdefault(row.values["ID"], {})[row.values["key"].split("_")[1]] = mark.value

@@ -186,7 +186,7 @@ def _decoder_saved(device: PerDevice) -> int:
     else:
         kept["dots"] += 2 * hidden
     if language.qk_norm:
-        # What the norms of q and k take, next to what attention takes.
+        # The norms of q and k, which add to what attention takes.
         kept["none"] += queries + keys
     kept["none"] += _dropped(device, "language/layers/", tokens)
     return _streams(device, "decoder") + language.num_layers * kept[policy]

@@ -154,7 +154,7 @@ def parse(text: str) -> Topology:
         raise ValueError(
             f"--topology is {text!r}; use one of {', '.join((*TPUS, *GPUS))}, as in {EXAMPLES}"
         )
-    # How many numbers follow the name of these devices.
+    # Numbers that follow the name of these devices.
     wanted = 1 if kind == "cpu" else 3 if kind in GPUS else CHIPS[kind].torus
     if len(sides) != wanted:
         meaning = {1: "devices", 2: "sides of the torus"}.get(

@@ -42,7 +42,7 @@ class AnswerFile:
         check_output_path(self.path, inputs)
         self.sidecar = path_beside(self.path, "settings.json")
         if not is_remote(self.path):
-            # Before the lock is written beside the file of somebody else.
+            # Before the lock is written next to the file of somebody else.
             _check_first_bytes(self.path, os.path.lexists(self.sidecar))
         self.answers: list[dict] = []
         self._lock = safe_files.lock_at(

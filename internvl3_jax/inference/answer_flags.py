@@ -167,7 +167,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "fsdp",
     1,
-    "Of --devices, the number to shard the weights over by their width as well (FSDP); for more "
+    "Number of --devices to shard the weights over by their width as well (FSDP); for more "
     "devices than key heads.",
 )
 flags.DEFINE_bool("hosts", False, "Use all devices of all hosts. Each host runs this command.")

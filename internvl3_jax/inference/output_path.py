@@ -1,4 +1,4 @@
-"""Checks of the path of an output before anything is written there, and the files beside it."""
+"""Checks of the path of an output before anything is written there, and of the files next to it."""
 
 import os
 import pathlib

@@ -46,7 +46,7 @@ class Lease:
             )
             self._watch(content)
         self._write(0)
-        # Of two processes that start at once the last writer wins.
+        # If two processes start at once, the last writer wins.
         time.sleep(min(1.0, self.patience / 10))
         if self.token not in (self._read() or b"").decode(errors="replace"):
             raise InUse(

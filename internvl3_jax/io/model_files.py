@@ -14,7 +14,7 @@ from internvl3_jax.io.remote_files import is_remote
 from internvl3_jax.io.safe_files import FileError, open_regular, read_bytes
 from internvl3_jax.io.terminal import one_line
 
-# Of one file beside the weights; the largest released tokenizer.json has 11 MB.
+# Limit of one file other than the weights; the largest released tokenizer.json has 11 MB.
 MAX_BYTES = 256 << 20
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGE = (b"<!doctype html", b"<html")

@@ -4,7 +4,7 @@ The decoder takes the cache and returns the updated one. Each layer has a buffer
 single stacked array would be copied at every decoding step. Heads come before slots, as the
 products of decoding take them: otherwise a GPU would transpose the whole cache in every call.
 
-An int8 cache has "k_scale" and "v_scale" f32[B,K,S] beside them: a vector of H values is stored as
+An int8 cache has "k_scale" and "v_scale" f32[B,K,S], too: a vector of H values is stored as
 x / scale, with scale = max(abs(x)) / 127.
 """
 

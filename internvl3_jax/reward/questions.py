@@ -15,7 +15,7 @@ from internvl3_jax.io.terminal import excerpt, one_line, short_name
 from internvl3_jax.reward.answer_matching import extract_answer, same_answer
 from internvl3_jax.reward.matchers import Matcher
 
-# What messages ask for when no answer could be read.
+# Text that messages ask for when no answer could be read.
 STATED_ANSWER = r'a stated answer ("Answer: ..." or \boxed{...}); ask for it in the questions'
 
 

@@ -14,7 +14,7 @@ from internvl3_jax.serve.files import read_below
 
 _DATA = re.compile(r"data:(?P<type>[\w.+/-]*)(?P<parameters>(;[^,;]*)*),", re.ASCII)
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*):", re.ASCII)
-# Of base64 without "data:...,": longer than paths, and of its letters alone.
+# Length of base64 without "data:...,": longer than paths, and of its letters alone.
 _BARE = re.compile(r"[A-Za-z0-9+/_\-\s]{256,}={0,2}\s*")
 
 

@@ -20,7 +20,7 @@ from internvl3_jax.serve.errors import ApiError
 from internvl3_jax.serve.limits import Limits
 from internvl3_jax.serve.parts import DocumentPart, ImagePart, Media, VideoPart, read_parts
 
-# Of messages, without effect: names, and what an earlier answer had.
+# Keys of messages without effect: names, and what an earlier answer had.
 _IGNORED = ("name", "annotations", "reasoning_content", "reasoning", "refusal", "id", "status")
 _NEUTRAL = {"tool_calls": ([],), "function_call": (), "audio": (), "tool_call_id": ()}
 _TAG_OF = {

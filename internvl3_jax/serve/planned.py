@@ -63,7 +63,7 @@ def planned_turn(
         max_new_tokens=asked.max_new_tokens or limits.new_tokens,
         delta=None if deltas is None else [delta / 256 for delta in deltas],
         max_image_pixels=pixels,
-        # What the engine has room for.
+        # Room of the engine.
         cache_gib=service.engine.max_length * reader.slot_bytes / (1 << 30),
     )
     inputs = _inputs(turn.media, service, name)

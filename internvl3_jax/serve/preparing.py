@@ -80,8 +80,8 @@ def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Pre
 def _prompt(
     asked: ChatRequest, service, hold: Hold, grids: list[tuple[int, int]]
 ) -> tuple[Prompt, str]:
-    """Returns the prompt and its rope scaling; adds the grid of each image to `grids`, but for those
-    beside a video or document.
+    """Returns the prompt and its rope scaling; adds the grid of each image to `grids`, but for
+    those with a video or document.
     """
     given = _deltas(asked, service)
     system = resolve_system(asked.options.system, asked.options.thinking)

@@ -191,7 +191,7 @@ class Service:
         if self._key is None:
             return
         scheme, _, key = (authorization or "").partition(" ")
-        # Of digests, so that the time does not depend on the key's length either.
+        # Compares digests, so that the time does not depend on the key's length either.
         same = secrets.compare_digest(_digest(key.strip()), self._key)
         if scheme.lower() != "bearer" or not same:
             given = "is wrong" if authorization else "is missing"

@@ -88,7 +88,7 @@ def _experts(fields: Fields, family: str, layers: int) -> dict:
         fields.refuse("num_experts_per_tok", f"there are {experts['num_experts']} experts")
     fields.expect("decoder_sparse_step", 1)
     fields.expect("mlp_only_layers", [])
-    # Of training: this project has a setting of its own (loss.balance_weight).
+    # Settings of training; this project has one of its own (loss.balance_weight).
     fields.get("router_aux_loss_coef", float, None)
     fields.get("output_router_logits", bool, None)
     return experts

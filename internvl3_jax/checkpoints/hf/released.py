@@ -51,8 +51,8 @@ from internvl3_jax.io.model_files import exists, read_file
 from internvl3_jax.io.strict_json import Object, loads
 from internvl3_jax.io.terminal import excerpt, one_line
 
-# Files beside the tokenizer's. The Python files are the original layout's model code, to which its
-# config.json points.
+# Files other than the tokenizer's. The Python files are the original layout's model code, to which
+# its config.json points.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -206,7 +206,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | No
 
 
 def companion_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Returns name -> content of a model's files beside the weights.
+    """Returns name -> content of a model's files other than the weights.
 
     FileError as in `model_files.read_file`.
     """

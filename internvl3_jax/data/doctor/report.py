@@ -29,7 +29,9 @@ class UnresolvedErrors(ValueError):
 
 
 def report_folder(source: str) -> str:
-    """Returns the folder of the report: beside data.source, or for an address where the run is."""
+    """Returns the folder of the report: next to data.source, or where the run is if that is an
+    address.
+    """
     return f"{os.path.basename(source) if is_remote(source) else expand_user(source)}.doctor"
 
 

@@ -29,7 +29,7 @@ def _table(report: dict):
     from rich.table import Table
     from rich.text import Text
 
-    # Of plain text: brackets in it are no markup.
+    # Plain text: brackets in it are no markup.
     table = Table(title=Text(one_line(report["meta"])), box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("source", overflow="fold")
     for name in ("rows", "errors", "images", "tokens\nmean", "\nmax", "tiles\nmean", "\nmax"):

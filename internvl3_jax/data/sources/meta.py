@@ -111,7 +111,7 @@ def holds_rows(path: str) -> bool:
 
 
 def _bare_source(path: str) -> SourceSpec:
-    """Describes a file of rows whose images are beside it."""
+    """Describes a file of rows whose images are in its folder."""
     name = one_line(os.path.basename(path).partition(".")[0])[:MAX_NAME].lstrip("#").strip()
     annotation = tuple(expand(path))
     if not annotation:

@@ -3,7 +3,7 @@ processes map into memory instead of reading it.
 
     HEADER numbers (`_HEADER_NAMES`), start of row 0, start of row 1, ... end of the last row
 
-It is written beside the file or, where that folder cannot be written or is remote, in
+It is written next to the file or, where that folder cannot be written or is remote, in
 $INTERNVL3_JAX_CACHE (by default ~/.cache/internvl3_jax), and again after the file was written.
 Writing is atomic: several processes may build an index at once, and the last one wins.
 
@@ -173,7 +173,7 @@ def _map(place: pathlib.Path) -> np.ndarray | None:
 
 
 def _write(path: str, place: pathlib.Path, stamp: tuple[int, int, int], scan: Callable) -> RowIndex:
-    """Builds the index in a temporary file beside `place` and moves it there."""
+    """Builds the index in a temporary file next to `place` and moves it there."""
     handle, temporary = tempfile.mkstemp(prefix=f".{place.name[:100]}.", dir=place.parent)
     try:
         with os.fdopen(handle, "wb") as out, open_binary(path) as file:

@@ -33,7 +33,7 @@ _FOREIGN = (
     *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking"),
     *("loss", "loss_scale", "weight", "train", "trainable"),
 )
-# What rows without turns have in their place.
+# Keys that rows without turns have in their place.
 _NO_TURNS = (
     *("instruction", "input", "output", "query", "response", "prompt", "completion", "text"),
     *("question", "answer", "dialog", "dialogue", "chat", "turns"),

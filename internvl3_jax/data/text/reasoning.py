@@ -6,7 +6,7 @@ InternVL3.5 reasons if the system message asks for it, and encloses the reasonin
 
 from typing import NamedTuple
 
-# Of the model cards. It is also published without the empty lines; a system message of the caller
+# From the model cards. It is also published without the empty lines; a system message of the caller
 # replaces it.
 THINKING_SYSTEM = (
     "You are an AI assistant that rigorously follows this response protocol:\n\n"
@@ -18,7 +18,7 @@ THINKING_SYSTEM = (
     "Ensure that the thinking process is thorough but remains focused on the query. The final "
     "answer should be standalone and not reference the thinking section."
 )
-# Of the model cards, against repetition.
+# From the model cards, against repetition.
 THINKING_TEMPERATURE = 0.6
 START, END = "<think>", "</think>"
 

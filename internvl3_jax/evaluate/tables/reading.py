@@ -73,7 +73,7 @@ OCR = [
         max_tiles=12,
         max_new_tokens=100,
         arguments={"labels": "list"},
-        note="5 % of the answer, as published; the paper's 5 % of the reference stands beside it",
+        note="5 % of the answer, as published; the paper's 5 % of the reference is next to it",
     ),
     own(
         "textvqa",

@@ -267,7 +267,7 @@ def _trial_error(
         right, right_cache = jax.jit(expected, compiler_options=options)(x, params, cache)
     found, found_cache = jax.jit(fused)(x, params, cache)
     x, found, right = (np.asarray(y, np.float32) for y in (x, found, right))
-    # What the layers add, and what they write into the cache.
+    # The layers' sums, and what they write into the cache.
     pairs = [(found - x, right - x)]
     at = lengths[:, None, :, None]
     for new in zip(jax.tree.leaves(found_cache), jax.tree.leaves(right_cache), strict=True):

@@ -21,7 +21,7 @@ def _is_cudnn_attention(primitive, *_, **__) -> bool:
     """Keeps, as a policy, the outputs of cuDNN's forward kernel, with its sums for the gradient.
 
     jax gives those sums no name, and without them the kernel would run again. The kernel's output
-    has no name either: what is named after it would be kept beside it.
+    has no name either: what is named after it would be kept as well.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 
