@@ -137,6 +137,8 @@ class Prompt:
       tiles: u8[n,S,S,3] of each image.
       shown: The images that the question is about, as far as known: its own, or the last ones.
       plan: What was chosen so that videos and documents fit; None without them.
+      compressed: bool[n] of each image, which of its tiles the router compressed to fewer tokens;
+        None before it has decided, and without a router.
     """
 
     tokens: np.ndarray
@@ -145,6 +147,7 @@ class Prompt:
     tiles: list[np.ndarray]
     shown: Sequence[ShownImage] = ()
     plan: Plan | None = None
+    compressed: list[np.ndarray] | None = None
 
 
 def make_prompt(

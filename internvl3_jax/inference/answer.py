@@ -31,6 +31,8 @@ class Answer:
         give several.
       reasoning: what came before the answer, between <think> and </think>; None if nothing did.
       plan: frames, tiles and delta that were chosen for videos and documents; None without them.
+      compressed_tiles: number of tiles of each image that the router compressed to a quarter of
+        their tokens; empty without a router.
       boxes: boxes, quadrangles and points that the text names, malformed ones included.
     """
 
@@ -46,6 +48,7 @@ class Answer:
     model_runs: int = 0
     reasoning: str | None = None
     plan: Plan | None = None
+    compressed_tiles: list[int] = dataclasses.field(default_factory=list)
     boxes: list[Box] = dataclasses.field(default_factory=list)
 
     @property

@@ -87,6 +87,13 @@ flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated
 
 # --- images ---------------------------------------------------------------------------------------
 IMAGE_FLAGS = ("max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated")
+flags.DEFINE_enum(
+    "flash",
+    None,
+    ["off", "auto"],
+    "auto: the router of an InternVL3.5-Flash model decides which tiles get a quarter of the "
+    "tokens; off: none do. Default: auto where the model has a router.",
+)
 flags.DEFINE_integer(
     "max_tiles",
     None,
@@ -217,6 +224,7 @@ SECTIONS = {
         "stop",
     ],
     "Images": [
+        "flash",
         "max_tiles",
         "tiles",
         "max_total_tiles",
@@ -292,6 +300,7 @@ def chat_options() -> dict:
         "temperature": resolve_temperature(FLAGS.temperature, FLAGS.thinking),
         "system": resolve_system(FLAGS.system, FLAGS.thinking),
         "stop": tuple(FLAGS.stop),
+        "flash": FLAGS.flash,
         "delta": tuple(FLAGS.delta) or None,
     }
 
@@ -317,8 +326,9 @@ def best_of_options() -> dict:
 def asked_settings() -> dict:
     """Returns what the answers depend on, as far as the flags say it."""
     settings = chat_options() | media_flags.settings()
-    if FLAGS.cache:  # answers of before it was an option were made without it
-        settings |= {"cache": FLAGS.cache}
+    # Answers of before these were options were made without them.
+    settings |= {"cache": FLAGS.cache} if FLAGS.cache else {}
+    settings = {name: value for name, value in settings.items() if name != "flash" or value}
     if FLAGS.best_of:
         settings |= {"best_of": best_of_options(), "majority": FLAGS.majority}
         settings |= (

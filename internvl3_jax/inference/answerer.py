@@ -22,6 +22,8 @@ def as_json(answer: Answer) -> dict:
         fields["reasoning"] = answer.reasoning
     if answer.boxes:
         fields["boxes"] = [dataclasses.asdict(box) for box in answer.boxes]
+    if answer.compressed_tiles:
+        fields["compressed_tiles"] = answer.compressed_tiles
     if answer.plan is not None:
         fields["plan"] = dataclasses.asdict(answer.plan)
     return fields

@@ -50,7 +50,13 @@ class Asked:
             seed=seed,
         )
         request = Request(
-            prompt, sampling, options.max_new_tokens, engine.stop_ids, scaling, adapter
+            prompt,
+            sampling,
+            options.max_new_tokens,
+            engine.stop_ids,
+            scaling,
+            adapter,
+            flash=options.flash,
         )
         self.ticket = engine.submit(request, self._read)
 
@@ -87,13 +93,15 @@ class Asked:
         if self.ticket.error is not None:
             raise self.ticket.error
         ids, watch = self._streamer.ids, self._watch
+        prompt = self.ticket.request.prompt  # as it was run
         return Answer(
             **text_fields(
                 self._streamer, self._options, self._engine.stop_ids, keep_start, self._prompt.shown
             ),
             token_ids=ids,
-            prompt_tokens=len(self._prompt.tokens),
-            tiles=[len(tiles) for tiles in self._prompt.tiles],
+            prompt_tokens=len(prompt.tokens),
+            tiles=[len(tiles) for tiles in prompt.tiles],
+            compressed_tiles=[int(tiles.sum()) for tiles in prompt.compressed or ()],
             seconds=watch.seconds,
             first_token_seconds=watch.first_token_seconds,
             reused_tokens=self.ticket.reused_tokens,

@@ -22,6 +22,7 @@ from internvl3_jax.inference.answer import Answer, Stopwatch, cut_reasoning
 from internvl3_jax.inference.asked import Asked, Engines, run_all
 from internvl3_jax.inference.direct_run import DirectRun
 from internvl3_jax.inference.engine.engine import Engine
+from internvl3_jax.inference.flash import uses_router
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.options import OptionChanges, Options
 from internvl3_jax.inference.prompt_cache import PromptCache, extend_prompt
@@ -37,7 +38,7 @@ class Chat:
       adapter: name of the LoRA adapter, of those given to `load`, that is put on; None for the
         base. `use` changes it.
       cache: "int8" keeps keys and values in 8 bits; None: in the dtype of the computation.
-      max_new_tokens ... thinking: as of `Options`, for all answers; a call can change them for one.
+      max_new_tokens ... flash: as of `Options`, for all answers; a call can change them for one.
 
     Attributes:
       last: the last `Answer`; None before the first.
@@ -71,6 +72,7 @@ class Chat:
         cache_gib: float | None = None,
         system: str | None = None,
         thinking: bool = False,
+        flash: str | None = None,
     ):
         arguments = locals()
         if not hasattr(checkpoint, "params"):
@@ -80,6 +82,7 @@ class Chat:
                 f"Chat needs what internvl3_jax.load returns, not {given}; write Chat(load(...))"
             )
         self.options = Options(**{name: arguments[name] for name in OptionChanges.__annotations__})
+        uses_router(flash, checkpoint.config)
         if cache not in (None, "int8"):
             raise ValueError(f"cache is {excerpt(cache)}; it must be int8, or None")
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.data.text.tokenizer import Tokenizer
 from internvl3_jax.inference.answer import Answer, Stopwatch, text_fields
+from internvl3_jax.inference.flash import uses_router
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.options import Options
@@ -24,6 +25,9 @@ class DirectRun:
 
     Attributes:
       state: of the decode loop, once it has begun.
+
+    Raises:
+      ValueError: the router of the model would decide about the tiles.
     """
 
     def __init__(
@@ -36,6 +40,11 @@ class DirectRun:
         watch: Stopwatch | None = None,
         cached: PromptCache | None = None,
     ):
+        if uses_router(options.flash, generator.config):
+            raise ValueError(
+                "prompt_lookup does not support the router of a Flash model; leave it out, or give "
+                "flash 'off'"
+            )
         max_position = generator.config.language.max_position
         self._keep, self._cache = 0, None
         if cached is not None:

@@ -92,7 +92,7 @@ class Generator:
         self.params = self.base if name is None else self.base | self.adapters[name]
         self.vision_params = {
             key: self.params[key]
-            for key in ("vision", "projector", lora.SUBTREE)
+            for key in ("vision", "projector", "flash", lora.SUBTREE)
             if key in self.params
         }
 

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from internvl3_jax.config import check_tile_rule
 from internvl3_jax.data.text.reasoning import THINKING_SYSTEM, THINKING_TEMPERATURE
+from internvl3_jax.inference.flash import check_mode
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.io.strict_json import suggestion
@@ -44,6 +45,8 @@ class Options:
       system: system message in place of the checkpoint's; None keeps that, or with `thinking` takes
         THINKING_SYSTEM.
       thinking: ask the model to reason before it answers (InternVL3.5).
+      flash: "auto": the router decides which tiles get a quarter of the tokens (InternVL3.5-Flash);
+        "off": none. None: "auto" where the model has a router.
 
     Raises:
       ValueError: a value has a wrong type or is out of range.
@@ -65,6 +68,7 @@ class Options:
     cache_gib: float | None = None
     system: str | None = None
     thinking: bool = False
+    flash: str | None = None
 
     def __post_init__(self):
         self.max_new_tokens = check_int("max_new_tokens", self.max_new_tokens, 1)
@@ -91,6 +95,7 @@ class Options:
             check_tile_rule(self.tiles, "tiles")
         if self.system is not None and not isinstance(self.system, str):
             raise ValueError(f"system is {excerpt(self.system)}; it must be a text or None")
+        check_mode(self.flash)
         self.stop = _check_stop(self.stop)
         if self.delta is not None:
             units(self.delta)
@@ -138,6 +143,7 @@ class OptionChanges(TypedDict, total=False):
     cache_gib: float | None
     system: str | None
     thinking: bool
+    flash: str | None
 
 
 def resolve_temperature(temperature: float | None, thinking: bool) -> float:

@@ -92,6 +92,17 @@ def encode_tiles(
     return model.apply(lora.variables(params), tiles, method=InternVL.encode)
 
 
+@functools.partial(Program, name="encode", static_argnums=0)
+def encode_both(
+    model: InternVL, params: dict, tiles: UInt8[Array, "M S S 3"]
+) -> tuple[Float[Array, "M P D"], Float[Array, "M Q D"], Float32[Array, " M"]]:
+    """Returns what `InternVL.encode_both` does; the host reads the probabilities."""
+    full, compressed, probability = model.apply(
+        lora.variables(params), tiles, method=InternVL.encode_both
+    )
+    return full, compressed, constrain(probability, None)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def write_features(
     visual: Float[Array, "B T D"],

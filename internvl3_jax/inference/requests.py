@@ -25,7 +25,7 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 # Options of one request, in place of the command's: fields of `Options`.
 OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "delta", "max_tiles")
-OPTIONS += ("max_total_tiles", "system", "thinking")
+OPTIONS += ("max_total_tiles", "system", "thinking", "flash")
 KEPT = ("expected", "answer", "label", "task", "category", "source", "extra")
 # Keys of other programs, and what they are called here.
 ALIASES = {

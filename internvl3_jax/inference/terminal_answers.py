@@ -97,10 +97,11 @@ def stats_line(answer: Answer) -> str:
         per_token = f"{1000 * answer.seconds_per_token:.1f} ms per token"
     following = len(answer.token_ids) - 1
     runs = f" in {answer.model_runs} runs" if answer.model_runs < following else ""
+    compressed = f" ({answer.compressed_tiles} compressed)" if any(answer.compressed_tiles) else ""
     compiled = f"compiled in {answer.compile_seconds:.3f} s; " if answer.compile_seconds else ""
     return (
         f"{compiled}first token {answer.first_token_seconds:.3f} s, then {per_token}{runs}; "
         f"{answer.prompt_tokens} prompt tokens ({answer.reused_tokens} reused), tiles "
-        f"{answer.tiles}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s, finish: "
+        f"{answer.tiles}{compressed}, {len(answer.token_ids)} new tokens in {answer.seconds:.3f} s, finish: "
         f"{answer.finish}"
     )

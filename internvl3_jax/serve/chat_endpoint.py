@@ -206,7 +206,7 @@ class ChatCall:
 
     def _usage(self) -> dict:
         cached = self._pending.reused_tokens
-        return replies.usage(self._prepared.prompt_tokens, cached, self._choices)
+        return replies.usage(self._pending.prompt_tokens, cached, self._choices)
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class ChatCall:
         text = f"chat: status {self._status}, {seconds:.2f} s"
         if self._choices:
             tokens = sum(choice.num_tokens for choice in self._choices)
-            text += f", {self._prepared.prompt_tokens} + {tokens} tokens"
+            text += f", {self._pending.prompt_tokens} + {tokens} tokens"
             first = self._pending.seconds_to_first
             if first is not None:
                 counts.first_token.observe(first)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from internvl3_jax.config import TILE_RULES
 from internvl3_jax.inference.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, RowSampling
+from internvl3_jax.inference.flash import MODES
 from internvl3_jax.inference.options import MAX_TILES, Options, resolve_temperature
 from internvl3_jax.inference.sampling import MIN_TEMPERATURE
 from internvl3_jax.io.terminal import excerpt
@@ -192,6 +193,7 @@ def _read_options(fields: Fields, defaults: Options, thinking: bool) -> Options:
         "max_tiles": max_tiles,
         "max_total_tiles": fields.get("max_total_tiles", int, None, low=0, high=MAX_TILES),
         "tiles": fields.get("tiles", str, None, choices=TILE_RULES),
+        "flash": fields.get("flash", str, None, choices=MODES),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(defaults, thinking=thinking, stop=tuple(stops), **changes)

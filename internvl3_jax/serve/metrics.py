@@ -74,6 +74,8 @@ class _EngineCollector(Collector):
             "finished": "Requests that ended, however that was.",
             "image_hits": "Images whose features were kept.",
             "image_misses": "Images that were encoded.",
+            "tiles": "Tiles of the prompts.",
+            "compressed_tiles": "Of these, tiles that the router compressed.",
             "blocks": "Blocks of tokens that were started.",
         }
         for name, meaning in counters.items():

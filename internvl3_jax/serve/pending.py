@@ -105,6 +105,12 @@ class Pending:
             self.end(index)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; after the router's decision, of what is run."""
+        requests = [ticket.request for ticket in self._tickets] or self._requests
+        return len(requests[0].prompt.tokens)
+
+    @property
     def reused_tokens(self) -> int:
         """Tokens of the prompt that the engine had already, for the first answer."""
         return self._tickets[0].reused_tokens if self._tickets else 0

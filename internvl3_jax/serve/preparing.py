@@ -38,10 +38,6 @@ class Prepared:
     stop_ids: tuple[int, ...]
     grids: Sequence[tuple[int, int]]
 
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.requests[0].prompt.tokens)
-
 
 def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Prepared:
     """Reads and cuts the images, and makes one request per answer.
@@ -72,6 +68,7 @@ def prepare(asked: ChatRequest, adapter: str | None, service, hold: Hold) -> Pre
                 adapter=adapter,
                 top_logprobs=asked.top_logprobs,
                 constraint=grammar and grammar.copy(),
+                flash=asked.options.flash,
             )
         )
     return Prepared(requests, stop_ids, grids)

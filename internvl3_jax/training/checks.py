@@ -60,6 +60,11 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
                 f"eval.{name} is {value}, but eval.source is empty; name the meta JSON of the "
                 f"evaluation data: --config.eval.source=eval.json"
             )
+    if config.model.flash:
+        yield (
+            "model.flash is true: Flash models are not trained; train the model without a router "
+            "(--config.model.flash=False)"
+        )
     if data.rows % data.shards:
         yield f"data.rows is {data.rows}; it must be a multiple of data.shards ({data.shards})"
     if data.rows % config.micro_batches:

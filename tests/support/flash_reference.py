@@ -15,7 +15,7 @@ from internvl3_jax.checkpoints.hf.assemble import params_from_tensors
 from internvl3_jax.checkpoints.hf.config import from_hf
 from tests.support.torch_reference import build_reference, original_config, original_state_dict
 
-RELATIVE, ABSOLUTE = 0.3, 0.35
+RELATIVE, ABSOLUTE = 0.3, 0.05  # of the tiles of the tests, some are on either side
 
 
 class Pooling(nn.Module):
@@ -115,8 +115,12 @@ class FlashModel(nn.Module):
         answer = []
         while True:
             position = torch.tensor(places, dtype=torch.float32)[None]
+            # Without a mask transformers would take positions with other steps than 1 for packing.
             hidden = self.base.model.language_model(
-                inputs_embeds=states, position_ids=position, use_cache=False
+                inputs_embeds=states,
+                position_ids=position,
+                attention_mask=torch.ones(1, states.shape[1]),
+                use_cache=False,
             ).last_hidden_state
             logits = self.base.lm_head(hidden)[0]
             if len(answer) == new_tokens:

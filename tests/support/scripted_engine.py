@@ -19,7 +19,7 @@ from internvl3_jax.inference.engine.request import (
 
 # Of the real engine's stats.
 _COUNTS = ("finished", "prompt_tokens", "reused_tokens", "new_tokens", "image_hits")
-_COUNTS += ("image_misses", "blocks")
+_COUNTS += ("image_misses", "blocks", "tiles", "compressed_tiles")
 
 
 class ScriptedEngine:

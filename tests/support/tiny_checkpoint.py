@@ -44,6 +44,13 @@ LANGUAGE = LanguageConfig(
     max_position=2048,
 )
 CONFIG = ModelConfig(vision=VISION, language=LANGUAGE, image_token_id=453)  # 4 tokens a tile
+FLASH = dataclasses.replace(  # with a router, which compresses some of the tiles of noise
+    CONFIG,
+    vision=dataclasses.replace(VISION, hidden_size=32, num_heads=4),
+    flash=True,
+    flash_relative=0.4,
+    flash_absolute=0.2,
+)
 PROCESSOR = ProcessorConfig(image_size=16, tokens_per_tile=4, max_tiles=4, system_message=None)
 
 

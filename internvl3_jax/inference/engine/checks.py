@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from internvl3_jax.inference.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request
+from internvl3_jax.inference.flash import uses_router
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.generator import ContextError, Generator
 from internvl3_jax.inference.sampling import Sampling
@@ -50,6 +51,7 @@ def check_request(
     for holds, text in checks:
         if not holds:
             raise ValueError(text)
+    uses_router(request.flash, generator.config)
     config = GenerationConfig(request.max_new_tokens, Sampling(), (0,), request.scaling)
     generator.check_context_length(prompt, config)
     length = len(prompt.tokens) + request.max_new_tokens

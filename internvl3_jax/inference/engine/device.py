@@ -4,14 +4,14 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt
 from internvl3_jax.inference import programs as model_programs
 from internvl3_jax.inference.engine import programs, prompt_programs
 from internvl3_jax.inference.engine.adapter_stack import stacked
-from internvl3_jax.inference.engine.image_store import Features
+from internvl3_jax.inference.engine.image_store import EncodedTiles, Features
 from internvl3_jax.inference.engine.request import Request
 from internvl3_jax.inference.engine.row_sampling import NO_TOKEN, RowSettings
 from internvl3_jax.inference.engine.rows import is_stretched
@@ -88,13 +88,13 @@ class Device:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def encode(
-        self, tiles: UInt8[np.ndarray, "m S S 3"], adapter: str | None
-    ) -> Float[Array, "m P D"]:
+    def encode(self, tiles: UInt8[np.ndarray, "m S S 3"], adapter: str | None) -> EncodedTiles:
         """Returns the features of tiles, whose number is one of `TILES`."""
         params = self._vision[self.vision_of(adapter)]
         with self._calling("vision tower", len(tiles), self.vision_of(adapter)):
-            return model_programs.encode_tiles(self.model, params, tiles)
+            if self.config.flash:
+                return EncodedTiles(*model_programs.encode_both(self.model, params, tiles))
+            return EncodedTiles(model_programs.encode_tiles(self.model, params, tiles))
 
     def pieces(self, count: int) -> list[int]:
         """Returns sizes of `TILES` that add up to a number of tiles."""
@@ -111,16 +111,27 @@ class Device:
             return model_programs.zero_features(1, slots, width, self.dtype)
 
     def write_features(
-        self, visual: Float[Array, "1 R D"], features: Features, column: int
+        self,
+        visual: Float[Array, "1 R D"],
+        features: Features,
+        column: int,
+        compressed: Bool[np.ndarray, " n"] | None = None,
     ) -> Float[Array, "1 R D"]:
-        """Writes the tiles of an image from a column on. visual: is donated."""
+        """Writes the tiles of an image from a column on.
+
+        Args:
+          visual: is donated.
+          compressed: which tiles are; None: none.
+        """
+        places = [(piece, tile) for piece in features for tile in range(piece.tiles)]
         with self.generator.mesh_context():
-            for piece in features:
-                for tile in range(len(piece)):
-                    visual = prompt_programs.write_tile(
-                        visual, piece, np.int32(tile), np.int32(column)
-                    )
-                    column += piece.shape[1]
+            for number, (piece, tile) in enumerate(places):
+                is_compressed = compressed is not None and compressed[number]
+                tokens = piece.compressed if is_compressed else piece.full
+                visual = prompt_programs.write_tile(
+                    visual, tokens, np.int32(tile), np.int32(column)
+                )
+                column += tokens.shape[1]
         return visual
 
     def prompt_cache(self, slots: int, source: int | None) -> kv_cache.Cache:
@@ -287,10 +298,13 @@ class Device:
         for adapter in self._vision:
             for count in TILES[self.on_cpu]:
                 tiles = np.zeros((count, size, size, 3), np.uint8)
-                features = self.encode(tiles, adapter)
+                piece = self.encode(tiles, adapter)
+                few = np.ones(count, bool) if self.config.flash else None
                 for slots in self.sizes.prompt_slots:
-                    if slots >= features.shape[0] * features.shape[1]:
-                        self.write_features(self.no_features(slots), [features], 0)
+                    if slots >= count * piece.full.shape[1]:
+                        self.write_features(self.no_features(slots), [piece], 0)
+                    if few is not None and slots >= count * piece.compressed.shape[1]:
+                        self.write_features(self.no_features(slots), [piece], 0, few)
         for is_start, chunk, slots in sorted(self.sizes.programs()):
             start = 0 if is_start else slots - chunk
             tokens = np.zeros(start + chunk, np.int32)
@@ -330,7 +344,7 @@ class Device:
 
 def _vision_part(params: dict) -> dict:
     """Returns what the vision tower and the projector of a tree are made of."""
-    part = {name: params[name] for name in ("vision", "projector") if name in params}
+    part = {name: params[name] for name in ("vision", "projector", "flash") if name in params}
     adapters = {
         name: tree for name, tree in params.get(lora.SUBTREE, {}).items() if name != "language"
     }

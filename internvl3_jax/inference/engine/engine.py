@@ -15,6 +15,7 @@ there on, and images are encoded once.
     engine.py       what its users call            queue.py         waiting requests
     scheduler.py    what happens next              rows.py          what each row holds
     prompt_run.py   one prompt, in pieces          image_store.py   features of images
+    routing.py      which tiles are compressed     tower_run.py     one prompt's images, in pieces
     device.py       arrays, calls of the programs  *_programs.py, programs.py, row_sampling.py
 """
 
@@ -26,7 +27,7 @@ from internvl3_jax.inference.engine.device import Device
 from internvl3_jax.inference.engine.image_store import ImageStore
 from internvl3_jax.inference.engine.queue import RequestQueue
 from internvl3_jax.inference.engine.request import Piece, Request, Ticket
-from internvl3_jax.inference.engine.rows import digests_of
+from internvl3_jax.inference.engine.rows import new_ticket
 from internvl3_jax.inference.engine.scheduler import Scheduler
 from internvl3_jax.inference.engine.stats import EngineStats
 from internvl3_jax.inference.generator import Generator
@@ -138,7 +139,7 @@ class Engine:
           RuntimeError: the engine has failed.
         """
         check_request(request, self.generator, self._device.numbers, self.max_length)
-        ticket = Ticket(request, on_piece, digests=digests_of(request.prompt))
+        ticket = new_ticket(request, self.generator.config, on_piece)
         self._queue.put(ticket)
         return ticket
 

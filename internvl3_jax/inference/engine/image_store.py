@@ -2,10 +2,34 @@
 
 import collections
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32
 
-Features = list[jax.Array]  # [m,P,D] each: the pieces in which the tiles of an image were encoded
+_MOST_PROBABILITIES = 1 << 16  # images
+
+
+class EncodedTiles(NamedTuple):
+    """Tiles of an image that were encoded together.
+
+    Attributes:
+      full: their features.
+      compressed: those of the tiles if they are compressed; None without a router, as the next one.
+      probability: the router's.
+    """
+
+    full: Float[Array, "m P D"]
+    compressed: Float[Array, "m Q D"] | None = None
+    probability: Float32[Array, " m"] | None = None
+
+    @property
+    def tiles(self) -> int:
+        return self.full.shape[0]
+
+
+Features = list[EncodedTiles]
 
 
 class ImageStore:
@@ -16,12 +40,16 @@ class ImageStore:
 
     Attributes:
       hits, misses: how many images were found, and not.
+      probabilities: the router's, by the hash of the tiles. They outlast the features.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.num_bytes = self.hits = self.misses = 0
         self._features: collections.OrderedDict[Hashable, Features] = collections.OrderedDict()
+        self.probabilities: collections.OrderedDict[Hashable, np.ndarray] = (
+            collections.OrderedDict()
+        )
 
     def get(self, key: Hashable) -> Features | None:
         """Returns the features of an image, or None."""
@@ -44,6 +72,15 @@ class ImageStore:
             _, oldest = self._features.popitem(last=False)
             self.num_bytes -= _num_bytes(oldest)
 
+    def note(
+        self, key: Hashable, probabilities: Float32[np.ndarray, " n"]
+    ) -> Float32[np.ndarray, " n"]:
+        """Keeps the router's probabilities of an image, and returns them."""
+        self.probabilities[key] = probabilities
+        if len(self.probabilities) > _MOST_PROBABILITIES:
+            self.probabilities.popitem(last=False)
+        return probabilities
+
 
 def _num_bytes(features: Features) -> int:
-    return sum(piece.nbytes for piece in features)
+    return sum(array.nbytes for array in jax.tree.leaves(features))

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from internvl3_jax.inference.engine.checks import check_request
 from internvl3_jax.inference.engine.engine import Engine
 from internvl3_jax.inference.engine.request import Piece, QueueFullError, Request, Ticket
-from internvl3_jax.inference.engine.rows import digests_of
+from internvl3_jax.inference.engine.rows import new_ticket
 from internvl3_jax.parallel.announcements import Announcements
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class LockstepEngine(Engine):
         check_request(request, self.generator, self._device.numbers, self.max_length)
         if request.constraint is not None:
             request = dataclasses.replace(request, constraint=SharedConstraint(request.constraint))
-        ticket = Ticket(request, on_piece, digests=digests_of(request.prompt))
+        ticket = new_ticket(request, self.generator.config, on_piece)
         ticket.on_piece = functools.partial(self._tell, ticket, on_piece)
         with self._changed:
             if self.failed is not None:
@@ -139,7 +139,7 @@ class LockstepEngine(Engine):
         ]
         prompt = dataclasses.replace(request.prompt, tiles=tiles)
         request = dataclasses.replace(request, prompt=prompt)
-        return Ticket(request, lambda piece: None, digests=digests_of(prompt))
+        return new_ticket(request, self.generator.config, lambda piece: None)
 
 
 def _without_tiles(request: Request) -> Request:

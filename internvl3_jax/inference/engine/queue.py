@@ -54,6 +54,11 @@ class RequestQueue:
         with self._changed:
             return self._waiting[0] if self._waiting else None
 
+    def like_first(self) -> list[Ticket]:
+        """Returns the next request and those with the same prompt; they stay."""
+        with self._changed:
+            return [ticket for ticket in self._waiting if same_prompt(ticket, self._waiting[0])]
+
     def take(self, most: int) -> list[Ticket]:
         """Takes the next request and those with the same prompt, such as several answers to one
         question, which need to run it only once.

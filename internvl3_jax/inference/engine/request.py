@@ -94,6 +94,8 @@ class Request:
       top_logprobs: None: no log-probabilities; else those of the sampled token and of as many of
         the likeliest ones, at most MAX_TOP_LOGPROBS.
       constraint: which tokens may come next.
+      flash: "auto": the model's router decides which tiles are compressed; "off": none are. None:
+        "auto" where the model has a router.
     """
 
     prompt: Prompt
@@ -104,6 +106,7 @@ class Request:
     adapter: str | None = None
     top_logprobs: int | None = None
     constraint: TokenConstraint | None = None
+    flash: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +144,13 @@ class Ticket:
     """A request in the engine.
 
     Attributes:
-      request: what was asked.
+      request: what was asked. Once the router has decided, its prompt has the tokens that are run.
       on_piece: called with each `Piece` from the thread that calls `Engine.step`; it must be quick.
       reused_tokens: tokens of the prompt that the cache had already; set before the first piece.
       digests: hashes of the tiles of the prompt's images.
       ids: all ids so far.
       finish, error: of the last piece.
+      awaits_routing: the router has yet to decide about the tiles.
     """
 
     request: Request
@@ -156,3 +160,4 @@ class Ticket:
     ids: list[int] = dataclasses.field(default_factory=list)
     finish: str | None = None
     error: Exception | None = None
+    awaits_routing: bool = False

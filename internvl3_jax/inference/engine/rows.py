@@ -2,14 +2,14 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from internvl3_jax.config import UNITS, LanguageConfig
-from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference.engine.request import Request, Ticket
+from internvl3_jax.config import UNITS, LanguageConfig, ModelConfig
+from internvl3_jax.inference.engine.request import Piece, Request, Ticket
+from internvl3_jax.inference.flash import uses_router
 from internvl3_jax.inference.prompt_cache import extend_prompt
 
 
@@ -21,7 +21,7 @@ class Content:
       tokens: i32[T].
       positions: i32[T], in units of 1/256.
       runs: (first token, number of tokens) of each image.
-      digests: of the tiles of each image.
+      digests: of each image, its `identities`.
       adapter: name of the LoRA adapter that they were run with.
     """
 
@@ -79,9 +79,27 @@ def is_stretched(request: Request, config: LanguageConfig) -> bool:
     return request.scaling == "dynamic" and last >= config.max_position
 
 
-def digests_of(prompt: Prompt) -> list[bytes]:
-    """Returns a hash of the tiles of each image."""
-    return [digest(tiles) for tiles in prompt.tiles]
+def new_ticket(request: Request, config: ModelConfig, on_piece: Callable[[Piece], None]) -> Ticket:
+    """Returns the ticket of a request that enters an engine. on_piece: see `Ticket`."""
+    prompt = request.prompt
+    awaits = bool(prompt.tiles) and prompt.compressed is None
+    return Ticket(
+        request,
+        on_piece,
+        digests=[digest(tiles) for tiles in prompt.tiles],
+        awaits_routing=awaits and uses_router(request.flash, config),
+    )
+
+
+def identities(ticket: Ticket) -> list[bytes]:
+    """Returns what tells the features of each image apart: its tiles, and which are compressed."""
+    compressed = ticket.request.prompt.compressed
+    if compressed is None:
+        return ticket.digests
+    return [
+        name + (tiles.tobytes() if tiles.any() else b"")
+        for name, tiles in zip(ticket.digests, compressed, strict=True)
+    ]
 
 
 def digest(tiles: UInt8[np.ndarray, "n S S 3"]) -> bytes:
@@ -138,7 +156,8 @@ def same_prompt(ticket: Ticket, other: Ticket) -> bool:
     return ticket is other or (
         a.adapter == b.adapter
         and a.scaling == b.scaling
-        and ticket.digests == other.digests
+        and ticket.awaits_routing == other.awaits_routing
+        and identities(ticket) == identities(other)
         and a.prompt.runs == b.prompt.runs
         and np.array_equal(a.prompt.tokens, b.prompt.tokens)
         and np.array_equal(a.prompt.positions, b.prompt.positions)

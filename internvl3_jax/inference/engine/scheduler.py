@@ -14,8 +14,16 @@ from internvl3_jax.inference.engine.prompt_run import PromptRun
 from internvl3_jax.inference.engine.queue import RequestQueue
 from internvl3_jax.inference.engine.request import Piece, Request, Ticket
 from internvl3_jax.inference.engine.results import new_tokens
-from internvl3_jax.inference.engine.rows import Content, Row, best_source, choose_row
+from internvl3_jax.inference.engine.routing import Routing
+from internvl3_jax.inference.engine.rows import (
+    Content,
+    Row,
+    best_source,
+    choose_row,
+    identities,
+)
 from internvl3_jax.inference.engine.stats import EngineStats
+from internvl3_jax.inference.flash import counts
 from internvl3_jax.inference.prompt_batch import bucket
 from internvl3_jax.inference.sampling import NotFiniteError
 
@@ -59,6 +67,7 @@ class Scheduler:
         self._device, self._queue, self._store, self._grows = device, queue, store, grows
         self._config = device.config.language
         self._run: PromptRun | None = None  # the prompt that enters
+        self._routing: Routing | None = None  # the decision about the tiles of the next one
         self._unread: collections.deque[Started] = collections.deque()
         self._group: str | None = None  # of the rows, which share their parameters
         self._rounds = 0
@@ -108,7 +117,12 @@ class Scheduler:
         live = len(self._live())
         free = len(self.rows) - live
         budget = PROMPT_TOKENS * max(1, free // max(live, 1))
-        while budget > 0 and (self._run is not None or self._admit()):
+        while budget > 0 and (self._run is not None or self._may_admit()):
+            if self._run is None:
+                if self._queue.first().awaits_routing:
+                    budget -= self._route(self._queue.first())
+                    continue
+                self._admit()
             run = self._run
             try:
                 budget -= run.step()
@@ -126,20 +140,46 @@ class Scheduler:
                 self._run = None
                 self._begin_answers(run)
 
-    def _admit(self) -> bool:
-        """Begins the run of the next prompt, if there is one and a row is free."""
-        first = self._queue.first()
-        free = sum(row.ticket is None for row in self.rows)
+    def _free(self) -> int:
+        return sum(row.ticket is None for row in self.rows)
+
+    def _may_admit(self) -> bool:
+        """Returns whether there is a next prompt, and a row for it."""
+        first, free = self._queue.first(), self._free()
+        if first is None:
+            self._routing = None  # its request was cancelled
         if first is None or not free:
             return False
         # Decoders that differ in whole parameters take turns.
-        adapter = first.request.adapter
-        group = adapter if adapter in self._device.groups else None
-        if group != self._group and free < len(self.rows):
-            return False
-        self._group = group
-        tickets = self._queue.take(free)
-        source, keep = best_source(self.rows, first.request, first.digests, self._config)
+        return self._group_of(first) == self._group or free == len(self.rows)
+
+    def _group_of(self, ticket: Ticket) -> str | None:
+        adapter = ticket.request.adapter
+        return adapter if adapter in self._device.groups else None
+
+    def _route(self, first: Ticket) -> int:
+        """Encodes some tiles of the next prompt, or decides which of them are compressed; returns
+        how many tokens were made. The prompt waits meanwhile.
+        """
+        if self._routing is None or self._routing.ticket is not first:
+            self._routing = Routing(self._device, self._store, first)
+        try:
+            num_tokens = self._routing.step()
+            if not num_tokens:
+                self._routing.decide(self._queue.like_first())
+        except Exception as error:
+            self._routing, num_tokens = None, 0
+            for ticket in self._queue.take(1):
+                self._finish(ticket, Piece(finish="error", error=error))
+        return num_tokens
+
+    def _admit(self) -> None:
+        """Begins the run of the next prompt."""
+        first = self._queue.first()
+        group = self._group = self._group_of(first)
+        tickets = self._queue.take(self._free())
+        names = identities(first)
+        source, keep = best_source(self.rows, first.request, names, self._config)
         indices = []
         for number, ticket in enumerate(tickets):
             ticket.reused_tokens = len(first.request.prompt.tokens) if number else keep
@@ -147,9 +187,15 @@ class Scheduler:
             self.rows[indices[-1]].ticket = ticket
             self.stats.prompt_tokens += len(ticket.request.prompt.tokens)
             self.stats.reused_tokens += ticket.reused_tokens
+            tiles, compressed = counts(ticket.request.prompt)
+            self.stats.tiles += tiles
+            self.stats.compressed_tiles += compressed
         self._make_room(max(map(_length, tickets)))
-        self._run = PromptRun(self._device, self._store, tickets, indices, group, keep, source)
-        return True
+        routing, self._routing = self._routing, None
+        tower = routing.tower if routing is not None and routing.ticket is first else None
+        self._run = PromptRun(
+            self._device, self._store, tickets, indices, group, keep, source, tower
+        )
 
     def _make_room(self, length: int) -> None:
         if self._grows and length > self._device.sizes.capacity:
@@ -169,7 +215,7 @@ class Scheduler:
                 self._end(index, Piece(finish="error", error=error))
                 continue
             block = self._device.start_row(index, request, run.group, run.hidden, run.cache, bias)
-            row.content = Content.of(request, ticket.digests, self._config)
+            row.content = Content.of(request, identities(ticket), self._config)
             row.next_slot, row.started = len(request.prompt.tokens), 1
             self._unread.append(Started({index: ticket}, block, True, {index: 1}))
         while self._unread and self._reads_every_token():
@@ -254,7 +300,8 @@ class Scheduler:
             self._device.clear_row(index)
             row.content = None
         elif row.content is not None:
-            row.content = Content.of(ticket.request, ticket.digests, self._config, ticket.ids[:-1])
+            names = identities(ticket)
+            row.content = Content.of(ticket.request, names, self._config, ticket.ids[:-1])
         self._finish(ticket, piece)
 
     def _finish(self, ticket: Ticket, piece: Piece) -> None:

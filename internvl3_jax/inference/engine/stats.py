@@ -14,6 +14,8 @@ class EngineStats:
       new_tokens: tokens of answers.
       image_hits, image_misses: images whose features were there, and not.
       blocks: blocks of tokens that were started.
+      tiles, compressed_tiles: tiles of the prompts that entered, and those of them that the router
+        compressed to a quarter of their tokens (InternVL3.5-Flash).
     """
 
     running: int = 0
@@ -25,3 +27,5 @@ class EngineStats:
     image_hits: int = 0
     image_misses: int = 0
     blocks: int = 0
+    tiles: int = 0
+    compressed_tiles: int = 0
