@@ -31,6 +31,13 @@ def qwen3_model(path: pathlib.Path) -> None:
     write(path)
 
 
+def flash_model(path: pathlib.Path) -> None:
+    """Writes a random model of InternVL3.5-Flash's kind."""
+    from tests.support.qwen3_checkpoint import write
+
+    write(path, flash=True)
+
+
 def transformers_model(path: pathlib.Path) -> None:
     """Writes the digits model in the layout of transformers."""
     from convert.open import open_model
@@ -171,6 +178,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
     "OpenGVLab/InternVL3-2B": model,
     "OpenGVLab/InternVL3-8B": model,
     "OpenGVLab/InternVL3_5-8B": qwen3_model,
+    "OpenGVLab/InternVL3_5-8B-Flash": flash_model,
     "OpenGVLab/VisualPRM-8B-v1_1": model,
     "checkpoints/internvl3-2b": model,
     "checkpoints/internvl3-8b": model,
@@ -201,7 +209,7 @@ FILES: dict[str, Callable[[pathlib.Path], None]] = {
 OF_PAGE = {("docs/best_of_n.md", "questions.jsonl"): lines(*ANSWERED)}
 MADE = {
     "docs/training.md": {"checkpoints/internvl3-2b", "checkpoints/new-2b", "runs/sft-2b"},
-    "docs/families.md": {"checkpoints/internvl3_5-8b"},
+    "docs/families.md": {"checkpoints/internvl3_5-8b", "checkpoints/internvl3_5-8b-flash"},
     "docs/best_of_n.md": {"checkpoints/visualprm-8b"},
 }
 

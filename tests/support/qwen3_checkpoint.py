@@ -28,10 +28,11 @@ def tokenizer_files() -> dict[str, bytes]:
     }
 
 
-def write(directory: pathlib.Path, size: str = "3.5-4b") -> pathlib.Path:
-    """Writes the released directory of a size at reduced width."""
+def write(directory: pathlib.Path, size: str = "3.5-4b", flash: bool = False) -> pathlib.Path:
+    """Writes the released directory of a size at reduced width. flash: with a router."""
     model = reduce(size)
     model.image_token_id = 455
+    model.flash = flash
     write_released(directory, model, "internvl")
     for name, content in tokenizer_files().items():
         (directory / name).write_bytes(content)
