@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from internvl3_jax.checkpoints import orbax_s3
 from internvl3_jax.checkpoints.orbax_errors import writing
+from internvl3_jax.checkpoints.read_limit import largest_read
 from internvl3_jax.io import remote_files
 from internvl3_jax.io.checkpoint_paths import damage
 from internvl3_jax.io.integrity import FILES, publish, seal
@@ -196,7 +197,7 @@ def _storage_options(path, leaf):
     )
 
 
-def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
+def _context(path: pathlib.Path, copy: bool = False, largest_read: int = 0) -> "ocp.Context":
     if str(path).startswith("s3://"):
         orbax_s3.install()
     context = ocp.Context()
@@ -205,7 +206,8 @@ def _context(path: pathlib.Path, copy: bool = False) -> "ocp.Context":
     saving.use_compression = False  # weights hardly shrink, and it is most of the time
     saving.scoped_storage_options_creator = _storage_options
     context.memory.deepcopy_host_arrays = copy
-    context.memory.read_concurrent_bytes = LARGEST_CHUNK  # of 2 GiB otherwise
+    # Of 2 GiB otherwise. What needs as much as the limit is refused.
+    context.memory.read_concurrent_bytes = max(LARGEST_CHUNK, largest_read + 1)
     context.pytree.loading.partial_load = True
     return context
 
@@ -263,9 +265,13 @@ def start_saving(path: pathlib.Path, tree) -> Callable[[], None]:
 
 def leaf_infos(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns path -> shape and dtype of a stored tree, without reading arrays."""
-    with _context(path):
-        stored = by_path(ocp.metadata(path).metadata)
+    stored = by_path(_metadata(path))
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+
+
+def _metadata(path: pathlib.Path):
+    with _context(path):
+        return ocp.metadata(path).metadata
 
 
 class TreeReader:
@@ -303,15 +309,16 @@ def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):
         where the sharding is None.
       prepare: maps each leaf's path and value to the value to keep; leaves are then read singly.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device, stored = jax.sharding.SingleDeviceSharding(jax.devices()[0]), _metadata(path)
 
     def target(leaf):
         sharding = getattr(leaf, "sharding", None) or device
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def read(tree):
-        with _context(path):
-            return ocp.load(path, jax.tree.map(target, tree))
+        targets = jax.tree.map(target, tree)
+        with _context(path, largest_read=largest_read(stored, targets)):
+            return ocp.load(path, targets)
 
     if prepare is None:
         return read(abstract)
