@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -103,6 +104,15 @@ class Composed:
         if hashes is not None:
             hashes.add_leaf(self.config, row, leaf)
         return leaf
+
+    def layers(self, row: Row, hashes: Hashes | None = None) -> Iterator[np.ndarray]:
+        count, *shape = padded_shape(row, self.config)
+        for layer in range(count):
+            out = np.empty(shape, self.vision[0].dtype)
+            fill_leaf(*getattr(self, row.target.split("/")[0]), row, out, layer=(layer,))
+            if hashes is not None:
+                hashes.add_leaf(self.config, row, out, (layer,))
+            yield out
 
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
         self.leaf(row, hashes)

@@ -2,12 +2,19 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.fingerprint import compare, fingerprint
-from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast, check_params
+from internvl3_jax.checkpoints.hf.assemble import (
+    DTYPES,
+    ConversionError,
+    by_layer,
+    cast,
+    check_params,
+)
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
 from internvl3_jax.checkpoints.hf.released import Hashes, check_vocabulary, companion_files
 from internvl3_jax.checkpoints.hf.values import nonfinite, refuse_nonfinite
@@ -39,18 +46,38 @@ class Converted:
     ) -> np.ndarray:
         leaf = self.reader.read(row.target)
         if not self.allow_nonfinite and nonfinite(leaf):
-            names = self.reader.names
-            refuse_nonfinite(
-                (name, leaf if name == row.target else self.reader.read(name)) for name in names
-            )
+            refuse_nonfinite(self._all_layers())
         if leaf.dtype != self.target:
             leaf = cast(leaf, self.target, row.target)
         if hashes is not None:
             hashes.add_leaf(self.config, row, leaf)
         return leaf
 
+    def layers(self, row: Row, hashes: Hashes | None = None) -> Iterator[np.ndarray]:
+        for layer, part in enumerate(self.reader.layers(row.target)):
+            if not self.allow_nonfinite and nonfinite(part):
+                refuse_nonfinite(self._all_layers())
+            if part.dtype != self.target:
+                part = cast(part, self.target, row.target)
+            if hashes is not None:
+                hashes.add_leaf(self.config, row, part, (layer,))
+            yield part
+
+    def _all_layers(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, values) of all leaves, of large ones layer by layer."""
+        for row in active_rows(self.config):
+            if by_layer(row, self.config, self.target):
+                for layer, part in enumerate(self.reader.layers(row.target)):
+                    yield f"{row.target}, layer {layer}", part
+            else:
+                yield row.target, self.reader.read(row.target)
+
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
-        self.leaf(row, hashes)
+        if by_layer(row, self.config, self.target):
+            for _ in self.layers(row, hashes):
+                pass
+        else:
+            self.leaf(row, hashes)
 
 
 def open_converted(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +75,9 @@ class Adapted:
         if hashes is not None:
             hashes.add_leaf(self.config, row, leaf)
         return leaf
+
+    def layers(self, row: Row, hashes: Hashes | None = None) -> Iterator[np.ndarray]:
+        return iter(self.leaf(row, hashes))
 
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
         self.leaf(row, hashes)

@@ -19,6 +19,7 @@ from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.assemble import (
     DTYPES,
     ConversionError,
+    by_layer,
     layer_tensors,
     padded_shape,
     stacked_indices,
@@ -46,6 +47,12 @@ class OrbaxSink:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    def add_layers(self, row: Row, layers: Iterable[np.ndarray]) -> None:
+        """Adds a leaf layer by layer; not of quantized weights."""
+        self.dtypes.add(self.model.dtype)
+        shape = padded_shape(row, self.config)
+        self.writer.add_layers(row.target, shape, DTYPES[self.model.dtype], layers)
 
     def add(self, row: Row, leaf: np.ndarray) -> None:
         parts = (
@@ -101,6 +108,14 @@ class SafetensorsSink:
                 ),
                 leaf.T,
             )
+
+    def add_layers(self, row: Row, layers: Iterable[np.ndarray]) -> None:
+        """Adds a leaf layer by layer."""
+        for layer, part in enumerate(layers):
+            for index in stacked_indices(row, self.config, (layer,)):
+                tensors = layer_tensors(self.config, row, part, index[1:], self.layout)
+                for key, tensor in zip(row.keys(self.layout, index), tensors, strict=True):
+                    self.writer.write(key, tensor)
 
     def close(self, hashes: Hashes) -> None:
         self.writer.close()
@@ -182,7 +197,11 @@ def convert(
             sink = OrbaxSink(partial, model, quantize)
         hashes = Hashes()
         for row in _with_progress(model.config, "converting", advance):
-            sink.add(row, model.leaf(row, hashes, partial / "leaf.tmp"))
+            # Quantized weights and merged adapters are made of whole leaves.
+            if quantize is None and by_layer(row, model.config, DTYPES[model.dtype]):
+                sink.add_layers(row, model.layers(row, hashes))
+            else:
+                sink.add(row, model.leaf(row, hashes, partial / "leaf.tmp"))
         sink.close(hashes)
         if verify:
             _compare("the source has changed since its hashes were stored", model.hashes, hashes)

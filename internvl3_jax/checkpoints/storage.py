@@ -1,7 +1,7 @@
-"""Atomic directories and the parameter trees in them. The only file that imports Orbax.
+"""Atomic directories and the parameter trees in them. Only this file and orbax_*.py import Orbax.
 
 Trees are nested dicts; a path is the keys joined by "/". Functions that handle one parameter at a
-time keep one parameter in memory.
+time keep one parameter in memory, or one layer of a large one.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from internvl3_jax.checkpoints import orbax_s3
+from internvl3_jax.checkpoints import orbax_s3, orbax_slices
 from internvl3_jax.checkpoints.orbax_errors import writing
 from internvl3_jax.checkpoints.read_limit import largest_read
 from internvl3_jax.io import remote_files
@@ -43,6 +43,8 @@ except ImportError:  # in versions where it is no longer experimental
 
 # Bytes of one stored chunk, the least that a reader of a shard has to read.
 LARGEST_CHUNK = 512 << 20
+# Bytes of a leaf, beyond which its layers are stored, and converted, by themselves.
+BY_LAYER = LARGEST_CHUNK
 SMALL = 64 << 20  # bytes of leaves that are written together
 
 
@@ -188,10 +190,11 @@ class _LiteralPath(type(epath.Path("/"))):
 
 
 def _storage_options(path, leaf):
-    if math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize <= LARGEST_CHUNK:
+    if math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize <= BY_LAYER:
         return None
-    # Layers on the first axis get separate chunks, so that a chunk is contiguous in the array.
-    layers = (0,) if np.ndim(leaf) == 3 else ()
+    # Layers on the first axis get separate chunks, so that a chunk is contiguous in the array, and
+    # a layer is read by itself. A fourth axis is that of experts.
+    layers = (0,) if np.ndim(leaf) in (3, 4) else ()
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=LARGEST_CHUNK, shard_axes=layers
     )
@@ -233,6 +236,15 @@ class TreeWriter:
         self.waiting[path] = leaf
         if sum(leaf.nbytes for leaf in self.waiting.values()) > SMALL:
             self._flush()
+
+    def add_layers(
+        self, path: str, shape: tuple[int, ...], dtype: np.dtype, layers: Iterable[np.ndarray]
+    ) -> None:
+        """Writes a leaf of which `layers` makes the slices, in order; one of them is in memory."""
+        orbax_slices.install()
+        self._flush()
+        self.waiting[path] = orbax_slices.Slices(shape, dtype, layers)
+        self._flush()
 
     def close(self) -> None:
         self._flush()
@@ -298,6 +310,11 @@ class TreeReader:
                 self.ready = by_path(ocp.load(self.path, nest(batch)))
             gc.collect()  # Orbax leaves arrays in reference cycles
         return self.ready.pop(name)
+
+    def layers(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the slices of a leaf along its first axis; one of them is in memory."""
+        self.ready = {}
+        return orbax_slices.read_slices(self.path, name)
 
 
 def load_tree(path: pathlib.Path, abstract, prepare: Callable | None = None):

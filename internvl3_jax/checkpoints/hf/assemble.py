@@ -6,12 +6,14 @@ at once.
 """
 
 import collections
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from internvl3_jax.checkpoints import storage
 from internvl3_jax.checkpoints.hf.mapping import (
     IGNORED,
     Row,
@@ -172,9 +174,15 @@ def _all_keys(row: Row, config: ModelConfig, layout: str):
         yield from row.keys(layout, index)
 
 
-def stacked_indices(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
-    """Returns the indices of what a leaf stacks: (layer,) or (layer, expert) each, else one ()."""
-    return list(np.ndindex(*stacked_axes(row, config)))
+def stacked_indices(
+    row: Row, config: ModelConfig, layer: tuple[int, ...] = ()
+) -> list[tuple[int, ...]]:
+    """Returns the indices of what a leaf stacks: (layer,) or (layer, expert) each, else one ().
+
+    With `layer`, (number,), only those of this layer.
+    """
+    axes = stacked_axes(row, config)
+    return [layer + index for index in np.ndindex(*axes[len(layer) :])]
 
 
 def _check_tied(source: Source, head: str, layout: str, names: dict, infos: Mapping) -> None:
@@ -236,6 +244,12 @@ def padded_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
     return (*stacked_axes(row, config), *shape)
 
 
+def by_layer(row: Row, config: ModelConfig, dtype: np.dtype) -> bool:
+    """Returns whether a leaf is so large that its layers are converted one by one."""
+    size = math.prod(padded_shape(row, config)) * dtype.itemsize
+    return len(stacked_axes(row, config)) > 0 and size > storage.BY_LAYER
+
+
 def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
     """Returns the slices of one layer of a leaf without the vocabulary's padding."""
     return tuple(
@@ -245,18 +259,26 @@ def vocabulary_slice(row: Row, config: ModelConfig) -> tuple[slice, ...]:
 
 
 def fill_leaf(
-    plan: Plan, source: Source, row: Row, out: np.ndarray, visit: Callable | None = None
+    plan: Plan,
+    source: Source,
+    row: Row,
+    out: np.ndarray,
+    visit: Callable | None = None,
+    layer: tuple[int, ...] = (),
 ) -> None:
     """Reads a leaf layer by layer, and expert by expert, into `out`.
 
-    `visit(key, tensors)` is called for each; the key is the name in the original layout.
+    Args:
+      visit: called with (key, tensors) of each; the key is the name in the original layout.
+      layer: (number,) of the only layer to read, which is then all of `out`.
     """
     inside = vocabulary_slice(row, plan.config)
     if "V" in row.shape.split():
         out[...] = 0
-    for index in stacked_indices(row, plan.config):
+    for index in stacked_indices(row, plan.config, layer):
         tensors = read_tensors(plan, source, row, index)
-        copy(bits(to_leaf(row, tensors, plan.config)), bits(out[index])[inside])
+        place = bits(out[index[len(layer) :]])
+        copy(bits(to_leaf(row, tensors, plan.config)), place[inside])
         if visit:
             visit(row.keys("internvl", index)[0], tensors)
 

@@ -7,6 +7,7 @@ The interface of a source:
     dtype                      its name
     hashes                     those stored with it
     leaf(row, hashes)          reads a leaf of the parameter tree and adds its tensors' hashes
+    layers(row, hashes)        yields the layers of a leaf instead
     hash_leaf(row, hashes)     only adds the hashes
 """
 
@@ -17,7 +18,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -83,12 +84,13 @@ class Hashes(dict):
             digest.update(np.ascontiguousarray(bits(tensor)).reshape(-1).view(np.uint8))
         self[key] = digest.hexdigest()
 
-    def add_leaf(self, config: ModelConfig, row: Row, leaf: np.ndarray) -> None:
-        """Adds all tensors of one leaf."""
-        for index in stacked_indices(row, config):
-            self.add(
-                row.keys("internvl", index)[0], layer_tensors(config, row, leaf, index, "internvl")
-            )
+    def add_leaf(
+        self, config: ModelConfig, row: Row, leaf: np.ndarray, layer: tuple[int, ...] = ()
+    ) -> None:
+        """Adds all tensors of a leaf, or of its only `layer`, which is then all of `leaf`."""
+        for index in stacked_indices(row, config, layer):
+            tensors = layer_tensors(config, row, leaf, index[len(layer) :], "internvl")
+            self.add(row.keys("internvl", index)[0], tensors)
 
 
 @dataclasses.dataclass
@@ -116,14 +118,22 @@ class Released:
         self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
     ) -> np.ndarray:
         out = allocate(padded_shape(row, self.config), self.checked.dtype, scratch)
-        fill_leaf(self.checked, self.tensors, row, out, hashes.add if hashes is not None else None)
+        visit = hashes.add if hashes is not None else None
+        fill_leaf(self.checked, self.tensors, row, out, visit)
         return out
+
+    def layers(self, row: Row, hashes: Hashes | None = None) -> Iterator[np.ndarray]:
+        count, *shape = padded_shape(row, self.config)
+        for layer in range(count):
+            out = np.empty(shape, self.checked.dtype)
+            visit = hashes.add if hashes is not None else None
+            fill_leaf(self.checked, self.tensors, row, out, visit, (layer,))
+            yield out
 
     def hash_leaf(self, row: Row, hashes: Hashes) -> None:
         for index in stacked_indices(row, self.config):
-            hashes.add(
-                row.keys("internvl", index)[0], read_tensors(self.checked, self.tensors, row, index)
-            )
+            tensors = read_tensors(self.checked, self.tensors, row, index)
+            hashes.add(row.keys("internvl", index)[0], tensors)
 
     def params(
         self, shardings: Mapping[str, jax.sharding.Sharding], prepare: Callable | None = None
@@ -177,11 +187,9 @@ def _fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.n
             for key, out in parts.items()
             if all(start <= at < stop for at, (start, stop) in zip(index, key, strict=False))
         }
-        value = (
-            bits(to_leaf(row, read_tensors(plan, source, row, index), plan.config))
-            if wanted
-            else None
-        )
+        if not wanted:
+            continue
+        value = bits(to_leaf(row, read_tensors(plan, source, row, index), plan.config))
         for key, out in wanted.items():
             inside = tuple(at - start for at, (start, _) in zip(index, key, strict=False))
             place, bounds = bits(out)[inside], key[len(index) :]
