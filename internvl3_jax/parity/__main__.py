@@ -60,6 +60,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     check.add_argument("--url", help="of --engine http, such as http://localhost:8000/v1")
     check.add_argument("--served_name", help="of the model of --engine http")
+    check.add_argument(
+        "--ours",
+        action="store_true",
+        help="the server is internvl3_jax.serve, which has fields for frames and V2PE steps",
+    )
     check.add_argument("--command", help="of --engine command")
     options = parser.parse_args(arguments)
     if options.command_name == "check":
@@ -128,7 +133,7 @@ def open_engine(options: argparse.Namespace, model: PackedModel, layout: str, dt
     if options.engine == "http":
         from internvl3_jax.parity.http_engine import HttpEngine
 
-        return HttpEngine(options.url, options.served_name)
+        return HttpEngine(options.url, options.served_name, options.ours)
     if options.engine == "command":
         from internvl3_jax.parity.command_engine import CommandEngine
 

@@ -1,7 +1,8 @@
 """A server with OpenAI's interface as an engine. Needs numpy alone.
 
 It gives the answer, the number of prompt tokens, and log-probabilities of the first token. A case
-with frames or with a V2PE step of its own has no place in this interface and is left out.
+with frames or with a V2PE step of its own has no place in OpenAI's interface and is left out, but
+`internvl3_jax.serve` has fields for both.
 """
 
 import base64
@@ -23,10 +24,11 @@ class HttpEngine:
     Args:
       url: of the interface, such as http://localhost:8000/v1.
       name: of the model; None: the first that the server lists.
+      is_ours: whether the server is internvl3_jax.serve.
     """
 
-    def __init__(self, url: str, name: str | None = None):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, name: str | None = None, is_ours: bool = False):
+        self.url, self.is_ours = url.rstrip("/"), is_ours
         self.name = name or self._first_model()
 
     def _first_model(self) -> str:
@@ -38,17 +40,19 @@ class HttpEngine:
     def run(self, root: pathlib.Path, case: Case) -> dict | None:
         """Returns the stages of a case, or None for one that the interface cannot express."""
         request = case.request
-        if request.frames or request.delta is not None:
+        if (request.frames or request.delta is not None) and not self.is_ours:
             return None
+        # A frame is an image of one tile, whose place the text says.
+        names = [f"Frame-{number + 1}: <image>\n" for number in range(len(request.frames))]
+        limit = {"max_tiles": 1} if request.frames else {}
         parts = [
-            {"type": "image_url", "image_url": {"url": _data_url(root / path)}}
-            for path in request.images
+            {"type": "image_url", "image_url": {"url": _data_url(root / path)} | limit}
+            for path in (*request.images, *request.frames)
         ]
-        body = {
+        text = {"type": "text", "text": "".join(names) + request.question}
+        body = ({} if request.delta is None else {"delta": request.delta}) | {
             "model": self.name,
-            "messages": [
-                {"role": "user", "content": [*parts, {"type": "text", "text": request.question}]}
-            ],
+            "messages": [{"role": "user", "content": [*parts, text]}],
             "max_tokens": request.max_new_tokens,
             "temperature": 0,
             "logprobs": True,

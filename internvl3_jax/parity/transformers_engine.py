@@ -21,6 +21,9 @@ class TransformersEngine:
       path: the checkpoint's directory.
       model: of the pack.
       dtype: name of the dtype of the computation.
+
+    Raises:
+      PackError: PyTorch or transformers is missing, or the checkpoint has another layout.
     """
 
     def __init__(self, path: str | pathlib.Path, model: PackedModel, dtype: str = "float32"):
@@ -31,6 +34,7 @@ class TransformersEngine:
             raise PackError(
                 f"{error}; --engine transformers needs: pip install torch transformers"
             ) from error
+        _check_layout(pathlib.Path(path))
         self.torch, self.stop_ids = torch, model.stop_ids
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = transformers.InternVLForConditionalGeneration.from_pretrained(
@@ -88,6 +92,17 @@ class TransformersEngine:
             ids = torch.cat([ids, ids.new_tensor([[answer[-1]]])], dim=1)
             positions = torch.cat([positions, positions[:, -1:].ceil() + 1], dim=1)
         yield "answer_ids", np.asarray(answer, np.int64)
+
+
+def _check_layout(path: pathlib.Path) -> None:
+    """Raises PackError for a local checkpoint that transformers would fill with random weights."""
+    file = path / "config.json"
+    kind = json.loads(file.read_text()).get("model_type") if file.is_file() else "internvl"
+    if kind != "internvl":
+        raise PackError(
+            f"{path} has the model type {kind!r}, whose model is not part of transformers; convert "
+            "it: python -m convert DIR HF_DIR --to hf"
+        )
 
 
 def _array(tensor) -> np.ndarray:
