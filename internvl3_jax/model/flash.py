@@ -11,8 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from internvl3_jax.config import ModelConfig
-from internvl3_jax.model.ops.activation import gelu
-from internvl3_jax.model.ops.linear import Dense
+from internvl3_jax.model.ops.linear import Dense, gelu
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.projector import pixel_shuffle
 
