@@ -159,7 +159,7 @@ class ModelConfig:
 
     @property
     def tokens_per_compressed_tile(self) -> int:
-        """Visual tokens of a tile that the router compresses."""
+        """Returns the number of visual tokens of a tile that the router compresses."""
         return (self.vision.grid // self.downsample**2) ** 2
 
     def __post_init__(self):
@@ -243,7 +243,7 @@ def validate(config: ModelConfig) -> None:
         (
             vision.image_size % vision.patch_size == 0,
             "vision.image_size",
-            f"{vision.image_size} is no multiple of patch_size",
+            f"{vision.image_size} is not a multiple of patch_size",
         ),
         (
             vision.grid % config.downsample == 0,

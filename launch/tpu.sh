@@ -36,7 +36,7 @@ need() {
 case ${1:-} in
 create | setup | run | logs | stop | delete) ;;
 *)
-  echo "error: '${1:-}' is no command; there are create, setup, run, logs, stop and delete, as $0 --help shows" >&2
+  echo "error: '${1:-}' is not a command; there are create, setup, run, logs, stop and delete, as $0 --help shows" >&2
   exit 2
   ;;
 esac

@@ -137,7 +137,7 @@ def test_the_6b_tower():
 
 
 def test_rows_of_other_lengths():
-    """3 rows on each device, of a length that is no multiple of a block."""
+    """3 rows on each device, of a length that is not a multiple of a block."""
     program = compiled(MeshConfig(fsdp=4, tensor=4), (12, 3000, 14, 2, 64))
     assert kernels(program) == 3 and not re.search(r"f32\[[\d,]*3000,3000\]", program.as_text())
 

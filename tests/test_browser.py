@@ -211,7 +211,7 @@ def test_a_file_that_is_no_image_is_said(page, tmp_path):
     path.write_text("no image")
     page.one("#files").send_keys(str(path))
     page.until(lambda: page.shown("#notice"))
-    assert page.one("#notice").text == "note.png is no image that this browser can open"
+    assert page.one("#notice").text == "note.png is not an image that this browser can open"
 
 
 def test_a_pdf_and_a_video_are_asked_about(page, tmp_path):

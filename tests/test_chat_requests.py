@@ -111,7 +111,7 @@ WRONG = {
         ValueError,
         "temperature is inf; it must be 0",
     ),
-    "temperature is no number": (
+    "temperature is not a number": (
         ("hi", []),
         {"temperature": float("nan")},
         ValueError,

@@ -128,7 +128,7 @@ def test_videos_and_pdfs_wait_for_the_next_question(monkeypatch, capsys, tmp_pat
     assert asked == [["What?", [], [video], [pdf]], ["And?", []], ["Now?", []]]
     err = capsys.readouterr().err
     assert f"{video}\n{pdf}\n" in err and "/video needs a path, such as /video clip.mp4" in err
-    assert "a.mp4: is no PDF" in err and "a.pdf: cannot be decoded" in err
+    assert "a.mp4: is not a PDF" in err and "a.pdf: cannot be decoded" in err
 
 
 def test_an_image_is_looked_at_at_once(monkeypatch, capsys, tmp_path):

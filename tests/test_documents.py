@@ -185,8 +185,8 @@ def test_many_pages_take_a_smaller_delta_and_then_fewer_tiles(chat):
 
 
 BAD = {
-    "text.pdf": (b"hello" * 300, "is no PDF; give an image with --image"),
-    "nothing.pdf": (b"", "is no PDF"),
+    "text.pdf": (b"hello" * 300, "is not a PDF; give an image with --image"),
+    "nothing.pdf": (b"", "is not a PDF"),
     "cut.pdf": (PDF[: len(PDF) // 3], "is damaged, incomplete or .*; fetch it again"),
     "header.pdf": (b"%PDF-1.7\nnothing more", "is damaged, incomplete"),
     "encrypted.pdf": (encrypted_pdf(), "is encrypted; save a copy without a password"),

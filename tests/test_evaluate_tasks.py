@@ -124,7 +124,7 @@ def test_names_of_tasks_and_groups():
         "crpe",
         "pope",
     ]
-    with pytest.raises(ValueError, match=r"'mmstr', which is no task or group; did you mean"):
+    with pytest.raises(ValueError, match=r"'mmstr', which is not a task or group; did you mean"):
         find_tasks(["mmstr"])
 
 

@@ -145,7 +145,7 @@ def test_arrays_of_other_libraries_and_buffers():
 
     with pytest.raises(ImageError, match=r"OnDevice: cannot be read as .*cuda:0.*; pass a numpy"):
         open_image(OnDevice())
-    with pytest.raises(ImageError, match="'': an empty text is no path"):
+    with pytest.raises(ImageError, match="'': an empty text is not a path"):
         open_image("")
 
 
@@ -160,7 +160,7 @@ def test_arrays_of_other_libraries_and_buffers():
 )
 def test_other_arrays_are_refused(array):
     with pytest.raises(
-        ImageError, match=r"array .*\[.*\]: is no image array; give uint8 \[height, width, 3\]"
+        ImageError, match=r"array .*\[.*\]: is not an image array; give uint8 \[height, width, 3\]"
     ):
         open_image(array)
 

@@ -306,7 +306,7 @@ def test_a_refused_output_leaves_no_other_file(ask, tmp_path):
     """A file of a checkpoint as --output, say: a lock there would make the checkpoint look changed."""
     (tmp_path / "requests.jsonl").write_text('{"prompt": "x"}\n')
     (tmp_path / "config.json").write_text('{"mine": 1}\n')
-    assert "is no answer of infer.py" in fail(
+    assert "is not an answer of infer.py" in fail(
         ask, requests=str(tmp_path / "requests.jsonl"), output=str(tmp_path / "config.json")
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "requests.jsonl"]

@@ -148,7 +148,7 @@ def test_nul_bytes_of_a_power_failure_are_cut_off(asked, output, capsys, tail):
     # Without recorded settings a file of NUL bytes may be anything.
     output.write_bytes(tail)
     output.with_name("answers.jsonl.settings.json").unlink()
-    with pytest.raises(FileError, match="is no answer of infer.py|every line should be"):
+    with pytest.raises(FileError, match="is not an answer of infer.py|every line should be"):
         fill(output, asked)
     assert output.read_bytes() == tail
 

@@ -33,7 +33,7 @@ def own_environment(monkeypatch):
         ("--checkpoint x --port 70000", "must be from 0 to 65535"),
         ("--checkpoint x --rows 0", "must be at least 1"),
         ("--checkpoint x --rows many", "invalid whole number value: 'many'"),
-        ("--checkpoint x --allow_files nowhere", "is no folder"),
+        ("--checkpoint x --allow_files nowhere", "is not a folder"),
         ("--checkpoint x --api_key_file nowhere", "cannot be read"),
         ("--checkpoint x --quantize_tower", "about --weights"),
         ("--checkpoint x --allow_private_hosts", "about --allow_hosts"),

@@ -22,7 +22,7 @@ from internvl3_jax.inference.answerer import as_json
 from internvl3_jax.inference.asked import Asked
 from internvl3_jax.inference.chat import Chat
 
-_NOTE_SECONDS = 60  # between two lines about the progress, where stderr is no terminal
+_NOTE_SECONDS = 60  # between two lines about the progress, where stderr is not a terminal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ def crpe_group(rows: Sequence[tuple[str, str, str]]) -> Scores:
     """Returns category -> share of right questions, and "total", of (reference, answer, category).
 
     Raises:
-      ValueError: the number of rows is no multiple of four.
+      ValueError: the number of rows is not a multiple of four.
     """
     right = [crpe_row(reference, answer) for reference, answer, _ in rows]
     groups = _crpe_groups(right, [category for *_, category in rows])

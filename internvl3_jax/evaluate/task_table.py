@@ -43,7 +43,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
         if not chosen:
             known = [CARD, *GROUPS, *TASKS]
             raise ValueError(
-                f"--tasks has {name!r}, which is no task or group"
+                f"--tasks has {name!r}, which is not a task or group"
                 f"{suggestion(name, known) or '; --list shows them'}"
             )
         found |= {task.name: task for task in chosen}

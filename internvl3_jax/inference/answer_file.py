@@ -26,7 +26,7 @@ from internvl3_jax.io.terminal import excerpt, one_line
 
 KIND = "settings of a file of answers"
 NOT_RECORDED = "not recorded"
-NOUN = "answer of infer.py"
+NOUN = "an answer of infer.py"
 
 
 class AnswerFile:
@@ -138,7 +138,9 @@ class AnswerFile:
             and isinstance(values.get("run"), str)
         )
         if not ours:
-            raise FileError(f"{one_line(str(self.sidecar))}: is no {KIND}; name another --output")
+            raise FileError(
+                f"{one_line(str(self.sidecar))}: does not hold the {KIND}; name another --output"
+            )
         # The settings of answers that were moved away bind nobody.
         if remote:
             return values if remote_files.exists(self.path) else None
@@ -155,7 +157,7 @@ def read_answers(
         settings are recorded.
 
     Raises:
-      FileError: the file has a line that is no answer of infer.py, or answers other requests or
+      FileError: the file has a line that is not an answer of infer.py, or answers other requests or
         other images, or was made with other settings.
     """
     if not (remote_files.exists(output) if is_remote(output) else os.path.lexists(output)):
@@ -168,7 +170,7 @@ def read_answers(
     )
     if content.tail and not (content.tail_is_torn() and (rows or run)):
         raise JsonError(
-            f"{name} line {len(rows) + 1} is no {NOUN}, nor the beginning of one; name another "
+            f"{name} line {len(rows) + 1} is not {NOUN}, nor the beginning of one; name another "
             "--output"
         )
     if len(rows) > len(requests):
@@ -221,7 +223,7 @@ def _check_first_bytes(path: pathlib.Path, has_sidecar: bool) -> None:
     torn = has_sidecar and start.startswith(b"\0")
     if not (start.startswith(ROW_START) or ROW_START.startswith(start) or torn):
         raise FileError(
-            f"{one_line(str(path))} line 1 is no {NOUN}, nor the beginning of one; name another "
+            f"{one_line(str(path))} line 1 is not {NOUN}, nor the beginning of one; name another "
             "--output"
         )
 

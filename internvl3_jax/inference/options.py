@@ -105,7 +105,7 @@ class Options:
         """Returns a copy with some options changed.
 
         Raises:
-          TypeError: a name is no option. owner: whose option it is, for the message.
+          TypeError: a name is not an option. owner: whose option it is, for the message.
           ValueError: as of the constructor.
         """
         known = [field.name for field in dataclasses.fields(self)]

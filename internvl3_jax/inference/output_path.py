@@ -20,7 +20,7 @@ def check_output_path(
       flag: the flag that the path was given with, for messages.
 
     Raises:
-      FileError: the directory does not exist or is not writable, the path is no regular file, or
+      FileError: the directory does not exist or is not writable, the path is not a regular file, or
         it is one of the inputs.
     """
     name = one_line(str(path))

@@ -82,7 +82,7 @@ def read_requests(
         asked: what the answer repeats of the line: id, prompt, image and the keys in `KEPT`.
 
     Raises:
-      FileError: a line is no request; the message names file and line.
+      FileError: a line is not a request; the message names file and line.
     """
     path = as_path(path) if is_remote(path) else pathlib.Path(os.path.expanduser(path))
     settings = {"video": video_settings or {}, "document": document_settings or {}}

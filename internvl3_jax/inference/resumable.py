@@ -61,7 +61,7 @@ def read_rows(path: str | os.PathLike) -> Rows:
 
     Raises:
       FileError: the file cannot be read.
-      JsonError: a line before the tail is blank, has NUL bytes or is no JSON object.
+      JsonError: a line before the tail is blank, has NUL bytes or is not a JSON object.
     """
     data = safe_files.read_bytes(path, max_bytes=jsonl.MAX_BYTES)
     *lines, tail = data.split(b"\n")
@@ -84,7 +84,7 @@ def read_own_rows(path: str | os.PathLike, is_row: Callable[[dict], bool], noun:
 
     Args:
       is_row: returns whether an object is such a row.
-      noun: what a row is called in messages, such as "answer of infer.py".
+      noun: what a row is called in messages, such as "an answer of infer.py".
 
     Raises:
       FileError: the file cannot be read, or a complete line is no such row.
@@ -93,8 +93,8 @@ def read_own_rows(path: str | os.PathLike, is_row: Callable[[dict], bool], noun:
     try:
         content = read_rows(path)
     except FileError as error:
-        raise JsonError(f"{error}; every line should be an {noun}: {advice}") from error
+        raise JsonError(f"{error}; every line should be {noun}: {advice}") from error
     for number, row in enumerate(content.rows, 1):
         if not is_row(row):
-            raise JsonError(f"{one_line(os.fspath(path))} line {number} is no {noun}; {advice}")
+            raise JsonError(f"{one_line(os.fspath(path))} line {number} is not {noun}; {advice}")
     return content

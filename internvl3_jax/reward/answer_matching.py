@@ -214,7 +214,7 @@ def _fraction(match: re.Match) -> str:
 
 
 def _number(text: str) -> tuple[Fraction, bool] | None:
-    """Returns (value without its percent sign, whether it has one); None if it is no number."""
+    """Returns (value without its percent sign, whether it has one); None if it is not a number."""
     text = _GROUPS.sub(lambda group: group[0].replace(" ", ""), text)
     match = _NUMBER.fullmatch(text.lower()) if len(text) <= _LONGEST_NUMBER else None
     if not match:

@@ -64,7 +64,7 @@ def read_questions(path: pathlib.Path, need_answers: bool = True) -> list[Questi
       need_answers: whether each needs an answer; otherwise it needs an answer or an image.
 
     Raises:
-      ValueError: naming file and line, for a line that is no question, has unknown keys, missing
+      ValueError: naming file and line, for a line that is not a question, has unknown keys, missing
         images, fewer tags than images, or the id of another line.
     """
     path = pathlib.Path(os.path.expanduser(path))

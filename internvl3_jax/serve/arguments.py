@@ -82,7 +82,7 @@ def _read_key(
 
 def _root(path: pathlib.Path, parser: Parser) -> pathlib.Path:
     if not path.is_dir():
-        parser.error(f"--allow_files {path} is no folder")
+        parser.error(f"--allow_files {path} is not a folder")
     return path.resolve()
 
 

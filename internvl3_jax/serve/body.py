@@ -88,7 +88,7 @@ class Fields:
                 near = suggestion(field, known) or "; leave it out"
                 where = f" of {self.path}" if self.path else ""
                 raise ApiError(
-                    f"{excerpt(field)} is no field{where} that this server knows{near}",
+                    f"{excerpt(field)} is not a field{where} that this server knows{near}",
                     param=name[:200],
                     code="unknown_field",
                 )

@@ -77,7 +77,7 @@ class Fetcher:
             parts = urllib.parse.urlsplit(url)
             port = parts.port
         except ValueError as error:
-            raise ApiError(f"{short_name(url)}: is no address ({error})") from error
+            raise ApiError(f"{short_name(url)}: is not an address ({error})") from error
         if not self.hosts:
             raise _refused(
                 f"{short_name(url)}: this server fetches no addresses; send a data: URL, or start "

@@ -51,7 +51,7 @@ def read_below(url: str, roots: Sequence[pathlib.Path], max_bytes: int) -> bytes
         )
     path = as_path(url)
     if "\0" in path or not path:
-        raise ApiError(f"{short_name(url)}: is no path")
+        raise ApiError(f"{short_name(url)}: is not a path")
     # `..` is taken out of the text, not followed.
     plain = os.path.normpath(path)
     for root in roots:

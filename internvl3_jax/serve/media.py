@@ -77,7 +77,7 @@ def decode_data_url(url: str, kind: str = "image/png") -> bytes:
     """
     match = _DATA.match(url[:1000])
     if match is None:
-        raise ApiError(f"is no data URL; write data:{kind};base64, and the file in base64")
+        raise ApiError(f"is not a data URL; write data:{kind};base64, and the file in base64")
     given, group = match["type"].lower(), kind.split("/")[0]
     # A GIF is an image, or a video.
     fits = given.startswith(f"{group}/") or given in ("", "application/octet-stream")

@@ -182,7 +182,7 @@ URLS = [
     ("https", shown("https://example.com/a.png"), 403, "--allow_hosts", None),
     ("metadata", shown("http://169.254.169.254/latest"), 403, "--allow_hosts", None),
     ("this machine", shown("http://127.0.0.1:22/"), 403, "--allow_hosts", None),
-    ("bad port", shown("http://a:99999999/"), 400, "no address", None),
+    ("bad port", shown("http://a:99999999/"), 400, "is not an address", None),
     ("ftp", shown("ftp://example.com/a.png"), 400, "begins with 'ftp'", None),
     ("gs", shown("gs://bucket/a.png"), 400, "begins with 'gs'", None),
     ("s3", shown("s3://bucket/a.png"), 400, "begins with 's3'", None),

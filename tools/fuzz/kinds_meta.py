@@ -150,7 +150,7 @@ def shard_cases(rng: random.Random) -> Iterator[Case]:
                 {},
             )
         ],
-        "a row that is no JSON": [("5.json", b"{", {})],
+        "a row that is not JSON": [("5.json", b"{", {})],
     }.items():
         yield Case(kind, title, "refuse", _append(members), names)
     yield Case(

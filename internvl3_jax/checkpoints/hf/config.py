@@ -249,7 +249,7 @@ def read_vision(
     if vision.hidden_size % vision.num_heads:
         fields.refuse("num_attention_heads", f"it does not divide hidden_size {vision.hidden_size}")
     if vision.image_size % vision.patch_size:
-        fields.refuse("image_size", f"it is no multiple of patch_size {vision.patch_size}")
+        fields.refuse("image_size", f"it is not a multiple of patch_size {vision.patch_size}")
     fields.finish(VISION_IGNORED)
     return vision
 

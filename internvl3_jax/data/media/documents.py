@@ -61,7 +61,7 @@ class PdfFile:
           max_bytes, max_pages: of the file, and of the pages that are shown; more are refused.
 
         Raises:
-          DocumentError: the file is no PDF, is damaged, encrypted or empty, or has no such pages.
+          DocumentError: the file is not a PDF, is damaged, encrypted or empty, or lacks a page.
         """
         is_bytes = isinstance(document, bytes | bytearray | memoryview)
         self.name = short_name(
@@ -143,7 +143,7 @@ class _Opened:
     def __enter__(self):
         # PDFium searches for the header; its first kilobyte is where readers accept it.
         if b"%PDF-" not in self.data[:1024]:
-            raise DocumentError(f"{self.name}: is no PDF; give an image with --image")
+            raise DocumentError(f"{self.name}: is not a PDF; give an image with --image")
         try:
             self.pdf = self.pdfium.PdfDocument(self.data)
         except self.pdfium.PdfiumError as error:
@@ -182,7 +182,7 @@ def parse_pages(pages: str | Sequence[int] | None, count: int, name: str) -> lis
       name: what errors call it.
 
     Raises:
-      DocumentError: the text is no list of pages, or a page does not exist or occurs twice.
+      DocumentError: the text is not a list of pages, or a page does not exist or occurs twice.
     """
     if pages is None:
         return list(range(1, count + 1))

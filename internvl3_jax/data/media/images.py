@@ -147,8 +147,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     gray = array.dtype in (np.uint8, np.uint16) and array.ndim == 2
     if not color and not gray:
         raise ImageError(
-            f"{name}: is no image array; give uint8 [height, width, 3] with values from 0 to 255, "
-            f"channels last"
+            f"{name}: is not an image array; give uint8 [height, width, 3] with values from 0 to "
+            f"255, channels last"
         )
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels; give at least one row and one column")
@@ -164,7 +164,7 @@ def _open_file(source, name: str, opened: contextlib.ExitStack) -> BinaryIO:
             raise ImageError(f"{error}; check the address") from error
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
-            raise ImageError(f"{name}: an empty text is no path; name the image's file")
+            raise ImageError(f"{name}: an empty text is not a path; name the image's file")
         _check_path(pathlib.Path(source), name)
         try:
             return opened.enter_context(open_regular(source))

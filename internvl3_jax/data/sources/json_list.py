@@ -26,7 +26,7 @@ def is_list(start: bytes) -> bool:
 class ListScanner:
     """Finds the objects of one list: `feed` takes the file's bytes in order, then `finish`.
 
-    Both raise FileError if the file is no list of objects, or is not complete.
+    Both raise FileError if the file is not a list of objects, or is not complete.
     """
 
     def __init__(self, path: str, add_row: Callable[[int, bytes], None], max_row: int):
@@ -68,7 +68,7 @@ class ListScanner:
         rest = b"".join(bytes(self.pending).removeprefix(BOM).split())
         if self.is_in_row or self.depth or rest != (b"]" if self.rows else b"[]"):
             raise FileError(
-                f"{self.path}: is no complete JSON list of rows: behind row {self.rows} it has "
+                f"{self.path}: is not a complete JSON list of rows: behind row {self.rows} it has "
                 f"{excerpt(rest[:60].decode('utf-8', 'replace'))}; was it written or downloaded "
                 f"completely?"
             )
@@ -102,8 +102,8 @@ class ListScanner:
         gap = bytes(self.pending).removeprefix(b"" if self.rows else BOM).strip()
         if gap != (b"," if self.rows else b"[") or bracket != ord("{"):
             raise FileError(
-                f"{self.path}: item {self.rows + 1} of the list is no object, or not set apart by "
-                f"one comma; expected [{{...}}, {{...}}]"
+                f"{self.path}: item {self.rows + 1} of the list is not an object, or not set apart "
+                f"by one comma; expected [{{...}}, {{...}}]"
             )
         self.start, self.is_in_row = self.position + place, True
         self.pending.clear()

@@ -25,7 +25,7 @@ def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str
     archive: Files of the row's sample, by name; None if the row is not in an archive.
 
     Raises:
-      RowError: The row may not name this file, or it is no path.
+      RowError: The row may not name this file, or it is not a path.
     """
     if archive is not None:
         if name in archive:
@@ -40,7 +40,7 @@ def locate(name: str, spec: SourceSpec, archive: dict[str, bytes] | None) -> str
             f"{excerpt(name)}: holds the data itself; save it as a file and give its path"
         )
     if len(name) > MAX_PATH or "\0" in name:
-        raise RowError(f"{excerpt(name)}: is no path (it has {len(name):,} characters)")
+        raise RowError(f"{excerpt(name)}: is not a path (it has {len(name):,} characters)")
     is_absolute = is_remote(name) or os.path.isabs(name)
     if (
         spec.outside == "yes"

@@ -193,7 +193,7 @@ class _ArrayRecordFile:
             raise
         except Exception as error:  # the library raises exceptions of many types
             raise FileError(
-                f"{one_line(path)}: is no ArrayRecord file, or is damaged ({one_line(str(error))})"
+                f"{one_line(path)}: is not an ArrayRecord file, or damaged ({one_line(str(error))})"
             ) from error
         self.has_images, self.digest = index.has_images, index.digest
 

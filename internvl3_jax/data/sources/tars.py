@@ -98,7 +98,7 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, longest: int, where
 
 
 def _check_end(file: "_Bounded", place: int, where: str, has_end: bool) -> None:
-    """Checks the end mark: tarfile takes anything that is no header for the end."""
+    """Checks the end mark: tarfile takes anything that is not a header for the end."""
     file.seek(place)
     mark = file.read(tarfile.BLOCKSIZE)
     if mark.strip(b"\0"):

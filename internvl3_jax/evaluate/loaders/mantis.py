@@ -40,7 +40,7 @@ def read_parquet(path: str | os.PathLike) -> list[dict]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise FileError(f"{path}: is no complete parquet file ({error})") from error
+        raise FileError(f"{path}: is not a complete parquet file ({error})") from error
 
 
 def _row(item: Object, number: int) -> Row:

@@ -28,7 +28,7 @@ export class Attachments {
         try {
           item.bitmap = await createImageBitmap(file);
         } catch {
-          throw new Error(`${item.name} is no image that this browser can open`);
+          throw new Error(`${item.name} is not an image that this browser can open`);
         }
       }
       this.items.push(item);
