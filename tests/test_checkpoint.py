@@ -338,16 +338,3 @@ def test_model_carries_its_configuration(saved):
     opened = load(saved)
     assert opened.model == InternVL(MODEL, jnp.dtype(jnp.bfloat16))
     assert dataclasses.asdict(opened.model.config) == dataclasses.asdict(MODEL)
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-def test_arrays_beyond_the_limit_of_a_read(monkeypatch, tmp_path, devices):
-    """Orbax refuses an array, or a device's shard of it, that is as large as its limit."""
-    monkeypatch.setattr(storage, "LARGEST_CHUNK", 1000)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
-    rows = jax.NamedSharding(mesh, jax.P("fsdp"))
-    tree = {"a": jax.device_put(np.arange(4096.0, dtype=np.float32).reshape(64, 64), rows)}
-    storage.start_saving(tmp_path / "tree", tree)()
-    target = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=rows)}
-    found = storage.load_tree(tmp_path / "tree", target)
-    np.testing.assert_array_equal(found["a"], tree["a"])

@@ -17,8 +17,10 @@ import pytest
 from examples.tiny_digits.recipe import tokenizer as tiny_tokenizer
 from internvl3_jax.checkpoints import steps, storage
 from internvl3_jax.checkpoints.checkpoint import load
+from internvl3_jax.config import MeshConfig
 from internvl3_jax.io import checkpoint_paths
 from internvl3_jax.io.integrity import Damaged
+from internvl3_jax.parallel import sharding
 from tests.support.released import convert, random_params, reduce, reduce_processor, same_tensors
 from tests.support.saved_steps import flip, largest, leaves
 
@@ -231,3 +233,15 @@ def until(condition) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("still not after a minute")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_arrays_beyond_the_limit_of_a_read(monkeypatch, tmp_path, devices):
+    """Orbax refuses an array, or a device's shard of it, that is as large as its limit."""
+    monkeypatch.setattr(storage, "LARGEST_CHUNK", 1000)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+    rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+    tree = {"a": jax.device_put(np.arange(4096.0, dtype=np.float32).reshape(64, 64), rows)}
+    storage.start_saving(tmp_path / "tree", tree)()
+    target = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=rows)}
+    np.testing.assert_array_equal(storage.load_tree(tmp_path / "tree", target)["a"], tree["a"])

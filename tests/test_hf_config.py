@@ -285,12 +285,8 @@ WRONG = {
     "llm_config.vocab_size": ["460", 0, 10**12],
     "llm_config.rms_norm_eps": [NAN, -1, "1e-6"],
     "llm_config.rope_theta": [0, -1, NAN, "1e6"],
-    "llm_config.rope_scaling": [
-        "x",
-        {"type": "dynamic", "factor": NAN},
-        {"type": "dynamic", "factor": -2},
-        {"type": 3},
-    ],
+    "llm_config.rope_scaling": ["x", {"type": 3}]
+    + [{"type": "dynamic", "factor": factor} for factor in (NAN, -2)],
     "llm_config.max_position_embeddings": [0, -1, "2048"],
     "llm_config.layer_types": ["full_attention", [3], ["full_attention"]],
     "llm_config.tie_word_embeddings": ["no"],

@@ -1,4 +1,4 @@
-"""How much of a stored tree is read at once."""
+"""Limits how much of a stored tree is read at once."""
 
 import math
 

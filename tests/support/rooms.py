@@ -92,6 +92,7 @@ OPERATIONS |= {"experts", "fused_decode", "rope", "tpu_cache_write"}
 HIDDEN_IN = {
     "orbax": "checkpoints.storage",
     "orbax.checkpoint._src": "checkpoints.orbax_s3",
+    "orbax.checkpoint._src.serialization": "checkpoints.orbax_slices",
     "grain": "data",
     "jax.experimental.pallas": "model.ops",
     "qwix": "model.ops",

@@ -119,7 +119,7 @@ PARTS = [
     ("unknown type", part(type="picture"), 400, "expected text, image_url", None),
     ("text without text", part(type="text"), 400, "text is missing", None),
     ("number as text", part(type="text", text=1), 400, "a text", None),
-    ("text with more", part(type="text", text="x", url="y"), 400, "no field", None),
+    ("text with more", part(type="text", text="x", url="y"), 400, "is not a field", None),
     ("audio", part(type="input_audio", input_audio={}), 400, "no audio", None),
     ("of responses", part(type="input_image", image_url="x"), 400, "image_url", None),
     ("image without", part(type="image_url"), 400, "image_url is missing", None),
@@ -188,7 +188,7 @@ URLS = [
     ("s3", shown("s3://bucket/a.png"), 400, "begins with 's3'", None),
     ("javascript", shown("javascript:alert(1)"), 400, "begins with", None),
     ("base64 alone", shown(IMAGE.split(",")[1] * 20), 400, "without its beginning", None),
-    ("data without", shown("data:"), 400, "no data URL", None),
+    ("data without", shown("data:"), 400, "is not a data URL", None),
     ("data without base64", shown("data:image/png,xyz"), 400, "without base64", None),
     ("data of text", shown(in_base64(b"x", "text/html")), 400, "such as image/png", None),
     ("wrong base64", shown("data:image/png;base64,@@@@"), 400, "not base64", None),
@@ -208,8 +208,8 @@ URLS = [
 
 VALUES = [
     ("unknown field", chat(temprature=1), 400, "did you mean 'temperature'", "temprature"),
-    ("field of completions", chat(prompt="Hi"), 400, "no field", "prompt"),
-    ("long field", chat(**{"x" * 5000: 1}), 400, "no field", None),
+    ("field of completions", chat(prompt="Hi"), 400, "is not a field", "prompt"),
+    ("long field", chat(**{"x" * 5000: 1}), 400, "is not a field", None),
     ("model as number", chat(model=1), 400, "a text", "model"),
     ("unknown model", chat(model="gpt-4o"), 404, "there is no model", "model"),
     ("misspelled model", chat(model="tinny"), 404, "did you mean 'tiny'", "model"),

@@ -296,10 +296,7 @@ def params_from_tensors(
     layout: str | None = None,
     dtype: str | None = None,
 ) -> dict:
-    """Converts a state dict or Source of either layout to the parameter tree, in host memory.
-
-    ConversionError as in `plan`.
-    """
+    """Converts a state dict or Source of either layout to the parameter tree. Raises as `plan`."""
     source = ArraySource(tensors) if isinstance(tensors, Mapping) else tensors
     checked = plan(config, source, layout, dtype)
     leaves = {}
@@ -329,9 +326,8 @@ def check_params(config: ModelConfig, leaves: Mapping[str, object]) -> None:
 def leaf_tensors(config: ModelConfig, row: Row, leaf: np.ndarray, layout: str):
     """Yields (name, tensor) of one leaf in a layout."""
     for index in stacked_indices(row, config):
-        yield from zip(
-            row.keys(layout, index), layer_tensors(config, row, leaf, index, layout), strict=True
-        )
+        tensors = layer_tensors(config, row, leaf, index, layout)
+        yield from zip(row.keys(layout, index), tensors, strict=True)
 
 
 def layer_tensors(
@@ -345,10 +341,8 @@ def layer_tensors(
 def tensors_from_params(config: ModelConfig, params: Mapping, layout: str) -> dict[str, np.ndarray]:
     """Converts the parameter tree to a state dict of a layout, in host memory."""
     check_layout(config, layout)
-    leaves = by_path(params)
+    leaves, tensors = by_path(params), {}
     check_params(config, leaves)
-    return {
-        name: tensor
-        for row in active_rows(config)
-        for name, tensor in leaf_tensors(config, row, leaves[row.target], layout)
-    }
+    for row in active_rows(config):
+        tensors |= leaf_tensors(config, row, leaves[row.target], layout)
+    return tensors

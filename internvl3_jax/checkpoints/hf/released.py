@@ -1,11 +1,8 @@
 """Opens released safetensors directories, for loading and as the source of a conversion.
 
-The interface of a source:
+The interface of a source: `config`, `processor`, `tokenizer`, `dtype` (its name), `hashes` (stored
+with it), `files` (name -> content of all files but the weights), and
 
-    config, processor, tokenizer
-    files                      name -> content of the files other than the weights
-    dtype                      its name
-    hashes                     those stored with it
     leaf(row, hashes)          reads a leaf of the parameter tree and adds its tensors' hashes
     layers(row, hashes)        yields the layers of a leaf instead
     hash_leaf(row, hashes)     only adds the hashes
@@ -118,15 +115,14 @@ class Released:
         self, row: Row, hashes: Hashes | None = None, scratch: pathlib.Path | None = None
     ) -> np.ndarray:
         out = allocate(padded_shape(row, self.config), self.checked.dtype, scratch)
-        visit = hashes.add if hashes is not None else None
-        fill_leaf(self.checked, self.tensors, row, out, visit)
+        fill_leaf(self.checked, self.tensors, row, out, None if hashes is None else hashes.add)
         return out
 
     def layers(self, row: Row, hashes: Hashes | None = None) -> Iterator[np.ndarray]:
         count, *shape = padded_shape(row, self.config)
+        visit = hashes.add if hashes is not None else None
         for layer in range(count):
             out = np.empty(shape, self.checked.dtype)
-            visit = hashes.add if hashes is not None else None
             fill_leaf(self.checked, self.tensors, row, out, visit, (layer,))
             yield out
 

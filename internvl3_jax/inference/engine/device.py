@@ -260,11 +260,8 @@ class Device:
         self.state.histories = dataclasses.replace(histories, bias=new)
 
     def decode(self, group: str | None, count: int, slots: int, until_free: bool) -> programs.Block:
-        """Starts a block of tokens.
-
-        Args:
-          slots: that the live rows have at its end.
-          until_free: as of `programs.decode_block`.
+        """Starts a block of tokens. slots: of the live rows at its end. until_free: as of
+        `programs.decode_block`.
         """
         is_plain = not self.on_cpu and self.settings.is_plain()
         num_read = self.sizes.for_reading(slots)
