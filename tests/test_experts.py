@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import expert_reads
+from internvl3_jax.fit.topology import parse
 from internvl3_jax.model.experts import STATISTICS, Experts
 from internvl3_jax.model.ops import experts, grouped_product
 from internvl3_jax.model.ops.quantize import dequantize, quantize
 from tests.support.meshes import STYLES
+from tests.support.tiny_checkpoint import changed, train_config
 
 TOKENS, CHOSEN, WIDTH, INNER, COUNT = 37, 3, 16, 12, 8
 
@@ -128,11 +131,23 @@ def layer(**changes):
 
 
 def test_a_decoded_token_reads_its_experts_only():
-    """Of 32 experts two; the compiler counts a slice three times, as it is copied."""
+    """The layer alone, two of 32 experts; the compiler counts a slice three times."""
     module, variables, x = layer()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     step = jax.jit(module.apply).lower(variables, x[:1, :1]).compile()
     assert step.cost_analysis()["bytes accessed"] < 3.5 * 2 / 32 * weights
+
+
+def test_the_compiled_decoder_reads_the_chosen_experts():
+    """The program that decodes, read as benchmarks/expert_reads.py reads a TPU's and a GPU's."""
+    language = dataclasses.replace(
+        STYLES["qwen3_moe"].language, num_experts=32, experts_per_token=2
+    )
+    model = dataclasses.replace(STYLES["qwen3_moe"], language=language)
+    found = expert_reads.measure(changed(train_config(), model=model), parse("cpu:1"))
+    kernels = language.num_experts * 3 * language.hidden_size * language.expert_size
+    assert found["stored"] == kernels * np.dtype(train_config().compute_dtype).itemsize
+    assert found["share"] == 2 / 32
 
 
 def test_statistics_leave_padding_out():
