@@ -66,7 +66,9 @@ def main(argv):
         # 2) The model, and what chooses among several answers.
         checkpoint = open_checkpoint(FLAGS.checkpoint, FLAGS.adapter)
         adapter = next(iter(checkpoint.adapters), None) if FLAGS.use is None else FLAGS.use or None
-        chat = Chat(checkpoint, adapter, cache=FLAGS.cache, **answer_flags.chat_options())
+        model = {} if requests is None else answering.model_settings(checkpoint, adapter)
+        options = answer_flags.chat_options()
+        chat = Chat(checkpoint, adapter, cache=FLAGS.cache, donate=True, **options)
         choose, critic_settings = open_chooser(checkpoint, chat) if FLAGS.best_of else (None, {})
 
         # 3) A file of requests, one question, or a conversation.
@@ -75,8 +77,7 @@ def main(argv):
             answerer = Answerer(
                 chat, choose, FLAGS.best_of or 1, FLAGS.on_error, FLAGS.batch_size, FLAGS.hosts
             )
-            settings = answer_flags.asked_settings() | critic_settings
-            settings |= answering.model_settings(checkpoint, adapter)
+            settings = answer_flags.asked_settings() | critic_settings | model
             answering.answer_file(
                 answerer,
                 requests,
@@ -130,9 +131,9 @@ def open_chooser(checkpoint, chat):
         critic = Critic(checkpoint, chat.generator, **answer_flags.critic_options())
     elif FLAGS.critic:
         critic_checkpoint = open_checkpoint(FLAGS.critic)
-        critic = Critic(critic_checkpoint, **answer_flags.critic_options())
         values = answering.model_settings(critic_checkpoint, None)
         settings = {f"critic.{name}": value for name, value in values.items()}
+        critic = Critic(critic_checkpoint, donate=True, **answer_flags.critic_options())
     return functools.partial(best_of_many, chat, critic, **answer_flags.best_of_options()), settings
 
 

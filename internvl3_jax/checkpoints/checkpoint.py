@@ -61,6 +61,7 @@ from internvl3_jax.io.remote_files import as_path
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.model.weights import check, format_in
+from internvl3_jax.param_tree import own
 
 
 @dataclasses.dataclass(repr=False)
@@ -69,7 +70,7 @@ class Checkpoint:
 
     model: InternVL
     config: ModelConfig
-    params: dict
+    params: dict | None  # None: they were donated
     processor: ProcessorConfig
     tokenizer: Tokenizer
     directory: pathlib.Path
@@ -81,9 +82,25 @@ class Checkpoint:
     # Format of quantized kernels (model/weights.py); None: there are none.
     weights: str | None = None
 
+    def take_params(self, donate: bool = False) -> dict:
+        """Returns the parameters; donated ones may be emptied, and `params` is None afterwards.
+
+        Raises:
+          ValueError: they were donated before.
+        """
+        if self.params is None:
+            raise ValueError(
+                f"the parameters of {self.directory} were donated (Chat(..., donate=True)); load "
+                "it again, or leave donate out"
+            )
+        if not donate:
+            return self.params
+        params, self.params = own(self.params), None
+        return params
+
     def __repr__(self) -> str:
         # One line, for notebooks: the parameters themselves would fill pages.
-        leaves = jax.tree.leaves(self.params)
+        leaves = jax.tree.leaves(self.params)  # none if they were donated
         dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
         vision, language = self.config.vision, self.config.language
         adapters = f", adapters {', '.join(self.adapters)}" if self.adapters else ""

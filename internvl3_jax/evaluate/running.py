@@ -68,7 +68,7 @@ def answer_all(
             "critic": options.critic,
             "max_new_tokens": options.max_new_tokens,
         }
-        chat, choose = Chat(checkpoint), None
+        chat, choose = Chat(checkpoint, donate=True), None
         if options.best_of:
             critic, critic_settings = open_critic(options, checkpoint, chat)
             choose = functools.partial(best_of_many, chat, critic, n=options.best_of)
@@ -104,7 +104,9 @@ def open_critic(
         return Critic(checkpoint, chat.generator), {"critic": "the model itself"}
     opened = open_checkpoint(options, options.critic)
     settings = answering.model_settings(opened, None)
-    return Critic(opened), {f"critic.{name}": value for name, value in settings.items()}
+    return Critic(opened, donate=True), {
+        f"critic.{name}": value for name, value in settings.items()
+    }
 
 
 def size_of(checkpoint: Checkpoint) -> str | None:

@@ -38,6 +38,8 @@ class Chat:
       adapter: name of the LoRA adapter, of those given to `load`, that is put on; None for the
         base. `use` changes it.
       cache: "int8" keeps keys and values in 8 bits; None: in the dtype of the computation.
+      donate: take the parameters out of the checkpoint, which can then do nothing else with them.
+        Otherwise the layers are in memory twice, there and in the layout of generation.
       max_new_tokens ... flash: as of `Options`, for all answers; a call can change them for one.
 
     Attributes:
@@ -56,6 +58,7 @@ class Chat:
         adapter: str | None = None,
         *,
         cache: str | None = None,
+        donate: bool = False,
         max_new_tokens: int = 1024,
         temperature: float | None = None,
         top_p: float = 1.0,
@@ -88,11 +91,12 @@ class Chat:
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.processor
         self.generator = Generator(
             checkpoint.config,
-            checkpoint.params,
+            checkpoint.take_params(donate),
             checkpoint.model.dtype,
             [self.tokenizer.token_id(token) for token in self.processor.stop_tokens],
             checkpoint.adapters,
             cache,
+            donate,
         )
         self.engines, self._own = Engines(self.generator), Engines(self.generator)
         self._reader = TurnReader(checkpoint, self.generator.cache_dtype)

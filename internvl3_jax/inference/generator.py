@@ -21,15 +21,15 @@ from jaxtyping import Array, Float, Int
 from internvl3_jax.checkpoints import adapters
 from internvl3_jax.config import UNITS, ModelConfig
 from internvl3_jax.data.batch import Prompt
-from internvl3_jax.inference import programs, prompt_lookup
+from internvl3_jax.inference import layout, programs, prompt_lookup
 from internvl3_jax.inference.compile_clock import CompileClock
 from internvl3_jax.inference.generation_config import GenerationConfig
 from internvl3_jax.inference.programs import TOKENS_PER_CALL, DecodeState
 from internvl3_jax.inference.prompt_batch import bucket, feature_columns, pack_prompts, tile_pieces
 from internvl3_jax.inference.sampling import check_finite
-from internvl3_jax.model import kv_cache, language, lora, vision, weights
+from internvl3_jax.model import kv_cache, lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel.sharding import param_shardings
+from internvl3_jax.param_tree import own
 from internvl3_jax.positions import next_position
 
 
@@ -42,13 +42,15 @@ class Generator:
 
     Args:
       config: of the model.
-      params: the canonical (stacked) tree. The decoder layers are copied into the unrolled layout;
-        drop your reference to the original to free it. Kernels that are quantized, and parameters
-        that are sharded over a mesh (`load(..., mesh=)`), stay so; the cache is sharded too.
+      params: the canonical (stacked) tree. The decoder layers are copied into the unrolled layout.
+        Kernels that are quantized, and parameters that are sharded over a mesh
+        (`load(..., mesh=)`), stay so; the cache is sharded too.
       dtype: of computation, and of all parameters that are not quantized.
       cache_dtype: of the cache, which may be int8 (kv_cache.py); None: `dtype`.
       stop_ids: ids that end an answer.
       named_adapters: LoRA adapters that `use` can put on.
+      donate: empty `params` leaf by leaf: where nothing else refers to its leaves, the parameters
+        and one leaf are in memory, instead of the layers twice (`Checkpoint.take_params`).
     """
 
     def __init__(
@@ -59,22 +61,26 @@ class Generator:
         stop_ids: Sequence[int] = (),
         named_adapters: Mapping[str, adapters.Adapter] | None = None,
         cache_dtype: DTypeLike | None = None,
+        donate: bool = False,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(cache_dtype or dtype)
         self.stop_ids = tuple(stop_ids)
-        self.mesh = _mesh_of(params)
+        self.mesh = layout.mesh_of(params)
         self.fused = self.mesh is None or self.mesh.shape["tensor"] == 1
         # On an accelerator the tower is scanned: it compiles faster, and the copies are cheap.
         self.model = InternVL(
             config, self.dtype, unrolled=True, unrolled_vision=programs.on_cpu(), fused=self.fused
         )
-        self.base = self._unrolled(params)
+        unroll = functools.partial(
+            layout.unroll, config=config, dtype=self.dtype, fused=self.fused, mesh=self.mesh
+        )
         self.adapters = {
-            name: self._unrolled(adapter.parts(params))
+            name: unroll(own(adapter.parts(params)))
             for name, adapter in (named_adapters or {}).items()
         }
+        self.base = unroll(params if donate else own(params))
         self.compile_clock = CompileClock()
         self.calls_ahead = 0 if programs.on_cpu() else 1
         self.use(None)
@@ -95,21 +101,6 @@ class Generator:
             for key in ("vision", "projector", "flash", lora.SUBTREE)
             if key in self.params
         }
-
-    def _unrolled(self, params: dict) -> dict:
-        params = weights.cast(params, self.dtype)
-        if programs.on_cpu() and "vision" in params:
-            params["vision"] = vision.unroll(params["vision"], self.config.vision)
-        if "language" in params:
-            params["language"] = language.unroll(
-                params["language"], self.config.language, self.fused
-            )
-        if lora.SUBTREE in params:
-            params[lora.SUBTREE] = adapters.unroll(
-                params[lora.SUBTREE], self.config, self.fused, programs.on_cpu()
-            )
-        shardings = self.mesh and param_shardings(params, self.mesh)
-        return jax.device_put(params, shardings) if shardings else params
 
     def mesh_context(self) -> contextlib.AbstractContextManager:
         """Returns the context in which the programs are called."""
@@ -335,14 +326,6 @@ class Generator:
                 visual = programs.write_features(visual, features, rows[piece], columns[piece])
             start += count
         return visual
-
-
-def _mesh_of(params: dict) -> jax.sharding.Mesh | None:
-    """Returns the mesh of several devices that the parameters are sharded over, if any."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
-        return sharding.mesh
-    return None
 
 
 def _until_stop(tokens: Int[np.ndarray, " n"], stop_ids: tuple[int, ...]) -> list[int]:

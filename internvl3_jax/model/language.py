@@ -37,6 +37,7 @@ from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.model.ops.rope import Rope, apply_rope, rope_tables
 from internvl3_jax.parallel.collectives import constrain, platform
 from internvl3_jax.parallel.sharding import BATCH_AXES, ROW_AXES, SHARDED_AXES
+from internvl3_jax.param_tree import own, unstack
 
 
 class DecoderLayer(nn.Module):
@@ -307,26 +308,24 @@ class Decoder(nn.Module):
         return jnp.where(in_vocab[None, None], logits, MASKED)
 
 
-def unroll(params: dict, config: LanguageConfig, fused: bool = True) -> dict:
+def unroll(params: dict, config: LanguageConfig, fused: bool = True, donate: bool = False) -> dict:
     """Converts decoder parameters from the stacked to the unrolled layout.
 
     Leaves outside of the layers are shared, those of the layers are copied.
 
     Args:
       fused: Concatenate the kernels of q/k/v, and of gate/up.
+      donate: Empty `params["layers"]` leaf by leaf, so that a leaf to which nothing else refers is
+        freed before the next one is copied.
     """
-
-    def layer_params(index):
-        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])
-        if not fused:
-            return layer
-        fuse(layer, "qkv", ("q", "k", "v"))
-        fuse(layer.get("experts", layer), "gate_up", ("gate", "up"))
-        return layer
 
     def fuse(layer, target, sources):
         parts = [layer.pop(name) for name in sources]
         layer[target] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
 
+    layers = unstack(params["layers"] if donate else own(params["layers"]), config.num_layers)
+    for layer in layers if fused else ():
+        fuse(layer, "qkv", ("q", "k", "v"))
+        fuse(layer.get("experts", layer), "gate_up", ("gate", "up"))
     rest = {name: value for name, value in params.items() if name != "layers"}
-    return rest | {f"layer_{index}": layer_params(index) for index in range(config.num_layers)}
+    return rest | {f"layer_{index}": layer for index, layer in enumerate(layers)}

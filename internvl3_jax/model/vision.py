@@ -17,6 +17,7 @@ from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
 from internvl3_jax.parallel.collectives import constrain, platform
 from internvl3_jax.parallel.sharding import TILE_AXES
+from internvl3_jax.param_tree import own, unstack
 
 
 class VisionBlock(nn.Module):
@@ -173,13 +174,15 @@ class VisionTower(nn.Module):
         return -tokens % 8 if padding_works(self.config.head_dim, dtype) else 0
 
 
-def unroll(params: dict, config: VisionConfig) -> dict:
-    """Converts parameters of the tower from stacked to separate arrays; the layers are copied."""
-    layers = {
-        f"layer_{index}": jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
-        for index in range(config.num_layers)
-    }
-    return {name: value for name, value in params.items() if name != "layers"} | layers
+def unroll(params: dict, config: VisionConfig, donate: bool = False) -> dict:
+    """Converts parameters of the tower from stacked to separate arrays; the layers are copied.
+
+    Args:
+      donate: As of `language.unroll`.
+    """
+    layers = unstack(params["layers"] if donate else own(params["layers"]), config.num_layers)
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return rest | {f"layer_{index}": layer for index, layer in enumerate(layers)}
 
 
 def normalize(

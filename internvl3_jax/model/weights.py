@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from internvl3_jax.model.ops.quantize import FORMATS, PER_COLUMN, is_quantized, library, quantize
 from internvl3_jax.parallel.sharding import spec
+from internvl3_jax.param_tree import own
 
 _DECODER = re.compile(r"language/layers/((experts/)?(gate|up|down)|q|k|v|o)/kernel")
 _HEAD = re.compile(r"language/head/kernel")
@@ -85,15 +86,21 @@ def format_in(paths: Iterable[str]) -> str | None:
     return min(names, default=None)
 
 
-def cast(params: Mapping, dtype: DTypeLike) -> dict:
-    """Returns the tree in `dtype`; quantized kernels and their scales stay as they are."""
-    return jax.tree.map(
-        lambda node: (
-            jax.tree.map(jnp.asarray, node) if is_quantized(node) else jnp.asarray(node, dtype)
-        ),
-        params,
-        is_leaf=is_quantized,
-    )
+def cast(params: dict, dtype: DTypeLike, donate: bool = False) -> dict:
+    """Returns the tree in `dtype`; quantized kernels and their scales stay as they are.
+
+    Args:
+      donate: Change `params` itself, leaf by leaf, so that memory holds one leaf in both dtypes.
+    """
+    tree = params if donate else own(params)
+    for name, node in tree.items():
+        if is_quantized(node):
+            tree[name] = jax.tree.map(jnp.asarray, node)
+        elif isinstance(node, dict):
+            cast(node, dtype, donate=True)
+        else:
+            tree[name] = jnp.asarray(node, dtype)
+    return tree
 
 
 def check(weights: str, mesh: jax.sharding.Mesh | None = None, where: str = "weights") -> None:

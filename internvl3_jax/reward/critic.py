@@ -106,6 +106,7 @@ class Critic:
       checkpoint: of `internvl3_jax.load`.
       generator: one that holds the checkpoint's parameters already (`chat.generator`), if the
         critic is the model that answers.
+      donate: take the parameters out of the checkpoint, as `Chat` does.
       max_steps ... batch_size: as of `CriticOptions`.
 
     Raises:
@@ -117,6 +118,7 @@ class Critic:
         checkpoint,
         generator: Generator | None = None,
         *,
+        donate: bool = False,
         max_steps: int | None = None,
         aggregate: str = "mean",
         among: str = "labels",
@@ -144,7 +146,10 @@ class Critic:
         self.tokenizer.require(GOOD, BAD)
         self.labels = tuple(map(self.tokenizer.token_id, (GOOD, BAD)))
         self.generator = generator or Generator(
-            checkpoint.config, checkpoint.params, checkpoint.model.dtype
+            checkpoint.config,
+            checkpoint.take_params(donate),
+            checkpoint.model.dtype,
+            donate=donate,
         )
 
     def __repr__(self) -> str:

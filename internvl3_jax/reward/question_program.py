@@ -131,8 +131,8 @@ def run_program(
     # 2) The model, and the rows.
     with safe_files.Lock(path_beside(options.output, "lock"), str(options.output)):
         checkpoint = load(options.checkpoint, dtype=options.dtype)
-        chat = Chat(checkpoint, **images)
-        make(chat, questions, tree_hash(by_path(checkpoint.params)))
+        weights = tree_hash(by_path(checkpoint.params))
+        make(Chat(checkpoint, donate=True, **images), questions, weights)
 
 
 def report(options: argparse.Namespace, summary: str) -> None:

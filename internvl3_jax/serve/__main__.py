@@ -80,6 +80,7 @@ def _load(options: argparse.Namespace) -> tuple:
     engine = (LockstepEngine if options.hosts else Engine).of(
         checkpoint,
         options.cache,
+        donate=True,
         rows=options.rows,
         max_length=options.max_length,
         max_queue=options.max_queue,
@@ -89,8 +90,7 @@ def _load(options: argparse.Namespace) -> tuple:
     if options.critic == options.checkpoint:
         critic = Critic(checkpoint, engine.generator)
     elif options.critic is not None:
-        critic = Critic(loading.open_checkpoint(options.critic, **load_options))
-    checkpoint.params = None  # the engine has its own
+        critic = Critic(loading.open_checkpoint(options.critic, **load_options), donate=True)
     if not options.no_warm_up:
         with progress_line("compiling"):
             engine.warm_up()

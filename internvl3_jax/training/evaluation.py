@@ -81,6 +81,7 @@ class Evaluator:
             config.model,
             jax.device_get(lora.merged(params, config.lora)),
             stop_ids=[tokenizer.token_id(token) for token in config.processor.stop_tokens],
+            donate=True,
         )
         options = GenerationConfig(_LONGEST, Sampling(), (0,), config.model.language.rope_scaling)
         rows = []

@@ -70,11 +70,14 @@ class Engine:
         self._scheduler = Scheduler(self._device, self._queue, self._store, grows)
 
     @classmethod
-    def of(cls, checkpoint, cache: str | None = None, **arguments) -> "Engine":
+    def of(
+        cls, checkpoint, cache: str | None = None, *, donate: bool = False, **arguments
+    ) -> "Engine":
         """Returns an engine for what `internvl3_jax.load` returns.
 
         Args:
           cache: "int8" keeps keys and values in 8 bits.
+          donate: take the parameters out of the checkpoint, as `Chat` does.
           arguments: of the constructor.
         """
         stop_ids = [
@@ -82,11 +85,12 @@ class Engine:
         ]
         generator = Generator(
             checkpoint.config,
-            checkpoint.params,
+            checkpoint.take_params(donate),
             checkpoint.model.dtype,
             stop_ids,
             checkpoint.adapters,
             cache,
+            donate,
         )
         return cls(generator, **arguments)
 

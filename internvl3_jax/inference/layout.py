@@ -1,0 +1,59 @@
+"""The layout of parameters in generation: layers apart, so that a step reads each where it is.
+
+A scan over stacked layers would copy each layer in every step. Leaves are converted one by one, and
+each is freed before the next, so that memory holds one leaf twice.
+"""
+
+import jax
+from jax.typing import DTypeLike
+
+from internvl3_jax.checkpoints import adapters
+from internvl3_jax.config import ModelConfig
+from internvl3_jax.inference.programs import on_cpu
+from internvl3_jax.model import language, lora, vision, weights
+from internvl3_jax.parallel.sharding import param_shardings
+
+
+def mesh_of(params: dict) -> jax.sharding.Mesh | None:
+    """Returns the mesh of several devices that the parameters are sharded over, if any."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
+        return sharding.mesh
+    return None
+
+
+def unroll(
+    params: dict,
+    config: ModelConfig,
+    dtype: DTypeLike,
+    fused: bool,
+    mesh: jax.sharding.Mesh | None,
+) -> dict:
+    """Returns parameters in the layout of generation, and empties `params`.
+
+    Args:
+      params: the stacked tree or subtrees of it, such as those of an adapter.
+      dtype: of all parameters that are not quantized.
+      fused: concatenate the kernels of q/k/v, and of gate/up.
+      mesh: the devices; None: one.
+    """
+    params = weights.cast(params, dtype, donate=True)
+    if on_cpu() and "vision" in params:
+        params["vision"] = vision.unroll(params["vision"], config.vision, donate=True)
+    if "language" in params:
+        layers = params["language"]
+        params["language"] = language.unroll(layers, config.language, fused, donate=True)
+    if lora.SUBTREE in params:
+        params[lora.SUBTREE] = adapters.unroll(params[lora.SUBTREE], config, fused, on_cpu())
+    if mesh is not None:
+        _place(params, param_shardings(params, mesh))
+    return params
+
+
+def _place(params: dict, shardings: dict) -> None:
+    """Reshards a tree in place, leaf by leaf."""
+    for name, node in params.items():
+        if isinstance(node, dict):
+            _place(node, shardings[name])
+        else:
+            params[name] = jax.device_put(node, shardings[name])
