@@ -41,7 +41,7 @@ make_venv = echo "Setting up $(1) with Python $(2) ..." && \
 install = $(1)/bin/python $(PIP_INSTALL) --constraint requirements/constraints-$(2).txt $(3)
 
 .PHONY: help setup demo demo-web notebook docs lint format lock clean smoke
-.PHONY: test test-fast test-full test-docs test-install test-processor test-serve test-trl test-browser
+.PHONY: test test-fast test-slow test-full test-docs test-install test-processor test-serve test-trl test-browser
 
 help:
 	@echo "make demo             install, convert the shipped small model, and ask it about images"
@@ -51,10 +51,10 @@ help:
 	@echo "make docs             build the documentation as a website, into site/"
 	@echo
 	@echo "make test-fast        unit and parity tests, in under 4 minutes on two cores"
-	@echo "make test             lint, smoke tests on every Python found, then all tests below but"
-	@echo "                      test-processor, test-serve and test-trl"
+	@echo "make test             lint, smoke tests on every Python found, then all tests but those below"
+	@echo "make test-full        make test, test-slow, test-docs and test-install"
+	@echo "make test-slow        runs that are killed at more places, on more processes, or last longer"
 	@echo "make smoke            smoke tests, on every Python but that of the other tests"
-	@echo "make test-full        all tests that need no environment of their own"
 	@echo "make test-install     documented installations and the wheel, in empty environments"
 	@echo "make test-docs        every command of the longer pages, on the small model"
 	@echo "make test-processor   exported models in transformers' AutoProcessor; installs torchvision"
@@ -83,15 +83,16 @@ docs: .venv/.installed
 	$(call install,.venv,$(PYTHON),--editable '.[docs]')
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-# One call for all of it keeps every process busy to the end. It comes last, so that its summary is
-# the last output.
+# The suite comes last, so that its summary is the last output.
 test: lint
 	@$(MAKE) --no-print-directory smoke
-	$(WHOLE) -m "not torchvision and not tpu_compiler and not trl and not gpu and not browser \
-		and not serve_load"
-
-test-full: .venv-test/.installed
 	$(WHOLE)
+
+test-full: test
+	@$(MAKE) --no-print-directory test-slow test-docs test-install
+
+test-slow: .venv-test/.installed
+	$(PYTEST) $(PARALLEL) --max-worker-restart 0 -m slow
 
 test-fast: .venv-test/.installed
 	$(PYTEST) $(PARALLEL) -m fast

@@ -43,7 +43,7 @@ sampling shapes launch launch_clusters kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu", "serve_load"}
-OTHER_COMMANDS |= {"browser"}
+OTHER_COMMANDS |= {"browser", "slow"}
 
 
 def pytest_collection_modifyitems(items):

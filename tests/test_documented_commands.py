@@ -35,7 +35,6 @@ QUICK = (
     "docs/decisions.md",
     "docs/experiments.md",
     "docs/fit.md",
-    "docs/inference.md",
     "docs/launch.md",
     "docs/scaling.md",
     "docs/troubleshooting.md",

@@ -69,7 +69,11 @@ def test_a_base_may_move_and_a_run_that_is_one_may_resume(lora_base, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("before", "now"), [("nf4", "nf4"), ("none", "nf4"), ("int8", "none")])
+@pytest.mark.parametrize(("before", "now"), [
+    pytest.param("nf4", "nf4", marks=pytest.mark.slow),
+    ("none", "nf4"),
+    pytest.param("int8", "none", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_an_adapter_resumes_on_the_same_base_in_another_format(lora_base, tmp_path, before, now):
     settings = dataclasses.replace(ADAPTERS, quantize=before)
     trained = jax.device_get(

@@ -63,7 +63,13 @@ def check_shown(name: str, cells) -> None:
     assert all(draws(cell) or printed(cell) for cell in cells[1:])
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "quickstart" else pytest.mark.slow)
+        for name in FIGURES
+    ],
+)
 def test_every_step_shows_something(name):
     check_shown(name, executed(name))
 

@@ -248,6 +248,7 @@ def log_of(workdir) -> list[tuple]:
     return [(row["step"], row["batch"], row["loss"], row["grad_norm"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_in_object_storage(command, undisturbed, root):
     """Killed after a save, then resumed by two processes: all steps once, with the numbers of an
     undisturbed run.

@@ -200,8 +200,10 @@ def test_sigterm_saves_and_asks_to_be_started_again(whole_run, command, tmp_path
 
 
 @pytest.mark.parametrize("number, to_group", [
-    (signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False),
-], ids=["Ctrl-C", "SIGTERM to all processes", "SIGTERM"])  # fmt: skip
+    pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, True, id="SIGTERM to all processes", marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, False, id="SIGTERM"),
+])  # fmt: skip
 def test_a_signal_with_worker_processes_saves_and_leaves_none(command, tmp_path, number, to_group):
     """A terminal and some schedulers send it to the workers as well; no process stays."""
     flags = ("--config.data.workers=2", "--config.data.shards=2")
@@ -257,6 +259,7 @@ def test_a_damaged_checkpoint_is_skipped(whole_run, command, tmp_path):
     assert log_of(run) == log_of(whole_run[0])
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_sees_the_same_batches(command, tmp_path):
     """With workers, mixture, augmentation, packing and micro-batches on, killed by SIGKILL: first
     while a step is being saved, then between two saves. tools/kill.py kills at random moments.

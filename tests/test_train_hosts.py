@@ -115,6 +115,7 @@ def test_started_again_it_resumes_exactly(killed, restarted, alone):
     check_same(log, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count, devices, mesh", [(1, 1, {}), (2, 4, {"data": 2, "context": 2})])
 def test_other_processes_resume_from_its_checkpoint(
     start, restarted, alone, tmp_path, count, devices, mesh
