@@ -48,9 +48,9 @@ def script(chat, monkeypatch, *texts, stop=True):
     rows = [chat.tokenizer.encode(text) + stops for text in texts]
     left, vocabulary = itertools.cycle(rows), chat.generator.config.language.vocab_size
 
-    def constrained(*arguments):
+    def constrained(*arguments, **options):
         ids = next(left)
-        request = Request(*arguments, constraint=OneAfterAnother(ids, vocabulary))
+        request = Request(*arguments, **options, constraint=OneAfterAnother(ids, vocabulary))
         return request if stop else dataclasses.replace(request, max_new_tokens=len(ids))
 
     monkeypatch.setattr(asked, "Request", constrained)
@@ -206,6 +206,9 @@ def test_reasoning_that_is_cut_off_is_no_answer(thinker, monkeypatch, capsys):
     assert "without an answer; --max_new_tokens allows more" in err
     rows = [as_json(last), {"text": "2", "token_ids": [1], "finish": "stop"}]
     assert "; 1 have reasoning that was cut off and no answer" in totals(rows, 1.0)
+    assert totals([{"token_ids": [1, 2, 3]}], 3.0, compile_seconds=1.5) == (
+        "1 answers, 3 new tokens in 3.000 s, of which compilation took 1.500 s; 2.0 tokens/s"
+    )
 
 
 class FakeCritic:

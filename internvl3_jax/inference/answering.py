@@ -3,7 +3,6 @@ gets an "error" in place of its answer.
 """
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -13,6 +12,7 @@ from jax.experimental import multihost_utils
 from internvl3_jax.checkpoints.param_hash import tree_hash
 from internvl3_jax.checkpoints.storage import by_path
 from internvl3_jax.config import to_dict
+from internvl3_jax.inference.answer import Stopwatch
 from internvl3_jax.inference.answer_file import AnswerFile
 from internvl3_jax.inference.answerer import Answerer, with_name
 from internvl3_jax.inference.requests import name_of
@@ -79,7 +79,7 @@ def answer_file(
             )
 
     # Answer.
-    began = time.perf_counter()
+    watch = Stopwatch(answerer.chat.generator.compile_clock)
     if retry_errors:
         note(f"{ask_again(answerer, requests, output)} requests with an error were asked again")
     answer_from(answerer, requests, output, answered)
@@ -88,7 +88,8 @@ def answer_file(
     if output is None:
         return
     if stats:
-        note(totals(output.answers[answered:], time.perf_counter() - began))
+        watch.stop()
+        note(totals(output.answers[answered:], watch.seconds, watch.compile_seconds))
     note(f"{len(requests) - answered} answers written to {output.path}")
     if failed := failures(requests, output.answers):
         raise ValueError(f"{output.path}: {failed}")
@@ -145,16 +146,22 @@ def failures(requests: Sequence[dict], rows: Sequence[dict]) -> str:
     )
 
 
-def totals(rows: Sequence[dict], seconds: float) -> str:
-    """Returns the number of answers and tokens of this run, and the tokens per second."""
+def totals(rows: Sequence[dict], seconds: float, compile_seconds: float = 0.0) -> str:
+    """Returns the number of answers and tokens of this run, and the tokens per second.
+
+    Args:
+      seconds: of the run.
+      compile_seconds: part of them that went into compilation, which the rate leaves out.
+    """
     tokens = sum(row.get("new_tokens", len(row.get("token_ids", ()))) for row in rows)
     cut = sum(row.get("finish") == "length" for row in rows)
     more = f"; {cut} were cut off by --max_new_tokens" if cut else ""
     unanswered = sum(row.get("finish") == "reasoning" for row in rows)
     more += f"; {unanswered} have reasoning that was cut off and no answer" if unanswered else ""
+    compiled = f", of which compilation took {compile_seconds:.3f} s" if compile_seconds else ""
     return (
-        f"{len(rows)} answers, {tokens:,} new tokens in {seconds:.3f} s, "
-        f"{tokens / max(seconds, 1e-9):.1f} tokens/s{more}"
+        f"{len(rows)} answers, {tokens:,} new tokens in {seconds:.3f} s{compiled}; "
+        f"{tokens / max(seconds - compile_seconds, 1e-9):.1f} tokens/s{more}"
     )
 
 
