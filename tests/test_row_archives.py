@@ -78,7 +78,7 @@ END = b"\0" * 1024
             PADDED + header("b.json", 9).replace(b"b.json", b"c.json") + b"\0" * 512 + END,
             "damaged at byte 1,024",
         ),
-        (PADDED + b"\0" * 512 + PADDED + END, "has more behind its end"),
+        (PADDED + b"\0" * 512 + PADDED + END, "has more after its end"),
         (PADDED, "without an end mark"),
         (PADDED[:700], "damaged|completely"),
         (PADDED + header("b.json", 600) + b"x" * 100, "claims 600 bytes"),
@@ -91,7 +91,7 @@ def test_archives_that_claim_what_they_do_not_hold(tmp_path, content, reason):
         Rows([str(tmp_path / "a.tar")])
     assert len(str(caught.value)) < 400
     if (
-        reason not in ("has more behind its end", "without an end mark")
+        reason not in ("has more after its end", "without an end mark")
         and "completely" not in reason
     ):
         with pytest.raises(RowError, match="its part of the tar archive: "):

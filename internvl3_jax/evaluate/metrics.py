@@ -258,7 +258,7 @@ def wemath(task: Task, rows, answers, marks) -> Scores:
         if "multi" not in parts or sorted(parts)[:-1] != [
             str(k + 1) for k in range(len(parts) - 1)
         ]:
-            raise ValueError(f"problem {name} lacks a step or its whole")
+            raise ValueError(f"problem {name} lacks a step or the full problem")
     ordered = [
         [*(value for key, value in sorted(parts.items()) if key != "multi"), parts["multi"]]
         for parts in problems.values()

@@ -68,7 +68,7 @@ class ListScanner:
         rest = b"".join(bytes(self.pending).removeprefix(BOM).split())
         if self.is_in_row or self.depth or rest != (b"]" if self.rows else b"[]"):
             raise FileError(
-                f"{self.path}: is not a complete JSON list of rows: behind row {self.rows} it has "
+                f"{self.path}: is not a complete JSON list of rows: after row {self.rows} it has "
                 f"{excerpt(rest[:60].decode('utf-8', 'replace'))}; was it written or downloaded "
                 f"completely?"
             )
@@ -102,7 +102,7 @@ class ListScanner:
         gap = bytes(self.pending).removeprefix(b"" if self.rows else BOM).strip()
         if gap != (b"," if self.rows else b"[") or bracket != ord("{"):
             raise FileError(
-                f"{self.path}: item {self.rows + 1} of the list is not an object, or not set apart "
+                f"{self.path}: item {self.rows + 1} of the list is not an object, or not separated "
                 f"by one comma; expected [{{...}}, {{...}}]"
             )
         self.start, self.is_in_row = self.position + place, True

@@ -103,7 +103,7 @@ def _check_end(file: "_Bounded", place: int, where: str, has_end: bool) -> None:
     mark = file.read(tarfile.BLOCKSIZE)
     if mark.strip(b"\0"):
         raise TarError(
-            f"{where}: is damaged at byte {place:,}: no header and no end; rows behind it would "
+            f"{where}: is damaged at byte {place:,}: no header and no end; rows after it would "
             f"be lost"
         )
     if has_end and len(mark) < tarfile.BLOCKSIZE:
@@ -113,7 +113,7 @@ def _check_end(file: "_Bounded", place: int, where: str, has_end: bool) -> None:
     while rest := file.read(MAX_HEADER):
         if rest.strip(b"\0"):
             raise TarError(
-                f"{where}: has more behind its end; archives must not be joined, name both instead"
+                f"{where}: has more after its end; archives must not be joined, name both instead"
             )
 
 
