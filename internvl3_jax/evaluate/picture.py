@@ -39,7 +39,7 @@ def draw(report: Mapping) -> bytes | None:
 
 
 def _rows(report: Mapping) -> list[tuple[str, float, float | None]]:
-    """Returns (name, ours, the card's or None) of each column, and of each Overall behind them."""
+    """Returns (name, ours, the card's or None) of each column, and of each Overall after them."""
     steps = {task["delta"] for task in report["tasks"]}
     rows, groups = [], dict.fromkeys(task["group"] for task in report["tasks"])
     for name in groups:

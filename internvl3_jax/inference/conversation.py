@@ -41,7 +41,7 @@ class Conversation:
 
     Args:
       chat: the model.
-      ask: prints the answer to (chat, question, images), with videos and documents behind them if
+      ask: prints the answer to (chat, question, images), with videos and documents after them if
         there are any.
 
     Attributes:

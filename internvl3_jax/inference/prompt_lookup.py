@@ -107,7 +107,7 @@ def guess(history: Int32[Array, "B S"], lengths: Int32[Array, " B"]) -> Int32[Ar
     A row without one gets tokens that mean nothing.
 
     Args:
-      lengths: of the rows; what is behind them in `history` is ignored.
+      lengths: of the rows; what is after them in `history` is ignored.
     """
     slots = jnp.arange(history.shape[1])[None]
     found = jnp.zeros(len(history), jnp.int32)  # where the guesses begin; 0: not found yet

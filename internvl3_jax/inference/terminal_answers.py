@@ -85,7 +85,7 @@ class TerminalAnswers:
         known = clock.num_programs
         pieces = chat.stream(question, *inputs)
         first = next(pieces, "")
-        # The decode loop is probably compiled next: its line must not come behind the first token.
+        # The decode loop is probably compiled next: its line must not come after the first token.
         yield first + next(pieces, "") if clock.num_programs > known else first
         yield from pieces
 

@@ -5,8 +5,8 @@ A user message of parts becomes one text, as `Chat` asks it:
 - its texts, joined by line breaks;
 - `<image>`, `<video>` and `<document>` in them mark the places, if one of them occurs;
 - otherwise images come first (`<image>\n`, or `Image-1: <image>\n` and so on), as the model was
-  trained, also if a client puts them behind the text;
-- an image with text before and behind it stays where it is, on a line of its own.
+  trained, also if a client puts them after the text;
+- an image with text before and after it stays where it is, on a line of its own.
 """
 
 import dataclasses

@@ -52,7 +52,7 @@ class Reply:
         return self._chunk(index, added, _logprobs(delta.logprobs), delta.finish)
 
     def usage_chunk(self, usage: dict) -> dict:
-        """Returns the chunk behind all answers."""
+        """Returns the chunk after all answers."""
         return self._object("chat.completion.chunk", []) | {"usage": usage}
 
     def _chunk(self, index: int, delta: dict, logprobs: dict | None, finish: str | None) -> dict:

@@ -64,7 +64,7 @@ class ListScanner:
         self.position += len(chunk)
 
     def finish(self) -> int:
-        """Returns the position behind the last row."""
+        """Returns the position after the last row."""
         rest = b"".join(bytes(self.pending).removeprefix(BOM).split())
         if self.is_in_row or self.depth or rest != (b"]" if self.rows else b"[]"):
             raise FileError(
@@ -79,7 +79,7 @@ class ListScanner:
         quotes = np.flatnonzero(codes == ord('"'))
         is_backslash = codes == ord("\\")
         if self.backslashes or is_backslash.any():
-            # A quote behind an odd number of backslashes is a character of its string.
+            # A quote after an odd number of backslashes is a character of its string.
             others = np.where(is_backslash, -1 - self.backslashes, np.arange(len(codes)))
             last_other = np.maximum.accumulate(others)
             before = np.concatenate([[self.backslashes], np.arange(len(codes)) - last_other])

@@ -3,7 +3,7 @@ r"""Places the frames of videos and the pages of documents in the text of a ques
     <video>      one line `Frame-1: <image>\n` per frame, as in InternVL's training and quick start
     <document>   one line `Image-1: <image>\n` per page, as its evaluation on MPDocVQA shows pages
 
-A line break behind a tag is the one that the last line has already. The label of frames is the
+A line break after a tag is the one that the last line has already. The label of frames is the
 checkpoint's. Pages continue the numbers of the question's images; a single page without other
 images has no label, as a single image.
 """

@@ -58,7 +58,7 @@ def cudnn(
         options["key_value_seq_lengths"] = jnp.full(batch, seen, jnp.int32)
 
     # The kernel's backward pass rejects odd lengths. No token of a causal row sees what is padded
-    # behind it.
+    # after it.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
     return out[:, :num_queries]
@@ -118,7 +118,7 @@ def segment_layout(
     """Returns the lengths and offsets of a packed row's segments, as cuDNN takes them.
 
     Padding counts as one more segment, so that the kernel writes all of its output: M is
-    max_segments + 1, and M1 is M + 1. Missing segments have length and offset -1; the offset behind
+    max_segments + 1, and M1 is M + 1. Missing segments have length and offset -1; the offset after
     the last segment is the length of the row.
     """
     length, slots = segments.shape[1], max_segments + 1

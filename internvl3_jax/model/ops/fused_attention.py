@@ -2,7 +2,7 @@
 
 Slots are divided into chunks, so that all of the device works on a few rows. A block computes the
 softmax over one chunk for the heads that share a key head, and writes it with its logsumexp (base
-2); the next kernel (`attended_product`) joins the chunks. Slots behind the new token are not read.
+2); the next kernel (`attended_product`) joins the chunks. Slots after the new token are not read.
 
 The new token is a chunk of its own. Its block also writes the keys and values into the cache.
 
@@ -98,7 +98,7 @@ def attend(
         for tile in range(stages):
             pl.when(tile < tiles)(functools.partial(load, tile, tile))
 
-        # 2) Queries of the key head, and of those behind them up to eight.
+        # 2) Queries of the key head, and of those after them up to eight.
         factor = norm_factor(squares, row, width, epsilon)
 
         def projected(index, columns, layout):
