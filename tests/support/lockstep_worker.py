@@ -25,20 +25,22 @@ CONSTRAINED = [3, 1, 4, 1, 5, 9]
 # The tests' modules compute when they are imported, which may be only after `initialize`.
 
 
-def make_engine() -> LockstepEngine:
+def make_engine(kind: str) -> LockstepEngine:
+    """kind: "plain", or "flash" for a model with a router."""
     from tests.support.generation import PARAMS
-    from tests.support.tiny_checkpoint import CONFIG
+    from tests.support.tiny_checkpoint import CONFIG, FLASH, random_params
 
+    config, whole = (FLASH, random_params(FLASH)) if kind == "flash" else (CONFIG, PARAMS)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices())
-    shardings = param_shardings(PARAMS, mesh)
+    shardings = param_shardings(whole, mesh)
     params = jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(
             leaf.shape, sharding, lambda index, leaf=leaf: np.asarray(leaf)[index]
         ),
-        PARAMS,
+        whole,
         shardings,
     )
-    return LockstepEngine(Generator(CONFIG, params), rows=3, max_length=256, max_queue=16)
+    return LockstepEngine(Generator(config, params), rows=3, max_length=256, max_queue=16)
 
 
 def ask(engine: LockstepEngine) -> list[dict]:
@@ -77,16 +79,26 @@ def ask(engine: LockstepEngine) -> list[dict]:
     return [{"ids": ticket.ids, "finish": ticket.finish} for ticket in [*tickets, left]]
 
 
+def ask_flash(engine: LockstepEngine) -> list[dict]:
+    """Prompts with tiles that the router decides about."""
+    from tests.support.generation import RAGGED
+
+    tickets = [engine.submit(Request(prompt, max_new_tokens=12)) for prompt in RAGGED]
+    while engine.wait(0):
+        engine.step()
+    return [{"ids": ticket.ids, "tokens": len(ticket.request.prompt.tokens)} for ticket in tickets]
+
+
 def main() -> None:
-    address, number = sys.argv[1:]
+    address, number, kind = sys.argv[1:]
     multihost.initialize(address, 2, int(number))
     with multihost.abort_together():
-        engine = make_engine()
+        engine = make_engine(kind)
         if jax.process_index():
             engine.follow()
             print(json.dumps({"finished": engine.stats.finished}))
         else:
-            answers = ask(engine)
+            answers = (ask_flash if kind == "flash" else ask)(engine)
             engine.close()
             print(json.dumps({"answers": answers, "finished": engine.stats.finished}))
 
