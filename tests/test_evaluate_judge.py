@@ -74,13 +74,13 @@ def test_marks_of_every_task(name, tmp_path, server):
     server.replies = [REPLIES[name]]
     path = tmp_path / "judge" / "replies.jsonl"
     found = answers_to(loaded.rows)
-    assert judged(Judge(address(server), "j"), name, loaded, found, path) == SCORES[name]
+    assert judged(Judge(address(server), "j"), name, loaded, found, path) == (SCORES[name], 0.0)
     assert len(server.asked) == len(loaded.rows)
     content = server.asked[0]["messages"][0]["content"]
     assert "Answer 0." in content[0]["text"] or "Answer 1." in content[0]["text"]
     assert (len(content) == 2) == RULES[name].images
     # Nothing is asked twice; other answers and other judges are refused.
-    assert judged(Judge(address(server), "j"), name, loaded, found, path) == SCORES[name]
+    assert judged(Judge(address(server), "j"), name, loaded, found, path) == (SCORES[name], 0.0)
     assert len(server.asked) == len(loaded.rows)
     with pytest.raises(ValueError, match="has replies of j; move it away"):
         judged(Judge(address(server), "k"), name, loaded, found, path)
@@ -92,7 +92,7 @@ def test_an_unreadable_reply_is_asked_again_and_then_worth_nothing(tmp_path, ser
     loaded = load(TASKS["mmvet"], world.build(tmp_path, [TASKS["mmvet"]]))
     server.replies = ["no number", "Score: 1.0", "none"]
     found, path = answers_to(loaded.rows)[:2], tmp_path / "replies.jsonl"
-    assert judged(Judge(address(server), "j"), "mmvet", loaded, found, path) == 50.0
+    assert judged(Judge(address(server), "j"), "mmvet", loaded, found, path) == (50.0, 0.5)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["readable"] for row in rows] == [True, False] and len(server.asked) == 2 + 3
 

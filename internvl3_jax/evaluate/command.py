@@ -162,8 +162,8 @@ def run(options: argparse.Namespace) -> int:
         if options.judge and variant.task.name in judging.RULES:
             path = options.output / "judge" / f"{variant.name}.jsonl"
             judge = judging.Judge(options.judge, options.judge_model)
-            score = judging.judged(judge, variant.task.name, data, given, path)
-            result.scores = {variant.task.columns[0]: score}
+            score, unread = judging.judged(judge, variant.task.name, data, given, path)
+            result.scores, result.unreadable = {variant.task.columns[0]: score}, unread
             result.problem = f"marks of {judge.model}, not the card's judge"
         results.append(result)
     found = report.as_json(results, model | {"left_out": left_out})

@@ -133,9 +133,9 @@ class Judge:
 
 def judged(
     judge: Judge, name: str, loaded: Loaded, answers: Sequence[dict], path: pathlib.Path
-) -> float:
-    """Returns the score of a task by a judge. Replies are kept in a file; what it has is not asked
-    again.
+) -> tuple[float, float]:
+    """Returns the score of a task by a judge, and the share of its replies that give no mark.
+    Replies are kept in a file; what it has is not asked again.
 
     Args:
       name: of the task, of RULES.
@@ -160,7 +160,8 @@ def judged(
             file.write([jsonl.dumps({"id": answer["id"]} | found)])
             rows.append(found)
     marks = [row["mark"] for row in rows]
-    return rule.scale * sum(marks) / len(marks)
+    unreadable = sum(not row["readable"] for row in rows)
+    return rule.scale * sum(marks) / len(marks), unreadable / len(rows)
 
 
 def _mark(judge: Judge, rule: Rule, row: Row, answer: str) -> dict:
