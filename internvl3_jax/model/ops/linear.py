@@ -106,7 +106,7 @@ class Dense(nn.Module):
         kernel = all_gather_weight(kernel, path)
         if platform() == "gpu":
             return [jnp.dot(x, part) for part in self._split(kernel)]
-        return self._split(jnp.dot(x, kernel))
+        return self._split(product_of_rows(x, kernel))
 
     def _quantized(self, x, kernel: Mapping):
         """Multiplies with a quantized kernel, which is communicated as it is stored.
@@ -197,6 +197,20 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+def product_of_rows(
+    x: Float[Array, "*rows d_in"], kernel: Float[Array, "d_in d_out"]
+) -> Float[Array, "*rows d_out"]:
+    """Returns x @ kernel, on one CPU device as a product of matrices.
+
+    The gradient of the kernel then sums over one axis. XLA's CPU compiler sums over several only
+    after writing transposed copies of x and of the gradient. On a mesh the axes are sharded, and
+    stay apart.
+    """
+    if platform() != "cpu" or axis_size(*AXES) > 1:
+        return jnp.dot(x, kernel)
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def scaled_dot(
