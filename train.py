@@ -31,7 +31,7 @@ from internvl3_jax.io import command_line
 from internvl3_jax.io.checkpoint_paths import check_exists, resolve_checkpoint
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.parallel import host_flags, multihost, sharding
+from internvl3_jax.parallel import host_flags, host_memory, multihost, sharding
 from internvl3_jax.parallel.data_shards import DataShards
 from internvl3_jax.training import checks, reference_model, run_log, settings
 from internvl3_jax.training.console import Console, shorten_warnings
@@ -46,8 +46,7 @@ from internvl3_jax.training.state import restore_or_init
 from internvl3_jax.training.step import TrainState, make_model, make_step
 from internvl3_jax.training.workdir import held, named, same_run, save_config
 
-# As `newest` of fit: the newest step has not been looked up.
-UNKNOWN = -1
+UNKNOWN = -1  # as `newest` of fit: the newest step has not been looked up
 
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(host_flags)
@@ -77,6 +76,7 @@ def run(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save and load
     chosen, workdir = settings.load(), named(WORKDIR.value)
     checks.check_run(chosen.config)
+    host_memory.keep_freed_memory()
     multihost.initialize(
         host_flags.COORDINATOR.value, host_flags.PROCESSES.value, host_flags.PROCESS.value
     )
