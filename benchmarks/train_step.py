@@ -11,6 +11,9 @@ longer than their number. The sides run in turn, each in its own process, pinned
 PyTorch's step is transformers' InternVL with sdpa attention on the same shapes and number of
 weights, its own loss (which computes the logits of every position), clip_grad_norm_ and
 torch.optim.AdamW.
+
+With --paired both processes live at once and take single steps in turn, so that other work on the
+machine meets both: the ratio is the median of the pairs'. It needs the memory of both.
 """
 
 import argparse
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs (3)")
     parser.add_argument("--threads", type=int, default=2, help="cores for either side (2)")
     parser.add_argument("--peer", action="store_true", help="also PyTorch's step")
+    parser.add_argument("--paired", action="store_true", help="the sides take single steps in turn")
     parser.add_argument("--smoke", action="store_true", help="one short round of the tiny size")
     parser.add_argument(
         "--output",
@@ -74,7 +78,8 @@ def main() -> None:
         ) = "tiny", 2, 64, 1, 2, 1
     if options.role:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-        print(json.dumps({"jax": measure_jax, "torch": measure_torch}[options.role](options)))
+        measure = {"jax": measure_jax, "torch": measure_torch}[options.role]
+        print(json.dumps(measure(options)), flush=True)
         return
     report = run(options)
     show(report)
@@ -89,9 +94,13 @@ def main() -> None:
 def run(options) -> dict:
     rounds = {side: [] for side in (("jax", "torch") if options.peer else ("jax",))}
     for number in range(options.rounds):
-        for side, results in rounds.items():
-            print(f"round {number + 1} of {options.rounds}: {side}", file=sys.stderr, flush=True)
-            results.append({"load_average": os.getloadavg()[0]} | start(side))
+        together = [list(rounds)] if options.paired else [[side] for side in rounds]
+        for sides in together:
+            names = " and ".join(sides)
+            print(f"round {number + 1} of {options.rounds}: {names}", file=sys.stderr, flush=True)
+            load = os.getloadavg()[0]
+            for side, result in run_sides(sides, options.repeats).items():
+                rounds[side].append({"load_average": load} | result)
     best = {
         side: min(min(result["seconds"]) for result in results) for side, results in rounds.items()
     }
@@ -122,21 +131,61 @@ def run(options) -> dict:
         "parts_seconds": {
             part: min(result["parts"][part] for result in rounds["jax"]) for part in PARTS
         },
+        "ratios": ratios(rounds) if options.peer and options.paired else None,
         "rounds": rounds,
     }
 
 
-def start(side: str) -> dict:
-    """Runs one side in a process of its own; returns what it prints last."""
+def ratios(rounds: dict) -> dict:
+    """Returns the medians over all pairs of steps of PyTorch's time over ours."""
+    return {
+        name: statistics.median(
+            theirs / ours
+            for ours_of, theirs_of in zip(rounds["jax"], rounds["torch"], strict=True)
+            for ours, theirs in zip(ours_of[name], theirs_of[name], strict=True)
+        )
+        for name in ("seconds", "cpu_seconds")
+    }
+
+
+def run_sides(sides: list[str], repeats: int) -> dict[str, dict]:
+    """Runs sides, each in a process of its own, a step of each in turn; returns what they report."""
+    processes = {side: start(side) for side in sides}
+    for side in sides:
+        answer(side, processes[side])  # it is ready
+    for _ in range(repeats):
+        for side in sides:
+            ask(processes[side], "step")
+            answer(side, processes[side])
+    results = {}
+    for side in sides:
+        ask(processes[side], "end")
+        results[side] = answer(side, processes[side])
+        processes[side].wait()
+    return results
+
+
+def start(side: str) -> subprocess.Popen:
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
     command = [sys.executable, __file__, *sys.argv[1:], "--role", side]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the {side} process failed with status {done.returncode}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+def ask(process: subprocess.Popen, word: str) -> None:
+    process.stdin.write(word + "\n")
+    process.stdin.flush()
+
+
+def answer(side: str, process: subprocess.Popen):
+    """Returns the next line of JSON that a side prints."""
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    sys.exit(f"the {side} process failed with status {process.wait()}")
 
 
 def show(report: dict) -> None:
@@ -151,6 +200,9 @@ def show(report: dict) -> None:
     )
     for part, seconds in report["parts_seconds"].items():
         print(f"  {part:<24} {1000 * seconds:8.1f} ms")
+    if report["ratios"]:
+        pairs = ", ".join(f"{name} {value:.2f}" for name, value in report["ratios"].items())
+        print(f"torch / jax, median of the pairs: {pairs}")
     if "torch" in report["seconds"]:
         print(f"torch / jax: {report['seconds']['torch'] / report['seconds']['jax']:.2f}")
 

@@ -76,6 +76,24 @@ def timed(function, repeats: int) -> list[float]:
     return seconds
 
 
+def steps_in_turn(step) -> dict[str, list[float]]:
+    """Returns wall and CPU seconds of the steps that the parent asks for; one before is not timed.
+
+    The protocol: a line {} when the side is ready and after every step; "step" or "end" from the
+    parent.
+    """
+    step()
+    times = {"seconds": [], "cpu_seconds": []}
+    print("{}", flush=True)
+    while sys.stdin.readline().strip() == "step":
+        began = time.perf_counter(), time.process_time()
+        step()
+        times["seconds"].append(time.perf_counter() - began[0])
+        times["cpu_seconds"].append(time.process_time() - began[1])
+        print("{}", flush=True)
+    return times
+
+
 # --- ours ----------------------------------------------------------------------------------------
 
 
@@ -84,11 +102,13 @@ def measure_jax(options) -> dict:
 
     from internvl3_jax.config import OptimizerConfig
     from internvl3_jax.model.internvl import InternVL
+    from internvl3_jax.parallel.host_memory import keep_freed_memory
     from internvl3_jax.training.flops import batch_counts, train_flops
     from internvl3_jax.training.objective import SftLoss
     from internvl3_jax.training.optimizer import make_optimizer
     from internvl3_jax.training.step import init_state, train_step
 
+    keep_freed_memory()  # as train.py
     config = model_config(options)
     layers = max(config.vision.num_layers, config.language.num_layers)
     unroll = layers if jax.default_backend() == "cpu" else 1  # a loop's body runs on one core there
@@ -114,9 +134,8 @@ def measure_jax(options) -> dict:
         state, metrics = step(state, batch, jax.random.key(0))
         jax.block_until_ready((state, metrics))
 
-    seconds, peak = timed(one, options.repeats), peak_bytes()
-    return {
-        "seconds": seconds,
+    times, peak = steps_in_turn(one), peak_bytes()
+    return times | {
         "peak_bytes": peak,
         "compile_seconds": compile_seconds,
         "parameters": parameters,
@@ -236,9 +255,8 @@ def measure_torch(options) -> dict:
         return loss.item()
 
     reset_peak()
-    seconds = timed(step, options.repeats)
-    return {
-        "seconds": seconds,
+    times = steps_in_turn(step)
+    return times | {
         "peak_bytes": peak_bytes(),
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
