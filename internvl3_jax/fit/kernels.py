@@ -118,9 +118,17 @@ def read(text: str) -> Program:
                     for role, called in hlo.called_by(instruction)
                     if called in computations and role != "condition"
                 ]
-            elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+            elif not _is_free(instruction):
                 kernels.append(_kernel(instruction, shapes, computations, times))
     return Program(tuple(kernels), tuple(unknown))
+
+
+def _is_free(instruction: Instruction) -> bool:
+    """Returns whether an instruction launches nothing."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return True
+    # An array that is not filled.
+    return 'custom_call_target="AllocateBuffer"' in instruction.rest
 
 
 def _kernel(instruction: Instruction, shapes, computations, times: int) -> Kernel:
