@@ -38,12 +38,27 @@ from internvl3_jax.sizes import SIZES
 TOPOLOGY = "h100:1x1x1"
 # A row of four samples with 12 tiles each; as many samples are allowed as in the recipes.
 TOKENS, TILES, SAMPLES, ALLOWED = 16_384, 48, 4, 64
-REMAT = (("full", "full"), ("attention", "attention"), ("dots", "attention"), ("dots", "dots"))
+REMAT = (
+    ("full", "full"),
+    ("attention", "attention"),
+    ("attention", "dots"),
+    ("dots", "attention"),
+    ("dots", "dots"),
+)
 PROMPT, NEW = 3_840, 256
 TRAIN = {
     f"train {size}, remat {vision} (tower), {language} (decoder)": (size, vision, language)
     for size in ("1b", "2b")
     for vision, language in REMAT
+}
+# Without loops over the layers (scan_unroll): slow to compile.
+UNROLLED = {
+    f"train {size}, unrolled, remat {vision} (tower), {language} (decoder)": (
+        size,
+        vision,
+        language,
+    )
+    for size, vision, language in (("1b", "dots", "dots"), ("2b", "attention", "dots"))
 }
 # Fewer bits than bfloat16; the name of a program ends with it.
 FEW = {
@@ -89,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="compile the programs whose name contains this")
     parser.add_argument("--layers", type=int, help="layers of tower and decoder, for trials")
     arguments = parser.parse_args(argv)
-    names = [name for name in (*TRAIN, *GENERATION) if arguments.only in name]
+    names = [name for name in (*TRAIN, *UNROLLED, *GENERATION) if arguments.only in name]
     if not names:
         parser.error(f"no program's name contains {arguments.only!r}")
     if arguments.output and not is_own(arguments.output):
@@ -130,8 +145,11 @@ def measure(name: str, layers: int | None = None) -> dict:
     target = topology.parse(TOPOLOGY)
     mesh = make_mesh(MeshConfig(), target.devices()[:1])
     began = time.perf_counter()
-    if name in TRAIN:
-        config = train_config(*TRAIN[name], layers)
+    is_train = name in TRAIN or name in UNROLLED
+    if is_train:
+        config = train_config(*(TRAIN | UNROLLED)[name], layers)
+        if name in UNROLLED:
+            config = dataclasses.replace(config, scan_unroll=config.model.language.num_layers)
         lowered, calls = lower_train_step(config, mesh), 1
     else:
         program, size, count, few = GENERATION[name]
@@ -158,7 +176,7 @@ def measure(name: str, layers: int | None = None) -> dict:
         },
         "compile_seconds": round(time.perf_counter() - began),
     }
-    if name in TRAIN:
+    if is_train:
         device = per_device(config, target)
         cost = train_cost(device, estimate(device), SAMPLES)
         predicted = gpu_time.predict(program, cost, config, target.chip)

@@ -19,6 +19,7 @@ from internvl3_jax.model import vision
 from internvl3_jax.model.ops import linear, norms
 from internvl3_jax.model.ops.linear import gelu
 from internvl3_jax.model.vision import VisionTower
+from internvl3_jax.parallel import collectives
 from internvl3_jax.parallel.sharding import make_mesh
 from tests.support.generation import PARAMS, RAGGED, make_run
 from tests.support.tiny_checkpoint import CONFIG, PROCESSOR
@@ -72,6 +73,18 @@ def test_a_scaled_kernel_is_a_scaled_output():
         found_grads,
         right_grads,
     )
+
+
+def test_a_fixed_layout_changes_no_number(monkeypatch):
+    monkeypatch.setattr(collectives, "platform", lambda: "gpu")
+
+    def loss(x):
+        return jnp.sin(collectives.row_major(x)).sum()
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(X)
+    assert float(found) == pytest.approx(float(jnp.sin(X).sum()), rel=1e-5)
+    np.testing.assert_allclose(gradient, jnp.cos(X), rtol=1e-5, atol=1e-6)
+    assert "LayoutConstraint" in jax.jit(loss).lower(X).as_text()
 
 
 def test_one_row_is_multiplied_as_two(on_gpu):

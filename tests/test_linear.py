@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.model.ops.linear import Dense, product_of_rows
+from internvl3_jax.model.ops.remat import remat
 from internvl3_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.smoke
@@ -51,3 +53,16 @@ def test_on_a_mesh_rows_and_tokens_stay_apart():
     assert f"tensor<{5 * len(x)}x12xf32>" in alone
     if len(x) > 1:
         assert f"tensor<{5 * len(x)}x12xf32>" not in sharded
+
+
+def test_dots_keep_products_with_their_biases(capsys):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.sin(Dense(8, name="dense")(x))
+
+    variables = {"params": {"dense": {"kernel": KERNEL, "bias": WEIGHTS[0, 0]}}}
+    layer = remat(Layer, "dots", 1)()
+    jax.ad_checkpoint.print_saved_residuals(lambda x: layer.apply(variables, x).sum(), X)
+    kept = capsys.readouterr().out
+    assert "named 'product'" in kept and "dot_general" not in kept

@@ -98,7 +98,7 @@ class DecoderLayer(nn.Module):
         # devices repeat neither the norms nor what is kept for the backward pass.
         x = checkpoint_name(constrain(x, BATCH_AXES, ROW_AXES, None), "stream")
         attended, layer_cache = self.attend(self.input_norm(x), rope, mask, slots, layer_cache)
-        x = x + attended
+        x = checkpoint_name(x + attended, "attended")
         x = x + self.mlp(self.post_norm(x), mask)
         self.sow("intermediates", "block", x)
         return x, layer_cache

@@ -15,7 +15,7 @@ from internvl3_jax.model.ops.attention import attention, padding_works
 from internvl3_jax.model.ops.linear import Dense, gelu
 from internvl3_jax.model.ops.norms import make_norm
 from internvl3_jax.model.ops.remat import checkpoint_name, remat
-from internvl3_jax.parallel.collectives import constrain, platform
+from internvl3_jax.parallel.collectives import constrain, platform, row_major
 from internvl3_jax.parallel.sharding import TILE_AXES
 from internvl3_jax.param_tree import own, unstack
 
@@ -56,9 +56,10 @@ class VisionBlock(nn.Module):
           drop_rate: Probability of dropping each branch for a tile; unused if deterministic.
           tokens: Tokens of a tile; the others are padding.
         """
-        x = checkpoint_name(constrain(x, TILE_AXES, None, None), "stream")
+        x = row_major(checkpoint_name(constrain(x, TILE_AXES, None, None), "stream"))
         branch = self.proj(self.attend(self.norm1(x), tokens), self.layer_scale1)
         x = x + self.drop_path(branch, drop_rate, deterministic)
+        x = row_major(checkpoint_name(x, "attended"))
         branch = self.fc2(gelu(self.fc1(self.norm2(x))), self.layer_scale2)
         x = x + self.drop_path(branch, drop_rate, deterministic)
         self.sow("intermediates", "block", x)

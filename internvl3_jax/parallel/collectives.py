@@ -68,6 +68,19 @@ def constrain(x: Shaped[Array, "*shape"], *axes) -> Shaped[Array, "*shape"]:
     return jax.lax.with_sharding_constraint(x, jax.P(*specs))
 
 
+def row_major(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Has GPUs keep x and its gradient with the last axis innermost; returns x itself elsewhere.
+
+    In layers that are not in a loop XLA otherwise chooses a layout by the reductions of the norms,
+    and transposes x for every product.
+    """
+    if platform() != "gpu":
+        return x
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
 def all_gather_weight(weight: Shaped[Array, "*shape"], path: str) -> Shaped[Array, "*shape"]:
     """All-gathers the weight at `path` for its use; the decoder's stay sharded over "tensor".
 

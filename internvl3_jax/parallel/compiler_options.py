@@ -17,6 +17,9 @@ _GPU = {
         "xla_gpu_enable_dynamic_slice_fusion": False,
         # Stacks of kept arrays are not filled with zeros before they are written.
         "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+        # Above 80% of the memory it computes wide arrays again and again to free a little of it.
+        # What is computed again is for the remat policy to say.
+        "xla_disable_hlo_passes": "rematerialization",
     },
     "encode": {
         "xla_gpu_enable_triton_gemm": False,
@@ -38,7 +41,7 @@ def options(program: str) -> dict | None:
 
 
 @functools.cache
-def is_known(name: str, value: bool | int) -> bool:
+def is_known(name: str, value: bool | int | str) -> bool:
     """Returns whether the compiler takes an option; prints a note if it does not."""
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()

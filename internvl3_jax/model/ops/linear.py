@@ -19,6 +19,7 @@ from internvl3_jax.model.ops.quantize import (
     scale_columns,
     split_scales,
 )
+from internvl3_jax.model.ops.remat import checkpoint_name
 from internvl3_jax.parallel.collectives import (
     all_gather_weight,
     axis_size,
@@ -88,6 +89,7 @@ class Dense(nn.Module):
             bias = self._scaled(bias, scale).astype(self.dtype)
             bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
             y = [part + added for part, added in zip(y, self._split(bias), strict=True)]
+        y = [checkpoint_name(part, "product") for part in y]
         return y[0] if self.splits == 1 else tuple(y)
 
     def _scaled(self, y, scale):

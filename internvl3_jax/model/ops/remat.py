@@ -4,12 +4,15 @@ Layers name their intermediates with `checkpoint_name`. A policy says which of t
 between the two passes. All but "offload" also keep the residual stream between the layers.
 
     none       keeps everything: fastest, most memory
-    dots       keeps products with weights, and cuDNN's attention; recomputes elementwise operations,
-               norms and other attention
+    dots       keeps products with weights, the stream after attention and cuDNN's attention;
+               recomputes elementwise operations, norms and other attention
     attention  keeps attention's inputs and output; recomputes the other products and the MLP
     full       keeps nothing: one more forward pass, least device memory without offloading
     offload    as full; the residual stream between the layers waits in the host's memory
 """
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -26,10 +29,19 @@ def _is_cudnn_attention(primitive, *_, **__) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
+def _any(*policies: Callable) -> Callable:
+    """Returns the policy that keeps what one of the policies keeps."""
+    return functools.reduce(jax.checkpoint_policies.save_from_both_policies, policies)
+
+
 _POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_cudnn_attention
+    "dots": _any(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # Products with their biases. Without the names the bare products would be kept, which the
+        # backward pass adds the biases to again, and which the forward pass has to write, too.
+        jax.checkpoint_policies.save_only_these_names("product", "attended"),
+        _is_cudnn_attention,
     ),
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("attention_input", "attention_output"),
@@ -57,7 +69,8 @@ def checkpoint_name(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*sh
     """Names x for the policies; no operation.
 
     Args:
-      name: "attention_input", "attention_output", or "stream" at the start of a layer.
+      name: "stream" at the start of a layer, "attended" after attention was added to it,
+          "attention_input", "attention_output", or "product" of a linear layer.
     """
     return ad_checkpoint.checkpoint_name(x, name)
 
