@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internvl3_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from internvl3_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from internvl3_jax.fit.lowering import Requests, lower_generation
 from internvl3_jax.inference import programs
 from internvl3_jax.inference.generator import Generator
@@ -85,6 +85,8 @@ def test_a_fixed_layout_changes_no_number(monkeypatch):
     assert float(found) == pytest.approx(float(jnp.sin(X).sum()), rel=1e-5)
     np.testing.assert_allclose(gradient, jnp.cos(X), rtol=1e-5, atol=1e-6)
     assert "LayoutConstraint" in jax.jit(loss).lower(X).as_text()
+    with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
+        assert "LayoutConstraint" not in jax.jit(loss).lower(X).as_text()
 
 
 def test_one_row_is_multiplied_as_two(on_gpu):

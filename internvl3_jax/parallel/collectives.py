@@ -69,12 +69,14 @@ def constrain(x: Shaped[Array, "*shape"], *axes) -> Shaped[Array, "*shape"]:
 
 
 def row_major(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """Has GPUs keep x and its gradient with the last axis innermost; returns x itself elsewhere.
+    """Has a GPU keep x and its gradient with the last axis innermost; returns x itself elsewhere.
 
     In layers that are not in a loop XLA otherwise chooses a layout by the reductions of the norms,
-    and transposes x for every product.
+    and transposes x for every product. On several devices x is left alone: the constraint would
+    all-gather it.
     """
-    if platform() != "gpu":
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() != "gpu" or (not mesh.empty and mesh.size > 1):
         return x
     from jax.experimental.layout import Layout, with_layout_constraint
 
