@@ -38,6 +38,25 @@ RESULTS = ROOT / "benchmarks" / "results" / "fit_table.json"
 SIZES = ("78b", "38b", "14b", "9b", "8b", "2b", "1b")
 STAGES = ("sft", "finetune", "pretrain")
 TOPOLOGIES = ("v5p:4x4x8", "v6e:16x16", "v5e:16x16")
+# The other families train on one slice, the mixtures of experts on two.
+FAMILIES = (
+    "sft:3.5-30b-a3b:v6e:16x16",
+    "sft:3.5-30b-a3b:v5p:4x4x8",
+    "sft:3.5-241b-a28b:v5p:4x4x8",
+    "sft:3.5-1b:v5p:4x4x8",
+    "sft:3.5-2b:v5p:4x4x8",
+    "sft:3.5-4b:v5p:4x4x8",
+    "sft:3.5-8b:v5p:4x4x8",
+    "sft:3.5-14b:v5p:4x4x8",
+    "sft:3.5-38b:v5p:4x4x8",
+    "sft:2.5-1b:v5p:4x4x8",
+    "sft:2.5-2b:v5p:4x4x8",
+    "sft:2.5-4b:v5p:4x4x8",
+    "sft:2.5-8b:v5p:4x4x8",
+    "sft:2.5-26b:v5p:4x4x8",
+    "sft:2.5-38b:v5p:4x4x8",
+    "sft:2.5-78b:v5p:4x4x8",
+)
 # Generation: bfloat16 parameters split over tensor, and over fsdp where there are more devices than
 # key heads.
 GENERATION = {
@@ -46,6 +65,8 @@ GENERATION = {
     "infer:78b:v5e:4x4": "--config.mesh.tensor=8 --config.mesh.fsdp=2",
     "infer:14b:v5e:2x4": "--config.mesh.tensor=4 --config.mesh.fsdp=2",
     "infer:8b:v5e:2x2": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
+    "infer:3.5-241b-a28b:v5p:2x2x2": "--config.mesh.tensor=4 --config.mesh.fsdp=2",
+    "infer:3.5-30b-a3b:v6e:2x2": "--config.mesh.tensor=4 --config.mesh.fsdp=1",
 }
 # From small to large; lean is what takes least and still trains every parameter.
 SLICES = {
@@ -156,7 +177,7 @@ def names() -> list[str]:
         for topology in TOPOLOGIES
     ]
     first = len(SIZES) * len(TOPOLOGIES)
-    return [*training[:first], *GENERATION, *training[first:]]
+    return [*training[:first], *GENERATION, *FAMILIES, *training[first:]]
 
 
 def attempts(name: str):
@@ -169,7 +190,7 @@ def attempts(name: str):
         return
     limit = float("inf")
     for attempt in range(1, ATTEMPTS + 1):
-        found, _, smallest = search(config(stage, size), parse(topology))
+        found, _, smallest = search(config(stage, size), parse(topology), *policies(name))
         setting = next((setting for setting in found if setting.memory.peak <= limit), smallest)
         if setting is None:
             return
@@ -182,6 +203,14 @@ def attempts(name: str):
         if done:
             return
         limit = 0.9 * setting.memory.peak
+
+
+def policies(name: str) -> list[tuple[str, ...]]:
+    """Returns the remat policies to choose from, as an argument of `search`; [] for all.
+
+    The dense models of the other families compile fastest with "full".
+    """
+    return [("full",)] if name in FAMILIES and "-a" not in name else []
 
 
 def by_analysis(name: str) -> dict:
