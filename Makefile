@@ -42,6 +42,7 @@ install = $(1)/bin/python $(PIP_INSTALL) --constraint requirements/constraints-$
 
 .PHONY: help setup demo demo-web notebook docs lint format lock clean smoke
 .PHONY: test test-fast test-slow test-full test-docs test-install test-processor test-serve test-trl test-browser
+.PHONY: test-kits
 
 help:
 	@echo "make demo             install, convert the shipped small model, and ask it about images"
@@ -60,6 +61,7 @@ help:
 	@echo "make test-processor   exported models in transformers' AutoProcessor; installs torchvision"
 	@echo "make test-serve       the server under load, killed and restarted, for some minutes"
 	@echo "make test-trl         losses of MPO against trl 0.24; installs pandas and datasets"
+	@echo "make test-kits        VLMEvalKit and lmms-eval with this package; installs torchvision"
 	@echo
 	@echo "make test-browser     the page in Chromium, which must be installed with its driver"
 	@echo "make lint             ruff check and ruff format --check; make format fixes what it can"
@@ -115,6 +117,9 @@ test-trl: .venv-test/.installed
 	@.venv-test/bin/python $(PIP_INSTALL) --target .venv-trl --upgrade pandas datasets
 	PYTHONPATH=.venv-trl $(PYTEST) -m trl tests/test_preference.py
 
+test-kits: .venv-kits/.installed
+	.venv-kits/bin/python -m pytest -m kits tests/test_kits.py tests/test_kit_scorers.py
+
 # SCREENSHOTS=DIR keeps images of the page.
 test-browser: .venv-test/.installed
 	@.venv-test/bin/python $(PIP_INSTALL) selenium
@@ -153,6 +158,24 @@ format: .venv-test/.installed
 	@grep -v '^torch==' requirements/constraints-$(TEST_PYTHON).txt > .venv-processor/constraints.txt
 	@.venv-processor/bin/python $(PIP_INSTALL) --no-compile \
 		--constraint .venv-processor/constraints.txt --editable '.[smoke]' transformers jinja2
+	@touch $@
+
+# VLMEvalKit comes as ms-vlmeval, which is it as a package. Both kits ask for far more than they
+# import; KITS_NEED is what they import here.
+KITS = lmms-eval==0.7.3 ms-vlmeval==0.0.20
+KITS_NEED = accelerate datasets decord evaluate google-genai imageio jieba jinja2 json_repair \
+	latex2sympy2_extended Levenshtein loguru lxml math-verify nltk num2words numexpr openai \
+	opencv-python-headless openpyxl pandas peft portalocker pydantic pylatexenc pytablewriter \
+	python-dotenv pytz qwen-vl-utils regex requests rouge sacrebleu setuptools sty tabulate tenacity \
+	termcolor timeout-decorator timm tqdm transformers validators
+
+.venv-kits/.installed: $(INPUTS)
+	@$(call make_venv,.venv-kits,$(TEST_PYTHON))
+	@.venv-kits/bin/python $(PIP_INSTALL) --no-compile torch torchvision
+	@grep -v '^torch==' requirements/constraints-$(TEST_PYTHON).txt > .venv-kits/constraints.txt
+	@.venv-kits/bin/python $(PIP_INSTALL) --no-compile --constraint .venv-kits/constraints.txt \
+		--editable '.[smoke$(,)video]' $(KITS_NEED)
+	@.venv-kits/bin/python $(PIP_INSTALL) --no-compile --no-deps $(KITS)
 	@touch $@
 
 .venv-smoke-%/.installed: $(INPUTS)

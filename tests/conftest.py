@@ -36,8 +36,8 @@ elastic sharding attention attention_meshes step benchmarks infer_hosts distribu
 frozen infer infer_requests lora chat_session chat_turns chat_requests chat_video infer_media
 thinking peft peft_refused critic best_of_n preference preference_example process_reward
 process_labels make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora
-gpu_benchmark evaluate_run evaluate_hosts parity_engines documented_names quantize weights stored_weights quality int8_cache
-internlm2 serve serve_engine serve_hosts web serve_process serve_documented serve_load
+gpu_benchmark evaluate_run evaluate_hosts parity_engines documented_names quantize weights
+stored_weights quality int8_cache internlm2 serve serve_engine serve_hosts web serve_process serve_documented serve_load
 serve_streams serve_ends serve_grammar fuzz convert compose convert_damage convert_sources
 sampling shapes launch launch_clusters kill
 """.split()

@@ -6,7 +6,16 @@ import re
 
 import networkx
 
-from tests.support.rooms import HIDDEN_IN, JAX, OPERATIONS, PEERS, ROOMS, RUNS_PEERS, WITHOUT_JAX
+from tests.support.rooms import (
+    HIDDEN_IN,
+    JAX,
+    NEEDS_KIT,
+    OPERATIONS,
+    PEERS,
+    ROOMS,
+    RUNS_PEERS,
+    WITHOUT_JAX,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "internvl3_jax"
@@ -159,6 +168,18 @@ def test_no_peer_is_imported():
             path, allowed_lazily if dotted_name(path) == runs_peers else allowed
         )
     ] == []
+
+
+def test_kits_are_imported_in_their_modules_only():
+    """Elsewhere inside functions, which run where the kit is."""
+    for kit in set(NEEDS_KIT.values()):
+        own = {f"{PACKAGE}.{name}" for name, needed in NEEDS_KIT.items() if needed == kit}
+
+        def allowed(name: str, lazy: bool, kit=kit, own=own) -> str | None:
+            return f"only in {own}" if inside(name, kit) and not lazy else None
+
+        paths = [path for path in SHIPPED if dotted_name(path) not in own]
+        assert [complaint for path in paths for complaint in complaints(path, allowed)] == []
 
 
 def test_no_test_module_is_imported():

@@ -76,10 +76,15 @@ def answer(chat: Chat, questions: Iterable[Question], options: dict, rows: int) 
         if asked[0].ticket.finish is None:
             engine.step()
         while asked and asked[0].ticket.finish is not None:
-            row = as_json(asked.popleft().answer())
-            yield row | {"new_tokens": len(row.pop("token_ids"))}
+            yield answer_row(asked.popleft())
     if problem is not None:
         raise problem
+
+
+def answer_row(one: Asked) -> dict:
+    """Returns a finished answer as `answer` yields it; raises the error that ended it."""
+    row = as_json(one.answer())
+    return row | {"new_tokens": len(row.pop("token_ids"))}
 
 
 def _num_open(asked: Iterable[Asked]) -> int:

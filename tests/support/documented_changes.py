@@ -58,7 +58,7 @@ NOT_RUN = (
     ),
     (
         r"^python -m internvl3_jax\.parity check .*--engine http",
-        "needs a server; tests/test_parity_pack.py asks one",
+        "needs a server; tests/test_parity_engines.py asks one",
     ),
     (r"^python examples/", "half an hour; tests of their own run their parts"),
     (r"^python -m internvl3_jax\.fit$", "named, not called"),
@@ -67,7 +67,10 @@ NOT_RUN = (
         "runs until a signal; tests/test_serve_documented.py starts it and asks it as the page does",
     ),
     (r"^curl ", "asks a server; tests/test_serve_documented.py runs it with one"),
-    (r"^python run\.py --api-mode", "VLMEvalKit's, which downloads its data"),
+    (
+        r"^python (run\.py --api-mode|-m internvl3_jax\.evaluate\.kits\.vlmevalkit )",
+        "needs VLMEvalKit; tests/test_kits.py runs it (make test-kits)",
+    ),
     (r"^python (-m )?tools[./]", "many runs of the programs; tests of their own run a few"),
 )
 # Commands whose files later ones of the same page make: they run at its end, with the name linked

@@ -97,6 +97,11 @@ HIDDEN_IN = {
     "jax.experimental.pallas": "model.ops",
     "qwix": "model.ops",
 }
+# Modules that import a kit, which must be installed, and the name of the kit.
+NEEDS_KIT = {
+    "evaluate.kits.lmms_model": "lmms_eval",
+    "evaluate.kits.vlmevalkit_model": "vlmeval",
+}
 # In tests/ and benchmarks/ only, and where the parity pack runs them.
 PEERS = {"torch", "torchvision", "transformers", "accelerate", "peft"}
 RUNS_PEERS = "parity.transformers_engine"
