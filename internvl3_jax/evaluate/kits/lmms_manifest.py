@@ -1,4 +1,4 @@
-"""What lmms-eval finds through the entry point of this package: the name of its model class."""
+"""Names the model class to lmms-eval, which finds this module as an entry point."""
 
 MODEL = "internvl3_jax"
 CLASS = "internvl3_jax.evaluate.kits.lmms_model.InternVL3JAX"
