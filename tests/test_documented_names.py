@@ -22,6 +22,7 @@ def test_what_is_not_run_names_what_exists(command):
         if "'" not in command.text or command.text.count("'") % 2 == 0
         else command.text.split()
     )
+    rest = rest[: rest.index("--")] if "--" in rest else rest  # of another program from there on
     if first == "make":
         text = (ROOT / "Makefile").read_text()
         for word in rest:
