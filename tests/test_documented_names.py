@@ -22,7 +22,6 @@ def test_what_is_not_run_names_what_exists(command):
         if "'" not in command.text or command.text.count("'") % 2 == 0
         else command.text.split()
     )
-    rest = rest[: rest.index("--")] if "--" in rest else rest  # of another program from there on
     if first == "make":
         text = (ROOT / "Makefile").read_text()
         for word in rest:
@@ -55,6 +54,8 @@ ANYWHERE = {"--help", "--config", "--coordinator", "--processes", "--process"}
 
 def check_program(command: Command, arguments: list[str]) -> None:
     """The file or module is there, and its text holds every flag; fields of a configuration exist."""
+    if "--" in arguments:  # what follows is of another program
+        arguments = arguments[: arguments.index("--")]
     name, *rest = arguments[1:] if arguments[0] == "-m" else arguments
     if name in ("pytest", "pip"):
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), command
