@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from internvl3_jax.checkpoints import adapters
 from internvl3_jax.config import ModelConfig
-from internvl3_jax.inference.programs import on_cpu
+from internvl3_jax.inference import programs
 from internvl3_jax.model import language, lora, vision, weights
 from internvl3_jax.parallel.sharding import param_shardings
 
@@ -38,13 +38,14 @@ def unroll(
       mesh: the devices; None: one.
     """
     params = weights.cast(params, dtype, donate=True)
-    if on_cpu() and "vision" in params:
+    on_cpu = programs.on_cpu()
+    if on_cpu and "vision" in params:
         params["vision"] = vision.unroll(params["vision"], config.vision, donate=True)
     if "language" in params:
         layers = params["language"]
         params["language"] = language.unroll(layers, config.language, fused, donate=True)
     if lora.SUBTREE in params:
-        params[lora.SUBTREE] = adapters.unroll(params[lora.SUBTREE], config, fused, on_cpu())
+        params[lora.SUBTREE] = adapters.unroll(params[lora.SUBTREE], config, fused, on_cpu)
     if mesh is not None:
         _place(params, param_shardings(params, mesh))
     return params
