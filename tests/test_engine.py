@@ -329,4 +329,4 @@ def test_a_block_reads_no_more_slots_than_its_longest_row():
         Request(make_prompt(text=300), max_new_tokens=9),
         Request(RAGGED[1], max_new_tokens=40),
     )
-    assert read[0] == 512 and read[-1] == 128
+    assert read[0] == 384 and read[-1] == 128

@@ -44,7 +44,7 @@ class Device:
         self.sizes = GrowingSizes(capacity) if grows else FixedSizes(CHUNKS[self.on_cpu], capacity)
         self.rows = rows
         self.settings = RowSettings.empty(rows)
-        self._device_settings: RowSettings | None = None
+        self._sent_settings: RowSettings | None = None
         self.vocabulary = self.config.language.padded_vocab_size
         self._no_bias = np.zeros(self.vocabulary, np.float32)
         self._no_tokens = np.zeros(self.vocabulary, bool)
@@ -182,7 +182,7 @@ class Device:
 
     def settings_changed(self) -> None:
         """Sends the settings to the device before the next call."""
-        self._device_settings = None
+        self._sent_settings = None
 
     def start_row(
         self,
@@ -206,14 +206,12 @@ class Device:
             "slot": np.int32(len(prompt.tokens)),
         }
         with self._calling("first token"):
-            self.cache = jax.tree.map(
-                lambda x, y: prompt_programs.insert_row(x, y, np.int32(row)), self.cache, cache
-            )
+            self.cache = prompt_programs.insert_row(self.cache, cache, np.int32(row))
             block, self.state = programs.start_row(
                 self.model,
                 self.params_of(group),
                 self.state,
-                self._settings_on_device(),
+                self._settings_to_send(),
                 hidden,
                 scalars,
                 in_prompt,
@@ -248,9 +246,7 @@ class Device:
         """Zeroes the cache of a row whose numbers are not finite: a masked NaN still spreads."""
         empty = self.prompt_cache(self.sizes.capacity, None)
         with self.generator.mesh_context():
-            self.cache = jax.tree.map(
-                lambda x, y: prompt_programs.insert_row(x, y, np.int32(row)), self.cache, empty
-            )
+            self.cache = prompt_programs.insert_row(self.cache, empty, np.int32(row))
 
     def set_bias(self, row: int, bias: Float[np.ndarray, " V"]) -> None:
         """Replaces what is added to the logits of a row."""
@@ -273,7 +269,7 @@ class Device:
                 self.params_of(group),
                 self.state,
                 self.cache,
-                self._settings_on_device(),
+                self._settings_to_send(),
                 np.int32(count),
                 np.bool_(until_free),
             )
@@ -329,11 +325,11 @@ class Device:
         generator = self.generator
         return model_programs.init_cache(self.config.language, rows, slots, generator.cache_dtype)
 
-    def _settings_on_device(self) -> RowSettings:
-        if self._device_settings is None:
-            # Copies: a CPU's arrays may share the memory of numpy's, which change.
-            self._device_settings = jax.device_put(jax.tree.map(np.copy, self.settings))
-        return self._device_settings
+    def _settings_to_send(self) -> RowSettings:
+        if self._sent_settings is None:
+            # The device may share the memory of these arrays. Calls send them faster than device_put.
+            self._sent_settings = jax.tree.map(np.copy, self.settings)
+        return self._sent_settings
 
     def _calling(self, program: str, *key):
         return self.generator.calling(program, "engine", self.rows, *key)

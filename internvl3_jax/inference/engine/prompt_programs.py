@@ -83,11 +83,15 @@ def write_tile(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert_row(
-    buffer: Shaped[Array, "B K S *H"], row: Shaped[Array, "1 K R *H"], index: Int32[Array, ""]
-) -> Shaped[Array, "B K S *H"]:
-    """Writes the cache of one prompt into a row of one array of the cache."""
-    start = (index, *(0,) * (buffer.ndim - 1))
-    return jax.lax.dynamic_update_slice(buffer, row[:, :, : buffer.shape[2]], start)
+    cache: kv_cache.Cache, prompt: kv_cache.Cache, index: Int32[Array, ""]
+) -> kv_cache.Cache:
+    """Writes the cache of one prompt into a row of the cache."""
+
+    def insert(buffer: Shaped[Array, "B K S *H"], row: Shaped[Array, "1 K R *H"]):
+        start = (index, *(0,) * (buffer.ndim - 1))
+        return jax.lax.dynamic_update_slice(buffer, row[:, :, : buffer.shape[2]], start)
+
+    return jax.tree.map(insert, cache, prompt)
 
 
 @functools.partial(jax.jit, static_argnums=2)

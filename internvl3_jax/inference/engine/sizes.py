@@ -66,8 +66,12 @@ class FixedSizes:
 
     @property
     def read_slots(self) -> list[int]:
-        """Numbers of slots that a block of tokens reads: powers of two, and the capacity."""
-        return [*_powers(self.capacity), self.capacity]
+        """Numbers of slots that a block of tokens reads: powers of two, from 256 on also their means,
+        and the capacity.
+        """
+        powers = _powers(self.capacity)
+        means = [3 * size // 2 for size in powers if size > _SMALLEST]
+        return sorted(size for size in {*powers, *means} if size < self.capacity) + [self.capacity]
 
     @property
     def prompt_slots(self) -> list[int]:
