@@ -10,6 +10,7 @@ from concurrent import futures
 from internvl3_jax.evaluate import asking
 from internvl3_jax.inference import loading
 from internvl3_jax.inference.chat import Chat
+from internvl3_jax.inference.engine.engine import Engine
 from internvl3_jax.inference.options import check_int, units
 from internvl3_jax.io.checkpoint_paths import check_exists
 
@@ -55,7 +56,7 @@ class AskedModel:
         loading.use_compilation_cache(compilation_cache)
         mesh = loading.make_mesh(devices, fsdp, hosts=False)
         self.checkpoint = loading.open_checkpoint(checkpoint, dtype=dtype, mesh=mesh)
-        self.chat = Chat(self.checkpoint)
+        self.chat = Chat(self.checkpoint, donate=True)
         self._incoming: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -92,22 +93,23 @@ class AskedModel:
     def _run(self) -> None:
         asked: dict = {}
         while True:
-            engine = self.chat.engines.with_rows(self.batch_size)
+            self._take(asked)
             try:
-                while True:
-                    self._take(engine, asked)
-                    engine.step()
-                    for one in [one for one in asked if one.ticket.finish is not None]:
-                        _finish(asked.pop(one), one)
-            except Exception as error:  # of the engine, which ends all of its questions
+                self._engine().step()
+            except Exception as error:  # it has ended all questions; the next ones get a new engine
                 for future in asked.values():
                     future.set_exception(error)
                 asked.clear()
+            for one in [one for one in asked if one.ticket.finish is not None]:
+                _finish(asked.pop(one), one)
 
-    def _take(self, engine, asked: dict) -> None:
+    def _engine(self) -> Engine:
+        return self.chat.engines.with_rows(self.batch_size)
+
+    def _take(self, asked: dict) -> None:
         """Lets questions into the engine: as many again as decode. Waits for one if there is none.
 
-        A question that cannot be asked fails alone.
+        A question that cannot be asked fails alone, also for want of an engine.
         """
         while len(asked) < 2 * self.batch_size and not (asked and self._incoming.empty()):
             question, options, future = self._incoming.get()
@@ -116,8 +118,8 @@ class AskedModel:
                     question.text, question.images, where=question.name, **options
                 )
                 changed = self.chat.options.with_changes(options)
-                asked[self.chat.ask(engine, prompt, changed)] = future
-            except Exception as error:
+                asked[self.chat.ask(self._engine(), prompt, changed)] = future
+            except Exception as error:  # whoever asked gets it
                 future.set_exception(error)
 
 
