@@ -327,8 +327,9 @@ class Device:
 
     def _settings_to_send(self) -> RowSettings:
         if self._sent_settings is None:
-            # The device may share the memory of these arrays. Calls send them faster than device_put.
-            self._sent_settings = jax.tree.map(np.copy, self.settings)
+            # A CPU's programs share the memory of these copies; an accelerator keeps its own.
+            copies = jax.tree.map(np.copy, self.settings)
+            self._sent_settings = copies if self.on_cpu else jax.device_put(copies)
         return self._sent_settings
 
     def _calling(self, program: str, *key):
