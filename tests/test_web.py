@@ -91,14 +91,13 @@ def test_positions_under_each_delta():
     assert last == sorted(last, reverse=True) and last[0] == 29 * UNITS
 
 
+def sampled() -> dict:
+    messages = user(parts("Read the number.", SMALL))
+    return {"messages": messages, "temperature": 1.0, "seed": 3, "max_tokens": 8}
+
+
 def test_the_critic_chooses(page):
-    body = {
-        "messages": user(parts("Read the number.", SMALL)),
-        "n": 3,
-        "temperature": 1.0,
-        "seed": 3,
-        "max_tokens": 8,
-    }
+    body = sampled() | {"n": 3}
     choice = page.post(body, "/v1/internvl/best_of").json
     plain = page.post(body).json
     texts = [one["message"]["content"] for one in plain["choices"]]
@@ -113,14 +112,8 @@ def test_the_critic_chooses(page):
 
 
 def test_the_critics_best_answers_are_returned(page):
-    sampled = {
-        "messages": user(parts("Read the number.", SMALL)),
-        "temperature": 1.0,
-        "seed": 3,
-        "max_tokens": 8,
-    }
-    candidates = page.post(sampled | {"n": 4}, "/v1/internvl/best_of").json["candidates"]
-    answer = page.post(sampled | {"n": 2, "best_of": 4}).json
+    candidates = page.post(sampled() | {"n": 4}, "/v1/internvl/best_of").json["candidates"]
+    answer = page.post(sampled() | {"n": 2, "best_of": 4}).json
     expected = sorted(candidates, key=lambda candidate: -candidate["score"])[:2]
     assert len({candidate["text"] for candidate in candidates}) > 2
     for index, (choice, candidate) in enumerate(zip(answer["choices"], expected, strict=True)):
@@ -129,9 +122,9 @@ def test_the_critics_best_answers_are_returned(page):
         assert choice["critic"]["score"] == pytest.approx(candidate["score"], abs=1e-5)
         assert choice["critic"]["steps"] == candidate["steps"]
     # All four were generated; as many as are asked for are not chosen among.
-    plain = page.post(sampled | {"n": 4}).json
+    plain = page.post(sampled() | {"n": 4}).json
     assert answer["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
-    assert page.post(sampled | {"n": 4, "best_of": 4}).json["choices"] == plain["choices"]
+    assert page.post(sampled() | {"n": 4, "best_of": 4}).json["choices"] == plain["choices"]
 
 
 def test_the_critic_takes_one_question(page):

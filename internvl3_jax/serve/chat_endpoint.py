@@ -165,8 +165,7 @@ class ChatCall:
     # --- the answer -------------------------------------------------------------------------------
 
     async def _whole(self, reply: Reply) -> dict:
-        async for _ in self._deltas():
-            pass
+        await self._wait()
         if self._asked.num_best is None:
             return reply.completion(self._choices, self._usage())
         scored = await self._score()
@@ -174,6 +173,10 @@ class ChatCall:
         best = best[: self._asked.num_best]
         choices, scores = zip(*((self._choices[i], scored[i]) for i in best), strict=True)
         return reply.completion(choices, self._usage(), scores)
+
+    async def _wait(self) -> None:
+        async for _ in self._deltas():
+            pass
 
     async def _score(self) -> list[dict]:
         texts = [choice.text.content for choice in self._choices]

@@ -185,7 +185,7 @@ class BestOfCall(ChatCall):
 
     async def _whole(self, reply) -> dict:
         critic_scores.the_question(self._asked)
-        completion = await super()._whole(reply)
+        await self._wait()
         scored = await self._score()
         return {
             "best": int(np.argmax([scores["score"] for scores in scored])),
@@ -193,5 +193,5 @@ class BestOfCall(ChatCall):
                 {"text": choice.text.content} | scores
                 for choice, scores in zip(self._choices, scored, strict=True)
             ],
-            "usage": completion["usage"],
+            "usage": self._usage(),
         }
