@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--size", default="3.5-30b-a3b")
     parser.add_argument("--text", type=pathlib.Path, help="where to write the compiled program")
     options = parser.parse_args()
+    if options.text and options.text.exists():
+        parser.error(f"{options.text} exists; name another file")
     sys.path.insert(0, str(ROOT))
     from configs.sft import get_config
 
