@@ -17,7 +17,7 @@ from tests.support import evaluate_world as world
 from tests.support import tiny_checkpoint
 from tests.support.evaluate_rows import picture
 from tests.support.evaluate_runs import evaluate, read_report
-from tests.support.local_processes import Processes, free_address
+from tests.support.local_processes import Processes, finish, free_address
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_critic_chooses_among_the_candidates(data, critic, tmp_path, monkeyp
     expected = judge.score(rows[0]["input"].removeprefix("<image>\n"), [image], texts)
     found = [candidate["score"] for candidate in rows[0]["candidates"]]
     assert [one.score for one in expected] == pytest.approx(found, abs=1e-5)
-    # 3) A stopped run goes on, and asks nothing twice.
+    # 3) A stopped run resumes, and asks nothing twice.
     path = output / "answers" / f"{name}.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     asked = []
@@ -100,7 +100,7 @@ def test_the_critic_chooses_among_the_candidates(data, critic, tmp_path, monkeyp
 
 
 def test_two_hosts_evaluate_as_one(data, tmp_path):
-    """Images and a video; the second run goes on behind what only the first host knows of."""
+    """Images and a video; the second run resumes after what only the first host knows of."""
     line = ["-m", "internvl3_jax.evaluate", "--checkpoint", str(tiny_checkpoint.directory())]
     line += ["--data", str(data), "--tasks", "mmstar,mlvu", "--frames", "2", "--card", "1B"]
     line += [
@@ -113,7 +113,7 @@ def test_two_hosts_evaluate_as_one(data, tmp_path):
         "--limit",
         "4",
     ]
-    run([[*line, "--output", str(tmp_path / "one")]], 1)
+    finish(Processes([[*line, "--output", str(tmp_path / "one")]], 1))
     hosts, address = [], free_address()
     for number in range(2):
         own = ["--hosts", "--fsdp", "2", "--coordinator", address, "--processes", "2"]
@@ -122,7 +122,7 @@ def test_two_hosts_evaluate_as_one(data, tmp_path):
     first = (tmp_path / "one" / "answers" / "mmstar.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "host_0" / "answers").mkdir(parents=True)
     (tmp_path / "host_0" / "answers" / "mmstar.jsonl").write_text(first[0])
-    outs = run(hosts, 2)
+    outs = [ended.out for ended in finish(Processes(hosts, 2))]
     assert "3 answers written to" in outs[0] and "| MMStar |" in outs[0]
     assert "| MMStar |" not in outs[1]
     for name in ("mmstar", "mlvu.2_frames"):
@@ -135,12 +135,3 @@ def test_two_hosts_evaluate_as_one(data, tmp_path):
         assert not os.path.exists(tmp_path / "host_1" / "answers" / f"{name}.jsonl")
     one, other = read_report(tmp_path / "one"), read_report(tmp_path / "host_0")
     assert one == other
-
-
-def run(lines: list[list[str]], devices: int) -> list[str]:
-    with Processes(lines, devices) as processes:
-        ended = processes.end(300)
-    assert [process.status for process in ended] == [0] * len(lines), "\n----\n".join(
-        process.out for process in ended
-    )
-    return [process.out for process in ended]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.support import tiny_checkpoint
-from tests.support.local_processes import ROOT, Processes, free_address
+from tests.support.local_processes import ROOT, Processes, finish, free_address
 
 REQUESTS = [
     {"prompt": "What is 1?"},
@@ -35,15 +35,6 @@ def answers(path) -> list[dict]:
     return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def run(lines: list[list[str]], devices: int) -> list[str]:
-    with Processes(lines, devices) as processes:
-        ended = processes.end(300)
-    assert [process.status for process in ended] == [0] * len(lines), "\n----\n".join(
-        process.out for process in ended
-    )
-    return [process.out for process in ended]
-
-
 def test_two_hosts_answer_as_one(folder):
     """With candidates and a critic, resuming after a first answer that only the first host has to
     know of.
@@ -58,7 +49,7 @@ def test_two_hosts_answer_as_one(folder):
         str(folder / "requests.jsonl"),
     ]
     common += ["--max_new_tokens=8", "--batch_size=4", "--best_of=2", "--critic", checkpoint]
-    run([[*common, f"--output={folder / 'one.jsonl'}"]], 1)
+    finish(Processes([[*common, f"--output={folder / 'one.jsonl'}"]], 1))
     expected = answers(folder / "one.jsonl")
     assert len(expected) == 3 and len(expected[1]["candidates"]) == 2
     lines, address = [], free_address()
@@ -75,7 +66,7 @@ def test_two_hosts_answer_as_one(folder):
         lines.append([*common, *own])
     first = (folder / "one.jsonl").read_text().splitlines(keepends=True)[0]
     (folder / "host_0.jsonl").write_text(first)
-    outs = run(lines, 2)
+    outs = [ended.out for ended in finish(Processes(lines, 2))]
     assert "2 answers written to" in outs[0] and "answers" not in outs[1]
     assert not (folder / "host_1.jsonl").exists()
     found = answers(folder / "host_0.jsonl")

@@ -19,7 +19,7 @@ from internvl3_jax.parallel.sharding import make_mesh
 from internvl3_jax.parallel.watchdog import EXIT_PEER_LOST
 from tests.support import tiny_checkpoint
 from tests.support.hosts_run import SAVE_EVERY, STEPS
-from tests.support.local_processes import ROOT, Ended, Processes, free_address
+from tests.support.local_processes import ROOT, Processes, finish, free_address
 from tests.support.pairs import write_pairs
 
 
@@ -43,15 +43,6 @@ def start(tmp_path_factory):
         return Processes([line + (flags if count > 1 else []) for flags in own], devices)
 
     return start
-
-
-def finish(processes: Processes) -> list[Ended]:
-    with processes:
-        ended = processes.end(400)
-    assert [process.status for process in ended] == [0] * len(ended), "\n----\n".join(
-        process.out for process in ended
-    )
-    return ended
 
 
 def log_of(workdir: pathlib.Path) -> list[tuple]:

@@ -109,3 +109,13 @@ def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def finish(processes: Processes, seconds: float = 400) -> list[Ended]:
+    """Waits for all processes, which must end with status 0."""
+    with processes:
+        ended = processes.end(seconds)
+    assert [process.status for process in ended] == [0] * len(ended), "\n----\n".join(
+        process.out for process in ended
+    )
+    return ended
