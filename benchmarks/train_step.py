@@ -140,9 +140,9 @@ def ratios(rounds: dict) -> dict:
     """Returns the medians over all pairs of steps of PyTorch's time over ours."""
     return {
         name: statistics.median(
-            theirs / ours
-            for ours_of, theirs_of in zip(rounds["jax"], rounds["torch"], strict=True)
-            for ours, theirs in zip(ours_of[name], theirs_of[name], strict=True)
+            torch_time / jax_time
+            for jax_side, torch_side in zip(rounds["jax"], rounds["torch"], strict=True)
+            for jax_time, torch_time in zip(jax_side[name], torch_side[name], strict=True)
         )
         for name in ("seconds", "cpu_seconds")
     }

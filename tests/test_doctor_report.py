@@ -173,8 +173,8 @@ def test_the_report_is_tried_before_the_work(tmp_path, tokens, capsys, monkeypat
     for folder, reason in [
         (tmp_path / "file/rep", "Not a directory"),
         (tmp_path / "file", "the report cannot be written there"),
-        (theirs, "report.json: is not a file of the doctor's; name another folder with --report"),
-        (tmp_path / "drawn", "histogram.png: is not a file of the doctor's"),
+        (theirs, "report.json: was not written by the doctor; name another folder with --report"),
+        (tmp_path / "drawn", "histogram.png: was not written by the doctor"),
         (pathlib.Path("/proc/none"), "the report cannot be written there"),
     ]:
         assert doctor(meta, tokens, "--report", str(folder)) == 1

@@ -8,7 +8,7 @@ import jax
 
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# Blocks up to this size are kept. Larger ones go back to the system: once something small lies in a
+# Blocks up to this size are kept. Larger ones go back to the system: once something small is in a
 # kept block the next call cannot use it, so that a program could come to need twice its memory.
 _KEPT_BYTES = 2**30
 

@@ -44,9 +44,9 @@ class EngineThread:
         try:
             while not self._stopping.is_set():
                 self._began = time.monotonic()
-                goes_on = self._engine.step()
+                has_work = self._engine.step()
                 self._began = None
-                if not goes_on:
+                if not has_work:
                     self._engine.wait(_IDLE)
         except BaseException as error:
             # Nobody waits for this thread: whatever ends it is reported.

@@ -46,7 +46,7 @@ from PIL import Image
 
 
 def messages(document):
-    """Returns images or a video, and the text behind them."""
+    """Returns images or a video, and the text after them."""
     names = document["image"] or []
     parts = [{"type": "image", "url": Image.open(name).convert("RGB")} for name in names]
     if document["video"]:

@@ -83,7 +83,7 @@ def claim_folder(folder: pathlib.Path) -> None:
         path = folder / name
         if os.path.lexists(path) and not _is_ours(folder, name):
             raise FileError(
-                f"{one_line(str(path))}: is not a file of the doctor's; name another folder with "
+                f"{one_line(str(path))}: was not written by the doctor; name another folder with "
                 f"--report"
             )
 

@@ -1,8 +1,8 @@
 """A chat model for lmms-eval, which must be installed.
 
-Texts are those of lmms-eval's tasks. Around them stands what InternVL was trained with: the system
-message, images in front of the text and numbered if there are several, and the tile limit that the
-model card's program has for the benchmark.
+Texts are those of lmms-eval's tasks. The rest is what InternVL was trained with: the system message,
+and images before the text, numbered if there are several. The tile limit is that of the model card's
+program for the benchmark.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ class InternVL3JAX(lmms):
             images, _, _ = read_video(videos[0], "mvbench", self.num_frames)
             text = numbered("Frame", len(images), always=True, hyphen="") + text
             options["max_tiles"] = 1
-        elif text.count(IMAGE_TAG) != len(images):  # else the text says where they stand
+        elif text.count(IMAGE_TAG) != len(images):  # else the text says where they are
             text = (numbered("Image", len(images)) if images else "") + text
         answer = self.model.answer(asking.Question(text, images, name), options)
         self.cache_hook.add_partial("generate_until", (context, arguments), answer["text"])

@@ -5,7 +5,7 @@
     python -m internvl3_jax.evaluate.kits.vlmevalkit --checkpoint DIR --delta 1/4 \\
         --run_py VLMEvalKit/run.py -- --data MMStar --judge exact_matching
 
-What stands behind -- are options of the kit's run.py; --model is added. LMUData is the folder of
+Options after -- are those of the kit's run.py; --model is added. LMUData is the folder of
 its tables, which the kit downloads if they are missing. docs/evaluation.md has more.
 """
 
@@ -56,7 +56,7 @@ def _parser():
         default=CACHE,
         help="directory that keeps compiled programs; empty: none (%(default)s)",
     )
-    parser.add_argument("kit", nargs="*", help="behind --: options of run.py")
+    parser.add_argument("kit", nargs="*", help="after --: options of run.py")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Runs the vision tower over the images of one prompt in pieces, between which other answers go on."""
+"""Runs the vision tower over one prompt's images in pieces; other answers continue in between."""
 
 import numpy as np
 from jaxtyping import Float32
