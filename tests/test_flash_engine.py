@@ -154,6 +154,21 @@ def test_a_prompt_that_cannot_be_compressed_fails_alone():
 # --- the rule -------------------------------------------------------------------------------------
 
 
+def test_on_several_hosts_an_error_of_the_tower_ends_the_engine():
+    """Only one host may have met it while the router's tiles are encoded."""
+    engine = Engine(generator(), rows=1, max_length=256)
+    engine._scheduler.isolates_errors = False
+
+    def fail(*_):
+        raise MemoryError("no memory on this host")
+
+    engine._device.encode = fail
+    ticket = engine.submit(request((2,), 1, 0))
+    with pytest.raises(MemoryError, match="no memory on this host"):
+        engine.run()
+    assert (ticket.finish, type(ticket.error)) == ("error", MemoryError)
+
+
 def test_the_quantile_is_that_of_torch():
     rng = np.random.default_rng(0)
     for _ in range(300):

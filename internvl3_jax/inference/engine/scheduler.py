@@ -168,6 +168,8 @@ class Scheduler:
             if not num_tokens:
                 self._routing.decide(self._queue.like_first())
         except Exception as error:
+            if not self.isolates_errors:
+                raise
             self._routing, num_tokens = None, 0
             for ticket in self._queue.take(1):
                 self._finish(ticket, Piece(finish="error", error=error))
