@@ -25,8 +25,10 @@ SCREENSHOTS = os.environ.get("SCREENSHOTS")
 def live():
     checkpoint = load(MODEL)
     engine = Engine.of(checkpoint, rows=4, max_length=1024)
-    offered = web.Page(web.read_examples(QUESTIONS), Critic(checkpoint, engine.generator))
-    with serving(engine, checkpoint=checkpoint, name="digits", page=offered) as started:
+    offered, critic = web.Page(web.read_examples(QUESTIONS)), Critic(checkpoint, engine.generator)
+    with serving(
+        engine, checkpoint=checkpoint, name="digits", page=offered, critic=critic
+    ) as started:
         yield started
 
 
