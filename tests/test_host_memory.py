@@ -16,10 +16,10 @@ kept = KEPT and keep_freed_memory()
 x = jnp.ones((2500, 2500))  # 25 MB
 step = jax.jit(lambda x: ((x + 1) @ x[:, :8], (x + 2) @ x[:, 8:16]))
 faults = []
-for _ in range(6):
+for _ in range(41):
     jax.block_until_ready(step(x))
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(int(kept), faults[-1] - faults[-4])
+print(int(kept), faults[-1] - faults[0])
 """
 
 
@@ -35,11 +35,12 @@ def run(program: str, **environment) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_a_second_call_takes_the_pages_of_the_first():
+def test_calls_take_the_pages_of_earlier_ones():
     _, fresh = run(PROGRAM.replace("KEPT", "False"), JAX_PLATFORMS="cpu")
     kept, again = run(PROGRAM.replace("KEPT", "True"), JAX_PLATFORMS="cpu")
     assert kept == 1
-    assert again < fresh / 10
+    # Something small can be put into a freed block: then one call needs new pages.
+    assert again < fresh / 5
 
 
 def test_hosts_of_accelerators_are_left_alone():
