@@ -57,6 +57,7 @@ def as_path(path: str | os.PathLike):
             "s3://BUCKET/PATH"
         )
     check_driver(text)
+    import_fsspec()
     from etils import epath  # slow to import, and local paths do not need it
 
     return epath.Path(text.rstrip("/"))
@@ -76,13 +77,22 @@ def filesystem(path):
     return _filesystem(str(path).partition("://")[0])
 
 
-@functools.cache
-def _filesystem(scheme: str):
-    # gcsfs asks for the kind of bucket by gRPC, which only Google's servers answer.
+def import_fsspec():
+    """Returns the module, after what its drivers read at their import is set.
+
+    gcsfs asks for the kind of a bucket by gRPC. Only Google's servers answer: with another one each
+    call would wait for minutes.
+    """
     if "STORAGE_EMULATOR_HOST" in os.environ:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
+    return fsspec
+
+
+@functools.cache
+def _filesystem(scheme: str):
+    fsspec = import_fsspec()
     # Other processes write to the same directories.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     if scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ:
