@@ -82,6 +82,19 @@ def test_addresses_and_paths(monkeypatch, tmp_path):
         assert "secret" not in str(caught.value)
 
 
+def test_what_another_process_writes_is_seen(root):
+    """In a process that has listed the folder already, with epath as checkpoints are."""
+    listing = "print(sorted(found.name for found in as_path(sys.argv[1]).iterdir()), flush=True)"
+    program = "import sys; from internvl3_jax.io.remote_files import as_path; "
+    program += f"{listing}; sys.stdin.readline(); {listing}"
+    line, pipe = [sys.executable, "-c", program, root], subprocess.PIPE
+    remote_files.write_bytes(as_path(root) / "a", b"a")
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as other:
+        assert other.stdout.readline() == "['a']\n"
+        remote_files.write_bytes(as_path(root) / "b", b"b")
+        assert other.communicate("go\n", timeout=60)[0] == "['a', 'b']\n"
+
+
 def test_objects_are_written_listed_added_to_and_deleted(root, tmp_path):
     path = as_path(root)
     remote_files.write_bytes(path / "a/b.txt", b"abc")

@@ -57,7 +57,7 @@ def as_path(path: str | os.PathLike):
             "s3://BUCKET/PATH"
         )
     check_driver(text)
-    import_fsspec()
+    configured_fsspec()
     from etils import epath  # slow to import, and local paths do not need it
 
     return epath.Path(text.rstrip("/"))
@@ -77,27 +77,28 @@ def filesystem(path):
     return _filesystem(str(path).partition("://")[0])
 
 
-def import_fsspec():
-    """Returns the module, after what its drivers read at their import is set.
+@functools.cache
+def _filesystem(scheme: str):
+    return configured_fsspec().filesystem(scheme)
 
-    gcsfs asks for the kind of a bucket by gRPC. Only Google's servers answer: with another one each
-    call would wait for minutes.
+
+def configured_fsspec():
+    """Returns fsspec, set up for every library here that makes a file system with it.
+
+    Other processes write to the same directories, so that listings are not cached: a checkpoint
+    saved by another one would stay unseen. gcsfs asks for the kind of a bucket by gRPC at its
+    import: only Google's servers answer, and with another one each call would wait for minutes.
     """
-    if "STORAGE_EMULATOR_HOST" in os.environ:
+    is_emulated = "STORAGE_EMULATOR_HOST" in os.environ
+    if is_emulated:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
+    for scheme in _DRIVERS:
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    if is_emulated:
+        fsspec.config.conf["gs"].setdefault("token", "anon")
     return fsspec
-
-
-@functools.cache
-def _filesystem(scheme: str):
-    fsspec = import_fsspec()
-    # Other processes write to the same directories.
-    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    if scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ:
-        fsspec.config.conf[scheme].setdefault("token", "anon")
-    return fsspec.filesystem(scheme)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from internvl3_jax.io import safe_files
-from internvl3_jax.io.remote_files import import_fsspec
+from internvl3_jax.io.remote_files import configured_fsspec
 from internvl3_jax.io.safe_files import FileError, open_regular, reason
 from internvl3_jax.io.terminal import excerpt, one_line
 
@@ -46,7 +46,7 @@ def is_remote(path: str) -> bool:
 @functools.lru_cache(maxsize=64)
 def _filesystem(root: str):
     try:
-        return import_fsspec().core.url_to_fs(root)[0]
+        return configured_fsspec().core.url_to_fs(root)[0]
     except ImportError as error:
         raise FileError(
             f"{root}: needs the driver of its scheme ({error}); for gs:// and s3://: "
