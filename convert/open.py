@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.converted import Converted, open_converted
-from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints import directories, storage
 from internvl3_jax.checkpoints.adapters import Adapter, adapter, check_base, describe, read_adapter
 from internvl3_jax.checkpoints.hf.assemble import DTYPES, ConversionError, cast
 from internvl3_jax.checkpoints.hf.mapping import Row, active_rows
@@ -227,7 +227,7 @@ def export_adapter(
                 manifest.model,
                 base or manifest.base.path,
             )
-    with storage.new_directory(target, overwrite, [source]) as partial:
+    with directories.new_directory(target, overwrite, [source]) as partial:
         return len(write_peft(partial, own, config, model, layout, named))
 
 

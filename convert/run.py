@@ -14,7 +14,7 @@ from convert.converted import Converted
 from convert.hf_files import export_files
 from convert.open import Adapted, open_model
 from convert.quantized import Quantization
-from internvl3_jax.checkpoints import manifest, storage
+from internvl3_jax.checkpoints import directories, manifest, storage
 from internvl3_jax.checkpoints.fingerprint import fingerprint
 from internvl3_jax.checkpoints.hf.assemble import (
     DTYPES,
@@ -188,7 +188,7 @@ def convert(
     Raises:
       FileExistsError, ValueError (also ConversionError): nothing is written to `target`.
     """
-    with storage.new_directory(
+    with directories.new_directory(
         target, overwrite, (*sources, *filter(None, [getattr(model, "directory", None)]))
     ) as partial:
         if to:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 import jax
+import numpy as np
 
 
 def path_name(path) -> str:
@@ -20,10 +21,11 @@ def own(tree: dict) -> dict:
 
 
 def unstack(layers: dict, count: int) -> list[dict]:
-    """Copies stacked leaves [L, ...] to a tree per layer, and empties `layers`.
+    """Turns stacked leaves [L, ...] into a tree per layer, and empties `layers`.
 
-    Each leaf is taken out of `layers` when it is copied, so that it is freed before the next one if
-    nothing else refers to it: memory holds one leaf twice.
+    Layers in the memory of a CPU are parts of the stacked leaf and need no memory of their own.
+    Elsewhere they are copies. Each leaf is taken out of `layers` when it is copied, so that it is
+    freed before the next one if nothing else refers to it: memory holds one leaf twice.
     """
     trees = [{} for _ in range(count)]
     for name in list(layers):
@@ -31,11 +33,20 @@ def unstack(layers: dict, count: int) -> list[dict]:
         if isinstance(node, dict):
             parts = unstack(node, count)
         else:
-            parts = jax.block_until_ready([node[index] for index in range(count)])
+            parts = jax.block_until_ready([_layer(node, index) for index in range(count)])
         for tree, part in zip(trees, parts, strict=True):
             tree[name] = part
         del node
     return trees
+
+
+def _layer(leaf: jax.Array, index: int) -> jax.Array:
+    """Returns a layer of a stacked leaf, without a copy if the leaf is in the memory of one CPU."""
+    is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if not is_array or [device.platform for device in leaf.devices()] != ["cpu"]:
+        return leaf[index]
+    # device_put takes NumPy's memory as it is; where a small layer is not aligned, it copies.
+    return jax.device_put(np.asarray(leaf)[index], leaf.sharding if leaf.committed else None)
 
 
 def match_paths(

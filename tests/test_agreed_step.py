@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints import directories
 from internvl3_jax.io.integrity import MANIFEST
 from tests.support.local_processes import Processes, free_address
 
@@ -34,7 +34,7 @@ with multihost.abort_together():
 
 def make_run(run):
     for step in (2, 4):
-        with storage.new_directory(run / "checkpoints" / str(step)) as partial:
+        with directories.new_directory(run / "checkpoints" / str(step)) as partial:
             (partial / "params").mkdir()
             for name in "abc":
                 (partial / "params" / name).write_text(f"{step} {name}")

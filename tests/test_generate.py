@@ -12,7 +12,7 @@ import pytest
 from internvl3_jax.config import UNITS
 from internvl3_jax.data.batch import Prompt, join_tiles
 from internvl3_jax.data.media.tiles import cut_tiles
-from internvl3_jax.inference import programs
+from internvl3_jax.inference import layout, programs
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.inference.programs import TOKENS_PER_CALL
 from internvl3_jax.inference.prompt_batch import TILE_BUCKETS, bucket, tile_pieces
@@ -29,6 +29,7 @@ from tests.support.generation import (
     make_prompt,
     make_run,
 )
+from tests.support.meshes import STYLES
 from tests.support.tiny_checkpoint import CONFIG, LANGUAGE, PROCESSOR, make_image, random_params
 
 
@@ -69,6 +70,22 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass():
         steps = logits[row, len(prompt.tokens) - 1 : len(prompt.tokens) + 19]
         assert answer == steps.argmax(axis=-1).tolist()
     assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_layouts_give_the_same_tokens(monkeypatch, style):
+    """That of a large model on a CPU, and that of accelerators: merged kernels, and a tower whose
+    layers are stacked.
+    """
+    config, answers = STYLES[style], []
+    monkeypatch.setattr(layout, "LARGE", 0)
+    for on_cpu in (True, False):
+        monkeypatch.setattr(programs, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        found = Generator(config, random_params(config))
+        assert ("q" in found.params["language"]["layer_0"]) == on_cpu
+        assert ("layer_0" in found.params["vision"]) == on_cpu
+        answers.append(found.generate(RAGGED, make_run(len(RAGGED))))
+    assert answers[0] == answers[1]
 
 
 def test_logits_of_every_step_are_those_of_the_full_forward_pass():

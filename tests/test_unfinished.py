@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints import directories
 from internvl3_jax.io import unfinished
 from internvl3_jax.io.integrity import MANIFEST
 from internvl3_jax.io.safe_files import InUse
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.smoke
 
 
 def make(directory, text="new", **options):
-    with storage.new_directory(directory, **options) as partial:
+    with directories.new_directory(directory, **options) as partial:
         (partial / "params").mkdir()
         (partial / "params" / "x").write_text(text)
         (partial / MANIFEST).write_text('{"format": 1}')
@@ -107,7 +107,7 @@ def test_a_crash_leaves_the_old_or_the_new(exchange, tmp_path, monkeypatch):
 def test_a_living_process_keeps_what_it_is_filling(tmp_path):
     with (
         pytest.raises(InUse, match=rf"{tmp_path / 'a'} is in use by another process"),
-        storage.new_directory(tmp_path / "a") as partial,
+        directories.new_directory(tmp_path / "a") as partial,
     ):
         make(tmp_path / "a")
     assert not partial.exists()
@@ -115,10 +115,16 @@ def test_a_living_process_keeps_what_it_is_filling(tmp_path):
 
 
 def test_a_failure_leaves_no_folders_that_it_made(tmp_path):
-    with pytest.raises(ValueError, match="no"), storage.new_directory(tmp_path / "a" / "b" / "c"):
+    with (
+        pytest.raises(ValueError, match="no"),
+        directories.new_directory(tmp_path / "a" / "b" / "c"),
+    ):
         raise ValueError("no")
     assert names(tmp_path) == []
-    with pytest.raises(ValueError, match="no"), storage.new_directory(tmp_path / "a" / "b" / "c"):
+    with (
+        pytest.raises(ValueError, match="no"),
+        directories.new_directory(tmp_path / "a" / "b" / "c"),
+    ):
         (tmp_path / "a" / "notes.txt").write_text("mine")
         raise ValueError("no")
     assert names(tmp_path / "a") == ["notes.txt"]

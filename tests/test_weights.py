@@ -17,7 +17,7 @@ from internvl3_jax.checkpoints import checkpoint as checkpoint_module
 from internvl3_jax.checkpoints import storage
 from internvl3_jax.config import MeshConfig
 from internvl3_jax.fit.lowering import Requests, lower_generation
-from internvl3_jax.inference import programs
+from internvl3_jax.inference import layout, programs
 from internvl3_jax.inference.generator import Generator
 from internvl3_jax.model import lora, weights
 from internvl3_jax.model.internvl import InternVL, abstract_params
@@ -106,14 +106,18 @@ def tokens_of(kind):
     return Generator(CONFIG, lora.merged(packed(kind))).generate(RAGGED, make_run(len(RAGGED)))
 
 
+@pytest.mark.parametrize("is_large", [True, False])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_generated_tokens_are_those_of_the_unpacked_kernels(kind):
+def test_generated_tokens_are_those_of_the_unpacked_kernels(monkeypatch, kind, is_large):
+    """In the layout of a large model on a CPU, and with the merged kernels of others."""
+    expected = tokens_of(kind)
+    monkeypatch.setattr(layout, "LARGE", 0 if is_large else layout.LARGE)
     generator = Generator(CONFIG, packed(kind))
     names = {leaf.dtype.name for leaf in jax.tree.leaves(generator.params)}
     stored = {"int8": "int8", "fp8": "float8_e4m3fn", "nf4": "uint8"}[kind]
     assert names == {"float32", stored}
-    assert "qkv" in generator.params["language"]["layer_0"]
-    assert generator.generate(RAGGED, make_run(len(RAGGED))) == tokens_of(kind)
+    assert ("q" if is_large else "qkv") in generator.params["language"]["layer_0"]
+    assert generator.generate(RAGGED, make_run(len(RAGGED))) == expected
 
 
 @pytest.mark.parametrize("kind", PER_COLUMN)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints import directories, storage
 from internvl3_jax.checkpoints.adapters import (
     Adapter,
     adapter,
@@ -130,7 +130,7 @@ def save_checkpoint(
       files: name -> content of the other files; the tokenizer's (`tokenizer.files()`) are required.
       overwrite: replace a directory that this program wrote.
     """
-    with storage.new_directory(directory, overwrite) as partial:
+    with directories.new_directory(directory, overwrite) as partial:
         stored = format_in(storage.by_path(params))
         write_files(partial, model, processor, files, dtype_name(params), weights=stored)
         storage.start_saving(partial / "params", params)()
@@ -232,7 +232,7 @@ def _load_converted(directory: pathlib.Path, manifest: Manifest, reading: Readin
     if manifest.weights:
         check(manifest.weights, reading.mesh, str(directory))
     # Leaf by leaf only if each becomes smaller; reading all together is faster.
-    params = storage.load_tree(
+    params = storage.load_params(
         directory / "params", target, reading.prepare and reading.checked(directory)
     )
     if reading.prepare is None and not reading.allow_nonfinite:

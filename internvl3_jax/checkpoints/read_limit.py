@@ -1,6 +1,7 @@
 """Limits how much of a stored tree is read at once."""
 
 import math
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -32,3 +33,20 @@ def largest_read(stored, targets) -> int:
             ]
             most = max(most, math.prod(lengths) * itemsize)
     return most
+
+
+def batches(leaves: Mapping, limit: int) -> Iterator[dict]:
+    """Yields path -> leaf in parts of at most `limit` bytes, or of one leaf.
+
+    What is being read is in memory twice for a while. The largest leaves come first, while memory
+    is empty.
+    """
+    batch, total = {}, 0
+    sizes = {path: math.prod(x.shape) * np.dtype(x.dtype).itemsize for path, x in leaves.items()}
+    for path in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if batch and total + sizes[path] > limit:
+            yield batch
+            batch, total = {}, 0
+        batch[path] = leaves[path]
+        total += sizes[path]
+    yield batch

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from internvl3_jax.checkpoints import storage
+from internvl3_jax.checkpoints import directories, storage
 from internvl3_jax.checkpoints.manifest import Base, dtype_name, write_files
 from internvl3_jax.checkpoints.verification import undamaged
 from internvl3_jax.config import ModelConfig, ProcessorConfig
@@ -86,7 +86,7 @@ def start_saving_training(
       keep_also: returns whether to keep a step of any age.
     """
     # Small files first, then the arrays in the background.
-    unfinished = storage.start_step(steps_of(run) / str(step))
+    unfinished = directories.start_step(steps_of(run) / str(step))
     partial, waits = unfinished.path, []
     try:
         write_files(partial, model, processor, files, dtype_name(params), base=base)
@@ -117,7 +117,7 @@ def start_saving_training(
             ) from error
 
     def commit() -> None:
-        storage.commit_directory(unfinished)
+        directories.commit_directory(unfinished)
         if keep is not None:
             delete_old_steps(run, keep, keep_also)
 

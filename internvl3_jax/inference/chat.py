@@ -39,7 +39,7 @@ class Chat:
         base. `use` changes it.
       cache: "int8" keeps keys and values in 8 bits; None: in the dtype of the computation.
       donate: take the parameters out of the checkpoint, which can then do nothing else with them.
-        Otherwise the layers are in memory twice, there and in the layout of generation.
+        Otherwise accelerators hold the layers twice, there and in the layout of generation.
       max_new_tokens ... flash: as of `Options`, for all answers; a call can change them for one.
 
     Attributes:

@@ -68,7 +68,7 @@ class Generator:
         self.cache_dtype = jnp.dtype(cache_dtype or dtype)
         self.stop_ids = tuple(stop_ids)
         self.mesh = layout.mesh_of(params)
-        self.fused = self.mesh is None or self.mesh.shape["tensor"] == 1
+        self.fused = layout.is_fused(params, self.mesh)
         # On an accelerator the tower is scanned: it compiles faster, and the copies are cheap.
         self.model = InternVL(
             config, self.dtype, unrolled=True, unrolled_vision=programs.on_cpu(), fused=self.fused

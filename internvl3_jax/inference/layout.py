@@ -1,7 +1,8 @@
 """The layout of parameters in generation: layers apart, so that a step reads each where it is.
 
-A scan over stacked layers would copy each layer in every step. Leaves are converted one by one, and
-each is freed before the next, so that memory holds one leaf twice.
+A scan over stacked layers would copy each layer in every step. On a CPU the layers are parts of the
+stacked leaves. Elsewhere leaves are converted one by one, and each is freed before the next, so that
+memory holds one leaf twice.
 """
 
 import jax
@@ -13,6 +14,8 @@ from internvl3_jax.inference import programs
 from internvl3_jax.model import language, lora, vision, weights
 from internvl3_jax.parallel.sharding import param_shardings
 
+LARGE = 256 << 20  # bytes of a decoder, whose products take longer than calling them
+
 
 def mesh_of(params: dict) -> jax.sharding.Mesh | None:
     """Returns the mesh of several devices that the parameters are sharded over, if any."""
@@ -20,6 +23,18 @@ def mesh_of(params: dict) -> jax.sharding.Mesh | None:
     if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
         return sharding.mesh
     return None
+
+
+def is_fused(params: dict, mesh: jax.sharding.Mesh | None) -> bool:
+    """Returns whether the kernels of q/k/v and of gate/up are concatenated: fewer, larger products.
+
+    They are not where a tensor axis shards their columns, nor for large models on a CPU: there the
+    products take as long, and layers that are not merged stay where they were loaded.
+    """
+    if mesh is not None:
+        return mesh.shape["tensor"] == 1
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params["language"]))
+    return not programs.on_cpu() or size < LARGE
 
 
 def unroll(

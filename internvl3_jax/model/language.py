@@ -311,7 +311,7 @@ class Decoder(nn.Module):
 def unroll(params: dict, config: LanguageConfig, fused: bool = True, donate: bool = False) -> dict:
     """Converts decoder parameters from the stacked to the unrolled layout.
 
-    Leaves outside of the layers are shared, those of the layers are copied.
+    Leaves outside of the layers are shared, those of the layers as by `unstack`.
 
     Args:
       fused: Concatenate the kernels of q/k/v, and of gate/up.

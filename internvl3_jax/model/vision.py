@@ -176,7 +176,7 @@ class VisionTower(nn.Module):
 
 
 def unroll(params: dict, config: VisionConfig, donate: bool = False) -> dict:
-    """Converts parameters of the tower from stacked to separate arrays; the layers are copied.
+    """Converts parameters of the tower from stacked to separate arrays, as `unstack` does.
 
     Args:
       donate: As of `language.unroll`.

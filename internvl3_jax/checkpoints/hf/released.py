@@ -26,7 +26,6 @@ from internvl3_jax.checkpoints.hf.assemble import (
     ConversionError,
     Plan,
     Source,
-    copy,
     fill_leaf,
     has_head,
     layer_tensors,
@@ -37,8 +36,9 @@ from internvl3_jax.checkpoints.hf.assemble import (
 )
 from internvl3_jax.checkpoints.hf.config import from_hf, layout_of, processor_from_hf
 from internvl3_jax.checkpoints.hf.internlm2 import table_source
-from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits, to_leaf
+from internvl3_jax.checkpoints.hf.mapping import Row, active_rows, bits, leaf_shape
 from internvl3_jax.checkpoints.hf.safetensors import SafetensorsSource
+from internvl3_jax.checkpoints.hf.sharded_leaves import sharded_leaf
 from internvl3_jax.checkpoints.manifest import Manifest
 from internvl3_jax.config import ModelConfig, ProcessorConfig, to_dict
 from internvl3_jax.data.text.chat_template import TEMPLATES
@@ -143,61 +143,18 @@ class Released:
           prepare: maps each leaf's path and value to the value to keep.
         """
         prepare = prepare or (lambda path, leaf: leaf)
-        rows = active_rows(self.config)
+        # A tensor is in memory beside its leaf: the largest come first, while memory is empty.
+        rows = sorted(
+            active_rows(self.config), key=lambda row: -math.prod(leaf_shape(row, self.config))
+        )
         return storage.nest(
             {
-                row.target: prepare(row.target, self._sharded(row, shardings[row.target]))
+                row.target: prepare(
+                    row.target, sharded_leaf(self.checked, self.tensors, row, shardings[row.target])
+                )
                 for row in rows
             }
         )
-
-    def _sharded(self, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
-        shape = padded_shape(row, self.config)
-        indices = {
-            device: _bounds(index, shape)
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
-        parts = {
-            bounds: np.empty([stop - start for start, stop in bounds], self.checked.dtype)
-            for bounds in indices.values()
-        }
-        _fill_parts(self.checked, self.tensors, row, parts)
-        arrays = [jax.device_put(parts[bounds], device) for device, bounds in indices.items()]
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _fill_parts(plan: Plan, source: Source, row: Row, parts: Mapping[tuple, np.ndarray]) -> None:
-    """Fills blocks of a leaf layer by layer, reading each tensor once.
-
-    Args:
-      plan: the checked conversion.
-      source: the tensors.
-      row: the leaf's row.
-      parts: ((start, stop) of each dimension of the leaf) -> array to fill.
-    """
-    for out in parts.values():
-        out[...] = 0  # the vocabulary's padding
-    for index in stacked_indices(row, plan.config):
-        wanted = {
-            key: out
-            for key, out in parts.items()
-            if all(start <= at < stop for at, (start, stop) in zip(index, key, strict=False))
-        }
-        if not wanted:
-            continue
-        value = bits(to_leaf(row, read_tensors(plan, source, row, index), plan.config))
-        for key, out in wanted.items():
-            inside = tuple(at - start for at, (start, _) in zip(index, key, strict=False))
-            place, bounds = bits(out)[inside], key[len(index) :]
-            ends = [min(stop, size) for (_, stop), size in zip(bounds, value.shape, strict=True)]
-            taken = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
-            if all(part.start < part.stop for part in taken):
-                copy(value[taken], place[tuple(slice(0, part.stop - part.start) for part in taken)])
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Returns ((start, stop), ...) of the dimensions."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype, scratch: pathlib.Path | None) -> np.ndarray:
