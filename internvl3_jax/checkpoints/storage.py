@@ -193,7 +193,8 @@ def load_params(path: pathlib.Path, abstract: dict, prepare: Callable | None = N
         return read(abstract)
     else:
         for batch in batches(leaves, SMALL):
-            gc.collect()  # Orbax leaves arrays in reference cycles
+            if found:
+                gc.collect()  # Orbax leaves arrays in reference cycles
             found |= by_path(read(nest(batch)))
     return nest(found)
 
