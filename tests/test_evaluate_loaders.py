@@ -4,7 +4,6 @@ partial file is named with its row and column.
 
 import dataclasses
 import io
-import json
 import re
 import sys
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl3_jax.evaluate import asking, marks, metrics, prompts
+from internvl3_jax.evaluate import asking, marks, metrics
 from internvl3_jax.evaluate.command import load
 from internvl3_jax.evaluate.loaders import mantis, places, table, videos
 from internvl3_jax.evaluate.scorers import short
@@ -324,17 +323,3 @@ def test_reading_parquet_needs_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
         mantis.read_parquet(tmp_path / "test.parquet")
-
-
-def test_expected_texts_and_boxes(tmp_path):
-    rows = [{"prompt": "Where?", "expected": "<ref>7</ref><box>[[0, 0, 10, 10]]</box>"}] * 2
-    world.write_lines(tmp_path / "questions.jsonl", rows)
-    row = load(TASKS["requests"], tmp_path).rows[0]
-    for answer, value in (
-        ("<ref>7</ref><box>[[0, 0, 10, 8]]</box>", 1.0),
-        ("<ref>8</ref><box>[[0, 0, 10, 10]]</box>", 0.0),
-        ("<ref>7</ref><box>[[5, 5, 15, 15]]</box>", 0.0),
-        ("7", 0.0),
-    ):
-        assert marks.mark("text_or_box", row, answer).value == value
-    assert json.loads(row.id) == 1 and prompts.build(TASKS["requests"], row, 0) == "Where?"

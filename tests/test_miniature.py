@@ -14,8 +14,16 @@ import pytest
 from PIL import Image
 
 from configs.miniature import get_config
+from internvl3_jax.checkpoints.checkpoint import save_checkpoint
+from internvl3_jax.data.example import ExampleBuilder
 from internvl3_jax.data.loader import BatchLoader
+from internvl3_jax.data.media.images import open_image
+from internvl3_jax.data.media.tiles import count_tiles
+from internvl3_jax.data.sources.catalog import open_sources
 from internvl3_jax.data.text.tokenizer import Tokenizer
+from internvl3_jax.evaluate.command import load
+from internvl3_jax.evaluate.task_table import TASKS
+from internvl3_jax.inference import loading
 from tests.support.tiny_checkpoint import CONFIG, PROCESSOR, random_params
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "native_pretraining"
@@ -26,7 +34,7 @@ QUESTIONS = 4
 def example():
     """The example's modules, which are programs beside each other and no package."""
     names = ("packages", "scenes", "writer", "questions", "make_tokenizer")
-    names += ("make_data", "score", "report", "run")
+    names += ("make_data", "report", "run")
     sys.path.insert(0, str(FOLDER))
     try:
         yield types.SimpleNamespace(**{name: __import__(name) for name in names})
@@ -114,22 +122,36 @@ def test_the_pipeline_reads_what_is_written(data, stage):
         )
 
 
-def test_every_eval_and_long_row_can_be_used(example, data):
-    settings = config(data, "sft")
-    preparer = example.score.ExampleBuilder(
-        settings.data, settings.processor, Tokenizer.from_directory(data / "tokenizer")
-    )
+def test_every_question_is_a_row_of_the_held_out_data(data):
+    """With the same text, images and tiles as training cuts them into."""
+    asked = load(TASKS["requests"], data).rows
+    settings, found = config(data, "sft"), []
+    tokenizer = Tokenizer.from_directory(data / "tokenizer")
+    builder = ExampleBuilder(settings.data, settings.processor, tokenizer)
     for meta in ("held_out", "long"):
-        for source in example.score.open_sources(
-            dataclasses.replace(settings.data, source=str(data / f"{meta}.json"))
-        ):
+        source_config = dataclasses.replace(settings.data, source=str(data / f"{meta}.json"))
+        for source in open_sources(source_config):
             for row in range(len(source)):
-                messages, tiles = example.score.read(preparer, source, row)
-                assert [message["role"] for message in messages] == ["user", "assistant"]
-                assert len(tiles) == sum(
-                    message["content"].count("<image>") for message in messages
-                )
-                assert meta == "held_out" or all(len(part) <= 4 for part in tiles)
+                if source.name != "test_book":  # a novel has no correct continuation
+                    found.append((source, row))
+    assert len(asked) == len(found) == 16 * QUESTIONS
+    for question, (source, row) in zip(asked, found, strict=True):
+        conversation = builder.read(source, row, np.random.default_rng(0))
+        user, assistant = conversation.messages
+        assert (question.question, question.answer) == (user["content"], assistant["content"])
+        assert question.values["task"] == f"{source.name}/{source.rows[row][0]['task']}"
+        paths = question.load_images()
+        assert len(paths) == len(conversation.images) == user["content"].count("<image>")
+        for path, image in zip(paths, conversation.images, strict=True):
+            opened = open_image(path)
+            assert opened.tobytes() == image.tobytes()
+            most = question.changes.get("max_tiles", settings.processor.max_tiles)
+            assert count_tiles(*opened.size, settings.processor, most) == len(
+                builder.cut(image, conversation)
+            )
+        assert not source.name.startswith("find_") or all(
+            count <= 4 for count in builder.count(conversation)
+        )
 
 
 def test_no_eval_data_is_trained_on(example, data):
@@ -214,17 +236,6 @@ def test_without_npm_it_says_what_to_do(example, tmp_path, monkeypatch):
         example.packages.read_drawings("google", tmp_path)
 
 
-def test_right_and_wrong(example):
-    right = example.score.is_right
-    assert right("apple, star", "apple, star") and not right("apple, star", "star, apple")
-    box = "apple, star: <ref>star</ref><box>[[{}, 0, 1000, 1000]]</box>"
-    assert right(box.format(500), box.format(400)) and not right(
-        box.format(500), box.format(0)[: -len("]]</box>")]
-    )
-    assert not right(box.format(800), box.format(0))
-    assert not right(box.format(500), box.format(500).replace("<ref>star", "<ref>pig"))
-
-
 def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monkeypatch):
     """On random weights: every task of every source has its share, at every delta, and small deltas
     keep positions low.
@@ -234,17 +245,21 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
     model = dataclasses.replace(
         CONFIG, language=language, image_token_id=tokenizer.token_id("<IMG_CONTEXT>")
     )
-    checkpoint = types.SimpleNamespace(
-        config=model, params=random_params(model), processor=PROCESSOR, tokenizer=tokenizer
+    save_checkpoint(
+        tmp_path / "run" / "sft", random_params(model), model, PROCESSOR, tokenizer.files()
     )
-    monkeypatch.setattr(example.score, "LONGEST", 4)
-    scores = {
-        meta: example.score.score(checkpoint, str(data / f"{meta}.json"), ("1", "1/8"), 1)
-        for meta in ("held_out", "long")
-    }
+    monkeypatch.setattr(loading, "use_compilation_cache", lambda directory: None)
+    monkeypatch.setattr(example.run, "trained_reach", lambda folder: 137.0)
+    monkeypatch.setattr(example.run, "LONGEST", 4)
+    monkeypatch.setattr(example.run, "DELTAS", ("1", "1/8"))
+    example.run.evaluate(tmp_path / "run", data)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert list(scores) == ["reach", "held_out", "long"] and scores["reach"] == 137.0
     assert len(scores["held_out"]["1"]) == 3 + 4 + 4 and list(scores["long"]["1"]) == [
         f"find_{n}/find" for n in (2, 4, 8, 16, 32)
     ]
+    parts = [*scores["held_out"].values(), *scores["long"].values()]
+    assert all(task["questions"] == QUESTIONS for part in parts for task in part.values())
     positions = [scores["long"][delta]["find_32/find"]["position"] for delta in ("1", "1/8")]
     assert positions[0] > 300 and positions[1] < 0.6 * positions[0]
 
@@ -263,9 +278,7 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
                 "".join(json.dumps(line) + "\n" for line in lines)
             )
         scores["held_out"]["1"]["test_digits/digit"]["right"] = digit
-        (tmp_path / folder / "scores.json").write_text(
-            json.dumps(scores | {"reach": 100.0, "limit": 1})
-        )
+        (tmp_path / folder / "scores.json").write_text(json.dumps(scores | {"reach": 100.0}))
     text = example.report.summarize(tmp_path)
     assert (tmp_path / "results.md").read_text() == text and "| text_only | 1/8 |" in text
     assert (

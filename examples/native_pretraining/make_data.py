@@ -9,6 +9,7 @@
     held_out.json    the same questions about handwriting of unseen scans, about drawings by another
                      hand, and about the training drawings in new images; and unseen chapters
     long.json        the search among 2 to 32 images of held_out.json
+    questions.jsonl  the questions of held_out.json and long.json, for internvl3_jax.evaluate
     tokenizer/       Qwen2.5's construction, trained on all texts of the training data
 
 Each JSON is a meta file with JSONL files and images beside it. The same seed writes the same files.
@@ -164,6 +165,7 @@ def write_held_out(
             turn = make_turn(task if task in PROMPTS else "read", scene)
             rows.append(make_row([turn], [writer.save("test_digits", len(rows), scene)], task))
     writer.add("held_out", "test_digits", rows)
+    writer.ask("test_digits")
 
     # Things as another hand draws them, and the training drawings in new images
     tasks = (("name", 1, 1), ("what", 2, 3), ("count", 1, 3), ("where", 1, 3))
@@ -176,6 +178,7 @@ def write_held_out(
                 turn = make_turn("what" if task == "name" else task, scene, wanted)
                 rows.append(make_row([turn], [writer.save(source, len(rows), scene)], task))
         writer.add("held_out", source, rows)
+        writer.ask(source)
 
     # The unseen chapters
     chosen = writer.rng("test book").permutation(len(passages))[:questions]
@@ -196,6 +199,7 @@ def write_long(writer: Writer, questions: int) -> None:
             turn = (PROMPTS["read"], wanted["conversations"][1]["value"])
             rows.append(make_row([turn], images, "find") | {"place": place})
         writer.add("long", f"find_{count}", rows, count * TILES)
+        writer.ask(f"find_{count}", TILES)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from examples.experiment import markdown_table, read_jsonl
 VARIANTS = ("native", "text_only", "delta_one")
 STAGES = ("pretrain", "sft")
 DELTAS = ("1", "1/2", "1/4", "1/8")
+SEARCH = "find_"  # begins the name of a source of long.json; its number of images follows
 
 
 def summarize(output: pathlib.Path) -> str:
@@ -28,6 +29,31 @@ def summarize(output: pathlib.Path) -> str:
     (output / "results.md").write_text(text, encoding="utf-8")
     draw(output / "curves.png", results)
     return text
+
+
+def read_scores(evaluation: pathlib.Path, questions: pathlib.Path) -> dict[str, dict]:
+    """Reads what internvl3_jax.evaluate wrote about the questions.
+
+    Returns:
+      "held_out" and "long" (the search among images) -> delta -> "SOURCE/TASK" -> {"right":
+      fraction of correct answers, "questions": number, "position": median of the prompts' last
+      positions}.
+    """
+    tasks = [question["task"] for question in read_jsonl(questions)]
+    scores: dict[str, dict] = {"held_out": {}, "long": {}}
+    for run in json.loads((evaluation / "report.json").read_text())["tasks"]:
+        positions: dict[str, list[float]] = {}
+        answers = read_jsonl(evaluation / "answers" / f"{run['run']}.jsonl")
+        for task, answer in zip(tasks, answers, strict=True):
+            positions.setdefault(task, []).append(answer["position"])
+        for task, found in positions.items():
+            meta = "long" if task.startswith(SEARCH) else "held_out"
+            scores[meta].setdefault(run["delta"], {})[task] = {
+                "right": round(run["scores"][task] / 100, 6),
+                "questions": len(found),
+                "position": statistics.median(found),
+            }
+    return scores
 
 
 def seed_of(folder: pathlib.Path) -> int:
@@ -149,7 +175,7 @@ def spread(values: list[float], form: str, unit: str = "") -> str:
 
 
 def image_counts(tasks: dict) -> list[int]:
-    return [int(task.split("/")[0].removeprefix("find_")) for task in tasks]
+    return [int(task.split("/")[0].removeprefix(SEARCH)) for task in tasks]
 
 
 # --- curves --------------------------------------------------------------------------------------

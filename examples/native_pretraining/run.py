@@ -13,8 +13,9 @@
                 the same SFT
     delta_one   as native, with every V2PE step 1 in both stages
 
-Under OUTPUT, VARIANT/seed_S/pretrain and sft are runs of train.py, and VARIANT/seed_S/scores.json
-has the scores. A seed changes the initial weights and the order of the data, not the questions.
+Under OUTPUT, VARIANT/seed_S/pretrain and sft are runs of train.py, evaluation has the answers and
+the report of internvl3_jax.evaluate, and scores.json what is read of them. A seed changes the
+initial weights and the order of the data, not the questions.
 results.json, results.md and curves.png are made of all finished seeds. Run again, it resumes.
 
 All questions are on unseen data: handwriting of other scans, drawings by another hand (and, to
@@ -27,16 +28,18 @@ import itertools
 import json
 import pathlib
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from report import DELTAS, STAGES, VARIANTS, seed_of, summarize
+from report import DELTAS, STAGES, VARIANTS, read_scores, seed_of, summarize
+from writer import QUESTIONS
 
 from configs.miniature import STEPS, get_config
 from examples.experiment import train
 
+LONGEST = 64  # tokens of an answer
+BATCH = 16  # answers that decode together
 STEP_ONE = {"data.deltas": ("1",)}
 # Variant -> stage -> what differs from configs/miniature.py.
 CHANGES = {
@@ -71,12 +74,9 @@ def main() -> None:
         default=None,
         help="steps of pre-training, and of SFT in proportion; default: the recipe's",
     )
-    parser.add_argument(
-        "--questions", type=int, default=None, help="questions of each task; default: all of them"
-    )
     options = parser.parse_args()
     data = (options.data or options.output / "data").resolve()
-    for name in ("pretrain.json", "sft.json", "held_out.json", "long.json"):
+    for name in ("pretrain.json", "sft.json", "held_out.json", QUESTIONS):
         if not (data / name).is_file():
             program = "python examples/native_pretraining/make_data.py"
             sys.exit(f"error: {data / name} does not exist; make it with: {program} {data}")
@@ -85,7 +85,7 @@ def main() -> None:
         for stage in STAGES:
             changes = settings(folder, data, stage, options.steps)
             train(f"miniature.py:{stage}", folder / stage, changes)
-        evaluate(folder, data, options.questions)
+        evaluate(folder, data)
     print(summarize(options.output))
 
 
@@ -112,26 +112,23 @@ def settings(
     return values
 
 
-def evaluate(folder: pathlib.Path, data: pathlib.Path, questions: int | None) -> None:
-    """Writes scores.json, unless it exists for so many questions.
-
-    {"held_out": as of score.score, "long": likewise, "reach": of `trained_reach`, "limit":
-    `questions`}
+def evaluate(folder: pathlib.Path, data: pathlib.Path) -> None:
+    """Asks the questions as any benchmark's, with internvl3_jax.evaluate, and writes scores.json
+    unless it exists: {"reach": of `trained_reach`} and what `read_scores` returns.
     """
     path = folder / "scores.json"
-    if path.is_file() and json.loads(path.read_text())["limit"] == questions:
+    if path.is_file():
         print(f"{path} exists", flush=True)
         return
-    from score import score
+    from internvl3_jax.evaluate import command
 
-    from internvl3_jax import load
-
-    began = time.perf_counter()
-    checkpoint = load(folder / "sft", dtype="float32")
-    scores = {"limit": questions, "reach": trained_reach(folder)}
-    for meta in ("held_out", "long"):
-        scores[meta] = score(checkpoint, str(data / f"{meta}.json"), DELTAS, questions)
-        print(f"{folder}: {meta} scored, {time.perf_counter() - began:.0f} s", flush=True)
+    output = folder / "evaluation"
+    arguments = ["--checkpoint", folder / "sft", "--data", data, "--output", output]
+    arguments += ["--tasks", "requests", "--delta", *DELTAS, "--max_new_tokens", LONGEST]
+    status = command.main([*map(str, arguments), "--dtype=float32", f"--batch_size={BATCH}"])
+    if status:
+        sys.exit(status)
+    scores = {"reach": trained_reach(folder)} | read_scores(output, data / QUESTIONS)
     path.write_text(json.dumps(scores, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -18,9 +18,12 @@ from internvl3_jax.evaluate.task import Row
 from internvl3_jax.evaluate.variant import Variant
 from internvl3_jax.inference import answering
 from internvl3_jax.inference.answer_file import AnswerFile
-from internvl3_jax.inference.answerer import as_json
+from internvl3_jax.inference.answerer import as_json, with_name
 from internvl3_jax.inference.asked import Asked
 from internvl3_jax.inference.chat import Chat
+from internvl3_jax.inference.engine.engine import Engine
+from internvl3_jax.positions import UNITS
+from internvl3_jax.reward.best_of_n import Choice
 
 _NOTE_SECONDS = 60  # between two lines about the progress, where stderr is not a terminal
 
@@ -33,11 +36,13 @@ class Question:
       text: with a place for each image.
       images: paths, bytes or PIL images.
       name: what errors call it.
+      changes: options of `Chat` for it alone.
     """
 
     text: str
     images: Sequence[Any]
     name: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def answer(chat: Chat, questions: Iterable[Question], options: dict, rows: int) -> Iterator[dict]:
@@ -48,14 +53,14 @@ def answer(chat: Chat, questions: Iterable[Question], options: dict, rows: int) 
       rows: answers that decode together.
 
     Yields:
-      A dict with "text", "prompt_tokens", "new_tokens", "tiles", "seconds" and "finish".
+      A dict with "text", "prompt_tokens", "position" (of the last token of the prompt),
+      "new_tokens", "tiles", "seconds" and "finish".
 
     Raises:
       ValueError, OSError: a question cannot be asked, after the answers to those before it; the
         message names it.
     """
     engine, waiting, problem = chat.engines.with_rows(rows), iter(questions), None
-    changed = chat.options.with_changes(options)
     asked: collections.deque[Asked] = collections.deque()
     while True:
         # As many again as decode are ready to enter.
@@ -64,13 +69,9 @@ def answer(chat: Chat, questions: Iterable[Question], options: dict, rows: int) 
                 question = next(waiting, None)
                 if question is None:
                     break
-                prompt = chat.prepare(
-                    question.text, question.images, where=question.name, **options
-                )
+                asked.append(_ask(chat, engine, question, options))
             except (ValueError, OSError) as error:
                 problem = error
-            else:
-                asked.append(chat.ask(engine, prompt, changed))
         if not asked:
             break
         if asked[0].ticket.finish is None:
@@ -81,10 +82,21 @@ def answer(chat: Chat, questions: Iterable[Question], options: dict, rows: int) 
         raise problem
 
 
+def _ask(chat: Chat, engine: Engine, question: Question, options: dict) -> Asked:
+    options = options | question.changes
+    try:
+        changed = chat.options.with_changes(options)
+    except ValueError as error:
+        raise ValueError(with_name(question.name, error)) from error
+    prompt = chat.prepare(question.text, question.images, where=question.name, **options)
+    return chat.ask(engine, prompt, changed)
+
+
 def answer_row(one: Asked) -> dict:
     """Returns a finished answer as `answer` yields it; raises the error that ended it."""
-    row = as_json(one.answer())
-    return row | {"new_tokens": len(row.pop("token_ids"))}
+    row, prompt = as_json(one.answer()), one.ticket.request.prompt
+    position = {"position": float(prompt.positions[-1]) / UNITS}
+    return row | position | {"new_tokens": len(row.pop("token_ids"))}
 
 
 def _num_open(asked: Iterable[Asked]) -> int:
@@ -96,8 +108,12 @@ def choose_best(choose: Callable[..., list], questions: Sequence[Question], opti
 
     choose: as of `Answerer`.
     """
-    pairs = [(question.text, question.images) for question in questions]
-    chosen = choose(pairs, names=[question.name for question in questions], **options)
+    chosen: list[Choice] = []
+    for changes, group in itertools.groupby(questions, key=lambda question: question.changes):
+        part = list(group)
+        pairs = [(question.text, question.images) for question in part]
+        names = [question.name for question in part]
+        chosen += choose(pairs, names=names, **options | changes)
     return [
         choice.as_json() | {"finish": choice.candidates[choice.best].finish} for choice in chosen
     ]
@@ -113,7 +129,7 @@ def make_question(variant: Variant, row: Row) -> Question:
         if "cues" in row.values and fps:
             row.values["subtitles"] = shown_subtitles(row.values["cues"], indices, fps)
     text = prompts.build(task, row, len(images), variant.reasoning)
-    return Question(text, images, row.where)
+    return Question(text, images, row.where, row.changes)
 
 
 def questions_ahead(variant: Variant, rows: Sequence[Row], ahead: int) -> Iterator[Question]:

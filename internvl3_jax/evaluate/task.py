@@ -77,6 +77,7 @@ class Row:
       check: raises FileError if a file of the row is missing.
       video: path of a video, or None.
       clip: [start, end] in seconds, or for the frame rule "clues" several of them.
+      changes: options of `Chat` for this question alone.
     """
 
     id: str
@@ -89,6 +90,7 @@ class Row:
     check: Callable[[], object] | None = None
     video: str | None = None
     clip: Any = None
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -298,24 +297,3 @@ def _written(text: str, where: str) -> Callable[[], list]:
             raise JsonError(f"{where}: image is not base64 ({error})") from error
 
     return load_images
-
-
-def load_requests(task: Task, data: pathlib.Path) -> Loaded:
-    """Reads lines of infer.py's requests: prompt, image, task and the expected answer."""
-    (path,) = find_files(data, task.files)
-    rows = []
-    for number, line in enumerate(jsonl.read_objects(path), 1):
-        images = line.get("image", (str, list), [])
-        images = [images] if isinstance(images, str) else images
-        folder = str(path.parent.relative_to(data))
-        rows.append(
-            Row(
-                id=json.dumps(line.values.get("id", number)),
-                where=line.where,
-                question=line.get("prompt", str),
-                answer=line.get("expected", str),
-                values={"task": line.get("task", str, "")},
-                **_several(data, images, line.where, folder),
-            )
-        )
-    return Loaded(rows, (str(path),))

@@ -1,6 +1,6 @@
 """The loaders by name."""
 
-from internvl3_jax.evaluate.loaders import kit, mantis, own, videos
+from internvl3_jax.evaluate.loaders import kit, mantis, own, requests, videos
 
 LOADERS = {
     "kit": kit.load,
@@ -16,5 +16,5 @@ LOADERS = {
     "refcoco": own.load_refcoco,
     "mmvet2": own.load_mmvet2,
     "mmhal": own.load_mmhal,
-    "requests": own.load_requests,
+    "requests": requests.load,
 }
