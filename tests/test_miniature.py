@@ -292,6 +292,11 @@ def test_a_model_is_asked_and_the_tables_are_made(example, data, tmp_path, monke
     }
 
 
+def test_the_stored_tables_are_of_the_stored_numbers(example):
+    results = json.loads((FOLDER / "results" / "results.json").read_text())["variants"]
+    assert example.report.as_text(results) == (FOLDER / "results" / "results.md").read_text()
+
+
 def test_variants_differ_in_what_they_name(example, data, tmp_path):
     def settings(variant, *stage):
         return example.run.settings(tmp_path / variant / "seed_2", data, *stage)
