@@ -118,7 +118,7 @@ test-trl: .venv-test/.installed
 	PYTHONPATH=.venv-trl $(PYTEST) -m trl tests/test_preference.py
 
 test-kits: .venv-kits/.installed
-	.venv-kits/bin/python -m pytest -m kits tests/test_kits.py tests/test_kit_scorers.py
+	.venv-kits/bin/python -m pytest -m kits tests/test_kit*.py
 
 # SCREENSHOTS=DIR keeps images of the page.
 test-browser: .venv-test/.installed
@@ -166,8 +166,8 @@ KITS = lmms-eval==0.7.3 ms-vlmeval==0.0.20
 KITS_NEED = accelerate datasets decord evaluate google-genai imageio jieba jinja2 json_repair \
 	latex2sympy2_extended Levenshtein loguru lxml math-verify nltk num2words numexpr openai \
 	opencv-python-headless openpyxl pandas peft portalocker pydantic pylatexenc pytablewriter \
-	python-dotenv pytz qwen-vl-utils regex requests rouge sacrebleu setuptools sty tabulate tenacity \
-	termcolor timeout-decorator timm tqdm transformers validators
+	python-dotenv pytz qwen-vl-utils regex requests rouge sacrebleu setuptools spacy sty tabulate \
+	tenacity termcolor timeout-decorator timm tqdm transformers validators
 
 .venv-kits/.installed: $(INPUTS)
 	@$(call make_venv,.venv-kits,$(TEST_PYTHON))

@@ -23,47 +23,12 @@ from internvl3_jax.evaluate.scorers import (
     spatial,
     yes_no,
 )
+from tests.support.kit_answers import CHOICES, corpus, differences, pairs, use_newest_letters
 
 # The kits and what they import warn of their own.
 pytestmark = [pytest.mark.kits, pytest.mark.filterwarnings("ignore")]
 
-CHOICES = {"A": "a red car", "B": "a dog", "C": "two cats", "D": "none of these"}
-ANSWERS = """
-A|b|(C)|D.|Answer: B|The answer is (A).|The best option is C|A or B|a dog|Two Cats|none|E
-I think it is a red car because of the color.|None of these options: A, B, C|[B]|B: a dog|*D*
-yes|No.|Yes, it is|no, yes|Y|n|not at all|yesterday|I do not know|It is not yes|YES!
-12|12.0|12.5%|0.125|-3|3,000|3000|1/2|\\frac{1}{2}|about 12 cm|twelve|12 of 13|1e3|$5|5.0001|4.9
-The covered text|thecoveredtext|Word 3|word 3.|word|in 1990|a b  c|don't|the dog, the cat|two
-```json\n{"result": "B"}\n```|```json\n{"result": C}\n```|result: B|{"short answer": "B"}|
-<ref>x</ref><box>[[10, 20, 300, 400]]</box>|[0.1, 0.2, 0.3, 0.4]|[[100, 200, 300, 400]]|x=0.1, y=0.2
-"""
 VARIABLE = re.compile(r"\b[ab]\b", re.I)  # names that VLMEvalKit's rule of MathVision uses
-PIECES = (
-    "A B (B) C. D a dog two cats red the yes no 12 3.5 -1 % , . : answer is Answer: not".split()
-)
-
-
-def corpus() -> list[str]:
-    fixed = [text for line in ANSWERS.split("\n") for text in line.split("|") if text]
-    rng = random.Random(5)
-    mixed = [" ".join(rng.choices(PIECES, k=rng.randint(1, 14))) for _ in range(400)]
-    return [text.replace("\\n", "\n") for text in fixed] + mixed
-
-
-def differences(ours, theirs, cases) -> list[tuple]:
-    """Returns (case, ours, theirs) of the cases in which two functions differ."""
-    found = []
-    for case in cases:
-        case = case if isinstance(case, tuple) else (case,)
-        one, other = ours(*case), theirs(*case)
-        if one != pytest.approx(other) if isinstance(other, float) else one != other:
-            found.append((case, one, other))
-    return found
-
-
-def pairs(*references: str) -> list[tuple[str, str]]:
-    return list(itertools.product(corpus(), references))
-
 
 # --- VLMEvalKit -----------------------------------------------------------------------------------
 
@@ -159,12 +124,8 @@ def test_rules_of_single_sets_as_vlmevalkit():
 def test_mathvista_as_vlmevalkit(monkeypatch):
     """Choices by the newest rule of letters; the card's numbers were made with an earlier one."""
     from vlmeval.dataset.utils import mathvista
-    from vlmeval.utils import matching_util
 
-    newest = functools.partial(letters.option_letter, newest=True)
-    monkeypatch.setattr(letters, "option_letter", newest)
-    if "answer is" not in inspect.getsource(matching_util):
-        monkeypatch.setattr(letters, "_PHRASE", re.compile("(?!)"))
+    use_newest_letters(monkeypatch)
     choices = {"question_type": "multi_choice", "choices": "['3', '8']", "answer_option": "B"}
     number = {"question_type": "free_form", "choices": "[]"}
     for row in (
