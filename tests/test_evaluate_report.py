@@ -56,6 +56,22 @@ def test_files_for_servers_and_judges(tmp_path, monkeypatch):
     assert (folder / "internvl3_jax_MMVet.xlsx").is_file()
 
 
+def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
+    names = ["docvqa", "mmvet", "mmstar"]
+    data = world.build(tmp_path / "data", [TASKS[name] for name in names])
+    StandIn(monkeypatch)
+    monkeypatch.setattr(world, "right_answer", lambda task, row: "B. a dog")
+    assert evaluate(data, tmp_path / "output", names, "--limit", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "- the file to be scored is written once all rows are answered: docvqa, mmvet" in lines
+    assert "- no row of the card has this model's sizes; --card SIZE compares with one" in lines
+    assert not (tmp_path / "output" / "submit").exists()
+    assert evaluate(data, tmp_path / "output", names, "--card", "1B") == 0
+    printed = capsys.readouterr().out
+    assert "once all rows" not in printed and "no row of the card" not in printed
+    assert len(list((tmp_path / "output" / "submit").iterdir())) == 2
+
+
 def cells(path) -> list[list[str]]:
     """The cells of a workbook as text."""
     with zipfile.ZipFile(path) as file:
@@ -83,7 +99,17 @@ def test_the_image_shows_groups_and_steps():
     ]
     found = report.as_json(results, {"card": "8B", "delta": 256, "left_out": []})
     assert _rows(found) == [
-        ("MME (delta 1)", pytest.approx(80.51, abs=0.01), pytest.approx(80.51, abs=0.01)),
-        ("MME (delta 1/4)", pytest.approx(80.51, abs=0.01), pytest.approx(80.51, abs=0.01)),
+        (
+            "Comprehensive",
+            "MME (delta 1)",
+            pytest.approx(80.51, abs=0.01),
+            pytest.approx(80.51, abs=0.01),
+        ),
+        (
+            "Comprehensive",
+            "MME (delta 1/4)",
+            pytest.approx(80.51, abs=0.01),
+            pytest.approx(80.51, abs=0.01),
+        ),
     ]
     assert draw(found).startswith(b"\x89PNG") and draw(found | {"tasks": [], "groups": []}) is None

@@ -141,6 +141,11 @@ def test_the_best_number_of_frames_counts(tmp_path, monkeypatch):
     found = read_report(output)["tasks"]
     assert [(task["frames"], task["scores"]["MLVU"]) for task in found] == [(16, 0.0), (32, 100.0)]
     assert {options["max_tiles"] for options in stand_in.options} == {1}
+    assert rescore(data, output, ["mlvu"]) == 0 and read_report(output)["tasks"] == found
+    assert rescore(data, output, ["mlvu"], "--frames", "32", "48", "64") == 0
+    assert read_report(output)["left_out"] == [
+        "mlvu.48_frames, mlvu.64_frames: there are no answers"
+    ]
     assert [run.frames for run in variants([TASKS["mlvu"]])] == [16, 32, 48, 64]
 
 

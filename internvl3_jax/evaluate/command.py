@@ -139,7 +139,8 @@ def run(options: argparse.Namespace) -> int:
     files = {name: scoring.digests(data.files) for name, data in loaded.items()}
     (options.output / "answers").mkdir(parents=True, exist_ok=True)
     if options.rescore:
-        model, runs = _recorded(options, tasks)
+        model, runs, unanswered = _recorded(options, tasks)
+        left_out += unanswered
         answers = {run.name: _stored(options, run, loaded[run.task.name]) for run in runs}
     else:
         # Imported here, since jax takes seconds to import.
@@ -212,16 +213,20 @@ def listed() -> str:
     return "\n".join(lines)
 
 
-def _recorded(options: argparse.Namespace, tasks: Sequence[Task]) -> tuple[dict, list[Variant]]:
-    """Returns what an earlier run noted of its model, and the runs that it had answers of."""
+def _recorded(
+    options: argparse.Namespace, tasks: Sequence[Task]
+) -> tuple[dict, list[Variant], list[str]]:
+    """Returns what an earlier run noted of its model, the runs that it had answers of, and a line
+    for each task that lacks some.
+    """
     path = options.output / MODEL_FILE
     model = strict_json.read_object(path).values if path.is_file() else {}
-    size = options.card or model.get("card")
+    size, reasoning = options.card or model.get("card"), options.reasoning
     asked = variants(
         tasks,
         options.delta or model.get("deltas") or [None],
-        options.frames or (),
-        options.reasoning,
+        options.frames or model.get("frames") or (),
+        model.get("reasoning", reasoning) if reasoning == "auto" else reasoning,
         size,
         options.best_of or model.get("best_of"),
     )
@@ -231,7 +236,12 @@ def _recorded(options: argparse.Namespace, tasks: Sequence[Task]) -> tuple[dict,
             f"{one_line(str(options.output / 'answers'))} has no answers of these tasks; run it "
             "without --rescore first"
         )
-    return model | {"card": size}, runs
+    unanswered: dict[str, list[str]] = {}
+    for run in asked:
+        if run not in runs:
+            unanswered.setdefault(run.task.name, []).append(run.name)
+    lines = [f"{', '.join(names)}: there are no answers" for names in unanswered.values()]
+    return model | {"card": size}, runs, lines
 
 
 def _stored(options: argparse.Namespace, variant: Variant, loaded: Loaded) -> list[dict]:

@@ -166,6 +166,16 @@ def _remarks(report: Mapping) -> list[str]:
         if task["written"]:
             name = pathlib.Path(task["written"]).name
             lines.append(f"- {task['run']}: {name} can be scored elsewhere")
+    unfinished = [
+        task["run"]
+        for task in report["tasks"]
+        if task["exact"] in ("server", "judge") and task["answered"] < task["rows"]
+    ]
+    if unfinished:
+        names = ", ".join(unfinished)
+        lines.append(f"- the file to be scored is written once all rows are answered: {names}")
+    if report.get("card") is None and any(task["group"] in card.GROUPS for task in report["tasks"]):
+        lines.append("- no row of the card has this model's sizes; --card SIZE compares with one")
     lines += [f"- left out: {text}" for text in report.get("left_out", ())]
     return lines
 

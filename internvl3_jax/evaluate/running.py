@@ -64,6 +64,8 @@ def answer_all(
             "card": size,
             "delta": checkpoint.processor.delta,
             "deltas": options.delta,
+            "frames": options.frames,
+            "reasoning": options.reasoning,
             "best_of": options.best_of,
             "critic": options.critic,
             "max_new_tokens": options.max_new_tokens,
