@@ -12,7 +12,7 @@ from internvl3_jax.io.safe_files import FileError
 from internvl3_jax.io.strict_json import JsonError
 from internvl3_jax.reward.best_of_n import Candidate, Choice
 from tests.support import evaluate_world as world
-from tests.support.evaluate_runs import evaluate
+from tests.support.evaluate_runs import StandIn, evaluate
 
 TASK = TASKS["requests"]
 
@@ -70,6 +70,19 @@ def test_a_line_limits_the_tiles_of_its_images(tmp_path, capsys):
     world.write_lines(tmp_path / "questions.jsonl", [row | {"max_tiles": 0}])
     assert evaluate(tmp_path, tmp_path / "other", ["requests"]) == 1
     assert "questions.jsonl line 1" in capsys.readouterr().err
+
+
+def test_the_report_counts_the_rows_of_each_task(tmp_path, monkeypatch, capsys):
+    StandIn(monkeypatch)
+    asked = {"prompt": "Where?", "expected": "here"}
+    rows = [asked | {"task": task} for task in ("a", "b", "b")]
+    world.write_lines(tmp_path / "questions.jsonl", rows)
+    monkeypatch.setattr(world, "right_answer", lambda task, row: "here")
+    for more, found in (((), ["1", "2"]), (("--limit", "2"), ["1 of 3", "1 of 3"])):
+        assert evaluate(tmp_path, tmp_path / f"output{len(more)}", ["requests"], *more) == 0
+        printed = capsys.readouterr().out
+        for task, count in zip("ab", found, strict=True):
+            assert f"| {task} | delta 1 | 100.00 |  |  | {count} |" in printed
 
 
 def test_the_best_of_several_answers_keeps_the_options_of_a_line():

@@ -102,7 +102,9 @@ def test_keys_are_read_with_their_types():
         (lambda f: f.get("ratio", int), ["ratio", "0.5"]),
         (lambda f: f.get("count", bool), ["count", "true or false"]),
         (lambda f: f.get("count", int, high=2), ["count", "3", "at most 2"]),
-        (lambda f: f.get("list", list, low=3), ["list", "at least 3 long"]),
+        (lambda f: f.get("list", list, low=3), ["list", "at least 3 elements"]),
+        (lambda f: f.get("list", list, low=3, high=3), ["list", "expected 3 elements"]),
+        (lambda f: f.get("text", str, low=2), ["text", "at least 2 characters"]),
         (
             lambda f: f.get("text", str, choices=("y", "xx")),
             ["text", "'y', 'xx'", "did you mean 'xx'"],

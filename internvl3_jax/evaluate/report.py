@@ -72,6 +72,7 @@ def _task_json(result: Result, size: str | None, model: Mapping) -> dict:
         "best_of": variant.best_of,
         "answered": result.answered,
         "rows": result.rows,
+        "counts": result.counts,
         "scores": result.scores,
         "card": {column: printed.get(column) for column in task.columns},
         "difference": {
@@ -105,9 +106,7 @@ def as_table(report: Mapping) -> str:
                 _number(task["scores"].get(column)) or task["problem"],
                 _number(task["card"].get(column)),
                 _signed(task["difference"].get(column)),
-                f"{task['answered']} of {task['rows']}"
-                if task["answered"] < task["rows"]
-                else str(task["rows"]),
+                _rows_text(task, column),
                 f"{task['unreadable']:.1%}",
                 f"{task['cut']:.1%}",
                 _data_text(task["files"]),
@@ -133,6 +132,13 @@ def _run_text(task: Mapping) -> str:
     parts += ["reasoning"] if task["reasoning"] else []
     parts += [f"best of {task['best_of']}"] if task["best_of"] else []
     return ", ".join(parts)
+
+
+def _rows_text(task: Mapping, column: str) -> str:
+    """Returns how many rows a number is of; where not all are answered, also of how many."""
+    if task["answered"] < task["rows"]:
+        return f"{task['counts'].get(column, task['answered'])} of {task['rows']}"
+    return str(task["counts"].get(column, task["rows"]))
 
 
 def _number(value: float | None) -> str:

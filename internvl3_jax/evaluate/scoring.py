@@ -1,5 +1,6 @@
 """Computes the card's numbers from answers: one result for each run of a task."""
 
+import collections
 import dataclasses
 import hashlib
 import pathlib
@@ -21,6 +22,7 @@ class Result:
       unreadable: share of answers that the rule could not read.
       cut: share of answers that max_new_tokens cut off.
       files: name -> (MD5, whether it is the one that VLMEvalKit states; None if it states none).
+      counts: column -> number of answers, of a task whose rows name the columns; else empty.
       problem: why there is no score; "" if there is one.
       written: name of the file for a server or judge; "" if none.
     """
@@ -32,6 +34,7 @@ class Result:
     unreadable: float
     cut: float
     files: dict[str, tuple[str, bool | None]]
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
     problem: str = ""
     written: str = ""
     marks: list[Mark] = dataclasses.field(default_factory=list)
@@ -65,7 +68,9 @@ def score(
             scores = metrics.METRICS[task.metric](task, rows, texts, found)
         except (ValueError, IndexError) as error:
             problem = f"no score: {error}"
-    count = max(1, len(answers))
+    count, counts = max(1, len(answers)), {}
+    if task.metric == "by_task":
+        counts = dict(collections.Counter(row.values["task"] for row in rows))
     return Result(
         variant,
         scores,
@@ -74,6 +79,7 @@ def score(
         sum(not mark.readable for mark in found) / count,
         sum(answer.get("finish") == "length" for answer in answers) / count,
         files,
+        counts,
         problem,
         marks=found,
     )

@@ -251,7 +251,7 @@ def check(value, kind: type | tuple[type, ...], where: str, *, low=None, high=No
     if low is None and high is None:
         return value
     is_number = isinstance(value, int | float)
-    measured, unit = (value, "") if is_number else (len(value), " long")
+    measured, unit = (value, "") if is_number else (len(value), _length_unit(value))
     if (
         (low is not None and measured < low)
         or (high is not None and measured > high)
@@ -263,9 +263,15 @@ def check(value, kind: type | tuple[type, ...], where: str, *, low=None, high=No
             else f"at most {high}"
             if low is None
             else f"from {low} to {high}"
+            if low != high
+            else f"{low}"
         )
         raise JsonError(f"{where} is {excerpt(value)}; expected {bounds}{unit}")
     return value
+
+
+def _length_unit(value) -> str:
+    return " characters" if isinstance(value, str) else " elements"
 
 
 def _is_kind(value, kinds: tuple[type, ...]) -> bool:
