@@ -123,6 +123,7 @@ def test_a_program_passes_with_numpy_alone(pack, tmp_path):
         ("text", lambda text: text.replace("<|im_end|>\n", "<|im_end|>"), "no_newline"),
         ("text", lambda text: text.removesuffix("<|im_start|>assistant\n"), "no_generation_prompt"),
         ("text", lambda text: re.sub(r"^<\|im_start\|>system.*?<\|im_end\|>\n", "", text, flags=re.S), "no_system"),
+        ("text", lambda text: re.sub(r"(?<=system\n).*?(?=<\|im_end\|>)", "", text, count=1, flags=re.S), "empty_system"),
         ("video", lambda text: text.replace("Frame-", "Frame"), "frame_label"),
         ("images", lambda text: re.sub("Image-[12]: ", "", text), "image_label"),
         ("image", lambda text: text.replace("<IMG_CONTEXT>", "<think>"), "image_id_in_prompt"),

@@ -91,9 +91,11 @@ def pack(options: argparse.Namespace) -> int:
     from internvl3_jax.parity.pack import write_pack
 
     families = tuple(options.family or FAMILIES)
-    models = write_pack(options.output, options.checkpoint, options.dtype, options.seed, families)
-    for model in models:
-        print(f"{model.name}: {model.dtype}, {len(model.cases)} cases")
+
+    def report(model: PackedModel) -> None:
+        print(f"{model.name}: {model.dtype}, {len(model.cases)} cases", flush=True)
+
+    write_pack(options.output, options.checkpoint, options.dtype, options.seed, families, report)
     print(f"{options.output}: written")
     return 0
 

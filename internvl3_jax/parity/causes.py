@@ -15,6 +15,7 @@ CAUSES = {
     "thumbnail_first": "the thumbnail comes first; its place is after the tiles",
     "bgr": "the channels are BGR; they must be RGB",
     "no_system": "the system prompt is missing; the models were trained with InternVL's own text",
+    "empty_system": "the system prompt is empty; the models were trained with InternVL's own text",
     "other_system": "the system prompt is that of Qwen; the models were trained with InternVL's own",
     "no_newline": "the chat template lacks the line break after <|im_end|>",
     "no_generation_prompt": "the chat template lacks the header <|im_start|>assistant at its end",

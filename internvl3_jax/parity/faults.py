@@ -204,6 +204,7 @@ FAULTS: dict[str, Fault] = {
     "thumbnail_first": _tiles(lambda tiles: np.roll(tiles, 1, axis=0)),
     "bgr": _tiles(lambda tiles: tiles[..., ::-1]),
     "no_system": _processor(system_message=None),
+    "empty_system": _processor(system_message=""),
     "other_system": _processor(system_message=_QWEN_SYSTEM),
     "no_newline": _ids(_without_newlines),
     "no_generation_prompt": _ids(_without_header),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from importlib import metadata
 
 import jax
@@ -31,6 +32,7 @@ def write_pack(
     dtype: str = "float32",
     seed: int = 0,
     families: tuple[str, ...] = tuple(FAMILIES),
+    report: Callable[[PackedModel], None] = lambda model: None,
 ) -> list[PackedModel]:
     """Writes a pack into a new folder.
 
@@ -41,6 +43,7 @@ def write_pack(
       dtype: of the computation of a checkpoint; tiny models are computed in float32.
       seed: of the weights and images.
       families: the tiny models.
+      report: is called with each model once its files are written.
 
     Raises:
       FileExistsError: the folder exists and is not empty.
@@ -54,6 +57,7 @@ def write_pack(
         if checkpoint is not None:
             engine = JaxEngine(checkpoint, dtype)
             models.append(_write_model(root, "checkpoint", engine, {}, checkpoint, seed, None, 16))
+            report(models[-1])
         else:
             for number, name in enumerate(families):
                 written = tiny_models.write(root / name, name, seed + number)
@@ -61,6 +65,7 @@ def write_pack(
                 paths = {key: path.relative_to(root).as_posix() for key, path in written.items()}
                 delta = "1/4" if name == "v2pe" else None
                 models.append(_write_model(root, name, engine, paths, name, seed, delta, 8))
+                report(models[-1])
     write_manifest(root, metadata.version("internvl3-jax"), models)
     return models
 

@@ -37,6 +37,7 @@ class TransformersEngine:
         _check_layout(pathlib.Path(path))
         self.torch, self.stop_ids = torch, model.stop_ids
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        transformers.utils.logging.disable_progress_bar()
         loaded = transformers.InternVLForConditionalGeneration.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
