@@ -2,6 +2,7 @@
 compilation, and a cache of compiled programs that is kept between runs.
 """
 
+import gc
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 
+gc.set_threshold(20_000, 20, 20)  # tracing makes many objects and few cycles
 jax.config.update("jax_num_cpu_devices", 8)  # in this process only
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -73,6 +75,14 @@ def pytest_sessionstart(session):
 def pytest_sessionfinish(session):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         compilation_cache.remove_incomplete(since=session.began)
+
+
+def pytest_collection_finish(session):
+    """Exempts what the test modules imported from garbage collection: PyTorch, transformers and
+    jax are millions of objects, and loading a checkpoint collects several times.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
