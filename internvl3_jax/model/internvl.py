@@ -8,6 +8,7 @@
 Axis letters are those of model/__init__.py; tile_tokens is 256 in the released models.
 """
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -216,6 +217,12 @@ def merge(
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict:
     """Returns the parameter tree as ShapeDtypeStructs, without allocating memory."""
+    shapes = _param_shapes(config)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+@functools.lru_cache(maxsize=64)  # traces the whole model
+def _param_shapes(config: ModelConfig) -> dict:
     size = config.vision.image_size
     batch = {
         "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32),
@@ -223,8 +230,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict
         "segments": jax.ShapeDtypeStruct((1, 1), jnp.int32),
         "tiles": jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8),
     }
-    shapes = jax.eval_shape(InternVL(config).init, jax.random.key(0), batch)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return jax.eval_shape(InternVL(config).init, jax.random.key(0), batch)["params"]
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:
