@@ -183,73 +183,93 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser("convert", description=__doc__)
     parser.add_argument(
         "paths", nargs="+", metavar="SRC DST", help="with --llm and --vision only DST"
     )
-    choices = ("internvl", "hf", "peft-internvl", "peft-hf")
-    parser.add_argument(
+    result = parser.add_argument_group("Result").add_argument
+    result(
         "--to",
-        choices=choices,
+        choices=("internvl", "hf", "peft-internvl", "peft-hf"),
         help="write safetensors of this layout, or adapters for it, instead of a checkpoint",
     )
-    parser.add_argument(
-        "--quantize",
-        choices=FORMATS,
-        help="write the kernels of decoder layers and head in this format, for inference alone",
-    )
-    parser.add_argument(
-        "--quantize_tower",
-        action="store_true",
-        help="with --quantize, those of the vision tower and the projector, too",
-    )
-    parser.add_argument(
-        "--check_quality",
-        action="store_true",
-        help="with --quantize, write only what answers as SRC does, within the next two",
-    )
-    quality.add_thresholds(parser)
-    parser.add_argument("--adapter", help="PEFT directory to merge into SRC")
-    parser.add_argument(
-        "--base", help="path of the base of a LoRA run or PEFT adapter, if not the recorded one"
-    )
-    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read source and result again and compare sha256 hashes",
-    )
-    parser.add_argument(
+    result("--dtype", choices=("keep", *DTYPES), default="keep", help="of the parameters (keep)")
+    result(
         "--shard_size",
         type=parse_size,
         default="5GB",
+        metavar="SIZE",
         help="most bytes in one safetensors file (5GB)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    parser.add_argument(
-        "--accept_fingerprint",
-        action="store_true",
-        help="convert although files disagree with how it was made",
-    )
-    parser.add_argument(
-        "--allow_nonfinite",
-        action="store_true",
-        help="convert weights that are NaN or infinite, which is an error otherwise",
-    )
-    parser.add_argument(
+    result("--overwrite", action="store_true", help="replace DST if it exists")
+    result(
         "--tokenizer_merges",
         choices=MERGES,
         help="rules of merges.txt that DST's tokenizer uses; 'slow' leaves out those that begin "
         "with #, as transformers 4.37 did",
     )
-    parser.add_argument(
-        "--llm", help="directory or hub id of a Qwen2.5 or InternLM3 language model"
+
+    adapters = parser.add_argument_group("Adapters").add_argument
+    adapters("--adapter", metavar="DIR", help="PEFT directory to merge into SRC")
+    adapters(
+        "--base",
+        metavar="DIR",
+        help="path of the base of a LoRA run or PEFT adapter, if not the recorded one",
     )
-    parser.add_argument(
-        "--vision", help="directory or hub id of an InternViT or of an InternVL model"
+
+    quantized = parser.add_argument_group("Weights of fewer bits")
+    quantized.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="write the kernels of decoder layers and head in this format, for inference alone",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random projector")
+    quantized.add_argument(
+        "--quantize_tower",
+        action="store_true",
+        help="with --quantize, those of the vision tower and the projector, too",
+    )
+    quantized.add_argument(
+        "--check_quality",
+        action="store_true",
+        help="with --quantize, write only what answers as SRC does, within the next two",
+    )
+    quality.add_thresholds(quantized)
+
+    composed = parser.add_argument_group("New model").add_argument
+    composed(
+        "--llm", metavar="DIR", help="directory or hub id of a Qwen2.5 or InternLM3 language model"
+    )
+    composed(
+        "--vision",
+        metavar="DIR",
+        help="directory or hub id of an InternViT or of an InternVL model",
+    )
+    composed("--seed", type=int, default=0, metavar="N", help="of the random projector (0)")
+    _add_checks(parser.add_argument_group("Checks"))
+    return parser
+
+
+def _add_checks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="read source and result again and compare sha256 hashes",
+    )
+    group.add_argument(
+        "--accept_fingerprint",
+        action="store_true",
+        help="convert although files disagree with how it was made",
+    )
+    group.add_argument(
+        "--allow_nonfinite",
+        action="store_true",
+        help="convert weights that are NaN or infinite, which is an error otherwise",
+    )
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
     options = parser.parse_args(arguments)
     if bool(options.llm) != bool(options.vision):
         parser.error("--llm and --vision belong together")

@@ -252,6 +252,14 @@ def _image_size(argument: str, limits: dict) -> tuple[str, int, int]:
     return argument, image.width, image.height
 
 
+SECTIONS = {  # flags by the headings of --help
+    "Images": ["max_tiles", "tiles", "max_total_tiles", "max_image_pixels", "allow_truncated"],
+    "Videos and documents": ["video", "num_frames", "pdf", "pages"],
+    "Prompt and models": ["delta", "text_tokens", "size"],
+    "Output": ["json"],
+}
+
+
 def _define_flags() -> flags.FlagValues:
     # Own flag values, so that importing the module does not define flags of other programs.
     values = flags.FlagValues()
@@ -312,7 +320,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = values(argv)[1:]
         if values.help or not (arguments or values.video or values.pdf):
             print(
-                cli.as_typed(f"{__doc__}\n{values.module_help(sys.modules[__name__])}"),
+                cli.as_typed(command_line.help_text(__doc__, SECTIONS, values=values)),
                 file=sys.stdout if values.help else sys.stderr,
             )
             return 0 if values.help else 2

@@ -70,6 +70,16 @@ CACHE = flags.DEFINE_enum(
 )
 JSON = flags.DEFINE_string("json", "", "Also write the prediction to this JSON file.")
 TEXT = flags.DEFINE_string("text", "", "Also write the compiled program to this file.")
+# Flags by the headings of --help.
+SECTIONS = {
+    "Run": ["config", "topology", "analytic"],
+    "Search": ["search", "confirm"],
+    "Generation": [
+        *("infer", "infer_rows", "infer_prompt", "infer_new", "infer_tiles"),
+        *("weights", "quantize_tower", "cache"),
+    ],
+    "Output": ["json", "text"],
+}
 
 
 def main(argv) -> int:
@@ -183,4 +193,4 @@ def find_fastest(config, topology, text_path: pathlib.Path | None) -> tuple[bool
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     settings.take_overrides(sys.argv)
-    command_line.run(main, ImportError, failed=command_line.USAGE)
+    command_line.run(main, ImportError, failed=command_line.USAGE, sections=SECTIONS)

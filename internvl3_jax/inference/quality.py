@@ -243,7 +243,7 @@ def default_dtype() -> str | None:
 # --- the program ---------------------------------------------------------------------------------
 
 
-def add_thresholds(parser: argparse.ArgumentParser) -> None:
+def add_thresholds(parser: argparse._ActionsContainer) -> None:
     """Adds --max_kl and --min_agreement."""
     parser.add_argument(
         "--max_kl", type=float, default=MAX_KL, help="largest mean KL, in nats (%(default)s)"

@@ -207,7 +207,10 @@ def run(
 
 
 def help_text(
-    description: str, sections: Mapping[str, Sequence[str]] | None = None, width: int | None = None
+    description: str,
+    sections: Mapping[str, Sequence[str]] | None = None,
+    width: int | None = None,
+    values: flags.FlagValues = flags.FLAGS,
 ) -> str:
     """Returns the help text of a program with absl's flags.
 
@@ -215,17 +218,16 @@ def help_text(
       description: text above the options.
       sections: as in `run`.
       width: columns; None takes the terminal's.
+      values: the program's flags.
     """
     width = width or min(shutil.get_terminal_size().columns, 110)
     if sections is None:
-        sections = {
-            "Options": [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
-        }
+        sections = {"Options": [flag.name for flag in values.get_key_flags_for_module(sys.argv[0])]}
     lines = [description.strip()]
     for heading, names in sections.items():
         lines += ["", f"{heading}:"]
         for name in names:
-            lines += _flag_help(flags.FLAGS[name], width)
+            lines += _flag_help(values[name], width)
     return "\n".join([*lines, "", "  -h, --help  Show this help."])
 
 
