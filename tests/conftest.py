@@ -35,13 +35,13 @@ SLOW = """
 documented_commands install train train_refused train_hosts agreed_step pairs_run object_storage
 lora_run lora_base pairs generate generate_ends engine engine_settings engine_models engine_hosts
 elastic sharding attention attention_meshes step benchmarks infer_hosts distributed optimizer
-frozen infer infer_requests lora chat_session chat_turns chat_requests chat_video infer_media
-thinking peft peft_refused critic best_of_n preference preference_example process_reward
-process_labels make_pairs miniature digits notebook fit fit_memory fit_compiled fit_lora
-gpu_benchmark evaluate_run evaluate_hosts parity_engines documented_names quantize weights
-stored_weights quality int8_cache internlm2 serve serve_engine serve_hosts web serve_process serve_documented serve_load
-serve_streams serve_ends serve_grammar fuzz convert compose convert_damage convert_sources
-sampling shapes launch launch_clusters kill
+experts_training prompt_lookup frozen infer infer_requests lora chat_session chat_turns
+chat_requests chat_video infer_media thinking peft peft_refused critic best_of_n preference
+preference_example process_reward process_labels make_pairs miniature digits notebook fit
+fit_memory fit_compiled fit_lora gpu_benchmark evaluate_run evaluate_hosts parity_engines
+documented_names quantize weights stored_weights quality int8_cache internlm2 serve serve_engine
+serve_hosts web serve_process serve_documented serve_load serve_streams serve_ends serve_grammar
+fuzz convert compose convert_damage convert_sources sampling shapes launch launch_clusters kill
 """.split()
 # Their commands need more than the tests' environment.
 OTHER_COMMANDS = {"torchvision", "tpu_compiler", "trl", "docs", "install", "gpu", "serve_load"}

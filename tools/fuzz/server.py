@@ -7,6 +7,7 @@ begins where a program begins but for the seconds of its imports.
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import resource
@@ -75,6 +76,8 @@ def preload() -> None:
         raise RuntimeError(
             f"the imports left {threads} threads; children of this process could hang"
         )
+    # A child that collects garbage would copy every page of what was imported.
+    gc.freeze()
 
 
 def run_all(
