@@ -127,8 +127,8 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer. The defaults follow InternVL's scripts."""
 
-    # "adamw", "muon" (Muon for the layers' matrices, AdamW for the rest) or "adafactor" (factored
-    # second moment).
+    # The name is "adamw", "muon" (Muon for the layers' matrices, AdamW for the rest) or "adafactor"
+    # (factored second moment).
     name: str = "adamw"
     # Peak learning rate.
     learning_rate: float = 4e-5
@@ -173,7 +173,7 @@ class LossConfig:
     a quality and a generation loss. A weight of 0 switches one of them off.
     """
 
-    # "sft" (next-token cross-entropy) or "mpo".
+    # The kind is "sft" (next-token cross-entropy) or "mpo".
     kind: str = "sft"
     # Weight of the loss that balances the experts of a decoder that has them, such as the 0.001 of
     # Qwen3's files (router_aux_loss_coef). 0 leaves it out.

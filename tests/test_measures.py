@@ -4,11 +4,8 @@ import ast
 import pathlib
 import re
 
-import pytest
-
 from tests.support.documents import ROOT
 
-pytestmark = pytest.mark.smoke
 CODE = ("*.py", "benchmarks", "configs", "convert", "examples", "internvl3_jax", "tests", "tools")
 # A docstring that begins so says what something is about instead of what it does or is.
 FRAGMENT = re.compile(r"(?:Of|What|Where|Whether|How|Who|That) ")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
-from internvl3_jax.inference.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS
+from internvl3_jax.inference.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request
 from internvl3_jax.inference.sampling import MIN_TEMPERATURE, NOT_FINITE, greedy
 from internvl3_jax.model.ops.attention import MASKED
 
@@ -236,3 +236,23 @@ def _logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"]) -> Logpr
 
 def _if_any(rows: Bool[Array, " B"], then, otherwise):
     return jax.lax.cond(rows.any(), then, otherwise)
+
+
+def bias_of(request: Request, vocabulary: int) -> Float[np.ndarray, " V"] | None:
+    """Returns what is added to the logits of the next token; None if that is nothing.
+
+    Raises:
+      ValueError: the constraint allows no token.
+    """
+    if not request.sampling.logit_bias and request.constraint is None:
+        return None
+    bias = np.zeros(vocabulary, np.float32)
+    for token, value in request.sampling.logit_bias.items():
+        bias[token] = value
+    if request.constraint is not None:
+        allowed = np.asarray(request.constraint.allowed(), bool)
+        if not allowed.any():
+            raise ValueError("the constraint allows no token after those that were sampled")
+        bias[: len(allowed)][~allowed[:vocabulary]] = MASKED
+        bias[len(allowed) :] = MASKED
+    return bias

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from internvl3_jax.inference.engine.bias import bias_of
 from internvl3_jax.inference.engine.device import Device
 from internvl3_jax.inference.engine.image_store import ImageStore
 from internvl3_jax.inference.engine.programs import BLOCK, Block
@@ -15,6 +14,7 @@ from internvl3_jax.inference.engine.queue import RequestQueue
 from internvl3_jax.inference.engine.request import Piece, Request, Ticket
 from internvl3_jax.inference.engine.results import new_tokens
 from internvl3_jax.inference.engine.routing import Routing
+from internvl3_jax.inference.engine.row_sampling import bias_of
 from internvl3_jax.inference.engine.rows import (
     Content,
     Row,
