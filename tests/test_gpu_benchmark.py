@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its parts run on a CPU, failures stay in their case, and runs resume."""
+"""benchmarks/gpu.py: every line runs on a CPU, failures stay in their case, and runs resume."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def cases(size, smoke):
 """
 
 
-def run_smoke(output, parts, quick: str = "1"):
+def run_smoke(output, parts, quick: str = "1") -> str:
     """Runs parts at tiny shapes; returns what was printed."""
     command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--output", str(output)]
     done = subprocess.run(
@@ -77,33 +77,23 @@ def run_smoke(output, parts, quick: str = "1"):
     return done.stdout
 
 
-def check_smoke(output, parts, printed: str) -> None:
-    rows = read(output)
-    assert {row["part"]: row["status"] for row in rows if "status" in row} == dict.fromkeys(
-        parts, "finished"
-    )
-    assert [row for row in rows if "error" in row] == [], (output / "log.txt").read_text()[-4000:]
-    assert {part for part, _ in latest(rows)} == parts
-    assert json.loads((output / "results.json").read_text()) == rows
-    text = (output / "summary.md").read_text()
-    assert "No number here is a measurement" in text
-    assert "| inference 1b | first token |" in text
-    assert text.strip() in printed
-    assert len(list(output.iterdir())) <= 8
-
-
-def test_smoke_run(tmp_path):
-    parts = {"ceilings", "inference 1b", "train 1b", "torch train 1b"}
-    check_smoke(tmp_path, parts, run_smoke(tmp_path, parts))
-
-
-@pytest.mark.slow
 def test_smoke_run_has_every_part(tmp_path):
     # Unoptimized, the references in float64 take minutes.
     run_smoke(tmp_path, ["correctness"], quick="0")
-    check_smoke(tmp_path, PARTS, run_smoke(tmp_path, PARTS - {"correctness"}))
-    rows = latest(read(tmp_path))
-    assert all(row["ok"] for (part, _), row in rows.items() if part == "correctness")
+    printed = run_smoke(tmp_path, PARTS - {"correctness"})
+    rows, log = read(tmp_path), (tmp_path / "log.txt").read_text()[-4000:]
+    assert {row["part"]: row["status"] for row in rows if "status" in row} == dict.fromkeys(
+        PARTS, "finished"
+    )
+    assert [row for row in rows if "error" in row] == [], log
+    assert {part for part, _ in latest(rows)} == PARTS
+    assert all(row["ok"] for (part, _), row in latest(rows).items() if part == "correctness")
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    text = (tmp_path / "summary.md").read_text()
+    assert "No number here is a measurement" in text
+    assert "| inference 1b | first token |" in text
+    assert text.strip() in printed
+    assert len(list(tmp_path.iterdir())) <= 8
 
 
 @pytest.fixture
