@@ -161,6 +161,7 @@ class OptimizerConfig:
     vision_lr_scale: float = 1.0
     projector_lr_scale: float = 1.0
     language_lr_scale: float = 1.0
+    flash_lr_scale: float = 1.0
     # Factor on the learning rate from each layer of the vision tower to the layer below it.
     vision_layer_decay: float = 1.0
 
@@ -173,7 +174,8 @@ class LossConfig:
     a quality and a generation loss. A weight of 0 switches one of them off.
     """
 
-    # The kind is "sft" (next-token cross-entropy) or "mpo".
+    # The kind is "sft" (next-token cross-entropy), "mpo", or a stage of InternVL3.5-Flash
+    # (model.flash): "vico", then "router"; see training/flash_loss.py.
     kind: str = "sft"
     # Weight of the loss that balances the experts of a decoder that has them, such as the 0.001 of
     # Qwen3's files (router_aux_loss_coef). 0 leaves it out.
@@ -200,6 +202,14 @@ class LossConfig:
     # Whether model.vision.drop_path acts on the policy. Policy and reference model then differ from
     # the first step on.
     drop_path: bool = False
+    # Mean probability that a tile is compressed under "vico"; see vico.random_mix.
+    compress_share: float = 0.5
+    # Number of tiles of each sample that "router" judges in an update, each by a pass of the decoder.
+    router_tiles: int = 4
+    # Share of the tiles that "router" learns to compress: those whose compression costs least.
+    router_share: float = 0.5
+    # Number of the last tiles that this share is of.
+    router_window: int = 1024
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -22,7 +22,7 @@ from internvl3_jax.fit.step_cost import full_batch, times, train_cost
 from internvl3_jax.fit.topology import Topology, parse
 from internvl3_jax.model.ops.remat import POLICIES
 from internvl3_jax.training.hardware import CHIPS, chip_of
-from internvl3_jax.training.objective import make_loss
+from internvl3_jax.training.loss_choice import make_loss
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import make_model, train_step
 

@@ -1,6 +1,5 @@
 """The router in Chat, infer.py and the server."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +7,7 @@ import pytest
 
 from internvl3_jax import Chat, load
 from internvl3_jax.checkpoints.checkpoint import save_checkpoint
-from internvl3_jax.config import ConfigError
 from internvl3_jax.inference.engine.engine import Engine
-from internvl3_jax.training.checks import validate
 from tests.support import tiny_checkpoint
 from tests.support.live_server import parts, serving, user
 from tests.support.tiny_checkpoint import FLASH, PROCESSOR, make_image, random_params
@@ -111,12 +108,6 @@ def test_the_server(checkpoint, chat):
     assert saved == SAVED * sum(expected[0].compressed_tiles)
     assert wrong["param"] == "flash"
     assert engine.stats.compressed_tiles == sum(expected[0].compressed_tiles)
-
-
-def test_flash_models_are_not_trained():
-    config = tiny_checkpoint.train_config()
-    with pytest.raises(ConfigError, match="model.flash is true: Flash models are not trained"):
-        validate(dataclasses.replace(config, model=FLASH))
 
 
 def test_probabilities_differ_between_tiles(checkpoint):

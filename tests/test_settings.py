@@ -118,7 +118,7 @@ def float_fields(config, prefix: str = "model."):
 @pytest.mark.parametrize("path, value", list(float_fields(CONFIG)))
 @pytest.mark.parametrize("wrong", [1e300, -1e300, 1e-300])
 def test_a_number_of_a_model_has_a_range(path, value, wrong):
-    """1e-300 is as good as 0, which rates may be."""
+    """1e-300 is as good as 0, which rates and shares may be."""
     config = put(base(), path, (wrong,) * 3 if isinstance(value, tuple) else wrong)
     may_be_zero = ("layer_scale_init", "drop_path", "mean", "flash_relative", "flash_absolute")
     if wrong == 1e-300 and path.endswith(may_be_zero):

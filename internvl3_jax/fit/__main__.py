@@ -91,6 +91,10 @@ def main(argv) -> int:
     json_path, text_path = (_output_path(flag) for flag in (JSON, TEXT))
     topology, config = parse(TOPOLOGY.value), settings.load().config
     checks.validate(config)
+    if config.model.flash:
+        raise command_line.UsageError(
+            "model.flash is true: the analysis does not know Flash models; take the size without"
+        )
     config = lora.freeze_base(config)
     if topology.chip is None and (SEARCH.value or ANALYTIC.value):
         raise ValueError(

@@ -27,10 +27,10 @@ from internvl3_jax.parallel.sharding import (
     param_shardings,
 )
 from internvl3_jax.training import mpo
+from internvl3_jax.training.loss_choice import init_loss_state
 from internvl3_jax.training.optimizer import make_optimizer
 from internvl3_jax.training.step import (
     TrainState,
-    init_loss_state,
     init_state,
     make_model,
     make_step,

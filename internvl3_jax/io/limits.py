@@ -159,10 +159,11 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "vision_lr_scale": _RATE,
         "projector_lr_scale": _RATE,
         "language_lr_scale": _RATE,
+        "flash_lr_scale": _RATE,
         "vision_layer_decay": _from(0.01, 1.0),
     },
     "LossConfig": {
-        "kind": one_of("sft", "mpo"),
+        "kind": one_of("sft", "mpo", "vico", "router"),
         "balance_weight": _RATE,
         "preference_weight": _RATE,
         "quality_weight": _RATE,
@@ -171,6 +172,10 @@ LIMITS: dict[str, dict[str, Rule]] = {
         "label_smoothing": _below(0.0, 0.5),
         "reward_shift": one_of("running", "moving"),
         "reward_shift_decay": _below(0.0, 1.0),
+        "compress_share": _SHARE,
+        "router_tiles": _from(1, 4096),
+        "router_share": _SHARE,
+        "router_window": _from(1, 2**20),
         "ref_model_dtype": one_of("", *DTYPES),
     },
     "LoraConfig": {

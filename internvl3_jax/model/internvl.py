@@ -87,7 +87,8 @@ class InternVL(nn.Module):
         """Returns the logits of a `Batch` (data/batch.py), without the vocabulary's padding.
 
         Args:
-          batch: A `Batch`, or any mapping with its fields tokens, tiles, positions and segments.
+          batch: A `Batch`, or any mapping with its fields tokens, tiles, positions and segments. With
+            "visual" [B,F,D] in it, of `all_features`, the tiles are not encoded.
           deterministic: False drops paths in the tower, with the rng "drop_path".
           scaling: RoPE scaling instead of the config's; "none" under V2PE.
         """
@@ -106,12 +107,12 @@ class InternVL(nn.Module):
 
         # 1) Encode the tiles, sharded over all devices.
         rows, count = tiles.shape[:2]
-        if count:
+        features = batch.get("visual")
+        if features is None and count:
             features = self.encode(tiles.reshape(rows * count, *tiles.shape[2:]), deterministic)
-            # 2) Back from tiles to rows: all-gathered among the devices of a row only.
-            features = constrain(features, TILE_AXES, None, None)
-            features = features.reshape(rows, -1, features.shape[-1])
-            features = constrain(features, BATCH_AXES, None, None)
+            # 2) Back from tiles to rows.
+            features = by_rows(features, rows)
+        if features is not None:
             # 3) Put them in place of the image tokens.
             x = merge(x, features, tokens == self.config.image_token_id, batch.get("features"))
         self.sow("intermediates", "merged", x)
@@ -150,6 +151,22 @@ class InternVL(nn.Module):
         """
         x = self.vision(tiles, deterministic)
         return self.projector(x, self._grid(tiles)), *self.flash(x, self._grid(tiles))
+
+    def all_features(
+        self, tiles: Shaped[Array, "B N height width 3"], deterministic: bool = True
+    ) -> tuple[Float[Array, "B F D"], Float32[Array, "B N 2"]]:
+        """Returns the features of rows of tiles, F = N * (tile_tokens + compressed_tokens): of all
+        tiles in full, then of all as compressed; and the router's logits, the first for compression.
+
+        Only of a model with a router (Flash).
+        """
+        rows, count = tiles.shape[:2]
+        tiles = tiles.reshape(rows * count, *tiles.shape[2:])
+        x, grid = self.vision(tiles, deterministic), self._grid(tiles)
+        full, few = self.projector(x, grid), self.flash.compress(x, grid)
+        logits = constrain(self.flash.router_logits(x), TILE_AXES, None)
+        features = jnp.concatenate([by_rows(full, rows), by_rows(few, rows)], axis=1)
+        return features, logits.reshape(rows, count, 2)
 
     def _grid(self, tiles: Shaped[Array, "M height width 3"]) -> tuple[int, int]:
         """Returns the rows and columns of patches of a tile."""
@@ -192,6 +209,13 @@ class InternVL(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Returns the logits of hidden states, those of the vocabulary's padding included."""
         return self.language.logits(hidden)
+
+
+def by_rows(features: Float[Array, "M P D"], rows: int) -> Float[Array, "B F D"]:
+    """Moves features from tiles to rows: all-gathered among the devices of a row only."""
+    features = constrain(features, TILE_AXES, None, None)
+    features = features.reshape(rows, -1, features.shape[-1])
+    return constrain(features, BATCH_AXES, None, None)
 
 
 def merge(

@@ -44,7 +44,13 @@ def check_run(config: TrainConfig) -> None:
 def _contradictions(config: TrainConfig) -> Iterator[str]:
     """Yields a line for each contradiction between settings that are possible by themselves."""
     data, processor = config.data, config.processor
-    for check in (_model, _schedule, lora.freeze_base, lambda config: mpo.check(config.loss)):
+    for check in (
+        _model,
+        _schedule,
+        lora.freeze_base,
+        _flash,
+        lambda config: mpo.check(config.loss),
+    ):
         try:
             check(config)
         except ValueError as error:
@@ -60,11 +66,6 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
                 f"eval.{name} is {value}, but eval.source is empty; name the meta JSON of the "
                 f"evaluation data: --config.eval.source=eval.json"
             )
-    if config.model.flash:
-        yield (
-            "model.flash is true: Flash models are not trained; train the model without a router "
-            "(--config.model.flash=False)"
-        )
     if data.rows % data.shards:
         yield f"data.rows is {data.rows}; it must be a multiple of data.shards ({data.shards})"
     if data.rows % config.micro_batches:
@@ -116,6 +117,30 @@ def _model(config: TrainConfig) -> None:
         settings.validate(config.model)
     except ConfigError as error:
         raise ConfigError(str(error).replace("ModelConfig.", "model.")) from error
+
+
+def _flash(config: TrainConfig) -> None:
+    """Raises ValueError if model, loss and the rest do not go together in a Flash model's stage."""
+    kind = config.loss.kind
+    if config.model.flash != (kind in ("vico", "router")):
+        raise ValueError(
+            f"model.flash is {config.model.flash} and loss.kind {kind!r}: a model with a router is "
+            "trained with loss.kind 'vico' and then 'router', and no other model is"
+        )
+    if not config.model.flash:
+        return
+    wrong = {
+        "lora.rank": config.lora.rank,
+        "loss.balance_weight": config.loss.balance_weight,
+        "eval.every": kind == "router" and config.eval.every,
+    }
+    for name, value in wrong.items():
+        if value:
+            raise ValueError(
+                f"{name} is {value}, which loss.kind {kind!r} does not support; set it to 0"
+            )
+    if not config.data.tiles_per_row:
+        raise ValueError(f"data.tiles_per_row is 0; loss.kind {kind!r} is about tiles")
 
 
 def _schedule(config: TrainConfig) -> None:

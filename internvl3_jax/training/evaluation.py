@@ -19,7 +19,8 @@ from internvl3_jax.inference.sampling import Sampling
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL
 from internvl3_jax.parallel.collectives import constrain
-from internvl3_jax.training.objective import SftLoss, batch_totals, make_loss
+from internvl3_jax.training.loss_choice import make_loss
+from internvl3_jax.training.objective import SftLoss, batch_totals
 
 # Longest answer, in tokens.
 _LONGEST = 256

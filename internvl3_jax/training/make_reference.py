@@ -44,8 +44,9 @@ from internvl3_jax.io.terminal import one_line
 from internvl3_jax.parallel import sharding
 from internvl3_jax.training import checks, settings
 from internvl3_jax.training.evaluation import eval_data_config
+from internvl3_jax.training.loss_choice import make_loss
 from internvl3_jax.training.mpo import reference_dtype
-from internvl3_jax.training.objective import MpoLoss, make_loss
+from internvl3_jax.training.objective import MpoLoss
 from internvl3_jax.training.step import make_model
 
 

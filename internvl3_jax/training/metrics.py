@@ -3,6 +3,7 @@
 loss, loss/SOURCE, loss_preference, ...   means over the steps since the row before
 grad_norm, grad_norm_vision, ...          before clipping
 reward_margin, reward_accuracy, ...       under MPO
+router_accuracy, router_threshold, ...    under "router"
 expert_load/NUMBER, expert_load_max, ...  share of the tokens that chose an expert; 1 is even
 learning_rate                             of the row's step
 step_seconds                              wall time of a step without evaluations, in seconds
@@ -94,7 +95,7 @@ class MetricsAggregator:
         values = {
             name: float(value.mean())
             for name, value in metrics.items()
-            if name.startswith(("loss", "grad_norm", "reward"))
+            if name.startswith(("loss", "grad_norm", "reward", "router"))
         }
         values |= {
             "learning_rate": float(self.schedule(step - 1)),

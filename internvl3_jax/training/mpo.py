@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from internvl3_jax.config import LossConfig, TrainConfig
 
-KINDS = ("sft", "mpo")
+KINDS = ("sft", "mpo", "vico", "router")
 SHIFTS = ("running", "moving")
 _LN2 = 0.6931471805599453
 
@@ -66,9 +66,11 @@ def check(config: LossConfig) -> None:
 def needs_model(config: TrainConfig) -> bool:
     """Returns whether the train step takes the parameters of a reference model.
 
-    It does not under "sft", where the log-probabilities come with the batch, or where the frozen
-    base of LoRA adapters is the reference model.
+    It does under "vico" and "router". It does not under "sft", nor under "mpo" where the
+    log-probabilities come with the batch or the frozen base of LoRA adapters is the reference.
     """
+    if config.loss.kind in ("vico", "router"):
+        return True
     is_base = config.lora.rank and not config.lora.full and not config.loss.ref_model
     return config.loss.kind == "mpo" and not config.data.ref_logps_file and not is_base
 

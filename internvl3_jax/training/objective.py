@@ -1,11 +1,12 @@
-"""The losses that a run minimizes: two functions of one signature, chosen once by `make_loss`.
+"""The losses that a run minimizes: functions of one signature, chosen once by loss_choice.py.
 
     loss_fn(params, batch, key, loss_state, totals, ref_params) -> loss, (metrics, loss_state)
 
 `SftLoss` is next-token cross-entropy; `MpoLoss` adds the preference and quality losses of mpo.py.
-Both are sums over a micro-batch, divided by the `totals` of the full batch, so that the losses and
-gradients of micro-batches add up. `loss_state` is carried from one micro-batch and update to the
-next. Without a key there is no dropout and nothing is updated; so models are evaluated.
+flash_loss.py has those of InternVL3.5-Flash. All are sums over a micro-batch, divided by the
+`totals` of the full batch, so that the losses and gradients of micro-batches add up. `loss_state`
+is carried from one micro-batch and update to the next. Without a key there is no dropout and
+nothing is updated; so models are evaluated.
 
 Axes: B rows, T tokens, K pairs per row, D width, V vocabulary.
 """
@@ -18,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from internvl3_jax.config import LoraConfig, LossConfig, TrainConfig
+from internvl3_jax.config import LoraConfig, LossConfig
 from internvl3_jax.model import lora
 from internvl3_jax.model.experts import STATISTICS
 from internvl3_jax.model.internvl import InternVL
-from internvl3_jax.positions import rope_scaling
 from internvl3_jax.training import mpo
 from internvl3_jax.training.balance import balance_loss, statistics_of
 from internvl3_jax.training.losses import chunked_cross_entropy
@@ -34,41 +34,19 @@ class BatchTotals(NamedTuple):
     weight: Float32[Array, ""]  # sum of the loss weights
     pairs: Float32[Array, ""]  # number of pairs
     tokens: Float32[Array, ""]  # number of tokens without padding
+    samples: Float32[Array, ""]  # number of samples
 
 
 def batch_totals(batch: Mapping) -> BatchTotals:
     """Returns the totals of a full batch, whose axes B and T may be sharded."""
     answers = batch["answers"].max(axis=1) if "answers" in batch else jnp.zeros((), jnp.int32)
     pairs = (answers.sum() / 2).astype(jnp.float32)
-    return BatchTotals(batch["loss_weights"].sum(), pairs, _num_tokens(batch))
+    samples = batch["segments"].max(axis=1).sum().astype(jnp.float32)
+    return BatchTotals(batch["loss_weights"].sum(), pairs, _num_tokens(batch), samples)
 
 
 def _num_tokens(batch: Mapping) -> Float32[Array, ""]:
     return (batch["segments"] > 0).sum().astype(jnp.float32)
-
-
-def make_loss(
-    config: TrainConfig, model: InternVL, num_sources: int = 0, drop_path: bool = True
-) -> "SftLoss":
-    """Returns the loss function that the configuration asks for.
-
-    Args:
-      num_sources: Number of data sources to report losses of; 0 reports none.
-      drop_path: Whether the vision tower is trained, and so drops paths.
-    """
-    options = {
-        "chunk": config.loss_chunk,
-        "num_sources": num_sources,
-        "scaling": rope_scaling(config.model.language, config.data.deltas),
-        "adapters": config.lora,
-        "drop_path": drop_path,
-        "balance": config.loss.balance_weight,
-    }
-    if config.loss.kind == "sft":
-        return SftLoss(model, **options)
-    # Drop path makes the policy differ from the reference model.
-    options["drop_path"] &= config.loss.drop_path
-    return MpoLoss(model, **options, config=config.loss, pairs=config.data.pairs_per_row)
 
 
 @dataclasses.dataclass(frozen=True)

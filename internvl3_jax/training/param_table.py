@@ -20,6 +20,8 @@ from internvl3_jax.training.optimizer import (
 COMPONENTS = {
     "vision": "vision/",
     "projector": "projector/",
+    "flash projector": "flash/projector/",
+    "router": "flash/",
     "embedding": "language/embedding",
     "language layers": "language/",
     "head": "language/head/",

@@ -1,4 +1,4 @@
-"""MPO's reference model: the policy's initial weights, which are not trained."""
+"""The reference model of MPO and ViCO: the policy's initial weights, which are not trained."""
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ def check(config: TrainConfig) -> None:
             f"loss.kind is {config.loss.kind} and data.pairs is {config.data.pairs}; "
             f"mpo takes pairs, and pairs are only for mpo"
         )
-    if is_mpo and not (config.loss.ref_model or config.init_from):
+    if config.loss.kind != "sft" and not (config.loss.ref_model or config.init_from):
         raise ValueError(
-            "loss.kind is mpo and init_from is empty; name the checkpoint that the policy starts "
-            "from, which is also the reference model"
+            f"loss.kind is {config.loss.kind} and init_from is empty; name the checkpoint that the "
+            "policy starts from, which is also the reference model"
         )
     has_reference = config.loss.ref_model or config.data.ref_logps_file
     if is_mpo and config.lora.init_from and not has_reference:

@@ -64,7 +64,7 @@ class AsyncSaver:
         best = history.best_step if keeping.keep_best else 0
         extra = {
             "past": history.saved(),
-            "loss_state": [float(value) for value in state.loss_state],
+            "loss_state": [np.asarray(value).tolist() for value in state.loss_state],
             "identity": self.identity,
         }
 

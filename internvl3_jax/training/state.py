@@ -22,12 +22,12 @@ from internvl3_jax.io.remote_files import as_path, is_remote
 from internvl3_jax.model import lora
 from internvl3_jax.model.internvl import InternVL, abstract_params
 from internvl3_jax.parallel import sharding
-from internvl3_jax.training import mpo
 from internvl3_jax.training.config_diff import config_diff
 from internvl3_jax.training.history import RunHistory, eval_identity
+from internvl3_jax.training.loss_choice import init_loss_state
 from internvl3_jax.training.optimizer import Optimizer, split_params
 from internvl3_jax.training.param_table import frozen_hash
-from internvl3_jax.training.step import TrainState, init_loss_state, init_state, shardings_of
+from internvl3_jax.training.step import TrainState, init_state, shardings_of
 
 
 def restore_or_init(
@@ -104,8 +104,10 @@ def _restore(
     if jax.process_index() == 0:
         print(f"resuming from step {step} of {workdir}", flush=True)
     check_frozen(config, params, history, step)
-    loss_state = extra["loss_state"]
-    loss_state = mpo.RewardShift(*map(np.float32, loss_state)) if loss_state else ()
+    loss_state = init_loss_state(config)
+    if loss_state:
+        stored = (np.asarray(value, np.float32) for value in extra["loss_state"])
+        loss_state = type(loss_state)(*stored)
     small = jax.device_put((np.int32(step), loss_state), abstract.step.sharding)
     return TrainState(small[0], params, opt_state, small[1]), history
 

@@ -6,6 +6,8 @@ f32[] unless another shape is given:
     loss             under MPO also loss_preference, loss_quality, loss_generation, reward_shift,
                      and the means over pairs reward_chosen, reward_rejected, reward_margin and
                      reward_accuracy
+    router_...       under "router": the tiles of the update that were judged, the shares of them
+                     that are cheap and that the router had right, and the ratio's threshold
     weight           sum of the loss weights
     grad_norm        before clipping; also that of each trained component, such as grad_norm_vision
     finite           bool[], whether loss and gradients are
@@ -33,9 +35,11 @@ from internvl3_jax.parallel import compiler_options
 from internvl3_jax.parallel.collectives import constrain, require_mesh
 from internvl3_jax.parallel.sharding import param_shardings, state_shardings
 from internvl3_jax.param_tree import path_name
-from internvl3_jax.training.mpo import RewardShift, init_reward_shift
-from internvl3_jax.training.objective import batch_totals, make_loss
+from internvl3_jax.training.loss_choice import make_loss
+from internvl3_jax.training.mpo import RewardShift
+from internvl3_jax.training.objective import batch_totals
 from internvl3_jax.training.optimizer import Optimizer, join
+from internvl3_jax.training.vico import RatioWindow
 
 
 class TrainState(NamedTuple):
@@ -44,7 +48,7 @@ class TrainState(NamedTuple):
     step: Int32[Array, ""]  # number of updates done
     params: dict
     opt_state: Any
-    loss_state: RewardShift | tuple = ()
+    loss_state: RewardShift | RatioWindow | tuple = ()
 
 
 def train_step(
@@ -60,10 +64,11 @@ def train_step(
     """Computes one update.
 
     Args:
-      loss_fn: As `objective.make_loss` returns it.
+      loss_fn: As `loss_choice.make_loss` returns it.
       batch: A `Batch`.
       key: Seeds drop path and the adapters' dropout, folded with the step.
-      ref_params: Parameters of MPO's reference model, or None; see `objective.MpoLoss.ref_logps`.
+      ref_params: Parameters of the reference model of "mpo", "vico" and "router", or None; see
+        `objective.MpoLoss.ref_logps`.
       micro_batches: Number of equal parts of the batch that are computed one after the other; loss
         and gradients are those of the full batch.
 
@@ -165,7 +170,7 @@ def init_state(
     seed: int,
     param_dtype=jnp.float32,
     adapters: LoraConfig | None = None,
-    loss_state: RewardShift | tuple = (),
+    loss_state: RewardShift | RatioWindow | tuple = (),
 ) -> TrainState:
     """Initializes a state randomly.
 
@@ -179,11 +184,6 @@ def init_state(
         new = lora.init(params, adapters, jax.random.key(seed))
         params = lora.prepare_base(params, adapters) | {lora.SUBTREE: new}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), loss_state)
-
-
-def init_loss_state(config: TrainConfig) -> RewardShift | tuple:
-    """Returns the loss state before the first update."""
-    return init_reward_shift() if config.loss.kind == "mpo" else ()
 
 
 def shardings_of(

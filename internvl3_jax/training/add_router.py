@@ -1,0 +1,72 @@
+"""Gives a model an untrained router and second projector, as InternVL3.5-Flash has them.
+
+    python -m internvl3_jax.training.add_router --checkpoint checkpoints/internvl3_5-8b \
+        --output checkpoints/internvl3_5-8b-vico-start
+
+The new checkpoint is where training with loss.kind "vico" starts. With --flash off it answers as
+the given one.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from internvl3_jax.checkpoints import checkpoint
+from internvl3_jax.config import ModelConfig
+from internvl3_jax.io import command_line
+from internvl3_jax.model.flash import Flash
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model without a router.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Directory of the new checkpoint.", required=True)
+RELATIVE = flags.DEFINE_float(
+    "relative",
+    0.0,
+    "Tiles up to this quantile of a request's probabilities are not compressed.",
+    0.0,
+    1.0,
+)
+ABSOLUTE = flags.DEFINE_float(
+    "absolute", 0.5, "Lowest probability of a tile that is compressed.", 0.0, 1.0
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the new parameters.", 0, 2**32 - 1)
+
+
+def new_parts(config: ModelConfig, seed: int, dtype) -> dict:
+    """Returns the subtree "flash" of a model, initialized randomly."""
+    grid, width = config.vision.grid, config.vision.hidden_size
+    tokens = jax.ShapeDtypeStruct((1, 1 + grid**2, width), jnp.float32)
+    init = functools.partial(Flash(config, jnp.float32).init, grid=(grid, grid))
+
+    def made(key):
+        params = init(key, jnp.zeros(tokens.shape, tokens.dtype))["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return jax.jit(made)(jax.random.key(seed))
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise command_line.UsageError(f"what is {argv[1]!r}? Give --checkpoint and --output")
+    source = checkpoint.load(CHECKPOINT.value)
+    checkpoint.check_not_quantized(source, "a model to train")
+    if source.config.flash:
+        raise ValueError(f"{CHECKPOINT.value} has a router already; train it as it is")
+    config = dataclasses.replace(
+        source.config, flash=True, flash_relative=RELATIVE.value, flash_absolute=ABSOLUTE.value
+    )
+    dtype = jax.tree.leaves(source.params)[0].dtype
+    params = source.params | {"flash": new_parts(config, SEED.value, dtype)}
+    output = pathlib.Path(os.path.expanduser(OUTPUT.value))
+    files = source.tokenizer.files()
+    checkpoint.save_checkpoint(output, params, config, source.processor, files)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["flash"]))
+    print(f"{output}: {count:,} new parameters in flash/")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
