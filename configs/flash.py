@@ -26,11 +26,11 @@ from internvl3_jax.config import (
 UNUSED = ("flash/pooling/(attn|norm)[34]/.*",)
 # Stage -> initial weights, frozen parameters, steps, learning rate
 STAGES = {
-    "vico": ("runs/flash/start", ("vision/.*", "flash/(pooling|gating)/.*"), 200, 2e-3),
+    "vico": ("runs/flash/start", ("vision/.*", "flash/(pooling|gating)/.*"), 700, 2e-3),
     "router": (
         "runs/flash/vico",
         ("vision/.*", "projector/.*", "language/.*", "flash/projector/.*", *UNUSED),
-        60,
+        80,
         1e-3,
     ),
 }
@@ -48,6 +48,7 @@ def get_config(stage: str = "vico") -> TrainConfig:
         data=dataclasses.replace(
             config.data,
             source="examples.flash.data:sources",
+            rows=6,
             tokens_per_row=160,
             tiles_per_row=14,
         ),
