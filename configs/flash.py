@@ -9,7 +9,7 @@ freeze what has no gradient: the router in the first, everything else in the sec
 parts of the pooling that nothing reads.
 
 All seven tiles of a sheet are judged in each update, in labels that are noisy one by one: what a
-tile costs depends on the question. Somewhat more than 0.6 of them are blank.
+tile costs depends on the question.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def get_config(stage: str = "vico") -> TrainConfig:
             tokens_per_row=160,
             tiles_per_row=14,
         ),
-        loss=LossConfig(kind=stage, ref_model="runs/flash/start", router_tiles=7, router_share=0.6),
+        loss=LossConfig(kind=stage, ref_model="runs/flash/start", router_tiles=7),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=rate,
