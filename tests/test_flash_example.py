@@ -1,15 +1,20 @@
-"""examples/flash: its sheets, and its recipe."""
+"""examples/flash: its sheets, its recipe, and that its table is of its numbers."""
+
+import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from configs import flash as recipe
-from examples.flash import data
+from examples.flash import data, run
 from internvl3_jax.data.media.tiles import cut_tiles
 from internvl3_jax.sizes import SIZES
 from internvl3_jax.training.checks import validate
 from internvl3_jax.training.optimizer import split_params
 from tests.support.tiny_checkpoint import random_params
+
+RESULTS = pathlib.Path(run.__file__).parent / "results"
 
 
 def test_most_tiles_of_a_sheet_are_blank():
@@ -37,3 +42,9 @@ def test_the_recipe_trains_what_has_a_gradient(stage):
     assert config.model.vision == SIZES["tiny"].vision
     with pytest.raises(ValueError, match="has the stages vico and router, not 'both'"):
         recipe.get_config("both")
+
+
+def test_the_table_is_of_the_results():
+    results = json.loads((RESULTS / "results.json").read_text())
+    assert (RESULTS / "results.md").read_text() == run.as_text(results["tests"])
+    assert {len(runs) for runs in results["tests"].values()} == {3}
