@@ -204,7 +204,7 @@ class LossConfig:
     drop_path: bool = False
     # Mean probability that a tile is compressed under "vico"; see vico.random_mix.
     compress_share: float = 0.5
-    # Number of tiles of each sample that "router" judges in an update, each by a pass of the decoder.
+    # Number of tiles of each sample that "router" judges in an update, each by a decoder pass.
     router_tiles: int = 4
     # Share of the tiles that "router" learns to compress: those whose compression costs least.
     router_share: float = 0.5
