@@ -1,4 +1,4 @@
-"""Gives a model an untrained router and second projector, as InternVL3.5-Flash has them.
+r"""Gives a model an untrained router and second projector, as InternVL3.5-Flash has them.
 
     python -m internvl3_jax.training.add_router --checkpoint checkpoints/internvl3_5-8b \
         --output checkpoints/internvl3_5-8b-vico-start
@@ -14,26 +14,12 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from absl import flags
+from absl import flags, logging
 
 from internvl3_jax.checkpoints import checkpoint
 from internvl3_jax.config import ModelConfig
 from internvl3_jax.io import command_line
 from internvl3_jax.model.flash import Flash
-
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model without a router.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "Directory of the new checkpoint.", required=True)
-RELATIVE = flags.DEFINE_float(
-    "relative",
-    0.0,
-    "Tiles up to this quantile of a request's probabilities are not compressed.",
-    0.0,
-    1.0,
-)
-ABSOLUTE = flags.DEFINE_float(
-    "absolute", 0.5, "Lowest probability of a tile that is compressed.", 0.0, 1.0
-)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the new parameters.", 0, 2**32 - 1)
 
 
 def new_parts(config: ModelConfig, seed: int, dtype) -> dict:
@@ -50,23 +36,37 @@ def new_parts(config: ModelConfig, seed: int, dtype) -> dict:
 
 
 def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # jax and orbax log every step of every load
     if len(argv) > 1:
         raise command_line.UsageError(f"what is {argv[1]!r}? Give --checkpoint and --output")
-    source = checkpoint.load(CHECKPOINT.value)
+    options = flags.FLAGS
+    source = checkpoint.load(options.checkpoint)
     checkpoint.check_not_quantized(source, "a model to train")
     if source.config.flash:
-        raise ValueError(f"{CHECKPOINT.value} has a router already; train it as it is")
+        raise ValueError(f"{options.checkpoint} has a router already; train it as it is")
     config = dataclasses.replace(
-        source.config, flash=True, flash_relative=RELATIVE.value, flash_absolute=ABSOLUTE.value
+        source.config, flash=True, flash_relative=options.relative, flash_absolute=options.absolute
     )
     dtype = jax.tree.leaves(source.params)[0].dtype
-    params = source.params | {"flash": new_parts(config, SEED.value, dtype)}
-    output = pathlib.Path(os.path.expanduser(OUTPUT.value))
+    params = source.params | {"flash": new_parts(config, options.seed, dtype)}
+    output = pathlib.Path(os.path.expanduser(options.output))
     files = source.tokenizer.files()
     checkpoint.save_checkpoint(output, params, config, source.processor, files)
     count = sum(leaf.size for leaf in jax.tree.leaves(params["flash"]))
     print(f"{output}: {count:,} new parameters in flash/")
 
 
+def define_flags() -> None:
+    """Defines the flags; not when the module is imported, as other programs have some of them."""
+    flags.DEFINE_string("checkpoint", None, "Model without a router.", required=True)
+    flags.DEFINE_string("output", None, "Directory of the new checkpoint.", required=True)
+    text = "Tiles up to this quantile of a request's probabilities are not compressed."
+    flags.DEFINE_float("relative", 0.0, text, 0.0, 1.0)
+    text = "Lowest probability of a tile that is compressed."
+    flags.DEFINE_float("absolute", 0.5, text, 0.0, 1.0)
+    flags.DEFINE_integer("seed", 0, "Seed of the new parameters.", 0, 2**32 - 1)
+
+
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)
