@@ -51,7 +51,9 @@ def main(argv) -> None:
     params = source.params | {"flash": new_parts(config, options.seed, dtype)}
     output = pathlib.Path(os.path.expanduser(options.output))
     files = source.tokenizer.files()
-    checkpoint.save_checkpoint(output, params, config, source.processor, files)
+    checkpoint.save_checkpoint(
+        output, params, config, source.processor, files, overwrite=options.overwrite
+    )
     count = sum(leaf.size for leaf in jax.tree.leaves(params["flash"]))
     print(f"{output}: {count:,} new parameters in flash/")
 
@@ -64,6 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_float("relative", 0.0, text, 0.0, 1.0)
     text = "Lowest probability of a tile that is compressed."
     flags.DEFINE_float("absolute", 0.5, text, 0.0, 1.0)
+    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint of this package.")
     flags.DEFINE_integer("seed", 0, "Seed of the new parameters.", 0, 2**32 - 1)
 
 
