@@ -3,15 +3,15 @@ tests start, and the next run.
 """
 
 import importlib.metadata
+import os
 import pathlib
 import shutil
 
-# `make clean` removes it with pytest's own cache.
-FOLDER = (
-    pathlib.Path(__file__).resolve().parents[2]
-    / ".pytest_cache"
-    / f"compiled-jax-{importlib.metadata.version('jax')}"
+# TEST_CACHE names a folder that clones share; `make clean` removes the clone's own.
+ROOT = pathlib.Path(
+    os.environ.get("TEST_CACHE") or pathlib.Path(__file__).resolve().parents[2] / ".pytest_cache"
 )
+FOLDER = ROOT / f"compiled-jax-{importlib.metadata.version('jax')}"
 LIMIT = 2 << 30  # bytes
 
 
