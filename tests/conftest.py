@@ -69,12 +69,12 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_sessionstart(session):
     session.began = time.time()
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        compilation_cache.prune()
+        compilation_cache.begin()
 
 
 def pytest_sessionfinish(session):
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        compilation_cache.remove_incomplete(since=session.began)
+        compilation_cache.end(since=session.began)
 
 
 def pytest_collection_finish(session):

@@ -12,13 +12,28 @@ ROOT = pathlib.Path(
     os.environ.get("TEST_CACHE") or pathlib.Path(__file__).resolve().parents[2] / ".pytest_cache"
 )
 FOLDER = ROOT / f"compiled-jax-{importlib.metadata.version('jax')}"
+_RUNNING = FOLDER / "running"  # is there until a run has ended
 LIMIT = 2 << 30  # bytes
 
 
-def prune() -> None:
-    """Empties the cache once it exceeds its limit: entries of older code are never used again."""
+def begin() -> None:
+    """Prepares the cache for a run.
+
+    It is emptied once it exceeds its limit: entries of older code are never used again. What a run
+    that was killed left incomplete is removed.
+    """
     if FOLDER.is_dir() and sum(path.stat().st_size for path in FOLDER.iterdir()) > LIMIT:
         shutil.rmtree(FOLDER)
+    if _RUNNING.exists():
+        remove_incomplete(since=_RUNNING.stat().st_mtime)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    _RUNNING.touch()
+
+
+def end(since: float) -> None:
+    """Leaves the cache to the next run."""
+    remove_incomplete(since)
+    _RUNNING.unlink(missing_ok=True)
 
 
 def remove_incomplete(since: float) -> None:
