@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from internvl3_jax.config import LossConfig
 from internvl3_jax.model import lora
@@ -113,8 +113,22 @@ class RouterLoss(VicoLoss):
         metrics |= self.by_source(batch, without)
         return (losses * weights).sum() / totals.samples, (metrics, loss_state)
 
-    def ratios(self, params, batch, features, reference, turns, samples):
-        """Returns f32[B,N], of the tiles that are judged, and the divergence without compression."""
+    def ratios(
+        self,
+        params: Mapping,
+        batch: Mapping,
+        features: Float[Array, "B F D"],
+        reference: tuple[Float[Array, "B T D"], Float[Array, "D V"]],
+        turns: Int32[Array, "B N"],
+        samples: Int32[Array, "B N"],
+    ) -> tuple[Float32[Array, "B N"], Float32[Array, "B T"]]:
+        """Returns the ratios of the tiles that are judged, and the divergence without compression.
+
+        Args:
+          features, reference: as of `losses`.
+          turns: of `vico.turns_of_tiles`.
+          samples: of `vico.samples_of_tiles`.
+        """
         none = jnp.zeros(turns.shape, bool)
         without = self.losses(params, batch, features, none, reference)
 

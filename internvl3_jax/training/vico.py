@@ -182,7 +182,8 @@ class RatioWindow(NamedTuple):
     """The last W loss ratios of tiles. It is saved with the run."""
 
     values: Float32[Array, " W"]
-    count: Float32[Array, ""]  # ratios so far
+    # Ratios so far until they fill the window; from then on W + the place of the next one.
+    count: Float32[Array, ""]
 
 
 def init_window(size: int) -> RatioWindow:
@@ -204,13 +205,20 @@ def tile_losses(
 def add_ratios(
     window: RatioWindow, ratios: Float32[Array, "B N"], present: Bool[Array, "B N"]
 ) -> RatioWindow:
-    """Returns the window with the ratios that are present, in place of the oldest ones."""
-    size = len(window.values)
+    """Returns the window with the ratios that are present, in place of the oldest ones.
+
+    Of more ratios than it holds the last are kept.
+    """
+    size, before = len(window.values), window.count.astype(jnp.int32)
     flat = present.reshape(-1)
-    index = window.count.astype(jnp.int32) + jnp.cumsum(flat) - 1
-    index = jnp.where(flat, index % size, size)  # beyond the end: dropped
+    number, total = jnp.cumsum(flat) - 1, flat.sum()
+    is_kept = flat & (number >= total - size)
+    index = jnp.where(is_kept, (before + number) % size, size)  # beyond the end: dropped
     values = window.values.at[index].set(ratios.reshape(-1), mode="drop")
-    return RatioWindow(values, window.count + flat.sum())
+    after = before + total
+    # Small enough to be exact in float32, however long the run.
+    after = jnp.where(after < size, after, size + after % size)
+    return RatioWindow(values, after.astype(jnp.float32))
 
 
 def threshold(window: RatioWindow, share: float) -> Float32[Array, ""]:
