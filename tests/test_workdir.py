@@ -187,9 +187,10 @@ def test_what_does_not_change_the_updates_may_change(tmp_path):
         remat_vision="full",
     )
     assert workdir.same_run(other, tmp_path, 4) == other
-    workdir.save_config(changed(config, loss__kind="mpo"), tmp_path)
-    with pytest.raises(ConfigError, match="micro_batches is 1 in the run, 2 in the config"):
-        workdir.same_run(changed(config, loss__kind="mpo", micro_batches=2), tmp_path, 4)
+    for kind in ("mpo", "vico", "router"):
+        workdir.save_config(changed(config, loss__kind=kind), tmp_path)
+        with pytest.raises(ConfigError, match="micro_batches is 1 in the run, 2 in the config"):
+            workdir.same_run(changed(config, loss__kind=kind, micro_batches=2), tmp_path, 4)
 
 
 def test_a_run_is_lengthened_where_its_schedule_allows_it(tmp_path, capsys):

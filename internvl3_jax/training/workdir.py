@@ -225,8 +225,10 @@ def _first_length(workdir: pathlib.Path, newest: int, saved: dict) -> int:
 
 def _is_free(field: str, config: TrainConfig) -> bool:
     """Returns whether a dotted field may change while the run is stopped."""
-    if field == "micro_batches" and config.loss.kind == "mpo":
-        return False  # each adds to the mean of the rewards before the next is computed
+    if field == "micro_batches" and config.loss.kind != "sft":
+        # Each adds to the mean of the rewards, or to the window of ratios, before the next is
+        # computed, and draws its own tiles to compress.
+        return False
     if field == "init_from" and config.lora.rank:
         return True  # the base may have moved; its hash is checked
     return any(field == free or field.startswith(f"{free}.") for free in FREE_TO_CHANGE)
