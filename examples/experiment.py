@@ -1,14 +1,55 @@
 """Helpers of the experiments in this folder: running the programs, JSON files, Markdown tables."""
 
+import argparse
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS_MODEL = ROOT / "examples" / "tiny_digits"
+
+
+# --- seeds ---------------------------------------------------------------------------------------
+
+
+def run_seeds(
+    description: str,
+    run_seed: Callable[[pathlib.Path, int, argparse.Namespace], None],
+    summarize: Callable[[pathlib.Path], str],
+    **numbers: tuple[int, str],
+) -> None:
+    """Reads the command line of an experiment, runs it for each seed, and prints its summary.
+
+    Args:
+      run_seed: is called with the seed's folder, the seed and the options.
+      summarize: of the output folder.
+      numbers: further options, as name -> (default, meaning).
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=pathlib.Path)
+    parser.add_argument(
+        "--steps", type=int, default=None, help="steps of each training; default: the recipe's"
+    )
+    for name, (default, meaning) in ({"seeds": (3, "number of seeds")} | numbers).items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (%(default)s)")
+    options = parser.parse_args()
+    output = options.output.resolve()
+    for seed in range(options.seeds):
+        run_seed(output / f"seed_{seed}", seed, options)
+    print(summarize(output))
+
+
+def seed_settings(seed: int, options: argparse.Namespace) -> dict[str, object]:
+    """Returns what the trainings of a seed change in their recipes, for the digits model."""
+    settings = {"data.tokenizer": DIGITS_MODEL, "seed": seed, "data.seed": seed}
+    if options.steps is not None:
+        settings |= {"steps": options.steps, "optimizer.warmup_steps": 1}
+    return settings
 
 
 # --- programs ------------------------------------------------------------------------------------

@@ -21,7 +21,16 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from examples.experiment import DIGITS_MODEL, markdown_table, percent, read_jsonl, run_python, train
+from examples.experiment import (
+    DIGITS_MODEL,
+    markdown_table,
+    percent,
+    read_jsonl,
+    run_python,
+    run_seeds,
+    seed_settings,
+    train,
+)
 
 TEST = 1000  # questions
 BATCH = 50  # questions answered together
@@ -37,18 +46,7 @@ CURVES = {"vico": ("loss",), "router": ("loss", "router_accuracy", "router_thres
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (%(default)s)")
-    parser.add_argument("--steps", type=int, default=None, help="of each stage; default: recipe's")
-    parser.add_argument("--test", type=int, default=TEST, help="test questions (%(default)s)")
-    options = parser.parse_args()
-    output = options.output.resolve()
-    for seed in range(options.seeds):
-        run_seed(output / f"seed_{seed}", seed, options)
-    print(summarize(output))
+    run_seeds(__doc__, run_seed, summarize, test=(TEST, "test questions"))
 
 
 def run_seed(folder: pathlib.Path, seed: int, options: argparse.Namespace) -> None:
@@ -59,10 +57,7 @@ def run_seed(folder: pathlib.Path, seed: int, options: argparse.Namespace) -> No
         flags = {"checkpoint": DIGITS_MODEL, "output": start, "seed": seed}
         flags = [f"--{name}={value}" for name, value in flags.items()]
         run_python("-m", "internvl3_jax.training.add_router", *flags)
-    settings = {"data.tokenizer": DIGITS_MODEL, "seed": seed, "data.seed": seed}
-    settings |= {"loss.ref_model": start}
-    if options.steps is not None:
-        settings |= {"steps": options.steps, "optimizer.warmup_steps": 1}
+    settings = seed_settings(seed, options) | {"loss.ref_model": start}
     train("flash.py:vico", folder / "vico", settings | {"init_from": start})
     train("flash.py:router", folder / "router", settings | {"init_from": folder / "vico"})
     for name in MODELS:

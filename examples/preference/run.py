@@ -33,6 +33,8 @@ from examples.experiment import (
     markdown_table,
     read_jsonl,
     run_python,
+    run_seeds,
+    seed_settings,
     train,
     write_jsonl,
     write_meta,
@@ -59,34 +61,20 @@ DRAWN = ("loss_preference", "loss_generation", "reward_margin", "reward_accuracy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    run_seeds(
+        __doc__,
+        run_seed,
+        summarize,
+        asked=(ASKED, "questions that pairs are made of"),
+        test=(TEST, "questions of the evaluation"),
     )
-    parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (%(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=None, help="steps of each training; default: the recipe's"
-    )
-    parser.add_argument(
-        "--asked", type=int, default=ASKED, help="questions that pairs are made of (%(default)s)"
-    )
-    parser.add_argument(
-        "--test", type=int, default=TEST, help="questions of the evaluation (%(default)s)"
-    )
-    options = parser.parse_args()
-    output = options.output.resolve()
-    for seed in range(options.seeds):
-        run_seed(output / f"seed_{seed}", seed, options)
-    print(summarize(output))
 
 
 def run_seed(folder: pathlib.Path, seed: int, options: argparse.Namespace) -> None:
     """Makes data, the policy, its pairs, both trainings on them, and the answers of all three
     models.
     """
-    settings = {"data.tokenizer": DIGITS_MODEL, "seed": seed, "data.seed": seed}
-    if options.steps is not None:
-        settings |= {"steps": options.steps, "optimizer.warmup_steps": 1}
+    settings = seed_settings(seed, options)
     make_data(folder, options.asked, options.test, seed)
     start = {"data.source": folder / "policy.json", "init_from": DIGITS_MODEL}
     train("process_reward.py:policy", folder / "policy", settings | start)
