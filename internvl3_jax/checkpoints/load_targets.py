@@ -1,6 +1,5 @@
 """Shapes, dtypes and shardings of the parameters that are loaded from a checkpoint."""
 
-import functools
 import pathlib
 
 import jax
@@ -24,17 +23,12 @@ def shardings_by_path(
     config: ModelConfig, mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.sharding.Sharding]:
     """Returns path -> sharding of each parameter."""
-    wanted = _abstract_params(config)
+    wanted = abstract_params(config)
     if mesh is None:
         return dict.fromkeys(
             storage.by_path(wanted), jax.sharding.SingleDeviceSharding(jax.devices()[0])
         )
     return storage.by_path(param_shardings(wanted, mesh))
-
-
-@functools.cache
-def _abstract_params(config: ModelConfig) -> dict:
-    return abstract_params(config)  # tracing is slower than reading a small checkpoint
 
 
 def load_targets(
@@ -56,7 +50,7 @@ def load_targets(
     Raises:
       ValueError: the stored shapes are not the model's.
     """
-    wanted = storage.by_path(_abstract_params(manifest.model))
+    wanted = storage.by_path(abstract_params(manifest.model))
     if manifest.weights:
         tower = any(weights.is_part(path) and path.startswith("vision/") for path in stored)
         wanted = weights.abstract_quantized(wanted, manifest.weights, tower)
