@@ -22,7 +22,8 @@ from tests.support.kit_answers import (
     use_newest_letters,
 )
 
-pytestmark = [pytest.mark.kits, pytest.mark.filterwarnings("ignore")]
+# VLMEvalKit leaves files open.
+pytestmark = [pytest.mark.kits, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 
 def test_circular_mmbench_as_vlmevalkit(tmp_path, monkeypatch):
